@@ -1,0 +1,1 @@
+"""Flax Linen decoders: the only place where a module system is used."""

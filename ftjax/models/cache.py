@@ -1,0 +1,37 @@
+"""The key/value cache of incremental decoding: a pytree that goes in and comes out, never module state."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from ftjax.models.spec import DecoderSpec
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the `length` slots written so far, the same slots for every row of the batch.
+
+    Rows of different prompt lengths are padded on the left; a padded slot keeps segment id 0 and is never attended to.
+    """
+
+    keys: jax.Array  # [layers, batch, slots, kv_heads, head_dim], the compute dtype, RoPE applied
+    values: jax.Array  # as keys
+    positions: jax.Array  # int32 [batch, slots]
+    segment_ids: jax.Array  # int32 [batch, slots], 0 where nothing may be attended to
+    length: jax.Array  # int32 scalar
+
+
+def init_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    shape = (spec.num_hidden_layers, batch, slots, spec.num_key_value_heads, spec.head_dim)
+    return Cache(
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
+        positions=jnp.zeros((batch, slots), jnp.int32),
+        segment_ids=jnp.zeros((batch, slots), jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+def write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """Puts `new` [batch, n, ...] into `buffer` [batch, slots, ...] at slots start .. start + n."""
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=1)
