@@ -1,0 +1,296 @@
+"""Checkpoints of a run: a thin layer over Orbax v1 that adds digests, a strict restore and safe retention.
+
+A step is one directory, `checkpoints/<step>/`: `state/` (arrays), `meta/` (JSON: config, data position, fingerprint,
+metrics) and `digests.json`. It is written as `writing-<step>` and appears by one rename when all of it is there, so a
+process that is killed at any moment leaves either the whole step or none of it. Removal goes the same way: rename to
+`trash-<step>`, then delete.
+
+What Orbax offers and is not used: its own removal of steps tears them when interrupted, and `custom_metadata` is
+silently empty when its file is lost. See `ftjax.digest` for the crcs.
+"""
+
+import json
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from ftjax import digest
+from ftjax.errors import UserError
+
+_WRITING = "writing-"  # Orbax, in turn, writes to `writing-<step>.orbax-checkpoint-tmp`
+_TRASH = "trash-"
+_ASIDE = ".set-aside"
+
+
+def _context() -> ocp.Context:
+    """Orbax's options; entered wherever Orbax is called, because they are local to a thread."""
+    registry = ocp.handlers.local_registry()
+    # Without a handler of its own a dict would become a tree of tensors.
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return context
+
+
+class Checkpoints:
+    """The checkpoints in `directory`, the newest `keep` of them and the best one.
+
+    The best is the step whose `meta["metrics"][best_metric]` is smallest or largest; steps without it do not take part.
+    A writer must be the only one (`ftjax.workdir.lock`): what an interrupted save left is removed when it opens.
+    `read_only` neither creates nor removes anything, and may look on while another process writes.
+
+    One save is written at a time, in the background. Its failure is raised, once, as UserError by whichever method
+    is called next. Every method waits for it first.
+
+    Raises:
+      UserError: `directory` cannot be created.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        keep: int = 3,
+        best_metric: str | None = None,
+        best_mode: Literal["max", "min"] = "min",
+        *,
+        read_only: bool = False,
+    ):
+        if keep < 1:
+            raise UserError(f"checkpoints to keep: {keep} is less than 1, and the newest is always kept.")
+        if best_mode not in ("max", "min"):
+            raise UserError(f"best_mode {best_mode!r}: choose 'max' or 'min'.")
+        self.directory = Path(directory).absolute()
+        self._keep = keep
+        self._best_metric = best_metric
+        self._best_mode = best_mode
+        self._read_only = read_only
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, Future] | None = None
+        if not read_only:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._clean()
+            except OSError as error:
+                raise UserError(f"{self.directory} cannot be written: {error}. Choose another --workdir.") from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except UserError as failed:
+            if error is None:
+                raise
+            error.add_note(f"and: {failed}")  # the error on its way out is the first cause; hide neither
+
+    def close(self) -> None:
+        """Wait for the last save. A run that skips this has not saved its last step."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises UserError if the last save failed."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        step, future = pending
+        error = future.exception()
+        if error is not None:
+            raise UserError(
+                f"{self.directory}: saving step {step}, or removing older steps after it, failed: "
+                f"{type(error).__name__}: {error}. Free space or restore access, then run the same command again: it "
+                f"resumes from step {max(self._complete(), default=0)}."
+            ) from error
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Write `state` (pytree of jax.Array, none of them of size 0) and `meta` (JSON) as `step`, in the background.
+
+        Returns once the arrays are on the host: they may be donated and `meta` changed afterwards.
+
+        Raises:
+          UserError: the save before this one failed.
+          ValueError, TypeError: not a step newer than all in the directory, not arrays, or not JSON (a tuple or an
+            integer key would come back as something else).
+        """
+        if self._read_only:
+            raise ValueError("these checkpoints were opened read-only")
+        self.wait()
+        step = int(step)
+        newest = max(self._numbered(), default=-1)
+        if step <= newest:
+            raise ValueError(f"step {step} is not newer than step {newest} in {self.directory}; see rewind()")
+        leaves = digest.flatten(state)
+        for name, leaf in leaves.items():
+            if not isinstance(leaf, jax.Array):
+                raise TypeError(f"{name} is a {type(leaf).__name__}, not a jax.Array")
+            if leaf.size == 0:
+                raise ValueError(f"{name} has size 0, which Orbax cannot store")
+        frozen = json.loads(json.dumps(meta))
+        if repr(frozen) != repr(meta):  # by repr, for which NaN equals NaN and (1,) does not equal [1]
+            raise TypeError("meta changes on its way through JSON; use dict with str keys, list, str, int, float")
+        path = self.directory / f"{_WRITING}{step}"
+        blocks = digest.host_blocks(list(leaves.values()))
+        described = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+        with _context():
+            response = ocp.save_checkpointables_async(path, {"state": state, "meta": frozen})
+        self._pending = step, self._writer.submit(self._finish, step, path, response, described, blocks)
+
+    def _finish(self, step: int, path: Path, response: ocp.AsyncResponse[None], leaves: dict, blocks: list) -> None:
+        """The background half of a save; with several processes, what follows Orbax's barrier is for the first."""
+        try:
+            digests = digest.of_leaves(leaves, blocks)  # while Orbax is writing
+            blocks.clear()
+            response.result()
+            digest.write(path, step, digests)
+            path.rename(self.directory / str(step))
+        finally:
+            self._clean()  # of a save that failed: a full disk must get its space back
+        self._retire()
+
+    def steps(self) -> list[int]:
+        """Complete steps, ascending."""
+        self.wait()
+        return self._complete()
+
+    def latest(self) -> int | None:
+        """The newest step, None if the directory holds none.
+
+        Raises:
+          UserError: the newest step is not complete. Falling back to an older one, or to a start from nothing, is for
+            the user to ask for.
+        """
+        self.wait()
+        newest = max(self._numbered(), default=None)
+        if newest is not None and newest not in self._complete():
+            raise self._unusable(newest, f"it is incomplete, {digest.FILE} is missing")
+        return newest
+
+    def best(self) -> int | None:
+        """The step with the best metric (the earliest of equals), None if no step has it.
+
+        Raises:
+          UserError: the meta of a step is damaged.
+        """
+        self.wait()
+        return self._best({step: self._metric(step) for step in self._complete()})
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
+        """(step, state, meta) of `step`, by default the newest.
+
+        `abstract_state` is a pytree of ShapeDtypeStruct with shardings, on any mesh; its paths, shapes and dtypes must
+        be exactly those that were saved (nothing is cast).
+
+        Raises:
+          UserError: there is no such step; it is damaged; or it has other paths, shapes or dtypes (all are listed).
+        """
+        step = self.latest() if step is None else step
+        self.wait()
+        if step is None:
+            raise UserError(f"{self.directory} holds no checkpoint. Check --workdir, or train first.")
+        if step not in self._numbered():
+            raise UserError(f"{self.directory} holds no step {step}. Complete steps: {self._complete() or 'none'}.")
+        path = self.directory / str(step)
+        record = self._record(step)
+        if wrong := digest.wrong_files(path, record["files"]):
+            raise self._unusable(step, f"missing or damaged files: {', '.join(wrong)}")
+        wanted = {name: digest.describe(leaf) for name, leaf in digest.flatten(abstract_state).items()}
+        if lines := digest.differences(record["leaves"], wanted):
+            raise UserError(
+                f"checkpoint {path} does not fit this run's state; set model, adapter and optimizer as they were, or "
+                "start a new run with another --workdir:\n  " + "\n  ".join(lines)
+            )
+        with _context():
+            loaded = ocp.load_checkpointables(path, {"state": abstract_state, "meta": None})
+        if wrong := digest.wrong_leaves(record["leaves"], loaded["state"]):
+            raise self._unusable(step, f"the digests of {len(wrong)} arrays do not match: {', '.join(wrong)}")
+        return step, loaded["state"], loaded["meta"]
+
+    def rewind(self, step: int) -> None:
+        """Set all steps after `step` aside (`<n>.set-aside`, until they are overwritten), to go on from `step`."""
+        if self._read_only:
+            raise ValueError("these checkpoints were opened read-only")
+        self.wait()
+        for later, path in self._numbered().items():
+            if later > step:
+                aside = path.with_name(path.name + _ASIDE)
+                if aside.exists():
+                    self._remove(aside)
+                path.rename(aside)
+
+    def _numbered(self) -> dict[int, Path]:
+        """All that looks like a step, whole or not, ascending."""
+        if not self.directory.is_dir():
+            return {}
+        paths = [path for path in self.directory.iterdir() if path.name.isdecimal()]
+        return {int(path.name): path for path in sorted(paths, key=lambda path: int(path.name))}
+
+    def _complete(self) -> list[int]:
+        return [step for step, path in self._numbered().items() if (path / digest.FILE).is_file()]
+
+    def _unusable(self, step: int, why: str) -> UserError:
+        others = [other for other in self._complete() if other != step]
+        mend = (
+            f"Resume from another step with --config.checkpoint.resume_step=N (N one of {others})"
+            if others
+            else "There is no other complete step: restore the directory from a copy"
+        )
+        return UserError(
+            f"checkpoint step {step} in {self.directory} cannot be loaded: {why}. {mend}, or start a new run with "
+            "another --workdir."
+        )
+
+    def _record(self, step: int) -> dict[str, Any]:
+        try:
+            record = digest.read(self.directory / str(step))
+        except ValueError as error:
+            raise self._unusable(step, str(error)) from error
+        if record["step"] != step:
+            raise self._unusable(step, f"it was saved as step {record['step']}")
+        return record
+
+    def _metric(self, step: int) -> float | None:
+        path, name = self.directory / str(step), "meta/data.json"
+        if digest.wrong_files(path, {name: self._record(step)["files"].get(name)}):
+            raise self._unusable(step, f"missing or damaged files: {name}")
+        value = json.loads((path / name).read_bytes()).get("metrics", {}).get(self._best_metric)
+        return value if value == value else None  # NaN is never the best
+
+    def _best(self, metrics: dict[int, float | None]) -> int | None:
+        known = {step: value for step, value in metrics.items() if value is not None}
+        choose = max if self._best_mode == "max" else min
+        return choose(known, key=known.__getitem__, default=None)
+
+    def _retire(self) -> None:
+        """Remove all complete steps but the newest `keep` and the best. What cannot be judged stays."""
+        complete = self._complete()
+        kept = set(complete[-self._keep :])
+        if self._best_metric is not None:
+            metrics = {}
+            for step in complete:
+                try:
+                    metrics[step] = self._metric(step)
+                except UserError:
+                    kept.add(step)  # damaged: not ours to delete, and restore() says so to whoever asks for it
+            kept.add(self._best(metrics))
+        for step in complete:
+            if step not in kept:
+                self._remove(self.directory / str(step))
+
+    def _remove(self, path: Path) -> None:
+        """Delete a directory such that no half of it ever stands under its name."""
+        trash = path.with_name(_TRASH + path.name)
+        path.rename(trash)
+        shutil.rmtree(trash)
+
+    def _clean(self) -> None:
+        """Remove what an interrupted save or removal left."""
+        for path in self.directory.iterdir():
+            if path.name.startswith((_WRITING, _TRASH)):
+                shutil.rmtree(path)

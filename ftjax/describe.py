@@ -1,0 +1,80 @@
+"""A run in words, for the tables at its start and end."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ftjax import config as configs
+from ftjax import metrics, sharding, tree
+from ftjax.assemble import Base
+from ftjax.data.loader import Loader
+from ftjax.evals.evaluator import is_eval
+from ftjax.models import params
+from ftjax.tree import Tree
+
+
+def run(
+    config: ConfigDict,
+    base: Base,
+    mesh: Mesh,
+    abstract: Tree,
+    is_trained: Callable[[str], bool],
+    loader: Loader,
+    report: dict[str, int],
+) -> dict[str, str]:
+    """What is about to run. abstract: the variables' shapes; report: what `tokenize_all` counted."""
+    spec, adapter, data = base.model.spec, config.adapter, config.data
+    trained, frozen = tree.partition(abstract, is_trained)
+    lora = f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, on {adapter.targets}"
+    steps = config.steps or loader.batches_in(config.epochs)
+    return {
+        "model": f"{config.model.source}: {spec.family}, {spec.num_hidden_layers} layers, width {spec.hidden_size}, "
+        f"vocabulary {spec.vocab_size:,}, {tree.count(abstract['params']):,} parameters, in {config.model.dtype}",
+        "adapter": lora if adapter.kind == "lora" else f"none; trained are parameters matching {adapter.trainable!r}",
+        "trained": _size(trained),
+        "frozen": _size(frozen),
+        "mesh": _mesh(mesh, base, abstract["params"]),
+        "data": f"{report['examples']:,} examples, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them "
+        f"trained; longest {report['longest']}, truncated {report['truncated']}, dropped {report['dropped']}",
+        "batch": f"{data.batch_size} rows of {data.max_length} tokens"
+        + (f", packed {loader.packing_efficiency():.1%} full" if data.packing else ", not packed")
+        + (f", in {config.accumulate} micro-batches" if config.accumulate > 1 else ""),
+        "steps": f"{steps} ({loader.epoch_at(steps):.2f} epochs), learning rate {configs.learning_rate(config):g}, "
+        f"{config.schedule.name}",
+    }
+
+
+def result(workdir: Path) -> dict[str, str]:
+    """What has come out, and where it is."""
+    evals = [record for record in metrics.read(workdir / "metrics.jsonl") if is_eval(record)]
+    rows = {}
+    for name in [name for name in evals[-1] if name != "step"] if evals else ():
+        before = f"{evals[0][name]:.4g} at step {evals[0]['step']} -> " if len(evals) > 1 else ""
+        rows[name] = f"{before}{evals[-1][name]:.4g} at step {evals[-1]['step']}"
+    quoted = shlex.quote(str(workdir))
+    rows |= {"checkpoints": str(workdir / "checkpoints")}
+    if (workdir / "samples.jsonl").exists():
+        rows["completions"] = str(workdir / "samples.jsonl")
+    return rows | {
+        "metrics": f"{workdir / 'metrics.jsonl'}, and tensorboard --logdir {quoted}/tensorboard",
+        "use it": f"python -m ftjax.generate --workdir {quoted} --prompt '...'",
+        "take it out": f"python -m ftjax.export --workdir {quoted} --format peft --out ADAPTER",
+    }
+
+
+def _size(abstract: Tree) -> str:
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in tree.flatten(abstract).values())
+    return f"{tree.count(abstract):,} parameters, {size / 1e6:,.1f} MB"
+
+
+def _mesh(mesh: Mesh, base: Base, abstract: Tree) -> str:
+    axes = params.logical_axes(base.model)
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(abstract).items()}
+    whole = {note for path, shape in shapes.items() for note in sharding.undivided(axes[path], shape, mesh)}
+    split = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1] or ["not split"]
+    device = mesh.devices.flat[0].device_kind
+    note = f"; left whole: {', '.join(sorted(whole))}" if whole else ""
+    return f"{mesh.size} x {device}, {' x '.join(split)}{note}"

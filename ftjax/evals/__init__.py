@@ -1,0 +1,1 @@
+"""Measuring a model: loss on held-out rows, and scores of tasks."""

@@ -1,0 +1,30 @@
+"""Tasks by name, for `task:NAME` in a config.
+
+A task is a module with `train_examples(n=None, seed=0)` and `test_examples(n=None, seed=0)`, which return lists of
+`{"messages": [...]}` ending with the expected assistant turn, and `score(completion, example) -> float` in [0, 1].
+"""
+
+import difflib
+from types import ModuleType
+
+from ftjax.errors import UserError
+from ftjax.tasks import support_ticket
+
+_TASKS = {"support_ticket": support_ticket}
+
+
+def get(name: str) -> ModuleType:
+    """The task called `name`; `UserError` with the known names for any other."""
+    if name not in _TASKS:
+        near = difflib.get_close_matches(name, _TASKS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"task:{name}: no such task; {hint}known: {', '.join(sorted(_TASKS))}")
+    return _TASKS[name]
+
+
+def examples(task: ModuleType, split: str) -> list[dict]:
+    """The task's examples of split "train" or "test"."""
+    splits = {"train": task.train_examples, "test": task.test_examples}
+    if split not in splits:
+        raise UserError(f"a task has the splits {' and '.join(splits)}, not {split!r}")
+    return splits[split]()

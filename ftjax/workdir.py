@@ -1,0 +1,72 @@
+"""The run's directory: is it writable as checkpoints need it, and is this run its only writer."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ftjax.errors import UserError
+
+_LOCK = ".lock"
+
+
+def probe(workdir: Path) -> None:
+    """Create `workdir` and try on it what a save does: write, flush to the disk, rename, read back, remove.
+
+    Raises:
+      UserError: one of these fails (read-only or full disk, a file in the way, missing rights).
+    """
+    workdir = Path(workdir)
+    # The pid keeps two runs that start together from sharing one probe file.
+    first, second = (workdir / f".probe-{os.getpid()}{end}" for end in ("", "-renamed"))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with open(first, "wb") as file:
+            file.write(b"ftjax")
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(first, second)
+        read = second.read_bytes()
+        second.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the probe's own leftovers; the first error is the one to report
+            first.unlink(missing_ok=True)
+        raise UserError(
+            f"workdir {workdir} cannot be written: {error.strerror or error}. Free or mount it writable, or choose "
+            "another with --workdir."
+        ) from error
+    if read != b"ftjax":
+        raise UserError(f"workdir {workdir} does not read back what was written; choose another with --workdir.")
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Hold `workdir` for this process; the kernel lets go of it when the process ends, however it ends.
+
+    The lock file itself stays: removing it would let a third process lock a file that nobody else sees.
+
+    Raises:
+      UserError: another run holds it (with its pid), or `workdir` cannot be written.
+    """
+    workdir = Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / _LOCK, "a+", encoding="ascii")  # noqa: SIM115  (closed below, after the yield)
+    except OSError as error:
+        raise UserError(
+            f"workdir {workdir} cannot be locked: {error.strerror or error}. Choose another with --workdir."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"workdir {workdir} is in use by another run (pid {file.read().strip() or 'unknown'}). Wait for it or "
+                "end it, or choose another with --workdir."
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Completes .venv with the test extra and runs ruff and the tests: bash scripts/test.sh [--all] [pytest arguments]
+# --all also runs the tests that take minutes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/install.sh test
+.venv/bin/ruff check .
+if [ "${1:-}" = --all ]; then
+    shift
+    set -- -m "slow or not slow" "$@"
+fi
+exec .venv/bin/python -m pytest "$@"

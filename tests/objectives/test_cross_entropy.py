@@ -1,0 +1,109 @@
+"""The chunked cross-entropy against float64 NumPy and against the same loss over full logits."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftjax.objectives.cross_entropy import cross_entropy
+
+BATCH, LENGTH, WIDTH, VOCAB = 3, 13, 8, 97
+
+
+@pytest.fixture(scope="module")
+def case():
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((BATCH, LENGTH, WIDTH)).astype(np.float32)
+    head = rng.standard_normal((WIDTH, VOCAB)).astype(np.float32)
+    targets = rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
+    weights = (rng.random((BATCH, LENGTH)) < 0.6).astype(np.float32)
+    weights[1] = 0  # a row without a trained position
+    weights[2] = np.arange(LENGTH) >= 9  # and one with a long prompt
+    # Some predictions must be right, or `correct` would compare zero with zero.
+    best = (hidden @ head).argmax(-1)
+    targets = np.where(rng.random((BATCH, LENGTH)) < 0.5, best, targets).astype(np.int32)
+    return hidden, head, targets, weights
+
+
+def chunked(hidden, head, targets, weights, chunk):
+    return cross_entropy(lambda hidden: hidden @ head, hidden, targets, weights, chunk)
+
+
+def naive(hidden, head, targets, weights):
+    log_probs = jax.nn.log_softmax(hidden @ head)
+    return -jnp.sum(jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0] * weights)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 13, 128])  # 5 does not divide 13, 128 is longer than a row
+def test_sums_against_float64(case, chunk):
+    hidden, head, targets, weights = case
+    logits = hidden.astype(np.float64) @ head.astype(np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    entropies = -(np.exp(log_probs) * log_probs).sum(-1)
+    expected = {
+        "loss": -(np.take_along_axis(log_probs, targets[..., None], -1)[..., 0] * weights).sum(),
+        "correct": ((logits.argmax(-1) == targets) * weights).sum(),
+        "entropy": (entropies * weights).sum(),
+    }
+    assert 1 < expected["correct"] < weights.sum() - 1
+    totals = jax.jit(chunked, static_argnums=4)(*case, chunk)
+    assert {name: total.dtype.name for name, total in totals.items()} == dict.fromkeys(expected, "float32")
+    for name in expected:
+        np.testing.assert_allclose(totals[name], expected[name], rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 13])
+def test_gradients_against_full_logits(case, chunk):
+    hidden, head, targets, weights = case
+    expected = jax.jit(jax.grad(naive, argnums=(0, 1)))(*case)
+
+    def loss(hidden, head):
+        return chunked(hidden, head, targets, weights, chunk)["loss"]
+
+    for ours, theirs in zip(jax.jit(jax.grad(loss, argnums=(0, 1)))(hidden, head), expected):
+        assert np.abs(theirs).max() > 0.5
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_fractional_weights(case):
+    hidden, head, targets, weights = case
+    weights = weights * np.linspace(0.1, 2, LENGTH, dtype=np.float32)
+    ours = chunked(hidden, head, targets, weights, 5)["loss"]
+    np.testing.assert_allclose(ours, naive(hidden, head, targets, weights), rtol=1e-6)
+
+
+def test_nothing_trained(case):
+    hidden, head, targets, _ = case
+    weights = np.zeros((BATCH, LENGTH), np.float32)
+
+    def loss(hidden, head):
+        totals = chunked(hidden, head, targets, weights, 5)
+        return totals["loss"], totals
+
+    gradients, totals = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
+    assert {name: float(total) for name, total in totals.items()} == {"loss": 0, "correct": 0, "entropy": 0}
+    assert not any(np.any(leaf) for leaf in gradients)
+
+
+def test_correct_and_entropy_have_no_gradient(case):
+    hidden, head, targets, weights = case
+    for name in ("correct", "entropy"):
+        assert not np.any(jax.grad(lambda hidden: chunked(hidden, head, targets, weights, 5)[name])(hidden))  # noqa: B023
+
+
+def test_no_array_holds_the_logits_of_all_positions(case):
+    """The largest array of the whole program, backward pass included, is one chunk's logits."""
+    hidden, head, targets, weights = case
+
+    def sizes(loss):
+        text = str(jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, head))
+        shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\[(\d+(?:,\d+)*)\]", text)}
+        return {int(np.prod(shape)) for shape in shapes}
+
+    full = BATCH * LENGTH * VOCAB
+    assert full in sizes(lambda hidden, head: naive(hidden, head, targets, weights)), "this test can see them"
+    chunk = sizes(lambda hidden, head: chunked(hidden, head, targets, weights, 4)["loss"])
+    assert max(chunk) == BATCH * 4 * VOCAB
+    assert max(chunk) < full / 3

@@ -1,0 +1,61 @@
+"""A run's directory is tried before the run starts (case 11) and has one run at a time (case 13)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ftjax.errors import UserError
+from ftjax.workdir import lock, probe
+
+
+def test_probe_makes_the_directory_and_leaves_nothing_in_it(tmp_path):
+    probe(tmp_path / "runs" / "new")
+    assert list((tmp_path / "runs" / "new").iterdir()) == []
+
+
+def test_probe_rejects_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"workdir .*file/run cannot be written: .*--workdir"):
+        probe(tmp_path / "file" / "run")
+
+
+def test_probe_rejects_a_failing_flush(tmp_path, monkeypatch):
+    # A full disk may show only at fsync. (The tests may run as root, whom no permission bit stops.)
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device"):
+        probe(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _other_run(workdir):
+    """Another process that takes the lock, says so, and holds it until its stdin closes."""
+    code = "import sys; from pathlib import Path; from ftjax.workdir import lock\n"
+    code += "with lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(workdir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert run.stdout.readline() == "held\n"
+    return run
+
+
+def test_a_second_run_is_rejected_with_the_pid_of_the_first(tmp_path):
+    with _other_run(tmp_path) as first:
+        with pytest.raises(UserError, match=rf"in use by another run \(pid {first.pid}\)"), lock(tmp_path):
+            pass
+        first.stdin.close()
+        assert first.wait(10) == 0
+    with lock(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_killed_run_lets_go(tmp_path):
+    with _other_run(tmp_path) as first:
+        first.kill()
+        first.wait(10)
+    with lock(tmp_path):
+        pass
