@@ -56,10 +56,10 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "ftjax.export"  # absl shows in --help the flags defined under this name
     FLAGS = flags.FLAGS
     flags.DEFINE_string("workdir", None, "a run of ftjax.train")
     flags.DEFINE_enum("format", None, ["peft", "merged"], "what to write")
     flags.DEFINE_string("out", None, "the directory to make")
     flags.DEFINE_integer("step", None, "the run's checkpoint to use (default: the newest)")
-    sys.argv[0] = "ftjax.export"
     cli.run(main)

@@ -107,6 +107,7 @@ def _chat(base: Base, messages: list[dict], answer) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "ftjax.generate"  # absl shows in --help the flags defined under this name
     FLAGS = flags.FLAGS
     flags.DEFINE_string("model", None, "a Hugging Face id, a directory, a .gguf file or package:NAME")
     flags.DEFINE_string("adapter", None, "a directory with a PEFT LoRA adapter for --model")
@@ -122,5 +123,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("top_p", 1.0, "draw from the likeliest tokens that together have this probability")
     flags.DEFINE_integer("seed", 0, "of the draws")
     flags.DEFINE_enum("dtype", "float32", configs.DTYPES, "of weights and computation, with --model")
-    sys.argv[0] = "ftjax.generate"
     cli.run(main)

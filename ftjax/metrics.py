@@ -1,10 +1,17 @@
-"""Metrics to `metrics.jsonl` and TensorBoard, one record a logged step, under the names of FORMATS.md."""
+"""Metrics to `metrics.jsonl` and TensorBoard, one record a logged step, under the names of docs/metrics.md."""
 
 import json
+import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+# The protocol buffers and the record format only: tensorboard's own writer, and tensorboardX, import tensorflow or
+# torch where they are installed.
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 class MetricsWriter:
@@ -20,17 +27,28 @@ class MetricsWriter:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         temporary.replace(self.path)
         self._file = self.path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        board = workdir / "tensorboard"
+        board.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._board_file = (board / name).open("wb")
+        self._board = RecordWriter(self._board_file)
+        self._event(file_version="brain.Event:2")
+        # Tells TensorBoard to forget what an earlier file says of this step and later ones.
+        self._event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step} | metrics) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._event(step=step, summary=Summary(value=values))
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        self._board_file.close()
+
+    def _event(self, **fields: Any) -> None:
+        self._board.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._board_file.flush()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -178,7 +178,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "ftjax.train"  # absl shows in --help the flags defined under this name
     _CONFIG = config_flags.DEFINE_config_file("config", help_string="the run's config file, e.g. configs/quickstart.py")
     _WORKDIR = flags.DEFINE_string("workdir", None, "where the run is kept (default: runs/NAME-OF-THE-CONFIG)")
-    sys.argv[0] = "ftjax.train"
     cli.run(main)

@@ -23,7 +23,7 @@ from ftjax.models.decoder import Decoder
 from ftjax.sampling.sampler import Sampling, row_keys, sample, step_keys
 from ftjax.tree import Tree
 
-BUCKET = 32
+BUCKET = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -244,6 +244,5 @@ def _check(model: Decoder, prompts: Sequence[np.ndarray], max_new_tokens: int, s
         if len(prompt) + max_new_tokens > spec.max_position_embeddings:
             raise UserError(
                 f"prompt {number} has {len(prompt)} tokens, and with max_new_tokens={max_new_tokens} it would pass the "
-                f"model's {spec.max_position_embeddings} positions; shorten the prompt or lower max_new_tokens to at "
-                f"most {spec.max_position_embeddings - len(prompt)}"
+                f"model's {spec.max_position_embeddings} positions; shorten the prompt or lower max_new_tokens"
             )

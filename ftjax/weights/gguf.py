@@ -236,8 +236,6 @@ class _Header:
         if kind != _ARRAY:
             raise ValueError(f"unknown type {kind} of a value")
         inner, count = self.numbers("IQ")
-        if count > len(self.data) - self.at:
-            raise ValueError("ends inside its header")
         if inner in _SCALARS:
             return list(self.numbers(f"{count}{_SCALARS[inner]}"))
         if inner != _STRING:

@@ -50,7 +50,7 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 def assert_is_model(params: tree.Tree, model: LlamaForCausalLM) -> None:
-    """Every array of ours is, bit for bit, torch's transposed and stacked, and every tensor of torch's is used."""
+    """Every array of ours is, bit for bit, torch's transposed and stacked; all of torch's are used."""
     state = {name: as_numpy(tensor) for name, tensor in model.named_parameters()}  # a tied head once
     for path, leaf in tree.flatten(params).items():
         module, kind = path.rsplit("/", 1)

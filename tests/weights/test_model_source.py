@@ -21,7 +21,7 @@ def package(tmp_path, monkeypatch):
 
 
 def test_the_one_gguf_of_a_package(package):
-    with pytest.raises(UserError, match="needs exactly one .gguf file inside, found none"):
+    with pytest.raises(UserError, match=r"needs exactly one \.gguf file inside, found none"):
         locate("package:carries_a_model")
     (package / "inner" / "model.gguf").touch()
     assert locate("package:carries_a_model") == package / "inner" / "model.gguf"
@@ -40,12 +40,12 @@ def test_packages_that_are_not_there(name):
 def test_local_paths(tmp_path):
     (tmp_path / "model.gguf").touch()
     assert locate(str(tmp_path / "model.gguf")) == tmp_path / "model.gguf"
-    with pytest.raises(UserError, match="no config.json in this directory"):
+    with pytest.raises(UserError, match=r"no config\.json in this directory"):
         locate(str(tmp_path))
     (tmp_path / "config.json").touch()
     assert locate(str(tmp_path)) == tmp_path
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(UserError, match="give a .gguf file or the directory"):
+    with pytest.raises(UserError, match=r"give a \.gguf file or the directory"):
         locate(str(tmp_path / "model.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""Adapters go to the real `peft` and come back from it bit for bit, and nothing about them is dropped in silence."""
+"""Adapters go to the real `peft` and come back bit for bit, and nothing about them is dropped in silence."""
 
 import json
 import pickle

@@ -70,13 +70,15 @@ def test_the_wellformed_one_is_read(tmp_path):
 def test_malformed_files(tmp_path, content):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="a.safetensors: not a valid safetensors file"):
+    with pytest.raises(UserError, match=r"a\.safetensors: not a valid safetensors file"):
         SafetensorsFile(path)
 
 
 def test_a_header_over_100_mb_is_never_read(tmp_path, record_figure):
-    """A whole header of 200 MB, not only a length that says so. The peak is the process's own (`ru_maxrss` would
-    carry over that of the pytest that started it)."""
+    """A whole header of 200 MB, not only a length that says so.
+
+    The peak is the process's own: `ru_maxrss` would carry over that of the pytest that started it.
+    """
     path = tmp_path / "a.safetensors"
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", 200_000_000))
@@ -84,7 +86,8 @@ def test_a_header_over_100_mb_is_never_read(tmp_path, record_figure):
     script = (
         "import pathlib, sys\n"
         "from ftjax.weights.safetensors import SafetensorsFile, UserError\n"
-        "def peak(): return int(pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
+        "status = pathlib.Path('/proc/self/status')\n"
+        "def peak(): return int(status.read_text().split('VmHWM:')[1].split()[0])\n"
         "before = peak()\n"
         "try: SafetensorsFile(pathlib.Path(sys.argv[1]))\n"
         "except UserError as error: print('header too large' in str(error), peak() - before)\n"

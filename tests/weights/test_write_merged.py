@@ -1,4 +1,4 @@
-"""What `write_merged` writes, transformers loads as the same bits; nothing half-written is ever left behind."""
+"""What `write_merged` writes, transformers loads as the same bits; nothing half-written is left behind."""
 
 import json
 

@@ -1,4 +1,7 @@
-"""Chat templates, and the sentences and special tokens of the small tokenizer that the tests render them with."""
+"""Chat templates, and a small real tokenizer that renders them."""
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 SENTENCES = [
     "You are a helpful assistant.",
@@ -36,3 +39,30 @@ def marked(before_end: str, after_end: str = "") -> str:
 
 # As reasoning models do: what an assistant thought is dropped from all turns but the last.
 REWRITES = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'].split('</think>')[-1])")
+
+
+def make_tokenizer(template=None, eos="<|im_end|>", bos=None, add_bos=False, trim_offsets=False, **overrides):
+    """Byte-level BPE of 400 tokens, trained here; overrides are arguments of PreTrainedTokenizerFast."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    # Runs of line breaks are pieces of their own, as in Llama 3's tokenizer.
+    breaks = pre_tokenizers.Split(Regex(r"\s*[\r\n]+"), behavior="isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([breaks, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    core.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(SENTENCES, trainer)
+    steps = [processors.ByteLevel(trim_offsets=trim_offsets)]
+    if add_bos:
+        steps.append(processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, SPECIALS.index(bos))]))
+    core.post_processor = processors.Sequence(steps)
+    arguments = {"unk_token": "<unk>", "bos_token": bos, "eos_token": eos, **overrides}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        additional_special_tokens=SPECIALS[3:],
+        clean_up_tokenization_spaces=False,
+        **arguments,
+    )
+    tokenizer.chat_template = template
+    return tokenizer

@@ -1,0 +1,258 @@
+"""Generation, held against transformers' `generate` (torch) and against itself: batched, alone, streamed, on a mesh."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
+from ftjax.sampling import engine
+from ftjax.sampling.engine import generate, stream
+from ftjax.sampling.sampler import Sampling
+from ftjax.tree import unflatten
+
+GREEDY = Sampling()
+DRAWN = Sampling(temperature=1.0, top_k=40, top_p=0.95, seed=5)
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def torch_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=131,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,  # large, so that the choices are clear and not a matter of rounding
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def ours(torch_model):
+    return Decoder(spec_from_config(torch_model.config.to_dict())), {"params": params_of(torch_model)}
+
+
+@pytest.fixture(scope="module")
+def prompts(torch_model):
+    random = np.random.default_rng(1)
+    return [random.integers(0, 131, length).astype(np.int32) for length in (3, 20, 1, 7, 16, 33, 17)]
+
+
+def params_of(torch_model):
+    """The torch model's weights in ftjax's tree: layers stacked, linear weights transposed."""
+    weights = {name: tensor.detach().numpy() for name, tensor in torch_model.state_dict().items()}
+    leaves = {
+        "embed_tokens/embedding": weights["model.embed_tokens.weight"],
+        "norm/scale": weights["model.norm.weight"],
+        "lm_head/kernel": weights["lm_head.weight"].T,
+    }
+    for name in [name for name in weights if name.startswith("model.layers.0.")]:
+        module = name.removeprefix("model.layers.0.").removesuffix(".weight")
+        layers = torch_model.config.num_hidden_layers
+        stacked = np.stack([weights[f"model.layers.{i}.{module}.weight"].T for i in range(layers)])
+        leaves[f"layers/{module.replace('.', '/')}/{'scale' if 'norm' in module else 'kernel'}"] = stacked
+    return unflatten(leaves)
+
+
+def torch_generate(model, prompt, count, **options):
+    """Tokens after the prompt, by transformers: greedy, one prompt at a time, without padding."""
+    inputs = torch.tensor(prompt[None].astype(np.int64))
+    with torch.no_grad():
+        out = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=count, do_sample=False, **options
+        )
+    return out[0, len(prompt) :].numpy()
+
+
+def rows(completions):
+    return [completion.tokens.tolist() for completion in completions]
+
+
+def test_greedy_tokens_are_those_of_transformers(torch_model, ours, prompts):
+    completions = generate(*ours, prompts, NEW, (), GREEDY, batch_size=3)
+    assert rows(completions) == [torch_generate(torch_model, prompt, NEW).tolist() for prompt in prompts]
+    assert all(c.tokens.dtype == np.int32 and len(c.tokens) == NEW and not c.stopped for c in completions)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
+def test_a_rows_tokens_do_not_depend_on_the_batch_it_is_in(ours, prompts, sampling, batch_size):
+    assert rows(generate(*ours, prompts, NEW, (), sampling, batch_size)) == rows(
+        generate(*ours, prompts, NEW, (), sampling, batch_size=4)
+    )
+
+
+def test_a_draw_depends_on_the_seed_and_on_the_prompts_number(ours, prompts):
+    same = [prompts[0]] * 4
+    first, again = (rows(generate(*ours, same, NEW, (), DRAWN)) for _ in range(2))
+    other_seed = rows(generate(*ours, same, NEW, (), Sampling(temperature=1.0, top_k=40, top_p=0.95, seed=6)))
+    assert first == again
+    assert len({tuple(row) for row in first + other_seed}) == 8
+
+
+def test_every_stop_token_ends_a_row_and_is_left_out(torch_model, ours, prompts):
+    free = [torch_generate(torch_model, prompt, NEW) for prompt in prompts]
+    stops = (int(free[0][4]), int(free[1][2]), int(free[3][NEW - 1]))
+    completions = generate(*ours, prompts, NEW, stops, GREEDY, batch_size=4)
+    expected = [list(itertools.takewhile(lambda token: token not in stops, row.tolist())) for row in free]
+    assert rows(completions) == expected
+    assert [c.stopped for c in completions] == [len(tokens) < NEW for tokens in expected]
+    assert {c.stopped for c in completions} == {True, False}
+    by_transformers = torch_generate(torch_model, prompts[0], NEW, eos_token_id=list(stops))
+    assert [*expected[0], by_transformers[-1]] == by_transformers.tolist()
+
+
+def test_decoding_ends_when_every_row_has_stopped(ours, prompts):
+    model, variables = ours
+    first = generate(model, variables, prompts[:1], 1, (), GREEDY)[0].tokens[0]
+    stops = np.array([first], np.int32)
+    state = engine._start(model, variables, prompts, np.array([0]), 3, NEW, stops, GREEDY)
+    assert int(engine._decode(model, GREEDY, variables, state, stops, np.int32(NEW)).count) == 1
+    assert rows(generate(model, variables, prompts[:1], NEW, (int(first),), GREEDY)) == [[]]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_a_stream_yields_what_the_batch_returns(ours, prompts, sampling):
+    for prompt in prompts[:4]:
+        whole = rows(generate(*ours, [prompt], NEW, (), sampling))[0]
+        assert list(stream(*ours, prompt, NEW, (), sampling)) == whole
+        stops = (whole[3], whole[7])
+        assert list(stream(*ours, prompt, NEW, stops, sampling)) == rows(
+            generate(*ours, [prompt], NEW, stops, sampling)
+        )[0]
+
+
+def test_the_adapters_take_part(ours, prompts):
+    model, variables = ours
+    kernel = variables["params"]["layers"]["mlp"]["down_proj"]["kernel"]
+    random = np.random.default_rng(2)
+    a = random.standard_normal((3, kernel.shape[1], 4)).astype(np.float32)
+    b = random.standard_normal((3, 4, kernel.shape[2])).astype(np.float32)
+    adapter = {"lora_a": a, "lora_b": b, "lora_scale": np.full(3, 0.1, np.float32)}
+    adapted = variables | {"lora": {"layers": {"mlp": {"down_proj": adapter}}}}
+    merged = jax.tree.map(np.copy, variables)
+    merged["params"]["layers"]["mlp"]["down_proj"]["kernel"] += 0.1 * a @ b
+    completions = rows(generate(model, adapted, prompts, NEW, (), GREEDY))
+    assert completions == rows(generate(model, merged, prompts, NEW, (), GREEDY))
+    assert completions != rows(generate(model, variables, prompts, NEW, (), GREEDY))
+
+
+def test_calls_of_the_same_shapes_compile_nothing(ours, prompts):
+    def shapes():
+        return engine._prefill._cache_size(), engine._decode._cache_size()
+
+    def call(seed, stops):
+        sampling = Sampling(temperature=0.9, seed=seed)
+        generate(Decoder(ours[0].spec), ours[1], prompts[:3], 5, stops, sampling)
+        list(stream(*ours, prompts[0], 5, stops, sampling))
+
+    call(0, (1,))
+    before = shapes()
+    call(1, (2,))
+    assert shapes() == before
+    generate(*ours, prompts[:3], 6, (1,), GREEDY)
+    assert shapes() != before
+
+
+def test_progress_counts_prompts(ours, prompts):
+    seen = []
+    generate(*ours, prompts, 2, (), GREEDY, batch_size=3, on_progress=lambda *counts: seen.append(counts))
+    assert seen == [(3, 7), (6, 7), (7, 7)]
+
+
+def test_no_prompts_no_completions(ours):
+    assert generate(*ours, [], NEW, (), GREEDY) == []
+
+
+def test_a_prompt_may_fill_the_positions_to_the_last(torch_model, ours):
+    prompt = np.arange(60, dtype=np.int32)
+    assert rows(generate(*ours, [prompt], 4, (), GREEDY)) == [torch_generate(torch_model, prompt, 4).tolist()]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "stops", "message"),
+    [
+        ([], NEW, (), "prompt 1 is empty"),
+        ([131], NEW, (), "prompt 1 has token ids outside the model's vocabulary of 131"),
+        ([-1], NEW, (), "prompt 1 has token ids outside"),
+        (range(60), 5, (), "60 tokens.*max_new_tokens=5.*64 positions; shorten the prompt or lower max_new_tokens"),
+        (range(64), 1, (), "64 tokens.*64 positions"),
+        ([1], 0, (), "max_new_tokens=0"),
+        ([1], 4, (2, 131), r"stop tokens \[131\]"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(ours, prompts, prompt, count, stops, message):
+    prompt = np.array(prompt, np.int32)
+    with pytest.raises(UserError, match=message):
+        generate(*ours, [prompts[0], prompt], count, stops, GREEDY)
+    with pytest.raises(UserError, match=message.replace("prompt 1", "prompt 0")):
+        stream(*ours, prompt, count, stops, GREEDY)
+
+
+def test_a_batch_size_below_one_is_refused(ours, prompts):
+    with pytest.raises(UserError, match="batch_size=0"):
+        generate(*ours, prompts, NEW, (), GREEDY, batch_size=0)
+
+
+MESH_PROGRAM = """
+import sys
+import jax, numpy as np
+from ftjax import sharding
+from ftjax.models.decoder import Decoder
+from ftjax.models.params import abstract_params, random_params
+from ftjax.models.spec import DecoderSpec
+from ftjax.sampling.engine import generate, stream
+from ftjax.sampling.sampler import Sampling
+
+spec = DecoderSpec("llama", 96, 32, 48, 2, 4, 2, 8, 1e4, 1e-5, True, 64)
+model = Decoder(spec)
+random = np.random.default_rng(0)
+prompts = [random.integers(0, 96, length).astype(np.int32) for length in (5, 9, 1, 17, 3)]
+
+def tokens(sizes, devices):
+    mesh = sharding.make_mesh(sizes, devices)
+    variables = {"params": random_params(model, 0, abstract_params(model, mesh))}
+    # Random weights of the usual size give almost equal logits; larger ones make the choices clear.
+    variables = jax.tree.map(lambda leaf: 8 * leaf, variables)
+    kernel = variables["params"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert len(kernel.sharding.device_set) == len(devices)
+    assert kernel.addressable_shards[0].data.size == kernel.size // len(devices)
+    out = []
+    with jax.set_mesh(mesh):
+        for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=3)):
+            out.append([c.tokens.tolist() for c in generate(model, variables, prompts, 10, (), sampling)])
+            assert list(stream(model, variables, prompts[0], 10, (), sampling)) == out[-1][0]
+    return out
+
+one = tokens({}, jax.devices()[:1])
+assert one == tokens({"fsdp": 4, "tensor": 2}, jax.devices())
+assert one == tokens({"data": 2, "fsdp": 4}, jax.devices())
+assert len({tuple(row) for rows in one for row in rows}) == 10
+print("same tokens")
+"""
+
+
+def test_a_mesh_generates_the_tokens_of_one_device():
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", MESH_PROGRAM], env=os.environ | flags, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "same tokens"

@@ -1,0 +1,125 @@
+"""Loss and trained parameters do not depend on the mesh, on accumulation or on packing (8 virtual devices, float32)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def run(cases, *xla_flags):
+    flags = " ".join(["--xla_force_host_platform_device_count=8", *xla_flags])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, "-W", "error", str(HERE / "invariance_run.py"), cases]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    # Compiling is nearly all of the time, and what is compared here does not depend on how hard LLVM tries.
+    return run("quick", "--xla_backend_optimization_level=0")
+
+
+def check_invariance(out, record_figure):
+    assert out.pop("same random parameters")
+    for name, case in out.items():
+        record_figure(f"{name}: loss, relative", case["loss difference"])
+        record_figure(f"{name}: parameters", case["parameter difference"])
+        assert case["same start"], name
+        assert len(case["losses"]) == 20
+        assert max(case["losses"]) - min(case["losses"]) > 0.01, "the batches differ"
+        least = 1e-3 if name.startswith("lora") else 1e-4  # about the sum of the 20 learning rates
+        assert min(case["movement"].values()) > least / 2, "every parameter is trained"
+    worst_loss = max(case["loss difference"] for case in out.values())
+    worst_parameter = max(case["parameter difference"] for case in out.values())
+    assert worst_loss < 1e-6, {name: case["loss difference"] for name, case in out.items()}
+    assert worst_parameter < 1e-5, {name: case["parameter difference"] for name, case in out.items()}
+
+
+def test_twenty_steps_are_the_same_however_they_are_split(quick, record_figure):
+    assert len(quick) == 9
+    check_invariance(dict(quick), record_figure)
+
+
+@pytest.mark.slow
+def test_every_combination_of_mesh_accumulation_and_packing(record_figure):
+    out = run("full")
+    assert len(out) == 1 + 2 * 4 * 3 * 2
+    check_invariance(out, record_figure)
+
+
+def cases(quick):
+    return {name: case for name, case in quick.items() if name != "same random parameters"}
+
+
+def test_one_compilation_donated_state_untouched_base(quick):
+    for name, case in cases(quick).items():
+        assert case["compilations"] == 1, name
+        assert case["old buffers deleted"], name
+        assert case["state where planned"], name
+        assert case["base unchanged"], name
+
+
+def test_moments_are_sharded_like_their_parameters(quick):
+    for case in cases(quick).values():
+        assert case["trainable"].keys() == case["first moments"].keys()
+        assert case["first moments"] == case["trainable"]
+        assert case["second moments"] == case["trainable"]
+
+
+def test_only_adapters_are_trainable_and_only_the_rest_is_frozen(quick):
+    for name, case in cases(quick).items():
+        if name.startswith("lora"):
+            assert {path.split("/")[-1] for path in case["trainable"]} == {"lora_a", "lora_b"}
+            assert {path.split("/")[-1] for path in case["frozen"]} == {"kernel", "scale", "embedding", "lora_scale"}
+        else:
+            assert all(path.startswith("params/") for path in case["trainable"])
+            assert case["frozen"] == {}
+
+
+# Layers, embed, heads and so on as RULES says; 97 tokens do not divide by 2, so the vocabulary stays whole.
+EXPECTED = {
+    "lora, fsdp=8, 1 micro-batches, packed": {
+        "params/embed_tokens/embedding": ([None, "fsdp"], 8),
+        "params/layers/self_attn/q_proj/kernel": ([None, "fsdp", None], 8),
+        "params/layers/mlp/down_proj/kernel": ([None, None, "fsdp"], 8),
+        "params/layers/input_layernorm/scale": ([None, None], 1),
+    },
+    "lora, fsdp=4 x tensor=2, 2 micro-batches, unpacked": {
+        "params/embed_tokens/embedding": ([None, "fsdp"], 4),
+        "params/layers/self_attn/q_proj/kernel": ([None, "fsdp", "tensor"], 8),
+        "params/layers/self_attn/k_proj/kernel": ([None, "fsdp", "tensor"], 8),
+        "params/layers/self_attn/o_proj/kernel": ([None, "tensor", "fsdp"], 8),
+        "params/layers/mlp/up_proj/kernel": ([None, "fsdp", "tensor"], 8),
+        "params/layers/mlp/down_proj/kernel": ([None, "tensor", "fsdp"], 8),
+        "params/norm/scale": ([None], 1),
+    },
+    "lora, data=2 x fsdp=4, 2 micro-batches, packed": {
+        "params/layers/self_attn/v_proj/kernel": ([None, "fsdp", None], 4),
+        "params/layers/mlp/gate_proj/kernel": ([None, "fsdp", None], 4),
+    },
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_frozen_base_is_split_as_the_table_says(quick, name):
+    case = quick[name]
+    assert {path: (case["frozen"][path], case["shares"][path]) for path in EXPECTED[name]} == EXPECTED[name]
+
+
+def test_adapters_follow_the_kernels_they_adapt(quick):
+    places = quick["lora, fsdp=4 x tensor=2, 2 micro-batches, unpacked"]["trainable"]
+    assert places["lora/layers/self_attn/q_proj/lora_a"] == [None, "fsdp", None]
+    assert places["lora/layers/self_attn/q_proj/lora_b"] == [None, None, "tensor"]
+    assert places["lora/layers/mlp/down_proj/lora_a"] == [None, "tensor", None]
+    assert places["lora/layers/mlp/down_proj/lora_b"] == [None, None, "fsdp"]
+
+
+def test_rows_are_split_over_data_and_fsdp(quick):
+    assert quick["lora, data=2 x fsdp=4, 2 micro-batches, packed"]["batch"] == [None, ["data", "fsdp"], None]

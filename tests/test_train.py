@@ -1,0 +1,206 @@
+"""Whole runs of the command line: killed, resumed, finished, and refused."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from runs import command, finish, signal_at_step, write_model, write_rows, write_run
+
+from ftjax import assemble, metrics, tree
+
+TIMES = {"step_time", "tokens_per_second"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    write_run(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root):
+    """The workdir of a run that was left alone, and what it printed."""
+    workdir = root / "uninterrupted"
+    return workdir, finish(train(root, workdir))
+
+
+def train(root, workdir, *overrides, devices=1):
+    arguments = [f"--config={root / 'run.py'}", f"--workdir={workdir}", *overrides]
+    return command("ftjax.train", *arguments, devices=devices)
+
+
+def adapters(workdir):
+    _, _, variables, step = assemble.load_run(workdir)
+    return step, {path: np.asarray(leaf) for path, leaf in tree.flatten(variables["lora"]).items()}
+
+
+def records(workdir):
+    """The metrics without those that are times."""
+    read = metrics.read(workdir / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in read]
+
+
+def assert_same_run(workdir, other):
+    (step, ours), (other_step, theirs) = adapters(workdir), adapters(other)
+    assert step == other_step == 24
+    assert ours.keys() == theirs.keys()
+    assert any(leaf.any() for path, leaf in ours.items() if path.endswith("lora_b"))
+    for path, leaf in ours.items():
+        np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
+    assert records(workdir) == records(other)
+
+
+def test_it_learns_and_says_what_it_does(uninterrupted):
+    workdir, printed = uninterrupted
+    losses = [record["loss"] for record in records(workdir) if "loss" in record]
+    assert len(losses) == 24
+    assert losses[-1] < losses[0] / 3
+    evals = [(record["step"], record["eval_loss"]) for record in records(workdir) if "eval_loss" in record]
+    assert [step for step, _ in evals] == [0, 8, 16, 24]
+    assert evals[-1][1] < evals[0][1] / 3
+    for word in ("parameters", "LoRA, rank 4", "packed", "1 x cpu", "step 24/24", "checkpoints", "eval_loss"):
+        assert word in printed
+    for name in ("config.json", "metrics.jsonl", "checkpoints", "tensorboard"):
+        assert (workdir / name).exists(), name
+    expected = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "mean_token_accuracy", "entropy"}
+    assert expected | {"packing_efficiency", "step"} <= records(workdir)[-2].keys()
+
+
+def test_a_finished_run_is_left_as_it_is(root, uninterrupted):
+    workdir, _ = uninterrupted
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert "finished" in finish(train(root, workdir))
+    after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
+
+
+@pytest.mark.parametrize("step", [2, 9, 17])
+def test_killed_and_resumed_it_ends_with_the_same_bits(root, uninterrupted, step):
+    workdir = root / f"killed-at-{step}"
+    process = train(root, workdir)
+    signal_at_step(process, workdir, step, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    finish(train(root, workdir))
+    assert_same_run(workdir, uninterrupted[0])
+
+
+def test_sigterm_saves_and_ends_with_75(root, uninterrupted):
+    workdir = root / "terminated"
+    process = train(root, workdir)
+    signal_at_step(process, workdir, 10, signal.SIGTERM)
+    assert "saved step" in finish(process, 75)
+    assert int(adapters(workdir)[0]) >= 10
+    assert "resuming after step" in finish(train(root, workdir))
+    assert_same_run(workdir, uninterrupted[0])
+
+
+def test_resumed_on_another_mesh_it_sees_the_same_batches(root, uninterrupted):
+    workdir = root / "other-mesh"
+    process = train(root, workdir)
+    signal_at_step(process, workdir, 10, signal.SIGKILL)
+    process.communicate()
+    finish(train(root, workdir, "--config.mesh.fsdp=4", devices=4))
+    ours, theirs = records(workdir), records(uninterrupted[0])
+    assert [record.get("num_tokens") for record in ours] == [record.get("num_tokens") for record in theirs]
+    losses = [[record["loss"] for record in run if "loss" in record] for run in (ours, theirs)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)  # float32 sums in another order, amplified by the steps since
+
+
+def test_full_fine_tuning_of_chosen_parameters(root):
+    workdir = root / "full"
+    chosen = [r"--config.adapter.trainable=layers/mlp|^norm/", "--config.adapter.kind=none", "--config.steps=4"]
+    printed = finish(train(root, workdir, *chosen))
+    assert "none; trained are parameters matching" in printed
+    config, base, variables, _ = assemble.load_run(workdir)
+    start = assemble.load_variables(config, base, {"params": _abstract(base)})
+    changed = {
+        path
+        for path, leaf in tree.flatten(variables["params"]).items()
+        if not np.array_equal(leaf, tree.flatten(start["params"])[path])
+    }
+    kernels = {f"layers/mlp/{name}_proj/kernel" for name in ("gate", "up", "down")}
+    assert changed == kernels | {"norm/scale"}
+
+
+def _abstract(base):
+    from tiny import one_device
+
+    from ftjax.models.params import abstract_params
+
+    return abstract_params(base.model, one_device())
+
+
+def test_a_changed_config_or_data_is_refused_on_resume(root, uninterrupted):
+    workdir = root / "changed"
+    shutil.copytree(uninterrupted[0], workdir)
+    printed = finish(train(root, workdir, "--config.adapter.rank=8", "--config.seed=3"), 2)
+    assert "adapter.rank: 4 -> 8" in printed
+    assert "seed: 0 -> 3" in printed
+    lines = (root / "train.jsonl").read_text().splitlines()
+    (root / "train.jsonl").write_text("\n".join(lines[:-1] + lines[:1]) + "\n")
+    for path in sorted((workdir / "checkpoints").iterdir())[-1:]:  # not finished any more
+        shutil.rmtree(path)
+    assert "not what this run began with" in finish(train(root, workdir), 2)
+    (root / "train.jsonl").write_text("\n".join(lines) + "\n")
+
+
+BAD = {
+    "a misspelt key": (["--config.adapter.rnk=8"], "rnk", "rank"),
+    "a wrong type": (["--config.adapter.rank=many"], "adapter.rank", "many"),
+    "a NaN learning rate": (["--config.optimizer.learning_rate=nan"], "learning_rate", "finite"),
+    "a choice that is none": (["--config.adapter.kind=qlora"], "adapter.kind", "lora, none"),
+    "a target that matches nothing": (["--config.adapter.targets=qkv_proj"], "qkv_proj", "q_proj"),
+    "a rank larger than a layer": (["--config.adapter.rank=33"], "rank=33", "1 to"),
+    "a batch that does not divide": (["--config.accumulate=3"], "batch_size=4", "accumulate=3"),
+    "a mesh that does not fit": (["--config.mesh.fsdp=2"], "fsdp=2", "1 cpu device"),
+    "a file that is not there": (["--config.data.train=nowhere.jsonl"], "nowhere.jsonl", ""),
+    "a model that is not there": (["--config.model.source=/nowhere/model"], "/nowhere/model", ""),
+    "a pickle": (["--config.model.source=model.bin"], "model.bin", "safetensors"),
+    "too few rows": (["--config.data.batch_size=400"], "batch_size", "data.batch_size"),
+    "nothing to train on": (["--config.data.max_length=8"], "no trained token", "max_length"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_told_in_one_message_before_anything_is_written(root, tmp_path, name):
+    overrides, *words = BAD[name]
+    assert_refused(finish(train(root, tmp_path / "run", *overrides), 2), words)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def assert_refused(printed, words):
+    errors = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, printed
+    assert "Traceback" not in printed
+    for word in words:
+        assert word in printed, printed
+
+
+def test_bad_rows_are_named_by_file_and_line(root, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", 3)
+    path.write_text(path.read_text() + '{"messages": [{"role": "user", "content": "hi"}\n')
+    assert_refused(finish(train(root, tmp_path / "run", f"--config.data.train={path}"), 2), ["rows.jsonl:4"])
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]}
+    path.write_text(json.dumps(row) + "\n")
+    assert_refused(finish(train(root, tmp_path / "run", f"--config.data.train={path}"), 2), ["rows.jsonl:1", "empty"])
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(root, tmp_path):
+    model = write_model(tmp_path / "model", vocab_size=390)
+    printed = finish(train(root, tmp_path / "run", f"--config.model.source={model}"), 2)
+    assert_refused(printed, ["400", "390"])
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(root):
+    workdir = root / "shared"
+    first = train(root, workdir)
+    signal_at_step(first, workdir, 1, signal.SIGSTOP)
+    try:
+        assert_refused(finish(train(root, workdir), 2), [f"pid {first.pid}"])
+    finally:
+        first.kill()
+        first.communicate()
