@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from ftjax import assemble, cli, lora
+from ftjax import assemble, cli, lora, tree
 from ftjax.assemble import Base
 from ftjax.errors import UserError
 from ftjax.tree import Tree
@@ -25,9 +25,8 @@ def export_peft(config: ConfigDict, base: Base, variables: Tree, out: Path) -> N
     if "lora" not in variables:
         raise UserError("this run has no adapter (config.adapter.kind='none'); use --format merged")
     adapter = config.adapter
-    write_adapter(
-        out, variables["lora"], base.model.spec, adapter.rank, adapter.alpha, adapter.rslora, base_name=base.source
-    )
+    _, matrices = tree.partition(variables["lora"], lambda path: path.endswith("/lora_scale"))
+    write_adapter(out, matrices, base.model.spec, adapter.rank, adapter.alpha, adapter.rslora, base_name=base.source)
 
 
 def export_merged(base: Base, variables: Tree, out: Path) -> None:

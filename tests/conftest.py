@@ -10,12 +10,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture
 def record_figure(request):
-    """`record_figure(name, value)`: a number this test reached, shown by `pytest -v` (-q is in the default options) and kept in a junit report."""
+    """`record_figure(name, value)`: a number this test reached; shown by `pytest -v` and kept in a junit report."""
     return lambda name, value: request.node.user_properties.append((name, float(value)))
 
 
 def pytest_terminal_summary(terminalreporter):
-    if terminalreporter.config.option.verbose >= 0:
+    if terminalreporter.config.option.verbose >= 0:  # -q is among the default options, so -v makes it 0
         for report in terminalreporter.stats.get("passed", []):
             for name, value in report.user_properties:
                 terminalreporter.write_line(f"{report.nodeid}: {name} {value:.2e}")

@@ -84,16 +84,18 @@ def write_run(root: Path) -> Path:
     return root / "run.py"
 
 
-def command(*arguments: str, devices: int = 1) -> subprocess.Popen:
-    """python -m ftjax.COMMAND ..., on so many virtual CPU devices; stdout and stderr are kept."""
+def command(*arguments: str, devices: int = 1, talks: bool = False) -> subprocess.Popen:
+    """python -m ftjax.COMMAND ..., on so many virtual CPU devices; output is kept, and input given where it `talks`."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         # ml_collections loads config files by a deprecated method; everything else is an error.
         "PYTHONWARNINGS": "error,ignore:the load_module:DeprecationWarning",
     }
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+    command = [sys.executable, "-m", *arguments]
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdin=pipe if talks else nothing, stdout=pipe, stderr=pipe, text=True
     )
 
 

