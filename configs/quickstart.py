@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
 
     config.data.train = ("task:support_ticket",)
     config.data.eval = ("task:support_ticket",)
-    config.data.max_length = 512
-    config.data.batch_size = 2
+    config.data.max_length = 528
+    config.data.batch_size = 4
 
     config.optimizer.learning_rate = 1e-3
     config.epochs = 1.0

@@ -1,4 +1,4 @@
-"""Metrics to `metrics.jsonl` and TensorBoard, one record a logged step, under the names of docs/metrics.md."""
+"""Metrics to `metrics.jsonl` and TensorBoard, one record a logged step, under the names of docs/running.md."""
 
 import json
 import os
