@@ -164,14 +164,15 @@ def test_fresh_adapters_leave_the_logits_alone(base):
 
 
 def test_fresh_values_depend_on_seed_and_path_only():
-    everything, some, other = (
-        tree.flatten(tree_) for tree_ in (adapters_for(), adapters_for(["q_proj"]), adapters_for(seed=4))
+    both, alone, other = (
+        tree.flatten(tree_)
+        for tree_ in (adapters_for(["q_proj", "k_proj"]), adapters_for(["q_proj"]), adapters_for(["q_proj"], seed=4))
     )
     path = "layers/self_attn/q_proj/lora_a"
-    np.testing.assert_array_equal(everything[path], some[path])
-    assert not np.array_equal(everything[path], other[path])
-    assert not np.array_equal(everything[path], everything["layers/self_attn/k_proj/lora_a"])
-    assert not np.array_equal(everything[path][0], everything[path][1]), "layers differ"
+    np.testing.assert_array_equal(both[path], alone[path])
+    assert not np.array_equal(both[path], other[path])
+    assert not np.array_equal(both[path], both["layers/self_attn/k_proj/lora_a"])
+    assert not np.array_equal(both[path][0], both[path][1]), "layers differ"
 
 
 def test_with_scale_completes_an_adapter_from_disk():

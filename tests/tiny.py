@@ -1,6 +1,7 @@
 """Small decoders with weights large enough that logits are of order 1, and hand-made batches for them."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -76,10 +77,10 @@ def batch_of(rows: list[list[Document]], length: int, left: bool = False) -> dic
 
 def logits(model: Decoder, variables: tree.Tree, batch: dict[str, np.ndarray]) -> np.ndarray:
     """float32 [B, T, vocab]"""
+    return np.asarray(_forward(model, variables, batch["tokens"], batch["positions"], batch["segment_ids"]))
 
-    @jax.jit
-    def forward(variables, tokens, positions, segment_ids):
-        hidden, _ = model.apply(variables, tokens, positions, segment_ids)
-        return model.apply(variables, hidden, method=model.unembed)
 
-    return np.asarray(forward(variables, batch["tokens"], batch["positions"], batch["segment_ids"]))
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(model, variables, tokens, positions, segment_ids):
+    hidden, _ = model.apply(variables, tokens, positions, segment_ids)
+    return model.apply(variables, hidden, method=model.unembed)

@@ -32,6 +32,6 @@ def init_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype) -> C
     )
 
 
-def write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Puts `new` [batch, n, ...] into `buffer` [batch, slots, ...] at slots start .. start + n."""
-    return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=1)
+def write(buffer: jax.Array, new: jax.Array, start: jax.Array, axis: int = 1) -> jax.Array:
+    """Puts `new` into `buffer`, [batch, slots, ...] or with layers in front (axis 2), at slots start .. start + n."""
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=axis)

@@ -24,7 +24,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer_cache, positions, segment_ids, key_positions, key_segments, start):
-        """x [B, T, D]; layer_cache: None or (keys, values) [B, S, K, d]. Returns ([B, T, D], layer_cache)."""
+        """x [B, T, D]; layer_cache: None or (keys, values) [B, S, K, d]. Returns [B, T, D] and the cache's new part."""
         spec = self.spec
 
         def heads(name, count, axis):
@@ -34,13 +34,15 @@ class Attention(nn.Module):
         queries = rotary(heads("q_proj", spec.num_attention_heads, "heads"), positions, spec.rope_theta)
         keys = rotary(heads("k_proj", spec.num_key_value_heads, "kv_heads"), positions, spec.rope_theta)
         values = heads("v_proj", spec.num_key_value_heads, "kv_heads")
+        new = None
         if layer_cache is not None:
-            keys, values = write(layer_cache[0], keys, start), write(layer_cache[1], values, start)
-            layer_cache = (keys, values)
+            # Only what is new goes back out of the scan: returning the whole cache would copy it for every token.
+            new = (keys, values)
+            keys, values = (write(cached, fresh, start) for cached, fresh in zip(layer_cache, new))
         out = attention(queries, keys, values, positions, key_positions, segment_ids, key_segments)
         out = out.reshape(*x.shape[:2], -1)
         o_proj = Linear(spec.hidden_size, ("heads", "embed"), self.dtype, self.param_dtype, name="o_proj")
-        return o_proj(out), layer_cache
+        return o_proj(out), new
 
 
 class MLP(nn.Module):
@@ -61,7 +63,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer, shaped for `nn.scan`: (carry x, this layer's cache) -> (x, this layer's new cache)."""
+    """One pre-norm layer, shaped for `nn.scan`: (x, this layer's cache) -> (x, its new keys and values)."""
 
     spec: DecoderSpec
     dtype: jnp.dtype
@@ -74,10 +76,10 @@ class Block(nn.Module):
 
         x = constrain(x, "batch", "length", "width")
         attend = Attention(self.spec, self.dtype, self.param_dtype, name="self_attn")
-        attended, layer_cache = attend(norm("input_layernorm")(x), layer_cache, *broadcast)
+        attended, new = attend(norm("input_layernorm")(x), layer_cache, *broadcast)
         x = x + attended
         x = x + MLP(self.spec, self.dtype, self.param_dtype, name="mlp")(norm("post_attention_layernorm")(x))
-        return constrain(x, "batch", "length", "width"), layer_cache
+        return constrain(x, "batch", "length", "width"), new
 
 
 class Decoder(nn.Module):
@@ -128,6 +130,7 @@ class Decoder(nn.Module):
         x, (keys, values) = self.layers(
             x, (cache.keys, cache.values), positions, segment_ids, key_positions, key_segments, start
         )
+        keys, values = write(cache.keys, keys, start, axis=2), write(cache.values, values, start, axis=2)
         return self.norm(x), Cache(keys, values, key_positions, key_segments, start + tokens.shape[1])
 
     def unembed(self, hidden: jax.Array) -> jax.Array:

