@@ -24,11 +24,13 @@ TRAINABLE = re.compile(r"^lora/.*/lora_[ab]$")
 def find_targets(targets: str | Sequence[str], kernels: Sequence[str]) -> list[str]:
     """Which of the kernel paths to adapt.
 
-    targets: "all-linear" (every kernel but the output head's, as in peft), a list of module names such as
+    targets: "all-linear" (every kernel but the output head's, as in peft), module names such as "q_proj,v_proj" or
     ["q_proj", "v_proj"], or one regular expression searched in the path. A name or pattern that matches nothing raises
     UserError.
     """
     kernels = sorted(kernels)
+    if isinstance(targets, str) and re.fullmatch(r"\w+(,\w+)+", targets):
+        targets = targets.split(",")
     if targets == "all-linear":
         return [path for path in kernels if not path.startswith("lm_head/")]
     if isinstance(targets, str):

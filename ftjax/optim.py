@@ -21,6 +21,7 @@ def make_schedule(learning_rate: float, config: ConfigDict, steps: int) -> optax
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019) after clipping to a global norm; `clip_norm` 0 turns clipping off.
 
+    The moments have the parameters' dtype: what is trained must be float32 (`assemble.abstract_variables` sees to it).
     Weight decay spares vectors (norm scales): decaying those towards zero changes the function, not its complexity.
     """
     adamw = optax.adamw(
@@ -30,7 +31,6 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         eps=config.eps,
         weight_decay=config.weight_decay,
         mask=_is_matrix,
-        mu_dtype="float32",
     )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
 

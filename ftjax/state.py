@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ftjax import sharding
+from ftjax import sharding, tree
 from ftjax.tree import Tree
 
 
@@ -21,6 +21,8 @@ class TrainState:
 
 def abstract_state(optimizer: optax.GradientTransformation, trainable: Tree, mesh: Mesh) -> TrainState:
     """Shapes and shardings: each optimizer moment is laid out like its parameter, everything else is replicated."""
+    if wrong := [f"{path} ({leaf.dtype})" for path, leaf in tree.flatten(trainable).items() if leaf.dtype != "float32"]:
+        raise ValueError(f"what is trained must be float32, or small updates are lost: {', '.join(wrong)}")
     whole = sharding.replicated(mesh)
     opt_state = jax.eval_shape(optimizer.init, trainable)
 

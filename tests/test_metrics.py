@@ -18,7 +18,8 @@ def test_a_restart_takes_back_what_came_after_its_step(tmp_path):
     write(tmp_path, 0, range(1, 5))
     write(tmp_path, 2, range(3, 6))
     records = metrics.read(tmp_path / "metrics.jsonl")
-    assert [(record["step"], record["loss"]) for record in records] == [(1, 0.1), (2, 0.2), (3, 2.3), (4, 2.4), (5, 2.5)]
+    kept = [(record["step"], record["loss"]) for record in records]
+    assert kept == [(1, 0.1), (2, 0.2), (3, 2.3), (4, 2.4), (5, 2.5)]
 
 
 def test_a_line_torn_by_a_kill_is_left_out(tmp_path):

@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         )(spec, *dtypes)
         self.norm = RMSNorm(spec.rms_norm_eps, *dtypes)
         if not spec.tie_word_embeddings:
-            self.lm_head = Linear(spec.vocab_size, ("embed", "vocab"), *dtypes)
+            self.lm_head = Linear(spec.vocab_size, ("embed", "vocab"), *dtypes, out_dtype=jnp.float32)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None = None
@@ -137,7 +137,7 @@ class Decoder(nn.Module):
         """Hidden states [..., D] -> float32 logits [..., vocab]."""
         if self.spec.tie_word_embeddings:
             return self.embed_tokens.attend(hidden)
-        return self.lm_head(hidden).astype(jnp.float32)
+        return self.lm_head(hidden)
 
     def init_all(self, tokens: jax.Array) -> None:
         """For `init` only: touches every parameter, the untied head included."""

