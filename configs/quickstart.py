@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 10
     config.accumulate = 5  # two rows at a time stay in a CPU's cache
 
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 6e-4
     config.epochs = 0.8
     config.log_every = 5
     config.checkpoint_every = 20

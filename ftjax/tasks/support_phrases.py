@@ -56,6 +56,12 @@ _TRAIN_SENTENCES = {
         "{Order} was delivered today without {what}.",
         "{What} {was} not among the things you sent me in {order}.",
         "When I emptied the box, {what} {was} nowhere to be found. It is {order}.",
+        "Only half of {order} turned up. I am short of {what}.",
+        "{Order} is incomplete, because {what} did not come with it.",
+        "You charged me for {what} in {order}, yet {it} never got packed.",
+        "The bag for {order} had gaps. I got all but {what}.",
+        "I went through every layer of paper in {order} but never came across {what}.",
+        "All the rest of {order} is fine, just send me {what} that you skipped.",
     ),
     "wrong_item": (
         "I asked for {what} in {order}, but you shipped something else.",
@@ -74,6 +80,12 @@ _TRAIN_SENTENCES = {
         "Someone packed another product in place of {what}, {order}.",
         "The contents of {order} do not match. I requested {what} and unpacked something different.",
         "What came with {order} is the incorrect size and model. I had picked {what}.",
+        "This is {order}. I was hoping for {what}, and out came a strange gadget.",
+        "{What} {was} what I paid for. {Order} brought me a thing I have never seen before.",
+        "You confused my parcel with another. {Order} was for {what}.",
+        "Could it be that my label was switched? I unpacked an unrelated object and no {what} ({order}).",
+        "I needed {what}. The product you chose to send with {order} is unlike it in every way.",
+        "{Order}: please exchange what you sent, since I had asked for {what}.",
     ),
     "late": (
         "I ordered {what} three weeks ago and nothing has come yet ({order}).",
@@ -110,6 +122,12 @@ _TRAIN_SENTENCES = {
         "{What} {was} a gift that nobody wanted. Please pay me back for {order}.",
         "I decided against {what}. Kindly credit my card for {order}.",
         "Please reimburse me for {order}. I do not like {what} as much as I hoped.",
+        "{What} disappointed me. Send the sum I paid for {order} to my account, please.",
+        "I clicked on {what} without thinking. Undo {order} and return my payment.",
+        "What do I have to do to hand in {what} and get the full price of {order} again?",
+        "As {what} {was} a poor choice of mine, I ask you to pay out {order}.",
+        "Stop {order}, please. I no longer care for {what} and would rather keep the cash.",
+        "I have never used {what}. Take {them} back and transfer the cost of {order}.",
     ),
 }
 
@@ -185,7 +203,22 @@ _TRAIN_NAMES = (
     "Hannah", "Yusuf", "Beatriz", "Liam", "Sakura", "Emeka", "Freya", "Ivan", "Salma", "Pablo", "Greta", "Hiroshi",
     "Amara", "Lukas", "Divya", "Omar", "Elena", "Jakub", "Thandi", "Felix", "Yuki", "Rosa", "Samir", "Astrid",
     "Chidi", "Nadia", "Marco", "Linh", "Peter", "Ayesha", "Viktor", "Paola", "Rohan", "Emma", "Kofi", "Ling",
-    "Grace", "Hassan", "Julia", "Andre",
+    "Grace", "Hassan", "Julia", "Andre", "Adaeze", "Agnes", "Ahmed", "Akira", "Alejandro", "Alma", "Amir", "Anders",
+    "Angela", "Anouk", "Antonio", "Anya", "Ariel", "Asha", "Aurora", "Ayumi", "Babak", "Barbara", "Basil", "Bella",
+    "Benjamin", "Bianca", "Bilal", "Birgit", "Boris", "Brenda", "Caleb", "Carmen", "Cecilia", "Cheng", "Christa",
+    "Claudio", "Connor", "Cyrus", "Dalia", "Darius", "Deepak", "Delphine", "Denis", "Dora", "Eduardo", "Efua",
+    "Eleni", "Elias", "Emil", "Enzo", "Esther", "Eva", "Fabian", "Faith", "Farid", "Fernanda", "Fiona", "Florian",
+    "Francesca", "Gabriel", "Georgia", "Gita", "Goran", "Gustav", "Hamza", "Haruto", "Hector", "Heidi", "Ibrahim",
+    "Ida", "Imani", "Ines", "Isaac", "Ismail", "Jasmine", "Javier", "Jiro", "Joanna", "Jonas", "Jorge", "Josephine",
+    "Kamal", "Karim", "Katarina", "Keiko", "Khalid", "Kiran", "Klara", "Lars", "Latifa", "Laura", "Leon", "Lina",
+    "Lorenzo", "Luca", "Luisa", "Magnus", "Maja", "Malik", "Manuel", "Margot", "Mariam", "Martin", "Mateusz",
+    "Megan", "Mehmet", "Mikhail", "Mina", "Miriam", "Mohan", "Monika", "Musa", "Natalia", "Neil", "Nikhil", "Nina",
+    "Nkechi", "Odette", "Oksana", "Oscar", "Otto", "Padma", "Pascal", "Patrick", "Paulina", "Petra", "Philippa",
+    "Quentin", "Rahul", "Ramona", "Rashid", "Rebecca", "Renata", "Ricardo", "Robin", "Rosalind", "Ruben", "Ruth",
+    "Sabine", "Said", "Sanjay", "Santiago", "Sara", "Sebastian", "Selma", "Serena", "Shira", "Silvia", "Simone",
+    "Soren", "Stefan", "Sunita", "Susanna", "Svetlana", "Tamara", "Tatiana", "Teresa", "Theo", "Timur", "Tina",
+    "Uma", "Ursula", "Valentina", "Vanessa", "Vera", "Victor", "Wanda", "Wei", "Wilhelm", "Xavier", "Yara", "Yasmin",
+    "Yelena", "Yohan", "Yvonne", "Zachary", "Zeynep", "Zoltan",
 )  # fmt: skip
 _TEST_NAMES = (
     "Sofia", "Daniel", "Amina", "Takeshi", "Carlos", "Anika", "Nils", "Zainab", "Ravi", "Clara", "Kojo", "Milan",
@@ -202,7 +235,14 @@ _TRAIN_ITEMS = (
     "alarm clock", "shower curtain", "backpack", "garden hose", "cutting board", "salad spinner", "wall mirror",
     "desk fan", "jigsaw puzzle", "running shirt", "cotton sheet", "memory card", "frying pan", "paint brush",
     "bird feeder", "rice cooker", "umbrella", "ink cartridge", "dinner plate", "skateboard", "wooden spoon",
-    "hand mixer", "pencil case", "night light", "extension cord",
+    "hand mixer", "pencil case", "night light", "extension cord", "fruit crate", "linen shirt", "car charger",
+    "ear plug", "marble tile", "rubber boot", "violin bow", "honey jar", "cat tunnel", "dog leash", "swim goggle",
+    "copper kettle", "glass jar", "paper lantern", "sewing machine", "stapler", "trash bin", "velvet curtain",
+    "window blind", "zip pouch", "bamboo tray", "chess set", "denim skirt", "egg cup", "felt slipper", "gym mat",
+    "headlamp", "ironing board", "juice squeezer", "metal shelf", "nail file", "orchid pot", "padlock",
+    "quilt cover", "roller skate", "tea towel", "vacuum filter", "whisk", "wooden puzzle",
+    "yarn ball", "ballpoint pen", "beach umbrella", "corkscrew", "doorbell", "drawing pad", "floor lamp",
+    "photo album",
 )  # fmt: skip
 _TEST_ITEMS = (
     "toaster", "bluetooth speaker", "sleeping bag", "ceramic vase", "computer mouse", "folding ladder",
@@ -212,7 +252,8 @@ _TEST_ITEMS = (
 )  # fmt: skip
 _IRREGULAR = {
     "bread knife": "bread knives", "paint brush": "paint brushes", "wine glass": "wine glasses",
-    "tool box": "tool boxes", "silk scarf": "silk scarves", "wrist watch": "wrist watches",
+    "tool box": "tool boxes", "silk scarf": "silk scarves", "metal shelf": "metal shelves",
+    "wrist watch": "wrist watches",
     "computer mouse": "computer mice", "steel thermos": "steel thermoses",
 }  # fmt: skip
 

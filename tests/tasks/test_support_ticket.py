@@ -110,7 +110,9 @@ def test_examples_are_distinct_and_balanced(data, split):
     assert sorted(quantities) == [1, 2, 3, 4, 5, 6]
     assert min(quantities.values()) > len(examples) / 6 * 0.6
     phrases = SPLITS[split][1]
-    assert {ticket(e)["customer"] for e in examples} == set(phrases.names)
+    customers = {ticket(e)["customer"] for e in examples}
+    assert customers <= set(phrases.names)
+    assert len(customers) > 0.9 * len(phrases.names)
     assert {ticket(e)["item"] for e in examples} <= {form for forms in phrases.items for form in forms}
     for form in ORDER_FORMS:
         assert any(form.format(ticket(e)["order"]) in message(e) for e in examples)
@@ -119,7 +121,7 @@ def test_examples_are_distinct_and_balanced(data, split):
 def test_examples_depend_on_the_seed_alone(data):
     # A change of the phrases or of the drawing shows here: results measured before it are then not comparable.
     digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-    assert digest[:16] == "3de38164cc900790"
+    assert digest[:16] == "deb0cc76a61c6cf4"
     assert task.train_examples(37) == data["train"][:37]
     assert task.test_examples(1000)[:200] == data["test"]
     assert task.train_examples(37, seed=1) != data["train"][:37]
