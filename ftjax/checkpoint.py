@@ -39,7 +39,7 @@ def _context() -> ocp.Context:
 class Checkpoints:
     """The checkpoints in `directory`, the newest `keep` of them and the best one.
 
-    The best is the step whose `meta["metrics"][best_metric]` is smallest or largest; steps without it do not take part.
+    The best is the step whose `score` is the smallest or the largest; steps without one do not take part.
     A writer must be the only one (`ftjax.workdir.lock`): what an interrupted save left is removed when it opens.
     `read_only` neither creates nor removes anything, and may look on while another process writes.
 
@@ -54,19 +54,16 @@ class Checkpoints:
         self,
         directory: Path,
         keep: int = 3,
-        best_metric: str | None = None,
         best_mode: Literal["max", "min"] = "min",
         *,
         read_only: bool = False,
     ):
         if keep < 1:
             raise UserError(f"checkpoints to keep: {keep} is less than 1, and the newest is always kept.")
-        if best_mode not in ("max", "min"):
-            raise UserError(f"best_mode {best_mode!r}: choose 'max' or 'min'.")
         self.directory = Path(directory).absolute()
         self._keep = keep
-        self._best_metric = best_metric
         self._best_mode = best_mode
+        self._scores: dict[int, float] = {}
         self._read_only = read_only
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future] | None = None
@@ -172,14 +169,16 @@ class Checkpoints:
             raise self._unusable(newest, f"it is incomplete, {digest.FILE} is missing")
         return newest
 
-    def best(self) -> int | None:
-        """The step with the best metric (the earliest of equals), None if no step has it.
-
-        Raises:
-          UserError: the meta of a step is damaged.
-        """
+    def score(self, step: int, value: float) -> None:
+        """Tell how good a saved step is; NaN is never the best. Scores last as long as this object."""
         self.wait()
-        return self._best({step: self._metric(step) for step in self._complete()})
+        if value == value:
+            self._scores[step] = value
+
+    def best(self) -> int | None:
+        """The step with the best score (the earliest of equals), None if none has one."""
+        self.wait()
+        return self._best(self._complete())
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
         """(step, state, meta) of `step`, by default the newest.
@@ -237,7 +236,7 @@ class Checkpoints:
     def _unusable(self, step: int, why: str) -> UserError:
         others = [other for other in self._complete() if other != step]
         mend = (
-            f"Resume from another step with --config.checkpoint.resume_step=N (N one of {others})"
+            f"Use another step (one of {others}): --config.checkpoint.resume_step=N to train on, --step=N elsewhere"
             if others
             else "There is no other complete step: restore the directory from a copy"
         )
@@ -255,33 +254,16 @@ class Checkpoints:
             raise self._unusable(step, f"it was saved as step {record['step']}")
         return record
 
-    def _metric(self, step: int) -> float | None:
-        path, name = self.directory / str(step), "meta/data.json"
-        if digest.wrong_files(path, {name: self._record(step)["files"].get(name)}):
-            raise self._unusable(step, f"missing or damaged files: {name}")
-        value = json.loads((path / name).read_bytes()).get("metrics", {}).get(self._best_metric)
-        return value if value == value else None  # NaN is never the best
-
-    def _best(self, metrics: dict[int, float | None]) -> int | None:
-        known = {step: value for step, value in metrics.items() if value is not None}
-        choose = max if self._best_mode == "max" else min
-        return choose(known, key=known.__getitem__, default=None)
-
     def _retire(self) -> None:
-        """Remove all complete steps but the newest `keep` and the best. What cannot be judged stays."""
+        """Remove all complete steps but the newest `keep` and the best."""
         complete = self._complete()
-        kept = set(complete[-self._keep :])
-        if self._best_metric is not None:
-            metrics = {}
-            for step in complete:
-                try:
-                    metrics[step] = self._metric(step)
-                except UserError:
-                    kept.add(step)  # damaged: not ours to delete, and restore() says so to whoever asks for it
-            kept.add(self._best(metrics))
-        for step in complete:
-            if step not in kept:
+        for step in complete[: -self._keep]:
+            if step != self._best(complete):
                 self._remove(self.directory / str(step))
+
+    def _best(self, steps: list[int]) -> int | None:
+        choose = {"max": max, "min": min}[self._best_mode]
+        return choose((step for step in steps if step in self._scores), key=self._scores.__getitem__, default=None)
 
     def _remove(self, path: Path) -> None:
         """Delete a directory such that no half of it ever stands under its name."""

@@ -1,10 +1,12 @@
 """What every command line shares: flags, and mistakes told in one message instead of a traceback."""
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from ftjax.errors import UserError
@@ -19,7 +21,12 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
     UserError, and an error while the config file or its overrides are read, end with status 2 and one message.
     """
-    logging.set_verbosity(logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    warnings = logging.StreamHandler()
+    warnings.setFormatter(logging.Formatter("warning: %(message)s"))
+    logger = logging.getLogger("ftjax")
+    logger.addHandler(warnings)
+    logger.propagate = False
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:
@@ -32,25 +39,37 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 def config_of(flag: flags.FlagHolder) -> ConfigDict:
     """The value of a config-file flag; UserError where it was not given or its file does not load."""
+    if not flag.present:
+        raise UserError("--config is missing; for example --config configs/quickstart.py")
     try:
         config = flag.value
     except OSError as error:
-        raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
+        raise UserError(_not_loaded(error)) from error
     if not isinstance(config, ConfigDict):
-        raise UserError("--config is missing; for example --config configs/quickstart.py")
+        raise UserError(f"--config {_config_file()}: no such file, or its get_config() returns no ConfigDict")
     return config
 
 
 def config_name() -> str:
     """`quickstart` for --config configs/quickstart.py:args."""
-    return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    return Path(_config_file().split(":", 1)[0]).stem
+
+
+def _config_file() -> str:
+    return config_flags.get_config_filename(flags.FLAGS["config"])
+
+
+def _not_loaded(error: Exception) -> str:
+    return f"the config file does not load: {type(error).__name__}: {str(error).splitlines()[-1].strip()}"
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        raise UserError(f"{error}. --help shows the flags") from error
+        raise UserError(f"{str(error).splitlines()[-1]}. --help shows the flags") from error
+    except (OSError, SyntaxError, ImportError, NameError) as error:
+        raise UserError(_not_loaded(error)) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # ml_collections says which key, and suggests a near one.
         raise UserError(f"the config was refused: {' '.join(str(error.args[0]).split())}") from error

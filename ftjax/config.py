@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ftjax.errors import UserError
+from ftjax.workdir import replace_text
 
 DTYPES = ("float32", "bfloat16", "float16")
 LEARNING_RATES = {"lora": 2e-4, "none": 2e-5}  # used where optimizer.learning_rate is 0
@@ -65,11 +66,11 @@ def defaults() -> ConfigDict:
     config.evaluate = ConfigDict()
     config.evaluate.max_new_tokens = 128
     config.evaluate.batch_size = 64  # prompts completed together
-    config.evaluate.before = True  # also score tasks before the first step
+    config.evaluate.before = True  # also before the first step
 
     config.checkpoint = ConfigDict()
     config.checkpoint.keep = 2  # the newest so many, and the best
-    config.checkpoint.resume_step = -1  # resume from this step instead of the newest
+    config.checkpoint.resume_step = -1  # go back to this step once, setting later ones aside; -1: the newest
 
     config.steps = 0  # 0: as many as `epochs` needs
     config.epochs = 1.0
@@ -167,9 +168,13 @@ def validate(config: ConfigDict) -> None:
             f"config.data.batch_size={config.data.batch_size} is not a multiple of config.accumulate="
             f"{config.accumulate}; every micro-batch has the same number of rows"
         )
-    for key in ("data.train", "data.eval"):
-        for entry in given[key]:
-            source_entry(entry, key)
+    for which in ("train", "eval"):
+        for entry in sources(config, which):
+            if which == "eval" and entry["source"].startswith("tfds:") and "split" not in entry:
+                raise UserError(f"config.data.eval: say which split of {entry['source']}, as {{'source', 'split'}}")
+    evaluated = [json.dumps(entry, sort_keys=True) for entry in sources(config, "eval")]
+    if twice := sorted({entry for entry in evaluated if evaluated.count(entry) > 1}):
+        raise UserError(f"config.data.eval: {twice[0]} stands there twice")
 
 
 def source_entry(entry: Any, key: str) -> dict[str, str]:
@@ -179,7 +184,9 @@ def source_entry(entry: Any, key: str) -> dict[str, str]:
     if not hasattr(entry, "keys") or not isinstance(entry.get("source"), str):
         raise UserError(f"config.{key}: {entry!r} is neither a string nor a mapping with a 'source'")
     known = ("source", "format", "split")
-    for name in entry.keys() - set(known):
+    if wrong := [name for name in entry if not isinstance(entry[name], str)]:
+        raise UserError(f"config.{key}: {wrong[0]!r} of entry {dict(entry)} must be a string")
+    for name in set(entry) - set(known):
         raise UserError(f"config.{key}: entry {dict(entry)} has no option {name!r}{did_you_mean(name, known)}")
     return dict(entry)
 
@@ -211,20 +218,20 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def write(config: ConfigDict, path: Path) -> None:
-    path.write_text(json.dumps(as_json(config), indent=2) + "\n")
+    replace_text(path, json.dumps(as_json(config), indent=2) + "\n")
 
 
 def read(path: Path) -> ConfigDict:
     """The config that a run wrote; raises UserError when the file is absent or not one of ours."""
     try:
         given = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there; is {path.parent} the workdir of a run?") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; is {path.parent} the workdir of a run?") from None
+    except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: not the config of a run")
     config = ConfigDict(given)
-    for key in ("train", "eval"):  # JSON has no tuples
-        config.data[key] = tuple(config.data[key])
     validate(config)
     return config
 

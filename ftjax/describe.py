@@ -47,7 +47,7 @@ def run(
     }
 
 
-def result(workdir: Path) -> dict[str, str]:
+def result(workdir: Path, best: int | None) -> dict[str, str]:
     """What has come out, and where it is."""
     evals = [record for record in metrics.read(workdir / "metrics.jsonl") if is_eval(record)]
     rows = {}
@@ -55,7 +55,7 @@ def result(workdir: Path) -> dict[str, str]:
         before = f"{evals[0][name]:.4g} at step {evals[0]['step']} -> " if len(evals) > 1 else ""
         rows[name] = f"{before}{evals[-1][name]:.4g} at step {evals[-1]['step']}"
     quoted = shlex.quote(str(workdir))
-    rows |= {"checkpoints": str(workdir / "checkpoints")}
+    rows |= {"checkpoints": str(workdir / "checkpoints") + (f", the best is step {best}" if best is not None else "")}
     if (workdir / "samples.jsonl").exists():
         rows["completions"] = str(workdir / "samples.jsonl")
     return rows | {

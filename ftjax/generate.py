@@ -65,6 +65,10 @@ def main(argv: list[str]) -> int:
         raise UserError("--adapter goes with --model; a --workdir has its own")
     if (FLAGS.prompt is None) == (not FLAGS.chat):
         raise UserError("give either --prompt '...' or --chat")
+    if FLAGS.raw and (FLAGS.system or FLAGS.chat):
+        raise UserError("--raw gives the prompt as it is; it takes no --system and no --chat")
+    if FLAGS.workdir and FLAGS["dtype"].present:
+        raise UserError("--dtype goes with --model; a --workdir has the dtype of its config")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
     if FLAGS.workdir:
         _, base, variables, _ = assemble.load_run(Path(FLAGS.workdir), FLAGS.step)
@@ -80,6 +84,8 @@ def main(argv: list[str]) -> int:
         print()
         return text
 
+    if FLAGS.system and not base.tokenizer.chat_template:
+        raise UserError("--system needs a chat template, which this model has not; put the text into --prompt")
     system = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
     if FLAGS.chat:
         _chat(base, system, answer)
@@ -102,8 +108,10 @@ def _chat(base: Base, messages: list[dict], answer) -> None:
             return
         if not text.strip():
             return
-        messages = [*messages, {"role": "user", "content": text}]
-        messages = [*messages, {"role": "assistant", "content": answer(render_prompt(messages, base.tokenizer))}]
+        turn = [*messages, {"role": "user", "content": text}]
+        said = answer(render_prompt(turn, base.tokenizer))
+        if said.strip():  # a template has no way to render an empty answer
+            messages = [*turn, {"role": "assistant", "content": said}]
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class Loop:
 
     batch_at: index -> host batch [batch_size, length]; a pure function, so the data position is the step count.
     evaluate: (step, state) -> metrics with the prefix `eval_`, or None where there is nothing to evaluate.
+    best_metric: the one of them that says which checkpoint is best.
     meta: JSON that every checkpoint carries (config, fingerprint of the data).
     """
 
@@ -43,6 +44,7 @@ class Loop:
     batch_at: Callable[[int], dict[str, np.ndarray]]
     epoch_at: Callable[[int], float]
     evaluate: Callable[[int, TrainState], dict[str, float]] | None
+    best_metric: str | None
     checkpoints: Checkpoints
     writer: MetricsWriter
     progress: Progress
@@ -68,22 +70,26 @@ def run(
     """
     start = done = int(state.step)
 
-    def save(metrics: dict[str, float]) -> None:
+    def save() -> None:
         nonlocal saved
         if saved != done:
-            loop.checkpoints.save(done, state, loop.meta | {"num_tokens": num_tokens, "metrics": metrics})
+            loop.checkpoints.save(done, state, loop.meta | {"num_tokens": num_tokens})
             saved = done
 
     timer = _Timer()
     try:
         while True:
-            if loop.evaluate and _eval_due(loop, done) and not (evaluated and done == start):
+            due = loop.evaluate is not None and _eval_due(loop, done) and not (evaluated and done == start)
+            if due or done == loop.total_steps or (done and done % loop.checkpoint_every == 0):
+                save()
+            if due:
                 metrics = loop.evaluate(done, state)
+                # Recorded only beside a checkpoint that is whole: a restart then knows exactly what is left to do.
+                loop.checkpoints.wait()
                 loop.writer.write(done, metrics)
-                save(metrics)
+                if loop.best_metric in metrics:
+                    loop.checkpoints.score(done, metrics[loop.best_metric])
                 timer.restart()
-            if done == loop.total_steps or (done and done % loop.checkpoint_every == 0):
-                save({})
             if done == loop.total_steps:
                 return state
             loop.preemption.check()
@@ -105,7 +111,7 @@ def run(
                 metrics["packing_efficiency"] = new_tokens / batch["tokens"].size
                 loop.writer.write(done, metrics)
     except Preempted:
-        save({})
+        save()
         raise
 
 

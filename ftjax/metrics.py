@@ -13,9 +13,12 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from ftjax.workdir import replace_text
+
 
 class MetricsWriter:
-    """Appends records; `start_step` is where the run (re)starts: records after it, left by a run that was killed, go.
+    """Appends records; `start_step` is where the run restarts (-1: from nothing). Records after it, left by a killed
+    run, go.
 
     So an interrupted and resumed run leaves the records of an uninterrupted one.
     """
@@ -23,9 +26,7 @@ class MetricsWriter:
     def __init__(self, workdir: Path, start_step: int):
         self.path = workdir / "metrics.jsonl"
         kept = [record for record in read(self.path) if record["step"] <= start_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(self.path)
+        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = self.path.open("a")
         board = workdir / "tensorboard"
         board.mkdir(exist_ok=True)

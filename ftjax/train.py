@@ -41,7 +41,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         workdirs.lock(workdir),
         Preemption() as preemption,
         Display(config.log_every) as display,
-        Checkpoints(workdir / "checkpoints", config.checkpoint.keep, *best_metric(config)) as checkpoints,
+        Checkpoints(workdir / "checkpoints", config.checkpoint.keep, best_metric(config)[1]) as checkpoints,
     ):
         try:
             return _train(config, workdir, preemption, display, checkpoints)
@@ -56,6 +56,7 @@ def _train(
 ) -> int:
     mesh = sharding.make_mesh({axis: config.mesh[axis] for axis in config.mesh})
     base = assemble.open_base(config.model)
+    _check_length(config, base)
     train_loader, eval_loader, report = _load_data(config, base)
     total_steps = config.steps or train_loader.batches_in(config.epochs)
     meta = {"config": configs.as_json(config), "data": train_loader.fingerprint()}
@@ -63,7 +64,8 @@ def _train(
     resumed = checkpoints.latest() if config.checkpoint.resume_step < 0 else config.checkpoint.resume_step
     if resumed is not None:
         _check_same_config(config, workdir)
-    recorded = {record["step"] for record in metrics.read(workdir / "metrics.jsonl") if is_eval(record)}
+    records = [] if resumed is None else metrics.read(workdir / "metrics.jsonl")
+    recorded = {record["step"] for record in records if is_eval(record)}
     if resumed == total_steps and (total_steps in recorded or not config.data.eval):
         display.say(f"This run is finished: {total_steps} steps, saved in {workdir}. Nothing to do.")
         return 0
@@ -88,6 +90,9 @@ def _train(
             _, state, saved_meta = checkpoints.restore(abstract_st, resumed)
             _check_same_data(train_loader, saved_meta, workdir)
             checkpoints.rewind(resumed)
+            for record in records:
+                if (name := best_metric(config)[0]) in record:
+                    checkpoints.score(record["step"], record[name])
             num_tokens = saved_meta["num_tokens"]
             display.say(f"resuming after step {resumed}")
         del variables, trainable  # the step donates the state: no second copy may stay alive
@@ -97,13 +102,14 @@ def _train(
         if config.data.eval:
             evaluator = Evaluator(config, base, mesh, objective, eval_loader, workdir, preemption, display)
             evaluate = lambda step, state: evaluator(step, state.trainable, frozen)  # noqa: E731
-        writer = metrics.MetricsWriter(workdir, int(state.step))
+        writer = metrics.MetricsWriter(workdir, -1 if resumed is None else resumed)
         loop = Loop(
             mesh=mesh,
             step=make_step(objective, optimizer, schedule, abstract_st, config.seed),
             batch_at=train_loader.batch,
             epoch_at=train_loader.epoch_at,
             evaluate=evaluate,
+            best_metric=best_metric(config)[0],
             checkpoints=checkpoints,
             writer=writer,
             progress=display,
@@ -121,8 +127,8 @@ def _train(
             run(loop, state, frozen, resumed, num_tokens, evaluated=resumed in recorded)
         finally:
             writer.close()
-    checkpoints.close()
-    display.table("finished", describe.result(workdir))
+    best = checkpoints.best()
+    display.table("finished", describe.result(workdir, best))
     return 0
 
 
@@ -157,6 +163,14 @@ def _check_same_data(loader: Loader, saved: dict, workdir: Path) -> None:
         raise UserError(
             f"{workdir}: the training data, its tokenizer or its chat template is not what this run began with; "
             "restore it or choose another --workdir"
+        )
+
+
+def _check_length(config: ConfigDict, base: Base) -> None:
+    positions = base.model.spec.max_position_embeddings
+    if config.data.max_length > positions:
+        raise UserError(
+            f"config.data.max_length={config.data.max_length} is more than the model's {positions} positions; lower it"
         )
 
 

@@ -11,6 +11,16 @@ from ftjax.errors import UserError
 _LOCK = ".lock"
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file such that a kill at any moment leaves the old one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 def probe(workdir: Path) -> None:
     """Create `workdir` and try on it what a save does: write, flush to the disk, rename, read back, remove.
 

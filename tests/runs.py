@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tiny import numpy_params, spec
 from ftjax.models.decoder import Decoder
 from ftjax.weights.write import write_merged
 
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 CONFIG = '''
 from ftjax import config as configs
 
@@ -91,6 +93,9 @@ def command(*arguments: str, devices: int = 1, talks: bool = False) -> subproces
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         # ml_collections loads config files by a deprecated method; everything else is an error.
         "PYTHONWARNINGS": "error,ignore:the load_module:DeprecationWarning",
+        # The same small programs are compiled by every process; one compilation serves them all.
+        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     }
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     command = [sys.executable, "-m", *arguments]

@@ -10,6 +10,8 @@ from runs import command, finish, signal_at_step, write_model, write_rows, write
 
 from ftjax import assemble, metrics, tree
 from ftjax.errors import UserError
+from ftjax.evals.evaluator import Evaluator
+from ftjax.preemption import Preempted
 from ftjax.train import train as run_config
 
 TIMES = {"step_time", "tokens_per_second"}
@@ -77,7 +79,7 @@ def test_a_finished_run_is_left_as_it_is(root, uninterrupted):
     assert after == before
 
 
-@pytest.mark.parametrize("step", [2, 9, 17])
+@pytest.mark.parametrize("step", [2, 17])
 def test_killed_and_resumed_it_ends_with_the_same_bits(root, uninterrupted, step):
     workdir = root / f"killed-at-{step}"
     process = train(root, workdir)
@@ -96,6 +98,40 @@ def test_sigterm_saves_and_ends_with_75(root, uninterrupted):
     assert int(adapters(workdir)[0]) >= 10
     assert "resuming after step" in finish(train(root, workdir))
     assert_same_run(workdir, uninterrupted[0])
+
+
+def test_preempted_in_an_evaluation_it_repeats_that_evaluation(root, uninterrupted, monkeypatch):
+    workdir = root / "preempted"
+    measure = Evaluator.__call__
+
+    def interrupted(self, step, *variables):
+        if step == 8:
+            raise Preempted
+        return measure(self, step, *variables)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", interrupted)
+        assert train_here(root, workdir, {}) == 75
+    assert train_here(root, workdir, {}) == 0
+    assert_same_run(workdir, uninterrupted[0])
+
+
+def test_records_without_a_checkpoint_are_another_runs(root):
+    workdir = root / "stale"
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 1.0}\n')
+    assert train_here(root, workdir, {"steps": 2}) == 0
+    assert [record["step"] for record in records(workdir)] == [0, 1, 2, 2]
+    assert records(workdir)[0]["eval_loss"] != 1.0
+
+
+def test_it_goes_back_to_an_older_step_when_asked(root, uninterrupted):
+    workdir = root / "rewound"
+    shutil.copytree(uninterrupted[0], workdir)
+    assert train_here(root, workdir, {"checkpoint.resume_step": 20}) == 0
+    assert_same_run(workdir, uninterrupted[0])
+    with pytest.raises(UserError, match="no step 3"):
+        train_here(root, workdir, {"checkpoint.resume_step": 3})
 
 
 def test_resumed_on_another_mesh_it_sees_the_same_batches(root, uninterrupted):
@@ -171,11 +207,24 @@ def test_a_mistake_ends_with_status_2_and_one_message(root, tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("text", [None, "import nothing_like_it", "def get_config(: pass", "x"])
+def test_a_config_file_that_does_not_load_is_told_in_one_message(tmp_path, text):
+    if text is not None:
+        (tmp_path / "odd.py").write_text(text)
+    printed = finish(command("ftjax.train", f"--config={tmp_path / 'odd.py'}", "--config.seed=1"), 2)
+    assert_refused(printed, ["config"])
+
+
 BAD = {
     "a choice that is none": ({"adapter.kind": "qlora"}, "adapter.kind.*lora, none"),
     "a target that matches nothing": ({"adapter.targets": "qkv_proj"}, "qkv_proj.*q_proj"),
     "a pattern that matches nothing": ({"adapter.kind": "none", "adapter.trainable": "mpl"}, "trainable.*'mpl'.*mlp"),
     "a rank larger than a layer": ({"adapter.rank": 33}, "rank=33.*1 to"),
+    "rows longer than the model's positions": ({"data.max_length": 513}, "max_length=513.*512 positions"),
+    "answers longer than the model's positions": (
+        {"data.eval": ("task:support_ticket",), "evaluate.max_new_tokens": 500},
+        "max_new_tokens=500.*512 positions",
+    ),
     "a batch that does not divide": ({"accumulate": 3}, "batch_size=4.*accumulate=3"),
     "a mesh that does not fit": ({"mesh.fsdp": 2}, "fsdp=2 does not fit 1 cpu device"),
     "a file that is not there": ({"data.train": ("nowhere.jsonl",)}, "nowhere.jsonl"),

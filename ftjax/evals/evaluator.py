@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from jax.sharding import Mesh
@@ -10,9 +11,11 @@ from ml_collections import ConfigDict
 from ftjax import config as configs
 from ftjax import tree
 from ftjax.assemble import Base
+from ftjax.data.chat import render_prompt
 from ftjax.data.loader import Loader
 from ftjax.data.sources import TASK
 from ftjax.display import Display
+from ftjax.errors import UserError
 from ftjax.evals.heldout import heldout_metrics
 from ftjax.evals.task import score_task
 from ftjax.objectives.loss import Objective
@@ -22,6 +25,7 @@ from ftjax.sampling.sampler import Sampling
 from ftjax.step import make_eval_step
 from ftjax.tasks import registry
 from ftjax.tree import Tree
+from ftjax.workdir import replace_text
 
 
 def is_eval(record: dict) -> bool:
@@ -60,22 +64,23 @@ class Evaluator:
         self._eval_step = make_eval_step(objective)
         self._samples = workdir / "samples.jsonl"
         self._preemption, self._display = preemption, display
+        self._check_lengths()
 
     def __call__(self, step: int, trainable: Tree, frozen: Tree) -> dict[str, float]:
         found = {}
         if self._loader is not None:
-            found |= heldout_metrics(self._eval_step, trainable, frozen, self._loader.eval_batches(), self._mesh)
+            batches, check = self._loader.eval_batches(), self._preemption.check
+            found |= heldout_metrics(self._eval_step, trainable, frozen, batches, self._mesh, check)
             self._display.say(f"step {step}: held-out loss {found['eval_loss']:.4f}")
         for entry in self._tasks:
             score, records = self._score(step, entry, tree.combine(trainable, frozen))
             found[_score_name(entry)] = score
-            self._write_samples(step, entry["source"], records)
+            self._write_samples(step, _name(entry), records)
             self._display.say(f"step {step}: {entry['source']} scores {score:.1%} on {len(records)} examples")
         return found
 
     def _score(self, step: int, entry: dict[str, str], variables: Tree) -> tuple[float, list[dict]]:
-        task = registry.get(entry["source"].removeprefix(TASK))
-        examples = registry.examples(task, entry.get("split", "test"))
+        task, examples = _examples(entry)
 
         with self._display.counter(f"{entry['source']} at step {step}", len(examples)) as advance:
 
@@ -98,13 +103,37 @@ class Evaluator:
 
             return score_task(task, examples, self._base.tokenizer, complete)
 
-    def _write_samples(self, step: int, source: str, records: list[dict]) -> None:
-        """Replaces this step's lines, and later ones, which a killed run left."""
+    def _check_lengths(self) -> None:
+        """What could not be completed is a mistake to be told now, not after hours of training."""
+        positions = self._base.model.spec.max_position_embeddings
+        for entry in self._tasks:
+            prompts = (render_prompt(example["messages"][:-1], self._base.tokenizer) for example in _examples(entry)[1])
+            longest = max(map(len, prompts))
+            if longest + self._config.max_new_tokens > positions:
+                raise UserError(
+                    f"config.evaluate.max_new_tokens={self._config.max_new_tokens}: with a prompt of {longest} tokens "
+                    f"({entry['source']}) that passes the model's {positions} positions; lower it"
+                )
+
+    def _write_samples(self, step: int, name: str, records: list[dict]) -> None:
+        """Replaces this step's lines of this source, and all of later steps, which a killed run left."""
         lines = self._samples.read_text().splitlines() if self._samples.exists() else []
-        old = [sample for sample in map(json.loads, lines) if (sample["step"], sample["source"]) < (step, source)]
-        new = [{"step": step, "source": source} | record for record in records]
-        self._samples.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in old + new))
+        old = map(json.loads, lines)
+        kept = [one for one in old if one["step"] < step or (one["step"] == step and one["source"] != name)]
+        new = [{"step": step, "source": name} | record for record in records]
+        replace_text(self._samples, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in kept + new))
+
+
+def _examples(entry: dict[str, str]) -> tuple[ModuleType, list[dict]]:
+    task = registry.get(entry["source"].removeprefix(TASK))
+    return task, registry.examples(task, entry.get("split", "test"))
+
+
+def _name(entry: dict[str, str]) -> str:
+    """support_ticket, or support_ticket[train] for a split that is not the test split."""
+    split = entry.get("split", "test")
+    return entry["source"].removeprefix(TASK) + (f"[{split}]" if split != "test" else "")
 
 
 def _score_name(entry: dict[str, str]) -> str:
-    return f"eval_{entry['source'].removeprefix(TASK)}/score"
+    return f"eval_{_name(entry)}/score"

@@ -19,10 +19,15 @@ def heldout_metrics(
     frozen: Tree,
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
+    on_batch: Callable[[], None],
 ) -> dict[str, float]:
-    """{"eval_loss", "eval_mean_token_accuracy", ...}: means over the trained tokens of all batches together."""
+    """{"eval_loss", "eval_mean_token_accuracy", ...}: means over the trained tokens of all batches.
+
+    on_batch is called before each batch, and may raise to end it (`Preemption.check`).
+    """
     total = None
     for batch in batches:
+        on_batch()
         placed = {name: sharding.place(mesh, ("batch", "length"), array) for name, array in batch.items()}
         loss = eval_step(trainable, frozen, placed)
         total = loss if total is None else jax.tree.map(jnp.add, total, loss)
