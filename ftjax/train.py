@@ -27,7 +27,7 @@ from ftjax.evals.evaluator import Evaluator, best_metric, is_eval
 from ftjax.loop import Loop, run
 from ftjax.objectives.sft import make_sft
 from ftjax.preemption import Preempted, Preemption
-from ftjax.state import abstract_state, init_state
+from ftjax.state import TrainState, abstract_state, init_state
 from ftjax.step import make_step
 
 OBJECTIVES = {"sft": make_sft}
@@ -78,6 +78,7 @@ def _train(
         abstract_st = abstract_state(optimizer, trainable, mesh)
         objective = OBJECTIVES[config.objective.name](base.model)
         _check_batch(config, mesh)
+        evaluator = Evaluator(config, base, mesh, objective, eval_loader, workdir, preemption, display)
         display.table("ftjax.train", describe.run(config, base, mesh, abstract, is_trained, train_loader, report))
 
         display.say("reading the weights")
@@ -90,25 +91,25 @@ def _train(
             _, state, saved_meta = checkpoints.restore(abstract_st, resumed)
             _check_same_data(train_loader, saved_meta, workdir)
             checkpoints.rewind(resumed)
+            name, _ = best_metric(config)
             for record in records:
-                if (name := best_metric(config)[0]) in record:
+                if name in record and record["step"] <= resumed:
                     checkpoints.score(record["step"], record[name])
             num_tokens = saved_meta["num_tokens"]
             display.say(f"resuming after step {resumed}")
         del variables, trainable  # the step donates the state: no second copy may stay alive
         configs.write(config, workdir / "config.json")
 
-        evaluate = None
-        if config.data.eval:
-            evaluator = Evaluator(config, base, mesh, objective, eval_loader, workdir, preemption, display)
-            evaluate = lambda step, state: evaluator(step, state.trainable, frozen)  # noqa: E731
+        def evaluate(step: int, state: TrainState) -> dict[str, float]:
+            return evaluator(step, state.trainable, frozen)
+
         writer = metrics.MetricsWriter(workdir, -1 if resumed is None else resumed)
         loop = Loop(
             mesh=mesh,
             step=make_step(objective, optimizer, schedule, abstract_st, config.seed),
             batch_at=train_loader.batch,
             epoch_at=train_loader.epoch_at,
-            evaluate=evaluate,
+            evaluate=evaluate if config.data.eval else None,
             best_metric=best_metric(config)[0],
             checkpoints=checkpoints,
             writer=writer,
