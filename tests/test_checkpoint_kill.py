@@ -29,17 +29,16 @@ def like():
 
 def train(directory: Path, events) -> None:
     """Resume, then save every step without end: most of the time goes to saving, committing and removing."""
-    with Checkpoints(directory, keep=2, best_metric="loss") as checkpoints:
+    with Checkpoints(directory, keep=2) as checkpoints:
         step = checkpoints.latest() or 0
         if step:
             assert checkpoints.restore(like())[2]["step"] == step
         events.send(step)
         while True:
             step += 1
+            checkpoints.save(step, jax.tree.map(jax.numpy.asarray, values(step)), {"step": step})
             # The best is one of every seven, so that steps in the middle are removed, too.
-            meta = {"step": step, "metrics": {"loss": step % 7 - step // 7}}
-            checkpoints.save(step, jax.tree.map(jax.numpy.asarray, values(step)), meta)
-            checkpoints.wait()
+            checkpoints.score(step, step % 7 - step // 7)
             events.send(step)
 
 
@@ -72,7 +71,7 @@ def kill_and_check(directory: Path, kills: int, seed: int) -> None:
                 break
         left |= {path.name.rstrip("0123456789") for path in directory.iterdir()}
 
-        with Checkpoints(directory, keep=2, best_metric="loss") as checkpoints:
+        with Checkpoints(directory, keep=2) as checkpoints:
             assert all(path.name.isdecimal() for path in directory.iterdir())  # leftovers are gone
             steps = checkpoints.steps()
             for step in steps:
