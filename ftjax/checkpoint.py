@@ -1,7 +1,7 @@
 """Checkpoints of a run: a thin layer over Orbax v1 that adds digests, a strict restore and safe retention.
 
 A step is one directory, `checkpoints/<step>/`: `state/` (arrays), `meta/` (JSON: config, data position, fingerprint,
-metrics) and `digests.json`. It is written as `writing-<step>` and appears by one rename when all of it is there, so a
+tokens) and `digests.json`. It is written as `writing-<step>` and appears by one rename when all of it is there, so a
 process that is killed at any moment leaves either the whole step or none of it. Removal goes the same way: rename to
 `trash-<step>`, then delete.
 
