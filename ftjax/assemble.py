@@ -52,8 +52,7 @@ def abstract_variables(config: ConfigDict, model: Decoder, mesh: Mesh) -> tuple[
     """
     leaves = tree.flatten(params.abstract_params(model, mesh))
     if config.adapter.kind == "lora":
-        kernels = [path for path in leaves if path.endswith("/kernel")]
-        targets = lora.find_targets(config.adapter.targets, kernels)
+        targets = lora.find_targets(config.adapter.targets, lora.linear_kernels(leaves))
         adapters = lora.abstract_adapters(
             tree.unflatten(leaves), params.logical_axes(model), targets, config.adapter.rank, mesh
         )

@@ -8,7 +8,7 @@ The model reads it as its `lora` collection; training differentiates `lora_a` an
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,12 @@ from ftjax.errors import UserError
 from ftjax.tree import Tree
 
 TRAINABLE = re.compile(r"^lora/.*/lora_[ab]$")
+
+
+def linear_kernels(paths: Iterable[str]) -> list[str]:
+    """Of all parameter paths the kernels that can be adapted: not those of a mixture's experts and router."""
+    found = [path for path in paths if path.endswith("/kernel")]
+    return sorted(path for path in found if "/experts/" not in path and "/router/" not in path)
 
 
 def find_targets(targets: str | Sequence[str], kernels: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "experts": ("expert",),
     "norm": (),
     "rank": (),
     # activations

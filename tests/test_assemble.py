@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import SPEC, one_device
+from tiny import one_device, spec
 
 from ftjax import config as configs
 from ftjax import tree
@@ -14,7 +14,7 @@ from ftjax.models.decoder import Decoder
 def variables(**changes):
     config = configs.defaults()
     config.update_from_flattened_dict(changes)
-    model = Decoder(SPEC, jnp.bfloat16, jnp.bfloat16)
+    model = Decoder(spec(), jnp.bfloat16, jnp.bfloat16)
     abstract, is_trained = abstract_variables(config, model, one_device())
     trained, frozen = tree.partition(abstract, is_trained)
     return tree.flatten(trained), tree.flatten(frozen)

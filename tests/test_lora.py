@@ -7,7 +7,7 @@ import optax
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import OPTIMIZER, batch_of, documents, logits, numpy_params, one_device, spec
+from tiny import CONFIG, OPTIMIZER, batch_of, documents, logits, numpy_params, one_device, spec
 from witness import torch_llama, torch_logits, torch_loss_sum
 
 from ftjax import lora, tree
@@ -71,7 +71,7 @@ def peft_parameters(adapters):
 def peft_model(base, adapters, targets, rslora=False):
     """The same adapted model in torch; every adapter matrix of peft's is set from one of ours."""
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, lora_dropout=0.0, use_rslora=rslora)
-    model = get_peft_model(torch_llama(MODEL.spec, base), config)
+    model = get_peft_model(torch_llama(CONFIG | {"tie_word_embeddings": False}, base), config)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     ours = peft_parameters(adapters)
     assert named.keys() == ours.keys()

@@ -1,6 +1,5 @@
 """Small decoders with weights large enough that logits are of order 1, and hand-made batches for them."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,23 +8,24 @@ from ml_collections import ConfigDict
 
 from ftjax import sharding, tree
 from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
 from ftjax.models.params import abstract_params
 from ftjax.models.spec import DecoderSpec
 
-SPEC = DecoderSpec(
-    family="llama",
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    max_position_embeddings=64,
-)
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rope_theta": 10_000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+}
 
 OPTIMIZER = ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0})
 SCHEDULE = ConfigDict({"name": "linear", "warmup_ratio": 0.1, "final_ratio": 0.0})
@@ -34,7 +34,8 @@ Document = tuple[np.ndarray, np.ndarray]  # tokens int32 [n], trained bool [n]
 
 
 def spec(**changes) -> DecoderSpec:
-    return dataclasses.replace(SPEC, **changes)
+    """Of CONFIG, with changes named as in a Hugging Face config.json."""
+    return spec_from_config(CONFIG | changes)
 
 
 def one_device() -> jax.sharding.Mesh:
@@ -52,7 +53,7 @@ def numpy_params(model: Decoder, seed: int = 0) -> tree.Tree:
     return tree.unflatten(out)
 
 
-def documents(seed: int, lengths: list[int], vocab: int = SPEC.vocab_size) -> list[Document]:
+def documents(seed: int, lengths: list[int], vocab: int = CONFIG["vocab_size"]) -> list[Document]:
     """Random tokens; the first third of each document is a prompt that is not trained on."""
     rng = np.random.default_rng(seed)
     return [(rng.integers(0, vocab, n).astype(np.int32), np.arange(n) >= max(1, n // 3)) for n in lengths]

@@ -1,29 +1,21 @@
 """transformers' torch Llama with the weights of one of our parameter trees."""
 
-import dataclasses
-
 import numpy as np
 import torch
 from tiny import Document
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftjax import tree
-from ftjax.models.spec import DecoderSpec
 
 torch.set_num_threads(2)
 
 
-def torch_llama(spec: DecoderSpec, params: tree.Tree) -> LlamaForCausalLM:
+def torch_llama(config: dict, params: tree.Tree) -> LlamaForCausalLM:
     """float32, eager attention; every parameter comes from `params`, and every one of `params` is used."""
-    sizes = dataclasses.asdict(spec)
-    del sizes["family"]
-    rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
-    config = LlamaConfig(
-        **sizes, rope_parameters=rope, attn_implementation="eager", bos_token_id=None, eos_token_id=None
-    )
+    config = LlamaConfig(**config, attn_implementation="eager", bos_token_id=None, eos_token_id=None)
     model = LlamaForCausalLM(config).eval()
     state = to_torch(params)
-    if spec.tie_word_embeddings:
+    if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True)
     return model

@@ -19,9 +19,11 @@ class Cache:
     positions: jax.Array  # int32 [batch, slots]
     segment_ids: jax.Array  # int32 [batch, slots], 0 where nothing may be attended to
     length: jax.Array  # int32 scalar
+    reach: jax.Array  # int32 [batch], how long each row may become: LongRoPE has to know it from the first token on
 
 
-def init_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+def init_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype, reach: jax.Array | None = None) -> Cache:
+    """An empty cache; a row becomes at most `reach` tokens long, by default `slots`."""
     shape = (spec.num_hidden_layers, batch, slots, spec.num_key_value_heads, spec.head_dim)
     return Cache(
         keys=jnp.zeros(shape, dtype),
@@ -29,6 +31,7 @@ def init_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype) -> C
         positions=jnp.zeros((batch, slots), jnp.int32),
         segment_ids=jnp.zeros((batch, slots), jnp.int32),
         length=jnp.zeros((), jnp.int32),
+        reach=jnp.full((batch,), slots, jnp.int32) if reach is None else reach,
     )
 
 

@@ -1,12 +1,18 @@
-"""The decoder: embedding, one scanned stack of pre-norm blocks, final norm, head."""
+"""The decoder: embedding, one scanned stack of blocks, final norm, head."""
+
+import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ftjax.models.attention import attention, rotary
+from ftjax.models.attention import attention
 from ftjax.models.cache import Cache, write
-from ftjax.models.layers import Embedding, Linear, RMSNorm
+from ftjax.models.layers import Embedding, LayerNorm, Linear, RMSNorm
+from ftjax.models.mlp import MLP, Mixture
+from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import constrain
 
@@ -17,68 +23,116 @@ REMAT_POLICIES = {
 }
 
 
+NO_WINDOW = 2**30  # for a layer that sees all, where others have a window
+
+
+class Context(NamedTuple):
+    """What every layer reads alike."""
+
+    positions: jax.Array  # int32 [B, T], as segment_ids
+    segment_ids: jax.Array
+    key_positions: jax.Array  # int32 [B, S], as key_segments
+    key_segments: jax.Array
+    start: jax.Array | None  # the first slot of the cache to write to
+    tables: tuple[jax.Array, jax.Array] | None  # cosines and sines, float32 [ropes, B, T, pairs]
+
+
 class Attention(nn.Module):
     spec: DecoderSpec
     dtype: jnp.dtype
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, layer_cache, positions, segment_ids, key_positions, key_segments, start):
-        """x [B, T, D]; layer_cache: None or (keys, values) [B, S, K, d]. Returns [B, T, D] and the cache's new part."""
+    def __call__(self, x, layer_cache, layer, context):
+        """x [B, T, D]; layer_cache: None or (keys, values) [B, S, K, d]. Returns [B, T, D] and the cache's new part.
+
+        layer: {"rope", "window", "scale"}, scalars of this layer for those in which layers differ (see `_per_layer`).
+        """
         spec = self.spec
-
-        def heads(name, count, axis):
-            linear = Linear(count * spec.head_dim, ("embed", axis), self.dtype, self.param_dtype, name=name)
-            return linear(x).reshape(*x.shape[:2], count, spec.head_dim)
-
-        queries = rotary(heads("q_proj", spec.num_attention_heads, "heads"), positions, spec.rope_theta)
-        keys = rotary(heads("k_proj", spec.num_key_value_heads, "kv_heads"), positions, spec.rope_theta)
-        values = heads("v_proj", spec.num_key_value_heads, "kv_heads")
+        queries, keys, values = self._project(x)
+        if context.tables is not None:
+            cos, sin = (table[layer.get("rope", 0)] for table in context.tables)
+            queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         new = None
         if layer_cache is not None:
             # Only what is new goes back out of the scan: returning the whole cache would copy it for every token.
             new = (keys, values)
-            keys, values = (write(cached, fresh, start) for cached, fresh in zip(layer_cache, new))
-        out = attention(queries, keys, values, positions, key_positions, segment_ids, key_segments)
+            keys, values = (write(cached, fresh, context.start) for cached, fresh in zip(layer_cache, new))
+        sinks = None
+        if spec.attention_sinks:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
+            sinks = self.param("sinks", init, (spec.num_attention_heads,), self.param_dtype)
+        out = attention(
+            queries,
+            keys,
+            values,
+            context.positions,
+            context.key_positions,
+            context.segment_ids,
+            context.key_segments,
+            scale=layer.get("scale", spec.attention_scales[0]),
+            window=layer.get("window", spec.layer_windows[0]),
+            softcap=spec.attention_softcap,
+            sinks=sinks,
+        )
         out = out.reshape(*x.shape[:2], -1)
-        o_proj = Linear(spec.hidden_size, ("heads", "embed"), self.dtype, self.param_dtype, name="o_proj")
+        axes = ("heads", "embed")
+        o_proj = Linear(spec.hidden_size, axes, self.dtype, self.param_dtype, use_bias=spec.o_bias, name="o_proj")
         return o_proj(out), new
 
+    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """queries [B, T, H, d], keys and values [B, T, K, d], normed where the spec says so."""
+        spec = self.spec
+        counts = {"q": spec.num_attention_heads, "k": spec.num_key_value_heads, "v": spec.num_key_value_heads}
 
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
+        def linear(name, heads, axis):
+            features, bias = heads * spec.head_dim, spec.qkv_bias
+            return Linear(features, ("embed", axis), self.dtype, self.param_dtype, use_bias=bias, name=name)(x)
 
-    spec: DecoderSpec
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+        if spec.fused_qkv:
+            fused = linear("qkv_proj", sum(counts.values()), "heads")
+            ends = np.cumsum([count * spec.head_dim for count in counts.values()])
+            parts = dict(zip(counts, jnp.split(fused, ends[:-1], axis=-1)))
+        else:
+            parts = {
+                name: linear(f"{name}_proj", count, "heads" if name == "q" else "kv_heads")
+                for name, count in counts.items()
+            }
+        if spec.qk_norm == "projection":
+            parts |= {name: self._norm(f"{name}_norm")(parts[name]) for name in "qk"}
+        parts = {name: part.reshape(*x.shape[:2], counts[name], spec.head_dim) for name, part in parts.items()}
+        if spec.qk_norm == "head":
+            parts |= {name: self._norm(f"{name}_norm")(parts[name]) for name in "qk"}
+        return parts["q"], parts["k"], parts["v"]
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        def linear(name, features, axes):
-            return Linear(features, axes, self.dtype, self.param_dtype, name=name)
-
-        gate = linear("gate_proj", self.spec.intermediate_size, ("embed", "mlp"))(x)
-        up = linear("up_proj", self.spec.intermediate_size, ("embed", "mlp"))(x)
-        return linear("down_proj", self.spec.hidden_size, ("mlp", "embed"))(nn.silu(gate) * up)
+    def _norm(self, name):
+        return _norm(self.spec, self.dtype, self.param_dtype, name)
 
 
 class Block(nn.Module):
-    """One pre-norm layer, shaped for `nn.scan`: (x, this layer's cache) -> (x, its new keys and values)."""
+    """One layer, shaped for `nn.scan`: (x, this layer's cache, what is its own) -> (x, its new keys and values)."""
 
     spec: DecoderSpec
     dtype: jnp.dtype
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, layer_cache, *broadcast):
-        def norm(name):
-            return RMSNorm(self.spec.rms_norm_eps, self.dtype, self.param_dtype, name=name)
+    def __call__(self, x, layer_cache, layer, context):
+        spec, dtypes = self.spec, (self.dtype, self.param_dtype)
 
+        def norm(name, wanted, x):
+            return _norm(spec, *dtypes, name)(x) if wanted else x
+
+        # Hugging Face calls the norm before the MLP by another name where there is one after attention as well.
+        before_mlp = "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm"
+        scale = jnp.asarray(spec.residual_scale, self.dtype) if spec.residual_scale != 1.0 else 1
         x = constrain(x, "batch", "length", "width")
-        attend = Attention(self.spec, self.dtype, self.param_dtype, name="self_attn")
-        attended, new = attend(norm("input_layernorm")(x), layer_cache, *broadcast)
-        x = x + attended
-        x = x + MLP(self.spec, self.dtype, self.param_dtype, name="mlp")(norm("post_attention_layernorm")(x))
+        attend = Attention(spec, *dtypes, name="self_attn")
+        out, new = attend(norm("input_layernorm", spec.pre_norms, x), layer_cache, layer, context)
+        x = x + norm("post_attention_layernorm", spec.post_norms, out) * scale
+        feed_forward = Mixture if spec.experts else MLP
+        out = feed_forward(spec, *dtypes, name="mlp")(norm(before_mlp, spec.pre_norms, x))
+        x = x + norm("post_feedforward_layernorm", spec.post_norms, out) * scale
         return constrain(x, "batch", "length", "width"), new
 
 
@@ -86,8 +140,8 @@ class Decoder(nn.Module):
     """A decoder-only language model.
 
     `apply({"params": p}, ...)` is the base model; with a `lora` collection beside it, the adapted one.
-    dtype: of activations and matrix products (norms, softmax and logits are float32 regardless); param_dtype: of
-    stored parameters; remat: one of REMAT_POLICIES.
+    dtype: of activations and matrix products (norms, softmax, routing and logits are float32 regardless); param_dtype:
+    of stored parameters; remat: one of REMAT_POLICIES.
     """
 
     spec: DecoderSpec
@@ -98,6 +152,8 @@ class Decoder(nn.Module):
     def setup(self):
         spec, dtypes = self.spec, (self.dtype, self.param_dtype)
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size, *dtypes)
+        if spec.learned_positions:
+            self.embed_positions = Embedding(spec.max_position_embeddings, spec.hidden_size, *dtypes, row_axis=None)
         policy = REMAT_POLICIES[self.remat]
         # Inside a scan XLA cannot undo the rematerialisation, so its guard against that would only cost time.
         block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
@@ -105,11 +161,11 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(0, *(nn.broadcast,) * 5),
+            in_axes=(0, 0, nn.broadcast),
             length=spec.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(spec, *dtypes)
-        self.norm = RMSNorm(spec.rms_norm_eps, *dtypes)
+        self.norm = _norm(spec, *dtypes, None)
         if not spec.tie_word_embeddings:
             self.lm_head = Linear(spec.vocab_size, ("embed", "vocab"), *dtypes, out_dtype=jnp.float32)
 
@@ -120,26 +176,76 @@ class Decoder(nn.Module):
 
         Returns the hidden states after the final norm, [B, T, D] (see `unembed`), and the cache with these tokens in.
         """
-        x = constrain(self.embed_tokens(tokens), "batch", "length", "width")
+        spec = self.spec
+        x = self.embed_tokens(tokens)
+        if spec.embedding_scale != 1.0:
+            x = x * jnp.asarray(spec.embedding_scale, self.dtype)
+        if spec.learned_positions:
+            x = x + self.embed_positions(positions)
+        x = constrain(x, "batch", "length", "width")
         if cache is None:
-            x, _ = self.layers(x, None, positions, segment_ids, positions, segment_ids, None)
+            tables = _tables(spec, positions, lambda: sequence_lengths(positions, segment_ids))
+            context = Context(positions, segment_ids, positions, segment_ids, None, tables)
+            x, _ = self.layers(x, None, _per_layer(spec), context)
             return self.norm(x), None
         start = cache.length
         key_positions = write(cache.positions, positions, start)
         key_segments = write(cache.segment_ids, segment_ids, start)
-        x, (keys, values) = self.layers(
-            x, (cache.keys, cache.values), positions, segment_ids, key_positions, key_segments, start
+        tables = _tables(spec, positions, lambda: cache.reach[:, None])
+        context = Context(positions, segment_ids, key_positions, key_segments, start, tables)
+        x, (keys, values) = self.layers(x, (cache.keys, cache.values), _per_layer(spec), context)
+        cache = cache.replace(
+            keys=write(cache.keys, keys, start, axis=2),
+            values=write(cache.values, values, start, axis=2),
+            positions=key_positions,
+            segment_ids=key_segments,
+            length=start + tokens.shape[1],
         )
-        keys, values = write(cache.keys, keys, start, axis=2), write(cache.values, values, start, axis=2)
-        return self.norm(x), Cache(keys, values, key_positions, key_segments, start + tokens.shape[1])
+        return self.norm(x), cache
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., vocab]."""
-        if self.spec.tie_word_embeddings:
-            return self.embed_tokens.attend(hidden)
-        return self.lm_head(hidden)
+        spec = self.spec
+        logits = self.embed_tokens.attend(hidden) if spec.tie_word_embeddings else self.lm_head(hidden)
+        if spec.logit_scale != 1.0:
+            logits = logits * spec.logit_scale
+        if spec.logit_softcap is not None:
+            logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
+        return logits
 
     def init_all(self, tokens: jax.Array) -> None:
         """For `init` only: touches every parameter, the untied head included."""
         ones = jnp.ones_like(tokens)
         self.unembed(self(tokens, ones, ones)[0])
+
+
+def _norm(spec: DecoderSpec, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str | None) -> nn.Module:
+    kind = {
+        "rms": RMSNorm,
+        "rms_plus_one": functools.partial(RMSNorm, plus_one=True),
+        "layer": LayerNorm,
+    }[spec.norm]
+    return kind(spec.norm_eps, dtype, param_dtype, name=name)
+
+
+def _per_layer(spec: DecoderSpec) -> dict[str, jax.Array]:
+    """Arrays [layers] of what the layers differ in; what is the same in all of them is static instead."""
+    no_rope = len(spec.ropes)  # the table of `_tables` that turns nothing
+    out = {
+        "rope": [no_rope if rope is None else rope for rope in spec.layer_ropes],
+        "window": [NO_WINDOW if window is None else window for window in spec.layer_windows],
+        "scale": list(spec.attention_scales),
+    }
+    return {name: jnp.asarray(values) for name, values in out.items() if len(set(values)) > 1}
+
+
+def _tables(spec: DecoderSpec, positions, reach) -> tuple[jax.Array, jax.Array] | None:
+    """Cosines and sines of every rope, and 1 and 0 after them where some layers have none. None if all have none."""
+    if not spec.ropes:
+        return None
+    needs_reach = any(rope.long_frequencies is not None for rope in spec.ropes)
+    cos, sin = rotary_tables(spec.ropes, positions, reach() if needs_reach else None)
+    if None in spec.layer_ropes:
+        cos = jnp.concatenate([cos, jnp.ones_like(cos[:1])])
+        sin = jnp.concatenate([sin, jnp.zeros_like(sin[:1])])
+    return cos, sin

@@ -1,8 +1,21 @@
 """The parametrised pieces of a decoder; each names its parameters' logical axes where it declares them."""
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+# By their names in Hugging Face configs.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": nn.gelu,  # the tanh approximation (Hendrycks and Gimpel 2016)
+    "gelu_pytorch_tanh": nn.gelu,
+    "relu": nn.relu,
+}
 
 INIT = nn.initializers.normal(0.02)
 
@@ -35,10 +48,10 @@ low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 class Linear(nn.Module):
-    """y = x W, and + scale (x A) B where the `lora` collection holds adapters for this layer (Hu et al. 2021).
+    """y = x W + b, and + scale (x A) B where the `lora` collection holds adapters for this layer (Hu et al. 2021).
 
-    Parameters: `kernel` [in, features]. Collection `lora` (optional): `lora_a` [in, r], `lora_b` [r, features],
-    `lora_scale` scalar.
+    Parameters: `kernel` [in, features], with use_bias `bias` [features]. Collection `lora` (optional):
+    `lora_a` [in, r], `lora_b` [r, features], `lora_scale` scalar.
     """
 
     features: int
@@ -46,6 +59,7 @@ class Linear(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     out_dtype: jnp.dtype | None = None  # of y, where products are to be summed and kept in more than `dtype`
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -55,11 +69,36 @@ class Linear(nn.Module):
         if self.has_variable("lora", "lora_a"):
             a, b, scale = (self.get_variable("lora", name) for name in ("lora_a", "lora_b", "lora_scale"))
             y = y + low_rank(x, a.astype(self.dtype), (b * scale).astype(self.dtype))
+        if self.use_bias:
+            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],))
+            y = y + self.param("bias", bias_init, (self.features,), self.param_dtype).astype(y.dtype)
         return y
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale (Zhang and Sennrich 2019), computed in float32, returned in `dtype`."""
+    """x / rms(x) * scale (Zhang and Sennrich 2019), computed in float32, returned in `dtype`.
+
+    plus_one: the factor is 1 + scale, and multiplied in float32 too, as in Gemma.
+    """
+
+    epsilon: float
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    plus_one: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale = self.param("scale", nn.with_logical_partitioning(init, ("norm",)), (x.shape[-1],), self.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        if self.plus_one:
+            return (x * (1.0 + scale.astype(jnp.float32))).astype(self.dtype)
+        return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * scale + bias (Ba et al. 2016), computed in float32, returned in `dtype`."""
 
     epsilon: float
     dtype: jnp.dtype
@@ -67,29 +106,34 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", scale_init, (x.shape[-1],), self.param_dtype)
+        def vector(name, init):
+            init = nn.with_logical_partitioning(init, ("norm",))
+            return self.param(name, init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+
         x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return x.astype(self.dtype) * scale.astype(self.dtype)
+        scale, bias = vector("scale", nn.initializers.ones), vector("bias", nn.initializers.zeros)
+        return (x * scale + bias).astype(self.dtype)
 
 
 class Embedding(nn.Module):
-    """Token embedding [vocab, width], and the tied output head as `attend`."""
+    """An embedding [rows, width] of tokens or positions, and the tied output head as `attend`."""
 
-    vocab_size: int
+    rows: int
     width: int
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    row_axis: str | None = "vocab"
 
     def setup(self):
-        init = nn.with_logical_partitioning(INIT, ("vocab", "embed"))
-        self.embedding = self.param("embedding", init, (self.vocab_size, self.width), self.param_dtype)
+        init = nn.with_logical_partitioning(INIT, (self.row_axis, "embed"))
+        self.embedding = self.param("embedding", init, (self.rows, self.width), self.param_dtype)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [...] -> [..., width]"""
         return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """[..., width] -> float32 logits [..., vocab]"""
+        """[..., width] -> float32 logits [..., rows]"""
         return jnp.einsum("...d,vd->...v", x, self.embedding.astype(self.dtype), preferred_element_type=jnp.float32)

@@ -13,13 +13,18 @@ from ftjax.tree import Tree
 def abstract_params(model: Decoder, mesh: Mesh) -> Tree:
     """Nested dict of ShapeDtypeStruct with `.sharding` set for `mesh`; nothing is allocated."""
     axes = logical_axes(model)
-    shapes = tree.flatten(jax.eval_shape(lambda: _init(model, 0)))
+    leaves = tree.flatten(jax.eval_shape(lambda: _init(model, 0)))
     return tree.unflatten(
         {
             path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.named(mesh, axes[path], leaf.shape))
-            for path, leaf in shapes.items()
+            for path, leaf in leaves.items()
         }
     )
+
+
+def shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
+    """{path: shape}, as the layers declare them."""
+    return {path: leaf.shape for path, leaf in tree.flatten(jax.eval_shape(lambda: _init(model, 0))).items()}
 
 
 def logical_axes(model: Decoder) -> dict[str, tuple[str | None, ...]]:

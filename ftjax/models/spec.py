@@ -4,21 +4,75 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderSpec:
-    """Sizes and switches of one decoder; field names are those of Hugging Face `config.json` files.
+class Rope:
+    """Rotary position embedding (Su et al. 2021): pair i of a head is turned by position * frequencies[i].
 
-    It is hashable, so it can be a static argument of `jax.jit` and a field of a Linen module.
+    A head of more than twice as many dimensions is turned in its first ones only.
+    """
+
+    frequencies: tuple[float, ...]  # radians per position
+    scale: float = 1.0  # of cosine and sine (YaRN, LongRoPE: Hugging Face's attention_factor)
+    # LongRoPE: sequences of more than `long_after` positions use `long_frequencies`.
+    long_frequencies: tuple[float, ...] | None = None
+    long_after: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture in the place of each layer's MLP: every token goes to the `per_token` experts the router likes best."""
+
+    count: int
+    per_token: int
+    normalize: bool  # whether the chosen experts' weights are made to sum to 1
+    bias: bool = False  # of the router and of the experts
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSpec:
+    """Sizes and switches of one decoder; field names are those of Hugging Face `config.json` files where it has them.
+
+    The defaults are Llama's. It is hashable, so it can be a static argument of `jax.jit` and a field of a Linen module.
     """
 
     family: str  # the `model_type` of the Hugging Face config, e.g. "llama"
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of the MLP, or of one expert
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rope_theta: float
-    rms_norm_eps: float
-    tie_word_embeddings: bool
     max_position_embeddings: int
+    norm_eps: float
+    tie_word_embeddings: bool
+
+    # positions
+    ropes: tuple[Rope, ...]  # the different ones
+    layer_ropes: tuple[int | None, ...]  # which of them each layer uses; None: no positions there
+    learned_positions: bool = False  # an embedding of the position, added to the token's
+
+    # attention
+    layer_windows: tuple[int | None, ...] = ()  # how many tokens back, itself included, each layer sees; None: all
+    attention_scales: tuple[float, ...] = ()  # of queries times keys, per layer
+    attention_softcap: float | None = None  # scores s become cap * tanh(s / cap)
+    attention_sinks: bool = False  # a learned score per head that takes part in the softmax and carries no value
+    qkv_bias: bool = False
+    o_bias: bool = False
+    fused_qkv: bool = False  # one kernel for queries, keys and values, in this order
+    qk_norm: str | None = None  # a norm of queries and keys: "head" (each head alone) or "projection" (all at once)
+
+    # MLP
+    hidden_act: str = "silu"  # one of layers.ACTIVATIONS
+    mlp_bias: bool = False
+    gate: str | None = "separate"  # a gated MLP's kernels: "separate", "halves" or "interleaved" in one; None: no gate
+    swiglu_clamp: tuple[float, float] | None = None  # (alpha, limit) of GPT-OSS's gate
+    experts: Experts | None = None
+
+    # norms, residual stream and head
+    norm: str = "rms"  # "rms", "rms_plus_one" (scale + 1) or "layer"
+    pre_norms: bool = True  # of what goes into attention and MLP
+    post_norms: bool = False  # of what comes out of them
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None

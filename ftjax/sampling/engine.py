@@ -144,19 +144,18 @@ def _prefill(
         batch["tokens"],
         jnp.maximum(positions, 0),
         (positions >= 0).astype(jnp.int32),
-        init_cache(model.spec, rows, width, model.dtype),
+        init_cache(model.spec, rows, width, model.dtype, reach=batch["lengths"] + max_new_tokens),
     )
 
     # The room is added after the prompts are read, so that they need not attend to empty slots.
     def extend(x, axis):
         return jnp.pad(x, [(0, max_new_tokens if i == axis else 0) for i in range(x.ndim)])
 
-    cache = Cache(
+    cache = cache.replace(
         keys=extend(cache.keys, 2),
         values=extend(cache.values, 2),
         positions=extend(cache.positions, 1),
         segment_ids=extend(cache.segment_ids, 1),
-        length=cache.length,
     )
     state = _State(
         cache=cache,

@@ -1,81 +1,74 @@
 """Which Hugging Face tensor each parameter of ours is: the one table behind loading, writing and PEFT."""
 
 import dataclasses
+import functools
+import itertools
 
 import numpy as np
 
 from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
+from ftjax.models.families import FAMILIES
+from ftjax.models.params import shapes
 from ftjax.models.spec import DecoderSpec
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")  # what weights may be stored as
+_LEAVES = {"kernel": ".weight", "embedding": ".weight", "scale": ".weight", "bias": ".bias"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
     """One parameter of ours as it is called, laid out and shaped in Hugging Face files.
 
-    `template` has a `{}` for the layer number if ours is stacked over layers. `shape` is that of one Hugging
-    Face tensor: [out, in] for a linear layer, which `transposed` says ours ([in, out]) is the transpose of.
+    `template` has a `{}` for each of our leading dimensions, `stack`, that the files split into tensors: the layer,
+    and the expert where each has its own. `shape` is that of one Hugging Face tensor: [out, in] for a linear layer,
+    which `transposed` says ours ([in, out]) is the transpose of.
     """
 
     template: str
     shape: tuple[int, ...]
+    stack: tuple[int, ...] = ()
     transposed: bool = False
 
+    def places(self) -> list[tuple[int, ...]]:
+        """The indices into our leading dimensions, one per Hugging Face tensor, in order: [()] where there are none."""
+        return list(itertools.product(*map(range, self.stack)))
+
+    def name(self, place: tuple[int, ...]) -> str:
+        return self.template.format(*place)
+
+    def names(self) -> list[str]:
+        """The Hugging Face names, in the order of `places`."""
+        return [self.name(place) for place in self.places()]
+
     @property
-    def stacked(self) -> bool:
-        return "{}" in self.template
-
-    def names(self, layers: int) -> list[str]:
-        """The Hugging Face names, one per layer if stacked, else one."""
-        return [self.template.format(layer) for layer in range(layers)] if self.stacked else [self.template]
-
-    def our_shape(self, layers: int) -> tuple[int, ...]:
-        """The shape of our parameter: [L, in, out], [L, D], [V, D], ..."""
-        shape = self.shape[::-1] if self.transposed else self.shape
-        return (layers, *shape) if self.stacked else shape
+    def our_shape(self) -> tuple[int, ...]:
+        """The shape of our parameter: [L, in, out], [L, E, in, out], [L, D], [V, D], ..."""
+        return (*self.stack, *(self.shape[::-1] if self.transposed else self.shape))
 
 
+@functools.lru_cache(maxsize=16)
 def hf_names(spec: DecoderSpec) -> dict[str, Key]:
     """{path of a parameter: its Key}, "layers/mlp/up_proj/kernel" -> "model.layers.{}.mlp.up_proj.weight".
 
-    Raises UserError for a family without a table here.
+    The shapes are those that the decoder itself declares; the names are Llama's but for what the family says.
     """
-    if spec.family not in _FAMILIES:
-        raise UserError(
-            f"no table of weights for model_type {spec.family!r}; there are: {', '.join(_FAMILIES)}"
-        )
-    return _FAMILIES[spec.family](spec)
-
-
-def _llama(spec: DecoderSpec) -> dict[str, Key]:
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    heads = spec.num_attention_heads * spec.head_dim
-    kv_heads = spec.num_key_value_heads * spec.head_dim
-    linear = {
-        "self_attn/q_proj": (heads, hidden),
-        "self_attn/k_proj": (kv_heads, hidden),
-        "self_attn/v_proj": (kv_heads, hidden),
-        "self_attn/o_proj": (hidden, heads),
-        "mlp/gate_proj": (inner, hidden),
-        "mlp/up_proj": (inner, hidden),
-        "mlp/down_proj": (hidden, inner),
-    }
-    keys = {
-        "embed_tokens/embedding": Key("model.embed_tokens.weight", (spec.vocab_size, hidden)),
-        "norm/scale": Key("model.norm.weight", (hidden,)),
-    }
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        keys[f"layers/{norm}/scale"] = Key(f"model.layers.{{}}.{norm}.weight", (hidden,))
-    for module, shape in linear.items():
-        name = f"model.layers.{{}}.{module.replace('/', '.')}.weight"
-        keys[f"layers/{module}/kernel"] = Key(name, shape, transposed=True)
-    if not spec.tie_word_embeddings:
-        keys["lm_head/kernel"] = Key("lm_head.weight", (spec.vocab_size, hidden), transposed=True)
+    family = FAMILIES[spec.family]
+    keys = {}
+    for path, shape in shapes(Decoder(spec)).items():
+        template = family.names.get(path) or _llama_name(path)
+        stack, inner = shape[: template.count("{}")], shape[template.count("{}") :]
+        transposed = path.endswith("/kernel") and path not in family.as_stored
+        keys[path] = Key(template, inner[::-1] if transposed else inner, stack, transposed)
     return keys
 
 
-_FAMILIES = {"llama": _llama}
+def _llama_name(path: str) -> str:
+    module, _, leaf = path.rpartition("/")
+    if module.startswith("layers/"):
+        module = module.replace("layers/", "layers/{}/", 1)
+    prefix = "" if module == "lm_head" else "model."
+    return prefix + module.replace("/", ".") + _LEAVES[leaf]
 
 
 def finite_cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

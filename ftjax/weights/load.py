@@ -1,5 +1,7 @@
 """From a reader of Hugging Face tensors to our parameter tree, each device getting only its own slices."""
 
+import itertools
+import re
 from typing import Any
 
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 
 from ftjax import tree
 from ftjax.errors import UserError
+from ftjax.models.families import family_of
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.keys import FLOATS, Key, finite_cast, hf_names
 from ftjax.weights.source import Reader
@@ -24,36 +27,41 @@ def load_params(reader: Reader, spec: DecoderSpec, abstract: dict[str, Any]) -> 
     """
     keys = hf_names(spec)
     leaves = tree.flatten(abstract)
-    layers = spec.num_hidden_layers
-    if {path: leaf.shape for path, leaf in leaves.items()} != {
-        p: key.our_shape(layers) for p, key in keys.items()
-    }:
+    if {path: leaf.shape for path, leaf in leaves.items()} != {path: key.our_shape for path, key in keys.items()}:
         raise ValueError(f"the tree to load is not that of {spec}")
-    _check(reader, spec, keys)
-    return tree.unflatten({path: _array(reader, keys[path], layers, leaf) for path, leaf in leaves.items()})
+    stored = _stored_names(reader)
+    _check(reader, stored, spec, keys)
+    return tree.unflatten({path: _array(reader, stored, keys[path], leaf) for path, leaf in leaves.items()})
 
 
-def _check(reader: Reader, spec: DecoderSpec, keys: dict[str, Key]) -> None:
-    stored = reader.names()
-    if spec.num_hidden_layers > len(
-        stored
-    ):  # or the list below could be as long as a corrupt config makes it
+def _stored_names(reader: Reader) -> dict[str, str]:
+    """{Hugging Face name as transformers has it: as the files have it}, less what the family has no use for."""
+    family = family_of(reader.config)
+    out = {}
+    for name in reader.names():
+        if family.ignored and re.search(family.ignored, name):
+            continue
+        found = next(((old, new) for old, new in family.read_as if name.startswith(old)), ("", ""))
+        out[found[1] + name.removeprefix(found[0])] = name
+    return out
+
+
+def _check(reader: Reader, stored: dict[str, str], spec: DecoderSpec, keys: dict[str, Key]) -> None:
+    # Otherwise the list below could be as long as a corrupt config makes it.
+    if spec.num_hidden_layers > len(stored):
         raise UserError(
             f"{reader.path}: the config says num_hidden_layers={spec.num_hidden_layers}, but there are only "
             f"{len(stored)} tensors; the config belongs to other weights"
         )
-    expected = {name: key.shape for key in keys.values() for name in key.names(spec.num_hidden_layers)}
-    problems = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - stored)]
-    problems += [f"unknown: {name}" for name in sorted(stored - expected.keys()) if not _ignored(name, spec)]
-    for name in sorted(expected.keys() & stored):
-        if reader.shape(name) != expected[name]:
-            problems.append(
-                f"shape: {name} is {list(reader.shape(name))}, by the config {list(expected[name])}"
-            )
-        elif reader.dtype(name).name not in FLOATS:
-            problems.append(
-                f"type: {name} is {reader.dtype(name).name}, not floating point of 16 bits or more"
-            )
+    expected = {name: key.shape for key in keys.values() for name in key.names()}
+    problems = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - stored.keys())]
+    problems += [f"unknown: {name}" for name in sorted(stored.keys() - expected.keys()) if not _ignored(name, spec)]
+    for name in sorted(expected.keys() & stored.keys()):
+        shape, dtype = reader.shape(stored[name]), reader.dtype(stored[name])
+        if shape != expected[name]:
+            problems.append(f"shape: {name} is {list(shape)}, by the config {list(expected[name])}")
+        elif dtype.name not in FLOATS:
+            problems.append(f"type: {name} is {dtype.name}, not floating point of 16 bits or more")
     if problems:
         raise UserError(
             "\n  ".join(
@@ -71,37 +79,27 @@ def _ignored(name: str, spec: DecoderSpec) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (spec.tie_word_embeddings and name == "lm_head.weight")
 
 
-def _array(reader: Reader, key: Key, layers: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _array(reader: Reader, stored: dict[str, str], key: Key, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        """The part `index` of our parameter, e.g. [all layers, in, a device's part of out]."""
+        lead, inner = index[: len(key.stack)], index[len(key.stack) :]
+        inner = inner[::-1] if key.transposed else inner
+        chosen = [range(size)[part] for part, size in zip(lead, key.stack)]
+        parts = []
+        for place in itertools.product(*chosen):
+            name = key.name(place)
+            values = finite_cast(reader.read(stored[name], inner), leaf.dtype, f"{reader.path}: {name}")
+            parts.append(values.T if key.transposed else values)
+        return np.stack(parts).reshape(*map(len, chosen), *parts[0].shape) if chosen else np.ascontiguousarray(parts[0])
+
     if leaf.sharding is None:
-        return jnp.asarray(_read(reader, key, layers, leaf, (slice(None),) * len(leaf.shape)))
+        return jnp.asarray(read((slice(None),) * len(leaf.shape)))
     done: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one reading of it
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         place = tuple(s.indices(size) for s, size in zip(index, leaf.shape))
         if place not in done:
-            done[place] = _read(reader, key, layers, leaf, index)
+            done[place] = read(index)
         return done[place]
 
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
-
-
-def _read(
-    reader: Reader, key: Key, layers: int, leaf: jax.ShapeDtypeStruct, index: tuple[slice, ...]
-) -> np.ndarray:
-    """The part `index` of one of our parameters, e.g. [layers of this device, in, its part of out]."""
-    names = key.names(layers)
-    if key.stacked:
-        names, index = names[index[0]], index[1:]
-    if key.transposed:
-        index = index[::-1]
-    result = None
-    for position, name in enumerate(names):
-        values = finite_cast(reader.read(name, index), leaf.dtype, f"{reader.path}: {name}")
-        values = values.T if key.transposed else values
-        if not key.stacked:
-            return np.ascontiguousarray(values)
-        if result is None:
-            result = np.empty((len(names), *values.shape), leaf.dtype)
-        result[position] = values
-    assert result is not None, f"no layer of {key.template} in this part"
-    return result

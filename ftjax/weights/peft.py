@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from ftjax import tree
 from ftjax.errors import UserError
+from ftjax.lora import linear_kernels
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.files import inside, new_directory, read_json
 from ftjax.weights.keys import FLOATS, Key, finite_cast, hf_names
@@ -75,15 +76,15 @@ def write_adapter(
     expected = {}
     tensors = {}
     for module in modules:
-        for half, (name, shape) in _halves(keys[module], rank).items():
+        for half, half_key in _halves(keys[module], rank).items():
             path = f"{module}/{half}"
-            expected[path] = Key(name, shape, transposed=True)
-            if path not in leaves or leaves[path].shape != expected[path].our_shape(spec.num_hidden_layers):
+            expected[path] = half_key
+            if path not in leaves or leaves[path].shape != half_key.our_shape:
                 raise ValueError(f"{path} is absent or not of rank {rank} of {spec}")
             values = np.asarray(leaves[path])
-            for position, tensor in enumerate(expected[path].names(spec.num_hidden_layers)):
-                part = values[position] if expected[path].stacked else values
-                tensors[tensor] = np.ascontiguousarray(finite_cast(part, part.dtype, tensor).T)
+            for place in half_key.places():
+                tensor = half_key.name(place)
+                tensors[tensor] = np.ascontiguousarray(finite_cast(values[place], values.dtype, tensor).T)
     if leaves.keys() != expected.keys():
         raise ValueError(f"not parts of an adapter: {sorted(leaves.keys() - expected.keys())}")
     config = {
@@ -137,37 +138,31 @@ def read_adapter(path: Path, spec: DecoderSpec) -> tuple[dict[str, Any], dict[st
     stored = SafetensorsFile(file)
     keys = {}
     for module, key in _adaptable(spec).items():
-        halves = {
-            f"{module}/{h}": Key(*named, transposed=True)
-            for h, named in _halves(key, settings["rank"]).items()
-        }
-        names = {name for half in halves.values() for name in half.names(spec.num_hidden_layers)}
+        halves = {f"{module}/{half}": half_key for half, half_key in _halves(key, settings["rank"]).items()}
+        names = {name for half in halves.values() for name in half.names()}
         if names & stored.names() or _is_target(module, config):
             keys |= halves
-    _check(file, stored, keys, spec.num_hidden_layers)
+    _check(file, stored, keys)
     leaves = {}
     for leaf, key in keys.items():
-        parts = [
-            finite_cast(stored.read(name), np.dtype(np.float32), f"{file}: {name}").T
-            for name in key.names(spec.num_hidden_layers)
-        ]
-        leaves[leaf] = np.stack(parts) if key.stacked else np.ascontiguousarray(parts[0])
+        parts = [finite_cast(stored.read(name), np.dtype(np.float32), f"{file}: {name}").T for name in key.names()]
+        leaves[leaf] = np.stack(parts).reshape(key.our_shape)
     return tree.unflatten(leaves), settings
 
 
 def _adaptable(spec: DecoderSpec) -> dict[str, Key]:
-    """{"layers/mlp/up_proj": the Key of its kernel}: everything with a kernel; embeddings have none."""
-    suffix = "/kernel"
-    return {path.removesuffix(suffix): key for path, key in hf_names(spec).items() if path.endswith(suffix)}
+    """{"layers/mlp/up_proj": the Key of its kernel}: the linear layers, as lora.linear_kernels has them."""
+    keys = hf_names(spec)
+    return {path.removesuffix("/kernel"): keys[path] for path in linear_kernels(keys)}
 
 
-def _halves(key: Key, rank: int) -> dict[str, tuple[str, tuple[int, int]]]:
-    """{"lora_a": (name in the file, [r, in]), "lora_b": (..., [out, r])} of the linear layer `key`."""
+def _halves(key: Key, rank: int) -> dict[str, Key]:
+    """The Keys of lora_a, [r, in] in the file, and lora_b, [out, r], of the linear layer `key`."""
     module = _PREFIX + key.template.removesuffix(".weight")
-    rows, columns = key.shape
+    rows, columns = key.shape if key.transposed else key.shape[::-1]
     return {
-        "lora_a": (f"{module}.lora_A.weight", (rank, columns)),
-        "lora_b": (f"{module}.lora_B.weight", (rows, rank)),
+        "lora_a": Key(f"{module}.lora_A.weight", (rank, columns), key.stack, transposed=True),
+        "lora_b": Key(f"{module}.lora_B.weight", (rows, rank), key.stack, transposed=True),
     }
 
 
@@ -207,8 +202,8 @@ def _is_target(module: str, config: dict[str, Any]) -> bool:
     return any(isinstance(target, str) and f".{dotted}".endswith(f".{target}") for target in targets)
 
 
-def _check(file: Path, stored: SafetensorsFile, keys: dict[str, Key], layers: int) -> None:
-    expected = {name: key.shape for key in keys.values() for name in key.names(layers)}
+def _check(file: Path, stored: SafetensorsFile, keys: dict[str, Key]) -> None:
+    expected = {name: key.shape for key in keys.values() for name in key.names()}
     problems = [
         f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - stored.names())
     ]

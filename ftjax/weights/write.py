@@ -63,17 +63,14 @@ def _tensors(params: dict[str, Any], spec: DecoderSpec, dtype: Any) -> Iterator[
     """(Hugging Face name, array), one stacked parameter after the other: one at a time is on the host."""
     keys = hf_names(spec)
     leaves = tree.flatten(params)
-    layers = spec.num_hidden_layers
-    if {path: leaf.shape for path, leaf in leaves.items()} != {
-        p: key.our_shape(layers) for p, key in keys.items()
-    }:
+    if {path: leaf.shape for path, leaf in leaves.items()} != {path: key.our_shape for path, key in keys.items()}:
         raise ValueError(f"the parameters to write are not those of {spec}")
     for path, leaf in leaves.items():
         key = keys[path]
         values = np.asarray(leaf)
-        for position, name in enumerate(key.names(layers)):
-            part = values[position] if key.stacked else values
-            part = finite_cast(part, dtype or part.dtype, name)
+        for place in key.places():
+            name = key.name(place)
+            part = finite_cast(values[place], dtype or values.dtype, name)
             yield name, np.ascontiguousarray(part.T if key.transposed else part)
 
 

@@ -1,13 +1,12 @@
 """Hugging Face directories made by transformers itself, and how the tests look at arrays."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from tiny import spec
+from tiny import CONFIG
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftjax import tree
@@ -17,12 +16,10 @@ from ftjax.models.spec import DecoderSpec
 
 
 def llama(tied: bool, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """A random Llama of the shape of `tiny.spec`, no two tensors alike, norms included."""
-    sizes = dataclasses.asdict(spec(tie_word_embeddings=tied))
-    del sizes["family"]
-    rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
+    """A random Llama of the shape of `tiny.CONFIG`, no two tensors alike, norms included."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope, bos_token_id=1, eos_token_id=2))
+    config = CONFIG | {"tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2}
+    model = LlamaForCausalLM(LlamaConfig(**config))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()

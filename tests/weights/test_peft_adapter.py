@@ -20,7 +20,7 @@ from ftjax.weights.peft import read_adapter, write_adapter
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 RANK = 3
-SHAPES = {  # [in, out] by hand, for the sizes of tiny.SPEC
+SHAPES = {  # [in, out] by hand, for the sizes of tiny.spec
     "layers/self_attn/q_proj": (32, 32),
     "layers/self_attn/k_proj": (32, 16),
     "layers/self_attn/v_proj": (32, 16),

@@ -1,0 +1,69 @@
+"""Every architecture there is: from a Hugging Face `config.json` to a DecoderSpec, and its names for our parameters."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ftjax.errors import UserError
+from ftjax.models.families import gemma, gpt2, gpt_oss, granite, llama, mistral, olmo2, phi3, qwen
+from ftjax.models.spec import DecoderSpec
+
+
+class Family(NamedTuple):
+    """One `model_type`. Names are only needed where they differ from Llama's (see weights/keys.py)."""
+
+    spec: Callable[[dict[str, Any]], DecoderSpec]
+    architecture: str  # for `architectures` of a config.json that we make
+    names: Mapping[str, str] = {}  # {our path: Hugging Face name, with {} for the layer and for the expert}
+    as_stored: tuple[str, ...] = ()  # paths of kernels that Hugging Face stores as [in, out], like ours
+    read_as: tuple[tuple[str, str], ...] = ()  # (prefix in some files, what it stands for)
+    ignored: str | None = None  # a regular expression for tensors in the files that the decoder has no use for
+
+
+FAMILIES: dict[str, Family] = {
+    "gemma2": Family(gemma.gemma2, "Gemma2ForCausalLM"),
+    "gemma3": Family(
+        gemma.gemma3, "Gemma3ForCausalLM", read_as=gemma.GEMMA3_READ_AS, ignored=gemma.GEMMA3_IGNORED
+    ),
+    "gemma3_text": Family(gemma.gemma3, "Gemma3ForCausalLM"),
+    "gpt2": Family(gpt2.gpt2, "GPT2LMHeadModel", gpt2.NAMES, gpt2.AS_STORED, gpt2.READ_AS, gpt2.IGNORED),
+    "gpt_oss": Family(gpt_oss.gpt_oss, "GptOssForCausalLM", gpt_oss.NAMES, gpt_oss.AS_STORED),
+    "granite": Family(granite.granite, "GraniteForCausalLM"),
+    "llama": Family(llama.llama, "LlamaForCausalLM"),
+    "mistral": Family(mistral.mistral, "MistralForCausalLM"),
+    "mixtral": Family(mistral.mixtral, "MixtralForCausalLM", mistral.MIXTRAL_NAMES),
+    "olmo2": Family(olmo2.olmo2, "Olmo2ForCausalLM"),
+    "phi3": Family(phi3.phi3, "Phi3ForCausalLM"),
+    "qwen2": Family(qwen.qwen2, "Qwen2ForCausalLM"),
+    "qwen3": Family(qwen.qwen3, "Qwen3ForCausalLM"),
+    "qwen3_moe": Family(qwen.qwen3_moe, "Qwen3MoeForCausalLM", qwen.MOE_NAMES),
+    "smollm3": Family(llama.smollm3, "SmolLM3ForCausalLM"),
+}
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """Raises UserError, listing what is there, for an architecture that is not."""
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        raise UserError(f"no port of model_type {name!r}; there are: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the language model alone: of a multimodal model its `text_config`, else `config` itself."""
+    if config.get("model_type") != "gemma3":
+        return config
+    ids = {name: value for name, value in config.items() if name.endswith("_token_id") and "image" not in name}
+    return ids | config["text_config"] | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+
+
+def spec_from_config(config: dict[str, Any]) -> DecoderSpec:
+    """Raises UserError, by name, for an architecture or an option that is not ported, and for missing or odd sizes."""
+    spec = family_of(config).spec(config)
+    if spec.num_attention_heads % spec.num_key_value_heads:
+        raise UserError(
+            f"config.json: num_attention_heads={spec.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={spec.num_key_value_heads}"
+        )
+    if spec.experts and spec.experts.per_token > spec.experts.count:
+        raise UserError(f"config.json: {spec.experts.per_token} experts per token of only {spec.experts.count}")
+    return spec

@@ -1,0 +1,111 @@
+"""Reading a Hugging Face `config.json`: typed fields, and those that every family shares under Llama's names."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ftjax.errors import UserError
+from ftjax.models.layers import ACTIVATIONS
+from ftjax.models.rope import make_rope, rope_parameters
+
+MAX_LAYERS = 10_000  # or a corrupt config would make lists as long as it pleases
+
+
+def size(config: dict[str, Any], name: str, default: int | None = None) -> int:
+    """A positive whole number; `default` where the config lacks it or says null."""
+    value = default if config.get(name) is None else config[name]
+    if value is None:
+        raise UserError(f"config.json of a {config['model_type']!r} model lacks {name!r}")
+    if type(value) is not int or value < 1:
+        raise UserError(f"config.json: {name}={value!r} is not a positive whole number")
+    return value
+
+
+def number(config: dict[str, Any], name: str, default: float) -> float:
+    value = default if config.get(name) is None else config[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"config.json: {name}={value!r} is not a number")
+    return float(value)
+
+
+def optional(config: dict[str, Any], name: str, default: float | None = None) -> float | None:
+    """A number, or None where the config says null; `default` where it says nothing."""
+    value = config.get(name, default)
+    return None if value is None else number({name: value}, name, 0.0)
+
+
+def flag(config: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = default if config.get(name) is None else config[name]
+    if not isinstance(value, bool):
+        raise UserError(f"config.json: {name}={value!r} is not true or false")
+    return value
+
+
+def activation(config: dict[str, Any], *names: str, default: str = "silu") -> str:
+    """The activation under the first of `names` that the config has."""
+    value = next((config[name] for name in names if config.get(name) is not None), default)
+    if value not in ACTIVATIONS:
+        raise UserError(f"config.json: {names[0]}={value!r} is not supported; there are: {', '.join(ACTIVATIONS)}")
+    return value
+
+
+def refuse(config: dict[str, Any], name: str, harmless: Any = False) -> None:
+    """UserError where an option that is not ported is set to anything but null or `harmless`."""
+    if config.get(name) is not None and config[name] != harmless:
+        raise UserError(
+            f"config.json: {name}={config[name]!r} of a {config['model_type']!r} model is not supported, "
+            f"only {harmless!r} is"
+        )
+
+
+def layer_count(config: dict[str, Any], name: str = "num_hidden_layers") -> int:
+    layers = size(config, name)
+    if layers > MAX_LAYERS:
+        raise UserError(f"config.json: {name}={layers} is more than {MAX_LAYERS}; get the config again")
+    return layers
+
+
+def decoder_fields(config: dict[str, Any], default_theta: float = 10_000.0) -> dict[str, Any]:
+    """Arguments of DecoderSpec for a model whose config has Llama's field names; the families change what differs."""
+    heads, layers = size(config, "num_attention_heads"), layer_count(config)
+    head_dim = size(config, "head_dim", size(config, "hidden_size") // heads)
+    positions = size(config, "max_position_embeddings", 2048)
+    rope = make_rope(rope_parameters(config, default_theta), head_dim, positions)
+    return {
+        "family": config["model_type"],
+        "vocab_size": size(config, "vocab_size"),
+        "hidden_size": size(config, "hidden_size"),
+        "intermediate_size": size(config, "intermediate_size"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": size(config, "num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": positions,
+        "norm_eps": number(config, "rms_norm_eps", 1e-6),
+        "tie_word_embeddings": flag(config, "tie_word_embeddings"),
+        "ropes": (rope,),
+        "layer_ropes": (0,) * layers,
+        "layer_windows": (None,) * layers,
+        "attention_scales": (head_dim**-0.5,) * layers,
+        "hidden_act": activation(config, "hidden_act"),
+        "qkv_bias": flag(config, "attention_bias"),
+        "o_bias": flag(config, "attention_bias"),
+    }
+
+
+def layer_types(config: dict[str, Any], default: Sequence[bool]) -> list[bool]:
+    """Which layers have a sliding window, from `layer_types` where the config has it."""
+    named = config.get("layer_types")
+    if named is None:
+        return list(default)
+    kinds = {"sliding_attention": True, "full_attention": False}
+    if not isinstance(named, list) or len(named) != len(default) or not set(named) <= kinds.keys():
+        raise UserError(
+            f"config.json: layer_types has to name {len(default)} layers, each {' or '.join(kinds)}; it is {named!r}"
+        )
+    return [kinds[kind] for kind in named]
+
+
+def windows(config: dict[str, Any], sliding: Sequence[bool]) -> tuple[int | None, ...]:
+    """`sliding_window` for the layers that slide, None for the others."""
+    return tuple(size(config, "sliding_window") if slides else None for slides in sliding)

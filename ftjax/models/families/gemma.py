@@ -1,0 +1,85 @@
+"""Gemma 2 (soft caps, alternating windows, norms on both sides) and Gemma 3 text (q/k norms, two rope bases)."""
+
+from typing import Any
+
+from ftjax.errors import UserError
+from ftjax.models.families.fields import (
+    activation,
+    decoder_fields,
+    layer_types,
+    number,
+    optional,
+    refuse,
+    size,
+    windows,
+)
+from ftjax.models.rope import make_rope, rope_parameters
+from ftjax.models.spec import DecoderSpec
+
+_DEFAULTS = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+# The language model inside Gemma 3's multimodal checkpoints; vision tensors are left where they are.
+GEMMA3_READ_AS = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+)
+GEMMA3_IGNORED = r"^(model\.)?(vision_tower|multi_modal_projector)\."
+
+
+def gemma2(config: dict[str, Any]) -> DecoderSpec:
+    config = _DEFAULTS | {"max_position_embeddings": 8192} | config
+    fields = _fields(config, period=2)
+    return DecoderSpec(
+        **fields,
+        attention_softcap=optional(config, "attn_logit_softcapping", 50.0),
+        logit_softcap=optional(config, "final_logit_softcapping", 30.0),
+    )
+
+
+def gemma3(config: dict[str, Any]) -> DecoderSpec:
+    """Of `gemma3_text`, and of the `text_config` inside a multimodal `gemma3`."""
+    if config["model_type"] == "gemma3":
+        if not isinstance(config.get("text_config"), dict):
+            raise UserError("config.json of a 'gemma3' model lacks 'text_config'")
+        config = config["text_config"] | {"model_type": "gemma3_text"}
+    config = _DEFAULTS | {"max_position_embeddings": 131_072, "vocab_size": 262_208} | config
+    ropes = config.get("rope_parameters") or {}
+    if not {"full_attention", "sliding_attention"} <= ropes.keys():  # as before transformers 5
+        ropes = {
+            "full_attention": {"rope_theta": number(config, "rope_theta", 1e6)} | (config.get("rope_scaling") or {}),
+            "sliding_attention": {"rope_theta": number(config, "rope_local_base_freq", 10_000.0)},
+        }
+    config = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
+    fields = _fields(config, size(config, "sliding_window_pattern", 6))
+    named = (config | {"rope_parameters": ropes[kind]} for kind in ("full_attention", "sliding_attention"))
+    head_dim, positions = fields["head_dim"], fields["max_position_embeddings"]
+    fields["ropes"] = tuple(make_rope(rope_parameters(one), head_dim, positions) for one in named)
+    fields["layer_ropes"] = tuple(int(window is not None) for window in fields["layer_windows"])
+    return DecoderSpec(
+        **fields,
+        qk_norm="head",
+        attention_softcap=optional(config, "attn_logit_softcapping"),
+        logit_softcap=optional(config, "final_logit_softcapping"),
+    )
+
+
+def _fields(config: dict[str, Any], period: int) -> dict[str, Any]:
+    """What both have; every `period`-th layer sees all, the others a window."""
+    refuse(config, "use_bidirectional_attention")
+    fields = decoder_fields(config)
+    layers = fields["num_hidden_layers"]
+    sliding = layer_types(config, [(layer + 1) % period != 0 for layer in range(layers)])
+    return fields | {
+        "layer_windows": windows(config, sliding),
+        "attention_scales": (number(config, "query_pre_attn_scalar", 256) ** -0.5,) * layers,
+        "hidden_act": activation(config, "hidden_activation", "hidden_act", default="gelu_pytorch_tanh"),
+        "norm": "rms_plus_one",
+        "post_norms": True,
+        "embedding_scale": fields["hidden_size"] ** 0.5,
+    }

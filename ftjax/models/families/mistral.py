@@ -1,0 +1,37 @@
+"""Mistral (a sliding window in every layer) and Mixtral (Jiang et al. 2024: experts in the place of the MLP)."""
+
+import dataclasses
+from typing import Any
+
+from ftjax.models.families.fields import decoder_fields, refuse, size, windows
+from ftjax.models.spec import DecoderSpec, Experts
+
+MIXTRAL_NAMES = {
+    "layers/mlp/router/kernel": "model.layers.{}.block_sparse_moe.gate.weight",
+    "layers/mlp/experts/gate_proj/kernel": "model.layers.{}.block_sparse_moe.experts.{}.w1.weight",
+    "layers/mlp/experts/up_proj/kernel": "model.layers.{}.block_sparse_moe.experts.{}.w3.weight",
+    "layers/mlp/experts/down_proj/kernel": "model.layers.{}.block_sparse_moe.experts.{}.w2.weight",
+}
+
+
+def mistral(config: dict[str, Any]) -> DecoderSpec:
+    refuse(config, "layer_types", harmless=None)
+    # Mistral's own default for a config that does not say; null means none.
+    config = {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131_072} | config
+    return _with_window(DecoderSpec(**decoder_fields(config)), config)
+
+
+def mixtral(config: dict[str, Any]) -> DecoderSpec:
+    config = {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5} | config
+    spec = _with_window(DecoderSpec(**decoder_fields(config, default_theta=1_000_000.0)), config)
+    experts = Experts(
+        count=size(config, "num_local_experts", 8),
+        per_token=size(config, "num_experts_per_tok", 2),
+        normalize=True,
+    )
+    return dataclasses.replace(spec, experts=experts)
+
+
+def _with_window(spec: DecoderSpec, config: dict[str, Any]) -> DecoderSpec:
+    sliding = [config.get("sliding_window") is not None] * spec.num_hidden_layers
+    return dataclasses.replace(spec, layer_windows=windows(config, sliding))

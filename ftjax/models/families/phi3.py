@@ -1,0 +1,15 @@
+"""Phi-3, Phi-3.5 and Phi-4(-mini): one kernel for queries, keys and values, one for gate and up, LongRoPE."""
+
+import dataclasses
+from typing import Any
+
+from ftjax.models.families.fields import decoder_fields, windows
+from ftjax.models.spec import DecoderSpec
+
+
+def phi3(config: dict[str, Any]) -> DecoderSpec:
+    config = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5} | config
+    fields = decoder_fields(config) | {"qkv_bias": False, "o_bias": False}
+    spec = DecoderSpec(**fields, fused_qkv=True, gate="halves")
+    sliding = [config.get("sliding_window") is not None] * spec.num_hidden_layers
+    return dataclasses.replace(spec, layer_windows=windows(config, sliding))

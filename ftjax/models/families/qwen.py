@@ -1,0 +1,52 @@
+"""Qwen2 and Qwen2.5 (biases on queries, keys and values), Qwen3 (norms of queries and keys) and its mixtures."""
+
+import dataclasses
+from typing import Any
+
+from ftjax.errors import UserError
+from ftjax.models.families.fields import decoder_fields, flag, layer_types, size, windows
+from ftjax.models.spec import DecoderSpec, Experts
+
+MOE_NAMES = {
+    "layers/mlp/router/kernel": "model.layers.{}.mlp.gate.weight",
+    **{
+        f"layers/mlp/experts/{name}/kernel": f"model.layers.{{}}.mlp.experts.{{}}.{name}.weight"
+        for name in ("gate_proj", "up_proj", "down_proj")
+    },
+}
+
+
+def qwen2(config: dict[str, Any]) -> DecoderSpec:
+    config = {"max_position_embeddings": 32_768} | config
+    spec = DecoderSpec(**decoder_fields(config) | {"qkv_bias": True, "o_bias": False})
+    return dataclasses.replace(spec, layer_windows=_windows(config, spec, size(config, "max_window_layers", 28)))
+
+
+def qwen3(config: dict[str, Any]) -> DecoderSpec:
+    config = {"max_position_embeddings": 32_768, "head_dim": 128} | config
+    spec = DecoderSpec(**decoder_fields(config), qk_norm="head")
+    return dataclasses.replace(spec, layer_windows=_windows(config, spec, size(config, "max_window_layers", 28)))
+
+
+def qwen3_moe(config: dict[str, Any]) -> DecoderSpec:
+    config = {"max_position_embeddings": 32_768} | config
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise UserError(
+            "config.json: a qwen3_moe model with dense layers among the mixtures (mlp_only_layers, "
+            "decoder_sparse_step) is not supported"
+        )
+    fields = decoder_fields(config | {"intermediate_size": size(config, "moe_intermediate_size", 768)})
+    experts = Experts(
+        count=size(config, "num_experts", size(config, "num_local_experts", 128)),
+        per_token=size(config, "num_experts_per_tok", 8),
+        normalize=flag(config, "norm_topk_prob"),
+    )
+    spec = DecoderSpec(**fields, qk_norm="head", experts=experts)
+    return dataclasses.replace(spec, layer_windows=_windows(config, spec, 0))
+
+
+def _windows(config: dict[str, Any], spec: DecoderSpec, first: int) -> tuple[int | None, ...]:
+    """Sliding windows, where they are switched on, from layer `first` on."""
+    slides = flag(config, "use_sliding_window") and config.get("sliding_window", 4096) is not None
+    sliding = [slides and layer >= first for layer in range(spec.num_hidden_layers)]
+    return windows({"sliding_window": 4096} | config, layer_types(config, sliding) if slides else sliding)

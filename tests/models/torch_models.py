@@ -1,0 +1,30 @@
+"""transformers' torch models of every family, small and random: the outside witness of the ports."""
+
+import logging
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+torch.set_num_threads(2)
+logging.getLogger("transformers").setLevel(logging.ERROR)  # it remarks on unusual rope factors, which are the point
+
+
+def torch_model(config: dict, seed: int = 0) -> PreTrainedModel:
+    """A float32 model in eval mode with eager attention, no parameter of which is left at its initial constant.
+
+    Kernels have variance 1 / in, so that logits are of order 1; vectors (norms, biases, sinks) are moved by 0.1.
+    """
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(config["model_type"], **fields), attn_implementation="eager"
+    ).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("_bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                # [in, out] where a layer is stored so (GPT-2's Conv1D, GPT-OSS's experts), else [out, in]
+                stored = config["model_type"] in ("gpt2", "gpt_oss") and (".c_" in name or ".experts." in name)
+                parameter.normal_(std=parameter.shape[-2 if stored else -1] ** -0.5)
+    return model
