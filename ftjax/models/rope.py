@@ -20,9 +20,11 @@ def rope_parameters(config: dict[str, Any], default_theta: float = 10_000.0) -> 
     at the top, with `type` for `rope_type` and, in Phi-3, "su" for "longrope".
     """
     found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = found.setdefault("rope_type", found.pop("type", "default"))
+    kind = found.pop("type", "default")
+    kind = found.get("rope_type") or kind
     if kind == "su" or (kind == "yarn" and config["model_type"] == "phi3"):
-        found["rope_type"] = "longrope"
+        kind = "longrope"
+    found["rope_type"] = kind
     for name, default in (("rope_theta", default_theta), ("partial_rotary_factor", 1.0)):
         if found.get(name) is None:
             found[name] = default if config.get(name) is None else config[name]

@@ -1,55 +1,121 @@
 """From `config.json` to a DecoderSpec, and what is refused on the way."""
 
+import math
+
 import pytest
-from tiny import spec
+from family_configs import CONFIGS, MORE_CONFIGS
+from published_configs import PUBLISHED
+from tiny import CONFIG, spec
+from transformers import AutoConfig
 
 from ftjax.errors import UserError
-from ftjax.models.families import spec_from_config
+from ftjax.models.decoder import Decoder
+from ftjax.models.families import FAMILIES, spec_from_config, text_config
+from ftjax.models.params import shapes
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 64,
-}
+ALL_CONFIGS = CONFIGS | MORE_CONFIGS
 
 
-def test_defaults_of_what_a_config_leaves_out():
-    assert spec_from_config(CONFIG) == spec()
-    without = {name: value for name, value in CONFIG.items() if name != "num_key_value_heads"}
-    assert spec_from_config(without).num_key_value_heads == 4
+def completed(config):
+    """What transformers makes of a config: its defaults filled in, its present spelling."""
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    return AutoConfig.for_model(config["model_type"], **fields).to_dict()
+
+
+@pytest.mark.parametrize("config", ALL_CONFIGS.values(), ids=ALL_CONFIGS.keys())
+def test_old_and_new_spelling_give_the_same_spec(config):
+    assert spec_from_config(completed(config)) == spec_from_config(config)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gemma3"}))
+def test_what_a_config_leaves_out_is_what_transformers_fills_in(family):
+    config = {"model_type": family, "vocab_size": 64, "num_hidden_layers": 7}
+    config |= {"hidden_size": 256, "intermediate_size": 48, "num_attention_heads": 32}
+    if family == "gpt2":
+        config = {"model_type": family, "vocab_size": 64, "n_embd": 64, "n_layer": 7, "n_head": 4}
+    assert spec_from_config(config) == spec_from_config(completed(config))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_released_models_have_the_parameters_that_their_owners_count(name):
+    config, published = PUBLISHED[name]
+    assert sum(math.prod(shape) for shape in shapes(Decoder(spec_from_config(config))).values()) == published
+
+
+def test_layers_of_released_models_differ_where_they_should():
+    def windows(name):
+        return spec_from_config(PUBLISHED[name][0]).layer_windows
+
+    assert windows("gemma-2-9b")[:4] == (4096, None, 4096, None)
+    assert windows("gemma-3-1b")[:7] == (512, 512, 512, 512, 512, None, 512)
+    assert windows("gpt-oss-20b")[:3] == (128, None, 128)
+    assert windows("Mistral-7B-v0.1") == (4096,) * 32
+    assert set(windows("Qwen2.5-7B")) == {None}
+    gemma3 = spec_from_config(PUBLISHED["gemma-3-1b"][0])
+    assert gemma3.layer_ropes[:7] == (1, 1, 1, 1, 1, 0, 1)
+    assert gemma3.ropes[0].frequencies[1] < gemma3.ropes[1].frequencies[1]
+    smollm3 = spec_from_config(PUBLISHED["SmolLM3-3B"][0])
+    assert smollm3.layer_ropes[:8] == (0, 0, 0, None) * 2
+
+
+def test_the_language_model_of_a_multimodal_gemma3():
+    text = PUBLISHED["gemma-3-1b"][0]
+    inner = {name: value for name, value in text.items() if name != "model_type"}
+    config = {"model_type": "gemma3", "text_config": inner, "vision_config": {}, "eos_token_id": [1, 106]}
+    assert spec_from_config(config) == spec_from_config(text)
+    assert spec_from_config(text_config(config)) == spec_from_config(text)
+    assert text_config(config)["eos_token_id"] == [1, 106]
+    assert text_config(text) is text
+    with pytest.raises(UserError, match="lacks 'text_config'"):
+        spec_from_config({"model_type": "gemma3"})
 
 
 @pytest.mark.parametrize(
     "rope", [{"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}]
 )
 def test_theta_of_old_and_new_configs(rope):
-    assert spec_from_config(CONFIG | rope).rope_theta == 5e5
+    without = {name: value for name, value in CONFIG.items() if name != "rope_theta"}
+    frequencies = spec_from_config(without | rope).ropes[0].frequencies
+    assert frequencies == pytest.approx([1.0, 5e5**-0.25, 5e5**-0.5, 5e5**-0.75])
+    assert spec_from_config(without) == spec()  # 10,000
+
+
+def test_the_first_spelling_of_longrope():
+    config, _ = PUBLISHED["Phi-3-mini-128k"]
+    old = config | {"rope_scaling": config["rope_scaling"] | {"type": "su"}}
+    assert spec_from_config(old) == spec_from_config(config)
+    assert spec_from_config(config).ropes[0].long_after == 4096
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("config", "change", "named"),
     [
-        ({"model_type": "mamba"}, "'mamba'; there are: llama"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"num_key_value_heads": 3}, "not a multiple"),
-        ({"vocab_size": 0}, "vocab_size"),
-        ({"hidden_size": "32", "head_dim": 8}, "hidden_size"),
+        (CONFIG, {"model_type": "mamba"}, "'mamba'; there are: gemma2, gemma3"),
+        (CONFIG, {"model_type": None}, "None; there are"),
+        (CONFIG, {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "rope_type 'dynamic'"),
+        (CONFIG, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor'"),
+        (CONFIG, {"rope_scaling": {"type": "linear", "factor": "two"}}, "not usable"),
+        (CONFIG, {"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}, "4 numbers"),
+        (CONFIG, {"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'"),
+        (CONFIG, {"num_key_value_heads": 3}, "not a multiple"),
+        (CONFIG, {"vocab_size": 0}, "vocab_size"),
+        (CONFIG, {"hidden_size": "32"}, "hidden_size"),
+        (CONFIG, {"attention_bias": "yes"}, "attention_bias='yes'"),
+        (CONFIG, {"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+        (CONFIG, {"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000"),
+        (CONFIG, {"pretraining_tp": 2}, "pretraining_tp=2"),
+        (CONFIGS["gemma3"], {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        (CONFIGS["gemma2"], {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+        (CONFIGS["gemma2"], {"layer_types": ["full_attention"]}, "has to name 3 layers"),
+        (CONFIGS["gpt2"], {"add_cross_attention": True}, "add_cross_attention"),
+        (CONFIGS["qwen3_moe"], {"mlp_only_layers": [0]}, "dense layers among the mixtures"),
+        (CONFIGS["qwen3_moe"], {"num_experts_per_tok": 6}, "6 experts per token of only 5"),
+        (CONFIGS["mistral"], {"sliding_window": -1}, "sliding_window=-1"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(change, named):
+def test_what_is_not_supported_is_refused_by_name(config, change, named):
     with pytest.raises(UserError) as error:
-        spec_from_config(CONFIG | change)
+        spec_from_config(config | change)
     assert named in str(error.value)
 
 

@@ -14,6 +14,14 @@ _YARN = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
+_DEFAULTS = {
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": True,
+    "sliding_window": 128,
+}
 _EXPERTS = ("gate_up_proj", "down_proj")  # all experts of a layer in one tensor, [experts, in, out]
 NAMES = {
     "layers/self_attn/sinks": "model.layers.{}.self_attn.sinks",
@@ -24,8 +32,7 @@ AS_STORED = tuple(f"layers/mlp/experts/{name}/kernel" for name in _EXPERTS)
 
 
 def gpt_oss(config: dict[str, Any]) -> DecoderSpec:
-    defaults = {"max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "attention_bias": True, "sliding_window": 128}
-    config = defaults | config
+    config = _DEFAULTS | config
     if not config.get("rope_parameters") and not config.get("rope_scaling"):
         config["rope_parameters"] = _YARN
     experts = Experts(

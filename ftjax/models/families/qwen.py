@@ -29,7 +29,7 @@ def qwen3(config: dict[str, Any]) -> DecoderSpec:
 
 
 def qwen3_moe(config: dict[str, Any]) -> DecoderSpec:
-    config = {"max_position_embeddings": 32_768} | config
+    config = {"max_position_embeddings": 32_768, "num_key_value_heads": 4} | config
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         raise UserError(
             "config.json: a qwen3_moe model with dense layers among the mixtures (mlp_only_layers, "

@@ -1,0 +1,66 @@
+"""Attention against a loop over tokens in float64 NumPy."""
+
+import numpy as np
+import pytest
+
+from ftjax.models.attention import attention
+
+B, T, H, K, D = 2, 9, 6, 3, 4
+SCALE = 0.7
+
+
+def naive(queries, keys, values, positions, segments, window=None, softcap=None, sinks=None):
+    out = np.zeros((B, T, H, D))
+    for b, t, h in np.ndindex(B, T, H):
+        seen = [
+            s
+            for s in range(T)
+            if segments[b, s] == segments[b, t]
+            and positions[b, s] <= positions[b, t]
+            and (window is None or positions[b, t] - positions[b, s] < window)
+        ]
+        scores = np.array([queries[b, t, h] @ keys[b, s, h * K // H] * SCALE for s in seen])
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        weights = np.exp(scores)
+        total = weights.sum() + (np.exp(sinks[h]) if sinks is not None else 0)
+        out[b, t, h] = sum(w * values[b, s, h * K // H] for w, s in zip(weights / total, seen))
+    return out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 3},
+        {"softcap": 0.5},
+        {"sinks": np.linspace(-1, 2, H)},
+        {"window": 2, "softcap": 1.0, "sinks": np.ones(H)},
+    ],
+    ids=["plain", "window", "softcap", "sinks", "all"],
+)
+def test_equals_the_loop(options, record_figure):
+    rng = np.random.default_rng(0)
+    queries = rng.standard_normal((B, T, H, D))
+    keys, values = rng.standard_normal((2, B, T, K, D))
+    segments = np.array([[1] * 5 + [2] * 4, [0] * 2 + [1] * 7])
+    positions = np.array([[*range(5), *range(4)], [0, 0, *range(7)]])
+    expected = naive(queries, keys, values, positions, segments, **options)
+    narrow = [array.astype(np.float32) for array in (queries, keys, values)]
+    options = {name: np.float32(value) if name == "sinks" else value for name, value in options.items()}
+    ours = np.asarray(attention(*narrow, positions, positions, segments, segments, SCALE, **options))
+    real = segments > 0
+    record_figure("difference", np.abs(ours - expected)[real].max())
+    np.testing.assert_allclose(ours[real], expected[real], atol=2e-6)
+    assert np.isfinite(ours).all()
+
+
+def test_scores_of_any_size_do_not_overflow():
+    rng = np.random.default_rng(1)
+    queries = rng.standard_normal((1, 3, 2, 4)).astype(np.float32) * 1e4
+    keys, values = rng.standard_normal((2, 1, 3, 1, 4)).astype(np.float32)
+    ones = np.ones((1, 3), np.int32)
+    places = np.arange(3)[None]
+    for sinks in (None, np.float32([1e4, -1e4])):
+        out = attention(queries, keys, values, places, places, ones, ones, 1.0, sinks=sinks)
+        assert np.isfinite(np.asarray(out)).all()

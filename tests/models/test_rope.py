@@ -1,0 +1,64 @@
+"""Rotary frequencies of every kind against those that transformers computes for the same config."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from family_configs import CONFIGS, MORE_CONFIGS
+from published_configs import PUBLISHED
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ftjax.models.families import spec_from_config
+from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
+from ftjax.models.spec import Rope
+
+SCALED = {
+    name: config
+    for name, config in (CONFIGS | MORE_CONFIGS | {name: config for name, (config, _) in PUBLISHED.items()}).items()
+    if (config.get("rope_scaling") or config.get("rope_parameters")) and config["model_type"] != "gemma3_text"
+}
+
+
+@pytest.mark.parametrize("config", SCALED.values(), ids=SCALED.keys())
+def test_scaled_frequencies_are_those_of_transformers(config, record_figure):
+    (rope,) = spec_from_config(config).ropes
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    theirs = AutoConfig.for_model(config["model_type"], **fields)
+    compute = ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]]
+    expected, scale = compute(theirs, "cpu")
+    assert rope.scale == pytest.approx(scale, rel=1e-7)
+    pairs = [(rope.frequencies, expected)]
+    if rope.long_frequencies is not None:
+        pairs.append((rope.long_frequencies, compute(theirs, "cpu", seq_len=rope.long_after + 1)[0]))
+    for ours, torch_frequencies in pairs:
+        error = np.abs(np.asarray(ours) / torch_frequencies.double().numpy() - 1).max()
+        record_figure("relative difference", error)
+        assert error < 5e-7  # float32 has 1.2e-7
+
+
+def test_lengths_are_those_of_each_token_s_own_document():
+    segments = np.array([[1, 1, 1, 2, 2, 0], [0, 0, 3, 3, 3, 3]], np.int32)
+    positions = np.array([[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]], np.int32)
+    lengths = np.asarray(sequence_lengths(jnp.asarray(positions), jnp.asarray(segments)))
+    assert lengths[0, :5].tolist() == [3, 3, 3, 2, 2]
+    assert lengths[1, 2:].tolist() == [4, 4, 4, 4]
+
+
+def test_long_frequencies_are_used_by_long_documents_alone():
+    rope = Rope((1.0,), scale=2.0, long_frequencies=(0.25,), long_after=3)
+    positions = jnp.asarray([[0, 1, 2, 3], [0, 1, 2, 0]])
+    reach = jnp.asarray([[4, 4, 4, 4], [3, 3, 3, 1]])
+    cos, sin = rotary_tables((rope,), positions, reach)
+    np.testing.assert_allclose(sin[0, 0, :, 0], 2 * np.sin([0, 0.25, 0.5, 0.75]), rtol=1e-6)
+    np.testing.assert_allclose(cos[0, 1, :, 0], 2 * np.cos([0, 1, 2, 0]), rtol=1e-6)
+
+
+def test_only_the_first_dimensions_of_a_head_are_turned():
+    x = np.random.default_rng(0).standard_normal((1, 3, 2, 10)).astype(np.float32)
+    cos, sin = rotary_tables((Rope((1.0, 0.5, 0.1)),), jnp.arange(3)[None], None)
+    turned = np.asarray(rotate(jnp.asarray(x), cos[0], sin[0]))
+    np.testing.assert_array_equal(turned[..., 6:], x[..., 6:])
+    np.testing.assert_array_equal(turned[:, 0], x[:, 0])
+    pairs, before = turned[..., :3] + 1j * turned[..., 3:6], x[..., :3] + 1j * x[..., 3:6]
+    angles = np.arange(3)[:, None, None] * np.array([1.0, 0.5, 0.1])
+    np.testing.assert_allclose(pairs, before * np.exp(1j * angles), atol=1e-6)
