@@ -4,8 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ftjax.models.grouped import grouped_matmul
 from ftjax.models.layers import ACTIVATIONS, INIT, Linear
 from ftjax.models.spec import DecoderSpec
+from ftjax.sharding import partition_spec
 
 
 class MLP(nn.Module):
@@ -27,10 +29,7 @@ class MLP(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Each token's MLP is a weighted sum of a few experts' (Shazeer et al. 2017; no token is ever dropped).
-
-    Tokens are sorted by expert, so that every expert multiplies one dense block of rows.
-    """
+    """Each token's MLP is a weighted sum of a few experts' (Shazeer et al. 2017; no token is ever dropped)."""
 
     spec: DecoderSpec
     dtype: jnp.dtype
@@ -38,71 +37,115 @@ class Mixture(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        spec, experts = self.spec, self.spec.experts
-        flat = x.reshape(-1, x.shape[-1])
-        router = Linear(
-            experts.count,
-            ("embed", None),
-            self.dtype,
-            self.param_dtype,
-            out_dtype=jnp.float32,
-            use_bias=experts.bias,
-            name="router",
-        )
-        weights, chosen = _route(router(flat), experts.per_token, experts.normalize)
-        order = jnp.argsort(chosen.reshape(-1), stable=True)
-        rows = flat[order // experts.per_token]
-        owners = chosen.reshape(-1)[order]
-        sizes = jnp.bincount(chosen.reshape(-1), length=experts.count).astype(jnp.int32)
-        out = Experts(spec, self.dtype, self.param_dtype, name="experts")(rows, owners, sizes)
-        out = out[jnp.argsort(order)].reshape(flat.shape[0], experts.per_token, -1)
-        return jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype)).reshape(x.shape)
+        experts, dtypes = self.spec.experts, (self.dtype, self.param_dtype)
+        axes, bias = ("embed", None), experts.bias
+        router = Linear(experts.count, axes, *dtypes, out_dtype=jnp.float32, use_bias=bias, name="router")
+        weights, chosen = _route(router(x), experts.per_token, experts.normalize)
+        return Experts(self.spec, *dtypes, name="experts")(x, weights, chosen)
 
 
 class Experts(nn.Module):
-    """The experts' MLPs. rows [N, D], sorted by expert; owners int32 [N]: the expert of each; sizes int32 [experts]."""
+    """The experts' MLPs, stacked. Parameters: NAME/kernel [experts, in, out] and NAME/bias [experts, out]."""
 
     spec: DecoderSpec
     dtype: jnp.dtype
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, rows: jax.Array, owners: jax.Array, sizes: jax.Array) -> jax.Array:
-        spec = self.spec
+    def __call__(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
+        """x [B, T, D]; weights float32 and chosen int32 [B, T, per_token] -> [B, T, D]."""
+        spec, count = self.spec, self.spec.experts.count
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        sizes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner)}
+        if spec.gate != "separate":
+            sizes = {"gate_up_proj": (hidden, 2 * inner)}
+        sizes["down_proj"] = (inner, hidden)
+        stacks, axes = {}, {}
+        for name, shape in sizes.items():
+            own = ("mlp", "embed") if name == "down_proj" else ("embed", "mlp")
+            stack = Stack(count, *shape, own, self.dtype, self.param_dtype, spec.experts.bias, name=name)
+            stacks[name] = stack()
+            # Whole along the model's width when they are used, as a kernel split over fsdp always is.
+            used = tuple(None if axis == "embed" else axis for axis in own)
+            axes[name] = {"kernel": ("experts", *used)} | ({"bias": ("experts", used[1])} if spec.experts.bias else {})
+        return _over_mesh(spec, x, weights, chosen, stacks, axes)
 
-        def linear(name, features, axes):
-            bias = spec.experts.bias
-            return ExpertLinear(spec.experts.count, features, axes, self.dtype, self.param_dtype, bias, name=name)
 
-        inner = _inner(spec, lambda name, features: linear(name, features, ("embed", "mlp"))(rows, owners, sizes))
-        return linear("down_proj", spec.hidden_size, ("mlp", "embed"))(inner, owners, sizes)
-
-
-class ExpertLinear(nn.Module):
-    """y = x W_e + b_e for rows sorted by their expert e. Parameters: `kernel` [experts, in, features], `bias`."""
+class Stack(nn.Module):
+    """The same linear layer of every expert; only holds the parameters `kernel` [experts, in, out] and `bias`."""
 
     experts: int
-    features: int
+    rows: int
+    columns: int
     axes: tuple[str, str]
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     use_bias: bool
 
     @nn.compact
-    def __call__(self, rows: jax.Array, owners: jax.Array, sizes: jax.Array) -> jax.Array:
-        kernel_init = nn.with_logical_partitioning(INIT, ("experts", *self.axes))
-        shape = (self.experts, rows.shape[-1], self.features)
-        kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
-        y = jax.lax.ragged_dot(rows, kernel.astype(self.dtype), sizes)
+    def __call__(self) -> dict[str, jax.Array]:
+        init = nn.with_logical_partitioning(INIT, ("experts", *self.axes))
+        shape = (self.experts, self.rows, self.columns)
+        out = {"kernel": self.param("kernel", init, shape, self.param_dtype).astype(self.dtype)}
         if self.use_bias:
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("experts", self.axes[1]))
-            bias = self.param("bias", bias_init, (self.experts, self.features), self.param_dtype)
-            y = y + bias.astype(self.dtype)[owners]
-        return y
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ("experts", self.axes[1]))
+            bias = self.param("bias", init, (self.experts, self.columns), self.param_dtype)
+            out["bias"] = bias.astype(self.dtype)
+        return out
+
+
+def _over_mesh(spec, x, weights, chosen, stacks, axes) -> jax.Array:
+    """`_mixture` on each device's own tokens, experts and columns, and the sum over those that share tokens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _mixture(spec, x, weights, chosen, stacks)
+    tokens = partition_spec(("batch", "length", "width"), x.shape, mesh)
+    placed = {
+        name: {leaf: partition_spec(axes[name][leaf], array.shape, mesh) for leaf, array in stack.items()}
+        for name, stack in stacks.items()
+    }
+    expert_axis, column_axis, _ = placed["down_proj"]["kernel"]
+    summed = tuple(axis for axis in (expert_axis, column_axis) if axis)
+
+    def local(x, weights, chosen, stacks):
+        here = stacks["down_proj"]["kernel"].shape[0]
+        first = jax.lax.axis_index(expert_axis) * here if expert_axis else 0
+        if column_axis and "bias" in stacks["down_proj"]:  # which every part of the columns would add
+            alone = jax.lax.axis_index(column_axis) == 0
+            stacks = stacks | {"down_proj": stacks["down_proj"] | {"bias": stacks["down_proj"]["bias"] * alone}}
+        out = _mixture(spec, x, weights, chosen - first, stacks)
+        return jax.lax.psum(out, summed) if summed else out
+
+    inputs = (tokens, tokens, tokens, placed)
+    return jax.shard_map(local, in_specs=inputs, out_specs=tokens, check_vma=False)(x, weights, chosen, stacks)
+
+
+def _mixture(spec, x, weights, chosen, stacks) -> jax.Array:
+    """The share of these experts in the mixture; `chosen` counts from the first of them, others are outside 0 .. n - 1.
+
+    Tokens are sorted by expert, so that each expert multiplies blocks of its own rows.
+    """
+    count, per_token = stacks["down_proj"]["kernel"].shape[0], chosen.shape[-1]
+    flat = x.reshape(-1, x.shape[-1])
+    owners = chosen.reshape(-1)
+    owners = jnp.where((owners >= 0) & (owners < count), owners, count)  # the others come last
+    order = jnp.argsort(owners, stable=True)
+    rows, owners = flat[order // per_token], owners[order]
+    sizes = jnp.bincount(owners, length=count + 1)[:count].astype(jnp.int32)
+
+    def project(name, rows):
+        out = grouped_matmul(rows, stacks[name]["kernel"], sizes)
+        return out + stacks[name]["bias"][owners] if "bias" in stacks[name] else out
+
+    out = project("down_proj", _inner(spec, lambda name, _: project(name, rows)))
+    out = jnp.where(owners[:, None] < count, out, 0)[jnp.argsort(order)]
+    out = out.reshape(flat.shape[0], per_token, -1)
+    weights = weights.reshape(-1, per_token).astype(out.dtype)
+    return jnp.einsum("nkd,nk->nd", out, weights).reshape(x.shape)
 
 
 def _route(logits: jax.Array, per_token: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
-    """float32 logits [N, experts] -> (weights float32 [N, per_token], experts int32 [N, per_token]).
+    """float32 logits [..., experts] -> (weights float32 [..., per_token], experts int32 [..., per_token]).
 
     A softmax over the chosen logits alone is the softmax over all of them, made to sum to 1.
     """
