@@ -119,12 +119,11 @@ MORE_CONFIGS = {
         attention_bias=True,
         tie_word_embeddings=False,
     ),
-    "gemma3, caps, bias, layer types": _config(
+    "gemma3, cap, bias, layer types": _config(
         "gemma3_text",
         head_dim=8,
         sliding_window=4,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
-        attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
         attention_bias=True,
         hidden_activation="gelu",

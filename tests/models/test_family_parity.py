@@ -80,7 +80,9 @@ def lay_out(rows, left=False):
 
 def check_gradients(gradients, case, docs, record_figure):
     ours, theirs = tree.flatten(gradients), tree.flatten(case.torch_gradients(docs))
-    assert all(np.abs(leaf).max() > 1e-3 for leaf in theirs.values()), "too small for an absolute tolerance"
+    experts = case.decoder.spec.experts
+    for path, leaf in theirs.items():  # a single expert has the weight 1 whatever the router says
+        assert (np.abs(leaf).max() > 1e-3) != ("/router/" in path and experts.per_token == 1), f"{path}: too small"
     record_figure("gradients", max(np.abs(ours[path] - theirs[path]).max() for path in theirs))
     for path in theirs:
         np.testing.assert_allclose(ours[path], theirs[path], rtol=0, atol=1e-4, err_msg=path)
@@ -149,7 +151,7 @@ def test_cached_decoding_equals_the_full_forward(case, record_figure):
 
 
 def test_bfloat16_stays_close(case, record_figure):
-    """Activations in bfloat16 move logits of order 1 by less than a tenth of their spread; a lost cast moves none."""
+    """Activations in bfloat16 move most logits of order 1 by less than a tenth (some tokens change their expert)."""
     batch = lay_out([documents(6, [12])])
     decoder = case.decoder.clone(dtype=jnp.bfloat16)
     variables = {"params": case.params}
@@ -159,5 +161,5 @@ def test_bfloat16_stays_close(case, record_figure):
     assert half.dtype == np.float32
     full, _ = case.run(batch)
     difference = np.abs(half[0, :12] - full[0, :12])
-    record_figure("mean logit difference", difference.mean())
-    assert 1e-4 < difference.mean() < 0.1
+    record_figure("median logit difference", np.median(difference))
+    assert 1e-4 < np.median(difference) < 0.1

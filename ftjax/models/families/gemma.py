@@ -58,13 +58,13 @@ def gemma3(config: dict[str, Any]) -> DecoderSpec:
     config = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
     fields = _fields(config, size(config, "sliding_window_pattern", 6))
     named = (config | {"rope_parameters": ropes[kind]} for kind in ("full_attention", "sliding_attention"))
+    refuse(config, "attn_logit_softcapping", harmless=None)  # transformers ignores it in Gemma 3
     head_dim, positions = fields["head_dim"], fields["max_position_embeddings"]
     fields["ropes"] = tuple(make_rope(rope_parameters(one), head_dim, positions) for one in named)
     fields["layer_ropes"] = tuple(int(window is not None) for window in fields["layer_windows"])
     return DecoderSpec(
         **fields,
         qk_norm="head",
-        attention_softcap=optional(config, "attn_logit_softcapping"),
         logit_softcap=optional(config, "final_logit_softcapping"),
     )
 
