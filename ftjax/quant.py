@@ -1,0 +1,144 @@
+"""Kernels stored in 8 or 4 bits: int8 per output channel, and NF4 in blocks with doubly quantised scales.
+
+A quantised kernel [..., in, out] is a dict of arrays in the `quant` collection, where the kernel itself would be in
+`params`. It stays packed; `dequantise` makes it whole inside the layer that uses it.
+
+    int8: `int8` int8 [..., in, out], `scale` float32 [..., out]
+    nf4:  `nf4` uint8 [..., in / 2, out], `absmax` uint8 [..., in / 64, out],
+          `absmax_scale` float32 [..., groups], `absmax_offset` float32 [...]
+
+NF4 is that of QLoRA (Dettmers et al. 2023, section 3 and appendix E) with the numbers of its bitsandbytes: 0.516 bytes
+per parameter. Its blocks run along the input of each output channel, as they do there in a [out, in] weight.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.errors import UserError
+
+KINDS = ("int8", "nf4")
+BLOCK = 64  # weights that share an absmax
+GROUP = 256  # absmaxes that share a scale
+_TINY = np.float32(1.2e-38)  # in the place of 0 as a divisor; anything smaller is flushed to 0
+
+# The quantiles of a normal distribution, one of them exactly zero.
+# fmt: off
+NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+], np.float32)
+# fmt: on
+
+
+@functools.cache
+def dynamic_code() -> np.ndarray:
+    """float32 [256], sorted: the dynamic 8-bit code of the absmaxes (Dettmers 2016, "dynamic tree" quantisation).
+
+    A sign, an exponent of ten, and the more bits of fraction the fewer the exponent takes.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        # From both ends with a step rounded to float32, as the original has it: linspace would differ in the last bit.
+        count = 2**exponent
+        first, places = np.float32(0.1), np.arange(count + 1)
+        step = np.float64((np.float32(1) - first) / np.float32(count))
+        bounds = np.where(places < (count + 1) // 2, first + step * places, 1 - step * (count - places))
+        bounds = bounds.astype(np.float32)
+        means = (bounds[:-1] + bounds[1:]) / np.float32(2)
+        scaled = (np.float64(10.0) ** (exponent - 6)).astype(np.float32) * means
+        values += [*scaled.tolist(), *(-scaled).tolist()]
+    return np.sort(np.array(values, np.float32))
+
+
+def shapes(kind: str, kernel: tuple[int, ...], path: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """{name: (shape, dtype)} of the arrays that stand for a kernel of shape [..., in, out].
+
+    Raises UserError that names `path` where NF4's blocks do not divide the kernel.
+    """
+    *lead, rows, columns = kernel
+    if kind == "int8":
+        return {"int8": (kernel, np.dtype(np.int8)), "scale": ((*lead, columns), np.dtype(np.float32))}
+    if rows % BLOCK:
+        raise UserError(
+            f"quantize.base=nf4: the {rows} inputs of {path} are not a multiple of {BLOCK}; use quantize.base=int8"
+        )
+    groups = -(-(rows // BLOCK * columns) // GROUP)
+    return {
+        "nf4": ((*lead, rows // 2, columns), np.dtype(np.uint8)),
+        "absmax": ((*lead, rows // BLOCK, columns), np.dtype(np.uint8)),
+        "absmax_scale": ((*lead, groups), np.dtype(np.float32)),
+        "absmax_offset": (tuple(lead), np.dtype(np.float32)),
+    }
+
+
+def axes(kind: str, kernel: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:
+    """The logical axes of those arrays, from the kernel's: what can be split is split as the kernel is."""
+    *lead, _, columns = kernel
+    if kind == "int8":
+        return {"int8": kernel, "scale": (*lead, columns)}
+    return {"nf4": kernel, "absmax": kernel, "absmax_scale": (*lead, None), "absmax_offset": tuple(lead)}
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def quantise(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:
+    """One kernel [in, out] in its arrays; rounded to the nearest value, in float32."""
+    kernel = kernel.astype(jnp.float32)
+    if kind == "int8":
+        scale = jnp.max(jnp.abs(kernel), axis=0) / 127
+        return {"int8": jnp.round(kernel / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), "scale": scale}
+    rows, columns = kernel.shape
+    blocks = kernel.reshape(rows // BLOCK, BLOCK, columns)
+    absmax = jnp.max(jnp.abs(blocks), axis=1)
+    scaled = blocks * (1 / jnp.maximum(absmax, _TINY))[:, None]
+    codes = _nearest(scaled, NF4).reshape(rows // 2, 2, columns)
+    offset = absmax.mean()
+    # Groups run through the blocks of one output channel, then of the next.
+    flat = (absmax - offset).T.reshape(-1)
+    padded = jnp.pad(flat, (0, -flat.size % GROUP)).reshape(-1, GROUP)
+    group_scale = jnp.max(jnp.abs(padded), axis=1)
+    scaled = (padded * (1 / jnp.maximum(group_scale, _TINY))[:, None]).reshape(-1)[: flat.size]
+    return {
+        "nf4": codes[:, 0] << 4 | codes[:, 1],
+        "absmax": _nearest(scaled, dynamic_code()).reshape(columns, -1).T,
+        "absmax_scale": group_scale,
+        "absmax_offset": offset,
+    }
+
+
+def dequantise(packed: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """The kernel [..., in, out] that `packed` stands for, computed in float32."""
+    if "int8" in packed:
+        return (packed["int8"].astype(jnp.float32) * packed["scale"][..., None, :]).astype(dtype)
+    *lead, blocks, columns = packed["absmax"].shape
+    channel, block = jnp.arange(columns), jnp.arange(blocks)
+    group = (channel[None, :] * blocks + block[:, None]) // GROUP
+    absmax = jnp.asarray(dynamic_code())[packed["absmax"]] * packed["absmax_scale"][..., group]
+    absmax = absmax + packed["absmax_offset"][..., None, None]
+    codes = jnp.stack([packed["nf4"] >> 4, packed["nf4"] & 15], axis=-2)  # [..., in / 2, 2, out]
+    values = jnp.asarray(NF4)[codes].reshape(*lead, blocks, BLOCK, columns)
+    return (values * absmax[..., :, None, :]).reshape(*lead, blocks * BLOCK, columns).astype(dtype)
+
+
+def is_packed(names) -> bool:
+    return "int8" in names or "nf4" in names
+
+
+def bytes_per_parameter(kind: str, kernel: tuple[int, ...]) -> float:
+    sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in shapes(kind, kernel, "").values())
+    return sum(sizes) / math.prod(kernel)
+
+
+def _nearest(values: jax.Array, code: np.ndarray) -> jax.Array:
+    """uint8: the index in the sorted `code` of what is nearest to each value; half-way goes down."""
+    middles = jnp.asarray((code[:-1] + code[1:]) / 2)
+    if code.size > 16:
+        return jnp.searchsorted(middles, values, side="left").astype(jnp.uint8)
+    index = jnp.zeros(values.shape, jnp.uint8)
+    for middle in middles:  # sixteen comparisons vectorise, a search does not
+        index += (values > middle).astype(jnp.uint8)
+    return index
