@@ -65,7 +65,7 @@ def make_eval_step(objective: Objective) -> Callable[[Tree, Tree, Batch], Loss]:
     """`eval_step(trainable, frozen, batch) -> Loss` over arrays [batch, ...]: sums, to be added and divided."""
 
     def eval_step(trainable: Tree, frozen: Tree, batch: Batch) -> Loss:
-        return objective(tree.combine(trainable, frozen), batch, jax.random.key(0))
+        return objective(tree.combine(trainable, frozen), batch, None)
 
     return jax.jit(eval_step)
 

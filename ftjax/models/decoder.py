@@ -139,7 +139,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only language model.
 
-    `apply({"params": p}, ...)` is the base model; with a `lora` collection beside it, the adapted one.
+    `apply({"params": p}, ...)` is the base model; with a `lora` collection beside it, the adapted one. Quantised
+    kernels are in a `quant` collection. Adapters drop inputs out where `apply` gets an rng called "dropout".
     dtype: of activations and matrix products (norms, softmax, routing and logits are float32 regardless); param_dtype:
     of stored parameters; remat: one of REMAT_POLICIES.
     """
@@ -159,8 +160,8 @@ class Decoder(nn.Module):
         block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
+            variable_axes={"params": 0, "lora": 0, "quant": 0},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast),
             length=spec.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -7,6 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ftjax import quant
+from ftjax.models.adapter import adapt
+
 # By their names in Hugging Face configs.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -20,38 +23,28 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 INIT = nn.initializers.normal(0.02)
 
 
-@jax.custom_vjp
-def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """(x A) B: x [..., in], a [in, r], b [r, out] -> [..., out].
-
-    Its gradient is written out so that each product has its narrow operand on the left. In the order that JAX derives,
-    XLA on CPUs transposes the wide ones first, which costs more than the products.
-    """
-    return (x @ a) @ b
+def packed_kernel(module: nn.Module) -> dict[str, jax.Array]:
+    """The arrays of `module`'s quantised kernel, {} if it has none."""
+    return dict(module.variables.get("quant", {}))
 
 
-def _low_rank_forward(x, a, b):
-    inner = x @ a
-    return inner @ b, (x, inner, a, b)
+def quantised_product(
+    x: jax.Array, *, packed: dict[str, jax.Array], dtype: jnp.dtype, out_dtype: jnp.dtype | None
+) -> jax.Array:
+    """x times a quantised kernel, which the backward pass makes whole once more instead of keeping it."""
 
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def multiply(x, packed):
+        return jnp.matmul(x, quant.dequantise(packed, dtype), preferred_element_type=out_dtype)
 
-def _low_rank_backward(saved, out):
-    x, inner, a, b = saved
-    rows = tuple(range(x.ndim - 1))
-    d_inner = out @ b.T
-    d_a = jax.lax.dot_general(d_inner, x, ((rows, rows), ((), ()))).T
-    d_b = jax.lax.dot_general(inner, out, ((rows, rows), ((), ())))
-    return d_inner @ a.T, d_a, d_b
-
-
-low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+    return multiply(x, packed)
 
 
 class Linear(nn.Module):
-    """y = x W + b, and + scale (x A) B where the `lora` collection holds adapters for this layer (Hu et al. 2021).
+    """y = x W + b, and what adapter.py adds where the `lora` collection holds an adapter for this layer.
 
-    Parameters: `kernel` [in, features], with use_bias `bias` [features]. Collection `lora` (optional):
-    `lora_a` [in, r], `lora_b` [r, features], `lora_scale` scalar.
+    Parameters: `kernel` [in, features], with use_bias `bias` [features]. Collection `quant` (optional): what stands for
+    `kernel` when that is quantised (see quant.py).
     """
 
     features: int
@@ -63,12 +56,20 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel_init = nn.with_logical_partitioning(INIT, self.axes)
-        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype)
-        y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=self.out_dtype)
-        if self.has_variable("lora", "lora_a"):
-            a, b, scale = (self.get_variable("lora", name) for name in ("lora_a", "lora_b", "lora_scale"))
-            y = y + low_rank(x, a.astype(self.dtype), (b * scale).astype(self.dtype))
+        if packed := packed_kernel(self):
+            kernel = functools.partial(quant.dequantise, packed)
+            product = functools.partial(quantised_product, packed=packed, dtype=self.dtype, out_dtype=self.out_dtype)
+        else:
+            kernel_init = nn.with_logical_partitioning(INIT, self.axes)
+            kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype).astype
+
+            def product(x):
+                return jnp.matmul(x, kernel(self.dtype), preferred_element_type=self.out_dtype)
+
+        y = product(x)
+        if lora := self.variables.get("lora"):
+            rng = self.make_rng("dropout") if self.has_rng("dropout") else None
+            y = adapt(lora, x, y, product, kernel, rng)
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],))
             y = y + self.param("bias", bias_init, (self.features,), self.param_dtype).astype(y.dtype)
@@ -131,8 +132,12 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.width), self.param_dtype)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int32 [...] -> [..., width]"""
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        """int32 [...] -> [..., width], with `lora_a` [rows, r] and `lora_b` [r, width] where there is an adapter"""
+        found = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        if lora := self.variables.get("lora"):
+            inner = jnp.take(lora["lora_a"], tokens, axis=0).astype(self.dtype)
+            found = found + inner @ (lora["lora_b"] * lora["lora_scale"]).astype(self.dtype)
+        return found
 
     def attend(self, x: jax.Array) -> jax.Array:
         """[..., width] -> float32 logits [..., rows]"""

@@ -1,11 +1,14 @@
 """What stands between two attentions: the gated or plain MLP, and the mixture of experts."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ftjax import quant
 from ftjax.models.grouped import grouped_matmul
-from ftjax.models.layers import ACTIVATIONS, INIT, Linear
+from ftjax.models.layers import ACTIVATIONS, INIT, Linear, packed_kernel
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import partition_spec
 
@@ -66,13 +69,31 @@ class Experts(nn.Module):
             stack = Stack(count, *shape, own, self.dtype, self.param_dtype, spec.experts.bias, name=name)
             stacks[name] = stack()
             # Whole along the model's width when they are used, as a kernel split over fsdp always is.
-            used = tuple(None if axis == "embed" else axis for axis in own)
-            axes[name] = {"kernel": ("experts", *used)} | ({"bias": ("experts", used[1])} if spec.experts.bias else {})
-        return _over_mesh(spec, x, weights, chosen, stacks, axes)
+            used = ("experts", *(None if axis == "embed" else axis for axis in own))
+            axes[name] = {
+                "kernel": used,
+                "bias": (used[0], used[2]),
+                "lora_a": (used[0], used[1], None),
+                "lora_b": (used[0], None, used[2]),
+            }
+        if not any(quant.is_packed(stack) for stack in stacks.values()):
+            return _over_mesh(spec, x, weights, chosen, stacks, axes)
+
+        # The backward pass makes quantised kernels whole once more instead of keeping them.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def dequantised(x, weights, stacks):
+            whole = {name: _whole(stack, self.dtype) for name, stack in stacks.items()}
+            return _over_mesh(spec, x, weights, chosen, whole, axes)
+
+        return dequantised(x, weights, stacks)
 
 
 class Stack(nn.Module):
-    """The same linear layer of every expert; only holds the parameters `kernel` [experts, in, out] and `bias`."""
+    """The same linear layer of every expert; only holds the parameters `kernel` [experts, in, out] and `bias`.
+
+    A quantised kernel comes out as its arrays, an adapter as `lora_a` [experts, in, r] and `lora_b` [experts, r, out],
+    the latter times its scale.
+    """
 
     experts: int
     rows: int
@@ -86,12 +107,23 @@ class Stack(nn.Module):
     def __call__(self) -> dict[str, jax.Array]:
         init = nn.with_logical_partitioning(INIT, ("experts", *self.axes))
         shape = (self.experts, self.rows, self.columns)
-        out = {"kernel": self.param("kernel", init, shape, self.param_dtype).astype(self.dtype)}
+        out = packed_kernel(self) or {"kernel": self.param("kernel", init, shape, self.param_dtype).astype(self.dtype)}
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("experts", self.axes[1]))
             bias = self.param("bias", init, (self.experts, self.columns), self.param_dtype)
             out["bias"] = bias.astype(self.dtype)
+        if lora := self.variables.get("lora"):
+            out["lora_a"] = lora["lora_a"].astype(self.dtype)
+            out["lora_b"] = (lora["lora_b"] * lora["lora_scale"][:, None, None]).astype(self.dtype)
         return out
+
+
+def _whole(stack: dict[str, jax.Array], dtype: jnp.dtype) -> dict[str, jax.Array]:
+    if not quant.is_packed(stack):
+        return stack
+    others = {name: stack[name] for name in ("bias", "lora_a", "lora_b") if name in stack}
+    packed = {name: array for name, array in stack.items() if name not in others}
+    return {"kernel": quant.dequantise(packed, dtype)} | others
 
 
 def _over_mesh(spec, x, weights, chosen, stacks, axes) -> jax.Array:
@@ -134,8 +166,11 @@ def _mixture(spec, x, weights, chosen, stacks) -> jax.Array:
     sizes = jnp.bincount(owners, length=count + 1)[:count].astype(jnp.int32)
 
     def project(name, rows):
-        out = grouped_matmul(rows, stacks[name]["kernel"], sizes)
-        return out + stacks[name]["bias"][owners] if "bias" in stacks[name] else out
+        stack = stacks[name]
+        out = grouped_matmul(rows, stack["kernel"], sizes)
+        if "lora_a" in stack:
+            out = out + grouped_matmul(grouped_matmul(rows, stack["lora_a"], sizes), stack["lora_b"], sizes)
+        return out + stack["bias"][owners] if "bias" in stack else out
 
     out = project("down_proj", _inner(spec, lambda name, _: project(name, rows)))
     out = jnp.where(owners[:, None] < count, out, 0)[jnp.argsort(order)]

@@ -20,4 +20,4 @@ class Loss:
     metrics: dict[str, tuple[jax.Array, jax.Array]]
 
 
-Objective = Callable[[Tree, dict[str, jax.Array], jax.Array], Loss]
+Objective = Callable[[Tree, dict[str, jax.Array], jax.Array | None], Loss]  # (variables, batch, rng; None: evaluation)

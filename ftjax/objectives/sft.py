@@ -9,11 +9,11 @@ def make_sft(model: Decoder) -> Objective:
     """The objective over batches of tokens, targets, weights, positions and segment_ids, all [B, T]."""
 
     def sft(variables, batch, rng):
-        del rng  # nothing here is random
-        hidden, _ = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"])
+        rngs = None if rng is None else {"dropout": rng}
+        hidden, _ = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
 
         def unembed(hidden):
-            return model.apply(variables, hidden, method=model.unembed)
+            return model.apply(variables, hidden, method=model.unembed, rngs=rngs)
 
         totals = cross_entropy(unembed, hidden, batch["targets"], batch["weights"])
         weight = batch["weights"].sum()

@@ -1,0 +1,74 @@
+"""What an adapter adds to a layer: LoRA (Hu et al. 2021), its dropout, and DoRA (Liu et al. 2024)."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+
+def adapt(
+    lora: Mapping[str, jax.Array],
+    x: jax.Array,
+    y: jax.Array,
+    product: Callable[[jax.Array], jax.Array],
+    kernel: Callable[[jnp.dtype], jax.Array],
+    rng: jax.Array | None,
+) -> jax.Array:
+    """x [..., in], y = x W [..., out] -> y + scale (x A) B; x W and W are to be had from `product(x)`, `kernel(dtype)`.
+
+    lora: `lora_a` [in, r], `lora_b` [r, out], `lora_scale` scalar; with DoRA `lora_magnitude` [out], the norms that the
+    columns of W + scale A B are given; with dropout `lora_dropout`, a scalar rate that counts where there is an rng.
+    """
+    dropped, base = x, y
+    if rng is not None and "lora_dropout" in lora:
+        keep = 1 - lora["lora_dropout"]
+        dropped = jnp.where(jax.random.bernoulli(rng, keep, x.shape), x / keep.astype(x.dtype), 0)
+    scaled_b = lora["lora_b"] * lora["lora_scale"]
+    update = low_rank(dropped, lora["lora_a"].astype(x.dtype), scaled_b.astype(x.dtype))
+    if "lora_magnitude" not in lora:
+        return y + update
+    if dropped is not x:
+        base = product(dropped)
+    # The norm is taken as a constant (section 4.3 of the paper): its gradient costs memory and changes little.
+    norms = jax.lax.stop_gradient(column_norms(kernel(jnp.float32), lora["lora_a"], scaled_b))
+    factor = (lora["lora_magnitude"] / norms).astype(y.dtype)
+    return y + (factor - 1) * base + factor * update
+
+
+def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """float32 [..., out]: the L2 norms of the columns of W + A B, without making that matrix.
+
+    kernel W [..., in, out]; a [..., in, r]; b [..., r, out], all float32.
+    """
+    inner = jnp.matmul(a.mT, kernel, precision="highest")  # [..., r, out]
+    gram = jnp.matmul(a.mT, a, precision="highest")
+    squares = jnp.sum(kernel * kernel, axis=-2) + 2 * jnp.sum(inner * b, axis=-2)
+    squares = squares + jnp.sum(jnp.matmul(gram, b, precision="highest") * b, axis=-2)
+    return jnp.sqrt(jnp.maximum(squares, 0))
+
+
+@jax.custom_vjp
+def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """(x A) B: x [..., in], a [in, r], b [r, out] -> [..., out].
+
+    Its gradient is written out so that each product has its narrow operand on the left. In the order that JAX derives,
+    XLA on CPUs transposes the wide ones first, which costs more than the products.
+    """
+    return (x @ a) @ b
+
+
+def _low_rank_forward(x, a, b):
+    inner = x @ a
+    return inner @ b, (x, inner, a, b)
+
+
+def _low_rank_backward(saved, out):
+    x, inner, a, b = saved
+    rows = tuple(range(x.ndim - 1))
+    d_inner = out @ b.T
+    d_a = jax.lax.dot_general(d_inner, x, ((rows, rows), ((), ()))).T
+    d_b = jax.lax.dot_general(inner, out, ((rows, rows), ((), ())))
+    return d_inner @ a.T, d_a, d_b
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
