@@ -1,6 +1,7 @@
 """From config sections to the objects that the command lines share: the base model, and variables with adapters."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,15 +12,16 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ftjax import config as configs
-from ftjax import lora, optim, sharding, tree
+from ftjax import lora, optim, quant, sharding, tree
 from ftjax.checkpoint import Checkpoints
 from ftjax.data import tokenizer as tokenizers
+from ftjax.errors import UserError
 from ftjax.models import params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.state import abstract_state
 from ftjax.tree import Tree
-from ftjax.weights.load import load_params
+from ftjax.weights import load as weights
 from ftjax.weights.source import Reader, locate, open_source
 
 
@@ -46,31 +48,87 @@ def open_base(config: ConfigDict) -> Base:
 
 
 def abstract_variables(config: ConfigDict, model: Decoder, mesh: Mesh) -> tuple[Tree, Callable[[str], bool]]:
-    """({"params", "lora"?} as ShapeDtypeStructs with shardings, and which of their paths training differentiates).
+    """({"params", "lora"?, "quant"?} as ShapeDtypeStructs with shardings, and which of their paths training changes).
 
-    config.adapter decides both. What is trained is kept in float32: an update of 1e-5 of a weight is lost in bfloat16.
+    config.adapter and config.quantize decide. What is trained is kept in float32: an update of 1e-5 of a weight is lost
+    in bfloat16.
     """
-    leaves = tree.flatten(params.abstract_params(model, mesh))
-    if config.adapter.kind == "lora":
-        targets = lora.find_targets(config.adapter.targets, lora.linear_kernels(leaves))
-        adapters = lora.abstract_adapters(
-            tree.unflatten(leaves), params.logical_axes(model), targets, config.adapter.rank, mesh
-        )
-        return {"params": tree.unflatten(leaves), "lora": adapters}, lambda path: bool(lora.TRAINABLE.match(path))
-    trained = set(tree.matching(config.adapter.trainable, list(leaves), "adapter.trainable"))
+    leaves, axes = tree.flatten(params.abstract_params(model, mesh)), params.logical_axes(model)
+    adapter, out = config.adapter, {}
+    if adapter.kind == "none":
+        trained = set(tree.matching(adapter.trainable, list(leaves), "adapter.trainable"))
+        if config.quantize.base != "none":
+            raise UserError("config.quantize.base is for a base beside adapters; set config.adapter.kind or drop it")
+    else:
+        targets = lora.find_targets(adapter.targets, lora.adaptable(leaves))
+        ranks = lora.by_pattern(adapter.rank, adapter.rank_pattern, targets, "adapter.rank_pattern")
+        chosen = {"magnitude": adapter.kind == "dora", "dropout": adapter.dropout, "pissa": adapter.init == "pissa"}
+        extras = [name for name, wanted in chosen.items() if wanted]
+        out["lora"] = lora.abstract_adapters(tree.unflatten(leaves), axes, targets, ranks, mesh, extras)
+        trained = _modules_to_save(adapter.modules_to_save, leaves)
+        if both := sorted(trained & set(targets)):
+            raise UserError(f"config.adapter: {both[0]} is in targets and in modules_to_save; it can have one of them")
     for path in trained:
         leaf = leaves[path]
         leaves[path] = jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
-    return {"params": tree.unflatten(leaves)}, lambda path: path.removeprefix("params/") in trained
+    if config.quantize.base != "none":
+        if adapter.init == "pissa":
+            raise UserError("config.adapter.init=pissa changes the base; it does not go with config.quantize.base")
+        kernels = {path: leaves.pop(path).shape for path in _quantised(leaves) if path not in trained}
+        out["quant"] = quant.abstract(config.quantize.base, kernels, axes, mesh)
+    out["params"] = tree.unflatten(leaves)
+    return out, lambda path: bool(lora.TRAINABLE.match(path)) or path.removeprefix("params/") in trained
+
+
+def _quantised(paths: Iterable[str]) -> list[str]:
+    """The kernels that a quantised base has packed: those of linear layers and experts, but for the output head."""
+    return [path for path in lora.adaptable(paths) if path.startswith("layers/")]
+
+
+def _modules_to_save(names: Sequence[str], paths: Iterable[str]) -> set[str]:
+    found = {name: [path for path in paths if path.split("/")[-2] == name] for name in names}
+    if missing := [name for name, its in found.items() if not its]:
+        known = ", ".join(sorted({path.split("/")[-2] for path in paths}))
+        tied = "; the head is tied to embed_tokens here" if "lm_head" in missing else ""
+        raise UserError(f"config.adapter.modules_to_save: no module named {missing}; there are {known}{tied}")
+    return {path for its in found.values() for path in its}
 
 
 def load_variables(config: ConfigDict, base: Base, abstract: Tree) -> Tree:
-    """The base's weights, and fresh adapters where `abstract` has any, each placed by its sharding."""
-    variables = {"params": load_params(base.reader, base.model.spec, abstract["params"])}
-    if "lora" in abstract:
-        scaling = lora.scale(config.adapter.rank, config.adapter.alpha, config.adapter.rslora)
-        variables["lora"] = lora.init_adapters(abstract["lora"], config.seed, scaling)
-    return variables
+    """The base's weights, quantised where `abstract` says so, and fresh adapters, each placed by its sharding."""
+    variables = weights.load_variables(base.reader, base.model.spec, abstract["params"], abstract.get("quant"))
+    if "lora" not in abstract:
+        return variables
+    adapter, is_part = config.adapter, abstract["lora"]
+    modules = [path.removesuffix("/lora_a") for path in tree.flatten(is_part) if path.endswith("/lora_a")]
+    paths = [f"{module}/{'embedding' if module.startswith('embed') else 'kernel'}" for module in modules]
+    ranks = lora.by_pattern(adapter.rank, adapter.rank_pattern, paths, "adapter.rank_pattern")
+    alphas = lora.by_pattern(adapter.alpha, adapter.alpha_pattern, paths, "adapter.alpha_pattern")
+    scales = {path: lora.scale(ranks[path], alphas[path], adapter.rslora) for path in paths}
+    adapters = lora.init_adapters(is_part, config.seed, scales, adapter.dropout)
+    if adapter.init == "pissa":
+        variables["params"], adapters = lora.pissa(variables["params"], adapters)
+    if adapter.kind == "dora":
+        adapters = lora.with_magnitudes(functools.partial(kernel, variables), adapters)
+    return variables | {"lora": adapters}
+
+
+def kernel(variables: Tree, module: str) -> jax.Array:
+    """The kernel [..., in, out] of a module, whole, however it is stored."""
+    leaves = tree.flatten(variables)
+    if f"params/{module}/kernel" in leaves:
+        return leaves[f"params/{module}/kernel"]
+    prefix = f"quant/{module}/"
+    packed = {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
+    return jax.jit(quant.dequantise, static_argnums=1)(packed, jnp.float32)
+
+
+def whole_params(variables: Tree, dtype: jnp.dtype) -> Tree:
+    """`params` with every quantised kernel made whole, in `dtype`: the base that the adapters were trained on."""
+    leaves = tree.flatten(variables["params"])
+    for module in {path.rpartition("/")[0] for path in tree.flatten(variables.get("quant", {}))}:
+        leaves[f"{module}/kernel"] = kernel(variables, module).astype(dtype)
+    return tree.unflatten(leaves)
 
 
 def load_run(workdir: Path, step: int | None = None) -> tuple[ConfigDict, Base, Tree, int]:

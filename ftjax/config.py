@@ -13,7 +13,7 @@ from ftjax.errors import UserError
 from ftjax.workdir import replace_text
 
 DTYPES = ("float32", "bfloat16", "float16")
-LEARNING_RATES = {"lora": 2e-4, "none": 2e-5}  # used where optimizer.learning_rate is 0
+LEARNING_RATES = {"lora": 2e-4, "dora": 2e-4, "none": 2e-5}  # used where optimizer.learning_rate is 0
 
 
 def defaults() -> ConfigDict:
@@ -26,12 +26,21 @@ def defaults() -> ConfigDict:
     config.model.remat = "none"  # none, full or dots: what the backward pass recomputes
 
     config.adapter = ConfigDict()
-    config.adapter.kind = "lora"  # lora, or none: train the parameters that `trainable` selects
+    config.adapter.kind = "lora"  # lora, dora, or none: train the parameters that `trainable` selects
+    config.adapter.source = ""  # a PEFT adapter directory to go on from; ranks, alphas and targets are then its own
     config.adapter.rank = 16
     config.adapter.alpha = 32.0
+    config.adapter.rank_pattern = ()  # other ranks, by path: (("self_attn", 8), ("down_proj", 32)); the last one counts
+    config.adapter.alpha_pattern = ()  # alphas, likewise
     config.adapter.rslora = False  # scale alpha / sqrt(rank) instead of alpha / rank
-    config.adapter.targets = "all-linear"  # or names "q_proj,v_proj", or a regular expression
+    config.adapter.dropout = 0.0  # of the adapters' inputs, in training
+    config.adapter.init = "default"  # default (the adapted model starts as the base) or pissa
+    config.adapter.targets = "all-linear"  # or names, "q_proj,embed_tokens", or a regular expression
+    config.adapter.modules_to_save = ()  # modules to train whole beside the adapters: ("lm_head", "norm")
     config.adapter.trainable = ".*"  # with kind none: a regular expression over parameter paths
+
+    config.quantize = ConfigDict()
+    config.quantize.base = "none"  # none, int8 or nf4: how the frozen kernels are stored beside adapters
 
     config.data = ConfigDict()
     config.data.train = ()  # of sources: "rows.jsonl", "tfds:NAME", "task:NAME", or {"source": ..., "split": ...}
@@ -52,6 +61,7 @@ def defaults() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0  # global gradient norm; 0 turns clipping off
+    config.optimizer.loraplus_ratio = 1.0  # LoRA+: how much larger the learning rate of lora_b is; 16 is usual
 
     config.schedule = ConfigDict()
     config.schedule.name = "cosine"  # cosine, linear or constant
@@ -91,14 +101,28 @@ def _number(low: float, high: float = math.inf) -> tuple[Callable[[Any], bool], 
     return lambda value: math.isfinite(value) and low <= value <= high, wanted
 
 
+def _pairs(kind: type) -> tuple[Callable[[Any], bool], str]:
+    def holds(value: Any) -> bool:
+        pairs = [one for one in value if isinstance(one, tuple | list) and len(one) == 2]
+        fits = [type(pattern) is str and type(number) in (int, kind) and number > 0 for pattern, number in pairs]
+        return len(pairs) == len(value) and all(fits)
+
+    return holds, f"pairs of a regular expression and a positive {kind.__name__}, such as (('self_attn', 8),)"
+
+
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.source": (bool, "a Hugging Face id, a directory, a .gguf file or package:NAME"),
     "model.dtype": _one_of(*DTYPES),
     "model.param_dtype": _one_of(*DTYPES),
     "model.remat": _one_of("none", "full", "dots"),
-    "adapter.kind": _one_of("lora", "none"),
+    "adapter.kind": _one_of("lora", "dora", "none"),
     "adapter.rank": _number(1),
     "adapter.alpha": _number(1e-6),
+    "adapter.rank_pattern": _pairs(int),
+    "adapter.alpha_pattern": _pairs(float),
+    "adapter.dropout": _number(0, 0.99),
+    "adapter.init": _one_of("default", "pissa"),
+    "quantize.base": _one_of("none", "int8", "nf4"),
     "data.train": (len, "at least one source, such as ('rows.jsonl',) or ('task:support_ticket',)"),
     "data.max_length": _number(2),
     "data.batch_size": _number(1),
@@ -111,6 +135,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.eps": _number(0),
     "optimizer.weight_decay": _number(0),
     "optimizer.clip_norm": _number(0),
+    "optimizer.loraplus_ratio": _number(1e-3),
     "schedule.name": _one_of("cosine", "linear", "constant"),
     "schedule.warmup_ratio": _number(0, 1),
     "schedule.final_ratio": _number(0, 1),

@@ -1,56 +1,228 @@
 """A run's result in the formats that other software reads.
 
-    python -m ftjax.export --workdir runs/quickstart --format peft   --out adapter   a LoRA adapter (peft, vLLM, ...)
-    python -m ftjax.export --workdir runs/quickstart --format merged --out model     a whole Hugging Face model
+    python -m ftjax.export --workdir runs/quickstart --format peft   --out adapter     a LoRA adapter (peft, vLLM, ...)
+    python -m ftjax.export --workdir runs/quickstart --format merged --out model       the base with the adapter in it
+    python -m ftjax.export --workdir runs/quickstart --format hf     --out model       the model, however it was trained
+    python -m ftjax.export --workdir runs/quickstart --format gguf   --out model.gguf  for llama.cpp, Ollama, ...
 
-What is written is read back and compared before it takes its name; an --out that exists is never overwritten.
+`merged` and `hf` write a whole Hugging Face model: `hf` of any run (a fine-tuned one as it is, an adapter merged),
+`merged` only of a run with an adapter, so that it cannot be mistaken. They are stored as the base's own files are
+(a bfloat16 model stays one), or a GGUF base as the run holds it; --dtype float32 keeps every bit that training of the
+whole model made.
+
+What is written is read back and compared before it takes its name; an --out that exists is never overwritten. Whole
+models are also loaded again and given prompts, in float32; parity.json in the directory (MODEL.gguf.parity.json beside
+a GGUF) says how far their logits are from the run's, and an export that is further than its type explains fails. That
+takes as much memory as the run's weights, or the export's if those are larger (a GGUF is loaded as float32), and the
+logits; the run's own weights are let go before.
 """
 
+import collections
+import math
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from ftjax import assemble, cli, lora, tree
+from ftjax import assemble, cli, lora, metrics, parity, tree
+from ftjax import config as configs
 from ftjax.assemble import Base
+from ftjax.data import tokenizer as tokenizers
+from ftjax.data.gguf_tokenizer_write import check_same, to_metadata
 from ftjax.errors import UserError
+from ftjax.evals.evaluator import is_eval
+from ftjax.models.families import spec_from_config, text_config
 from ftjax.tree import Tree
+from ftjax.weights.files import read_json
+from ftjax.weights.gguf_write import KINDS, write_gguf
+from ftjax.weights.keys import FLOATS
+from ftjax.weights.model_card import model_card, shown
 from ftjax.weights.peft import write_adapter
-from ftjax.weights.write import write_merged
+from ftjax.weights.source import Reader
+from ftjax.weights.together import new_directory_together, together
+from ftjax.weights.write import write_json, write_model, write_tokenizer
+
+FORMATS = ("peft", "merged", "hf", "gguf")
+_GGUF_STORES = {"f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}  # in the words of `parity.LIMITS`
+assert _GGUF_STORES.keys() == KINDS.keys()
 
 
-def export_peft(config: ConfigDict, base: Base, variables: Tree, out: Path) -> None:
-    """The adapter alone. Raises UserError for a run that trained the base itself."""
+def export_peft(workdir: Path, step: int | None, out: Path) -> int:
+    """The adapter alone; returns its step. Raises UserError for a run that trained the base itself."""
+    config, base, variables, step = assemble.load_run(workdir, step)
     if "lora" not in variables:
-        raise UserError("this run has no adapter (config.adapter.kind='none'); use --format merged")
+        raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
+    parts = {path.rpartition("/")[2] for path in tree.flatten(variables["lora"])}
+    if further := sorted(parts - {"lora_a", "lora_b", "lora_scale", "lora_dropout"}):
+        raise UserError(f"this run's adapter has {', '.join(further)}, not written for peft; use --format merged")
     adapter = config.adapter
-    _, matrices = tree.partition(variables["lora"], lambda path: path.endswith("/lora_scale"))
-    write_adapter(out, matrices, base.model.spec, adapter.rank, adapter.alpha, adapter.rslora, base_name=base.source)
-
-
-def export_merged(base: Base, variables: Tree, out: Path) -> None:
-    """The base with the adapter merged into it (or as it was trained), in the run's parameter dtype."""
-    merged = lora.merge(variables["params"], variables["lora"]) if "lora" in variables else variables["params"]
-    write_merged(
-        out, merged, base.model.spec, base.reader.config, base.tokenizer.save_pretrained, dtype=base.model.param_dtype
+    _, matrices = tree.partition(variables["lora"], lambda path: path.endswith(("/lora_scale", "/lora_dropout")))
+    write_adapter(
+        out,
+        matrices,
+        base.model.spec,
+        adapter.rank,
+        adapter.alpha,
+        adapter.rslora,
+        base_name=base.source,
+        multimodal=base.reader.config.get("model_type") == "gemma3",
+        card=model_card(out.name, "peft", config, step, base.path, evaluation(workdir, step)),
     )
+    return step
+
+
+def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype: str | None, gguf_type: str) -> int:
+    """The whole model (`merged`, `hf` or `gguf`) with its parity.json; returns its step.
+
+    Every process of a run on several calls it alike; `out` must then be on a disk that they share.
+    """
+    config, base, variables, step = assemble.load_run(workdir, step)
+    if format == "merged" and "lora" not in variables:
+        raise UserError("this run has no adapter to merge (config.adapter.kind='none'); use --format hf")
+    if format == "gguf" and jax.process_count() > 1:
+        raise UserError("--format gguf is for one process; export --format hf, and that with llama.cpp's converter")
+    mesh = jax.tree.leaves(variables)[0].sharding.mesh
+    texts = parity.prompts(base.tokenizer, workdir / "samples.jsonl", base.model.spec.max_position_embeddings)
+    expected = parity.logits(base.model, variables, texts, mesh)
+    without = None
+    if "lora" in variables:
+        without = parity.differences(expected, parity.logits(base.model, {"params": variables["params"]}, texts, mesh))
+
+    # A directory of its own for a GGUF, too: it and its parity.json appear when both are right.
+    target = out.with_name(f".{out.name}.export") if format == "gguf" else out
+    with new_directory_together(target) as directory:
+        written = directory / out.name if format == "gguf" else directory
+        if format == "gguf":
+            stored = _GGUF_STORES[gguf_type]
+            _write_gguf(written, base, variables, gguf_type, name=out.stem)
+        else:
+            stored = dtype or stored_dtype(base.reader, config.model.param_dtype)
+            _write_directory(written, base, variables, stored)
+        del variables  # before what was written is loaded in its place
+        found = parity.differences(expected, parity.logits(*parity.reload(written, mesh), texts, mesh))
+        parity.check(found, stored)
+        about = {"run": workdir.resolve().name, "step": step, "format": format, "base_model": shown(base.source)}
+        report = parity.report(texts, stored, found, without, **about)
+        with together(f"writing {directory}"):
+            if jax.process_index() == 0:
+                write_json(directory / "parity.json", report)
+            if jax.process_index() == 0 and format != "gguf":
+                _check_tokenizer(written, texts, workdir)
+                card = model_card(out.name, "transformers", config, step, base.path, evaluation(workdir, step), report)
+                (directory / "README.md").write_text(card, encoding="utf-8")
+    if format == "gguf":
+        os.replace(target / "parity.json", f"{out}.parity.json")
+        os.replace(target / out.name, out)
+        target.rmdir()
+    _say(report)
+    return step
+
+
+def stored_dtype(reader: Reader, param_dtype: str) -> str:
+    """What most of the base is stored in; `param_dtype` where that is a GGUF, whose types no other format has."""
+    if reader.path.suffix == ".gguf":
+        return param_dtype
+    size = collections.Counter()
+    for name in reader.names():
+        size[reader.dtype(name).name] += math.prod(reader.shape(name))
+    return max((name for name in size if name in FLOATS), key=size.__getitem__)
+
+
+def evaluation(workdir: Path, step: int) -> dict[str, float]:
+    """The last evaluation of the run that is not after `step`."""
+    records = filter(is_eval, metrics.read(workdir / "metrics.jsonl"))
+    records = [record for record in records if record["step"] <= step]
+    return {name: value for name, value in records[-1].items() if name.startswith("eval_")} if records else {}
+
+
+def _write_directory(directory: Path, base: Base, variables: Tree, dtype: str) -> None:
+    sampling = base.path / "generation_config.json"
+    generation = read_json(sampling) if base.path.is_dir() and sampling.is_file() else None
+    write_model(
+        directory,
+        variables["params"],
+        base.model.spec,
+        base.reader.config,
+        adapters=variables.get("lora"),
+        generation=generation,
+        dtype=jnp.dtype(dtype),
+    )
+    with together(f"writing {directory}"):
+        if jax.process_index() == 0:
+            write_tokenizer(directory, base.tokenizer, base.path)
+
+
+def _write_gguf(out: Path, base: Base, variables: Tree, kind: str, name: str) -> None:
+    merged = lora.merge(variables["params"], variables["lora"]) if "lora" in variables else variables["params"]
+    config = text_config(base.reader.config)
+    write_gguf(
+        out,
+        merged,
+        base.model.spec,
+        config,
+        kind,
+        to_metadata(base.tokenizer, config | {"vocab_size": base.model.spec.vocab_size}),
+        lambda path: check_same(path, base.tokenizer),
+        name,
+        shown(base.source),
+    )
+
+
+def _check_tokenizer(directory: Path, texts: list[parity.Prompt], workdir: Path) -> None:
+    """UserError unless the tokenizer that was written makes the same tokens."""
+    positions = spec_from_config(read_json(directory / "config.json")).max_position_embeddings
+    again = parity.prompts(tokenizers.load(directory), workdir / "samples.jsonl", positions)
+    for before, after in zip(texts, again, strict=True):
+        if not np.array_equal(before.tokens, after.tokens):
+            raise UserError(f"{directory}: the tokenizer that was written makes other tokens of {before.text!r}")
+
+
+def _say(report: dict[str, Any]) -> None:
+    if jax.process_index() > 0:
+        return
+    print(
+        f"against the run, on {len(report['prompts'])} prompts: logits differ by "
+        f"{report['max_abs_logit_difference']:.2g} at most, {report['mean_abs_logit_difference']:.2g} in the mean; "
+        f"mean KL {report['mean_kl']:.2g}; the likeliest token is the same at {report['top1_agreement']:.1%} of "
+        f"{report['positions']} places"
+    )
+    without = report["base_without_adapter"]
+    if without and report["relative_difference"] > without["relative_difference"] / 2:
+        print(
+            f"warning: {report['stored_as']} changes this model about as much as its adapter does; "
+            "use --dtype float32, or --format peft"
+        )
+
+
+def check(format: str, out: Path, dtype: str | None, gguf_type: str | None) -> None:
+    """Raises UserError for what can be known to be wrong before minutes of loading; None: the flag was not given."""
+    if dtype and format not in ("merged", "hf"):
+        raise UserError("--dtype goes with --format merged or hf; an adapter is float32, a GGUF has --gguf_type")
+    if gguf_type and format != "gguf":
+        raise UserError("--gguf_type goes with --format gguf")
+    if format == "gguf" and out.suffix != ".gguf":
+        raise UserError(f"--out {out}: name a file that ends in .gguf")
+    if out.exists() and (format == "gguf" or not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists; name another --out or remove it")
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
     if not (FLAGS.workdir and FLAGS.out and FLAGS.format):
-        raise UserError("give --workdir (a run), --format (peft or merged) and --out (a directory to make)")
-    out = Path(FLAGS.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists; name another --out or remove it")  # before minutes of loading
-    config, base, variables, step = assemble.load_run(Path(FLAGS.workdir), FLAGS.step)
+        raise UserError(f"give --workdir (a run), --format ({', '.join(FORMATS)}) and --out (what to make)")
+    workdir, out = Path(FLAGS.workdir), Path(FLAGS.out).absolute()
+    check(FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type)
     if FLAGS.format == "peft":
-        export_peft(config, base, variables, out)
+        step = export_peft(workdir, FLAGS.step, out)
     else:
-        export_merged(base, variables, out)
-    print(f"step {step} of {FLAGS.workdir} is in {out}")
+        step = export_model(workdir, FLAGS.step, FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type or "f16")
+    print(f"step {step} of {FLAGS.workdir} is in {FLAGS.out}")
     return 0
 
 
@@ -58,7 +230,9 @@ if __name__ == "__main__":
     sys.argv[0] = "ftjax.export"  # absl shows in --help the flags defined under this name
     FLAGS = flags.FLAGS
     flags.DEFINE_string("workdir", None, "a run of ftjax.train")
-    flags.DEFINE_enum("format", None, ["peft", "merged"], "what to write")
-    flags.DEFINE_string("out", None, "the directory to make")
+    flags.DEFINE_enum("format", None, FORMATS, "what to write: an adapter, a merged or any whole model, or a GGUF")
+    flags.DEFINE_string("out", None, "the directory, or the .gguf file, to make")
     flags.DEFINE_integer("step", None, "the run's checkpoint to use (default: the newest)")
+    flags.DEFINE_enum("dtype", None, configs.DTYPES, "of a merged or whole model (default: that of the base's files)")
+    flags.DEFINE_enum("gguf_type", None, sorted(KINDS), "of the matrices in a GGUF (default: f16)")
     cli.run(main)

@@ -1,16 +1,16 @@
 """Adapters as a tree beside the parameters: LoRA (Hu et al. 2021), rsLoRA, DoRA and PiSSA.
 
-y = x W + scale (x A) B. An adapter tree has the paths of the layers it adapts, each with
-`lora_a` [L, in, r], `lora_b` [L, r, out] and `lora_scale` [L], float32: without L where layers are not stacked, with the
-number of experts after it where experts are. For an embedding `in` is the vocabulary. Some have `lora_magnitude` [L, out]
-(DoRA), `lora_dropout` [L], a rate, and `lora_a0`, `lora_b0` (PiSSA: what was taken out of W).
+y = x W + scale (x A) B. An adapter tree has the paths of the layers it adapts, each with `lora_a` [L, in, r],
+`lora_b` [L, r, out] and `lora_scale` [L], float32: without L where layers are not stacked, with the number of experts
+after it where experts are. For an embedding `in` is the vocabulary. Some have `lora_magnitude` [L, out] (DoRA),
+`lora_dropout` [L], a rate, and `lora_a0`, `lora_b0` (PiSSA: what was taken out of W).
 The model reads it as its `lora` collection; training differentiates what TRAINABLE matches.
 """
 
 import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -146,18 +146,35 @@ def with_scale(matrices: Tree, scaling: float) -> Tree:
     return tree.unflatten(leaves)
 
 
-def with_magnitudes(kernels: Mapping[str, jax.Array], adapters: Tree) -> Tree:
+def with_magnitudes(kernel: Callable[[str], jax.Array], adapters: Tree) -> Tree:
     """Sets every `lora_magnitude` to the norms of the columns of W + scale A B, so that DoRA starts as its base.
 
-    kernels: {module: W}, of any float dtype.
+    kernel: module -> its W, of any float dtype.
     """
     leaves = tree.flatten(adapters)
     for path in [path for path in leaves if path.endswith("/lora_magnitude")]:
         module = path.removesuffix("/lora_magnitude")
         norms = jax.jit(_norms, out_shardings=leaves[path].sharding)
         parts = [leaves[f"{module}/{part}"] for part in ("lora_a", "lora_b", "lora_scale")]
-        leaves[path] = norms(kernels[module], *parts)
+        leaves[path] = norms(kernel(module), *parts)
     return tree.unflatten(leaves)
+
+
+def pissa(params: Tree, adapters: Tree) -> tuple[Tree, Tree]:
+    """PiSSA (Meng et al. 2024): A and B get the largest singular values of each W, which becomes what is left of it.
+
+    (params, adapters) with A = U sqrt(S / scale), B = sqrt(S / scale) V and W - scale A B; `lora_a0` and `lora_b0` keep
+    these first A and B, by which the trained adapter differs from the base as it was.
+    """
+    leaves, lora = tree.flatten(params), tree.flatten(adapters)
+    for module in [path.removesuffix("/lora_a") for path in lora if path.endswith("/lora_a")]:
+        kernel, names = leaves[f"{module}/kernel"], [f"{module}/lora_a", f"{module}/lora_b"]
+        where = (lora[names[0]].sharding, lora[names[1]].sharding, kernel.sharding)
+        split = jax.jit(_principal, static_argnums=2, out_shardings=where)
+        a, b, leaves[f"{module}/kernel"] = split(kernel, lora[f"{module}/lora_scale"], lora[names[0]].shape[-1])
+        # Copies: the step donates what is trained.
+        lora |= dict(zip(names, (a, b))) | {f"{module}/lora_a0": jnp.copy(a), f"{module}/lora_b0": jnp.copy(b)}
+    return tree.unflatten(leaves), tree.unflatten(lora)
 
 
 def merge(params: Tree, adapters: Tree) -> Tree:
@@ -178,6 +195,19 @@ def _merged(kernel, a, b, scaling, magnitude):
     if magnitude is not None:
         whole = whole * (magnitude / jnp.linalg.norm(whole, axis=-2))[..., None, :]
     return whole.astype(kernel.dtype)
+
+
+def _principal(kernel, scaling, rank):
+    def split(kernel, scaling):
+        u, s, v = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
+        root = jnp.sqrt(s[:rank] / scaling)
+        a, b = u[:, :rank] * root, root[:, None] * v[:rank]
+        left = kernel - scaling * jnp.matmul(a, b, precision="highest")
+        return a, b, left.astype(kernel.dtype)
+
+    if kernel.ndim == 2:
+        return split(kernel, scaling)
+    return jax.lax.map(lambda layer: split(*layer), (kernel, scaling))  # one layer at a time
 
 
 def _norms(kernel, a, b, scaling):

@@ -1,7 +1,13 @@
 """The optimizer and its learning-rate schedule, from config to optax."""
 
+import functools
+from collections.abc import Callable
+
 import optax
 from ml_collections import ConfigDict
+
+from ftjax import tree
+from ftjax.tree import Tree
 
 
 def make_schedule(learning_rate: float, config: ConfigDict, steps: int) -> optax.Schedule:
@@ -22,7 +28,8 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     """AdamW (Loshchilov and Hutter 2019) after clipping to a global norm; `clip_norm` 0 turns clipping off.
 
     The moments have the parameters' dtype: what is trained must be float32 (`assemble.abstract_variables` sees to it).
-    Weight decay spares vectors (norm scales): decaying those towards zero changes the function, not its complexity.
+    Weight decay spares vectors (norm scales, biases, sinks, DoRA's magnitudes): decaying those towards zero changes the
+    function, not its complexity. `loraplus_ratio` is how much faster B learns than A (LoRA+, Hayou et al. 2024).
     """
     adamw = optax.adamw(
         schedule,
@@ -30,10 +37,20 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=_is_matrix,
+        mask=functools.partial(_by_name, lambda name: name not in _VECTORS),
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts.append(adamw)
+    if config.loraplus_ratio != 1.0:
+        is_b = functools.partial(_by_name, lambda name: name == "lora_b")
+        parts.append(optax.masked(optax.scale(config.loraplus_ratio), is_b))
+    return optax.chain(*parts) if len(parts) > 1 else adamw
 
 
-def _is_matrix(params):
-    return {name: _is_matrix(leaf) if isinstance(leaf, dict) else name != "scale" for name, leaf in params.items()}
+_VECTORS = ("scale", "bias", "sinks", "lora_magnitude")
+
+
+def _by_name(chosen: Callable[[str], bool], params: Tree) -> Tree:
+    """The mask of the leaves whose own names are `chosen`."""
+    leaves = {path: chosen(path.rpartition("/")[2]) for path in tree.flatten(params)}
+    return tree.unflatten(leaves)

@@ -5,7 +5,7 @@ A quantised kernel [..., in, out] is a dict of arrays in the `quant` collection,
 
     int8: `int8` int8 [..., in, out], `scale` float32 [..., out]
     nf4:  `nf4` uint8 [..., in / 2, out], `absmax` uint8 [..., in / 64, out],
-          `absmax_scale` float32 [..., groups], `absmax_offset` float32 [...]
+          `absmax_scale` float32 [..., groups], `absmax_offset` float32 [..., 1]
 
 NF4 is that of QLoRA (Dettmers et al. 2023, section 3 and appendix E) with the numbers of its bitsandbytes: 0.516 bytes
 per parameter. Its blocks run along the input of each output channel, as they do there in a [out, in] weight.
@@ -17,8 +17,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from ftjax import sharding, tree
 from ftjax.errors import UserError
+from ftjax.tree import Tree
 
 KINDS = ("int8", "nf4")
 BLOCK = 64  # weights that share an absmax
@@ -72,7 +75,7 @@ def shapes(kind: str, kernel: tuple[int, ...], path: str) -> dict[str, tuple[tup
         "nf4": ((*lead, rows // 2, columns), np.dtype(np.uint8)),
         "absmax": ((*lead, rows // BLOCK, columns), np.dtype(np.uint8)),
         "absmax_scale": ((*lead, groups), np.dtype(np.float32)),
-        "absmax_offset": (tuple(lead), np.dtype(np.float32)),
+        "absmax_offset": ((*lead, 1), np.dtype(np.float32)),
     }
 
 
@@ -81,7 +84,21 @@ def axes(kind: str, kernel: tuple[str | None, ...]) -> dict[str, tuple[str | Non
     *lead, _, columns = kernel
     if kind == "int8":
         return {"int8": kernel, "scale": (*lead, columns)}
-    return {"nf4": kernel, "absmax": kernel, "absmax_scale": (*lead, None), "absmax_offset": tuple(lead)}
+    return {"nf4": kernel, "absmax": kernel, "absmax_scale": (*lead, None), "absmax_offset": (*lead, None)}
+
+
+def abstract(
+    kind: str, kernels: dict[str, tuple[int, ...]], kernel_axes: dict[str, tuple[str | None, ...]], mesh: Mesh
+) -> Tree:
+    """The `quant` collection for kernels {path: shape} as ShapeDtypeStructs with shardings."""
+    out = {}
+    for path, kernel in kernels.items():
+        module = path.rpartition("/")[0]
+        logical = axes(kind, kernel_axes[path])
+        for name, (shape, dtype) in shapes(kind, kernel, module).items():
+            where = sharding.named(mesh, logical[name], shape)
+            out[f"{module}/{name}"] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    return tree.unflatten(out)
 
 
 @functools.partial(jax.jit, static_argnames="kind")
@@ -106,7 +123,7 @@ def quantise(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:
         "nf4": codes[:, 0] << 4 | codes[:, 1],
         "absmax": _nearest(scaled, dynamic_code()).reshape(columns, -1).T,
         "absmax_scale": group_scale,
-        "absmax_offset": offset,
+        "absmax_offset": offset[None],
     }
 
 
@@ -118,7 +135,7 @@ def dequantise(packed: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
     channel, block = jnp.arange(columns), jnp.arange(blocks)
     group = (channel[None, :] * blocks + block[:, None]) // GROUP
     absmax = jnp.asarray(dynamic_code())[packed["absmax"]] * packed["absmax_scale"][..., group]
-    absmax = absmax + packed["absmax_offset"][..., None, None]
+    absmax = absmax + packed["absmax_offset"][..., None]
     codes = jnp.stack([packed["nf4"] >> 4, packed["nf4"] & 15], axis=-2)  # [..., in / 2, 2, out]
     values = jnp.asarray(NF4)[codes].reshape(*lead, blocks, BLOCK, columns)
     return (values * absmax[..., :, None, :]).reshape(*lead, blocks * BLOCK, columns).astype(dtype)

@@ -24,7 +24,9 @@ from ftjax.step import make_step
 
 STEPS = 20
 MODEL = Decoder(spec(vocab_size=97, hidden_size=32, intermediate_size=64))
-OPTIMIZER = ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip_norm": 1.0})
+OPTIMIZER = ConfigDict(
+    {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip_norm": 1.0, "loraplus_ratio": 1.0}
+)
 RATES = {"lora": 2e-4, "none": 2e-5}
 
 MESHES = {

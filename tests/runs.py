@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from chat_templates import CHATML, make_tokenizer
-from tiny import numpy_params, spec
+from tiny import CONFIG as MODEL
+from tiny import numpy_params
 
 from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
 from ftjax.weights.write import write_merged
 
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
@@ -41,21 +43,8 @@ def get_config():
 
 def write_model(path: Path, vocab_size: int = 400) -> Path:
     """A random Llama of two layers with a ChatML tokenizer, as a Hugging Face directory."""
-    sizes = spec(vocab_size=vocab_size, max_position_embeddings=512)
-    heads = {"num_attention_heads": sizes.num_attention_heads, "num_key_value_heads": sizes.num_key_value_heads}
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": sizes.hidden_size,
-        "intermediate_size": sizes.intermediate_size,
-        "num_hidden_layers": sizes.num_hidden_layers,
-        "head_dim": sizes.head_dim,
-        "rms_norm_eps": sizes.rms_norm_eps,
-        "tie_word_embeddings": sizes.tie_word_embeddings,
-        "max_position_embeddings": sizes.max_position_embeddings,
-        "rope_theta": sizes.rope_theta,
-    } | heads
+    config = MODEL | {"vocab_size": vocab_size, "max_position_embeddings": 512}
+    sizes = spec_from_config(config)
     tokenizer = make_tokenizer(CHATML)
     config["eos_token_id"] = tokenizer.eos_token_id
     write_merged(path, numpy_params(Decoder(sizes)), sizes, config, tokenizer.save_pretrained)

@@ -1,24 +1,36 @@
 """What a run leaves goes into peft, transformers and ftjax.generate, and says the same everywhere."""
 
+import json
 import runpy
 
 import numpy as np
 import peft
 import pytest
 import torch
+from chat_templates import CHATML, make_tokenizer
+from huggingface_hub import ModelCard
 from runs import command, finish, write_run
-from tiny import batch_of, logits
+from safetensors.numpy import load_file
+from tiny import batch_of, logits, one_device
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ftjax import assemble
+from ftjax import assemble, export, parity
+from ftjax.errors import UserError
 from ftjax.train import train
+
+GPT2_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False)  # one that a GGUF has a name for
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A finished run in run/, exported to adapter/ and merged/."""
     path = tmp_path_factory.mktemp("export")
-    config = runpy.run_path(str(write_run(path)))["get_config"]()
+    file = write_run(path)
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.backend_tokenizer.pre_tokenizer = GPT2_SPLIT
+    tokenizer.save_pretrained(path / "model")
+    config = runpy.run_path(str(file))["get_config"]()
     config.steps, config.data.eval = 12, ()
     assert train(config, path / "run") == 0
     for format, out in (("peft", "adapter"), ("merged", "merged")):
@@ -90,12 +102,147 @@ def test_chat_answers_line_by_line(root):
     assert out.count("> ") == 3
 
 
+def files(directory):
+    return {path.name for path in directory.iterdir()}
+
+
+def parity_of(path):
+    return json.loads(path.read_text())
+
+
+def test_a_merged_export_says_how_near_to_the_run_it_is(root, ours, record_figure):
+    """The figures against transformers' logits of the same prompts."""
+    said = parity_of(root / "merged/parity.json")
+    record_figure("largest logit difference", said["max_abs_logit_difference"])
+    assert said["max_abs_logit_difference"] < 1e-4
+    assert said["mean_kl"] < 1e-9
+    assert (said["top1_agreement"], said["stored_as"], said["step"]) == (1.0, "float32", 12)
+    assert {"ftjax", "jax", "numpy", "safetensors", "transformers"} < said["versions"].keys()
+    assert str(root) not in (root / "merged/parity.json").read_text() + (root / "merged/README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(root / "merged")
+    adapted, plain = (AutoModelForCausalLM.from_pretrained(root / name) for name in ("merged", "model"))
+    largest = 0.0
+    for prompt in said["prompts"]:
+        turns = [{"role": "user", "content": prompt["text"]}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.encode(text, add_special_tokens=False)[: len(prompt["tokens"])] == prompt["tokens"]
+        with torch.no_grad():
+            first, second = (model(torch.tensor([prompt["tokens"]])).logits for model in (adapted, plain))
+        largest = max(largest, (first - second).abs().max().item())
+    assert said["base_without_adapter"]["max_abs_logit_difference"] == pytest.approx(largest, rel=1e-4)
+
+
+def test_the_cards_are_read_by_the_hub(root):
+    for name, library in (("adapter", "peft"), ("merged", "transformers")):
+        card = ModelCard.load(root / name / "README.md")
+        assert card.data.library_name == library
+        assert "| steps | 12 |" in card.text
+    assert files(root / "adapter") == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_narrower_type_is_written_where_it_is_asked_for(root, tmp_path, capsys):
+    assert export.export_model(root / "run", None, "hf", tmp_path / "out", "bfloat16", "f16") == 12
+    assert "logits differ by" in capsys.readouterr().out
+    said = parity_of(tmp_path / "out/parity.json")
+    assert said["stored_as"] == "bfloat16"
+    assert 1e-3 < said["relative_difference"] < 0.05
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_gguf_says_what_the_run_says(root, ours, tmp_path, record_figure):
+    out = tmp_path / "model.gguf"
+    assert export.export_model(root / "run", 12, "gguf", out, None, "f16") == 12
+    assert files(tmp_path) == {"model.gguf", "model.gguf.parity.json"}
+    said = parity_of(tmp_path / "model.gguf.parity.json")
+    assert (said["stored_as"], said["format"]) == ("float16", "gguf")
+    assert 0 < said["relative_difference"] < 5e-3
+    tokens, expected = ours
+    model, variables = parity.reload(out, one_device())
+    found = logits(model, variables, batch_of([[(tokens, np.ones(len(tokens), bool))]], len(tokens)))[0]
+    record_figure("largest logit difference", np.abs(found - expected).max())
+    assert np.abs(found - expected).max() < 0.2
+
+
+@pytest.mark.parametrize("format", ["merged", "gguf"])
+def test_an_export_that_says_something_else_is_not_written(root, tmp_path, monkeypatch, format):
+    """As if a kernel had been lost on the way."""
+    right = parity.reload
+
+    def wrong(path, mesh):
+        model, variables = right(path, mesh)
+        kernel = variables["params"]["layers"]["mlp"]["down_proj"]["kernel"]
+        variables["params"]["layers"]["mlp"]["down_proj"]["kernel"] = kernel.at[1].set(0)
+        return model, variables
+
+    monkeypatch.setattr(parity, "reload", wrong)
+    with pytest.raises(UserError, match="the export does not say what the run says"):
+        export.export_model(root / "run", None, format, tmp_path / "out.gguf", None, "q8_0")
+    assert not files(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def full(root):
+    """A bfloat16 model trained whole, its master weights in float32, for two steps."""
+    config = runpy.run_path(str(root / "run.py"))["get_config"]()
+    config.model.source = str(root / "half")
+    config.model.param_dtype, config.adapter.kind = "bfloat16", "none"
+    config.steps, config.data.eval = 2, ()
+    model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.bfloat16)
+    model.save_pretrained(root / "half")
+    AutoTokenizer.from_pretrained(root / "model").save_pretrained(root / "half")
+    (root / "half/README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert train(config, root / "full") == 0
+    return root / "full"
+
+
+def test_a_model_trained_whole_is_stored_as_its_base_or_to_the_last_bit(full, tmp_path):
+    _, base, variables, _ = assemble.load_run(full)
+    trained = np.asarray(variables["params"]["embed_tokens"]["embedding"])
+    assert trained.dtype == np.float32
+    assert export.stored_dtype(base.reader, "float32") == "bfloat16"
+    for dtype in (None, "float32"):
+        out = tmp_path / str(dtype)
+        export.export_model(full, None, "hf", out, dtype, "f16")
+        stored = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
+        assert np.array_equal(stored, trained.astype(stored.dtype))
+        assert stored.dtype.name == (dtype or "bfloat16")
+        said = parity_of(out / "parity.json")
+        assert said["base_without_adapter"] is None
+        assert said["relative_difference"] < (1e-6 if dtype else 0.05)
+        card = ModelCard.load(out / "README.md")
+        assert card.data.license == "apache-2.0"
+        assert "SFT of all parameters" in card.text
+
+
+def test_a_run_without_an_adapter_has_none_to_merge_or_write(full, tmp_path):
+    with pytest.raises(UserError, match=r"no adapter to merge .* use --format hf"):
+        export.export_model(full, None, "merged", tmp_path / "out", None, "f16")
+    with pytest.raises(UserError, match=r"no adapter .* use --format hf"):
+        export.export_peft(full, None, tmp_path / "out")
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "dtype", "gguf_type", "words"),
+    [
+        ("peft", "adapter", None, None, "exists"),
+        ("hf", "run.py", None, None, "exists"),
+        ("gguf", "model", None, None, r"ends in \.gguf"),
+        ("gguf", "new.gguf", "bfloat16", None, "a GGUF has --gguf_type"),
+        ("peft", "new", "bfloat16", None, "an adapter is float32"),
+        ("merged", "new", None, "q8_0", "goes with --format gguf"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_loading(root, format, name, dtype, gguf_type, words):
+    with pytest.raises(UserError, match=words):
+        export.check(format, root / name, dtype, gguf_type)
+
+
 def test_mistakes_are_told(root):
     run = f"--workdir={root / 'run'}"
     for arguments, words in (
-        (["ftjax.export", run, "--format=peft", f"--out={root / 'adapter'}"], "exists"),
         (["ftjax.export", run, "--format=pfet", "--out=x"], "pfet"),
-        (["ftjax.export", f"--workdir={root}", "--format=peft", "--out=x"], "workdir of a run"),
+        (["ftjax.export", run, "--format=merged", f"--out={root / 'adapter'}"], "exists"),
         (["ftjax.generate", run, "--model=x", "--prompt=x"], "either --workdir"),
         (["ftjax.generate", run, "--prompt=x", "--top_p=2"], "top_p"),
         (["ftjax.generate", run, "--prompt=x", "--step=3"], "no step 3"),

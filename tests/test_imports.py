@@ -20,7 +20,7 @@ LAYERS = [
     {"checkpoint"},
     {"assemble"},
     {"evals"},
-    {"describe", "loop"},
+    {"describe", "loop", "parity"},
     {"train", "generate", "evaluate", "export", "plan", "inspect_data"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -27,7 +27,9 @@ CONFIG = {
     "max_position_embeddings": 64,
 }
 
-OPTIMIZER = ConfigDict({"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0})
+OPTIMIZER = ConfigDict(
+    {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0, "loraplus_ratio": 1.0}
+)
 SCHEDULE = ConfigDict({"name": "linear", "warmup_ratio": 0.1, "final_ratio": 0.0})
 
 Document = tuple[np.ndarray, np.ndarray]  # tokens int32 [n], trained bool [n]

@@ -10,18 +10,19 @@ from typing import Any
 
 from ftjax.errors import UserError
 
-# The limit that the safetensors format sets for its header serves for the JSON files beside it as well.
-MAX_JSON_BYTES = 100_000_000
+# For configs, indexes and the headers of safetensors files. Parsed, JSON takes up to 25 times its size (the format of
+# safetensors allows headers of 100 MB). The index of a model with 100,000 tensors has 10 MB.
+MAX_JSON_BYTES = 32_000_000
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a UTF-8 file. UserError if it is absent, malformed, over 100 MB or repeats a key."""
+    """The JSON object in a UTF-8 file. UserError if it is absent, malformed, over 32 MB or repeats a key."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(
                 f"{path}: larger than {MAX_JSON_BYTES} bytes, which no such file is; download it again"
             )
-        content = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        content = json.loads(path.read_bytes().decode(), object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; is {path.parent} the directory of a model or an adapter?"
@@ -50,7 +51,7 @@ def inside(directory: Path, name: str) -> Path:
     these are followed, no others that leave the directory.
     """
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name:
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name or not name.isprintable():
         raise UserError(
             f"{directory}: refers to {name!r}, outside the directory; files are named relative to it"
         )
@@ -58,7 +59,11 @@ def inside(directory: Path, name: str) -> Path:
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
-    target = (root / parts).resolve()
+    try:
+        target = (root / parts).resolve()
+        target.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, symlinks in a circle
+        raise UserError(f"{directory}: refers to {name!r}, which is not the name of a file ({error})") from error
     if not any(target.is_relative_to(place) for place in allowed):
         raise UserError(
             f"{directory / name}: a symlink that leads out of the directory, to {target}; copy the file in"

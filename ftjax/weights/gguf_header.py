@@ -7,6 +7,7 @@ parsed here, after https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Th
 import math
 import mmap
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ftjax.errors import UserError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LARGEST = 2**31 - 1
 
 
 class Tensor(NamedTuple):
@@ -117,11 +119,64 @@ class _Header:
         kind = GGMLQuantizationType(number)
         values, size = GGML_QUANT_SIZES[kind]  # of one block
         if not shape or 0 in shape or shape[-1] % values:
-            raise ValueError(
-                f"{name} has the shape {list(shape)}, which does not divide into blocks of {values}"
-            )
+            raise ValueError(f"{name} has the shape {list(shape)}, which does not divide into blocks of {values}")
         row = shape[-1] // values * size
         if begin + math.prod(shape[:-1]) * row > len(self.data):
             raise ValueError(f"ends before the values of {name}")
         raw = np.frombuffer(self.data, np.uint8, math.prod(shape[:-1]) * row, begin)
         return Tensor(shape, kind, raw.reshape(*shape[:-1], row))
+
+
+class Fields:
+    """Typed access to the metadata of one architecture; UserError names the file and the key."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]):
+        self.path, self.metadata, self.tensors = path, metadata, tensors
+        self.architecture = metadata["general.architecture"]
+
+    def has(self, key: str) -> bool:
+        return f"{self.architecture}.{key}" in self.metadata
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A positive whole number below 2^31."""
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        if type(value) is not int or not 0 < value <= _LARGEST:
+            raise self.error(f"{self.architecture}.{key} is {shorten(value)}, not a positive whole number")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A positive number. Files hold float32: its shortest decimal is what the original config says (1e-05, not
+        9.999999747378752e-06)."""
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= np.finfo(np.float32).max:
+            raise self.error(f"{self.architecture}.{key} is {shorten(value)}, not a positive number")
+        return float(str(np.float32(value)))
+
+    def optional(self, key: str) -> float | None:
+        """`real`, or None where the file has no such key or says 0, as some do to switch it off."""
+        return self.real(key) if self.metadata.get(f"{self.architecture}.{key}") not in (None, 0) else None
+
+    def window(self, key: str) -> int | None:
+        """`whole`, or None where the file has no such key or says 0."""
+        return None if self.metadata.get(f"{self.architecture}.{key}") in (None, 0) else self.whole(key)
+
+    def vector(self, name: str, size: int) -> np.ndarray:
+        """float32 [size], a small tensor."""
+        if name not in self.tensors or self.tensors[name].shape != (size,):
+            found = list(self.tensors[name].shape) if name in self.tensors else "missing"
+            raise self.error(f"{name} is {found}, by the metadata it has the shape [{size}]")
+        return dequantize(self.tensors[name].raw, self.tensors[name].kind)
+
+    def refuse(self, *keys: str) -> None:
+        for key in keys:
+            if self.has(key):
+                raise self.error(f"{self.architecture}.{key} is not supported")
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"{self.path}: {message}; use the safetensors of this model")
+
+
+def shorten(value: Any) -> str:
+    """As in a message."""
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:80]}..."

@@ -1,26 +1,49 @@
-"""From a reader of Hugging Face tensors to our parameter tree, each device getting only its own slices."""
+"""From a reader of Hugging Face tensors to our parameter tree, each process reading only its own parts."""
 
-import itertools
 import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ftjax import tree
+from ftjax import quant, tree
 from ftjax.errors import UserError
 from ftjax.models.families import family_of
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.keys import FLOATS, Key, finite_cast, hf_names
 from ftjax.weights.source import Reader
+from ftjax.weights.streaming import filled
+
+
+def load_variables(
+    reader: Reader, spec: DecoderSpec, abstract: dict[str, Any], packed: dict[str, Any] | None
+) -> dict[str, Any]:
+    """{"params"} as `load_params` reads them, and {"quant"} in the place of the kernels that `packed` describes.
+
+    These are quantised as they are read, one tensor at a time, so that they are never all there unquantised. Each
+    process reads the whole of such a tensor, since its scales are made of all its values.
+    """
+    if packed is None:
+        return {"params": load_params(reader, spec, abstract)}
+    keys, stored = hf_names(spec), _stored_names(reader)
+    _check(reader, stored, spec, keys)
+    modules: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for path, leaf in tree.flatten(packed).items():
+        module, _, name = path.rpartition("/")
+        modules.setdefault(module, {})[name] = leaf
+    quantised = {}
+    for module, leaves in modules.items():
+        arrays = _quantised(reader, stored, keys[f"{module}/kernel"], leaves)
+        quantised |= {f"{module}/{name}": array for name, array in arrays.items()}
+    plain = {path: _array(reader, stored, keys[path], leaf) for path, leaf in tree.flatten(abstract).items()}
+    return {"params": tree.unflatten(plain), "quant": tree.unflatten(quantised)}
 
 
 def load_params(reader: Reader, spec: DecoderSpec, abstract: dict[str, Any]) -> dict[str, Any]:
     """The parameters of `abstract` (a dict of ShapeDtypeStruct): read, transposed, stacked, cast, placed.
 
-    A leaf with a `.sharding` becomes an array with that sharding, made from the slices that this process's
-    devices need, each read once; a leaf without one becomes an ordinary array on the default device.
+    A leaf with a `.sharding` (a NamedSharding) becomes an array with that sharding, made from the parts that this
+    process's devices hold, each read once; a leaf without one becomes an ordinary array on the default device.
 
     Raises UserError with the complete list when tensors are missing, unknown, of another shape or not
     floating point, and when a value is NaN, infinite, or beyond the range of the leaf's dtype.
@@ -37,12 +60,19 @@ def load_params(reader: Reader, spec: DecoderSpec, abstract: dict[str, Any]) -> 
 def _stored_names(reader: Reader) -> dict[str, str]:
     """{Hugging Face name as transformers has it: as the files have it}, less what the family has no use for."""
     family = family_of(reader.config)
-    out = {}
-    for name in reader.names():
+    out: dict[str, str] = {}
+    twice = []
+    for name in sorted(reader.names()):
         if family.ignored and re.search(family.ignored, name):
             continue
         found = next(((old, new) for old, new in family.read_as if name.startswith(old)), ("", ""))
-        out[found[1] + name.removeprefix(found[0])] = name
+        meant = found[1] + name.removeprefix(found[0])
+        if meant in out:
+            twice.append(f"{meant}: as {out[meant]} and as {name}")
+        out[meant] = name
+    if twice:
+        heading = f"{reader.path}: some tensors are there under two names:"
+        raise UserError("\n  ".join([heading, *twice]) + "\nTake the ones that are not meant out of the files.")
     return out
 
 
@@ -80,26 +110,43 @@ def _ignored(name: str, spec: DecoderSpec) -> bool:
 
 
 def _array(reader: Reader, stored: dict[str, str], key: Key, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        """The part `index` of our parameter, e.g. [all layers, in, a device's part of out]."""
-        lead, inner = index[: len(key.stack)], index[len(key.stack) :]
-        inner = inner[::-1] if key.transposed else inner
-        chosen = [range(size)[part] for part, size in zip(lead, key.stack)]
-        parts = []
-        for place in itertools.product(*chosen):
+    def read(place: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        name = key.name(place)
+        return finite_cast(reader.read(stored[name], index), leaf.dtype, f"{reader.path}: {name}")
+
+    return filled(leaf, read, depth=len(key.stack), transposed=key.transposed)
+
+
+def _quantised(
+    reader: Reader, stored: dict[str, str], key: Key, leaves: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """The arrays of one quantised kernel, stacked and placed."""
+    big = next(name for name in leaves if name in quant.KINDS)
+    small: dict[tuple[int, ...], dict[str, np.ndarray]] = {}  # the scales, which are few, wait here for their turn
+    latest: dict[tuple[int, ...], np.ndarray] = {}
+
+    def codes(place: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        if place not in latest:
+            latest.clear()
             name = key.name(place)
-            values = finite_cast(reader.read(stored[name], inner), leaf.dtype, f"{reader.path}: {name}")
-            parts.append(values.T if key.transposed else values)
-        return np.stack(parts).reshape(*map(len, chosen), *parts[0].shape) if chosen else np.ascontiguousarray(parts[0])
+            whole = tuple(slice(None) for _ in key.shape)
+            values = finite_cast(reader.read(stored[name], whole), np.float32, f"{reader.path}: {name}")
+            arrays = _quantise(values.T if key.transposed else values, big)
+            latest[place] = arrays.pop(big)
+            small[place] = arrays
+        return latest[place][index]
 
-    if leaf.sharding is None:
-        return jnp.asarray(read((slice(None),) * len(leaf.shape)))
-    done: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one reading of it
+    depth = len(key.stack)
+    out = {big: filled(leaves[big], codes, depth)}
+    for name, leaf in leaves.items():
+        if name != big:
+            out[name] = filled(leaf, lambda place, index, name=name: small[place][name][index], depth)
+    return out
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        place = tuple(s.indices(size) for s, size in zip(index, leaf.shape))
-        if place not in done:
-            done[place] = read(index)
-        return done[place]
 
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+def _quantise(kernel: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+    """One tensor's kernel [in, out], or [experts, in, out]."""
+    if kernel.ndim == 2:
+        return jax.device_get(quant.quantise(kernel, kind))
+    parts = [_quantise(one, kind) for one in kernel]
+    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}

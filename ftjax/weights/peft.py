@@ -3,21 +3,25 @@
 `peft` itself loads with strict=False and is silent about keys that do not fit; here each one is an error.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from ftjax import tree
 from ftjax.errors import UserError
 from ftjax.lora import linear_kernels
 from ftjax.models.spec import DecoderSpec
-from ftjax.weights.files import inside, new_directory, read_json
+from ftjax.weights.files import inside, read_json
 from ftjax.weights.keys import FLOATS, Key, finite_cast, hf_names
 from ftjax.weights.safetensors import SafetensorsFile
-from ftjax.weights.write import same_bits, write_json
+from ftjax.weights.safetensors_write import Tensor, write_safetensors
+from ftjax.weights.together import gather, new_directory_together, together
+from ftjax.weights.write import write_json
 
 _PREFIX = "base_model.model."
 
@@ -61,32 +65,33 @@ def write_adapter(
     alpha: float,
     rslora: bool,
     base_name: str,
+    multimodal: bool = False,
+    card: str | None = None,
 ) -> None:
     """Writes the `lora` collection (nested dict of lora_a [L, in, r], lora_b [L, r, out]) as a PEFT adapter.
 
-    `base_name` goes to base_model_name_or_path. The directory is written beside `out`, read back, and
-    renamed. Raises UserError when `out` exists and is not empty, and for NaN or infinite values; ValueError
-    when the adapters do not belong to `spec` and `rank`.
+    Every process calls it alike and the first one writes (see `together`). `base_name` goes to base_model_name_or_path;
+    `multimodal`: transformers has the base's language model inside another model (Gemma 3); `card`: README.md. The
+    directory is written beside `out`, read back, and renamed. Raises UserError when `out` exists and is not empty, and
+    for NaN or infinite values; ValueError when the adapters do not belong to `spec` and `rank`.
     """
     leaves = tree.flatten(adapters)
     modules = sorted({path.rpartition("/")[0] for path in leaves})
     keys = _adaptable(spec)
     if not modules or not keys.keys() >= set(modules):
         raise ValueError(f"no adapters, or adapters of what is not a kernel: {modules}")
-    expected = {}
-    tensors = {}
+    expected, tensors = set(), []
     for module in modules:
-        for half, half_key in _halves(keys[module], rank).items():
+        for half, key in _halves(keys[module], rank, multimodal).items():
             path = f"{module}/{half}"
-            expected[path] = half_key
-            if path not in leaves or leaves[path].shape != half_key.our_shape:
+            expected.add(path)
+            if path not in leaves or leaves[path].shape != key.our_shape:
                 raise ValueError(f"{path} is absent or not of rank {rank} of {spec}")
-            values = np.asarray(leaves[path])
-            for place in half_key.places():
-                tensor = half_key.name(place)
-                tensors[tensor] = np.ascontiguousarray(finite_cast(values[place], values.dtype, tensor).T)
-    if leaves.keys() != expected.keys():
-        raise ValueError(f"not parts of an adapter: {sorted(leaves.keys() - expected.keys())}")
+            for place in key.places():
+                values = functools.partial(_transposed_part, leaves[path], place)
+                tensors.append(Tensor(key.name(place), key.shape, np.dtype(leaves[path].dtype), values))
+    if leaves.keys() != expected:
+        raise ValueError(f"not parts of an adapter: {sorted(leaves.keys() - expected)}")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -96,24 +101,23 @@ def write_adapter(
         "bias": "none",
         "use_rslora": rslora,
         "use_dora": False,
-        "target_modules": sorted({module.rpartition("/")[2] for module in modules}),
+        "target_modules": _target_modules(modules, spec, multimodal),
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "init_lora_weights": True,
-        "fan_in_fan_out": False,
+        # peft's name for a base layer stored as [in, out]; the adapter's own matrices are as ever.
+        "fan_in_fan_out": not all(keys[module].transposed for module in modules),
     }
-    with new_directory(out) as directory:
-        write_json(directory / "adapter_config.json", config)
-        file = directory / "adapter_model.safetensors"
-        save_file(tensors, file, metadata={"format": "pt"})
-        stored = SafetensorsFile(file)
-        if stored.names() != tensors.keys() or not all(
-            same_bits(stored.read(n), tensors[n]) for n in tensors
-        ):
-            raise OSError(f"{file}: does not read back as it was written; check the disk")
+    with new_directory_together(out) as directory:
+        write_safetensors(directory / "adapter_model.safetensors", tensors)
+        with together(f"writing {directory}"):
+            if jax.process_index() == 0:
+                write_json(directory / "adapter_config.json", config)
+                if card is not None:
+                    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def read_adapter(path: Path, spec: DecoderSpec) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -126,7 +130,8 @@ def read_adapter(path: Path, spec: DecoderSpec) -> tuple[dict[str, Any], dict[st
     """
     path = Path(path)
     config = read_json(inside(path, "adapter_config.json"))
-    settings = _settings(path, config)
+    adaptable = _adaptable(spec)
+    settings = _settings(path, config, conv1d=not all(key.transposed for key in adaptable.values()))
     file = inside(path, "adapter_model.safetensors")
     if not file.is_file():
         also = (
@@ -136,11 +141,13 @@ def read_adapter(path: Path, spec: DecoderSpec) -> tuple[dict[str, Any], dict[st
         )
         raise UserError(f"{file}: no such file{also}; save the adapter as safetensors (peft's default)")
     stored = SafetensorsFile(file)
+    multimodal = spec.family == "gemma3_text" and any(".language_model." in name for name in stored.names())
     keys = {}
-    for module, key in _adaptable(spec).items():
-        halves = {f"{module}/{half}": half_key for half, half_key in _halves(key, settings["rank"]).items()}
+    for module, key in adaptable.items():
+        found = _halves(key, settings["rank"], multimodal)
+        halves = {f"{module}/{half}": half_key for half, half_key in found.items()}
         names = {name for half in halves.values() for name in half.names()}
-        if names & stored.names() or _is_target(module, config):
+        if names & stored.names() or _is_target(_module_name(key, multimodal), config):
             keys |= halves
     _check(file, stored, keys)
     leaves = {}
@@ -156,9 +163,19 @@ def _adaptable(spec: DecoderSpec) -> dict[str, Key]:
     return {path.removesuffix("/kernel"): keys[path] for path in linear_kernels(keys)}
 
 
-def _halves(key: Key, rank: int) -> dict[str, Key]:
-    """The Keys of lora_a, [r, in] in the file, and lora_b, [out, r], of the linear layer `key`."""
-    module = _PREFIX + key.template.removesuffix(".weight")
+def _module_name(key: Key, multimodal: bool) -> str:
+    """transformers' name of the linear layer `key`, with {} for the layer."""
+    name = key.template.removesuffix(".weight")
+    # Gemma 3 with its vision tower, the only such model here, has the language model's body one level deeper.
+    return name.replace("model.", "model.language_model.", 1) if multimodal and name.startswith("model.") else name
+
+
+def _halves(key: Key, rank: int, multimodal: bool) -> dict[str, Key]:
+    """The Keys of lora_a, [r, in] in the file, and lora_b, [out, r], of the linear layer `key`.
+
+    This is the way round for peft whether the layer itself is stored as [out, in] or, as GPT-2's are, as [in, out].
+    """
+    module = _PREFIX + _module_name(key, multimodal)
     rows, columns = key.shape if key.transposed else key.shape[::-1]
     return {
         "lora_a": Key(f"{module}.lora_A.weight", (rank, columns), key.stack, transposed=True),
@@ -166,7 +183,34 @@ def _halves(key: Key, rank: int) -> dict[str, Key]:
     }
 
 
-def _settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _target_modules(modules: Sequence[str], spec: DecoderSpec, multimodal: bool) -> list[str]:
+    """For adapter_config.json: names that peft finds in the trained layers of the model and in no others.
+
+    peft takes a name for every module that ends with it. So a name is as short as it can be: "q_proj", but
+    "attn.c_proj" where GPT-2's other c_proj is not adapted. A multimodal model has a vision tower with such names too,
+    and gets whole names, one for each layer.
+    """
+    keys = hf_names(spec)
+    ours = {_module_name(keys[f"{module}/kernel"], multimodal) for module in modules}
+    if multimodal:
+        stacks = {_module_name(keys[f"{module}/kernel"], True): keys[f"{module}/kernel"] for module in modules}
+        return sorted(name.format(*place) for name, key in stacks.items() for place in key.places())
+    others = {_module_name(key, multimodal) for path, key in keys.items() if path.endswith("/kernel")} - ours
+    found = set()
+    for name in ours:
+        parts = name.split(".")
+        suffixes = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
+        found.add(next(one for one in suffixes if not any(f".{other}".endswith(f".{one}") for other in others)))
+    return sorted(found)
+
+
+def _transposed_part(leaf: Any, place: tuple[int, ...]) -> np.ndarray:
+    return gather(leaf, place).T
+
+
+def _settings(path: Path, config: dict[str, Any], conv1d: bool) -> dict[str, Any]:
+    """conv1d: the model stores linear layers as [in, out], which peft notes in the adapter and which is right here."""
+    config = {key: value for key, value in config.items() if not (conv1d and key == "fan_in_fan_out")}
     problems = [f"{name}={config.get(name)!r}" for name in _REQUIRED if not _allowed(name, config)]
     known = _HARMLESS | _REQUIRED.keys()
     problems += [f"{name}={value!r}" for name, value in sorted(config.items()) if name not in known and value]
@@ -193,13 +237,16 @@ def _allowed(name: str, config: dict[str, Any]) -> bool:
     return any(value == choice and type(value) is type(choice) for choice in _REQUIRED[name])
 
 
-def _is_target(module: str, config: dict[str, Any]) -> bool:
-    """Whether a list of target_modules names it. A regular expression (a string) is left to the keys."""
+def _is_target(name: str, config: dict[str, Any]) -> bool:
+    """Whether a list of target_modules names the layers `name`, which has {} for their number.
+
+    A regular expression (a string) is left to the keys.
+    """
     targets = config.get("target_modules")
     if not isinstance(targets, list) or config.get("exclude_modules"):
         return False
-    dotted = f"model.{module.replace('/', '.')}" if module.startswith("layers/") else module
-    return any(isinstance(target, str) and f".{dotted}".endswith(f".{target}") for target in targets)
+    first = name.format(0)  # where one layer is adapted, all must be
+    return any(isinstance(target, str) and f".{first}".endswith(f".{target}") for target in targets)
 
 
 def _check(file: Path, stored: SafetensorsFile, keys: dict[str, Key]) -> None:

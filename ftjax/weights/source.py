@@ -8,6 +8,7 @@ import numpy as np
 
 from ftjax.errors import UserError
 from ftjax.weights.gguf import GGUFReader
+from ftjax.weights.mxfp4 import unpacked
 from ftjax.weights.safetensors import SafetensorsReader
 
 _UNPICKLED = (".bin", ".pt", ".pth", ".pkl", ".npy")
@@ -45,12 +46,12 @@ class Reader(Protocol):
 def open_source(path: Path) -> Reader:
     """The reader for what `locate` returned: a `.gguf` file or a Hugging Face directory.
 
-    The files are validated here and tensors read later. Raises UserError for malformed files and unknown
-    formats.
+    The files are validated here and tensors read later. Raises UserError for malformed files, unknown formats and
+    quantised weights (but for MXFP4, which is read as bfloat16).
     """
     if path.suffix == ".gguf":
         return GGUFReader(path)
-    return SafetensorsReader(path)
+    return unpacked(SafetensorsReader(path))
 
 
 def locate(source: str) -> Path:

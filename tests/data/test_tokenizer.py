@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import random
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+from gguf_vocab import MERGES, TEXTS, TOKENS, TYPES, sample_strings, write
 from transformers import AutoTokenizer
 from transformers.models.gpt2.tokenization_gpt2 import GPT2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
@@ -20,18 +20,6 @@ from ftjax.errors import UserError
 from ftjax.weights.gguf_header import parse
 
 STRINGS = 4000
-WORDS = ["the", "a", "parcel", "It's", "can't", "we'll", "Zürich", "naïve", "HTTP", "x", "y2k", "CamelCase", "of"]
-UNICODE = [
-    "漢字かな交じり文", "中文測試一二三", "한국어", "שלום עולם", "مرحبا بالعالم", "नमस्ते",
-    "e\u0301a\u0308o\u0302", "🙂👩‍👩‍👧‍👦🇸🇪🏽",
-    "½²³", "٣٤٥", "Ⅷ",
-    "\u200b\u200d\ufeff", "\u00a0", "\u3000", "€£¥", "ß", "œ", "…—“”", "\u0000", "\x7f", "𝔘𝔫𝔦",
-]  # fmt: skip
-CODE = [
-    "def f(x):\n\treturn x**2  # π\n", '{"order": "48213", "n": [1, 2.5e-3, null]}', "<a href='#x'>1 &amp; 2</a>",
-    "a\r\n\r\nb", "x=[0]*10;  y = 0x1F  + 1_000", "$ ls -la | grep 'a b'  >  /tmp/o.txt",
-]  # fmt: skip
-SPACES = [" ", "  ", "    ", "\n", "\n\n", "\n \n", "\t", " \t", "\r\n", "   \n"]
 
 
 @pytest.fixture(scope="module")
@@ -50,27 +38,6 @@ def ours(gguf_path):
 @pytest.fixture(scope="module")
 def theirs(gguf_path):
     return AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
-
-
-def sample_strings(tokenizer, count: int) -> list[str]:
-    """Mixtures of prose, numbers, whitespace runs, scripts, code and special tokens, and rendered chats."""
-    rng = random.Random(0)
-
-    def number():
-        return str(rng.randrange(10 ** rng.randrange(1, 9)))
-
-    def piece():
-        pool = (WORDS, WORDS, UNICODE, CODE, SPACES, SPACES, tokenizer.convert_ids_to_tokens(range(17)), [number()])
-        return rng.choice(rng.choice(pool)) + rng.choice(["", " ", " ", rng.choice(SPACES)])
-
-    strings = ["", " ", *SPACES, *UNICODE, *CODE]
-    while len(strings) < count:
-        text = "".join(piece() for _ in range(rng.randrange(1, 14)))
-        if rng.randrange(5) == 0:
-            turns = [{"role": "user", "content": text}, {"role": "assistant", "content": number()}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=rng.randrange(2) == 0)
-        strings.append(text)
-    return strings
 
 
 def is_number(char: str) -> bool:
@@ -163,37 +130,7 @@ def test_torch_is_not_imported(gguf_path):
     assert run.stdout.strip() == "[] 49152"
 
 
-# Small files of other kinds, written with the gguf library.
-
-LETTERS = [chr(c) for c in range(33, 127)] + [chr(c) for c in range(161, 324) if c != 173]
-MERGES = ["1 2", "12 3", "Ġ a", "Ġ Ġ", "h e", "' s", "Ċ Ċ", "Ã ©", "e Ì"]
-TOKENS = ["<s>", "<end>", "<think>", *LETTERS, *(m.replace(" ", "") for m in MERGES), "hero", "<pad>"]
-TYPES = [3, 3, 4, *[1] * (len(TOKENS) - 4), 5]
-TEXTS = [
-    "1234 he's HE'S  a\n\n5", "a 12  3\r\n\r\nb", "e\u0301 é", "hero hero", "<think>a<end>", "x\t\ty!!\n?",
-    "  a", "½²12",
-]  # fmt: skip
-
-
-def write(path: Path, **changes) -> Path:
-    values = {
-        "model": "gpt2", "pre": "gpt-2", "tokens": TOKENS, "token_type": TYPES, "merges": MERGES,
-        "bos_token_id": 0, "eos_token_id": 1,
-    } | changes  # fmt: skip
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in values.items():
-        if isinstance(value, list):
-            writer.add_array(f"tokenizer.ggml.{key}", value)
-        elif isinstance(value, bool):
-            writer.add_bool(f"tokenizer.ggml.{key}", value)
-        elif isinstance(value, int):
-            writer.add_uint32(f"tokenizer.ggml.{key}", value)
-        elif value is not None:
-            writer.add_string(f"tokenizer.ggml.{key}", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
+# Small files of other kinds.
 
 
 def test_gpt2_split_equals_transformers(tmp_path):
@@ -238,9 +175,10 @@ def test_user_defined_tokens_stay_whole_and_are_not_special(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model is 'llama'"),
+        ({"model": "llama"}, r"tokenizer\.ggml\.scores is missing"),
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'"),
         ({"model": None}, "tokenizer.ggml.model is None"),
-        ({"pre": "viking"}, "'viking', known are gpt-2, llama-bpe, qwen2, smollm"),
+        ({"pre": "viking"}, "'viking', known are dbrx, gpt-2, gpt-4o, llama-bpe, qwen2"),
         ({"pre": None}, "tokenizer.ggml.pre is None"),
         ({"merges": None}, "tokenizer.ggml.merges is missing"),
         ({"merges": [*MERGES, "q q"]}, r"merge 9 \('q q'\)"),

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from llama_dirs import abstract, assert_is_model, assert_same_bits, llama
+from models.family_configs import CONFIGS
 from safetensors.numpy import load_file, save_file
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
 from ftjax import tree
 from ftjax.errors import UserError
@@ -20,10 +22,14 @@ from ftjax.weights.load import load_params
 from ftjax.weights.source import open_source
 
 
+def spec_and_shapes(config, dtype=jnp.float32):
+    spec = spec_from_config(config)
+    return spec, abstract(spec, dtype)
+
+
 def load(path, dtype=jnp.float32):
     reader = open_source(path)
-    spec = spec_from_config(reader.config)
-    return load_params(reader, spec, abstract(spec, dtype))
+    return load_params(reader, *spec_and_shapes(reader.config, dtype))
 
 
 @pytest.fixture
@@ -108,11 +114,13 @@ def test_an_untied_model_needs_its_head(tmp_path):
 
 def test_an_absurd_number_of_layers_is_not_listed(saved):
     config = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**12}))
+    (saved / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10_000}))
     reader = open_source(saved)
-    spec = spec_from_config(reader.config)
-    with pytest.raises(UserError, match="num_hidden_layers=1000000000000, but there are only 20 tensors"):
-        load_params(reader, spec, abstract(spec))
+    with pytest.raises(UserError, match="num_hidden_layers=10000, but there are only 20 tensors"):
+        load_params(reader, *spec_and_shapes(reader.config))
+    (saved / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**12}))
+    with pytest.raises(UserError, match="num_hidden_layers=1000000000000 is more than 10000"):
+        load(saved)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -131,6 +139,73 @@ def test_values_beyond_float16_are_named(saved):
     load(saved)
     with pytest.raises(UserError, match=r"model\.norm\.weight: holds values too large for float16"):
         load(saved, jnp.float16)
+
+
+def rename(path, change_name, **added):
+    """Every tensor of the directory under another name, and more (a "__" stands for a ".")."""
+    stored = load_file(path / "model.safetensors")
+    more = {name.replace("__", "."): value for name, value in added.items()}
+    save_file({change_name(name): value for name, value in stored.items()} | more, path / "model.safetensors")
+
+
+def test_gpt2s_own_files_lack_the_prefix_and_hold_the_mask(tmp_path):
+    config = GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=16, bos_token_id=1, eos_token_id=2)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path)
+    expected = load(tmp_path)
+    kernel = tree.flatten(expected)["layers/self_attn/qkv_proj/kernel"]
+    assert_same_bits(kernel[1], model.transformer.h[1].attn.c_attn.weight.detach().numpy())
+    mask = np.tril(np.ones((1, 1, 16, 16), np.float32))
+    rename(
+        tmp_path,
+        lambda name: name.removeprefix("transformer."),
+        h__0__attn__bias=mask,
+        h__1__attn__bias=mask,
+        h__1__attn__masked_bias=np.array(-1e4, np.float32),
+    )
+    assert "wte.weight" in load_file(tmp_path / "model.safetensors")
+    jax.tree.map(assert_same_bits, load(tmp_path), expected)
+
+
+def test_two_names_for_one_parameter_are_not_chosen_between(tmp_path):
+    config = GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=16, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    rename(tmp_path, str, wpe__weight=np.ones((16, 32), np.float32), ln_f__bias=np.ones(32, np.float32))
+    with pytest.raises(UserError) as caught:
+        load(tmp_path)
+    assert [line.strip() for line in str(caught.value).splitlines()][1:-1] == [
+        "transformer.ln_f.bias: as ln_f.bias and as transformer.ln_f.bias",
+        "transformer.wpe.weight: as transformer.wpe.weight and as wpe.weight",
+    ]
+
+
+@pytest.mark.parametrize("layout", ["language_model.model.", "model.language_model."])
+def test_the_language_model_of_a_multimodal_gemma3(tmp_path, layout):
+    text = CONFIGS["gemma3"]
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    names = {"model.language_model.": layout}
+    if layout == "language_model.model.":
+        names |= {"model.vision_tower.": "vision_tower.", "model.multi_modal_projector.": "multi_modal_projector."}
+    stored = {}
+    for name, tensor in model.state_dict().items():
+        prefix = next((prefix for prefix in names if name.startswith(prefix)), "")
+        stored[names.get(prefix, "") + name.removeprefix(prefix)] = tensor.detach().numpy()
+    assert any("vision_tower." in name for name in stored)
+    save_file(stored, tmp_path / "model.safetensors")
+
+    leaves = tree.flatten(load(tmp_path))
+    theirs = {name: t.detach().numpy() for name, t in model.model.language_model.named_parameters()}
+    assert_same_bits(leaves["embed_tokens/embedding"], theirs.pop("embed_tokens.weight"))
+    assert_same_bits(leaves["norm/scale"], theirs.pop("norm.weight"))
+    for name, expected in theirs.items():
+        layer, module = name.removeprefix("layers.").removesuffix(".weight").split(".", 1)
+        path = f"layers/{module.replace('.', '/')}/{'scale' if 'norm' in module else 'kernel'}"
+        assert_same_bits(leaves[path][int(layer)], np.ascontiguousarray(expected.T))
+    assert len(leaves) == 2 + len(theirs) / text["num_hidden_layers"]
 
 
 SHARDED = """

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ftjax.errors import UserError
+from ftjax.weights.files import MAX_JSON_BYTES
 from ftjax.weights.safetensors import SafetensorsFile, SafetensorsReader
 
 BYTES = bytes(range(16))
@@ -39,7 +40,7 @@ MALFORMED = {
     "hole at the start": file_of({"a": entry(8, 16)}),
     "overlap": file_of({"a": entry(0, 12), "b": entry(8, 16)}),
     "two names for the same bytes": file_of({"a": entry(0, 16), "b": entry(0, 16)}),
-    "header over 100 MB": file_of({"a": entry(0, 16)}, length=100_000_001),
+    "header over the limit": file_of({"a": entry(0, 16)}, length=MAX_JSON_BYTES + 1),
     "header of 2^64 bytes": file_of({"a": entry(0, 16)}, length=2**64 - 1),
     "header not JSON": file_of(b"weights!"),
     "header not UTF-8": file_of(b'{"\xff": 1}'),
@@ -74,29 +75,71 @@ def test_malformed_files(tmp_path, content):
         SafetensorsFile(path)
 
 
-def test_a_header_over_100_mb_is_never_read(tmp_path, record_figure):
-    """A whole header of 200 MB, not only a length that says so.
+PEAK = """
+import pathlib, sys
+from ftjax.weights.files import read_json
+from ftjax.weights.files import MAX_JSON_BYTES
+from ftjax.weights.safetensors import SafetensorsFile, UserError
+status = pathlib.Path("/proc/self/status")
+def peak(): return int(status.read_text().split("VmHWM:")[1].split()[0])
+before = peak()
+try:
+    (read_json if sys.argv[1].endswith("json") else SafetensorsFile)(pathlib.Path(sys.argv[1]))
+except UserError as error:
+    print(error)
+print(before, peak())
+"""
 
-    The peak is the process's own: `ru_maxrss` would carry over that of the pytest that started it.
+
+def opened_alone(path) -> tuple[str, int, int]:
+    """What a process of its own says, and its peak RSS in kB before and after it opened the file.
+
+    `ru_maxrss` would carry over that of the pytest that started it.
     """
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=True, timeout=120
+    )
+    said, _, figures = done.stdout.strip().rpartition("\n")
+    return said, *map(int, figures.split())
+
+
+def test_a_header_over_the_limit_is_never_read(tmp_path, record_figure):
+    """A whole header of 200 MB, not only a length that says so."""
     path = tmp_path / "a.safetensors"
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", 200_000_000))
         file.truncate(200_000_008)
-    script = (
-        "import pathlib, sys\n"
-        "from ftjax.weights.safetensors import SafetensorsFile, UserError\n"
-        "status = pathlib.Path('/proc/self/status')\n"
-        "def peak(): return int(status.read_text().split('VmHWM:')[1].split()[0])\n"
-        "before = peak()\n"
-        "try: SafetensorsFile(pathlib.Path(sys.argv[1]))\n"
-        "except UserError as error: print('header too large' in str(error), peak() - before)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
-    refused, kilobytes = done.stdout.split()
-    record_figure("additional peak kB", int(kilobytes))
-    assert refused == "True"
-    assert int(kilobytes) < 50_000
+    said, before, after = opened_alone(path)
+    record_figure("additional peak kB", after - before)
+    assert "header too large: 200000000 bytes, over the limit of 32000000" in said
+    assert after - before < 20_000
+
+
+LARGEST = MAX_JSON_BYTES - 1000
+EMPTY = b'"dtype":"U8","shape":[0],"data_offsets":[0,0]'
+HEAVY = {
+    "tensors.safetensors": lambda: b"{" + b",".join(b'"%x":{%s}' % (i, EMPTY) for i in range(LARGEST // 56)) + b"}",
+    "metadata.safetensors": lambda: (
+        b'{"__metadata__":{' + b",".join(b'"%x":""' % i for i in range(LARGEST // 12)) + b"}}"
+    ),
+    "lists.safetensors": lambda: b'{"a":{"x":[' + b"[]," * (LARGEST // 3) + b"0]," + EMPTY + b"}}",
+    "dimensions.safetensors": lambda: (
+        b'{"a":{"dtype":"U8","data_offsets":[0,0],"shape":[' + b"0," * (LARGEST // 2) + b"0]}}"
+    ),
+    "lists.json": lambda: b'{"a":[' + b"[]," * (LARGEST // 3) + b"0]}",
+    "objects.json": lambda: b"{" + b",".join(b'"%x":{"":0}' % i for i in range(LARGEST // 16)) + b"}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEAVY)
+def test_the_heaviest_json_within_the_limit_takes_less_than_a_gigabyte(tmp_path, record_figure, name):
+    text = HEAVY[name]()
+    assert 0.8 * MAX_JSON_BYTES < len(text) <= MAX_JSON_BYTES
+    (tmp_path / name).write_bytes(text if name.endswith("json") else struct.pack("<Q", len(text)) + text)
+    _, _, peak = opened_alone(tmp_path / name)
+    record_figure("peak kB", peak)
+    assert peak < 1_000_000
 
 
 def test_slices_are_read_in_the_type_of_the_file(tmp_path):
@@ -113,6 +156,41 @@ def test_slices_are_read_in_the_type_of_the_file(tmp_path):
         np.testing.assert_array_equal(file.read(name, (slice(1, 3),)), array[1:3])
         np.testing.assert_array_equal(file.read(name, (slice(None), slice(2, 5))), array[:, 2:5])
         assert file.read(name).dtype == array.dtype
+
+
+def test_any_part_of_a_tensor_is_read(tmp_path):
+    """Parts in every dimension, far enough apart to be skipped (1 kB and more) and near enough not to be."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "flat": rng.random(5000),
+        "wide": rng.random((3, 2000)),
+        "deep": rng.random((4, 5, 6, 7)).astype(np.float32),
+        "long": rng.integers(0, 99, (3000, 2, 3), dtype=np.int8),
+        "none": np.zeros((3, 0, 2)),
+        "one": np.array(3, np.float32),
+    }
+    save_file(arrays, tmp_path / "a.safetensors")
+    file = SafetensorsFile(tmp_path / "a.safetensors")
+    for name, array in arrays.items():
+        for _ in range(50):
+            ends = [np.sort(rng.integers(0, size + 1, 2)).tolist() for size in array.shape]
+            index = tuple(slice(*(pair if rng.random() < 0.7 else [None])) for pair in ends)
+            index = index[: rng.integers(0, len(index) + 1)]
+            np.testing.assert_array_equal(file.read(name, index), array[index], str(index))
+    with pytest.raises(ValueError, match="does not select a part"):
+        file.read("flat", (slice(0, 10, 2),))
+    with pytest.raises(ValueError, match="does not select a part"):
+        file.read("flat", (slice(None), slice(None)))
+
+
+def test_a_file_that_shrinks_while_it_is_open(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": np.ones(1000, np.float32)}, path)
+    file = SafetensorsFile(path)
+    with open(path, "r+b") as same:
+        same.truncate(2000)
+    with pytest.raises(UserError, match="has become shorter since it was opened"):
+        file.read("a")
 
 
 @pytest.fixture

@@ -1,0 +1,167 @@
+"""Does an export say what the run says? The same prompts through both, in float32, and how far the logits are apart.
+
+The run goes first, with its adapter beside the base as in training; then what was written, read from the disk again by
+the readers that anybody's model goes through. So the difference is that of merging and of the stored type, nothing
+else. One model at a time is on the devices: the first one's logits wait on the host (256,000 words: about 400 MB).
+"""
+
+import functools
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from ftjax import sharding
+from ftjax.data.chat import render_prompt
+from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
+from ftjax.models.params import abstract_params
+from ftjax.tree import Tree
+from ftjax.weights.load import load_params
+from ftjax.weights.source import open_source
+
+TEXTS = (
+    "Name three colours of the rainbow.",
+    "What is 17 plus 25? Answer with the number alone.",
+    "Write one sentence about the sea, and one about the mountains.",
+    "Übersetze ins Englische: Der Zug fährt um neun Uhr ab.",
+    'Complete this: {"name": "Ada", "born":',
+)
+MAX_TOKENS = 96  # of one prompt
+MAX_SAMPLES = 3
+_PACKAGES = ("ftjax", "jax", "jaxlib", "flax", "numpy", "safetensors", "transformers", "tokenizers", "gguf")
+
+# The largest `relative_difference` of each stored type that an export may have. Rounding all weights of SmolLM2-135M (30
+# layers) makes 0.0012 in float16, 0.0066 in bfloat16 and 0.033 in Q8_0; merging in float32 about 1e-6. A limit is ten
+# times that and more, since some models amplify and a mixture may choose another expert. One wrong tensor in a middle
+# layer of that model makes 0.32 (an MLP lost), 0.40 (two layers' kernels exchanged) or 0.82 (a norm lost).
+LIMITS = {"float64": 1e-3, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.15, "q8_0": 0.3}
+
+
+class Prompt(NamedTuple):
+    text: str
+    tokens: np.ndarray  # int32 [n]
+
+
+def prompts(tokenizer: PreTrainedTokenizerFast, samples: Path, max_length: int) -> list[Prompt]:
+    """TEXTS, and up to MAX_SAMPLES of what the run completed in its evaluations (`samples.jsonl`), answers included.
+
+    Each in the chat template where there is one, cut to MAX_TOKENS and the model's own max_length.
+    """
+    out = []
+    for text, answer in [(text, "") for text in TEXTS] + _samples(samples):
+        tokens = render_prompt([{"role": "user", "content": text}] if tokenizer.chat_template else text, tokenizer)
+        answered = tokenizer.encode(answer, add_special_tokens=False)
+        tokens = np.concatenate([tokens, np.asarray(answered, np.int32)])[: min(MAX_TOKENS, max_length)]
+        out.append(Prompt(text + (f" -> {answer}" if answer else ""), tokens.astype(np.int32)))
+    return out
+
+
+def _samples(path: Path) -> list[tuple[str, str]]:
+    if not path.exists():
+        return []
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[-200:]]
+    return [(record["prompt"], record["completion"]) for record in records[:MAX_SAMPLES]]
+
+
+def logits(model: Decoder, variables: Tree, texts: list[Prompt], mesh: Mesh) -> list[np.ndarray]:
+    """float32 [n, vocab] for each prompt, computed in float32 whatever the model's dtype; alike in all processes."""
+    model = model.clone(dtype=jnp.float32, remat="none")
+    lengths = np.array([len(prompt.tokens) for prompt in texts])
+    tokens = np.zeros((len(texts), lengths.max()), np.int32)
+    for row, prompt in zip(tokens, texts):
+        row[: len(prompt.tokens)] = prompt.tokens
+    places = np.arange(tokens.shape[1], dtype=np.int32)
+    inside = places < lengths[:, None]
+    whole = sharding.replicated(mesh)
+    # TPUs and GPUs would else multiply float32 in passes of less.
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        forward = jax.jit(lambda variables, *batch: model.apply(variables, *batch)[0], out_shardings=whole)
+        unembed = jax.jit(
+            lambda variables, hidden: model.apply(variables, hidden, method=model.unembed), out_shardings=whole
+        )
+        hidden = forward(variables, tokens, np.where(inside, places, 0), inside.astype(np.int32))
+        # One prompt at a time: logits are much wider than anything else.
+        rows = (np.asarray(unembed(variables, row)) for row in np.asarray(hidden))
+        return [row[:length].copy() for row, length in zip(rows, lengths)]
+
+
+def reload(path: Path, mesh: Mesh) -> tuple[Decoder, Tree]:
+    """The model in a directory or a .gguf file, in the type that it is stored in, and its variables on `mesh`."""
+    reader = open_source(path)
+    spec = spec_from_config(reader.config)
+    dtype = functools.reduce(jnp.promote_types, sorted({reader.dtype(name).name for name in reader.names()}))
+    model = Decoder(spec, jnp.float32, jnp.dtype(dtype))
+    return model, {"params": load_params(reader, spec, abstract_params(model, mesh))}
+
+
+def differences(expected: list[np.ndarray], found: list[np.ndarray]) -> dict[str, float]:
+    """How far `found` is from `expected`, each a list of float32 [n, vocab], over all positions.
+
+    KL(expected || found) is in nats per position. `relative_difference`: the root mean square of the difference over
+    that of the expected logits, each less its mean over the vocabulary, which no softmax sees.
+    """
+    total = {"max": 0.0, "sum": 0.0, "same": 0, "off": 0.0, "size": 0.0, "count": 0}
+    kl = []
+    for ours, theirs in ((a.astype(np.float64), b) for a, b in zip(np.concatenate(expected), np.concatenate(found))):
+        gap = np.abs(theirs - ours)
+        total["max"] = np.maximum(total["max"], gap.max())  # NaN stays NaN
+        total["sum"] += gap.sum()
+        total["count"] += gap.size
+        total["same"] += int(ours.argmax() == theirs.argmax())
+        p, q = _log_softmax(ours), _log_softmax(theirs.astype(np.float64))
+        kl.append(np.sum(np.exp(p) * (p - q)))
+        total["off"] += np.var(theirs - ours)
+        total["size"] += np.var(ours)
+    return {
+        "max_abs_logit_difference": float(total["max"]),
+        "mean_abs_logit_difference": float(total["sum"] / total["count"]),
+        "max_kl": float(np.max(kl)),
+        "mean_kl": float(np.mean(kl)),
+        "top1_agreement": total["same"] / len(kl),
+        "relative_difference": float(np.sqrt(total["off"] / total["size"])),
+    }
+
+
+def report(
+    texts: list[Prompt], stored: str, found: dict[str, float], base: dict[str, float] | None, **about: Any
+) -> dict[str, Any]:
+    """The content of parity.json. `stored`: one of LIMITS; `base`: the differences of the base from the run."""
+    versions = {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    device = jax.devices()[0]
+    return {
+        **about,
+        "stored_as": stored,
+        "computed_in": "float32",
+        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "versions": versions,
+        "positions": sum(len(prompt.tokens) for prompt in texts),
+        **found,
+        "limit_of_relative_difference": LIMITS[stored],
+        "base_without_adapter": base,
+        "prompts": [{"text": prompt.text, "tokens": prompt.tokens.tolist()} for prompt in texts],
+    }
+
+
+def check(found: dict[str, float], stored: str) -> None:
+    """Raises UserError when an export is further from its run than its stored type explains."""
+    limit = LIMITS[stored]
+    if not found["relative_difference"] <= limit:  # NaN included
+        raise UserError(
+            f"the export does not say what the run says: its logits are {found['relative_difference']:.2g} of their "
+            f"size apart ({found['max_abs_logit_difference']:.3g} at most, KL {found['mean_kl']:.2g}), where {stored} "
+            f"explains {limit:g}; nothing was written. Try --dtype float32, and report this if that fails as well"
+        )
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
