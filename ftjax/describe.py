@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax import metrics, sharding, tree
+from ftjax import metrics, quant, sharding, tree
 from ftjax.assemble import Base
 from ftjax.data.loader import Loader
 from ftjax.evals.evaluator import is_eval
@@ -28,14 +28,17 @@ def run(
     """What is about to run. abstract: the variables' shapes; report: what `tokenize_all` counted."""
     spec, adapter, data = base.model.spec, config.adapter, config.data
     trained, frozen = tree.partition(abstract, is_trained)
-    lora = f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, on {adapter.targets}"
+    packed = frozen.pop("quant", {})
+    stands_for = quant.count(packed)
+    total = tree.count(abstract["params"]) + stands_for
     steps = config.steps or loader.batches_in(config.epochs)
     return {
         "model": f"{config.model.source}: {spec.family}, {spec.num_hidden_layers} layers, width {spec.hidden_size}, "
-        f"vocabulary {spec.vocab_size:,}, {tree.count(abstract['params']):,} parameters, in {config.model.dtype}",
-        "adapter": lora if adapter.kind == "lora" else f"none; trained are parameters matching {adapter.trainable!r}",
+        f"vocabulary {spec.vocab_size:,}, {total:,} parameters, in {config.model.dtype}",
+        "adapter": _adapter(adapter),
         "trained": _size(trained),
         "frozen": _size(frozen),
+        **({"quantised": _size(packed, stands_for) + f", {config.quantize.base}"} if packed else {}),
         "mesh": _mesh(mesh, base, abstract["params"]),
         "data": f"{report['examples']:,} examples, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them "
         f"trained; longest {report['longest']}, truncated {report['truncated']}, dropped {report['dropped']}",
@@ -65,9 +68,24 @@ def result(workdir: Path, best: int | None) -> dict[str, str]:
     }
 
 
-def _size(abstract: Tree) -> str:
+def _adapter(adapter: ConfigDict) -> str:
+    if adapter.kind == "none":
+        return f"none; trained are parameters matching {adapter.trainable!r}"
+    kind = {"lora": "rsLoRA" if adapter.rslora else "LoRA", "dora": "DoRA"}[adapter.kind]
+    notes = [
+        "from " + adapter.source if adapter.source else "",
+        "PiSSA" if adapter.init == "pissa" else "",
+        f"dropout {adapter.dropout:g}" if adapter.dropout else "",
+        "ranks and alphas by pattern" if adapter.rank_pattern or adapter.alpha_pattern else "",
+        f"beside {', '.join(adapter.modules_to_save)} whole" if adapter.modules_to_save else "",
+    ]
+    what = f"{kind}, rank {adapter.rank}, alpha {adapter.alpha:g}, on {adapter.targets}"
+    return ", ".join([what, *filter(None, notes)])
+
+
+def _size(abstract: Tree, count: int | None = None) -> str:
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in tree.flatten(abstract).values())
-    return f"{tree.count(abstract):,} parameters, {size / 1e6:,.1f} MB"
+    return f"{tree.count(abstract) if count is None else count:,} parameters, {size / 1e6:,.1f} MB"
 
 
 def _mesh(mesh: Mesh, base: Base, abstract: Tree) -> str:

@@ -91,7 +91,8 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
     expected = parity.logits(base.model, variables, texts, mesh)
     without = None
     if "lora" in variables:
-        without = parity.differences(expected, parity.logits(base.model, {"params": variables["params"]}, texts, mesh))
+        plain = {name: part for name, part in variables.items() if name != "lora"}
+        without = parity.differences(expected, parity.logits(base.model, plain, texts, mesh))
 
     # A directory of its own for a GGUF, too: it and its parity.json appear when both are right.
     target = out.with_name(f".{out.name}.export") if format == "gguf" else out
@@ -145,7 +146,7 @@ def _write_directory(directory: Path, base: Base, variables: Tree, dtype: str) -
     generation = read_json(sampling) if base.path.is_dir() and sampling.is_file() else None
     write_model(
         directory,
-        variables["params"],
+        assemble.whole_params(variables, base.model.param_dtype),
         base.model.spec,
         base.reader.config,
         adapters=variables.get("lora"),
@@ -158,7 +159,9 @@ def _write_directory(directory: Path, base: Base, variables: Tree, dtype: str) -
 
 
 def _write_gguf(out: Path, base: Base, variables: Tree, kind: str, name: str) -> None:
-    merged = lora.merge(variables["params"], variables["lora"]) if "lora" in variables else variables["params"]
+    merged = assemble.whole_params(variables, base.model.param_dtype)
+    if "lora" in variables:
+        merged = lora.merge(merged, variables["lora"])
     config = text_config(base.reader.config)
     write_gguf(
         out,

@@ -39,10 +39,10 @@ MAX_TOKENS = 96  # of one prompt
 MAX_SAMPLES = 3
 _PACKAGES = ("ftjax", "jax", "jaxlib", "flax", "numpy", "safetensors", "transformers", "tokenizers", "gguf")
 
-# The largest `relative_difference` of each stored type that an export may have. Rounding all weights of SmolLM2-135M (30
-# layers) makes 0.0012 in float16, 0.0066 in bfloat16 and 0.033 in Q8_0; merging in float32 about 1e-6. A limit is ten
-# times that and more, since some models amplify and a mixture may choose another expert. One wrong tensor in a middle
-# layer of that model makes 0.32 (an MLP lost), 0.40 (two layers' kernels exchanged) or 0.82 (a norm lost).
+# The largest `relative_difference` of each stored type that an export may have. Rounding all weights of SmolLM2-135M
+# (30 layers) makes 0.0012 in float16, 0.0066 in bfloat16 and 0.033 in Q8_0; merging in float32 about 1e-6. A limit is
+# ten times that and more, since some models amplify and a mixture may choose another expert. One wrong tensor in a
+# middle layer of that model makes 0.32 (an MLP lost), 0.40 (two layers' kernels exchanged) or 0.82 (a norm lost).
 LIMITS = {"float64": 1e-3, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.15, "q8_0": 0.3}
 
 

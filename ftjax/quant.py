@@ -12,7 +12,7 @@ per parameter. Its blocks run along the input of each output channel, as they do
 """
 
 import functools
-import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -141,13 +141,15 @@ def dequantise(packed: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
     return (values * absmax[..., :, None, :]).reshape(*lead, blocks * BLOCK, columns).astype(dtype)
 
 
-def is_packed(names) -> bool:
+def is_packed(names: Iterable[str]) -> bool:
     return "int8" in names or "nf4" in names
 
 
-def bytes_per_parameter(kind: str, kernel: tuple[int, ...]) -> float:
-    sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in shapes(kind, kernel, "").values())
-    return sum(sizes) / math.prod(kernel)
+def count(packed: Tree) -> int:
+    """How many parameters the kernels of a `quant` collection have."""
+    per_code = {"int8": 1, "nf4": 2}
+    leaves = ((path.rpartition("/")[2], leaf) for path, leaf in tree.flatten(packed).items())
+    return sum(leaf.size * per_code[name] for name, leaf in leaves if name in per_code)
 
 
 def _nearest(values: jax.Array, code: np.ndarray) -> jax.Array:

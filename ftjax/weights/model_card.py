@@ -84,7 +84,7 @@ def _metadata(library: str, config: ConfigDict, base: Path) -> Iterable[tuple[st
                 if entry["source"].startswith("hf:")}  # fmt: skip
     if datasets:
         yield "datasets", sorted(datasets)
-    adapted = ["lora"] if config.adapter.kind == "lora" else []
+    adapted = [config.adapter.kind] if config.adapter.kind != "none" else []
     yield "tags", ["ftjax", config.objective.name, *adapted]
 
 
@@ -93,14 +93,15 @@ def _method(config: ConfigDict) -> str:
     if adapter.kind == "none":
         which = "all parameters" if adapter.trainable == ".*" else f"the parameters matching `{adapter.trainable}`"
         return f"{config.objective.name.upper()} of {which}"
+    kind = {"lora": "LoRA", "dora": "DoRA"}[adapter.kind]
     scaled = ", rank-stabilised" if adapter.rslora else ""
-    return f"{config.objective.name.upper()} with LoRA (rank {adapter.rank}, alpha {adapter.alpha:g}{scaled})"
+    return f"{config.objective.name.upper()} with {kind} (rank {adapter.rank}, alpha {adapter.alpha:g}{scaled})"
 
 
 def _training(config: ConfigDict, step: int, method: str) -> Iterable[tuple[str, str]]:
     data, schedule = config.data, config.schedule
     yield "method", method
-    if config.adapter.kind == "lora":
+    if config.adapter.kind != "none":
         yield "adapted layers", f"`{config.adapter.targets}`"
     for entry in configs.sources(config, "train"):
         options = "".join(f", {key} {value}" for key, value in entry.items() if key != "source")
