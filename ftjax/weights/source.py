@@ -22,6 +22,7 @@ _ALLOWED = [
     "spiece.model",
     "merges.txt",
     "vocab.txt",
+    "README.md",  # for the licence in the card of an export
 ]
 _IGNORED = ["*/*", "consolidated*.safetensors"]
 

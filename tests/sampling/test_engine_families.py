@@ -1,11 +1,11 @@
 """Greedy text of models with windows, two ropes, sinks and experts, learned positions: the tokens of transformers."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from models.family_configs import CONFIGS
+from models.torch_models import torch_model
+from tiny import one_device
 
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
@@ -14,11 +14,6 @@ from ftjax.sampling.engine import generate, stream
 from ftjax.sampling.sampler import Sampling
 from ftjax.weights.load import load_params
 from ftjax.weights.source import open_source
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
-from family_configs import CONFIGS
-from tiny import one_device
-from torch_models import torch_model
 
 NEW = 12
 

@@ -16,8 +16,8 @@ def size(config: dict[str, Any], name: str, default: int | None = None) -> int:
     value = default if config.get(name) is None else config[name]
     if value is None:
         raise UserError(f"config.json of a {config['model_type']!r} model lacks {name!r}")
-    if type(value) is not int or value < 1:
-        raise UserError(f"config.json: {name}={value!r} is not a positive whole number")
+    if type(value) is not int or not 1 <= value < 2**31:  # what an int32 position can reach
+        raise UserError(f"config.json: {name}={value!r} is not a positive whole number below 2^31")
     return value
 
 
