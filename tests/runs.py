@@ -41,9 +41,9 @@ def get_config():
 '''
 
 
-def write_model(path: Path, vocab_size: int = 400) -> Path:
-    """A random Llama of two layers with a ChatML tokenizer, as a Hugging Face directory."""
-    config = MODEL | {"vocab_size": vocab_size, "max_position_embeddings": 512}
+def write_model(path: Path, vocab_size: int = 400, **changes) -> Path:
+    """A random model with a ChatML tokenizer, as a Hugging Face directory; without `changes` a Llama of two layers."""
+    config = MODEL | {"vocab_size": vocab_size, "max_position_embeddings": 512} | changes
     sizes = spec_from_config(config)
     tokenizer = make_tokenizer(CHATML)
     config["eos_token_id"] = tokenizer.eos_token_id
