@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ftjax import config as configs
-from ftjax import lora, optim, quant, sharding, tree
+from ftjax import continued, lora, optim, quant, sharding, tree
 from ftjax.checkpoint import Checkpoints
 from ftjax.data import tokenizer as tokenizers
 from ftjax.errors import UserError
@@ -22,6 +23,8 @@ from ftjax.models.families import spec_from_config
 from ftjax.state import abstract_state
 from ftjax.tree import Tree
 from ftjax.weights import load as weights
+from ftjax.weights.keys import hf_names
+from ftjax.weights.peft import BaseFacts, StoredAdapter, base_digest
 from ftjax.weights.source import Reader, locate, open_source
 
 
@@ -56,17 +59,15 @@ def abstract_variables(config: ConfigDict, model: Decoder, mesh: Mesh) -> tuple[
     leaves, axes = tree.flatten(params.abstract_params(model, mesh)), params.logical_axes(model)
     adapter, out = config.adapter, {}
     if adapter.kind == "none":
+        if adapter.source:
+            raise UserError("config.adapter.source is an adapter to go on from; adapter.kind='none' has none")
         trained = set(tree.matching(adapter.trainable, list(leaves), "adapter.trainable"))
         if config.quantize.base != "none":
             raise UserError("config.quantize.base is for a base beside adapters; set config.adapter.kind or drop it")
     else:
-        targets = lora.find_targets(adapter.targets, lora.adaptable(leaves))
-        ranks = lora.by_pattern(adapter.rank, adapter.rank_pattern, targets, "adapter.rank_pattern")
-        chosen = {"magnitude": adapter.kind == "dora", "dropout": adapter.dropout, "pissa": adapter.init == "pissa"}
-        extras = [name for name, wanted in chosen.items() if wanted]
-        out["lora"] = lora.abstract_adapters(tree.unflatten(leaves), axes, targets, ranks, mesh, extras)
-        trained = _modules_to_save(adapter.modules_to_save, leaves)
-        if both := sorted(trained & set(targets)):
+        ranks, extras, trained = _adapters(config, model, leaves)
+        out["lora"] = lora.abstract_adapters(tree.unflatten(leaves), axes, list(ranks), ranks, mesh, extras)
+        if both := sorted(trained & set(ranks)):
             raise UserError(f"config.adapter: {both[0]} is in targets and in modules_to_save; it can have one of them")
     for path in trained:
         leaf = leaves[path]
@@ -78,6 +79,24 @@ def abstract_variables(config: ConfigDict, model: Decoder, mesh: Mesh) -> tuple[
         out["quant"] = quant.abstract(config.quantize.base, kernels, axes, mesh)
     out["params"] = tree.unflatten(leaves)
     return out, lambda path: bool(lora.TRAINABLE.match(path)) or path.removeprefix("params/") in trained
+
+
+def _adapters(config: ConfigDict, model: Decoder, leaves: dict) -> tuple[dict[str, int], list[str], set[str]]:
+    """({path: rank}, the `extras` of lora.abstract_adapters, the paths that are trained whole), of a run with adapters.
+
+    leaves: all parameter paths.
+    """
+    adapter, stored = config.adapter, continued.stored_adapter(config, model.spec)
+    chosen = {"magnitude": adapter.kind == "dora", "dropout": adapter.dropout, "pissa": adapter.init == "pissa"}
+    if stored is not None:
+        ranks = {continued.path_of(module): stored.rank(module) for module in stored.modules}
+        chosen["magnitude"], trained = stored.settings.dora, set(stored.saved)
+    else:
+        targets = lora.find_targets(adapter.targets, lora.adaptable(leaves))
+        ranks = lora.by_pattern(adapter.rank, adapter.rank_pattern, targets, "adapter.rank_pattern")
+        lora.by_pattern(adapter.alpha, adapter.alpha_pattern, targets, "adapter.alpha_pattern")  # for its errors
+        trained = _modules_to_save(adapter.modules_to_save, leaves)
+    return ranks, [name for name, wanted in chosen.items() if wanted], trained
 
 
 def _quantised(paths: Iterable[str]) -> list[str]:
@@ -95,10 +114,15 @@ def _modules_to_save(names: Sequence[str], paths: Iterable[str]) -> set[str]:
 
 
 def load_variables(config: ConfigDict, base: Base, abstract: Tree) -> Tree:
-    """The base's weights, quantised where `abstract` says so, and fresh adapters, each placed by its sharding."""
+    """The base's weights, quantised where `abstract` says so, and its adapters, each placed by its sharding.
+
+    The adapters are fresh ones, or those of config.adapter.source with what was trained whole beside them.
+    """
     variables = weights.load_variables(base.reader, base.model.spec, abstract["params"], abstract.get("quant"))
     if "lora" not in abstract:
         return variables
+    if (stored := continued.stored_adapter(config, base.model.spec)) is not None:
+        return _continued(config, base, abstract, variables, stored)
     adapter, is_part = config.adapter, abstract["lora"]
     modules = [path.removesuffix("/lora_a") for path in tree.flatten(is_part) if path.endswith("/lora_a")]
     paths = [f"{module}/{'embedding' if module.startswith('embed') else 'kernel'}" for module in modules]
@@ -111,6 +135,35 @@ def load_variables(config: ConfigDict, base: Base, abstract: Tree) -> Tree:
     if adapter.kind == "dora":
         adapters = lora.with_magnitudes(functools.partial(kernel, variables), adapters)
     return variables | {"lora": adapters}
+
+
+def _continued(config: ConfigDict, base: Base, abstract: Tree, variables: Tree, stored: StoredAdapter) -> Tree:
+    stored.check_base(base_facts(config, base), base.reader)
+    adapters, saved = stored.read()
+    leaves = tree.flatten(adapters)
+    for path, leaf in tree.flatten(abstract["lora"]).items():
+        if path.endswith("/lora_dropout"):  # a matter of training: the run's own, not the directory's
+            leaves[path] = np.full(leaf.shape, config.adapter.dropout, np.float32)
+        leaves[path] = _placed(leaves[path], leaf)
+    params = tree.flatten(variables["params"])
+    wanted = tree.flatten(abstract["params"])
+    params |= {path: _placed(values, wanted[path]) for path, values in saved.items()}
+    return variables | {"params": tree.unflatten(params), "lora": tree.unflatten(leaves)}
+
+
+def _placed(values: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index].astype(leaf.dtype))
+
+
+def base_facts(config: ConfigDict, base: Base) -> BaseFacts:
+    """What an adapter of this base is told of it."""
+    return BaseFacts(base.source, base_digest(base.reader, base.model.spec), config.quantize.base)
+
+
+def trained_whole(config: ConfigDict, base: Base) -> set[str]:
+    """The paths of the parameters that are trained beside the adapters."""
+    leaves = dict.fromkeys(hf_names(base.model.spec))
+    return _adapters(config, base.model, leaves)[2]
 
 
 def kernel(variables: Tree, module: str) -> jax.Array:
@@ -138,6 +191,7 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[ConfigDict, Base, 
     """
     config = configs.read(workdir / "config.json")
     base = open_base(config.model)
+    continued.pin(config, workdir, fresh=False)
     mesh = sharding.make_mesh({"fsdp": -1})
     with jax.set_mesh(mesh):
         abstract, is_trained = abstract_variables(config, base.model, mesh)

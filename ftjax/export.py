@@ -18,6 +18,7 @@ logits; the run's own weights are let go before.
 """
 
 import collections
+import dataclasses
 import math
 import os
 import sys
@@ -28,8 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
-from ftjax import assemble, cli, lora, metrics, parity, tree
+from ftjax import assemble, cli, continued, lora, metrics, parity, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data import tokenizer as tokenizers
@@ -37,12 +39,14 @@ from ftjax.data.gguf_tokenizer_write import check_same, to_metadata
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import is_eval
 from ftjax.models.families import spec_from_config, text_config
+from ftjax.models.spec import DecoderSpec
 from ftjax.tree import Tree
 from ftjax.weights.files import read_json
 from ftjax.weights.gguf_write import KINDS, write_gguf
 from ftjax.weights.keys import FLOATS
 from ftjax.weights.model_card import model_card, shown
 from ftjax.weights.peft import write_adapter
+from ftjax.weights.peft_vllm import MAX_RANK, uniform
 from ftjax.weights.source import Reader
 from ftjax.weights.together import new_directory_together, together
 from ftjax.weights.write import write_json, write_model, write_tokenizer
@@ -52,27 +56,29 @@ _GGUF_STORES = {"f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}  # in the 
 assert _GGUF_STORES.keys() == KINDS.keys()
 
 
-def export_peft(workdir: Path, step: int | None, out: Path) -> int:
-    """The adapter alone; returns its step. Raises UserError for a run that trained the base itself."""
-    config, base, variables, step = assemble.load_run(workdir, step)
+def export_peft(workdir: Path, step: int | None, out: Path, vllm_rank: int | None = None) -> int:
+    """The adapter alone; returns its step. Raises UserError for a run that trained the base itself.
+
+    vllm_rank: the largest rank of a vLLM that is to read it, see `ftjax.weights.peft_vllm`; None: peft alone reads it.
+    """
+    run, base, variables, step = assemble.load_run(workdir, step)
     if "lora" not in variables:
         raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
-    parts = {path.rpartition("/")[2] for path in tree.flatten(variables["lora"])}
-    if further := sorted(parts - {"lora_a", "lora_b", "lora_scale", "lora_dropout"}):
-        raise UserError(f"this run's adapter has {', '.join(further)}, not written for peft; use --format merged")
-    adapter = config.adapter
-    _, matrices = tree.partition(variables["lora"], lambda path: path.endswith(("/lora_scale", "/lora_dropout")))
+    config = continued.effective(run, base.model.spec)
+    params, whole = tree.flatten(variables["params"]), assemble.trained_whole(run, base)
+    adapters = variables["lora"] if vllm_rank is None else uniform(variables["lora"], whole, vllm_rank)
     write_adapter(
         out,
-        matrices,
+        adapters,
         base.model.spec,
-        adapter.rank,
-        adapter.alpha,
-        adapter.rslora,
-        base_name=base.source,
+        assemble.base_facts(config, base),
+        rslora=config.adapter.rslora and vllm_rank is None,  # with it the only scale, 1, is no round alpha
+        saved={path: params[path] for path in whole},
         multimodal=base.reader.config.get("model_type") == "gemma3",
         card=model_card(out.name, "peft", config, step, base.path, evaluation(workdir, step)),
     )
+    if config.quantize.base != "none" and jax.process_index() == 0:
+        print(f"the adapter was trained beside a base stored as {config.quantize.base}; beside another it differs")
     return step
 
 
@@ -82,6 +88,7 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
     Every process of a run on several calls it alike; `out` must then be on a disk that they share.
     """
     config, base, variables, step = assemble.load_run(workdir, step)
+    config = continued.effective(config, base.model.spec)
     if format == "merged" and "lora" not in variables:
         raise UserError("this run has no adapter to merge (config.adapter.kind='none'); use --format hf")
     if format == "gguf" and jax.process_count() > 1:
@@ -96,6 +103,7 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
 
     # A directory of its own for a GGUF, too: it and its parity.json appear when both are right.
     target = out.with_name(f".{out.name}.export") if format == "gguf" else out
+    notes = _notes(config, base, variables)
     with new_directory_together(target) as directory:
         written = directory / out.name if format == "gguf" else directory
         if format == "gguf":
@@ -108,6 +116,8 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
         found = parity.differences(expected, parity.logits(*parity.reload(written, mesh), texts, mesh))
         parity.check(found, stored)
         about = {"run": workdir.resolve().name, "step": step, "format": format, "base_model": shown(base.source)}
+        if notes:
+            about["notes"] = notes
         report = parity.report(texts, stored, found, without, **about)
         with together(f"writing {directory}"):
             if jax.process_index() == 0:
@@ -120,7 +130,7 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
         os.replace(target / "parity.json", f"{out}.parity.json")
         os.replace(target / out.name, out)
         target.rmdir()
-    _say(report)
+    _say(report, notes)
     return step
 
 
@@ -141,13 +151,43 @@ def evaluation(workdir: Path, step: int) -> dict[str, float]:
     return {name: value for name, value in records[-1].items() if name.startswith("eval_")} if records else {}
 
 
+def _notes(config: ConfigDict, base: Base, variables: Tree) -> list[str]:
+    """What merging did that the file's name does not say; for the terminal, parity.json and the card."""
+    notes = []
+    if "quant" in variables:
+        notes.append(
+            f"The adapter was trained beside a base stored as {config.quantize.base}. It is merged into that base, "
+            f"dequantised, and not into the weights of {shown(base.source)} as they were published."
+        )
+    if _must_untie(base.model.spec, variables):
+        notes.append(
+            "The adapter changes the token embedding and not the output head, which were one matrix. They are two here "
+            "(tie_word_embeddings is false), and the head is the base's."
+        )
+    return notes
+
+
+def _must_untie(spec: DecoderSpec, variables: Tree) -> bool:
+    return spec.tie_word_embeddings and "embed_tokens" in variables.get("lora", {})
+
+
+def _whole(base: Base, variables: Tree) -> tuple[DecoderSpec, Tree]:
+    """The spec and the parameters, nothing quantised, that the adapters are to be merged into."""
+    spec, params = base.model.spec, assemble.whole_params(variables, base.model.param_dtype)
+    if _must_untie(spec, variables):
+        spec = dataclasses.replace(spec, tie_word_embeddings=False)
+        params = params | {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
+    return spec, params
+
+
 def _write_directory(directory: Path, base: Base, variables: Tree, dtype: str) -> None:
     sampling = base.path / "generation_config.json"
     generation = read_json(sampling) if base.path.is_dir() and sampling.is_file() else None
+    spec, params = _whole(base, variables)
     write_model(
         directory,
-        assemble.whole_params(variables, base.model.param_dtype),
-        base.model.spec,
+        params,
+        spec,
         base.reader.config,
         adapters=variables.get("lora"),
         generation=generation,
@@ -159,14 +199,14 @@ def _write_directory(directory: Path, base: Base, variables: Tree, dtype: str) -
 
 
 def _write_gguf(out: Path, base: Base, variables: Tree, kind: str, name: str) -> None:
-    merged = assemble.whole_params(variables, base.model.param_dtype)
+    spec, merged = _whole(base, variables)
     if "lora" in variables:
         merged = lora.merge(merged, variables["lora"])
-    config = text_config(base.reader.config)
+    config = text_config(base.reader.config) | {"tie_word_embeddings": spec.tie_word_embeddings}
     write_gguf(
         out,
         merged,
-        base.model.spec,
+        spec,
         config,
         kind,
         to_metadata(base.tokenizer, config | {"vocab_size": base.model.spec.vocab_size}),
@@ -185,9 +225,11 @@ def _check_tokenizer(directory: Path, texts: list[parity.Prompt], workdir: Path)
             raise UserError(f"{directory}: the tokenizer that was written makes other tokens of {before.text!r}")
 
 
-def _say(report: dict[str, Any]) -> None:
+def _say(report: dict[str, Any], notes: list[str]) -> None:
     if jax.process_index() > 0:
         return
+    for note in notes:
+        print(note)
     print(
         f"against the run, on {len(report['prompts'])} prompts: logits differ by "
         f"{report['max_abs_logit_difference']:.2g} at most, {report['mean_abs_logit_difference']:.2g} in the mean; "
@@ -221,8 +263,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"give --workdir (a run), --format ({', '.join(FORMATS)}) and --out (what to make)")
     workdir, out = Path(FLAGS.workdir), Path(FLAGS.out).absolute()
     check(FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type)
+    if FLAGS.format != "peft" and FLAGS.vllm:
+        raise UserError("--vllm goes with --format peft; whole models are read by vLLM as they are")
     if FLAGS.format == "peft":
-        step = export_peft(workdir, FLAGS.step, out)
+        step = export_peft(workdir, FLAGS.step, out, FLAGS.vllm_rank if FLAGS.vllm else None)
     else:
         step = export_model(workdir, FLAGS.step, FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type or "f16")
     print(f"step {step} of {FLAGS.workdir} is in {FLAGS.out}")
@@ -237,5 +281,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "the directory, or the .gguf file, to make")
     flags.DEFINE_integer("step", None, "the run's checkpoint to use (default: the newest)")
     flags.DEFINE_enum("dtype", None, configs.DTYPES, "of a merged or whole model (default: that of the base's files)")
+    flags.DEFINE_boolean("vllm", False, "an adapter that vLLM reads, too: plain LoRA of one rank, or refused")
+    flags.DEFINE_integer("vllm_rank", MAX_RANK, "the --max-lora-rank that vLLM is started with", lower_bound=1)
     flags.DEFINE_enum("gguf_type", None, sorted(KINDS), "of the matrices in a GGUF (default: f16)")
     cli.run(main)

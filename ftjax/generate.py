@@ -3,20 +3,26 @@
     python -m ftjax.generate --model M [--adapter A] --prompt "..."     M: Hugging Face id, directory, .gguf, package:X
     python -m ftjax.generate --workdir runs/quickstart --prompt "..."   the newest checkpoint of a run
     python -m ftjax.generate --workdir runs/quickstart --chat           a conversation; an empty line ends it
+    python -m ftjax.generate --model M --adapter tickets=A,haiku=B --use haiku --chat
+
+Of several adapters over one base, --use names the first one; in a conversation, "/adapter tickets" goes over to
+another and "/adapter none" to the base alone.
 
 The prompt is put into the model's chat template where it has one; --raw gives it to the model as it is. Generation
 stops at every end token that the model names. --temperature 0 (the default) is greedy.
 """
 
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
-from ftjax import assemble, cli, lora, sharding
+from ftjax import assemble, cli, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data.chat import render_prompt
@@ -26,21 +32,61 @@ from ftjax.sampling.engine import stream
 from ftjax.sampling.sampler import Sampling
 from ftjax.tree import Tree
 from ftjax.weights.load import load_params
-from ftjax.weights.peft import read_adapter
+from ftjax.weights.peft import StoredAdapter, open_adapter
+
+NONE = "none"  # the name by which the base alone is used
 
 
-def load_model(source: str, adapter: str | None, dtype: str) -> tuple[Base, Tree]:
-    """A pretrained model and, from a PEFT directory, its adapter, as (base, variables), over this machine's devices."""
+def load_model(source: str, adapters: Mapping[str, str], dtype: str) -> tuple[Base, dict[str, Tree]]:
+    """(base, {name: variables}) over this machine's devices, of a pretrained model and PEFT directories {name: where}.
+
+    The base is there once, whatever the number of adapters, and under the name NONE by itself. Raises UserError for an
+    adapter that does not fit it or was trained on another base.
+    """
     config = configs.defaults()
     config.model.source, config.model.dtype, config.model.param_dtype = source, dtype, dtype
     base = assemble.open_base(config.model)
+    stored = {name: open_adapter(Path(path), base.model.spec) for name, path in adapters.items()}
+    facts = assemble.base_facts(config, base) if stored else None
+    for adapter in stored.values():
+        adapter.check_base(facts, base.reader)
     mesh = sharding.make_mesh({"fsdp": -1})
-    variables = {"params": load_params(base.reader, base.model.spec, abstract_params(base.model, mesh))}
-    if adapter:
-        matrices, settings = read_adapter(Path(adapter), base.model.spec)
-        scaling = lora.scale(settings["rank"], settings["alpha"], settings["rslora"])
-        variables["lora"] = jax.device_put(lora.with_scale(matrices, scaling), sharding.replicated(mesh))
-    return base, variables
+    params = load_params(base.reader, base.model.spec, abstract_params(base.model, mesh))
+    return base, {NONE: {"params": params}} | {name: _adapted(params, one, mesh) for name, one in stored.items()}
+
+
+def _adapted(params: Tree, stored: StoredAdapter, mesh: Mesh) -> Tree:
+    adapters, saved = stored.read()
+    leaves = tree.flatten(params)
+    for path, values in saved.items():
+        leaves[path] = jax.device_put(values.astype(leaves[path].dtype), leaves[path].sharding)
+    return {"params": tree.unflatten(leaves), "lora": jax.device_put(adapters, sharding.replicated(mesh))}
+
+
+def parse_adapters(text: str) -> dict[str, str]:
+    """{name: directory} of "DIR", whose name is then "adapter", or "name=DIR,other=DIR2"."""
+    if not re.match(r"[\w-]+=", text):
+        return {"adapter": text}
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        name, _, where = part.partition("=")
+        if not re.fullmatch(r"[\w-]+", name) or not where:
+            raise UserError(f"--adapter: {part!r} is not NAME=DIRECTORY, with commas between several")
+        if name in found or name == NONE:
+            raise UserError(f"--adapter: the name {name!r} is " + ("the base's own" if name == NONE else "there twice"))
+        found[name] = where
+    return found
+
+
+def choose(name: str | None, names: Iterable[str]) -> str:
+    """Which of the names to begin with; the only adapter there is need not be named."""
+    names, adapters = list(names), [one for one in names if one != NONE]
+    if name is None and len(adapters) > 1:
+        raise UserError(f"--use: say which of {', '.join(names)}")
+    name = name or (adapters[0] if adapters else NONE)
+    if name not in names:
+        raise UserError(f"--use: there is no adapter {name!r}; there are {', '.join(names)}")
+    return name
 
 
 def pieces(tokenizer, tokens: Iterator[int]) -> Iterator[str]:
@@ -61,8 +107,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; the text goes after --prompt")
     if bool(FLAGS.workdir) == bool(FLAGS.model):
         raise UserError("give either --workdir (a run) or --model (with or without --adapter)")
-    if FLAGS.workdir and FLAGS.adapter:
-        raise UserError("--adapter goes with --model; a --workdir has its own")
+    if FLAGS.workdir and (FLAGS.adapter or FLAGS.use):
+        raise UserError("--adapter and --use go with --model; a --workdir has its own")
     if (FLAGS.prompt is None) == (not FLAGS.chat):
         raise UserError("give either --prompt '...' or --chat")
     if FLAGS.raw and (FLAGS.system or FLAGS.chat):
@@ -70,13 +116,17 @@ def main(argv: list[str]) -> int:
     if FLAGS.workdir and FLAGS["dtype"].present:
         raise UserError("--dtype goes with --model; a --workdir has the dtype of its config")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
-    if FLAGS.workdir:
-        _, base, variables, _ = assemble.load_run(Path(FLAGS.workdir), FLAGS.step)
+    adapters = parse_adapters(FLAGS.adapter) if FLAGS.adapter else {}
+    if FLAGS.model:
+        in_use = choose(FLAGS.use, [NONE, *adapters])
+        base, variables = load_model(FLAGS.model, adapters, FLAGS.dtype)
     else:
-        base, variables = load_model(FLAGS.model, FLAGS.adapter, FLAGS.dtype)
+        in_use = "run"
+        _, base, its, _ = assemble.load_run(Path(FLAGS.workdir), FLAGS.step)
+        variables = {in_use: its}
 
     def answer(prompt: np.ndarray) -> str:
-        tokens = stream(base.model, variables, prompt, FLAGS.max_new_tokens, base.end_tokens, sampling)
+        tokens = stream(base.model, variables[in_use], prompt, FLAGS.max_new_tokens, base.end_tokens, sampling)
         text = ""
         for piece in pieces(base.tokenizer, tokens):
             print(piece, end="", flush=True)
@@ -84,11 +134,17 @@ def main(argv: list[str]) -> int:
         print()
         return text
 
+    def switch(name: str) -> None:
+        nonlocal in_use
+        if name in variables:
+            in_use = name
+        print(f"[{in_use}]" if name in variables else f"[there is no {name!r}; there are {', '.join(variables)}]")
+
     if FLAGS.system and not base.tokenizer.chat_template:
         raise UserError("--system needs a chat template, which this model has not; put the text into --prompt")
     system = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
     if FLAGS.chat:
-        _chat(base, system, answer)
+        _chat(base, system, answer, switch)
     elif FLAGS.raw:
         answer(np.asarray(base.tokenizer.encode(FLAGS.prompt), np.int32))
     elif base.tokenizer.chat_template:
@@ -98,7 +154,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _chat(base: Base, messages: list[dict], answer) -> None:
+def _chat(base: Base, messages: list[dict], answer: Callable, switch: Callable[[str], None]) -> None:
     if not base.tokenizer.chat_template:
         raise UserError("this model has no chat template; use --prompt")
     while True:
@@ -108,6 +164,9 @@ def _chat(base: Base, messages: list[dict], answer) -> None:
             return
         if not text.strip():
             return
+        if text.startswith("/adapter"):
+            switch(text.removeprefix("/adapter").strip())
+            continue
         turn = [*messages, {"role": "user", "content": text}]
         said = answer(render_prompt(turn, base.tokenizer))
         if said.strip():  # a template has no way to render an empty answer
@@ -118,7 +177,8 @@ if __name__ == "__main__":
     sys.argv[0] = "ftjax.generate"  # absl shows in --help the flags defined under this name
     FLAGS = flags.FLAGS
     flags.DEFINE_string("model", None, "a Hugging Face id, a directory, a .gguf file or package:NAME")
-    flags.DEFINE_string("adapter", None, "a directory with a PEFT LoRA adapter for --model")
+    flags.DEFINE_string("adapter", None, "a PEFT adapter's directory, or several as name=DIR,other=DIR2")
+    flags.DEFINE_string("use", None, "which of several adapters; none: the base alone")
     flags.DEFINE_string("workdir", None, "a run of ftjax.train")
     flags.DEFINE_integer("step", None, "the run's checkpoint to use (default: the newest)")
     flags.DEFINE_string("prompt", None, "what to answer")

@@ -13,7 +13,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from ftjax import assemble, cli, describe, metrics, optim, sharding, tree
+from ftjax import assemble, cli, continued, describe, metrics, optim, sharding, tree
 from ftjax import config as configs
 from ftjax import workdir as workdirs
 from ftjax.assemble import Base
@@ -64,6 +64,7 @@ def _train(
     resumed = checkpoints.latest() if config.checkpoint.resume_step < 0 else config.checkpoint.resume_step
     if resumed is not None:
         _check_same_config(config, workdir)
+    continued.pin(config, workdir, fresh=resumed is None)
     records = [] if resumed is None else metrics.read(workdir / "metrics.jsonl")
     recorded = {record["step"] for record in records if is_eval(record)}
     if resumed == total_steps and (total_steps in recorded or not config.data.eval):
@@ -79,7 +80,8 @@ def _train(
         objective = OBJECTIVES[config.objective.name](base.model)
         _check_batch(config, mesh)
         evaluator = Evaluator(config, base, mesh, objective, eval_loader, workdir, preemption, display)
-        display.table("ftjax.train", describe.run(config, base, mesh, abstract, is_trained, train_loader, report))
+        described = continued.effective(config, base.model.spec)
+        display.table("ftjax.train", describe.run(described, base, mesh, abstract, is_trained, train_loader, report))
 
         display.say("reading the weights")
         variables = assemble.load_variables(config, base, abstract)

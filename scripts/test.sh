@@ -9,4 +9,5 @@ if [ "${1:-}" = --all ]; then
     shift
     set -- -m "slow or not slow" "$@"
 fi
-exec .venv/bin/python -m pytest "$@"
+# Files side by side: most of the time is compilation, which uses one core.
+exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"

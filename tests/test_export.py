@@ -15,7 +15,8 @@ from tiny import batch_of, logits, one_device
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ftjax import assemble, export, parity
+from ftjax import assemble, export, generate, parity
+from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.train import train
 
@@ -137,7 +138,8 @@ def test_the_cards_are_read_by_the_hub(root):
         card = ModelCard.load(root / name / "README.md")
         assert card.data.library_name == library
         assert "| steps | 12 |" in card.text
-    assert files(root / "adapter") == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "ftjax_adapter.json"}
+    assert files(root / "adapter") == {"README.md"} | adapter
 
 
 def test_a_narrower_type_is_written_where_it_is_asked_for(root, tmp_path, capsys):
@@ -220,6 +222,163 @@ def test_a_run_without_an_adapter_has_none_to_merge_or_write(full, tmp_path):
     with pytest.raises(UserError, match=r"no adapter .* use --format hf"):
         export.export_peft(full, None, tmp_path / "out")
     assert not files(tmp_path)
+
+
+def short_run(root, workdir, quantised="none", steps=2, **adapter):
+    """A run of a few steps on the model of `root`, with these settings of its adapter."""
+    config = runpy.run_path(str(root / "run.py"))["get_config"]()
+    config.adapter.rank = 16 if "source" in adapter else 4
+    config.adapter.update(adapter)
+    config.quantize.base, config.steps, config.data.eval = quantised, steps, ()
+    assert train(config, workdir) == 0
+    return config
+
+
+def of_run(workdir, tokens):
+    """float32 [tokens, vocab]"""
+    _, base, variables, _ = assemble.load_run(workdir)
+    batch = batch_of([[(tokens, np.ones(len(tokens), bool))]], len(tokens))
+    return logits(base.model, variables, batch)[0]
+
+
+@pytest.fixture(scope="module")
+def packed(root):
+    """A run beside an int8 base with the tied embedding adapted and the last norm trained whole."""
+    short_run(root, root / "packed", "int8", targets="embed_tokens,q_proj,down_proj", modules_to_save=("norm",))
+    return root / "packed"
+
+
+def test_a_tied_embedding_is_untied_and_a_quantised_base_said(root, packed, ours, tmp_path, capsys, record_figure):
+    export.export_model(packed, None, "merged", tmp_path / "out", None, "f16")
+    printed, card = capsys.readouterr().out, (tmp_path / "out/README.md").read_text()
+    notes = parity_of(tmp_path / "out/parity.json")["notes"]
+    for note, words in zip(notes, ("merged into that base, dequantised", "tie_word_embeddings is false"), strict=True):
+        assert words in note
+        assert note in printed
+        assert note in card
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert not model.config.tie_word_embeddings
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    original = load_file(root / "model/model.safetensors")["model.embed_tokens.weight"]
+    assert np.array_equal(head.detach().numpy(), original)
+    assert not torch.equal(head, embedding)
+    assert_same_logits(model, (ours[0], of_run(packed, ours[0])), record_figure)
+
+
+def test_a_gguf_of_it_is_untied_too(packed, ours, tmp_path):
+    export.export_model(packed, None, "gguf", tmp_path / "model.gguf", None, "f16")
+    model, variables = parity.reload(tmp_path / "model.gguf", one_device())
+    assert not model.spec.tie_word_embeddings
+    tokens = ours[0]
+    found = logits(model, variables, batch_of([[(tokens, np.ones(len(tokens), bool))]], len(tokens)))[0]
+    assert np.abs(found - of_run(packed, tokens)).max() < 0.2
+
+
+def test_an_adapter_of_a_quantised_base_says_so(packed, tmp_path, capsys):
+    export.export_peft(packed, None, tmp_path / "out")
+    assert "stored as int8" in capsys.readouterr().out
+    assert "beside the base stored as int8" in (tmp_path / "out/README.md").read_text()
+    assert json.loads((tmp_path / "out/ftjax_adapter.json").read_text())["base_quantised"] == "int8"
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["modules_to_save"] == ["model.norm"]
+
+
+@pytest.fixture(scope="module")
+def further(root):
+    """first/, a DoRA run, exported to first-adapter/, and further/, a run that goes on from that."""
+    settings = {"kind": "dora", "rslora": True, "rank_pattern": (("mlp", 2),), "modules_to_save": ("norm",)}
+    short_run(root, root / "first", targets="q_proj,up_proj", **settings)
+    export.export_peft(root / "first", None, root / "first-adapter")
+    short_run(root, root / "further", source=str(root / "first-adapter"), steps=4)
+    return root / "further"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_run_goes_on_from_an_adapter_and_back_to_peft(root, further, ours, tmp_path, record_figure):
+    tokens, _ = ours
+    first, last = of_run(root / "first", tokens), of_run(further, tokens)
+    assert np.abs(first - last).max() > 0.1
+    config = configs.read(further / "config.json")
+    base = assemble.open_base(config.model)
+    abstract, _ = assemble.abstract_variables(config, base.model, one_device())
+    start = assemble.load_variables(config, base, abstract)
+    batch = batch_of([[(tokens, np.ones(len(tokens), bool))]], len(tokens))
+    assert np.abs(logits(base.model, start, batch)[0] - first).max() < 1e-5
+    export.export_peft(further, None, tmp_path / "out")
+    said = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (said["use_dora"], said["use_rslora"], said["rank_pattern"]) == (True, True, {"up_proj": 2})
+    assert "DoRA (rank 4" in (tmp_path / "out/README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(root / "model", attn_implementation="eager")
+    assert_same_logits(peft.PeftModel.from_pretrained(model, tmp_path / "out"), (tokens, last), record_figure)
+
+
+def test_dora_and_whole_modules_are_in_a_gguf(further, ours, tmp_path):
+    export.export_model(further, None, "gguf", tmp_path / "model.gguf", None, "f16")
+    assert parity_of(tmp_path / "model.gguf.parity.json")["relative_difference"] < 5e-3
+
+
+def test_a_run_is_not_resumed_from_another_adapter_than_it_began_with(root, further, tmp_path):
+    config = configs.read(further / "config.json")
+    assert train(config, further) == 0  # as it is: finished, nothing to do
+    file = root / "first-adapter/adapter_config.json"
+    before = file.read_text()
+    file.write_text(before.replace('"lora_alpha": 32', '"lora_alpha": 16'))
+    try:
+        with pytest.raises(UserError, match="first-adapter: this adapter has changed since the run in"):
+            train(config, further)
+        with pytest.raises(UserError, match="has changed since the run in"):
+            assemble.load_run(further)
+    finally:
+        file.write_text(before)
+
+
+def test_several_adapters_are_over_one_base(root, further, ours):
+    adapters = {"plain": str(root / "adapter"), "dora": str(root / "first-adapter")}
+    base, variables = generate.load_model(str(root / "model"), adapters, "float32")
+    tokens, expected = ours
+    batch = batch_of([[(tokens, np.ones(len(tokens), bool))]], len(tokens))
+    found = {name: logits(base.model, one, batch)[0] for name, one in variables.items()}
+    assert list(found) == ["none", "plain", "dora"]
+    assert np.abs(found["plain"] - expected).max() < 1e-5
+    assert np.abs(found["dora"] - of_run(root / "first", tokens)).max() < 1e-5
+    assert np.abs(found["none"] - expected).max() > 1
+    kernels = {id(one["params"]["layers"]["mlp"]["up_proj"]["kernel"]) for one in variables.values()}
+    assert len(kernels) == 1
+
+
+def test_a_conversation_goes_from_adapter_to_adapter(root, further):
+    names = f"--adapter=plain={root / 'adapter'},dora={root / 'first-adapter'}"
+    arguments = [f"--model={root / 'model'}", names, "--use=plain", "--chat", "--max_new_tokens=6"]
+    process = command("ftjax.generate", *arguments, talks=True)
+    out, err = process.communicate("The red lamp\n/adapter none\nThe red lamp\n/adapter x\n\n", timeout=120)
+    assert process.returncode == 0, err
+    assert "[none]" in out
+    assert "[there is no 'x'; there are none, plain, dora]" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("a/dir", {"adapter": "a/dir"}), ("a=x,b-2=y=z", {"a": "x", "b-2": "y=z"}), ("/x/a=b", {"adapter": "/x/a=b"})],
+)
+def test_adapters_are_named(text, names):
+    assert generate.parse_adapters(text) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("a=x,y", "'y' is not NAME="), ("a=x,a=y", "'a' is there twice"), ("none=x", "the base's own")]
+)
+def test_names_that_cannot_be_are_refused(text, words):
+    with pytest.raises(UserError, match=words):
+        generate.parse_adapters(text)
+
+
+def test_of_several_adapters_one_is_chosen_by_name():
+    assert generate.choose(None, ["none"]) == "none"
+    assert generate.choose(None, ["none", "a"]) == "a"
+    assert generate.choose("none", ["none", "a"]) == "none"
+    with pytest.raises(UserError, match="say which of none, a, b"):
+        generate.choose(None, ["none", "a", "b"])
+    with pytest.raises(UserError, match="no adapter 'c'; there are none, a"):
+        generate.choose("c", ["none", "a"])
 
 
 @pytest.mark.parametrize(

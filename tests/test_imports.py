@@ -13,7 +13,7 @@ LAYERS = [
     {"config", "tree", "metrics", "errors", "digest", "workdir", "cli", "display", "preemption"},
     {"sharding", "quant"},
     {"models"},
-    {"lora", "weights", "optim", "state"},
+    {"continued", "lora", "weights", "optim", "state"},
     {"data", "tasks"},
     {"objectives", "sampling"},
     {"step"},

@@ -1,26 +1,15 @@
-"""LoRA against the real peft, and what it promises about the base."""
+"""Adapter trees: what is adapted, how it starts, how it merges. Against peft: test_adapter_methods.py."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from tiny import CONFIG, OPTIMIZER, batch_of, documents, logits, numpy_params, one_device, spec
-from witness import torch_llama, torch_logits, torch_loss_sum
+from tiny import batch_of, documents, logits, numpy_params, one_device, spec
 
 from ftjax import lora, tree
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.models.params import abstract_params, logical_axes
-from ftjax.objectives.sft import make_sft
-from ftjax.optim import make_optimizer
-from ftjax.state import abstract_state, init_state
-from ftjax.step import make_step
-
-# peft itself asks transformers for an attribute by its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 MODEL = Decoder(spec(tie_word_embeddings=False))
 AXES = logical_axes(MODEL)
@@ -48,104 +37,6 @@ def with_random_b(adapters):
     for path in [path for path in leaves if path.endswith("lora_b")]:
         leaves[path] = jnp.asarray(0.3 * rng.standard_normal(leaves[path].shape), jnp.float32)
     return tree.unflatten(leaves)
-
-
-def peft_name(path, layer):
-    module, matrix = path.rsplit("/", 1)
-    inner = (
-        module if module == "lm_head" else f"model.layers.{layer}.{module.removeprefix('layers/').replace('/', '.')}"
-    )
-    return f"base_model.model.{inner}.{ {'lora_a': 'lora_A', 'lora_b': 'lora_B'}[matrix] }.default.weight"
-
-
-def peft_parameters(adapters):
-    """{peft's name: its array [out, in]} of every A and B."""
-    out = {}
-    for path, leaf in tree.flatten(adapters).items():
-        if not path.endswith("lora_scale"):
-            layers = np.asarray(leaf) if path.startswith("layers/") else np.asarray(leaf)[None]
-            out |= {peft_name(path, layer): part.T for layer, part in enumerate(layers)}
-    return out
-
-
-def peft_model(base, adapters, targets, rslora=False):
-    """The same adapted model in torch; every adapter matrix of peft's is set from one of ours."""
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, lora_dropout=0.0, use_rslora=rslora)
-    model = get_peft_model(torch_llama(CONFIG | {"tie_word_embeddings": False}, base), config)
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    ours = peft_parameters(adapters)
-    assert named.keys() == ours.keys()
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(torch.tensor(ours[name].copy()))
-    return model
-
-
-@pytest.mark.parametrize(
-    ("targets", "rslora"),
-    [("all-linear", False), (["q_proj", "v_proj", "down_proj"], True), (["lm_head", "up_proj"], False)],
-    ids=["all-linear", "some, rslora", "head"],
-)
-def test_forward_and_merge_against_peft(base, targets, rslora, record_figure):
-    adapters = with_random_b(adapters_for(targets, rslora=rslora))
-    witness = peft_model(base, adapters, targets, rslora)
-    adapted = logits(MODEL, {"params": base, "lora": adapters}, BATCH)
-    merged = logits(MODEL, {"params": lora.merge(base, adapters)}, BATCH)
-    assert np.abs(adapted - logits(MODEL, {"params": base}, BATCH)).max() > 0.5, "the adapters do something"
-    real = BATCH["segment_ids"] > 0
-    record_figure("merged logits", np.abs(merged - adapted)[real].max())
-    np.testing.assert_allclose(merged[real], adapted[real], rtol=0, atol=1e-5)
-    theirs = [torch_logits(witness, tokens) for tokens, _ in DOCS]
-    record_figure("logits", max(np.abs(ours[: len(a)] - a).max() for ours, a in zip(adapted, theirs)))
-    for row, expected in enumerate(theirs):
-        np.testing.assert_allclose(adapted[row, : len(expected)], expected, rtol=0, atol=1e-4)
-
-
-def test_five_adamw_steps_against_peft_and_torch(base, record_figure):
-    """Same losses and same adapters; only A and B have gradients and optimizer state; the base stays bit-identical."""
-    adapters = adapters_for()
-    witness = peft_model(base, adapters, "all-linear")
-    variables = {"params": jax.tree.map(jnp.asarray, base), "lora": adapters}
-    trainable, frozen = tree.partition(variables, lambda path: bool(lora.TRAINABLE.match(path)))
-    start = jax.tree.map(np.array, trainable)
-    schedule = optax.constant_schedule(5e-3)
-    optimizer = make_optimizer(OPTIMIZER, schedule)
-    abstract = abstract_state(optimizer, trainable, one_device())
-    state = init_state(optimizer, trainable, abstract)
-    step = make_step(make_sft(MODEL), optimizer, schedule, abstract, seed=0)
-
-    matrices = {path for path in tree.flatten(variables) if path.endswith(("lora_a", "lora_b"))}
-    assert tree.flatten(state.trainable).keys() == matrices
-    adam = optax.tree.get(state.opt_state, "ScaleByAdamState")
-    assert tree.flatten(adam.mu).keys() == tree.flatten(adam.nu).keys() == matrices
-
-    torch_parameters = [parameter for parameter in witness.parameters() if parameter.requires_grad]
-    torch_adamw = torch.optim.AdamW(torch_parameters, lr=5e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    weight = sum(int(trained[1:].sum()) for _, trained in DOCS)
-    ours, theirs = [], []
-    for _ in range(5):
-        state, metrics = step(state, frozen, {name: array[None] for name, array in BATCH.items()})
-        ours.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-        torch_adamw.zero_grad()
-        loss = torch_loss_sum(witness, DOCS) / weight
-        loss.backward()
-        theirs.append((loss.item(), torch.nn.utils.clip_grad_norm_(torch_parameters, 1.0).item()))
-        torch_adamw.step()
-    record_figure("loss", np.abs(np.subtract(ours, theirs))[:, 0].max())
-    record_figure("grad_norm", np.abs(np.subtract(ours, theirs))[:, 1].max())
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
-    assert theirs[0][0] - theirs[-1][0] > 0.05, "training does something"
-    assert theirs[0][1] > 1, "clipping too"
-
-    named = dict(witness.named_parameters())
-    trained = peft_parameters(state.trainable["lora"])
-    record_figure("adapters", max(np.abs(trained[name] - named[name].detach().numpy()).max() for name in trained))
-    for name, array in trained.items():
-        np.testing.assert_allclose(array, named[name].detach(), rtol=0, atol=1e-4, err_msg=name)
-    moved = jax.tree.map(lambda before, after: float(np.abs(before - after).max()), start, state.trainable)
-    assert min(jax.tree.leaves(moved)) > 1e-3
-    assert jax.tree.all(jax.tree.map(np.array_equal, base, frozen["params"]))
-    assert jax.tree.all(jax.tree.map(np.array_equal, frozen["lora"], tree.partition(adapters, is_scale)[0]))
 
 
 def is_scale(path):

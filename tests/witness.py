@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftjax import tree
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # of so small matrices; more would wait for each other
 
 
 def torch_llama(config: dict, params: tree.Tree) -> LlamaForCausalLM:

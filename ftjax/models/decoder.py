@@ -51,7 +51,7 @@ class Attention(nn.Module):
         spec = self.spec
         queries, keys, values = self._project(x)
         if context.tables is not None:
-            cos, sin = (table[layer.get("rope", 0)] for table in context.tables)
+            cos, sin = (table[layer.get("rope", _rope_table(spec)[0])] for table in context.tables)
             queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         new = None
         if layer_cache is not None:
@@ -231,13 +231,17 @@ def _norm(spec: DecoderSpec, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str
 
 def _per_layer(spec: DecoderSpec) -> dict[str, jax.Array]:
     """Arrays [layers] of what the layers differ in; what is the same in all of them is static instead."""
-    no_rope = len(spec.ropes)  # the table of `_tables` that turns nothing
     out = {
-        "rope": [no_rope if rope is None else rope for rope in spec.layer_ropes],
+        "rope": _rope_table(spec),
         "window": [NO_WINDOW if window is None else window for window in spec.layer_windows],
         "scale": list(spec.attention_scales),
     }
     return {name: jnp.asarray(values) for name, values in out.items() if len(set(values)) > 1}
+
+
+def _rope_table(spec: DecoderSpec) -> list[int]:
+    """Which of the tables of `_tables` each layer uses; the one after the ropes' turns nothing."""
+    return [len(spec.ropes) if rope is None else rope for rope in spec.layer_ropes]
 
 
 def _tables(spec: DecoderSpec, positions, reach) -> tuple[jax.Array, jax.Array] | None:

@@ -19,7 +19,11 @@ def rope_parameters(config: dict[str, Any], default_theta: float = 10_000.0) -> 
     Transformers 5 writes `rope_parameters`; before it were `rope_theta`, `rope_scaling` and `partial_rotary_factor`
     at the top, with `type` for `rope_type` and, in Phi-3, "su" for "longrope".
     """
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    # Who adds `rope_scaling` to a newer file, as Qwen's model cards say, means it.
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"config.json: the RoPE parameters are {str(given)[:80]!r}, not an object")
+    found = dict(given)
     kind = found.pop("type", "default")
     kind = found.get("rope_type") or kind
     if kind == "su" or (kind == "yarn" and config["model_type"] == "phi3"):
@@ -28,6 +32,11 @@ def rope_parameters(config: dict[str, Any], default_theta: float = 10_000.0) -> 
     for name, default in (("rope_theta", default_theta), ("partial_rotary_factor", 1.0)):
         if found.get(name) is None:
             found[name] = default if config.get(name) is None else config[name]
+    if found["partial_rotary_factor"] != 1 and config["model_type"] != "phi3":
+        raise UserError(
+            f"config.json: partial_rotary_factor={str(found['partial_rotary_factor'])[:80]} of a "
+            f"{config['model_type']!r} model is not supported"
+        )
     if kind in ("llama3", "longrope", "yarn"):
         original = config.get("original_max_position_embeddings")  # where Phi-3 has it, and there it has the last word
         original = original or found.get("original_max_position_embeddings") or config["max_position_embeddings"]
@@ -39,9 +48,26 @@ def make_rope(parameters: dict[str, Any], head_dim: int, max_position_embeddings
     """The Rope that `rope_parameters` describe. UserError for a type that is not in TYPES and for missing numbers."""
     kind = parameters["rope_type"]
     if kind not in TYPES:
-        raise UserError(f"config.json: rope_type {kind!r} is not supported; there are: {', '.join(TYPES)}")
+        raise UserError(f"config.json: rope_type {str(kind)[:80]!r} is not supported; there are: {', '.join(TYPES)}")
     try:
-        dim = int(head_dim * parameters["partial_rotary_factor"])
+        rope = _make_rope(kind, parameters, head_dim, max_position_embeddings)
+    except KeyError as error:
+        raise UserError(f"config.json: rope_type {kind!r} needs {error} beside it") from error
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise UserError(f"config.json: the rope parameters {str(parameters)[:200]} are not usable ({error})") from error
+    return rope
+
+
+def _make_rope(kind: str, parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> Rope:
+    share = parameters["partial_rotary_factor"]
+    if not 0 < share <= 1:
+        raise ValueError("partial_rotary_factor is a share of a head")
+    dim = int(head_dim * share)
+    for name in ("rope_theta", "factor"):
+        value = parameters.get(name, 1.0)
+        if value is not None and (isinstance(value, str | list | bool) or not 0 < value < math.inf):
+            raise ValueError(f"{name} is not a positive number")
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         # In float32, as Hugging Face computes them: that is what the models were trained with.
         exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
         frequencies = np.float32(1) / np.float32(parameters["rope_theta"]) ** exponents
@@ -54,10 +80,6 @@ def make_rope(parameters: dict[str, Any], head_dim: int, max_position_embeddings
         if kind == "yarn":
             return Rope(_tuple(_yarn(frequencies, parameters)), _yarn_scale(parameters))
         return _longrope(frequencies, parameters, max_position_embeddings)
-    except KeyError as error:
-        raise UserError(f"config.json: rope_type {kind!r} needs {error} beside it") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config.json: the rope parameters {parameters} are not usable ({error})") from error
 
 
 def rotary_tables(ropes: tuple[Rope, ...], positions: jax.Array, reach: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -98,6 +120,8 @@ def sequence_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
 
 
 def _tuple(frequencies: np.ndarray) -> tuple[float, ...]:
+    if not np.isfinite(frequencies).all():
+        raise ValueError("they give frequencies that are not finite")
     return tuple(float(value) for value in frequencies.astype(np.float32))
 
 

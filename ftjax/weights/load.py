@@ -25,7 +25,7 @@ def load_variables(
     """
     if packed is None:
         return {"params": load_params(reader, spec, abstract)}
-    keys, stored = hf_names(spec), _stored_names(reader)
+    keys, stored = hf_names(spec), stored_names(reader)
     _check(reader, stored, spec, keys)
     modules: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
     for path, leaf in tree.flatten(packed).items():
@@ -52,12 +52,12 @@ def load_params(reader: Reader, spec: DecoderSpec, abstract: dict[str, Any]) -> 
     leaves = tree.flatten(abstract)
     if {path: leaf.shape for path, leaf in leaves.items()} != {path: key.our_shape for path, key in keys.items()}:
         raise ValueError(f"the tree to load is not that of {spec}")
-    stored = _stored_names(reader)
+    stored = stored_names(reader)
     _check(reader, stored, spec, keys)
     return tree.unflatten({path: _array(reader, stored, keys[path], leaf) for path, leaf in leaves.items()})
 
 
-def _stored_names(reader: Reader) -> dict[str, str]:
+def stored_names(reader: Reader) -> dict[str, str]:
     """{Hugging Face name as transformers has it: as the files have it}, less what the family has no use for."""
     family = family_of(reader.config)
     out: dict[str, str] = {}
@@ -102,6 +102,23 @@ def _check(reader: Reader, stored: dict[str, str], spec: DecoderSpec, keys: dict
             )
             + "\nUse the config.json that belongs to the weights, without adapters or quantisation in them."
         )
+    _check_tied_head(reader, stored, spec, keys["embed_tokens/embedding"])
+
+
+def _check_tied_head(reader: Reader, stored: dict[str, str], spec: DecoderSpec, embedding: Key) -> None:
+    """UserError where a config says that the head is the embedding, and the files have another head."""
+    head, rows = stored.get("lm_head.weight"), max(1, 2**24 // spec.hidden_size)
+    if head is None or not spec.tie_word_embeddings:
+        return
+    both = head, stored[embedding.name(())]
+    if reader.shape(both[0]) == reader.shape(both[1]) == embedding.shape:
+        parts = (slice(start, start + rows) for start in range(0, spec.vocab_size, rows))
+        if all(np.array_equal(*(reader.read(name, (part, slice(None))) for name in both)) for part in parts):
+            return
+    raise UserError(
+        f"{reader.path}: lm_head.weight is not the embedding, as tie_word_embeddings says in config.json; set that to "
+        "false, or take lm_head.weight out of the files"
+    )
 
 
 def _ignored(name: str, spec: DecoderSpec) -> bool:

@@ -50,6 +50,8 @@ def model_card(
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in _metadata(library, config, base)) + "---",
         f"# {name}",
         f"{base_name}, fine-tuned with ftjax {metadata.version('ftjax')}: {method}.",
+        *_quantised(library, config),
+        *((parity or {}).get("notes", ())),
         "## Use",
         "```python\n" + _USES[library].format(here=json.dumps("PATH_OR_ID"), base=json.dumps(shown(source))) + "```",
         "## Training",
@@ -116,7 +118,8 @@ def _training(config: ConfigDict, step: int, method: str) -> Iterable[tuple[str,
         f"{optimizer.name}, betas {optimizer.b1:g} and {optimizer.b2:g}, weight decay {optimizer.weight_decay:g}, "
         f"gradient norm clipped at {optimizer.clip_norm:g}"
     )
-    yield "precision", f"computed in {config.model.dtype}, frozen parameters in {config.model.param_dtype}"
+    packed = f", kernels of the base in {config.quantize.base}" if config.quantize.base != "none" else ""
+    yield "precision", f"computed in {config.model.dtype}, frozen parameters in {config.model.param_dtype}{packed}"
     yield "seed", str(config.seed)
 
 
@@ -132,6 +135,14 @@ def _parity(parity: Mapping[str, Any]) -> str:
         f"These files, read again, on {len(parity['prompts'])} prompts ({parity['positions']} tokens) in float32, "
         f"compared with the model as it was trained; `parity.json` has the prompts and versions.\n\n{_table(rows)}"
     )
+
+
+def _quantised(library: str, config: ConfigDict) -> Iterable[str]:
+    if library == "peft" and config.quantize.base != "none":
+        yield (
+            f"The adapter was trained beside the base stored as {config.quantize.base}. Beside the base in another "
+            "precision it gives somewhat other results."
+        )
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

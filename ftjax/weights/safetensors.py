@@ -224,7 +224,7 @@ def _with_all_end_tokens(config: dict[str, Any], path: Path) -> dict[str, Any]:
     for value in (config.get("eos_token_id"), read_json(further).get("eos_token_id")):
         values = value if isinstance(value, list) else [] if value is None else [value]
         ends += [end for end in values if end not in ends]
-    return config if len(ends) < 2 else config | {"eos_token_id": ends}
+    return config | {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else config
 
 
 def _no_weights(path: Path) -> UserError:

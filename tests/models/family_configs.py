@@ -153,6 +153,9 @@ MORE_CONFIGS = {
         attention_bias=False,
         rope_parameters=_YARN | {"truncate": True, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3},
     ),
+    "gemma3, windows in all layers": _config(
+        "gemma3_text", head_dim=8, num_hidden_layers=2, sliding_window=5, rope_theta=1e5, rope_local_base_freq=100.0
+    ),
     "granite, plain": _config("granite"),
     "mistral, no window": _config("mistral", sliding_window=None, tie_word_embeddings=True),
     "mixtral, one expert": _config("mixtral", num_local_experts=3, num_experts_per_tok=1, head_dim=8),
@@ -171,6 +174,7 @@ MORE_CONFIGS = {
         sliding_window=5,
         attention_bias=True,
     ),
+    "smollm3, no positions at all": _config("smollm3", no_rope_layers=[0, 0, 0]),
     "smollm3, untied, bias": _config(
         "smollm3", attention_bias=True, tie_word_embeddings=False, no_rope_layers=[1, 1, 0]
     ),

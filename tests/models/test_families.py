@@ -1,5 +1,6 @@
 """From `config.json` to a DecoderSpec, and what is refused on the way."""
 
+import copy
 import math
 
 import pytest
@@ -18,7 +19,8 @@ ALL_CONFIGS = CONFIGS | MORE_CONFIGS
 
 def completed(config):
     """What transformers makes of a config: its defaults filled in, its present spelling."""
-    fields = {name: value for name, value in config.items() if name != "model_type"}
+    # A copy: transformers writes into the dicts that it is given.
+    fields = copy.deepcopy({name: value for name, value in config.items() if name != "model_type"})
     return AutoConfig.for_model(config["model_type"], **fields).to_dict()
 
 
@@ -80,6 +82,34 @@ def test_theta_of_old_and_new_configs(rope):
     assert spec_from_config(without) == spec()  # 10,000
 
 
+def test_what_is_said_twice_counts_as_transformers_has_it():
+    """`rope_scaling` before `rope_parameters`, Gemma 3's own word on ties, settings that do nothing."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    qwen3 = CONFIGS["qwen3"] | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    both = qwen3 | {"rope_scaling": yarn}
+    assert spec_from_config(both) == spec_from_config(completed(both)) != spec_from_config(qwen3)
+
+    flat = CONFIGS["gemma3"] | {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}
+    assert spec_from_config(flat | {"rope_scaling": None}) == spec_from_config(
+        CONFIGS["gemma3"] | {"rope_scaling": None}
+    )
+    text = {name: value for name, value in PUBLISHED["gemma-3-1b"][0].items() if name != "model_type"}
+    config = {"model_type": "gemma3", "text_config": text, "tie_word_embeddings": False}
+    assert spec_from_config(config).tie_word_embeddings is False
+    assert text_config(config)["tie_word_embeddings"] is False
+
+    for name, change in (
+        ("mistral", {"attention_bias": True}),
+        ("qwen2", {"use_sliding_window": False, "max_window_layers": 0}),
+        ("gemma2", {"hidden_act": "gelu"}),
+    ):
+        config = CONFIGS[name] | change
+        assert spec_from_config(config) == spec_from_config(completed(config)), name
+    short = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+    other = {short.get(name, name): value for name, value in CONFIGS["gpt2"].items()}
+    assert spec_from_config(other) == spec_from_config(CONFIGS["gpt2"])
+
+
 def test_the_first_spelling_of_longrope():
     config, _ = PUBLISHED["Phi-3-mini-128k"]
     old = config | {"rope_scaling": config["rope_scaling"] | {"type": "su"}}
@@ -104,6 +134,28 @@ def test_the_first_spelling_of_longrope():
         (CONFIG, {"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
         (CONFIG, {"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000"),
         (CONFIG, {"pretraining_tp": 2}, "pretraining_tp=2"),
+        (CONFIG, {"model_type": ["llama"]}, "no port of model_type ['llama']"),
+        (CONFIG, {"hidden_act": [1]}, "hidden_act=[1]"),
+        (CONFIG, {"rope_scaling": "x"}, "not an object"),
+        (CONFIG, {"rms_norm_eps": 10**400}, "a number of 1329 bits"),
+        (CONFIG, {"rms_norm_eps": -1}, "rms_norm_eps=-1.0 is not positive"),
+        (CONFIG, {"rope_theta": 10**400}, "not usable"),
+        (CONFIG, {"rope_theta": 0}, "not usable"),
+        (CONFIG, {"rope_theta": float("nan")}, "not usable"),
+        (CONFIG, {"rope_theta": "4"}, "not usable"),
+        (CONFIG, {"rope_scaling": {"type": "linear", "factor": 0}}, "not usable"),
+        (CONFIG, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        (CONFIG, {"head_dim": 7}, "heads of 7 dimensions"),
+        (CONFIG, {"head_dim": 10**9}, "heads of 1000000000 dimensions"),
+        (CONFIG, {"layer_types": ["full_attention"] * 2}, "layer_types"),
+        (CONFIGS["phi3"], {"partial_rotary_factor": 1e400}, "not usable"),
+        (CONFIGS["phi3"], {"partial_rotary_factor": 4}, "not usable"),
+        (CONFIGS["gemma2"], {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0.0 is not positive"),
+        (CONFIGS["gemma3"], {"rope_parameters": -1}, "are objects"),
+        (CONFIGS["granite"], {"logits_scaling": 0}, "logits_scaling=0.0 is not positive"),
+        (CONFIGS["gpt2"], {"n_head": 5}, "n_embd=36 is not a multiple of n_head=5"),
+        (CONFIGS["smollm3"], {"no_rope_layers": []}, "0 or 1 for each of 3 layers"),
+        (CONFIGS["qwen2"], {"max_window_layers": -1}, "max_window_layers=-1"),
         (CONFIGS["gemma3"], {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         (CONFIGS["gemma2"], {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         (CONFIGS["gemma2"], {"layer_types": ["full_attention"]}, "has to name 3 layers"),

@@ -1,5 +1,7 @@
 """Rotary frequencies of every kind against those that transformers computes for the same config."""
 
+import copy
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,7 +24,8 @@ SCALED = {
 @pytest.mark.parametrize("config", SCALED.values(), ids=SCALED.keys())
 def test_scaled_frequencies_are_those_of_transformers(config, record_figure):
     (rope,) = spec_from_config(config).ropes
-    fields = {name: value for name, value in config.items() if name != "model_type"}
+    # A copy: transformers writes into the dicts that it is given.
+    fields = copy.deepcopy({name: value for name, value in config.items() if name != "model_type"})
     theirs = AutoConfig.for_model(config["model_type"], **fields)
     compute = ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]]
     expected, scale = compute(theirs, "cpu")

@@ -1,11 +1,12 @@
 """transformers' torch models of every family, small and random: the outside witness of the ports."""
 
+import copy
 import logging
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # of so small matrices; more would wait for each other
 logging.getLogger("transformers").setLevel(logging.ERROR)  # it remarks on unusual rope factors, which are the point
 
 
@@ -14,7 +15,8 @@ def torch_model(config: dict, seed: int = 0) -> PreTrainedModel:
 
     Kernels have variance 1 / in, so that logits are of order 1; vectors (norms, biases, sinks) are moved by 0.1.
     """
-    fields = {name: value for name, value in config.items() if name != "model_type"}
+    # A copy: transformers writes into the dicts that it is given.
+    fields = copy.deepcopy({name: value for name, value in config.items() if name != "model_type"})
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(config["model_type"], **fields), attn_implementation="eager"
     ).eval()

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from tiny import spec
 
-from ftjax import tree
+from ftjax import lora, tree
 from ftjax.errors import UserError
-from ftjax.weights.peft import read_adapter, write_adapter
+from ftjax.weights.peft import BaseFacts, open_adapter, write_adapter
 
 # peft 0.21 asks transformers 5.23 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -41,6 +41,20 @@ def adapters(modules=tuple(SHAPES)):
     return tree.unflatten(leaves)
 
 
+def write(out, matrices, alpha=6, rslora=False, of=None, **more):
+    complete = lora.with_scale(matrices, lora.scale(RANK, alpha, rslora))
+    write_adapter(out, complete, of or spec(), BaseFacts("org/base", "0123"), rslora, **more)
+
+
+def read(directory):
+    """(lora_a and lora_b, settings, {path: lora_scale})"""
+    stored = open_adapter(directory, spec())
+    adapters, saved = stored.read()
+    assert not saved
+    scales, matrices = tree.partition(adapters, lambda path: path.endswith("lora_scale"))
+    return matrices, stored.settings, tree.flatten(scales)
+
+
 def lora_weights(model) -> dict[str, np.ndarray]:
     """{"layers/mlp/up_proj/lora_a": [layers, in, r]} of a live peft model, with nothing left over."""
     found = {}
@@ -58,7 +72,7 @@ def lora_weights(model) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_loads_what_we_write(tmp_path, modules, rslora):
     ours = adapters(modules)
-    write_adapter(tmp_path / "out", ours, spec(), RANK, 6, rslora, "org/base")
+    write(tmp_path / "out", ours, 6, rslora)
     model = PeftModel.from_pretrained(llama(tied=True), tmp_path / "out")
     theirs = lora_weights(model)
     leaves = tree.flatten(ours)
@@ -75,7 +89,7 @@ def test_peft_loads_what_we_write(tmp_path, modules, rslora):
 
 def test_peft_reports_no_key_missing(tmp_path):
     """`from_pretrained` is silent; `load_adapter` says what did not fit."""
-    write_adapter(tmp_path / "out", adapters(), spec(), RANK, 6, False, "org/base")
+    write(tmp_path / "out", adapters())
     model = get_peft_model(llama(tied=True), LoraConfig(r=1, target_modules=["q_proj"]))
     report = model.load_adapter(tmp_path / "out", "ours")
     assert not report.unexpected_keys
@@ -83,11 +97,18 @@ def test_peft_reports_no_key_missing(tmp_path):
 
 
 def test_the_files_are_as_documented(tmp_path):
-    write_adapter(tmp_path / "out", adapters(), spec(), RANK, 6, False, "org/base")
+    write(tmp_path / "out", adapters())
     assert sorted(file.name for file in tmp_path.glob("out/*")) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "ftjax_adapter.json",
     ]
+    assert json.loads((tmp_path / "out/ftjax_adapter.json").read_text()) == {
+        "version": 1,
+        "base_model": "org/base",
+        "base_sha256": "0123",
+        "base_quantised": "none",
+    }
     assert json.loads((tmp_path / "out/adapter_config.json").read_text()) == {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -127,26 +148,28 @@ def peft_model(seed: int = 0, **settings):
 def test_we_read_what_peft_writes(tmp_path, targets):
     model = peft_model(target_modules=targets, use_rslora=True)
     model.save_pretrained(tmp_path)
-    ours, settings = read_adapter(tmp_path, spec())
+    ours, settings, scales = read(tmp_path)
     theirs = lora_weights(model)
     leaves = tree.flatten(ours)
     assert leaves.keys() == theirs.keys()
     for path in leaves:
         assert_same_bits(leaves[path], np.ascontiguousarray(theirs[path]))
-    assert (settings["rank"], settings["alpha"], settings["rslora"]) == (RANK, 5, True)
+    assert (settings.rank, settings.alpha, settings.rslora) == (RANK, 5, True)
+    assert {value for leaf in scales.values() for value in leaf.tolist()} == {float(np.float32(5 / RANK**0.5))}
 
 
 def test_round_trip(tmp_path):
     ours = adapters()
-    write_adapter(tmp_path / "out", jax.tree.map(jax.numpy.asarray, ours), spec(), RANK, 4.5, True, "base")
-    again, settings = read_adapter(tmp_path / "out", spec())
+    write(tmp_path / "out", jax.tree.map(jax.numpy.asarray, ours), 4.5, True)
+    again, settings, scales = read(tmp_path / "out")
     jax.tree.map(assert_same_bits, again, ours)
-    assert settings == {"rank": RANK, "alpha": 4.5, "rslora": True, "base_name": "base"}
+    assert (settings.rank, settings.alpha, settings.rslora, settings.base_name) == (RANK, 4.5, True, "org/base")
+    assert {leaf.shape for leaf in scales.values()} == {(2,)}
 
 
 @pytest.fixture
 def written(tmp_path):
-    write_adapter(tmp_path / "out", adapters(), spec(), RANK, 6, False, "base")
+    write(tmp_path / "out", adapters())
     return tmp_path / "out"
 
 
@@ -168,7 +191,7 @@ def test_one_list_of_every_key_that_does_not_fit(written):
     }
     change(written, **changed)
     with pytest.raises(UserError) as caught:
-        read_adapter(written, spec())
+        open_adapter(written, spec())
     lines = [line.strip() for line in str(caught.value).splitlines()][1:-1]
     assert lines == [
         f"missing: {prefix}.0.self_attn.q_proj.lora_A.weight [3, 32]",
@@ -180,22 +203,34 @@ def test_one_list_of_every_key_that_does_not_fit(written):
     ]
 
 
+def test_an_unused_pattern_or_module_is_on_the_list(written):
+    config = json.loads((written / "adapter_config.json").read_text())
+    settings = {"rank_pattern": {"x_proj": 4}, "alpha_pattern": {"y_proj": 4}, "modules_to_save": ["score"]}
+    (written / "adapter_config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(UserError) as caught:
+        open_adapter(written, spec())
+    lines = [line.strip() for line in str(caught.value).splitlines()][1:-1]
+    assert lines == ["not used: rank_pattern 'x_proj'", "not used: alpha_pattern 'y_proj'",
+                     "not used: modules_to_save 'score'"]  # fmt: skip
+
+
 def test_a_target_without_any_tensor_is_missing(written):
     names = [name for name in load_file(written / "adapter_model.safetensors") if "k_proj" in name]
     change(written, **dict.fromkeys(names))
     with pytest.raises(UserError) as caught:
-        read_adapter(written, spec())
+        open_adapter(written, spec())
     assert str(caught.value).count("missing: ") == len(names) == 4
 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("use_dora", True),
         ("bias", "all"),
-        ("modules_to_save", ["lm_head"]),
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"q_proj": 8}),
+        ("alora_invocation_tokens", [1, 2]),
+        ("trainable_token_indices", [1, 2]),
+        ("target_parameters", ["experts.down_proj"]),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "loftq"),
         ("peft_type", "IA3"),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", 1),
@@ -209,39 +244,50 @@ def test_unsupported_settings_are_named(written, setting, value):
     config = json.loads((written / "adapter_config.json").read_text())
     (written / "adapter_config.json").write_text(json.dumps(config | {setting: value}))
     with pytest.raises(UserError, match=f"adapter_config.json: settings that are not supported: {setting}="):
-        read_adapter(written, spec())
+        open_adapter(written, spec())
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("r", 0), ("r", "3"), ("lora_alpha", None), ("use_rslora", "no")]
+    ("setting", "value"),
+    [
+        ("r", 0),
+        ("r", "3"),
+        ("lora_alpha", None),
+        ("use_rslora", "no"),
+        ("use_dora", "no"),
+        ("lora_dropout", 1.5),
+        ("modules_to_save", "norm"),
+        ("rank_pattern", {"q_proj": 1.5}),
+        ("alpha_pattern", {"q_proj": "8"}),
+    ],
 )
 def test_broken_settings_are_named(written, setting, value):
     config = json.loads((written / "adapter_config.json").read_text())
     (written / "adapter_config.json").write_text(json.dumps(config | {setting: value}))
     with pytest.raises(UserError, match=f"{setting} is"):
-        read_adapter(written, spec())
+        open_adapter(written, spec())
 
 
 def test_nan_is_named(written):
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     change(written, **{name: np.full((3, 32), np.nan, np.float32)})
     with pytest.raises(UserError, match=f"{name}: 96 of 96 values are NaN"):
-        read_adapter(written, spec())
+        open_adapter(written, spec()).read()
 
 
 def test_pickled_adapters_are_refused_unopened(written):
     (written / "adapter_model.safetensors").unlink()
     (written / "adapter_model.bin").write_bytes(pickle.dumps({}))
     with pytest.raises(UserError, match=r"adapter_model\.bin is a pickle and never opened"):
-        read_adapter(written, spec())
+        open_adapter(written, spec())
 
 
 def test_an_existing_directory_is_left_alone(written):
     with pytest.raises(UserError, match="exists and is not an empty directory"):
-        write_adapter(written, adapters(), spec(), RANK, 6, False, "base")
+        write(written, adapters())
 
 
-def test_adapters_of_another_rank_are_a_mistake_of_the_caller(tmp_path):
-    with pytest.raises(ValueError, match="not of rank 4"):
-        write_adapter(tmp_path / "out", adapters(), spec(), 4, 6, False, "base")
+def test_adapters_of_another_model_are_a_mistake_of_the_caller(tmp_path):
+    with pytest.raises(ValueError, match="down_proj/lora_a has the shape"):
+        write(tmp_path / "out", adapters(), of=spec(intermediate_size=40))
     assert not list(tmp_path.iterdir())

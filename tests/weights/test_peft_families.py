@@ -18,7 +18,7 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.params import abstract_params
 from ftjax.weights.load import load_params
-from ftjax.weights.peft import read_adapter, write_adapter
+from ftjax.weights.peft import BaseFacts, open_adapter, write_adapter
 from ftjax.weights.source import open_source
 
 pytestmark = [
@@ -37,6 +37,20 @@ NAMES = {
     "mixtral": ["k_proj", "o_proj", "q_proj", "v_proj"],
 }
 TOKENS = documents(0, [12])[0][0]
+
+
+BASE = BaseFacts("base", "0123")
+
+
+def write(out, matrices, spec, **more):
+    write_adapter(out, lora.with_scale(matrices, ALPHA / RANK), spec, BASE, **more)
+
+
+def read(directory, spec):
+    """(lora_a and lora_b, settings)"""
+    stored = open_adapter(directory, spec)
+    _, matrices = tree.partition(stored.read()[0], lambda path: path.endswith("lora_scale"))
+    return matrices, stored.settings
 
 
 class Case:
@@ -93,7 +107,7 @@ def adapted_layers(model):
 
 
 def test_peft_computes_what_we_do_from_what_we_write(case, tmp_path, record_figure):
-    write_adapter(tmp_path / "out", case.ours, case.spec, RANK, ALPHA, False, "base")
+    write(tmp_path / "out", case.ours, case.spec)
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["target_modules"] == NAMES[case.name]
     assert config["fan_in_fan_out"] is (case.name == "gpt2")
@@ -116,8 +130,8 @@ def test_we_compute_what_peft_does_from_what_it_writes(case, tmp_path, record_fi
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     model.save_pretrained(tmp_path)
-    ours, settings = read_adapter(tmp_path, case.spec)
-    assert (settings["rank"], settings["alpha"]) == (RANK, ALPHA)
+    ours, settings = read(tmp_path, case.spec)
+    assert (settings.rank, settings.alpha) == (RANK, ALPHA)
     jax.tree.map(lambda a, b: a.shape == b.shape, ours, case.ours)  # the same layers: raises otherwise
     found, theirs = case.logits(ours), torch_logits(model)
     record_figure("largest logit difference", np.abs(found - theirs).max())
@@ -140,7 +154,7 @@ def gpt2(tmp_path_factory):
 )
 def test_of_two_layers_of_one_name_only_the_trained_one_is_adapted(gpt2, tmp_path, targets, names, record_figure):
     ours = gpt2.adapters(targets)
-    write_adapter(tmp_path / "out", ours, gpt2.spec, RANK, ALPHA, False, "base")
+    write(tmp_path / "out", ours, gpt2.spec)
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["target_modules"] == names
     model = PeftModel.from_pretrained(fresh(gpt2), tmp_path / "out")
     endings = tuple(f".{name}" for name in names)
@@ -150,7 +164,7 @@ def test_of_two_layers_of_one_name_only_the_trained_one_is_adapted(gpt2, tmp_pat
     difference = np.abs(gpt2.logits(ours) - torch_logits(model)).max()
     record_figure("largest logit difference", difference)
     assert difference < 1e-4
-    again, _ = read_adapter(tmp_path / "out", gpt2.spec)
+    again, _ = read(tmp_path / "out", gpt2.spec)
     jax.tree.map(np.testing.assert_array_equal, again, ours)
 
 
@@ -166,16 +180,33 @@ def test_the_language_model_of_a_multimodal_one(tmp_path, record_figure):
     ).eval()
     case = Case(model, tmp_path / "model")
     ours = case.adapters("q_proj,down_proj")
-    write_adapter(tmp_path / "out", ours, case.spec, RANK, ALPHA, False, "base", multimodal=True)
+    write(tmp_path / "out", ours, case.spec, multimodal=True)
     adapted = PeftModel.from_pretrained(fresh(case), tmp_path / "out")
     assert len(adapted_layers(adapted)) == 2 * 4
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["alpha_pattern"] == {}
     assert all(".language_model." in name for name in adapted_layers(adapted))
     difference = np.abs(case.logits(ours) - torch_logits(adapted)).max()
     record_figure("largest logit difference", difference)
     assert np.abs(case.logits(ours) - case.logits()).max() > 0.05
     assert difference < 1e-4
-    again, _ = read_adapter(tmp_path / "out", case.spec)
+    again, _ = read(tmp_path / "out", case.spec)
     jax.tree.map(np.testing.assert_array_equal, again, ours)
+    # With an alpha of its own for q_proj, of which the vision tower has one too, and the last norm trained whole.
+    leaves, params = tree.flatten(lora.with_scale(ours, ALPHA / RANK)), tree.flatten(case.params)
+    leaves["layers/self_attn/q_proj/lora_scale"] = leaves["layers/self_attn/q_proj/lora_scale"] * 2
+    params["norm/scale"] = params["norm/scale"] + 0.25
+    saved = {"norm/scale": params["norm/scale"]}
+    write_adapter(tmp_path / "more", tree.unflatten(leaves), case.spec, BASE, saved=saved, multimodal=True)
+    config = json.loads((tmp_path / "more/adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["model.language_model.norm"]
+    adapted = PeftModel.from_pretrained(fresh(case), tmp_path / "more")
+    batch = batch_of([[(TOKENS, np.ones(len(TOKENS), bool))]], len(TOKENS))
+    variables = {"params": tree.unflatten(params), "lora": tree.unflatten(leaves)}
+    assert np.abs(logits(case.decoder, variables, batch)[0] - torch_logits(adapted)).max() < 1e-4
+    stored = open_adapter(tmp_path / "more", case.spec)
+    lora_again, saved_again = stored.read()
+    jax.tree.map(np.testing.assert_array_equal, lora_again, tree.unflatten(leaves))
+    np.testing.assert_array_equal(saved_again["norm/scale"], params["norm/scale"])
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
@@ -183,15 +214,15 @@ def test_adapters_of_experts_are_refused_by_name(tmp_path):
     model = torch_model(CONFIGS["mixtral"])
     get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"not supported: .*target_parameters="):
-        read_adapter(tmp_path, spec_from_config(CONFIGS["mixtral"]))
+        read(tmp_path, spec_from_config(CONFIGS["mixtral"]))
 
 
 def test_a_layer_that_a_target_names_and_the_file_lacks_is_missing(gpt2, tmp_path):
     """The name c_proj stands for two layers of GPT-2."""
-    write_adapter(tmp_path / "out", gpt2.adapters(["o_proj"]), gpt2.spec, RANK, ALPHA, False, "base")
+    write(tmp_path / "out", gpt2.adapters(["o_proj"]), gpt2.spec)
     file = tmp_path / "out/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ["c_proj"]}))
     with pytest.raises(UserError) as caught:
-        read_adapter(tmp_path / "out", gpt2.spec)
+        read(tmp_path / "out", gpt2.spec)
     assert str(caught.value).count("missing: base_model.model.transformer.h.") == 4
     assert str(caught.value).count(".mlp.c_proj.lora_") == 4

@@ -10,11 +10,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 from runs import write_model as write_base
-from together_parts import CONFIG, RANK, adapters, card, params, save_tokenizer, spec
+from together_parts import CONFIG, adapters, card, params, save_tokenizer, spec
 
-from ftjax import tree
 from ftjax.weights.files import new_directory
-from ftjax.weights.peft import write_adapter
+from ftjax.weights.peft import BaseFacts, write_adapter
 from ftjax.weights.write import write_merged, write_model
 
 HERE = Path(__file__).parent
@@ -56,13 +55,12 @@ def root(tmp_path_factory):
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     one = root / "one"
     one.mkdir()
-    _, matrices = tree.partition(adapters(), lambda path: path.endswith("lora_scale"))
     with new_directory(one / "model") as directory:
         write_model(
             directory, params(), spec(), CONFIG, adapters=adapters(), dtype=jnp.bfloat16, max_shard_bytes=9_000
         )
     write_merged(one / "whole", params(), spec(), CONFIG, save_tokenizer)
-    write_adapter(one / "adapter", matrices, spec(), RANK, 6, False, "base", card=card())
+    write_adapter(one / "adapter", adapters(), spec(), BaseFacts("base", "0123"), card=card())
     return root
 
 

@@ -23,7 +23,7 @@ from ftjax.errors import UserError  # noqa: E402
 from ftjax.models.decoder import Decoder  # noqa: E402
 from ftjax.models.params import abstract_params, logical_axes  # noqa: E402
 from ftjax.weights import together as together_module  # noqa: E402
-from ftjax.weights.peft import write_adapter  # noqa: E402
+from ftjax.weights.peft import BaseFacts, write_adapter  # noqa: E402
 from ftjax.weights.together import new_directory_together, together  # noqa: E402
 from ftjax.weights.write import write_merged, write_model  # noqa: E402
 
@@ -59,12 +59,11 @@ targets = lora.find_targets("all-linear", lora.linear_kernels(tree.flatten(abstr
 abstract_lora = lora.abstract_adapters(abstract, logical_axes(model), targets, RANK, MESH)
 variables = placed(adapters(), abstract_lora)
 told["addressable"] = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(weights))
-_, matrices = tree.partition(variables, lambda path: path.endswith("lora_scale"))
 
 with new_directory_together(ROOT / "model") as directory:
     write_model(directory, weights, SPEC, CONFIG, adapters=variables, dtype=jax.numpy.bfloat16, max_shard_bytes=9_000)
 write_merged(ROOT / "whole", weights, SPEC, CONFIG, save_tokenizer)
-write_adapter(ROOT / "adapter", matrices, SPEC, RANK, 6, False, "base", card=card())
+write_adapter(ROOT / "adapter", variables, SPEC, BaseFacts("base", "0123"), card=card())
 
 # The whole command, but for the run that it would load.
 config = configs.defaults()

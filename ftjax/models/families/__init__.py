@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from ftjax.errors import UserError
 from ftjax.models.families import gemma, gpt2, gpt_oss, granite, llama, mistral, olmo2, phi3, qwen
+from ftjax.models.families.fields import shorten
 from ftjax.models.spec import DecoderSpec
 
 
@@ -43,8 +44,8 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: dict[str, Any]) -> Family:
     """Raises UserError, listing what is there, for an architecture that is not."""
     name = config.get("model_type")
-    if name not in FAMILIES:
-        raise UserError(f"no port of model_type {name!r}; there are: {', '.join(sorted(FAMILIES))}")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise UserError(f"no port of model_type {shorten(name)}; there are: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]
 
 
@@ -53,7 +54,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("model_type") != "gemma3":
         return config
     ids = {name: value for name, value in config.items() if name.endswith("_token_id") and "image" not in name}
-    return ids | config["text_config"] | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    return ids | gemma.language_model(config) | {"architectures": ["Gemma3ForCausalLM"]}
 
 
 def spec_from_config(config: dict[str, Any]) -> DecoderSpec:

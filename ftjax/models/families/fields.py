@@ -1,6 +1,5 @@
 """Reading a Hugging Face `config.json`: typed fields, and those that every family shares under Llama's names."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,9 @@ from ftjax.errors import UserError
 from ftjax.models.layers import ACTIVATIONS
 from ftjax.models.rope import make_rope, rope_parameters
 
-MAX_LAYERS = 10_000  # or a corrupt config would make lists as long as it pleases
+# Or a corrupt config would make lists as long as it pleases.
+MAX_LAYERS = 10_000
+MAX_HEAD_DIM = 65_536
 
 
 def size(config: dict[str, Any], name: str, default: int | None = None) -> int:
@@ -17,15 +18,30 @@ def size(config: dict[str, Any], name: str, default: int | None = None) -> int:
     if value is None:
         raise UserError(f"config.json of a {config['model_type']!r} model lacks {name!r}")
     if type(value) is not int or not 1 <= value < 2**31:  # what an int32 position can reach
-        raise UserError(f"config.json: {name}={value!r} is not a positive whole number below 2^31")
+        raise UserError(f"config.json: {name}={shorten(value)} is not a positive whole number below 2^31")
     return value
 
 
 def number(config: dict[str, Any], name: str, default: float) -> float:
     value = default if config.get(name) is None else config[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"config.json: {name}={value!r} is not a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise UserError(f"config.json: {name}={shorten(value)} is not a number")
     return float(value)
+
+
+def positive(config: dict[str, Any], name: str, default: float) -> float:
+    value = number(config, name, default)
+    if value <= 0:
+        raise UserError(f"config.json: {name}={value!r} is not positive")
+    return value
+
+
+def shorten(value: Any) -> str:
+    """Its repr, at most 80 characters of it: what a stranger wrote may be long."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def optional(config: dict[str, Any], name: str, default: float | None = None) -> float | None:
@@ -44,8 +60,10 @@ def flag(config: dict[str, Any], name: str, default: bool = False) -> bool:
 def activation(config: dict[str, Any], *names: str, default: str = "silu") -> str:
     """The activation under the first of `names` that the config has."""
     value = next((config[name] for name in names if config.get(name) is not None), default)
-    if value not in ACTIVATIONS:
-        raise UserError(f"config.json: {names[0]}={value!r} is not supported; there are: {', '.join(ACTIVATIONS)}")
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise UserError(
+            f"config.json: {names[0]}={shorten(value)} is not supported; there are: {', '.join(ACTIVATIONS)}"
+        )
     return value
 
 
@@ -53,7 +71,7 @@ def refuse(config: dict[str, Any], name: str, harmless: Any = False) -> None:
     """UserError where an option that is not ported is set to anything but null or `harmless`."""
     if config.get(name) is not None and config[name] != harmless:
         raise UserError(
-            f"config.json: {name}={config[name]!r} of a {config['model_type']!r} model is not supported, "
+            f"config.json: {name}={shorten(config[name])} of a {config['model_type']!r} model is not supported, "
             f"only {harmless!r} is"
         )
 
@@ -68,7 +86,9 @@ def layer_count(config: dict[str, Any], name: str = "num_hidden_layers") -> int:
 def decoder_fields(config: dict[str, Any], default_theta: float = 10_000.0) -> dict[str, Any]:
     """Arguments of DecoderSpec for a model whose config has Llama's field names; the families change what differs."""
     heads, layers = size(config, "num_attention_heads"), layer_count(config)
-    head_dim = size(config, "head_dim", size(config, "hidden_size") // heads)
+    head_dim = size(config, "head_dim", max(1, size(config, "hidden_size") // heads))
+    if head_dim > MAX_HEAD_DIM or head_dim % 2:
+        raise UserError(f"config.json: heads of {head_dim} dimensions, not of an even number up to {MAX_HEAD_DIM}")
     positions = size(config, "max_position_embeddings", 2048)
     rope = make_rope(rope_parameters(config, default_theta), head_dim, positions)
     return {
@@ -81,7 +101,7 @@ def decoder_fields(config: dict[str, Any], default_theta: float = 10_000.0) -> d
         "num_key_value_heads": size(config, "num_key_value_heads", heads),
         "head_dim": head_dim,
         "max_position_embeddings": positions,
-        "norm_eps": number(config, "rms_norm_eps", 1e-6),
+        "norm_eps": positive(config, "rms_norm_eps", 1e-6),
         "tie_word_embeddings": flag(config, "tie_word_embeddings"),
         "ropes": (rope,),
         "layer_ropes": (0,) * layers,
@@ -99,9 +119,10 @@ def layer_types(config: dict[str, Any], default: Sequence[bool]) -> list[bool]:
     if named is None:
         return list(default)
     kinds = {"sliding_attention": True, "full_attention": False}
-    if not isinstance(named, list) or len(named) != len(default) or not set(named) <= kinds.keys():
+    if not isinstance(named, list) or len(named) != len(default) or not all(str(kind) in kinds for kind in named):
         raise UserError(
-            f"config.json: layer_types has to name {len(default)} layers, each {' or '.join(kinds)}; it is {named!r}"
+            f"config.json: layer_types has to name {len(default)} layers, each {' or '.join(kinds)}; "
+            f"it is {shorten(named)}"
         )
     return [kinds[kind] for kind in named]
 

@@ -7,8 +7,8 @@ from ftjax.models.families.fields import (
     activation,
     decoder_fields,
     layer_types,
-    number,
     optional,
+    positive,
     refuse,
     size,
     windows,
@@ -45,19 +45,12 @@ def gemma2(config: dict[str, Any]) -> DecoderSpec:
 def gemma3(config: dict[str, Any]) -> DecoderSpec:
     """Of `gemma3_text`, and of the `text_config` inside a multimodal `gemma3`."""
     if config["model_type"] == "gemma3":
-        if not isinstance(config.get("text_config"), dict):
-            raise UserError("config.json of a 'gemma3' model lacks 'text_config'")
-        config = config["text_config"] | {"model_type": "gemma3_text"}
+        config = language_model(config)
     config = _DEFAULTS | {"max_position_embeddings": 131_072, "vocab_size": 262_208} | config
-    ropes = config.get("rope_parameters") or {}
-    if not {"full_attention", "sliding_attention"} <= ropes.keys():  # as before transformers 5
-        ropes = {
-            "full_attention": {"rope_theta": number(config, "rope_theta", 1e6)} | (config.get("rope_scaling") or {}),
-            "sliding_attention": {"rope_theta": number(config, "rope_local_base_freq", 10_000.0)},
-        }
+    ropes = _ropes(config)
     config = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
-    fields = _fields(config, size(config, "sliding_window_pattern", 6))
-    named = (config | {"rope_parameters": ropes[kind]} for kind in ("full_attention", "sliding_attention"))
+    fields = _fields(config, size(config, "sliding_window_pattern", size(config, "_sliding_window_pattern", 6)))
+    named = [config | {"rope_parameters": one} for one in ropes]
     refuse(config, "attn_logit_softcapping", harmless=None)  # transformers ignores it in Gemma 3
     head_dim, positions = fields["head_dim"], fields["max_position_embeddings"]
     fields["ropes"] = tuple(make_rope(rope_parameters(one), head_dim, positions) for one in named)
@@ -69,6 +62,26 @@ def gemma3(config: dict[str, Any]) -> DecoderSpec:
     )
 
 
+def language_model(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the language model inside a multimodal `gemma3`, whose own word on tied embeddings counts."""
+    if not isinstance(config.get("text_config"), dict):
+        raise UserError("config.json of a 'gemma3' model lacks 'text_config'")
+    tied = {name: config[name] for name in ("tie_word_embeddings",) if config.get(name) is not None}
+    return config["text_config"] | tied | {"model_type": "gemma3_text"}
+
+
+def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameters of the layers that see all, and of those with a window."""
+    given, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if not isinstance(given, dict) or not isinstance(scaling, dict):
+        raise UserError("config.json: rope_parameters and rope_scaling of a Gemma 3 are objects")
+    nested = any(kind in given for kind in ("full_attention", "sliding_attention"))
+    everywhere = (given.get("full_attention") or {}) if nested else given
+    local = (given.get("sliding_attention") or {}) if nested else {}
+    thetas = positive(config, "rope_theta", 1e6), positive(config, "rope_local_base_freq", 10_000.0)
+    return [{"rope_theta": thetas[0]} | everywhere | scaling, {"rope_theta": thetas[1]} | local]
+
+
 def _fields(config: dict[str, Any], period: int) -> dict[str, Any]:
     """What both have; every `period`-th layer sees all, the others a window."""
     refuse(config, "use_bidirectional_attention")
@@ -77,8 +90,8 @@ def _fields(config: dict[str, Any], period: int) -> dict[str, Any]:
     sliding = layer_types(config, [(layer + 1) % period != 0 for layer in range(layers)])
     return fields | {
         "layer_windows": windows(config, sliding),
-        "attention_scales": (number(config, "query_pre_attn_scalar", 256) ** -0.5,) * layers,
-        "hidden_act": activation(config, "hidden_activation", "hidden_act", default="gelu_pytorch_tanh"),
+        "attention_scales": (positive(config, "query_pre_attn_scalar", 256) ** -0.5,) * layers,
+        "hidden_act": activation(config, "hidden_activation", default="gelu_pytorch_tanh"),
         "norm": "rms_plus_one",
         "post_norms": True,
         "embedding_scale": fields["hidden_size"] ** 0.5,

@@ -5,7 +5,8 @@ The dropout of its config (0.1) is not applied: fine-tuning here has none, as fo
 
 from typing import Any
 
-from ftjax.models.families.fields import activation, flag, layer_count, number, refuse, size
+from ftjax.errors import UserError
+from ftjax.models.families.fields import activation, flag, layer_count, positive, refuse, size
 from ftjax.models.spec import DecoderSpec
 
 # Its linear layers are stored as [in, out], as ours are.
@@ -29,9 +30,20 @@ READ_AS = tuple((f"{name}.", f"transformer.{name}.") for name in ("wte", "wpe", 
 IGNORED = r"\.attn\.(masked_)?bias$"  # the causal mask, stored
 
 
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+
+
 def gpt2(config: dict[str, Any]) -> DecoderSpec:
     refuse(config, "add_cross_attention")
+    config = {theirs: config[ours] for ours, theirs in _ALIASES.items() if ours in config} | config
     heads, hidden, layers = size(config, "n_head"), size(config, "n_embd"), layer_count(config, "n_layer")
+    if hidden % heads:
+        raise UserError(f"config.json: n_embd={hidden} is not a multiple of n_head={heads}")
     scale = (hidden // heads) ** -0.5 if flag(config, "scale_attn_weights", True) else 1.0
     by_layer = flag(config, "scale_attn_by_inverse_layer_idx")
     return DecoderSpec(
@@ -44,7 +56,7 @@ def gpt2(config: dict[str, Any]) -> DecoderSpec:
         num_key_value_heads=heads,
         head_dim=hidden // heads,
         max_position_embeddings=size(config, "n_positions", 1024),
-        norm_eps=number(config, "layer_norm_epsilon", 1e-5),
+        norm_eps=positive(config, "layer_norm_epsilon", 1e-5),
         tie_word_embeddings=flag(config, "tie_word_embeddings", True),
         ropes=(),
         layer_ropes=(None,) * layers,

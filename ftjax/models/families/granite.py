@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from ftjax.models.families.fields import decoder_fields, flag, number
+from ftjax.models.families.fields import decoder_fields, flag, number, positive
 from ftjax.models.spec import DecoderSpec
 
 
@@ -14,5 +14,5 @@ def granite(config: dict[str, Any]) -> DecoderSpec:
         embedding_scale=number(config, "embedding_multiplier", 1.0),
         attention_scales=(number(config, "attention_multiplier", 1.0),) * spec.num_hidden_layers,
         residual_scale=number(config, "residual_multiplier", 1.0),
-        logit_scale=1.0 / number(config, "logits_scaling", 1.0),
+        logit_scale=1.0 / positive(config, "logits_scaling", 1.0),
     )

@@ -3,12 +3,14 @@
 import dataclasses
 from typing import Any
 
+from ftjax.errors import UserError
 from ftjax.models.families.fields import decoder_fields, flag, layer_types, refuse, size, windows
 from ftjax.models.spec import DecoderSpec
 
 
 def llama(config: dict[str, Any]) -> DecoderSpec:
     refuse(config, "pretraining_tp", harmless=1)
+    refuse(config, "layer_types", harmless=None)
     return DecoderSpec(**decoder_fields(config), mlp_bias=flag(config, "mlp_bias"))
 
 
@@ -20,6 +22,8 @@ def smollm3(config: dict[str, Any]) -> DecoderSpec:
     has_rope = config.get("no_rope_layers")  # despite its name: 1 where a layer has RoPE
     if has_rope is None:
         has_rope = [(layer + 1) % interval != 0 for layer in layers]
+    if not isinstance(has_rope, list) or len(has_rope) != len(layers) or not all(one in (0, 1) for one in has_rope):
+        raise UserError(f"config.json: no_rope_layers has to have 0 or 1 for each of {len(layers)} layers")
     slides = flag(config, "use_sliding_window") and config.get("sliding_window") is not None
     sliding = layer_types(config, [slides and not has_rope[layer] for layer in layers])
     return dataclasses.replace(

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from ftjax.errors import UserError
-from ftjax.models.families.fields import decoder_fields, flag, layer_types, size, windows
+from ftjax.models.families.fields import decoder_fields, flag, layer_types, shorten, size, windows
 from ftjax.models.spec import DecoderSpec, Experts
 
 MOE_NAMES = {
@@ -19,13 +19,13 @@ MOE_NAMES = {
 def qwen2(config: dict[str, Any]) -> DecoderSpec:
     config = {"max_position_embeddings": 32_768} | config
     spec = DecoderSpec(**decoder_fields(config) | {"qkv_bias": True, "o_bias": False})
-    return dataclasses.replace(spec, layer_windows=_windows(config, spec, size(config, "max_window_layers", 28)))
+    return dataclasses.replace(spec, layer_windows=_windows(config, spec, config.get("max_window_layers", 28)))
 
 
 def qwen3(config: dict[str, Any]) -> DecoderSpec:
     config = {"max_position_embeddings": 32_768, "head_dim": 128} | config
     spec = DecoderSpec(**decoder_fields(config), qk_norm="head")
-    return dataclasses.replace(spec, layer_windows=_windows(config, spec, size(config, "max_window_layers", 28)))
+    return dataclasses.replace(spec, layer_windows=_windows(config, spec, config.get("max_window_layers", 28)))
 
 
 def qwen3_moe(config: dict[str, Any]) -> DecoderSpec:
@@ -45,8 +45,10 @@ def qwen3_moe(config: dict[str, Any]) -> DecoderSpec:
     return dataclasses.replace(spec, layer_windows=_windows(config, spec, 0))
 
 
-def _windows(config: dict[str, Any], spec: DecoderSpec, first: int) -> tuple[int | None, ...]:
+def _windows(config: dict[str, Any], spec: DecoderSpec, first: Any) -> tuple[int | None, ...]:
     """Sliding windows, where they are switched on, from layer `first` on."""
     slides = flag(config, "use_sliding_window") and config.get("sliding_window", 4096) is not None
+    if slides and (type(first) is not int or first < 0):
+        raise UserError(f"config.json: max_window_layers={shorten(first)} is not a number of layers")
     sliding = [slides and layer >= first for layer in range(spec.num_hidden_layers)]
     return windows({"sliding_window": 4096} | config, layer_types(config, sliding) if slides else sliding)
