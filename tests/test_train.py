@@ -216,7 +216,7 @@ def test_a_config_file_that_does_not_load_is_told_in_one_message(tmp_path, text)
 
 
 BAD = {
-    "a choice that is none": ({"adapter.kind": "qlora"}, "adapter.kind.*lora, none"),
+    "a choice that is none": ({"adapter.kind": "qlora"}, "adapter.kind.*lora, dora, none"),
     "a target that matches nothing": ({"adapter.targets": "qkv_proj"}, "qkv_proj.*q_proj"),
     "a pattern that matches nothing": ({"adapter.kind": "none", "adapter.trainable": "mpl"}, "trainable.*'mpl'.*mlp"),
     "a rank larger than a layer": ({"adapter.rank": 33}, "rank=33.*1 to"),

@@ -219,11 +219,13 @@ import jax, numpy as np
 from ftjax import sharding
 from ftjax.models.decoder import Decoder
 from ftjax.models.params import abstract_params, random_params
-from ftjax.models.spec import DecoderSpec
+from ftjax.models.families import spec_from_config
 from ftjax.sampling.engine import generate, stream
 from ftjax.sampling.sampler import Sampling
 
-spec = DecoderSpec("llama", 96, 32, 48, 2, 4, 2, 8, 1e4, 1e-5, True, 64)
+sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+spec = spec_from_config({"model_type": "llama", **sizes, **heads, "max_position_embeddings": 64})
 model = Decoder(spec)
 random = np.random.default_rng(0)
 prompts = [random.integers(0, 96, length).astype(np.int32) for length in (5, 9, 1, 17, 3)]
