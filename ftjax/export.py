@@ -21,6 +21,7 @@ import collections
 import dataclasses
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,11 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
                 card = model_card(out.name, "transformers", config, step, base.path, evaluation(workdir, step), report)
                 (directory / "README.md").write_text(card, encoding="utf-8")
     if format == "gguf":
-        os.replace(target / "parity.json", f"{out}.parity.json")
-        os.replace(target / out.name, out)
-        target.rmdir()
+        try:
+            os.replace(target / out.name, out)
+            os.replace(target / "parity.json", f"{out}.parity.json")
+        finally:
+            shutil.rmtree(target)
     _say(report, notes)
     return step
 

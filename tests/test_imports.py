@@ -26,7 +26,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 COMMAND_LINES = LAYERS[-1]
 HOST_ONLY = {"data", "tasks"}
-HOST_MAY_IMPORT = {"ftjax.errors", "ftjax.weights.source", "ftjax.weights.gguf_header"}
+HOST_MAY_IMPORT = {"ftjax.errors", "ftjax.weights.files", "ftjax.weights.source", "ftjax.weights.gguf_header"}
 
 
 def module_name(path):

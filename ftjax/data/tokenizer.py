@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ftjax.data.gguf_tokenizer import from_gguf
 from ftjax.errors import UserError
+from ftjax.weights.files import inside
 
 
 def load(path: Path) -> PreTrainedTokenizerFast:
@@ -40,12 +41,15 @@ def end_tokens(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) ->
 
     They are `eos_token_id` of the model's config (an int, a list or None) and of `config["generation_config"]`
     where there is one, the tokenizer's end token, and the token that the chat template writes after an
-    assistant's answer. `UserError` where an id lies outside the config's `vocab_size`.
+    assistant's answer. `UserError` where an id is no number or lies outside the config's `vocab_size`.
     """
     ids: list[int] = []
     for named in (config, config.get("generation_config") or {}):
-        value = named.get("eos_token_id")
-        ids.extend([value] if isinstance(value, int) else value or [])
+        value = named.get("eos_token_id") if isinstance(named, Mapping) else named
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if wrong := [one for one in values if type(one) is not int]:
+            raise UserError(f"eos_token_id of the model's config is {wrong[0]!r}, not a token id or a list of them")
+        ids.extend(values)
     ids.extend(i for i in (tokenizer.eos_token_id, _end_of_turn(tokenizer)) if i is not None)
     for i in ids:
         if not 0 <= i < config.get("vocab_size", i + 1):
@@ -61,7 +65,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
     turns = [{"role": "user", "content": "Name an animal."}, {"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"the chat template cannot render a user and an assistant turn: {error}") from error
     _, found, tail = text.rpartition(answer)
     if not found:
@@ -75,10 +79,10 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
 
 
 def _from_directory(path: Path) -> PreTrainedTokenizerFast:
-    if not (path / "tokenizer.json").is_file():
+    if not inside(path, "tokenizer.json").is_file():
         raise UserError(f"{path}: no tokenizer.json there; save the model's fast tokenizer into this directory")
     try:
         # Not AutoTokenizer: it imports torch where that is installed. tokenizer.json alone says how to tokenize.
         return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: transformers cannot load this tokenizer: {error}") from error

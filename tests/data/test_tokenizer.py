@@ -233,6 +233,9 @@ def test_end_tokens_come_from_config_tokenizer_and_template(ours, tmp_path):
     assert tok.end_tokens(ours, {"eos_token_id": [2, 0], "generation_config": {"eos_token_id": [7, 0]}}) == (2, 0, 7)
     with pytest.raises(UserError, match="49152"):
         tok.end_tokens(ours, {"eos_token_id": 49152, "vocab_size": 49152})
+    for strange in ("x", True, 1.5, [None], [[1]], {}):
+        with pytest.raises(UserError, match="not a token id or a list of them"):
+            tok.end_tokens(ours, {"eos_token_id": strange})
 
     small = tok.load(write(tmp_path / "m.gguf", eos_token_id=0))
     turn = "{% for m in messages %}<think>{{ m.role }}\n{{ m.content }}AFTER{% endfor %}"
@@ -250,6 +253,8 @@ def test_end_tokens_rejects_a_template_that_cannot_render_a_turn(tmp_path):
     for template, message in [
         ("{{ raise_exception('no roles') }}", "no roles"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out"),
+        ("{{ messages + 1 }}", "cannot render"),
+        ("{{ 1 / 0 }}", "cannot render"),
     ]:
         small.chat_template = template
         with pytest.raises(UserError, match=message):
