@@ -90,6 +90,7 @@ def test_generate_says_the_same_from_run_adapter_and_merged_model(root):
     assert plain != said[0]
 
 
+@pytest.mark.slow
 def test_sampling_is_reproduced_by_its_seed(root):
     options = [f"--workdir={root / 'run'}", "--prompt=The lamp", "--max_new_tokens=8", "--temperature=1.5"]
     first, again, other = (finish(command("ftjax.generate", *options, f"--seed={seed}")) for seed in (1, 1, 2))

@@ -1,5 +1,6 @@
 """The real SmolLM2-135M-Instruct, read by us and by transformers from the same GGUF file, in float32."""
 
+import copy
 import importlib.util
 
 import jax
@@ -45,11 +46,20 @@ def case():
 
 
 def test_logits(case, record_figure):
+    """Against the same torch model in float64, relative to the largest logit, 36.7.
+
+    Thirty layers of float32 are 6e-5 to 8e-5 from float64 in torch itself, depending on its number of threads, so an
+    absolute 1e-4 between two float32 results would be a matter of luck here.
+    """
     model, params, witness, document, batch = case
-    ours, theirs = logits(model, {"params": params}, batch)[0], torch_logits(witness, document[0])
-    assert theirs.std() > 1
-    record_figure("logits", np.abs(ours - theirs).max())
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    ours, single = logits(model, {"params": params}, batch)[0], torch_logits(witness, document[0])
+    exact = torch_logits(copy.deepcopy(witness).double(), document[0])
+    largest = np.abs(exact).max()
+    record_figure("logits, ours to float32 torch", np.abs(ours - single).max())
+    record_figure("logits, float32 torch to float64 torch, relative", np.abs(single - exact).max() / largest)
+    record_figure("logits, ours to float64 torch, relative", np.abs(ours - exact).max() / largest)
+    assert exact.std() > 1
+    assert np.abs(ours - exact).max() < 5e-6 * largest  # 40 units in the last place of float32
 
 
 @pytest.mark.slow
