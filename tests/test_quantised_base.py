@@ -50,7 +50,10 @@ class Case:
         return assemble.load_variables(config, self.base, abstract), is_trained
 
 
-@pytest.fixture(scope="module", params=["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "mixtral"))])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "mixtral")]
+
+
+@pytest.fixture(scope="module", params=["llama", *SLOW])
 def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp("case") / "model")
 
