@@ -24,6 +24,7 @@ def defaults() -> ConfigDict:
     config.model.dtype = "bfloat16"  # of activations and matrix products
     config.model.param_dtype = "bfloat16"  # of the stored base
     config.model.remat = "none"  # none, full or dots: what the backward pass recomputes
+    config.model.attention = "auto"  # auto (the fastest that serves the model here), splash, cudnn or xla
 
     config.adapter = ConfigDict()
     config.adapter.kind = "lora"  # lora, dora, or none: train the parameters that `trainable` selects
@@ -48,6 +49,8 @@ def defaults() -> ConfigDict:
     config.data.max_length = 1024  # tokens in a row
     config.data.packing = True  # several examples to a row, none seeing another
     config.data.batch_size = 16  # rows in a step, over all devices and micro-batches
+    config.data.train_on = "assistant"  # assistant, last (the last assistant turn) or all (every turn)
+    config.data.holdout = 0.0  # share of the training rows kept for evaluation instead, chosen by a hash of the prompt
     config.data.max_bad_rows = 0  # malformed rows to skip (and count) before giving up
 
     config.objective = ConfigDict()
@@ -72,6 +75,8 @@ def defaults() -> ConfigDict:
     config.mesh.data = 1
     config.mesh.fsdp = -1  # -1: what the other axes leave
     config.mesh.tensor = 1
+    config.mesh.context = 1  # the length of a row, split: for long sequences
+    config.mesh.expert = 1  # the experts of a mixture
 
     config.evaluate = ConfigDict()
     config.evaluate.max_new_tokens = 128
@@ -115,6 +120,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.dtype": _one_of(*DTYPES),
     "model.param_dtype": _one_of(*DTYPES),
     "model.remat": _one_of("none", "full", "dots"),
+    "model.attention": _one_of("auto", "splash", "cudnn", "xla"),
     "adapter.kind": _one_of("lora", "dora", "none"),
     "adapter.rank": _number(1),
     "adapter.alpha": _number(1e-6),
@@ -126,6 +132,8 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.train": (len, "at least one source, such as ('rows.jsonl',) or ('task:support_ticket',)"),
     "data.max_length": _number(2),
     "data.batch_size": _number(1),
+    "data.train_on": _one_of("assistant", "last", "all"),
+    "data.holdout": _number(0, 0.5),
     "data.max_bad_rows": _number(0),
     "objective.name": _one_of("sft"),
     "optimizer.name": _one_of("adamw"),
@@ -161,6 +169,7 @@ FREE_TO_CHANGE = (
     "eval_every",
     "mesh.",
     "model.remat",
+    "model.attention",
     "data.eval",
 )
 

@@ -18,9 +18,9 @@ from ftjax import config as configs
 from ftjax import workdir as workdirs
 from ftjax.assemble import Base
 from ftjax.checkpoint import Checkpoints
-from ftjax.data.chat import tokenize_all
+from ftjax.data import pipeline
 from ftjax.data.loader import Loader
-from ftjax.data.sources import TASK, read_sources
+from ftjax.data.sources import TASK
 from ftjax.display import Display
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import Evaluator, best_metric, is_eval
@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
 def _train(
     config: ConfigDict, workdir: Path, preemption: Preemption, display: Display, checkpoints: Checkpoints
 ) -> int:
-    mesh = sharding.make_mesh({axis: config.mesh[axis] for axis in config.mesh})
+    mesh = sharding.make_mesh(dict(config.mesh))
     base = assemble.open_base(config.model)
     _check_length(config, base)
     train_loader, eval_loader, report = _load_data(config, base)
@@ -136,21 +136,27 @@ def _train(
 
 
 def _load_data(config: ConfigDict, base: Base) -> tuple[Loader, Loader | None, dict]:
-    """The training rows, the held-out rows (None without any), and tokenize_all's report on the former."""
-
-    def loader(entries, batch_size, shuffle):
-        rows = read_sources(entries, config.data.max_bad_rows)
-        examples, report = tokenize_all(
-            rows, base.tokenizer, config.data.max_length, vocab_size=base.model.spec.vocab_size
-        )
-        return Loader(
-            examples, batch_size, config.data.max_length, config.data.packing, config.seed, shuffle
-        ), report
-
-    train_loader, report = loader(configs.sources(config, "train"), config.data.batch_size, True)
+    """The training rows, the held-out rows (None without any), and the report on the former."""
+    data = config.data
+    common = {
+        "max_length": data.max_length,
+        "packing": data.packing,
+        "seed": config.seed,
+        "max_bad_rows": data.max_bad_rows,
+        "vocab_size": base.model.spec.vocab_size,
+    }
+    train_loader, report = pipeline.load(
+        configs.sources(config, "train"), base.tokenizer, batch_size=data.batch_size, shuffle=True, **common
+    )
     heldout = [entry for entry in configs.sources(config, "eval") if not entry["source"].startswith(TASK)]
-    micro_batch = config.data.batch_size // config.accumulate
-    return train_loader, loader(heldout, micro_batch, False)[0] if heldout else None, report
+    if not heldout:
+        return train_loader, None, report
+    micro_batch = data.batch_size // config.accumulate
+    return (
+        train_loader,
+        pipeline.load(heldout, base.tokenizer, batch_size=micro_batch, shuffle=False, **common)[0],
+        report,
+    )
 
 
 def _check_same_config(config: ConfigDict, workdir: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import jinja2
 import numpy as np
 
-from ftjax.data import rows as rows_lib
+from ftjax.data import formats
 from ftjax.data.example import Example, Row
 from ftjax.errors import UserError
 
@@ -99,13 +99,13 @@ def render_prompt(messages: list[dict] | str, tokenizer: "PreTrainedTokenizerFas
             tokens = _encode([messages], tokenizer, add_special_tokens=True)[0]
             return _checked(tokens, origin, tokenizer, None)
         messages = [{"role": "user", "content": messages}]
-    rows_lib.check_messages(messages, origin, needs_assistant=False)
+    formats.check_messages(messages, origin, needs_assistant=False)
     text = _render(messages, tokenizer, origin, generation_prompt=True)
     return _checked(_encode([text], tokenizer)[0], origin, tokenizer, None)
 
 
 def _tokenize(row: Row, tokenizer, ends: frozenset[int], vocab_size: int | None) -> Example:
-    fields = rows_lib.check_row(row.fields, row.origin).fields
+    fields = formats.check_row(row.fields, row.origin).fields
     if "text" in fields:
         tokens = _with_eos(_encode([fields["text"]], tokenizer, add_special_tokens=True)[0], tokenizer, row.origin)
         spans = [(1, len(tokens))]
