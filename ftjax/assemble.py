@@ -46,7 +46,8 @@ def open_base(config: ConfigDict) -> Base:
     spec = spec_from_config(reader.config)
     tokenizer = tokenizers.load(path)
     tokenizers.check_vocab(tokenizer, spec.vocab_size)
-    model = Decoder(spec, jnp.dtype(config.dtype), jnp.dtype(config.param_dtype), config.remat)
+    dtypes = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
+    model = Decoder(spec, *dtypes, config.remat, config.attention)
     return Base(config.source, path, reader, model, tokenizer, tokenizers.end_tokens(tokenizer, reader.config))
 
 

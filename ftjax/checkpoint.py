@@ -5,10 +5,14 @@ tokens) and `digests.json`. It is written as `writing-<step>` and appears by one
 process that is killed at any moment leaves either the whole step or none of it. Removal goes the same way: rename to
 `trash-<step>`, then delete.
 
+Of several processes each writes the arrays that its devices hold and digests its share of the files; the first one
+joins the digests, renames and removes, and decides which step is meant. They meet before the rename and after it.
+
 What Orbax offers and is not used: its own removal of steps tears them when interrupted, and `custom_metadata` is
 silently empty when its file is lost. See `ftjax.digest` for the crcs.
 """
 
+import itertools
 import json
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,12 +22,15 @@ from typing import Any, Literal
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from ftjax import digest
+from ftjax import digest, distributed
+from ftjax.distributed import Meetings, is_first
 from ftjax.errors import UserError
 
 _WRITING = "writing-"  # Orbax, in turn, writes to `writing-<step>.orbax-checkpoint-tmp`
 _TRASH = "trash-"
 _ASIDE = ".set-aside"
+
+_opened = itertools.count()  # names the meetings of each `Checkpoints`; the same in all processes
 
 
 def _context() -> ocp.Context:
@@ -46,6 +53,9 @@ class Checkpoints:
     One save is written at a time, in the background. Its failure is raised, once, as UserError by whichever method
     is called next. Every method waits for it first.
 
+    With several processes all of them call each method, `score` apart, alike and in the same order; what fails in one
+    of them fails in all.
+
     Raises:
       UserError: `directory` cannot be created.
     """
@@ -67,10 +77,14 @@ class Checkpoints:
         self._read_only = read_only
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future] | None = None
+        name = f"checkpoints-{next(_opened)}"
+        self._here, self._behind = Meetings(name), Meetings(f"{name}-saving")  # of the caller's thread, of `_finish`
         if not read_only:
             try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._clean()
+                with self._here.together(f"opening {self.directory}"):
+                    if is_first():
+                        self.directory.mkdir(parents=True, exist_ok=True)
+                        self._clean()
             except OSError as error:
                 raise UserError(f"{self.directory} cannot be written: {error}. Choose another --workdir.") from error
 
@@ -120,7 +134,7 @@ class Checkpoints:
             raise ValueError("these checkpoints were opened read-only")
         self.wait()
         step = int(step)
-        newest = max(self._numbered(), default=-1)
+        newest = max(self._numbered(), default=-1) if is_first() else -1
         if step <= newest:
             raise ValueError(f"step {step} is not newer than step {newest} in {self.directory}; see rewind()")
         leaves = digest.flatten(state)
@@ -140,16 +154,30 @@ class Checkpoints:
         self._pending = step, self._writer.submit(self._finish, step, path, response, described, blocks)
 
     def _finish(self, step: int, path: Path, response: ocp.AsyncResponse[None], leaves: dict, blocks: list) -> None:
-        """The background half of a save; with several processes, what follows Orbax's barrier is for the first."""
+        """The background half of a save."""
+        meet = self._behind
         try:
-            digests = digest.of_leaves(leaves, blocks)  # while Orbax is writing
+            parts = digest.parts(leaves, blocks)  # while Orbax is writing
             blocks.clear()
+            # What fails in this process alone is not told here: the others may wait for it at a barrier of Orbax's. It
+            # is raised by the next call, and then ends them all (`distributed.connected`).
             response.result()
-            digest.write(path, step, digests)
-            path.rename(self.directory / str(step))
+            with meet.together(f"writing step {step}"):
+                pass
+            files = json.loads(meet.tell(json.dumps(digest.files_of(path)) if is_first() else None))
+            found = {name: digest.of_file(path / name) for name in _share(files)}
+            told = [json.loads(text) for text in meet.collect(json.dumps([parts, found]))]
+            with meet.together(f"committing step {step}"):
+                if is_first():
+                    crcs = {name: crc for _, of_one in told for name, crc in of_one.items()}
+                    digest.write(path, step, digest.of_leaves(leaves, [parts for parts, _ in told]), crcs)
+                    path.rename(self.directory / str(step))
         finally:
-            self._clean()  # of a save that failed: a full disk must get its space back
-        self._retire()
+            if is_first():
+                self._clean()  # of a save that failed: a full disk must get its space back
+        with meet.together(f"removing steps before {step}"):
+            if is_first():
+                self._retire()
 
     def steps(self) -> list[int]:
         """Complete steps, ascending."""
@@ -164,7 +192,7 @@ class Checkpoints:
             the user to ask for.
         """
         self.wait()
-        newest = max(self._numbered(), default=None)
+        newest = self._of_first(max(self._numbered(), default=None))
         if newest is not None and newest not in self._complete():
             raise self._unusable(newest, f"it is incomplete, {digest.FILE} is missing")
         return newest
@@ -178,7 +206,7 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step with the best score (the earliest of equals), None if none has one."""
         self.wait()
-        return self._best(self._complete())
+        return self._of_first(self._best(self._complete()))
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
         """(step, state, meta) of `step`, by default the newest.
@@ -197,7 +225,8 @@ class Checkpoints:
             raise UserError(f"{self.directory} holds no step {step}. Complete steps: {self._complete() or 'none'}.")
         path = self.directory / str(step)
         record = self._record(step)
-        if wrong := digest.wrong_files(path, record["files"]):
+        mine = {name: record["files"][name] for name in _share(record["files"])}
+        if wrong := self._found_by_any(digest.wrong_files(path, mine)):
             raise self._unusable(step, f"missing or damaged files: {', '.join(wrong)}")
         wanted = {name: digest.describe(leaf) for name, leaf in digest.flatten(abstract_state).items()}
         if lines := digest.differences(record["leaves"], wanted):
@@ -207,7 +236,7 @@ class Checkpoints:
             )
         with _context():
             loaded = ocp.load_checkpointables(path, {"state": abstract_state, "meta": None})
-        if wrong := digest.wrong_leaves(record["leaves"], loaded["state"]):
+        if wrong := self._wrong_leaves(record["leaves"], loaded["state"]):
             raise self._unusable(step, f"the digests of {len(wrong)} arrays do not match: {', '.join(wrong)}")
         return step, loaded["state"], loaded["meta"]
 
@@ -216,12 +245,31 @@ class Checkpoints:
         if self._read_only:
             raise ValueError("these checkpoints were opened read-only")
         self.wait()
-        for later, path in self._numbered().items():
-            if later > step:
-                aside = path.with_name(path.name + _ASIDE)
-                if aside.exists():
-                    self._remove(aside)
-                path.rename(aside)
+        with self._here.together(f"going back to step {step}"):
+            for later, path in self._numbered().items() if is_first() else ():
+                if later > step:
+                    aside = path.with_name(path.name + _ASIDE)
+                    if aside.exists():
+                        self._remove(aside)
+                    path.rename(aside)
+
+    def _of_first(self, step: int | None) -> int | None:
+        """What the first process has found: a disk that several hosts share may show each of them another moment."""
+        return json.loads(self._here.tell(json.dumps(step)))
+
+    def _found_by_any(self, names: list[str]) -> list[str]:
+        """The names that any process has found, in all of them."""
+        told = self._here.collect(json.dumps(names))
+        return json.loads(self._here.tell(json.dumps([name for text in told for name in json.loads(text)])))
+
+    def _wrong_leaves(self, saved: dict[str, dict], state: Any) -> list[str]:
+        """Paths of the leaves of `state` that differ from what was saved."""
+        leaves = digest.flatten(state)
+        told = self._here.collect(json.dumps(digest.parts(leaves, digest.host_blocks(list(leaves.values())))))
+        if not told:
+            return json.loads(self._here.tell(None))
+        loaded = digest.of_leaves(leaves, [json.loads(text) for text in told])
+        return json.loads(self._here.tell(json.dumps([path for path in leaves if loaded[path] != saved.get(path)])))
 
     def _numbered(self) -> dict[int, Path]:
         """All that looks like a step, whole or not, ascending."""
@@ -276,3 +324,8 @@ class Checkpoints:
         for path in self.directory.iterdir():
             if path.name.startswith((_WRITING, _TRASH)):
                 shutil.rmtree(path)
+
+
+def _share(names: Any) -> list[str]:
+    """Those of the files that this process digests."""
+    return sorted(names)[distributed.index() :: distributed.count()]

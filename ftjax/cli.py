@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,15 +30,23 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     logger.propagate = False
     try:
         app.run(main, flags_parser=_parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_MISTAKE)
-    except OSError as error:  # a full disk, a file that went away: nothing that a traceback would explain
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        status, text = explain(error)
+        print(text, file=sys.stderr)
+        sys.exit(status)
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit status that an error ends a command line with, and what is printed."""
+    if isinstance(error, UserError):
+        return EXIT_MISTAKE, f"error: {error}"
+    if isinstance(error, OSError):  # a full disk, a file that went away: nothing that a traceback would explain
+        return 1, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "interrupted"
+    if isinstance(error, SystemExit):
+        return (error.code if isinstance(error.code, int) and error.code else 1), f"ended with {error.code}"
+    return 1, "".join(traceback.format_exception(error)).rstrip()
 
 
 def config_of(flag: flags.FlagHolder) -> ConfigDict:

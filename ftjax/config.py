@@ -23,7 +23,7 @@ def defaults() -> ConfigDict:
     config.model.source = ""  # a Hugging Face id, a directory, a .gguf file, or package:NAME
     config.model.dtype = "bfloat16"  # of activations and matrix products
     config.model.param_dtype = "bfloat16"  # of the stored base
-    config.model.remat = "none"  # none, full or dots: what the backward pass recomputes
+    config.model.remat = "none"  # none, full, dots or offload: what the backward pass recomputes (docs/devices.md)
     config.model.attention = "auto"  # auto (the fastest that serves the model here), splash, cudnn or xla
 
     config.adapter = ConfigDict()
@@ -51,6 +51,7 @@ def defaults() -> ConfigDict:
     config.data.batch_size = 16  # rows in a step, over all devices and micro-batches
     config.data.train_on = "assistant"  # assistant, last (the last assistant turn) or all (every turn)
     config.data.holdout = 0.0  # share of the training rows kept for evaluation instead, chosen by a hash of the prompt
+    config.data.checks = "on"  # of the rows before training: on (stop on errors), warn (print them) or off
     config.data.max_bad_rows = 0  # malformed rows to skip (and count) before giving up
 
     config.objective = ConfigDict()
@@ -119,7 +120,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.source": (bool, "a Hugging Face id, a directory, a .gguf file or package:NAME"),
     "model.dtype": _one_of(*DTYPES),
     "model.param_dtype": _one_of(*DTYPES),
-    "model.remat": _one_of("none", "full", "dots"),
+    "model.remat": _one_of("none", "full", "dots", "offload"),
     "model.attention": _one_of("auto", "splash", "cudnn", "xla"),
     "adapter.kind": _one_of("lora", "dora", "none"),
     "adapter.rank": _number(1),
@@ -134,6 +135,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.batch_size": _number(1),
     "data.train_on": _one_of("assistant", "last", "all"),
     "data.holdout": _number(0, 0.5),
+    "data.checks": _one_of("on", "warn", "off"),
     "data.max_bad_rows": _number(0),
     "objective.name": _one_of("sft"),
     "optimizer.name": _one_of("adamw"),
@@ -160,6 +162,14 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "checkpoint_every": _number(1),
 }
 
+ENTRY_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "source": (lambda value: isinstance(value, str), "a string"),
+    "format": (lambda value: isinstance(value, str), "a string"),
+    "split": (lambda value: isinstance(value, str), "a string"),
+    "weight": (lambda value: type(value) in (int, float) and 0 < value < math.inf, "a positive, finite number"),
+    "limit": (lambda value: type(value) is int and value > 0, "a positive whole number"),
+}
+
 # Keys that may differ between a run and its resumption: they change nothing that is learnt.
 FREE_TO_CHANGE = (
     "log_every",
@@ -171,6 +181,7 @@ FREE_TO_CHANGE = (
     "model.remat",
     "model.attention",
     "data.eval",
+    "data.checks",
 )
 
 
@@ -185,8 +196,11 @@ def flat(config: ConfigDict) -> dict[str, Any]:
     return out
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises UserError naming the key, its value and what it may be; also for unknown, missing and mistyped keys."""
+def validate(config: ConfigDict, data: bool = True) -> None:
+    """Raises UserError naming the key, its value and what it may be; also for unknown, missing and mistyped keys.
+
+    data: False does without data.train, which a plan does not need.
+    """
     known, given = flat(defaults()), flat(config)
     for key in given.keys() - known.keys():
         raise UserError(f"config has no key {key!r}{did_you_mean(key, known)}")
@@ -195,7 +209,7 @@ def validate(config: ConfigDict) -> None:
     for key, default in known.items():
         _check_type(key, given[key], default)
     for key, (check, wanted) in CHECKS.items():
-        if not check(given[key]):
+        if (data or key != "data.train") and not check(given[key]):
             raise UserError(f"config.{key}={given[key]!r}: it must be {wanted}")
     if config.data.batch_size % config.accumulate:
         raise UserError(
@@ -204,28 +218,39 @@ def validate(config: ConfigDict) -> None:
         )
     for which in ("train", "eval"):
         for entry in sources(config, which):
-            if which == "eval" and entry["source"].startswith("tfds:") and "split" not in entry:
+            if which == "eval" and entry["source"].startswith(("tfds:", "hf:")) and "split" not in entry:
                 raise UserError(f"config.data.eval: say which split of {entry['source']}, as {{'source', 'split'}}")
     evaluated = [json.dumps(entry, sort_keys=True) for entry in sources(config, "eval")]
     if twice := sorted({entry for entry in evaluated if evaluated.count(entry) > 1}):
         raise UserError(f"config.data.eval: {twice[0]} stands there twice")
 
 
-def source_entry(entry: Any, key: str) -> dict[str, str]:
-    """One entry of data.train or data.eval, a string or a mapping, as {"source", "format"?, "split"?}."""
+def evaluates(config: ConfigDict) -> bool:
+    """Whether there is something to evaluate on."""
+    return bool(config.data.eval) or config.data.holdout > 0
+
+
+def source_entry(entry: Any, key: str) -> dict[str, Any]:
+    """One entry of data.train or data.eval, a string or a mapping, as a dict of "source" and, where given, options.
+
+    Options: "format" and "split" (strings), "weight" (how many times an epoch has each row), "limit" (rows at most).
+    """
     if isinstance(entry, str):
         return {"source": entry}
     if not hasattr(entry, "keys") or not isinstance(entry.get("source"), str):
         raise UserError(f"config.{key}: {entry!r} is neither a string nor a mapping with a 'source'")
-    known = ("source", "format", "split")
-    if wrong := [name for name in entry if not isinstance(entry[name], str)]:
-        raise UserError(f"config.{key}: {wrong[0]!r} of entry {dict(entry)} must be a string")
-    for name in set(entry) - set(known):
-        raise UserError(f"config.{key}: entry {dict(entry)} has no option {name!r}{did_you_mean(name, known)}")
+    for name, value in entry.items():
+        if name not in ENTRY_OPTIONS:
+            raise UserError(
+                f"config.{key}: entry {dict(entry)} has no option {name!r}{did_you_mean(name, ENTRY_OPTIONS)}"
+            )
+        fits, wanted = ENTRY_OPTIONS[name]
+        if not fits(value):
+            raise UserError(f"config.{key}: {name!r} of entry {dict(entry)} must be {wanted}")
     return dict(entry)
 
 
-def sources(config: ConfigDict, which: str) -> list[dict[str, str]]:
+def sources(config: ConfigDict, which: str) -> list[dict[str, Any]]:
     """The entries of data.train or data.eval, `which`, each as `source_entry` gives it."""
     return [source_entry(entry, f"data.{which}") for entry in config.data[which]]
 

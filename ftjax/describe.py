@@ -12,7 +12,7 @@ from ftjax import metrics, quant, sharding, tree
 from ftjax.assemble import Base
 from ftjax.data.loader import Loader
 from ftjax.evals.evaluator import is_eval
-from ftjax.models import params
+from ftjax.models import kernels, params
 from ftjax.tree import Tree
 
 
@@ -25,7 +25,7 @@ def run(
     loader: Loader,
     report: dict[str, int],
 ) -> dict[str, str]:
-    """What is about to run. abstract: the variables' shapes; report: what `tokenize_all` counted."""
+    """What is about to run. abstract: the variables' shapes; report: what `tokenising.tokenise` counted."""
     spec, adapter, data = base.model.spec, config.adapter, config.data
     trained, frozen = tree.partition(abstract, is_trained)
     packed = frozen.pop("quant", {})
@@ -40,10 +40,12 @@ def run(
         "frozen": _size(frozen),
         **({"quantised": _size(packed, stands_for) + f", {config.quantize.base}"} if packed else {}),
         "mesh": _mesh(mesh, base, abstract["params"]),
+        "attention": _attention(config, base, mesh),
         "data": f"{report['examples']:,} examples, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them "
         f"trained; longest {report['longest']}, truncated {report['truncated']}, dropped {report['dropped']}",
         "batch": f"{data.batch_size} rows of {data.max_length} tokens"
-        + (f", packed {loader.packing_efficiency():.1%} full" if data.packing else ", not packed")
+        + (", packed" if data.packing else f", not packed but padded to {', '.join(map(str, loader.lengths))} tokens,")
+        + f" {loader.packing_efficiency():.1%} full"
         + (f", in {config.accumulate} micro-batches" if config.accumulate > 1 else ""),
         "steps": f"{steps} ({loader.epoch_at(steps):.2f} epochs), learning rate {configs.learning_rate(config):g}, "
         f"{config.schedule.name}",
@@ -86,6 +88,12 @@ def _adapter(adapter: ConfigDict) -> str:
 def _size(abstract: Tree, count: int | None = None) -> str:
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in tree.flatten(abstract).values())
     return f"{tree.count(abstract) if count is None else count:,} parameters, {size / 1e6:,.1f} MB"
+
+
+def _attention(config: ConfigDict, base: Base, mesh: Mesh) -> str:
+    model = base.model
+    choice = kernels.choose(model.attention, model.spec, model.dtype, config.data.max_length, mesh)
+    return choice.name + (f"; {choice.reason}" if choice.reason else "")
 
 
 def _mesh(mesh: Mesh, base: Base, abstract: Tree) -> str:

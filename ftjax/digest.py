@@ -3,14 +3,14 @@
 A step's record, `digests.json`, holds crc32s of two kinds:
 
 - of each leaf, taken from the arrays in memory: what comes back is what training had, whatever happened on the way. It
-  is that of the global array's bytes in C order, so it does not depend on how the array was sharded and still holds
-  after a restore on another mesh. It needs all blocks of an array in this process. For several processes the format
-  need not change: crc32 is linear over GF(2), so each can take the crcs of its own contiguous runs, shift them to
-  their offsets (zlib's `crc32_combine`), and all are XORed.
+  is that of the global array's bytes in C order, so it does not depend on how the array was sharded, nor over how many
+  processes, and still holds after a restore on another mesh. Each process digests its own blocks (`ftjax.crc`), and
+  the first one joins what all of them have found.
 - of each file, compared before Orbax opens any: damage is then reported as the name of a file and not as whatever
   exception it causes deep in a parser, with the noise of the tasks that it leaves behind.
 """
 
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from ftjax import crc
 
 FILE = "digests.json"
 _Blocks = list[tuple[tuple[slice, ...], np.ndarray]]
@@ -38,37 +40,33 @@ def describe(leaf: Any) -> dict[str, Any]:
 
 
 def host_blocks(arrays: list[jax.Array]) -> list[_Blocks]:
-    """Each array as (global index, host data) blocks that cover it once; starts all transfers before waiting for one.
+    """Each array as (global index, host data) blocks; starts all transfers before waiting for one.
+
+    Those of all processes together cover the array once; this process has those that its devices hold.
 
     The host data is what `np.asarray(shard.data)` caches on the shard, so Orbax, which asks for the same, copies
     nothing a second time. A block may be a view of a CPU device's buffer: JAX does not donate a buffer that is
     viewed, so it keeps its values whatever happens to the array.
     """
-    for array in arrays:
-        if not array.is_fully_addressable:
-            raise NotImplementedError("digests of arrays that several processes hold; see this module's docstring")
     shards = [[shard for shard in array.addressable_shards if shard.replica_id == 0] for array in arrays]
     for shard in (shard for of_array in shards for shard in of_array):
         shard.data.copy_to_host_async()
     return [[(shard.index, np.asarray(shard.data)) for shard in of_array] for of_array in shards]
 
 
-def crc(shape: tuple[int, ...], blocks: _Blocks) -> str:
-    """crc32, as 8 hex digits, of the array of `shape` that `blocks` make up."""
-    if len(blocks) == 1:
-        whole = blocks[0][1]
-    else:
-        whole = np.empty(shape, blocks[0][1].dtype)
-        for index, block in blocks:
-            whole[index] = block
-    return f"{zlib.crc32(np.ascontiguousarray(whole).reshape(-1).view(np.uint8)):08x}"
+def parts(leaves: dict[str, Any], blocks: list[_Blocks]) -> list[int]:
+    """What this process's `blocks` add to the crc32 of each leaf, in order."""
+    return [
+        functools.reduce(int.__xor__, (crc.of_block(leaf.shape, *block) for block in of_leaf), 0)
+        for leaf, of_leaf in zip(leaves.values(), blocks, strict=True)
+    ]
 
 
-def of_leaves(leaves: dict[str, Any], blocks: list[_Blocks]) -> dict[str, dict]:
-    """{path: {shape, dtype, crc32}}; `blocks` are those of `leaves`, in order."""
+def of_leaves(leaves: dict[str, Any], of_processes: list[list[int]]) -> dict[str, dict]:
+    """{path: {shape, dtype, crc32}} from what `parts` found in each process."""
     return {
-        path: {**describe(leaf), "crc32": crc(leaf.shape, of_leaf)}
-        for (path, leaf), of_leaf in zip(leaves.items(), blocks, strict=True)
+        path: {**describe(leaf), "crc32": crc.of_whole(leaf.size * leaf.dtype.itemsize, list(adding))}
+        for (path, leaf), *adding in zip(leaves.items(), *of_processes, strict=True)
     }
 
 
@@ -81,11 +79,13 @@ def of_file(path: Path) -> str:
     return f"{value:08x}"
 
 
-def write(directory: Path, step: int, leaves: dict[str, dict]) -> None:
-    """Write the record of a step whose other files are all in `directory`: {"body": text, "crc32": of that text}."""
-    files = {
-        path.relative_to(directory).as_posix(): of_file(path) for path in directory.rglob("*") if path.is_file()
-    }
+def files_of(directory: Path) -> list[str]:
+    """The files of a step, in an order that is the same for all."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
+def write(directory: Path, step: int, leaves: dict[str, dict], files: dict[str, str]) -> None:
+    """Write the record of a step: {"body": text, "crc32": of that text}. `files`: the crc32s of all its other files."""
     body = json.dumps({"step": step, "leaves": leaves, "files": files})
     (directory / FILE).write_text(json.dumps({"body": body, "crc32": f"{zlib.crc32(body.encode()):08x}"}))
 
@@ -118,13 +118,6 @@ def wrong_files(directory: Path, files: dict[str, str]) -> list[str]:
             return False
 
     return [name for name in files if not intact(name)]
-
-
-def wrong_leaves(saved: dict[str, dict], state: Any) -> list[str]:
-    """Paths of the leaves of `state` that differ from what was saved."""
-    leaves = flatten(state)
-    loaded = of_leaves(leaves, host_blocks(list(leaves.values())))
-    return [path for path in leaves if loaded[path] != saved.get(path)]
 
 
 def differences(saved: dict[str, dict], wanted: dict[str, dict]) -> list[str]:

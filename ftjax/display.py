@@ -12,10 +12,13 @@ from rich.text import Text
 
 
 class Display:
-    """One console for a run. `every`: on something that is no terminal, a line is printed for every so many steps."""
+    """One console for a run. `every`: on something that is no terminal, a line is printed for every so many steps.
 
-    def __init__(self, every: int):
-        self.console = Console(highlight=False)
+    quiet: show nothing, as all but one of several processes do.
+    """
+
+    def __init__(self, every: int, quiet: bool = False):
+        self.console = Console(highlight=False, quiet=quiet)
         if not self.console.is_terminal:
             self.console.width = 120
         self._every = every
@@ -28,7 +31,7 @@ class Display:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self._task = None
         self._total = 0

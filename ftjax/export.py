@@ -32,11 +32,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from ftjax import assemble, cli, continued, lora, metrics, parity, tree
+from ftjax import assemble, cli, continued, distributed, lora, metrics, parity, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data import tokenizer as tokenizers
 from ftjax.data.gguf_tokenizer_write import check_same, to_metadata
+from ftjax.distributed import is_first, together
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import is_eval
 from ftjax.models.families import spec_from_config, text_config
@@ -49,7 +50,7 @@ from ftjax.weights.model_card import model_card, shown
 from ftjax.weights.peft import write_adapter
 from ftjax.weights.peft_vllm import MAX_RANK, uniform
 from ftjax.weights.source import Reader
-from ftjax.weights.together import new_directory_together, together
+from ftjax.weights.together import new_directory_together
 from ftjax.weights.write import write_json, write_model, write_tokenizer
 
 FORMATS = ("peft", "merged", "hf", "gguf")
@@ -78,7 +79,7 @@ def export_peft(workdir: Path, step: int | None, out: Path, vllm_rank: int | Non
         multimodal=base.reader.config.get("model_type") == "gemma3",
         card=model_card(out.name, "peft", config, step, base.path, evaluation(workdir, step)),
     )
-    if config.quantize.base != "none" and jax.process_index() == 0:
+    if config.quantize.base != "none" and is_first():
         print(f"the adapter was trained beside a base stored as {config.quantize.base}; beside another it differs")
     return step
 
@@ -92,7 +93,7 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
     config = continued.effective(config, base.model.spec)
     if format == "merged" and "lora" not in variables:
         raise UserError("this run has no adapter to merge (config.adapter.kind='none'); use --format hf")
-    if format == "gguf" and jax.process_count() > 1:
+    if format == "gguf" and distributed.count() > 1:
         raise UserError("--format gguf is for one process; export --format hf, and that with llama.cpp's converter")
     mesh = jax.tree.leaves(variables)[0].sharding.mesh
     texts = parity.prompts(base.tokenizer, workdir / "samples.jsonl", base.model.spec.max_position_embeddings)
@@ -121,9 +122,9 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
             about["notes"] = notes
         report = parity.report(texts, stored, found, without, **about)
         with together(f"writing {directory}"):
-            if jax.process_index() == 0:
+            if is_first():
                 write_json(directory / "parity.json", report)
-            if jax.process_index() == 0 and format != "gguf":
+            if is_first() and format != "gguf":
                 _check_tokenizer(written, texts, workdir)
                 card = model_card(out.name, "transformers", config, step, base.path, evaluation(workdir, step), report)
                 (directory / "README.md").write_text(card, encoding="utf-8")
@@ -197,7 +198,7 @@ def _write_directory(directory: Path, base: Base, variables: Tree, dtype: str) -
         dtype=jnp.dtype(dtype),
     )
     with together(f"writing {directory}"):
-        if jax.process_index() == 0:
+        if is_first():
             write_tokenizer(directory, base.tokenizer, base.path)
 
 
@@ -229,7 +230,7 @@ def _check_tokenizer(directory: Path, texts: list[parity.Prompt], workdir: Path)
 
 
 def _say(report: dict[str, Any], notes: list[str]) -> None:
-    if jax.process_index() > 0:
+    if not is_first():
         return
     for note in notes:
         print(note)
@@ -268,11 +269,13 @@ def main(argv: list[str]) -> int:
     check(FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type)
     if FLAGS.format != "peft" and FLAGS.vllm:
         raise UserError("--vllm goes with --format peft; whole models are read by vLLM as they are")
-    if FLAGS.format == "peft":
-        step = export_peft(workdir, FLAGS.step, out, FLAGS.vllm_rank if FLAGS.vllm else None)
-    else:
-        step = export_model(workdir, FLAGS.step, FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type or "f16")
-    print(f"step {step} of {FLAGS.workdir} is in {FLAGS.out}")
+    with distributed.connected(FLAGS):
+        if FLAGS.format == "peft":
+            step = export_peft(workdir, FLAGS.step, out, FLAGS.vllm_rank if FLAGS.vllm else None)
+        else:
+            step = export_model(workdir, FLAGS.step, FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type or "f16")
+        if is_first():
+            print(f"step {step} of {FLAGS.workdir} is in {FLAGS.out}")
     return 0
 
 
@@ -286,5 +289,6 @@ if __name__ == "__main__":
     flags.DEFINE_enum("dtype", None, configs.DTYPES, "of a merged or whole model (default: that of the base's files)")
     flags.DEFINE_boolean("vllm", False, "an adapter that vLLM reads, too: plain LoRA of one rank, or refused")
     flags.DEFINE_integer("vllm_rank", MAX_RANK, "the --max-lora-rank that vLLM is started with", lower_bound=1)
+    distributed.define_flags()
     flags.DEFINE_enum("gguf_type", None, sorted(KINDS), "of the matrices in a GGUF (default: f16)")
     cli.run(main)

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from ftjax import assemble, cli, sharding, tree
+from ftjax import assemble, cli, distributed, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data.chat import render_prompt
@@ -115,6 +115,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--raw gives the prompt as it is; it takes no --system and no --chat")
     if FLAGS.workdir and FLAGS["dtype"].present:
         raise UserError("--dtype goes with --model; a --workdir has the dtype of its config")
+    distributed.refuse_several("ftjax.generate")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
     adapters = parse_adapters(FLAGS.adapter) if FLAGS.adapter else {}
     if FLAGS.model:

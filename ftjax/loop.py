@@ -2,9 +2,10 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from ftjax import sharding
 from ftjax.checkpoint import Checkpoints
+from ftjax.data.prefetch import Prefetched
 from ftjax.errors import UserError
 from ftjax.metrics import MetricsWriter
 from ftjax.preemption import Preempted, Preemption
@@ -33,15 +35,19 @@ class Progress(Protocol):
 class Loop:
     """What a run is made of besides its state; `run` is the loop itself.
 
-    batch_at: index -> host batch [batch_size, length]; a pure function, so the data position is the step count.
+    batch_at: index -> host batch [batch_size, length]; a pure function, so the data position is the step count. Only
+      the rows that this process's devices hold need be filled (`sharding.local_rows`).
+    tokens_at: index -> how many tokens that are not padding the whole batch has.
     evaluate: (step, state) -> metrics with the prefix `eval_`, or None where there is nothing to evaluate.
     best_metric: the one of them that says which checkpoint is best.
+    token_share: the seconds that all devices together need for the FLOPs of one token at their peak; None: unknown.
     meta: JSON that every checkpoint carries (config, fingerprint of the data).
     """
 
     mesh: Mesh
     step: Step
     batch_at: Callable[[int], dict[str, np.ndarray]]
+    tokens_at: Callable[[int], int]
     epoch_at: Callable[[int], float]
     evaluate: Callable[[int, TrainState], dict[str, float]] | None
     best_metric: str | None
@@ -49,6 +55,7 @@ class Loop:
     writer: MetricsWriter
     progress: Progress
     preemption: Preemption
+    token_share: float | None
     meta: dict[str, Any]
     total_steps: int
     accumulate: int
@@ -67,52 +74,78 @@ def run(
     evaluated: whether its evaluation is already among the metrics.
     On SIGTERM the state is saved and Preempted raised. NaN or infinite loss or gradient raises UserError before
     anything of it is saved.
+
+    The devices have always the next step to do: a step's metrics are looked at when the one after it has been started,
+    and the batch after that is made meanwhile. Before a save every step that it contains has been looked at.
     """
     start = done = int(state.step)
+    started: deque[_Started] = deque()
+    timer = _Timer()
+
+    def look(leave: int) -> None:
+        """Waits for the oldest of the started steps, checks and logs them, until so many are left."""
+        nonlocal num_tokens
+        while len(started) > leave:
+            one = started.popleft()
+            metrics = {name: float(value) for name, value in jax.device_get(one.metrics).items()}
+            if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]:
+                raise UserError(
+                    f"step {one.step}: {bad[0]} is {metrics[bad[0]]}. Nothing of this step is saved; lower "
+                    "config.optimizer.learning_rate, raise config.schedule.warmup_ratio or look at the batch's data"
+                )
+            num_tokens += one.tokens
+            metrics |= timer.lap(one.tokens, one.waited)
+            if loop.token_share is not None and "tokens_per_second" in metrics:
+                metrics["mfu"] = loop.token_share * metrics["tokens_per_second"]
+            loop.progress.step(one.step, metrics)
+            if one.step % loop.log_every == 0 or one.step in (1, loop.total_steps):
+                metrics |= {"epoch": loop.epoch_at(one.step), "num_tokens": num_tokens}
+                metrics["packing_efficiency"] = one.tokens / one.places
+                loop.writer.write(one.step, metrics)
 
     def save() -> None:
         nonlocal saved
+        look(leave=0)
         if saved != done:
             loop.checkpoints.save(done, state, loop.meta | {"num_tokens": num_tokens})
             saved = done
 
-    timer = _Timer()
-    try:
-        while True:
-            due = loop.evaluate is not None and _eval_due(loop, done) and not (evaluated and done == start)
-            if due or done == loop.total_steps or (done and done % loop.checkpoint_every == 0):
-                save()
-            if due:
-                metrics = loop.evaluate(done, state)
-                # Recorded only beside a checkpoint that is whole: a restart then knows exactly what is left to do.
-                loop.checkpoints.wait()
-                loop.writer.write(done, metrics)
-                if loop.best_metric in metrics:
-                    loop.checkpoints.score(done, metrics[loop.best_metric])
-                timer.restart()
-            if done == loop.total_steps:
-                return state
-            loop.preemption.check()
+    with Prefetched(lambda index: (loop.batch_at(index), loop.tokens_at(index)), stop=loop.total_steps) as batch_at:
+        try:
+            while True:
+                due = loop.evaluate is not None and _eval_due(loop, done) and not (evaluated and done == start)
+                if due or done == loop.total_steps or (done and done % loop.checkpoint_every == 0):
+                    save()
+                if due:
+                    metrics = loop.evaluate(done, state)
+                    # Recorded only beside a checkpoint that is whole: a restart then knows what is left to do.
+                    loop.checkpoints.wait()
+                    loop.writer.write(done, metrics)
+                    if loop.best_metric in metrics:
+                        loop.checkpoints.score(done, metrics[loop.best_metric])
+                    timer.restart()
+                if done == loop.total_steps:
+                    return state
+                loop.preemption.check()
 
-            batch = loop.batch_at(done)
-            num_tokens += (new_tokens := int(np.count_nonzero(batch["segment_ids"])))
-            state, metrics = loop.step(state, frozen, place_batch(loop.mesh, batch, loop.accumulate))
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            done += 1
-            if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]:
-                raise UserError(
-                    f"step {done}: {bad[0]} is {metrics[bad[0]]}. Nothing of this step is saved; lower "
-                    "config.optimizer.learning_rate, raise config.schedule.warmup_ratio or look at the batch's data"
-                )
-            metrics |= timer.lap(new_tokens)
-            loop.progress.step(done, metrics)
-            if done % loop.log_every == 0 or done in (1, loop.total_steps):
-                metrics |= {"epoch": loop.epoch_at(done), "num_tokens": num_tokens}
-                metrics["packing_efficiency"] = new_tokens / batch["tokens"].size
-                loop.writer.write(done, metrics)
-    except Preempted:
-        save()
-        raise
+                batch, tokens = batch_at(done)
+                state, metrics = loop.step(state, frozen, place_batch(loop.mesh, batch, loop.accumulate))
+                done += 1
+                started.append(_Started(done, metrics, tokens, batch["tokens"].size, batch_at.waited))
+                look(leave=1)
+        except Preempted:
+            save()
+            raise
+
+
+class _Started(NamedTuple):
+    """A step that the devices have been given, which may not be done."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    tokens: int  # of its batch, without padding
+    places: int  # of its batch, with padding
+    waited: float  # seconds for the batch
 
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulate: int) -> dict[str, jax.Array]:
@@ -130,7 +163,7 @@ def _eval_due(loop: Loop, step: int) -> bool:
 
 
 class _Timer:
-    """Seconds and tokens per second of the last step; the first lap, which compiles, has none."""
+    """Times of the last step; the first lap, which compiles, has none."""
 
     def __init__(self):
         self._last = None
@@ -139,9 +172,13 @@ class _Timer:
         if self._last is not None:
             self._last = time.perf_counter()
 
-    def lap(self, tokens: int) -> dict[str, float]:
+    def lap(self, tokens: int, waited: float) -> dict[str, float]:
+        """tokens: of the step; waited: seconds of it that went by before its batch was there."""
         now, last = time.perf_counter(), self._last
         self._last = now
         if last is None:
             return {}
-        return {"step_time": now - last, "tokens_per_second": tokens / (now - last)}
+        step_time = now - last
+        # With steps in flight a wait may have been for the step before this lap.
+        share = min(1.0, waited / step_time)
+        return {"step_time": step_time, "tokens_per_second": tokens / step_time, "data_wait": share}

@@ -13,6 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from ftjax import distributed
 from ftjax.workdir import replace_text
 
 
@@ -20,10 +21,14 @@ class MetricsWriter:
     """Appends records; `start_step` is where the run restarts (-1: from nothing). Records after it, left by a killed
     run, go.
 
-    So an interrupted and resumed run leaves the records of an uninterrupted one.
+    So an interrupted and resumed run leaves the records of an uninterrupted one. Of several processes the first one
+    writes; in the others nothing here does anything.
     """
 
     def __init__(self, workdir: Path, start_step: int):
+        self._writes = distributed.is_first()
+        if not self._writes:
+            return
         self.path = workdir / "metrics.jsonl"
         kept = [record for record in read(self.path) if record["step"] <= start_step]
         replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
@@ -38,12 +43,16 @@ class MetricsWriter:
         self._event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step} | metrics) + "\n")
         self._file.flush()
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._event(step=step, summary=Summary(value=values))
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._file.close()
         self._board_file.close()
 

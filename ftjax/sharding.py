@@ -7,16 +7,20 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ftjax.errors import UserError
 
+AnyMesh = Mesh | AbstractMesh
+HOST_MEMORY = "pinned_host"
 MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
 
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "layers": (),
-    "embed": ("fsdp",),  # the model width, on the side of a kernel that is not split over tensor
+    "embed": ("fsdp", "context"),  # the model width, on the side of a kernel that is not split over tensor
+    "table": ("fsdp",),  # the width of an embedding: over one axis, so that what is found in it is exchanged at once
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -25,8 +29,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
     "rank": (),
     # activations
-    "batch": ("data", "fsdp"),
-    "length": (),
+    "batch": ("data", "fsdp", "expert"),  # outside the mixtures the devices of `expert` take rows of their own too
+    "replica": ("data",),  # the rows of devices that hold one copy of an embedding together
+    "length": ("context",),
     "width": (),  # the model width of an activation: whole on every device, since batch already uses fsdp
 }
 
@@ -48,7 +53,25 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
     if math.prod(shape) != len(devices):
         asked = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape) if size != 1) or "1 device"
         raise UserError(f"mesh {asked} does not fit {len(devices)} {devices[0].platform} device(s); set one axis to -1")
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return Mesh(_arranged(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arranged(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
+    """The devices as an array of `shape`, neighbours in the network beside one another.
+
+    TPU slices are joined by a slow network, so only `data`, which asks least of it, may go from slice to slice.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh data={shape[0]} over {slices} TPU slices: only data is split over the network between slices; "
+            f"set config.mesh.data to a multiple of {slices}"
+        )
+    within = [shape[0] // slices, *shape[1:]]
+    between = [slices] + [1] * (len(shape) - 1)
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -79,6 +102,32 @@ def named(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> N
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
 
+def platform(mesh: AnyMesh) -> str:
+    """cpu, gpu or tpu: of the devices that a program is compiled for, which need not be this machine's."""
+    device = (mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh).abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def row_parts(mesh: AnyMesh) -> int:
+    """Over how many devices, or groups of them, the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def on_host(sharding: NamedSharding) -> NamedSharding:
+    """The same parts, each in the memory of its device's host. UserError where the device cannot reach that."""
+    check_host_memory(sharding.mesh)
+    return sharding.with_memory_kind(HOST_MEMORY)
+
+
+def check_host_memory(mesh: Mesh) -> None:
+    device = mesh.devices.flat[0]
+    if HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(
+            f"offloading needs {HOST_MEMORY} memory, which {device.device_kind} ({device.platform}) does not have in "
+            "this version of JAX; choose another config.model.remat"
+        )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -95,6 +144,16 @@ def place(mesh: Mesh, axes: tuple[str | None, ...], array: np.ndarray) -> jax.Ar
     """A host array that every process holds -> a global array; each device copies only its own part."""
     sharding = named(mesh, axes, array.shape)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def local_rows(mesh: Mesh, rows: int, accumulate: int = 1) -> list[int] | None:
+    """Those of `rows` rows, in micro-batches one after the other, that this process's devices hold; None for all."""
+    if jax.process_count() == 1:
+        return None
+    shape = (accumulate, rows // accumulate)
+    indices = named(mesh, (None, "batch"), shape).addressable_devices_indices_map(shape).values()
+    columns = {column for _, part in indices for column in range(*part.indices(shape[1]))}
+    return [row for row in range(rows) if row % shape[1] in columns]
 
 
 def _rule(axis: str | None) -> tuple[str, ...]:

@@ -5,7 +5,10 @@ as it is. Exit status: 0 finished and saved, 2 a mistake in what was asked, 75 s
 130 Ctrl-C (resumes from the last checkpoint).
 """
 
+import functools
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,34 +16,37 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from ftjax import assemble, cli, continued, describe, metrics, optim, sharding, tree
+from ftjax import assemble, cli, continued, describe, distributed, metrics, optim, sharding, tree
 from ftjax import config as configs
 from ftjax import workdir as workdirs
 from ftjax.assemble import Base
 from ftjax.checkpoint import Checkpoints
-from ftjax.data import pipeline
+from ftjax.data import checks, pipeline
+from ftjax.data.findings import ERROR
 from ftjax.data.loader import Loader
-from ftjax.data.sources import TASK
+from ftjax.data.sources import TASK, read_sources
 from ftjax.display import Display
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import Evaluator, best_metric, is_eval
 from ftjax.loop import Loop, run
-from ftjax.objectives.sft import make_sft
+from ftjax.objectives.registry import OBJECTIVES
+from ftjax.planning import flops
+from ftjax.planning.chips import CHIPS
 from ftjax.preemption import Preempted, Preemption
 from ftjax.state import TrainState, abstract_state, init_state
 from ftjax.step import make_step
+from ftjax.tree import Tree
 
-OBJECTIVES = {"sft": make_sft}
+LOADING_SECONDS = 6 * 3600.0  # how long hosts wait for the one that is slowest to tokenise or to read the weights
 
 
 def train(config: ConfigDict, workdir: Path) -> int:
     """Runs or resumes a run in `workdir`; returns the exit status of the command."""
     configs.validate(config)
-    workdirs.probe(workdir)
     with (
-        workdirs.lock(workdir),
+        workdirs.hold(workdir),
         Preemption() as preemption,
-        Display(config.log_every) as display,
+        Display(config.log_every, quiet=not distributed.is_first()) as display,
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep, best_metric(config)[1]) as checkpoints,
     ):
         try:
@@ -55,21 +61,25 @@ def _train(
     config: ConfigDict, workdir: Path, preemption: Preemption, display: Display, checkpoints: Checkpoints
 ) -> int:
     mesh = sharding.make_mesh(dict(config.mesh))
+    distributed.check()
     base = assemble.open_base(config.model)
     _check_length(config, base)
-    train_loader, eval_loader, report = _load_data(config, base)
+    train_loader, eval_loader, report = _load_data(config, base, mesh, display)
     total_steps = config.steps or train_loader.batches_in(config.epochs)
     meta = {"config": configs.as_json(config), "data": train_loader.fingerprint()}
+    _check_same_everywhere(config, meta["data"])
 
     resumed = checkpoints.latest() if config.checkpoint.resume_step < 0 else config.checkpoint.resume_step
     if resumed is not None:
         _check_same_config(config, workdir)
-    continued.pin(config, workdir, fresh=resumed is None)
+    if distributed.is_first() or resumed is not None:
+        continued.pin(config, workdir, fresh=resumed is None)
     records = [] if resumed is None else metrics.read(workdir / "metrics.jsonl")
     recorded = {record["step"] for record in records if is_eval(record)}
-    if resumed == total_steps and (total_steps in recorded or not config.data.eval):
+    if resumed == total_steps and (total_steps in recorded or not configs.evaluates(config)):
         display.say(f"This run is finished: {total_steps} steps, saved in {workdir}. Nothing to do.")
         return 0
+    _check_data(config, base, train_loader, eval_loader, display)
 
     with jax.set_mesh(mesh):
         abstract, is_trained = assemble.abstract_variables(config, base.model, mesh)
@@ -78,13 +88,15 @@ def _train(
         optimizer = optim.make_optimizer(config.optimizer, schedule)
         abstract_st = abstract_state(optimizer, trainable, mesh)
         objective = OBJECTIVES[config.objective.name](base.model)
-        _check_batch(config, mesh)
+        _check_mesh(config, base, mesh)
         evaluator = Evaluator(config, base, mesh, objective, eval_loader, workdir, preemption, display)
         described = continued.effective(config, base.model.spec)
         display.table("ftjax.train", describe.run(described, base, mesh, abstract, is_trained, train_loader, report))
 
         display.say("reading the weights")
         variables = assemble.load_variables(config, base, abstract)
+        with distributed.together("reading the weights", limit=LOADING_SECONDS):
+            pass
         trainable, frozen = tree.partition(variables, is_trained)
         num_tokens = 0
         if resumed is None:
@@ -100,23 +112,27 @@ def _train(
             num_tokens = saved_meta["num_tokens"]
             display.say(f"resuming after step {resumed}")
         del variables, trainable  # the step donates the state: no second copy may stay alive
-        configs.write(config, workdir / "config.json")
+        if distributed.is_first():
+            configs.write(config, workdir / "config.json")
 
         def evaluate(step: int, state: TrainState) -> dict[str, float]:
             return evaluator(step, state.trainable, frozen)
 
+        rows = sharding.local_rows(mesh, config.data.batch_size, config.accumulate)
         writer = metrics.MetricsWriter(workdir, -1 if resumed is None else resumed)
         loop = Loop(
             mesh=mesh,
-            step=make_step(objective, optimizer, schedule, abstract_st, config.seed),
-            batch_at=train_loader.batch,
+            step=make_step(objective, optimizer, schedule, abstract_st, config.seed, base.model.dtype),
+            batch_at=functools.partial(train_loader.batch, rows=rows),
+            tokens_at=train_loader.batch_tokens,
             epoch_at=train_loader.epoch_at,
-            evaluate=evaluate if config.data.eval else None,
+            evaluate=evaluate if configs.evaluates(config) else None,
             best_metric=best_metric(config)[0],
             checkpoints=checkpoints,
             writer=writer,
             progress=display,
             preemption=preemption,
+            token_share=_token_share(config, base, abstract, is_trained, mesh),
             meta=meta,
             total_steps=total_steps,
             accumulate=config.accumulate,
@@ -135,28 +151,73 @@ def _train(
     return 0
 
 
-def _load_data(config: ConfigDict, base: Base) -> tuple[Loader, Loader | None, dict]:
+def _load_data(
+    config: ConfigDict, base: Base, mesh: Mesh, display: Display
+) -> tuple[Loader, Loader | None, dict]:
     """The training rows, the held-out rows (None without any), and the report on the former."""
     data = config.data
+    train, heldout = configs.sources(config, "train"), configs.sources(config, "eval")
+    heldout = [entry for entry in heldout if not entry["source"].startswith(TASK)]
     common = {
         "max_length": data.max_length,
         "packing": data.packing,
         "seed": config.seed,
         "max_bad_rows": data.max_bad_rows,
         "vocab_size": base.model.spec.vocab_size,
+        "train_on": data.train_on,
+        "holdout": data.holdout,
+        # Where rows are split, each part has the length that the attention kernels want.
+        "multiple": 128 * mesh.shape["context"] if mesh.shape["context"] > 1 else 1,
+        "counter": display.counter,
     }
-    train_loader, report = pipeline.load(
-        configs.sources(config, "train"), base.tokenizer, batch_size=data.batch_size, shuffle=True, **common
-    )
-    heldout = [entry for entry in configs.sources(config, "eval") if not entry["source"].startswith(TASK)]
-    if not heldout:
+    train_loader, report = pipeline.load(train, base.tokenizer, batch_size=data.batch_size, shuffle=True, **common)
+    if not heldout and not data.holdout:
         return train_loader, None, report
-    micro_batch = data.batch_size // config.accumulate
-    return (
-        train_loader,
-        pipeline.load(heldout, base.tokenizer, batch_size=micro_batch, shuffle=False, **common)[0],
-        report,
+    eval_loader, _ = pipeline.load(
+        heldout,
+        base.tokenizer,
+        batch_size=data.batch_size // config.accumulate,
+        shuffle=False,
+        heldout_of=train if data.holdout else (),
+        **common,
     )
+    return train_loader, eval_loader, report
+
+
+def _check_data(
+    config: ConfigDict, base: Base, train_loader: Loader, eval_loader: Loader | None, display: Display
+) -> None:
+    """Says what the checks of the rows find; errors end the run here, unless config.data.checks is "warn" or "off"."""
+    if config.data.checks == "off":
+        return
+    tasks = [entry for entry in configs.sources(config, "eval") if entry["source"].startswith(TASK)]
+    heldout = [read_sources([{"split": "test", **entry} for entry in tasks])] if tasks else []
+    if eval_loader is not None:
+        heldout.append(checks.RowsOf(eval_loader.examples))
+    facts = checks.TokenFacts.of(base.tokenizer, base.end_tokens, config.data.max_length)
+    found = checks.at_start(train_loader.examples, heldout, facts)
+    errors = [str(finding) for finding in found if finding.severity == ERROR]
+    stops = bool(errors) and config.data.checks == "on"
+    for finding in found:
+        if finding.severity != ERROR or not stops:
+            display.say(str(finding))
+    if stops:
+        raise UserError(
+            "\n  ".join(["the rows have errors", *errors])
+            + "\npython -m ftjax.inspect_data with the same --config shows them; config.data.checks=warn starts anyway"
+        )
+
+
+def _token_share(
+    config: ConfigDict, base: Base, abstract: Tree, is_trained: Callable[[str], bool], mesh: Mesh
+) -> float | None:
+    """The seconds that the mesh needs for the FLOPs of one token at its peak; None for devices of unknown peak."""
+    kind = mesh.devices.flat[0].device_kind
+    peaks = [chip.flops for chip in CHIPS.values() if chip.devices == kind]
+    if not peaks:
+        return None
+    length = config.data.max_length
+    return flops.count(base.model.spec, abstract, is_trained, 1, length).total / length / (peaks[0] * mesh.size)
 
 
 def _check_same_config(config: ConfigDict, workdir: Path) -> None:
@@ -164,6 +225,21 @@ def _check_same_config(config: ConfigDict, workdir: Path) -> None:
         raise UserError(
             f"{workdir} holds a run with another config; give these their old values or choose another --workdir:\n  "
             + "\n  ".join(changed)
+        )
+
+
+def _check_same_everywhere(config: ConfigDict, fingerprint: str) -> None:
+    """UserError where this process was not started as the first one was, or has other data."""
+    ours = configs.flat(ConfigDict(configs.as_json(config)))
+    theirs, data = json.loads(distributed.tell(json.dumps([ours, fingerprint]), limit=LOADING_SECONDS))
+    if other := [f"{key}: {ours[key]!r}, there {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]:
+        raise UserError(
+            f"process {distributed.index()} was started with another config than process 0:\n  " + "\n  ".join(other)
+        )
+    if data != fingerprint:
+        raise UserError(
+            f"process {distributed.index()} has other training data than process 0, or another tokenizer; give every "
+            "host the same files"
         )
 
 
@@ -183,12 +259,28 @@ def _check_length(config: ConfigDict, base: Base) -> None:
         )
 
 
-def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
-    rows, parts = config.data.batch_size // config.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+def _check_mesh(config: ConfigDict, base: Base, mesh: Mesh) -> None:
+    """That rows, their length and the experts divide by the mesh axes that split them, and offloading has a place."""
+    rows, parts = config.data.batch_size // config.accumulate, sharding.row_parts(mesh)
     if rows % parts:
+        axes = " x ".join(sharding.RULES["batch"])
         raise UserError(
             f"config.data.batch_size={config.data.batch_size} in {config.accumulate} micro-batch(es) is {rows} rows, "
-            f"not a multiple of the mesh's data x fsdp = {parts}; set it to a multiple of {parts * config.accumulate}"
+            f"not a multiple of the mesh's {axes} = {parts}; set it to a multiple of {parts * config.accumulate}"
+        )
+    if config.data.max_length % mesh.shape["context"]:
+        raise UserError(
+            f"config.data.max_length={config.data.max_length} is not a multiple of config.mesh.context="
+            f"{mesh.shape['context']}, over which rows are split; set it to a multiple"
+        )
+    if config.model.remat == "offload":
+        sharding.check_host_memory(mesh)
+    experts = base.model.spec.experts
+    if mesh.shape["expert"] > 1 and (experts is None or experts.count % mesh.shape["expert"]):
+        has = "no experts" if experts is None else f"{experts.count} experts"
+        raise UserError(
+            f"config.mesh.expert={mesh.shape['expert']}: {config.model.source} has {has} to split; "
+            "set it to 1 (mesh.data and mesh.fsdp split rows as well) or to a divisor"
         )
 
 
@@ -197,11 +289,13 @@ def main(argv: list[str]) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
     config = cli.config_of(_CONFIG)
     workdir = Path(_WORKDIR.value or f"runs/{cli.config_name()}")
-    return train(config, workdir)
+    with distributed.connected(flags.FLAGS):
+        return train(config, workdir)
 
 
 if __name__ == "__main__":
     sys.argv[0] = "ftjax.train"  # absl shows in --help the flags defined under this name
     _CONFIG = config_flags.DEFINE_config_file("config", help_string="the run's config file, e.g. configs/quickstart.py")
     _WORKDIR = flags.DEFINE_string("workdir", None, "where the run is kept (default: runs/NAME-OF-THE-CONFIG)")
+    distributed.define_flags()
     cli.run(main)

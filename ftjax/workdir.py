@@ -3,12 +3,54 @@
 import contextlib
 import fcntl
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ftjax import distributed
 from ftjax.errors import UserError
 
 _LOCK = ".lock"
+_TOKEN = ".processes"  # what the first of several processes writes for the others to read
+_SHARED_SECONDS = 20.0  # a network disk may show what another host wrote only after a while
+
+
+@contextlib.contextmanager
+def hold(workdir: Path) -> Iterator[None]:
+    """`probe` and `lock` for a run. Of several processes the first one holds it; all must see the same directory.
+
+    Raises:
+      UserError: what `probe` and `lock` raise; a host sees another directory of that name, or none.
+    """
+    workdir = Path(workdir)
+    with contextlib.ExitStack() as stack:
+        token = None
+        if distributed.is_first():
+            probe(workdir)
+            stack.enter_context(lock(workdir))
+            token = secrets.token_hex(8)
+            if distributed.count() > 1:
+                replace_text(workdir / _TOKEN, token)
+        token = distributed.tell(token)
+        if not distributed.is_first():
+            _find(workdir, token)
+            probe(workdir)
+        yield
+
+
+def _find(workdir: Path, token: str) -> None:
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if (workdir / _TOKEN).read_text() == token:
+                return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"workdir {workdir}: process {distributed.index()} does not see there what process 0 writes. All hosts "
+                "need one directory: put --workdir on a disk that they share, under the same path"
+            )
+        time.sleep(0.2)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -28,8 +70,9 @@ def probe(workdir: Path) -> None:
       UserError: one of these fails (read-only or full disk, a file in the way, missing rights).
     """
     workdir = Path(workdir)
-    # The pid keeps two runs that start together from sharing one probe file.
-    first, second = (workdir / f".probe-{os.getpid()}{end}" for end in ("", "-renamed"))
+    # Two runs that start together, or two hosts of one, must not share a probe file.
+    name = f".probe-{distributed.index()}-{os.getpid()}"
+    first, second = (workdir / f"{name}{end}" for end in ("", "-renamed"))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with open(first, "wb") as file:

@@ -41,7 +41,9 @@ def marked(before_end: str, after_end: str = "") -> str:
 REWRITES = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'].split('</think>')[-1])")
 
 
-def make_tokenizer(template=None, eos="<|im_end|>", bos=None, add_bos=False, trim_offsets=False, **overrides):
+def make_tokenizer(
+    template=None, eos="<|im_end|>", bos=None, add_bos=False, trim_offsets=False, specials=SPECIALS, **overrides
+):
     """Byte-level BPE of 400 tokens, trained here; overrides are arguments of PreTrainedTokenizerFast."""
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     # Runs of line breaks are pieces of their own, as in Llama 3's tokenizer.
@@ -50,17 +52,17 @@ def make_tokenizer(template=None, eos="<|im_end|>", bos=None, add_bos=False, tri
     core.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator(SENTENCES, trainer)
     steps = [processors.ByteLevel(trim_offsets=trim_offsets)]
     if add_bos:
-        steps.append(processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, SPECIALS.index(bos))]))
+        steps.append(processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, specials.index(bos))]))
     core.post_processor = processors.Sequence(steps)
     arguments = {"unk_token": "<unk>", "bos_token": bos, "eos_token": eos, **overrides}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
-        additional_special_tokens=SPECIALS[3:],
+        additional_special_tokens=[one for one in specials if one not in (bos, eos, "<unk>", "<s>", "</s>")],
         clean_up_tokenization_spaces=False,
         **arguments,
     )

@@ -8,6 +8,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_tests(tmp_path_factory):
+    """What is fetched, unpacked or tokenised in tests goes into a directory of theirs, subprocesses included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FTJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def record_figure(request):
     """`record_figure(name, value)`: a number this test reached; shown by `pytest -v` and kept in a junit report."""

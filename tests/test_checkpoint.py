@@ -248,7 +248,8 @@ def test_array_data_damaged_behind_the_files_digests_names_the_leaf(tmp_path):
             checkpoints.restore(abstract(state))
         leaves = digest.read(tmp_path / "3")["leaves"]
         (tmp_path / "3" / digest.FILE).unlink()
-        digest.write(tmp_path / "3", 3, leaves)
+        files = {name: digest.of_file(tmp_path / "3" / name) for name in digest.files_of(tmp_path / "3")}
+        digest.write(tmp_path / "3", 3, leaves, files)
         with pytest.raises(UserError, match=r"step 3 in .* digests of 1 arrays do not match: a/noise"):
             checkpoints.restore(abstract(state))
 

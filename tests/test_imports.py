@@ -10,7 +10,7 @@ FILES = sorted((ROOT / "ftjax").rglob("*.py"))
 
 # From the bottom up: a module may import its own layer and those below. `data` and `tasks` stay on the host.
 LAYERS = [
-    {"config", "tree", "metrics", "errors", "digest", "workdir", "cli", "display", "preemption"},
+    {"config", "tree", "metrics", "errors", "digest", "workdir", "cli", "display", "preemption", "distributed", "crc"},
     {"sharding", "quant"},
     {"models"},
     {"continued", "lora", "weights", "optim", "state"},
@@ -20,8 +20,8 @@ LAYERS = [
     {"checkpoint"},
     {"assemble"},
     {"evals"},
-    {"describe", "loop", "parity"},
-    {"train", "generate", "evaluate", "export", "plan", "inspect_data"},
+    {"describe", "inspection", "loop", "parity", "planning"},
+    {"train", "generate", "evaluate", "export", "plan", "inspect_data", "curate"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 COMMAND_LINES = LAYERS[-1]

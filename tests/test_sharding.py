@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
 from ftjax import sharding
 from ftjax.errors import UserError
+
+BATCH = ("data", "expert")
 
 
 def mesh(**sizes):
@@ -55,6 +57,10 @@ def test_sizes_that_do_not_fit_are_refused(sizes, count, message):
         (("embed", "heads"), (64, 32), {}, (None, None)),
         (("batch", "length", "width"), (8, 16, 64), {"data": 2, "fsdp": 4}, (("data", "fsdp"), None, None)),
         (("batch", "length"), (8, 16), {"data": 2}, ("data", None)),
+        (("batch", "length", "width"), (8, 16, 64), {"data": 2, "expert": 2, "context": 2}, (BATCH, "context", None)),
+        (("embed", "heads"), (64, 32), {"fsdp": 4, "context": 2}, (("fsdp", "context"), None)),
+        (("experts", "embed", "mlp"), (4, 64, 32), {"fsdp": 2, "expert": 2, "tensor": 2}, ("expert", "fsdp", "tensor")),
+        (("vocab", "table"), (64, 32), {"fsdp": 4, "context": 2}, (None, "fsdp")),
         ((None, "batch"), (4, 8), {"fsdp": 8}, (None, "fsdp")),
         (("norm",), (64,), {"fsdp": 8}, (None,)),
         # What does not divide stays whole.
@@ -98,6 +104,39 @@ def test_place_copies_a_host_array():
     placed = sharding.place(made, ("batch", "length"), array)
     np.testing.assert_array_equal(placed, array)
     assert placed.dtype == np.int32
+
+
+def test_rows_are_split_over_data_fsdp_and_expert():
+    assert sharding.row_parts(mesh(data=2, fsdp=4, tensor=8, context=16, expert=3)) == 24
+    assert sharding.row_parts(mesh()) == 1
+
+
+def test_the_platform_is_that_of_the_mesh():
+    made = sharding.make_mesh({}, jax.devices()[:1])
+    assert sharding.platform(made) == sharding.platform(made.abstract_mesh) == sharding.platform(mesh()) == "cpu"
+    device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    elsewhere = AbstractMesh((1,) * 5, sharding.MESH_AXES, abstract_device=device)
+    assert sharding.platform(elsewhere) == "tpu"
+
+
+def test_slices_of_tpus_are_joined_by_data_only():
+    devices = [SimpleNamespace(platform="tpu", id=index, slice_index=index // 4) for index in range(8)]
+    with pytest.raises(UserError, match=r"over 2 TPU slices.*config\.mesh\.data to a multiple of 2"):
+        sharding.make_mesh({"fsdp": -1}, devices)
+    with pytest.raises(UserError, match=r"mesh data=1 over 2 TPU slices"):
+        sharding.make_mesh({"tensor": 8}, devices)
+
+
+def test_host_memory_is_asked_for_before_it_is_used():
+    made = sharding.make_mesh({}, jax.devices()[:1])
+    place = sharding.named(made, ("batch",), (8,))
+    assert sharding.on_host(place).memory_kind == "pinned_host"
+    assert sharding.on_host(place).spec == place.spec
+    memory = SimpleNamespace(kind="device")
+    device = SimpleNamespace(platform="gpu", device_kind="Old GPU", addressable_memories=lambda: [memory])
+    without = SimpleNamespace(devices=np.array([device], dtype=object))
+    with pytest.raises(UserError, match=r"Old GPU \(gpu\) does not have .*choose another config\.model\.remat"):
+        sharding.check_host_memory(without)
 
 
 def test_constrain_outside_a_mesh_does_nothing():

@@ -14,7 +14,7 @@ from ftjax.evals.evaluator import Evaluator
 from ftjax.preemption import Preempted
 from ftjax.train import train as run_config
 
-TIMES = {"step_time", "tokens_per_second"}
+TIMES = {"step_time", "tokens_per_second", "data_wait"}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ftjax.errors import UserError
-from ftjax.workdir import lock, probe
+from ftjax.workdir import hold, lock, probe
 
 
 def test_probe_makes_the_directory_and_leaves_nothing_in_it(tmp_path):
@@ -58,4 +58,14 @@ def test_a_killed_run_lets_go(tmp_path):
         first.kill()
         first.wait(10)
     with lock(tmp_path):
+        pass
+
+
+def test_a_run_holds_a_directory_that_it_has_tried(tmp_path):
+    with hold(tmp_path / "new"):
+        assert {path.name for path in (tmp_path / "new").iterdir()} == {".lock"}
+        with pytest.raises(UserError, match="in use by another run"), lock(tmp_path / "new"):
+            pass
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"), hold(tmp_path / "file" / "run"):
         pass

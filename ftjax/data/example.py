@@ -10,7 +10,8 @@ class Row:
     """One row of a data set, with the fields of its format and the place that messages about it name.
 
     Attributes:
-      fields: the fields of one of the formats in `ftjax.data.formats.FORMATS`.
+      fields: those of one of the formats in `ftjax.data.formats.FORMATS`; after `formats.check_row`, one of its five
+        records.
       origin: "file.jsonl:12", "tfds:name[3]" or "task:name[3]".
     """
 

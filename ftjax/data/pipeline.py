@@ -1,14 +1,22 @@
 """Entries of data.train or data.eval -> loader: read, check, tokenise, pack. What training and inspection share."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from ftjax.data.chat import tokenize_all
+from ftjax.data import examples
 from ftjax.data.loader import Loader
 from ftjax.data.sources import read_sources
+from ftjax.data.tokenising import tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+@contextlib.contextmanager
+def _uncounted(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    yield lambda done: None
 
 
 def load(
@@ -22,8 +30,29 @@ def load(
     shuffle: bool,
     max_bad_rows: int,
     vocab_size: int,
+    train_on: str = "assistant",
+    holdout: float = 0.0,
+    heldout_of: Sequence[dict] = (),
+    multiple: int = 1,
+    counter: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _uncounted,
 ) -> tuple[Loader, dict]:
-    """The loader of all rows of `entries` (see `sources.read_sources`), and `tokenize_all`'s report on them."""
-    rows = read_sources(entries, max_bad_rows)
-    examples, report = tokenize_all(rows, tokenizer, max_length, vocab_size=vocab_size)
-    return Loader(examples, batch_size, max_length, packing, seed, shuffle), report
+    """The loader of all rows of `entries` (see `sources.read_sources`), and `tokenise`'s report on them.
+
+    Args:
+      holdout: the share of rows that are held out for evaluation.
+      heldout_of: entries of which only the held-out rows are taken, after those of `entries`. Where there are none, the
+        rows of `entries` that are held out are left out.
+      multiple: of what the lengths of batches are multiples where packing is off.
+      counter: shows how far tokenisation has come (`Display.counter`).
+    """
+    sides = [(entries, 0.0 if heldout_of else holdout, False), (heldout_of, holdout, True)]
+    sets = []
+    for some, share, heldout in sides:
+        if some:
+            rows = read_sources(some, max_bad_rows, share, heldout)
+            with counter("tokenising", len(rows)) as advance:
+                sets.append(
+                    tokenise(rows, tokenizer, max_length, vocab_size=vocab_size, train_on=train_on, progress=advance)
+                )
+    found = examples.join(sets)
+    return Loader(found, batch_size, max_length, packing, seed, shuffle, multiple), found.report

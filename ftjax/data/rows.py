@@ -1,143 +1,217 @@
-"""Rows of training data: JSONL files are read here, `tfds:` sources in `tfds_source`; `formats` checks every row."""
+"""The rows of all sources of a run as one sequence: read, parsed and checked when they are asked for.
 
-import glob
+Opening finds where the rows are, and no more. Whoever passes over all rows before step 1 (tokenisation) must do it so,
+in any processes and any order, for a bad row is only found by parsing it:
+
+    bad = BadRows(rows)
+    for i in range(len(rows)):          # or ranges of i in worker processes: `rows` can be pickled
+        try:
+            row = rows.check(i)         # None: the row belongs to the other side of data.holdout
+        except UserError as error:
+            bad.skip(i, str(error))     # counts it; raises where more than max_bad_rows of its source are bad
+            continue
+        ...
+    bad.report(used)                    # logs what was skipped; raises for a source of which no row is left
+
+Iterating over `rows` is exactly that in this process. `rows.digest()` names the contents and everything here that
+decides which rows are used, for a cache of what was made of them.
+"""
+
+import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
 
 from ftjax.data.example import Row
 from ftjax.data.formats import check_row
+from ftjax.data.holdout import held_out
 from ftjax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MAX_LINE_BYTES = 64 * 2**20
-_BOMS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+
+class Records(Protocol):
+    """What is read from one place, as it stands there: random access, from any thread, and picklable."""
+
+    def __len__(self) -> int: ...
+
+    def origin(self, i: int) -> str:
+        """The place that messages name: "file.jsonl:12"."""
+
+    def __getitem__(self, i: int) -> dict:
+        """The fields of record i as plain values; UserError that starts with its origin where it is damaged."""
+
+    def digest(self) -> str:
+        """Hex digest of the contents, whatever their place, compression or time."""
 
 
-def read_rows(source: str, format: str | None = None, split: str = "train", max_bad_rows: int = 0) -> list[Row]:
-    """Reads and checks all rows of a source.
+@dataclass(frozen=True)
+class Source:
+    """One entry of data.train or data.eval, opened.
 
-    Args:
-      source: the path or glob of .jsonl files (read in sorted order), or `tfds:...` (see `tfds_source`). `task:NAME`
-        is the caller's to resolve, with `check_rows`.
-      format: a key of `formats.FORMATS`; None detects it row by row from the fields.
-      split: for `tfds:` sources, a split or a slice of one ("train[:1%]"); a file has no splits.
-      max_bad_rows: how many bad rows may be skipped in the whole source. They are counted in a logged warning.
-
-    Returns:
-      At least one row; its `fields` are only those of its format.
-
-    Raises:
-      UserError: no file, an empty file, a bad row (with its file and line), an unknown format.
+    Attributes:
+      name: the entry's `source`, and its `split` where it has one.
+      records: all that is there.
+      chosen: the records that `split` and `limit` leave, rising: a range, or int64 [n].
+      format: a key of `formats.FORMATS`, or None to detect it row by row.
+      weight: how many times an epoch has each row (0.5: every second row).
     """
-    if source.startswith("tfds:"):
-        from ftjax.data import tfds_source
 
-        records = tfds_source.records(source, split)
-    elif source.startswith(("task:", "hf:")):
-        raise UserError(f"{source}: this kind of source cannot be read as rows; use a .jsonl file or tfds:NAME")
-    else:
-        if split != "train":
-            raise UserError(f"{source}: a file has no split {split!r}; drop `split` or name another file")
-        records = _jsonl_records(source)
-    rows = _collect(records, format, max_bad_rows)
-    if not rows:
-        raise UserError(f"{source}: no rows (split {split!r}); name a source that has some")
-    return rows
+    name: str
+    records: Records
+    chosen: Sequence[int] | np.ndarray
+    format: str | None = None
+    weight: float = 1.0
 
+    def __len__(self) -> int:
+        return len(self.chosen)
 
-def check_rows(dicts: Iterable[dict], source: str, format: str | None = None) -> list[Row]:
-    """Rows that a task gives as dicts; row 3 of source "task:tickets" has the origin "task:tickets[3]"."""
-    return _collect(((f"{source}[{i}]", lambda d=d: d) for i, d in enumerate(dicts)), format, max_bad_rows=0)
+    def origin(self, i: int) -> str:
+        return self.records.origin(self._record(i))
 
+    def row(self, i: int) -> Row:
+        record = self._record(i)
+        return check_row(self.records[record], self.records.origin(record), self.format)
 
-def _collect(records: Iterable[tuple[str, Callable[[], dict]]], format: str | None, max_bad_rows: int) -> list[Row]:
-    rows, bad = [], []
-    for origin, parse in records:
-        try:
-            rows.append(check_row(parse(), origin, format))
-        except UserError as error:
-            bad.append(str(error))
-            if max_bad_rows == 0:
-                raise
-            if len(bad) > max_bad_rows:
-                raise UserError(
-                    f"more than {max_bad_rows} bad rows; mend them or raise max_bad_rows. "
-                    f"First: {bad[0]}; last: {bad[-1]}"
-                ) from error
-    if bad:
-        log.warning(
-            "skipped %d bad rows of %d (at most %d allowed); first: %s",
-            len(bad),
-            len(bad) + len(rows),
-            max_bad_rows,
-            bad[0],
-        )
-    return rows
+    def _record(self, i: int) -> int:
+        return int(self.chosen[i])
+
+    def digest(self) -> str:
+        digest = hashlib.sha256(json.dumps([self.records.digest(), self.format]).encode())
+        if isinstance(self.chosen, range):
+            digest.update(repr(self.chosen).encode())
+        else:
+            digest.update(self.chosen.astype("<i8").data)
+        return digest.hexdigest()
 
 
-def _jsonl_records(source: str) -> Iterator[tuple[str, Callable[[], dict]]]:
-    # A path that exists is itself, even where its name has brackets or stars.
-    paths = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
-    if not paths:
-        raise UserError(f"{source}: no such file; check the path or glob (relative to {Path.cwd()})")
-    for path in paths:
-        if Path(path).is_dir():
-            raise UserError(f"{path}: is a directory; name the files, for example {path.rstrip('/')}/*.jsonl")
-        if not path.endswith(".jsonl"):
-            raise UserError(f"{path}: not a .jsonl file; write one JSON object per line to a file named *.jsonl")
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                found = False
-                for number, line in _lines(file, path):
-                    found = True
-                    origin = f"{path}:{number}"
-                    yield origin, lambda line=line, origin=origin: _parse(line, origin)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
-        if not found:
-            raise UserError(f"{path}: the file has no rows; fill it or leave it out")
+class Rows(Sequence[Row]):
+    """Rows of several sources, one after the other. See the module for how to pass over them.
+
+    `len` and `[i]` count every candidate: rows that turn out bad, and those of the other side of the hold-out, have an
+    index too. Only iteration leaves these out.
+
+    Attributes:
+      sources: as opened, in the order of the entries.
+      max_bad_rows: how many bad rows of each source may be skipped.
+      holdout, heldout_side: which rows `check` keeps: those for which `held_out(fields, holdout)` is heldout_side.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], max_bad_rows: int = 0, holdout: float = 0.0, heldout_side: bool = False
+    ):
+        self.sources, self.max_bad_rows = tuple(sources), max_bad_rows
+        self.holdout, self.heldout_side = holdout, heldout_side
+        self._ends = np.cumsum([len(source) for source in self.sources], dtype=np.int64)
+
+    @cached_property
+    def per_source(self) -> list[tuple[str, int]]:
+        """The name and the number of candidate rows of each source."""
+        return [(source.name, len(source)) for source in self.sources]
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each source."""
+        return [source.weight for source in self.sources]
+
+    def source_of(self, i: int) -> int:
+        """The place in `sources` and `per_source` of the source of row i."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        return int(np.searchsorted(self._ends, i, side="right"))
+
+    def origin(self, i: int) -> str:
+        """The origin of row i, without reading it."""
+        source, at = self._find(i)
+        return source.origin(at)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, i: int) -> Row:
+        """Row i, parsed and checked; UserError with its origin where it is bad. No slices."""
+        source, at = self._find(i)
+        return source.row(at)
+
+    def _find(self, i: int) -> tuple[Source, int]:
+        at = self.source_of(i)
+        return self.sources[at], i - int(self._ends[at]) + len(self.sources[at])
+
+    def check(self, i: int) -> Row | None:
+        """Row i, or None where it belongs to the other side of the hold-out; UserError where it is bad."""
+        row = self[i]
+        if self.holdout and held_out(row.fields, self.holdout) != self.heldout_side:
+            return None
+        return row
+
+    def __iter__(self) -> Iterator[Row]:
+        """The rows of this side in order, bad ones skipped as far as max_bad_rows allows."""
+        bad, used = BadRows(self), np.zeros(len(self.sources), np.int64)
+        for i in range(len(self)):
+            try:
+                row = self.check(i)
+            except UserError as error:
+                bad.skip(i, str(error), error)
+                continue
+            if row is not None:
+                used[self.source_of(i)] += 1
+                yield row
+        bad.report(used)
+
+    def digest(self) -> str:
+        """Hex digest of all that decides the rows and their order: contents, formats, splits, limits, the hold-out.
+
+        max_bad_rows is among it: what was made with rows skipped is not for a run that allows none. Weights are not:
+        they decide the order of an epoch, not the rows.
+        """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        parts = [source.digest() for source in self.sources]
+        options = [self.max_bad_rows, self.holdout, self.heldout_side if self.holdout else False]
+        return hashlib.sha256(json.dumps([parts, options]).encode()).hexdigest()
 
 
-def _lines(file, path: str) -> Iterator[tuple[int, bytes | None]]:
-    """Line numbers and the lines that are not blank; None for a line over the limit, which is never held whole."""
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if number == 1 and line.startswith(_BOMS):
+class BadRows:
+    """Counts the bad rows of each source and refuses more than `rows.max_bad_rows` of one."""
+
+    def __init__(self, rows: Rows):
+        self._rows = rows
+        self._messages: dict[int, tuple[int, str]] = {}  # source -> how many, the message of the first
+
+    def skip(self, i: int, message: str, error: UserError | None = None) -> None:
+        """Row i is bad, as `message` says. Raises UserError (`error` itself where none may be) above max_bad_rows."""
+        allowed, at = self._rows.max_bad_rows, self._rows.source_of(i)
+        if allowed == 0:
+            raise error or UserError(message)
+        count, first = self._messages.get(at, (0, message))
+        self._messages[at] = (count + 1, first)
+        if count + 1 > allowed:
             raise UserError(
-                f"{path}:1: starts with a byte order mark; save the file as UTF-8 without BOM "
-                f"(for UTF-8: sed -i '1s/^\\xEF\\xBB\\xBF//' {path})"
+                f"more than {allowed} bad rows; mend them or raise max_bad_rows. First: {first}; last: {message}"
+            ) from error
+
+    def report(self, used: Sequence[int] | np.ndarray) -> None:
+        """Logs what was skipped. `used`: how many rows of each source were good and on this side of the hold-out.
+
+        Raises:
+          UserError: all rows of a source are bad, or no row at all is on this side of the hold-out.
+        """
+        for at, (count, first) in sorted(self._messages.items()):
+            (name, total), allowed = self._rows.per_source[at], self._rows.max_bad_rows
+            text = "%s: skipped %d bad rows of %d (at most %d allowed); first: %s"
+            log.warning(text, name, count, total, allowed, first)
+            if count == total:
+                raise UserError(f"{name}: no rows are left of {total}, all are bad; first: {first}")
+        if not sum(used):
+            share, side = self._rows.holdout, "held out" if self._rows.heldout_side else "left for training"
+            raise UserError(
+                f"with data.holdout = {share:g}, none of {len(self._rows)} rows is {side} (rows of one prompt stay "
+                "together); set another share, or 0, or add rows with other prompts"
             )
-        if len(line) > MAX_LINE_BYTES:
-            while not line.endswith(b"\n") and (line := file.readline(2**20)):
-                pass
-            yield number, None
-        elif line.strip():
-            yield number, line
-
-
-def _parse(line: bytes | None, origin: str) -> dict:
-    if line is None:
-        raise UserError(f"{origin}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; split the row or remove it")
-    try:
-        fields = json.loads(line.decode(), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{origin}: not UTF-8 at byte {error.start} of the line; convert the file to UTF-8") from None
-    except json.JSONDecodeError as error:
-        what = f"not JSON ({error.msg} at column {error.colno})"
-        raise UserError(f"{origin}: {what}; each line must be one whole JSON object") from None
-    except ValueError as error:  # NaN, Infinity, an integer of thousands of digits
-        raise UserError(f"{origin}: not plain JSON ({error}); write the value as a string or remove it") from None
-    except RecursionError:
-        raise UserError(f"{origin}: nested too deeply; flatten the row or remove it") from None
-    if not isinstance(fields, dict):
-        raise UserError(f'{origin}: a JSON {type(fields).__name__}, not an object; write the row as {{"field": ...}}')
-    return fields
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is not a JSON number")

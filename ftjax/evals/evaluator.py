@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax import tree
+from ftjax import distributed, sharding, tree
 from ftjax.assemble import Base
 from ftjax.data.chat import render_prompt
 from ftjax.data.loader import Loader
@@ -39,7 +39,7 @@ def best_metric(config: ConfigDict) -> tuple[str | None, str]:
     for entry in entries:
         if entry["source"].startswith(TASK):
             return _score_name(entry), "max"
-    return ("eval_loss" if entries else None), "min"
+    return ("eval_loss" if configs.evaluates(config) else None), "min"
 
 
 class Evaluator:
@@ -69,13 +69,15 @@ class Evaluator:
     def __call__(self, step: int, trainable: Tree, frozen: Tree) -> dict[str, float]:
         found = {}
         if self._loader is not None:
-            batches, check = self._loader.eval_batches(), self._preemption.check
+            rows = sharding.local_rows(self._mesh, self._loader.batch_size)
+            batches, check = self._loader.eval_batches(rows), self._preemption.check
             found |= heldout_metrics(self._eval_step, trainable, frozen, batches, self._mesh, check)
             self._display.say(f"step {step}: held-out loss {found['eval_loss']:.4f}")
         for entry in self._tasks:
             score, records = self._score(step, entry, tree.combine(trainable, frozen))
             found[_score_name(entry)] = score
-            self._write_samples(step, _name(entry), records)
+            if distributed.is_first():
+                self._write_samples(step, _name(entry), records)
             self._display.say(f"step {step}: {entry['source']} scores {score:.1%} on {len(records)} examples")
         return found
 

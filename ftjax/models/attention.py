@@ -38,11 +38,7 @@ def attention(
     scores = scores.reshape(batch, kv_heads, -1, length, keys.shape[2])
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    same_segment = query_segments[:, :, None] == key_segments[:, None, :]
-    distance = query_positions[:, :, None] - key_positions[:, None, :]
-    seen = same_segment & (distance >= 0)
-    if window is not None:
-        seen &= distance < window
+    seen = sees(query_positions, key_positions, query_segments, key_segments, window)
     scores = jnp.where(seen[:, None, None], scores, MASKED)
     if sinks is None:
         weights = jax.nn.softmax(scores, axis=-1)
@@ -54,3 +50,17 @@ def attention(
     weights = weights.astype(values.dtype).reshape(batch, kv_heads, -1, keys.shape[2])
     out = jnp.einsum("bkxs,bksd->bkxd", weights, values).reshape(batch, kv_heads, -1, length, head_dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+
+
+def sees(
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    window: int | jax.Array | None,
+) -> jax.Array:
+    """bool [B, T, S]: which keys each query sees."""
+    same_segment = query_segments[:, :, None] == key_segments[:, None, :]
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    seen = same_segment & (distance >= 0)
+    return seen if window is None else seen & (distance < window)

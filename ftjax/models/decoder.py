@@ -7,19 +7,32 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.attention import attention
 from ftjax.models.cache import Cache, write
+from ftjax.models.kernels import attend, choose
 from ftjax.models.layers import Embedding, LayerNorm, Linear, RMSNorm
 from ftjax.models.mlp import MLP, Mixture
 from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
 from ftjax.models.spec import DecoderSpec
-from ftjax.sharding import constrain
+from ftjax.sharding import HOST_MEMORY, constrain
 
+# What is kept for the backward pass: everything; of each layer its input only; that and its matrix products and what a
+# kernel of attention returns; each layer's input, in the memory of the device's host.
+_POLICIES = jax.checkpoint_policies
 REMAT_POLICIES = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _POLICIES.nothing_saveable,
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names("attention")
+    ),
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst=HOST_MEMORY,
+    ),
 }
 
 
@@ -41,6 +54,7 @@ class Attention(nn.Module):
     spec: DecoderSpec
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    kernel: str
 
     @nn.compact
     def __call__(self, x, layer_cache, layer, context):
@@ -62,19 +76,15 @@ class Attention(nn.Module):
         if spec.attention_sinks:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
             sinks = self.param("sinks", init, (spec.num_attention_heads,), self.param_dtype)
-        out = attention(
-            queries,
-            keys,
-            values,
-            context.positions,
-            context.key_positions,
-            context.segment_ids,
-            context.key_segments,
-            scale=layer.get("scale", spec.attention_scales[0]),
-            window=layer.get("window", spec.layer_windows[0]),
-            softcap=spec.attention_softcap,
-            sinks=sinks,
-        )
+        own = (layer.get("scale", spec.attention_scales[0]), layer.get("window", spec.layer_windows[0]))
+        positions, segment_ids = context.positions, context.segment_ids
+        if layer_cache is None:
+            mesh = jax.sharding.get_abstract_mesh()
+            choice = choose(self.kernel, spec, queries.dtype, queries.shape[1], mesh)
+            out = attend(choice, spec, queries, keys, values, positions, segment_ids, *own, sinks)
+        else:
+            places = (positions, context.key_positions, segment_ids, context.key_segments)
+            out = attention(queries, keys, values, *places, *own, spec.attention_softcap, sinks)
         out = out.reshape(*x.shape[:2], -1)
         axes = ("heads", "embed")
         o_proj = Linear(spec.hidden_size, axes, self.dtype, self.param_dtype, use_bias=spec.o_bias, name="o_proj")
@@ -115,6 +125,7 @@ class Block(nn.Module):
     spec: DecoderSpec
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    kernel: str
 
     @nn.compact
     def __call__(self, x, layer_cache, layer, context):
@@ -126,9 +137,9 @@ class Block(nn.Module):
         # Hugging Face calls the norm before the MLP by another name where there is one after attention as well.
         before_mlp = "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm"
         scale = jnp.asarray(spec.residual_scale, self.dtype) if spec.residual_scale != 1.0 else 1
-        x = constrain(x, "batch", "length", "width")
-        attend = Attention(spec, *dtypes, name="self_attn")
-        out, new = attend(norm("input_layernorm", spec.pre_norms, x), layer_cache, layer, context)
+        x = checkpoint_name(constrain(x, "batch", "length", "width"), "layer_input")
+        attention = Attention(spec, *dtypes, self.kernel, name="self_attn")
+        out, new = attention(norm("input_layernorm", spec.pre_norms, x), layer_cache, layer, context)
         x = x + norm("post_attention_layernorm", spec.post_norms, out) * scale
         feed_forward = Mixture if spec.experts else MLP
         out = feed_forward(spec, *dtypes, name="mlp")(norm(before_mlp, spec.pre_norms, x))
@@ -142,13 +153,14 @@ class Decoder(nn.Module):
     `apply({"params": p}, ...)` is the base model; with a `lora` collection beside it, the adapted one. Quantised
     kernels are in a `quant` collection. Adapters drop inputs out where `apply` gets an rng called "dropout".
     dtype: of activations and matrix products (norms, softmax, routing and logits are float32 regardless); param_dtype:
-    of stored parameters; remat: one of REMAT_POLICIES.
+    of stored parameters; remat: one of REMAT_POLICIES; attention: config.model.attention, see kernels.py.
     """
 
     spec: DecoderSpec
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    attention: str = "auto"
 
     def setup(self):
         spec, dtypes = self.spec, (self.dtype, self.param_dtype)
@@ -165,7 +177,7 @@ class Decoder(nn.Module):
             in_axes=(0, 0, nn.broadcast),
             length=spec.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(spec, *dtypes)
+        )(spec, *dtypes, self.attention)
         self.norm = _norm(spec, *dtypes, None)
         if not spec.tie_word_embeddings:
             self.lm_head = Linear(spec.vocab_size, ("embed", "vocab"), *dtypes, out_dtype=jnp.float32)
@@ -173,7 +185,8 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """tokens, positions, segment_ids: int32 [B, T] (segment 0 is padding).
+        """tokens, positions, segment_ids: int32 [B, T] (segment 0 is padding; without a cache the tokens of a segment
+        lie one after the other, at positions that count up by one).
 
         Returns the hidden states after the final norm, [B, T, D] (see `unembed`), and the cache with these tokens in.
         """

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ftjax import quant
 from ftjax.models.adapter import adapt
+from ftjax.sharding import constrain
 
 # By their names in Hugging Face configs.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -128,12 +129,15 @@ class Embedding(nn.Module):
     row_axis: str | None = "vocab"
 
     def setup(self):
-        init = nn.with_logical_partitioning(INIT, (self.row_axis, "embed"))
+        init = nn.with_logical_partitioning(INIT, (self.row_axis, "table"))
         self.embedding = self.param("embedding", init, (self.rows, self.width), self.param_dtype)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int32 [...] -> [..., width], with `lora_a` [rows, r] and `lora_b` [r, width] where there is an adapter"""
+        """int32 [B, T] -> [B, T, width], with `lora_a` [rows, r] and `lora_b` [r, width] where there is an adapter"""
+        # Looked up where the table's parts of the width are; then each device gets the whole width of its own rows.
+        tokens = constrain(tokens, "replica", "length")
         found = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        found = constrain(found, "replica", "length", "table")
         if lora := self.variables.get("lora"):
             inner = jnp.take(lora["lora_a"], tokens, axis=0).astype(self.dtype)
             found = found + inner @ (lora["lora_b"] * lora["lora_scale"]).astype(self.dtype)

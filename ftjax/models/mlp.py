@@ -127,7 +127,12 @@ def _whole(stack: dict[str, jax.Array], dtype: jnp.dtype) -> dict[str, jax.Array
 
 
 def _over_mesh(spec, x, weights, chosen, stacks, axes) -> jax.Array:
-    """`_mixture` on each device's own tokens, experts and columns, and the sum over those that share tokens."""
+    """`_mixture` on each device's own experts and columns, of the tokens that share them, and the sum.
+
+    Devices along `expert` hold different tokens and different experts. Each gets all their tokens and returns its share
+    of each to the token's owner: a gather and a scattered sum. That drops no token, and moves no more than an exchange
+    of the chosen tokens alone would where a token has about as many experts as there are devices.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _mixture(spec, x, weights, chosen, stacks)
@@ -137,15 +142,21 @@ def _over_mesh(spec, x, weights, chosen, stacks, axes) -> jax.Array:
         for name, stack in stacks.items()
     }
     expert_axis, column_axis, _ = placed["down_proj"]["kernel"]
-    summed = tuple(axis for axis in (expert_axis, column_axis) if axis)
+    rows = tokens[0] if isinstance(tokens[0], tuple) else (tokens[0],)
+    exchanged = expert_axis if expert_axis in rows else None
+    summed = tuple(axis for axis in (expert_axis, column_axis) if axis and axis != exchanged)
 
     def local(x, weights, chosen, stacks):
+        if exchanged:
+            x, weights, chosen = (jax.lax.all_gather(each, exchanged, tiled=True) for each in (x, weights, chosen))
         here = stacks["down_proj"]["kernel"].shape[0]
         first = jax.lax.axis_index(expert_axis) * here if expert_axis else 0
         if column_axis and "bias" in stacks["down_proj"]:  # which every part of the columns would add
             alone = jax.lax.axis_index(column_axis) == 0
             stacks = stacks | {"down_proj": stacks["down_proj"] | {"bias": stacks["down_proj"]["bias"] * alone}}
         out = _mixture(spec, x, weights, chosen - first, stacks)
+        if exchanged:
+            out = jax.lax.psum_scatter(out, exchanged, tiled=True)
         return jax.lax.psum(out, summed) if summed else out
 
     inputs = (tokens, tokens, tokens, placed)

@@ -1,57 +1,334 @@
-"""Next-token cross-entropy that never holds the logits of more than one chunk of positions."""
+"""Next-token cross-entropy that holds the logits of a few tokens and a part of the vocabulary at a time.
 
-from collections.abc import Callable
+The head is used a chunk of columns at a time: that chunk is gathered from the devices it is split over, multiplied by
+blocks of this device's own tokens, and let go. So each device holds at most BLOCK logits, whatever the vocabulary,
+the batch and the number of devices, and the whole head crosses the network once forward and once backward, its
+gradient once. The logits of the backward pass are computed again.
+"""
+
+import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from ftjax.objectives import head as heads
+from ftjax.objectives.head import Head, Unembed
+from ftjax.sharding import partition_spec
+
+BLOCK = 2**25  # logits of a device at a time: 128 MiB in float32
+COLUMNS = 8192  # of the vocabulary at a time, where the head has to be gathered
+TOKENS = 512  # in a block, at most, where it has not: blocks without a trained token are skipped
+LOWEST = -1e30  # finite, so that differences of it are
+
+
+class Chunks(NamedTuple):
+    """How the logits are cut: columns of the vocabulary, and tokens in a block."""
+
+    columns: int
+    tokens: int
+
+
+class Split(NamedTuple):
+    """What is split over which mesh axes, () where nothing is."""
+
+    width: tuple[str, ...]  # the model width of the head
+    vocabulary: tuple[str, ...]
+    tokens: tuple[str, ...]
+
+
+class Sums(NamedTuple):
+    """Of each token [blocks, tokens], float32, over the columns so far."""
+
+    highest: jax.Array
+    exponentials: jax.Array  # sum of exp(logit - highest)
+    moments: jax.Array  # sum of exp(logit - highest) * (logit - highest)
+    target: jax.Array  # the target's logit, LOWEST before it was met
+    best: jax.Array  # int32: the column of the highest
 
 
 def cross_entropy(
-    unembed: Callable[[jax.Array], jax.Array],
+    unembed: Unembed,
+    head: Head,
     hidden: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
-    chunk: int = 128,
+    rng: jax.Array | None = None,
+    chunks: Chunks | None = None,
 ) -> dict[str, jax.Array]:
     """Weighted sums of loss, correct predictions and entropy over all positions.
 
-    unembed: hidden [B, c, D] -> float32 logits [B, c, vocab]; hidden [B, T, D]; targets int32 [B, T];
-    weights float32 [B, T], 0 where a position is not trained on. Returns float32 scalars `loss`, `correct`, `entropy`.
-
-    Positions are taken `chunk` at a time along T, and their logits are computed again in the backward pass instead of
-    kept. The trained positions of every row are brought to its front first, so that chunks without any are skipped:
-    prompts do not pay for the head.
+    unembed: (some columns of `head`, hidden [n, D], rng) -> float32 logits [n, columns]; hidden [B, T, D]; targets
+    int32 [B, T]; weights float32 [B, T], 0 where a position is not trained on. rng: for the dropout of an adapter on
+    the head; what it drops depends on the mesh. Returns float32 scalars `loss`, `correct`, `entropy`; the loss alone
+    has a gradient, with respect to hidden and head.
     """
-    batch, length, _ = hidden.shape
-    chunk = min(chunk, length)
-    order = jnp.argsort(weights == 0, axis=1, stable=True)
-    hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
-    targets, weights = (jnp.take_along_axis(array, order, axis=1) for array in (targets, weights))
+    hidden, targets, weights = map(jnp.asarray, (hidden, targets, weights))
+    losses, correct, entropy = per_token(unembed, chunks, head, hidden, targets, weights != 0, rng)
+    sums = {"loss": losses, "correct": correct, "entropy": entropy}
+    return {name: jnp.sum(values * weights) for name, values in sums.items()}
 
-    def chunks(array):
-        array = jnp.pad(array, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (array.ndim - 2))
-        return jnp.moveaxis(array.reshape(batch, -1, chunk, *array.shape[2:]), 1, 0)
 
-    def sums(hidden, targets, weights):
-        logits = unembed(hidden)
-        log_norm = jax.nn.logsumexp(logits, axis=-1)
-        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        # The entropy is a metric: without its gradient the backward pass needs one logits-sized buffer fewer.
-        fixed = jax.lax.stop_gradient(logits)
-        entropy = log_norm - jnp.sum(jax.nn.softmax(fixed, axis=-1) * fixed, axis=-1)
-        return {
-            "loss": jnp.sum((log_norm - target_logits) * weights),
-            "correct": jnp.sum((jnp.argmax(fixed, axis=-1) == targets) * weights),
-            "entropy": jax.lax.stop_gradient(jnp.sum(entropy * weights)),
-        }
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def per_token(
+    unembed: Unembed,
+    chunks: Chunks | None,
+    head: Head,
+    hidden: jax.Array,
+    targets: jax.Array,
+    wanted: jax.Array,
+    rng: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(loss, correct, entropy), float32 [B, T] each, of the positions that are `wanted`; what the others have is 0."""
+    return _per_token_forward(unembed, chunks, head, hidden, targets, wanted, rng)[0]
 
-    zeros = dict.fromkeys(("loss", "correct", "entropy"), jnp.zeros((), jnp.float32))
 
-    @jax.checkpoint
-    def body(totals, chunk_of):
-        hidden, targets, weights = chunk_of
-        new = jax.lax.cond(jnp.any(weights != 0), sums, lambda *_: zeros, hidden, targets, weights)
-        return jax.tree.map(jnp.add, totals, new), None
+def _per_token_forward(unembed, chunks, head, hidden, targets, wanted, rng):
+    mesh, split, specs, by_token = _placed(head, hidden)
 
-    totals, _ = jax.lax.scan(body, zeros, tuple(map(chunks, (hidden, targets, weights))))
-    return totals
+    def local(head, hidden, targets, wanted, rng):
+        cut = _cut(chunks, hidden, head, split)
+        return _forward(unembed, cut, split, head, hidden, targets, wanted, rng)
+
+    if mesh is not None:
+        inputs = (specs, by_token(3), by_token(2), by_token(2), P())
+        outputs = ((by_token(2),) * 3, by_token(2))
+        local = jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)
+    out, log_norms = local(head, hidden, targets, wanted, rng)
+    return out, (head, hidden, targets, wanted, rng, log_norms)
+
+
+def _per_token_backward(unembed, chunks, saved, gradients):
+    head, hidden, *_ = saved
+    mesh, split, specs, by_token = _placed(head, hidden)
+
+    def local(head, hidden, targets, wanted, rng, log_norms, gradient):
+        cut = _cut(chunks, hidden, head, split)
+        return _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms, gradient)
+
+    if mesh is not None:
+        inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), *(by_token(2),) * 2)
+        local = jax.shard_map(local, in_specs=inputs, out_specs=(specs, by_token(3)), check_vma=False)
+    d_head, d_hidden = local(*saved, gradients[0])
+    return d_head, d_hidden, None, None, None
+
+
+per_token.defvjp(_per_token_forward, _per_token_backward)
+
+
+def _placed(head, hidden):
+    """(the mesh or None, what it splits, the spec of each array of the head, rank -> the spec of arrays by token)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return None, Split((), (), ()), None, None
+    rows, length, _ = partition_spec(("batch", "length", "width"), hidden.shape, mesh)
+    specs = {path: partition_spec(heads.axes(path), leaf.shape, mesh) for path, leaf in head.items()}
+    kernel = next(path for path in head if path.startswith("params/") and len(heads.axes(path)) == 2)
+    vocabulary = specs[kernel][heads.axes(kernel).index("vocab")]
+    split = Split(_names(specs[kernel][heads.width_axis(kernel)]), _names(vocabulary), _names(rows) + _names(length))
+    return mesh, split, specs, lambda rank: P(rows, length, *[None] * (rank - 2))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _cut(chunks: Chunks | None, hidden: jax.Array, head: Head, split: Split) -> Chunks:
+    """The given cut or the usual one, for this device's part of hidden [B, T, D] and of the head."""
+    here, tokens = _columns(head), math.prod(hidden.shape[:2])
+    if chunks is None:
+        columns = min(here, COLUMNS) if split.width else here
+        chunks = Chunks(columns, max(BLOCK // columns, 1) if split.width else TOKENS)
+    return Chunks(min(chunks.columns, here), min(chunks.tokens, tokens))
+
+
+def _columns(head: Head) -> int:
+    paths = (path for path in head if path.startswith("params/"))
+    return next(head[path].shape[heads.axes(path).index("vocab")] for path in paths)
+
+
+def _blocks(wanted: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """int32 [blocks, size]: the positions, those that are wanted first; and bool, whether one is there and wanted."""
+    flat = wanted.reshape(-1)
+    order = jnp.argsort(~flat, stable=True)
+    fill = (0, -flat.size % size)
+    return jnp.pad(order, fill).reshape(-1, size), jnp.pad(flat[order], fill).reshape(-1, size)
+
+
+def _part(head: Head, columns: int, start: jax.Array, split: Split, dtype: jnp.dtype) -> Head:
+    """`columns` of the head from `start` on, whole along the model's width; of a matrix in the dtype of its product."""
+    exact = any(path.endswith("/lora_magnitude") for path in head)  # DoRA takes norms of what is stored
+    out = {}
+    for path, leaf in head.items():
+        names = heads.axes(path)
+        if len(names) == 2 and not exact:
+            leaf = leaf.astype(dtype)  # before it travels
+        if "vocab" in names:
+            leaf = jax.lax.dynamic_slice_in_dim(leaf, start, columns, names.index("vocab"))
+        if split.width and (axis := heads.width_axis(path)) is not None:
+            leaf = jax.lax.all_gather(leaf, split.width, axis=axis, tiled=True)
+        out[path] = leaf
+    return out
+
+
+def _starts(head: Head, columns: int) -> tuple[jax.Array, jax.Array]:
+    """int32 [chunks]: where each begins, and the first column that the one before it did not have."""
+    here = _columns(head)
+    fresh = jnp.arange(0, here, columns, dtype=jnp.int32)
+    return jnp.minimum(fresh, here - columns), fresh
+
+
+def _first_column(head: Head, split: Split) -> jax.Array | int:
+    """Of this device's part of the vocabulary."""
+    return jax.lax.axis_index(split.vocabulary) * _columns(head) if split.vocabulary else 0
+
+
+def _forward(unembed, cut, split, head, hidden, targets, wanted, rng):
+    """This device's ((loss, correct, entropy), log of the sum of exponentials), each [B, T]."""
+    order, real = _blocks(wanted, cut.tokens)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    targets = targets.reshape(-1)[order] - _first_column(head, split)
+
+    def over_columns(sums, chunk):
+        start, fresh = chunk
+        part = _part(head, cut.columns, start, split, hidden.dtype)
+        ids = start + jnp.arange(cut.columns)
+
+        def add(sums, positions, target):
+            logits = unembed(part, rows[positions], rng)
+            logits = jnp.where(ids >= fresh, logits, LOWEST)
+            best = jnp.argmax(logits, axis=-1)
+            top = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
+            highest = jnp.maximum(sums.highest, top)
+            shifted = logits - highest[:, None]
+            exponentials = jnp.exp(shifted)
+            moved = sums.highest - highest
+            scale = jnp.exp(moved)
+            at = jnp.clip(target - start, 0, cut.columns - 1)
+            its = jnp.take_along_axis(logits, at[:, None], axis=-1)[:, 0]
+            met = (target >= fresh) & (target < start + cut.columns)
+            return Sums(
+                highest,
+                sums.exponentials * scale + exponentials.sum(axis=-1),
+                (sums.moments + moved * sums.exponentials) * scale + jnp.sum(exponentials * shifted, axis=-1),
+                jnp.where(met, its, sums.target),
+                jnp.where(top > sums.highest, start + best.astype(jnp.int32), sums.best),
+            )
+
+        def over_tokens(_, block):
+            sums, positions, target, there = block
+            new = jax.lax.cond(jnp.any(there), add, lambda sums, *_: sums, sums, positions, target)
+            return None, new
+
+        return jax.lax.scan(over_tokens, None, (sums, order, targets, real))[1], None
+
+    zeros = jnp.zeros(order.shape, jnp.float32)
+    first = Sums(zeros + LOWEST, zeros, zeros, zeros + LOWEST, jnp.zeros(order.shape, jnp.int32))
+    sums, _ = jax.lax.scan(over_columns, first, _starts(head, cut.columns))
+    highest, exponentials, moments, target, is_best = _over_vocabulary(sums, targets, split)
+    log_norms = highest + jnp.log(jnp.where(real, exponentials, 1))
+    # Of probabilities p = exp(l - m) / s: -sum p log p = log s - sum (exp(l - m) (l - m)) / s.
+    entropy = jnp.log(jnp.where(real, exponentials, 1)) - moments / jnp.where(real, exponentials, 1)
+    out = (log_norms - target, is_best.astype(jnp.float32), entropy)
+    return tuple(_back(jnp.where(real, x, 0), order, real, wanted) for x in out), _back(log_norms, order, real, wanted)
+
+
+def _over_vocabulary(sums: Sums, targets: jax.Array, split: Split):
+    """(highest, exponentials, moments, target, whether the best is the target) over the devices that share columns."""
+    if not split.vocabulary:
+        return *sums[:4], sums.best == targets
+    highest = jax.lax.pmax(sums.highest, split.vocabulary)
+    moved = sums.highest - highest
+    scale = jnp.exp(moved)
+    exponentials = jax.lax.psum(sums.exponentials * scale, split.vocabulary)
+    moments = jax.lax.psum((sums.moments + moved * sums.exponentials) * scale, split.vocabulary)
+    target = jax.lax.pmax(sums.target, split.vocabulary)
+    # The first of equals is the best: of the devices that have the highest logit, the one with the lowest columns.
+    place = jax.lax.axis_index(split.vocabulary)
+    first = jax.lax.pmin(jnp.where(sums.highest == highest, place, 2**30), split.vocabulary)
+    is_best = jax.lax.pmax(((place == first) & (sums.best == targets)).astype(jnp.int32), split.vocabulary)
+    return highest, exponentials, moments, target, is_best
+
+
+def _back(values: jax.Array, order: jax.Array, real: jax.Array, like: jax.Array) -> jax.Array:
+    """[blocks, tokens, ...] in `order` -> [B, T, ...]; what fills the last block up is dropped."""
+    count = math.prod(like.shape)
+    flat = values.reshape(-1, *values.shape[2:])[:count]
+    out = jnp.zeros_like(flat).at[order.reshape(-1)[:count]].set(flat, unique_indices=True)
+    return out.reshape(*like.shape, *values.shape[2:])
+
+
+def _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms, gradient):
+    """This device's (gradient of its part of the head, of hidden [B, T, D])."""
+    order, real = _blocks(wanted, cut.tokens)
+    width = hidden.shape[-1]
+    rows = hidden.reshape(-1, width)
+    targets = targets.reshape(-1)[order] - _first_column(head, split)
+    log_norms, gradient = (jnp.where(real, x.reshape(-1)[order], 0) for x in (log_norms, gradient))
+
+    def over_columns(carry, chunk):
+        d_head, d_rows = carry
+        start, fresh = chunk
+        part = _part(head, cut.columns, start, split, hidden.dtype)
+        ids = start + jnp.arange(cut.columns)
+
+        def add(d_part, d_block, positions, target, log_norm, gradient):
+            logits, pull = jax.vjp(lambda part, rows: unembed(part, rows, rng), part, rows[positions])
+            probabilities = jnp.exp(logits - log_norm[:, None])
+            d_logits = (probabilities - (ids == target[:, None])) * gradient[:, None]
+            d_logits = jnp.where(ids >= fresh, d_logits, 0)
+            of_part, of_rows = pull(d_logits)
+            add = lambda total, new: total + new.astype(total.dtype)  # noqa: E731
+            return jax.tree.map(add, d_part, of_part), d_block + of_rows.astype(jnp.float32)
+
+        def over_tokens(d_part, block):
+            d_block, positions, target, log_norm, gradient, there = block
+            skip = lambda d_part, d_block, *_: (d_part, d_block)  # noqa: E731
+            return jax.lax.cond(jnp.any(there), add, skip, d_part, d_block, positions, target, log_norm, gradient)
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), part)
+        blocks = (d_rows, order, targets, log_norms, gradient, real)
+        d_part, d_rows = jax.lax.scan(over_tokens, zeros, blocks)
+        return (_add_part(d_head, d_part, start, split, hidden.dtype), d_rows), None
+
+    d_head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
+    d_rows = jnp.zeros((*order.shape, width), jnp.float32)
+    (d_head, d_rows), _ = jax.lax.scan(over_columns, (d_head, d_rows), _starts(head, cut.columns))
+    if split.vocabulary:
+        d_rows = jax.lax.psum(d_rows, split.vocabulary)
+    d_head = {path: _of_shared(path, leaf, split).astype(head[path].dtype) for path, leaf in d_head.items()}
+    return d_head, _back(d_rows, order, real, wanted).astype(hidden.dtype)
+
+
+def _add_part(d_head: Head, d_part: Head, start: jax.Array, split: Split, dtype: jnp.dtype) -> Head:
+    """Sums a chunk's gradient over the devices that had other tokens, and adds it in its place."""
+    others = tuple(axis for axis in split.tokens if axis not in split.width)
+    # Devices that share the tokens but not the width computed the same, and would be summed as if they had not.
+    twice = [axis for axis in split.width if axis not in split.tokens]
+    out = {}
+    for path, new in d_part.items():
+        names = heads.axes(path)
+        new = jax.lax.psum(new, others) if others else new
+        if split.width and (axis := heads.width_axis(path)) is not None:
+            if twice:
+                new = new / math.prod(jax.lax.axis_size(axis) for axis in twice)
+            new = new.astype(dtype)  # as the gradients of the layers travel
+            new = jax.lax.psum_scatter(new, split.width, scatter_dimension=axis, tiled=True)
+            new = new.astype(jnp.float32)
+        elif split.width:
+            shared = tuple(axis for axis in split.width if axis in split.tokens)
+            new = jax.lax.psum(new, shared) if shared else new
+        if "vocab" in names:
+            axis = names.index("vocab")
+            old = jax.lax.dynamic_slice_in_dim(d_head[path], start, new.shape[axis], axis)
+            out[path] = jax.lax.dynamic_update_slice_in_dim(d_head[path], old + new, start, axis)
+        else:
+            out[path] = d_head[path] + new
+    return out
+
+
+def _of_shared(path: str, leaf: jax.Array, split: Split) -> jax.Array:
+    """What is whole on devices that share the vocabulary got a part of its gradient on each."""
+    return jax.lax.psum(leaf, split.vocabulary) if split.vocabulary and "vocab" not in heads.axes(path) else leaf

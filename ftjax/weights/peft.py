@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from ftjax import lora, tree
+from ftjax.distributed import together
 from ftjax.errors import UserError
 from ftjax.models.spec import DecoderSpec
 from ftjax.tree import Tree
@@ -27,7 +28,7 @@ from ftjax.weights.peft_keys import EMBEDDING, HEAD, PREFIX
 from ftjax.weights.safetensors import SafetensorsFile
 from ftjax.weights.safetensors_write import Tensor, write_safetensors
 from ftjax.weights.source import Reader
-from ftjax.weights.together import gather, new_directory_together, together
+from ftjax.weights.together import gather, new_directory_together
 from ftjax.weights.write import write_json
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "ftjax_adapter.json"

@@ -16,9 +16,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ftjax.distributed import together
 from ftjax.weights.keys import finite_cast
 from ftjax.weights.safetensors import SafetensorsFile
-from ftjax.weights.together import together
 
 _KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

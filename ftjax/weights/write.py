@@ -11,12 +11,13 @@ import jax
 import numpy as np
 
 from ftjax import lora, tree
+from ftjax.distributed import together
 from ftjax.models.families import family_of, spec_from_config, text_config
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.files import inside, read_json
 from ftjax.weights.keys import hf_names
 from ftjax.weights.safetensors_write import Tensor, shards, write_safetensors
-from ftjax.weights.together import gather, new_directory_together, together
+from ftjax.weights.together import gather, new_directory_together
 
 # Other places for what is written here, and things that do not hold for the weights that are written.
 _DROPPED = ("torch_dtype", "_name_or_path", "auto_map", "quantization_config")

@@ -35,6 +35,7 @@ def random_conversation(rng):
     for _ in range(rng.integers(1, 6)):
         messages.append({"role": "user", "content": content()})
         if rng.random() < 0.1:
+            messages.append({"role": "assistant", "content": content()})
             messages.append({"role": "tool", "content": content()})
         messages.append({"role": "assistant", "content": content()})
     return messages
@@ -195,6 +196,21 @@ REFUSED = {
         [HELLO[0], {"role": "assistant", "content": " "}],
         "empty assistant",
     ),
+    "no trainable token": (
+        {"template": CHATML},
+        [HELLO[0], {**HELLO[1], "weight": 0}],
+        "no trainable token: every assistant turn has weight 0; give one weight 1",
+    ),
+    "a system prompt that the template does not render": (
+        {"template": CHATML.replace("for m in messages", "for m in messages if m['role'] != 'system'")},
+        [{"role": "system", "content": "Be brief."}, *HELLO],
+        r"leaves out message 0 \(system\)",
+    ),
+    "message that the template cannot take": (
+        {"template": "{{ messages[0]['content'] + messages[0]['name'].upper() + 1 }}"},
+        [{**HELLO[0], "name": "Anna"}, HELLO[1]],
+        "refuses the conversation: can only concatenate str",
+    ),
 }
 
 
@@ -204,9 +220,79 @@ def test_refuses_with_the_row_and_the_mend(make_tokenizer, arguments, messages, 
         chat.tokenize(messages_row(messages), make_tokenizer(**arguments))
 
 
-def test_a_template_that_rewrites_earlier_turns_still_serves_rows_of_one_answer(make_tokenizer):
-    example = chat.tokenize(messages_row(THOUGHT[:2]), make_tokenizer(REWRITES))
-    assert example.trained.any()
+def test_a_template_that_rewrites_earlier_turns_still_serves_the_last_answer(make_tokenizer):
+    tokenizer = make_tokenizer(REWRITES)
+    assert trained_text(chat.tokenize(messages_row(THOUGHT[:2]), tokenizer), tokenizer) == ["hm</think>Yes.<|im_end|>"]
+    example = chat.tokenize(messages_row(THOUGHT), tokenizer, train_on="last")
+    assert trained_text(example, tokenizer) == ["No.<|im_end|>"]
+    earlier = [THOUGHT[0], {**THOUGHT[1], "weight": 0}, *THOUGHT[2:]]
+    same = chat.tokenize(messages_row(earlier), tokenizer)
+    np.testing.assert_array_equal(same.tokens, example.tokens)
+    np.testing.assert_array_equal(same.trained, example.trained)
+
+
+def test_an_end_token_that_is_the_padding_token_is_trained(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML, pad_token="<|im_end|>")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    for row in (messages_row(HELLO), Row({"text": "The lamp"}, "r"), Row({"prompt": "a", "completion": "b"}, "r")):
+        example = chat.tokenize(row, tokenizer)
+        ends = np.flatnonzero(example.tokens == tokenizer.pad_token_id)
+        assert example.trained[ends[-1]]
+
+
+MORE = [*HELLO, {"role": "user", "content": "Thanks."}, {"role": "assistant", "content": "Bye."}]
+
+
+def test_train_on_says_which_turns_are_trained(chatml):
+    trained = {on: chat.tokenize(messages_row(MORE), chatml, train_on=on) for on in chat.TRAIN_ON}
+    assert trained_text(trained["assistant"], chatml) == ["It comes tomorrow.<|im_end|>", "Bye.<|im_end|>"]
+    assert trained_text(trained["last"], chatml) == ["Bye.<|im_end|>"]
+    assert trained["all"].trained.tolist() == [False] + [True] * (len(trained["all"].tokens) - 1)
+    silent = [MORE[0], {**MORE[1], "weight": 0}, {**MORE[2], "weight": 0}, MORE[3]]
+    example = chat.tokenize(messages_row(silent), chatml, train_on="all")
+    assert trained_text(example, chatml) == [
+        "system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhere is my order?<|im_end|>\n",
+        "<|im_start|>assistant\nBye.<|im_end|>\n",
+    ]
+    # The prompt of a prompt/completion row is trained by none of them.
+    split = Row({"prompt": MORE[:3], "completion": MORE[3:]}, "r")
+    for on, text in {"assistant": "Bye.<|im_end|>", "last": "Bye.<|im_end|>"}.items():
+        assert trained_text(chat.tokenize(split, chatml, train_on=on), chatml) == [text]
+    whole = trained_text(chat.tokenize(split, chatml, train_on="all"), chatml)
+    assert whole == ["<|im_start|>assistant\nBye.<|im_end|>\n"]
+    with pytest.raises(UserError, match=r"chat.jsonl:7: no trainable token: the last assistant turn has weight 0"):
+        chat.tokenize(messages_row([*MORE[:3], {**MORE[3], "weight": 0}]), chatml, train_on="last")
+    with pytest.raises(UserError, match=r"data.train_on = 'first': use one of assistant, last, all"):
+        chat.tokenize(messages_row(MORE), chatml, train_on="first")
+
+
+def test_rows_of_preferences_are_no_rows_of_turns_and_the_other_way_round(chatml):
+    pair = Row({"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}, "f:1")
+    label = Row({"prompt": "Hi", "completion": "Yes.", "label": True}, "f:1")
+    for row, what in ((pair, "a preference pair"), (label, "an answer with a label")):
+        with pytest.raises(UserError, match=f"f:1: is {what}, which this objective does not train on; set objective"):
+            chat.tokenize(row, chatml)
+    with pytest.raises(UserError, match="f:1: is a row of unpaired; a preference needs"):
+        chat.tokenize_preference(label, chatml)
+    with pytest.raises(UserError, match="f:1: is a row of preference; this needs"):
+        chat.tokenize_unpaired(pair, chatml)
+
+
+def test_a_template_that_renders_the_prompt_of_a_pair_in_two_ways_is_refused(make_tokenizer):
+    """Here by the length of the last message, which the markers hide from the comparison of prefixes."""
+    template = "{{ '<|start|>' if messages[-1]['content'] | length > 5 }}" + marked("<|im_end|>", "\n")
+    pair = Row({"prompt": "Hi", "chosen": "Of course.", "rejected": "No."}, "f:1")
+    with pytest.raises(UserError, match="f:1: the chat template renders the prompt differently before the chosen"):
+        chat.tokenize_preference(pair, make_tokenizer(template))
+
+
+def test_a_developer_message_is_a_system_message_where_the_template_knows_no_developer(make_tokenizer):
+    messages = [{"role": "developer", "content": "Be brief."}, *HELLO]
+    example = chat.tokenize(messages_row(messages), make_tokenizer(CHATML))
+    text = make_tokenizer(CHATML).decode(example.tokens)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    knows = make_tokenizer("{# developer #}" + CHATML.replace("!= 'system'", "== 'user'"))
+    assert knows.decode(chat.tokenize(messages_row(messages), knows).tokens).startswith("<|im_start|>developer\nBe")
 
 
 def test_text_refusals(make_tokenizer):
@@ -221,31 +307,4 @@ def test_tokens_beyond_the_vocabulary_of_the_model_are_refused(chatml):
     highest = int(example.tokens.max())
     chat.tokenize(messages_row(HELLO), chatml, vocab_size=highest + 1)
     with pytest.raises(UserError, match=f"chat.jsonl:7: token {highest} is beyond the model's vocabulary of {highest}"):
-        chat.tokenize_all([messages_row(HELLO)], chatml, 100, vocab_size=highest)
-
-
-def test_tokenize_all_cuts_from_the_right_and_counts(chatml):
-    long = [{"role": "user", "content": "lamp " * 50}, HELLO[1]]
-    rows = [messages_row(HELLO, f"f:{i}") for i in range(19)] + [messages_row(long, "f:20")]
-    whole = chat.tokenize(rows[0], chatml)
-    length = len(whole.tokens) - 3  # cuts the line break, the end token and a token of the answer
-    examples, report = chat.tokenize_all(rows, chatml, length)
-    assert [example.origin for example in examples] == [f"f:{i}" for i in range(19)]
-    for example in examples:
-        np.testing.assert_array_equal(example.tokens, whole.tokens[:length])
-        np.testing.assert_array_equal(example.trained, whole.trained[:length])
-    assert report == {
-        "rows": 20,
-        "examples": 19,
-        "truncated": 20,
-        "dropped": 1,
-        "tokens": 19 * length,
-        "trained_tokens": 19 * int(whole.trained[:length].sum()),
-        "longest": len(chat.tokenize(rows[-1], chatml).tokens),
-    }
-    with pytest.raises(UserError, match=r"1 of 20 rows have no trained token .*f:20 .*raise data.max_length"):
-        chat.tokenize_all(rows, chatml, length, max_dropped=0.04)
-    with pytest.raises(UserError, match="20 of 20 rows"):
-        chat.tokenize_all(rows, chatml, 3, max_dropped=1.0)
-    with pytest.raises(UserError, match="no rows"):
-        chat.tokenize_all([], chatml, 100)
+        chat.tokenize(messages_row(HELLO), chatml, vocab_size=highest)

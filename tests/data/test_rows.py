@@ -1,17 +1,18 @@
-"""Rows of JSONL files: three formats load, and bad files are refused with file, line and mend (RELIABILITY 36, 37)."""
+"""Rows of several sources as one lazy sequence: random access, bad rows, the hold-out, pickling and the digest."""
 
 import json
 import logging
-import tracemalloc
+import multiprocessing
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ftjax.data import rows
-from ftjax.data.example import Row
+from ftjax.data.rows import BadRows
+from ftjax.data.sources import read_sources
 from ftjax.errors import UserError
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello é"}]}
-GOOD = [CHAT, {"prompt": "2+2=", "completion": "4"}, {"text": "Once"}]
 
 
 def write(path, *lines):
@@ -19,151 +20,139 @@ def write(path, *lines):
     return str(path)
 
 
-def test_reads_the_three_formats_and_keeps_their_fields_with_file_and_line(tmp_path):
-    path = write(tmp_path / "a.jsonl", CHAT, b"\n", {**GOOD[1], "id": 7}, b'{"text": "Once"}')
-    assert rows.read_rows(path) == [Row(CHAT, f"{path}:1"), Row(GOOD[1], f"{path}:3"), Row(GOOD[2], f"{path}:4")]
+def texts(rows):
+    return [row.fields["text"] for row in rows]
 
 
-def test_a_glob_reads_its_files_in_sorted_order(tmp_path):
-    for name in "cab":
-        write(tmp_path / f"{name}.jsonl", {"text": name})
-    assert [row.fields["text"] for row in rows.read_rows(str(tmp_path / "*.jsonl"))] == ["a", "b", "c"]
-    odd = write(tmp_path / "x[1].jsonl", {"text": "odd"})
-    assert [row.fields["text"] for row in rows.read_rows(odd)] == ["odd"]
+def read(*sources, **options):
+    return read_sources([{"source": source} for source in sources], **options)
 
 
-def test_prompt_and_completion_may_be_lists_of_messages(tmp_path):
-    row = {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}
-    assert rows.read_rows(write(tmp_path / "a.jsonl", row))[0].fields == row
+@pytest.fixture
+def two(tmp_path):
+    a = write(tmp_path / "a.jsonl", *({"text": f"a{i}"} for i in range(5)))
+    b = write(tmp_path / "b.jsonl", *({"text": f"b{i}"} for i in range(3)))
+    return a, b
 
 
-def test_format_says_which_fields_of_a_row_to_take(tmp_path):
-    path = write(tmp_path / "a.jsonl", {**CHAT, "text": "Once"})
-    assert rows.read_rows(path, format="text")[0].fields == {"text": "Once"}
-    with pytest.raises(UserError, match=r"a.jsonl:1: fits the formats messages and text; set `format`"):
-        rows.read_rows(path)
+def test_sources_follow_one_another_and_are_told_apart(two):
+    rows = read(*two)
+    assert texts(rows) == [f"a{i}" for i in range(5)] + [f"b{i}" for i in range(3)]
+    assert texts(rows[i] for i in (6, 0, 7, 4)) == ["b1", "a0", "b2", "a4"]
+    assert rows.per_source == [(two[0], 5), (two[1], 3)]
+    assert [rows.source_of(i) for i in range(8)] == [0] * 5 + [1] * 3
+    assert rows.origin(6) == rows[6].origin == f"{two[1]}:2"
+    for i in (-1, 8):
+        with pytest.raises(IndexError):
+            rows[i]
 
 
-def test_rows_of_a_task_are_checked_and_named():
-    assert [row.origin for row in rows.check_rows(GOOD, "task:tickets")] == [f"task:tickets[{i}]" for i in range(3)]
-    with pytest.raises(UserError, match=r"task:tickets\[1\]: text is empty"):
-        rows.check_rows([{"text": "a"}, {"text": " "}], "task:tickets")
+def test_weights_are_handed_on(two):
+    rows = read_sources([{"source": two[0], "weight": 2}, {"source": two[1]}])
+    assert rows.weights == [2.0, 1.0]
+    assert len(rows) == 8
 
 
-def chat(*turns, **more):
-    return {"messages": [{"role": role, "content": content, **more} for role, content in turns]}
+def test_nothing_is_parsed_before_it_is_asked_for(tmp_path):
+    rows = read(write(tmp_path / "a.jsonl", {"text": "a"}, b"not JSON\n", {"text": "b"}))
+    assert (len(rows), rows[2].fields) == (3, {"text": "b"})
+    with pytest.raises(UserError, match=r"a.jsonl:2: not JSON"):
+        rows.check(1)
 
 
-BAD_ROWS = {
-    "not JSON": (b"{'text': 1}\n", "not JSON .*column 2.*one whole JSON object"),
-    "cut off": (b'{"text": "a"\n', "not JSON"),
-    "two objects": (b'{"text": "a"}{"text": "b"}\n', "not JSON"),
-    "not an object": (b'["text"]\n', "a JSON list, not an object"),
-    "NaN": (b'{"text": "a", "score": NaN}\n', "NaN is not a JSON number"),
-    "endless integer": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n", "not plain JSON"),
-    "deep nesting": (b'{"text": ' + b"[" * 200_000 + b"\n", "nested too deeply|not JSON"),
-    "not UTF-8": (b'{"text": "caf\xe9"}\n', "not UTF-8 at byte 13 .*convert"),
-    "half a surrogate pair": (b'{"text": "a\\ud800"}\n', "lone surrogate .*character 1; remove"),
-    "unknown fields": (
-        {"instruction": "a", "output": "b"},
-        r"\['instruction', 'output'\].*messages.*prompt.*text.*rename",
-    ),
-    "null text": ({"text": None}, "no known format"),
-    "text is a number": ({"text": 3}, "text is a int, not a string"),
-    "empty text": ({"text": "  "}, "text is empty"),
-    "empty prompt": ({"prompt": "", "completion": "a"}, "prompt is empty"),
-    "empty completion": ({"prompt": "a", "completion": ""}, "completion is empty"),
-    "string and list": ({"prompt": "a", "completion": CHAT["messages"][1:]}, "completion is a list, not a string"),
-    "completion by the user": ({"prompt": CHAT["messages"], "completion": CHAT["messages"]}, "starts with a user turn"),
-    "completion without answer": ({"prompt": CHAT["messages"], "completion": []}, "non-empty list"),
-    "messages is a string": ({"messages": "Hi"}, "messages must be a non-empty list"),
-    "no messages": ({"messages": []}, "messages must be a non-empty list"),
-    "message is a string": ({"messages": ["Hi"]}, "message 0 is a str"),
-    "bad role": (
-        chat(("human", "Hi"), ("assistant", "Hello")),
-        "message 0 has the role 'human'; use one of system, user",
-    ),
-    "no role": ({"messages": [{"content": "Hi"}]}, "message 0 has the role None"),
-    "null content": (chat(("user", "Hi"), ("assistant", None)), r"message 1 \(assistant\): content is a NoneType"),
-    "content in parts": (chat(("user", [{"type": "text", "text": "Hi"}])), r"message 0 \(user\): content is a list"),
-    "empty answer": (chat(("user", "Hi"), ("assistant", "\n")), "message 1 is an empty assistant turn; remove it"),
-    "no answer": (chat(("user", "Hi")), "no assistant turn"),
-    "answer first": (chat(("assistant", "Hi")), "starts with an assistant turn; put a user turn"),
-    "bad weight": (chat(("user", "Hi"), ("assistant", "a"), weight=0.5), "has the weight 0.5; use 0"),
-    "tool calls": (chat(("user", "Hi"), ("assistant", "a"), tool_calls=[{}]), "tool_calls"),
-    "tools": ({**CHAT, "tools": [{"type": "function"}]}, "`tools` cannot be trained on yet"),
-}
-
-
-@pytest.mark.parametrize(("line", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_bad_rows_are_refused_with_file_and_line_or_skipped_on_demand(tmp_path, caplog, line, message):
-    path = write(tmp_path / "bad.jsonl", CHAT, line, {"text": "last"})
-    with pytest.raises(UserError, match=f"(?s)^{path}:2: .*({message})"):
-        rows.read_rows(path)
-    with caplog.at_level(logging.WARNING):
-        assert [row.origin for row in rows.read_rows(path, max_bad_rows=1)] == [f"{path}:1", f"{path}:3"]
-    assert f"skipped 1 bad rows of 3 (at most 1 allowed); first: {path}:2" in caplog.text
-
-
-def test_skipping_is_capped(tmp_path):
+def test_bad_rows_are_skipped_as_far_as_allowed_and_counted(tmp_path, caplog):
     path = write(tmp_path / "bad.jsonl", CHAT, b"x\n", b"y\n", CHAT, b"z\n")
-    assert len(rows.read_rows(path, max_bad_rows=3)) == 2
+    with caplog.at_level(logging.WARNING):
+        assert [row.origin for row in read(path, max_bad_rows=3)] == [f"{path}:1", f"{path}:4"]
+    assert f"{path}: skipped 3 bad rows of 5 (at most 3 allowed); first: {path}:2: not JSON" in caplog.text
     with pytest.raises(UserError, match=r"more than 2 bad rows; mend them .*bad.jsonl:2: .*bad.jsonl:5: "):
-        rows.read_rows(path, max_bad_rows=2)
-    with pytest.raises(UserError, match="no rows"):
-        rows.read_rows(write(tmp_path / "all.jsonl", b"x\n"), max_bad_rows=1)
+        list(read(path, max_bad_rows=2))
+    with pytest.raises(UserError, match=r"^\S*bad.jsonl:2: "):
+        list(read(path))
+    with pytest.raises(UserError, match=r"all.jsonl: no rows are left of 1, all are bad; first: .*all.jsonl:1"):
+        list(read(path, write(tmp_path / "all.jsonl", b"x\n"), max_bad_rows=3))
 
 
-def test_a_giant_line_is_refused_without_holding_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 2**20)
-    path = write(
-        tmp_path / "giant.jsonl",
-        {"text": "a"},
-        {"text": "x" * (16 * 2**20)},
-        {"text": "b"},
-        b'{"text": "' + b"y" * 2**22,
-    )
-    tracemalloc.start()
-    with pytest.raises(UserError, match=r"giant.jsonl:2: the line is longer than 1 MiB; split"):
-        rows.read_rows(path)
-    kept = rows.read_rows(path, max_bad_rows=2)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert [row.fields["text"] for row in kept] == ["a", "b"]
-    assert peak < 8 * 2**20
+def test_the_cap_is_for_each_source_on_its_own(tmp_path):
+    paths = [write(tmp_path / f"{name}.jsonl", {"text": name}, b"x\n") for name in "abc"]
+    assert texts(read(*paths, max_bad_rows=1)) == ["a", "b", "c"]
 
 
-BAD_SOURCES = {
-    "BOM": (b'\xef\xbb\xbf{"text": "a"}\n', "bad.jsonl:1: starts with a byte order mark; save"),
-    "UTF-16": ('{"text": "a"}\n'.encode("utf-16"), "bad.jsonl:1: starts with a byte order mark; save"),
-    "empty": (b"", "bad.jsonl: the file has no rows; fill it"),
-    "blank lines": (b"\n \n", "bad.jsonl: the file has no rows"),
-}
+def test_bad_rows_found_in_other_processes_are_counted_by_their_messages(two):
+    rows = read(*two, max_bad_rows=1)
+    bad = BadRows(rows)
+    bad.skip(0, "a.jsonl:1: bad")
+    bad.skip(6, "b.jsonl:2: bad")
+    with pytest.raises(UserError, match=r"more than 1 bad rows.*First: a.jsonl:1: bad; last: a.jsonl:5: bad"):
+        bad.skip(4, "a.jsonl:5: bad")
+    with pytest.raises(UserError, match=r"^b.jsonl:3: bad$"):
+        BadRows(read(*two)).skip(7, "b.jsonl:3: bad")
 
 
-@pytest.mark.parametrize(("content", "message"), BAD_SOURCES.values(), ids=BAD_SOURCES)
-def test_bad_files_are_refused_even_where_rows_may_be_skipped(tmp_path, content, message):
-    write(tmp_path / "aa.jsonl", CHAT)
-    write(tmp_path / "bad.jsonl", content)
-    with pytest.raises(UserError, match=message):
-        rows.read_rows(str(tmp_path / "*.jsonl"), max_bad_rows=10)
+def test_the_sides_of_the_hold_out_share_no_row_and_miss_none(tmp_path):
+    path = write(tmp_path / "a.jsonl", *({"prompt": f"p{i}", "completion": "c"} for i in range(300)))
+    here, there = (read(path, holdout=0.2, heldout_side=side) for side in (False, True))
+    origins = [{row.origin for row in rows} for rows in (here, there)]
+    assert not origins[0] & origins[1]
+    assert len(origins[0] | origins[1]) == 300
+    assert 30 < len(origins[1]) < 90
+    for i in range(300):
+        assert (here.check(i) is None) != (there.check(i) is None)
 
 
-def test_sources_that_are_no_jsonl_file_are_refused(tmp_path):
-    path = write(tmp_path / "a.json", CHAT)
-    for source, message in [
-        (str(tmp_path / "none*.jsonl"), "no such file; check"),
-        (str(tmp_path), r"is a directory; name the files, for example .*/\*.jsonl"),
-        (path, "not a .jsonl file; write"),
-        ("task:tickets", "this kind of source cannot"),
-        ("hf:org/name", "this kind of source cannot .*use"),
-    ]:
-        with pytest.raises(UserError, match=f"^{source.replace('*', '.')}: {message}"):
-            rows.read_rows(source)
-    good = write(tmp_path / "a.jsonl", CHAT)
-    with pytest.raises(UserError, match=r"a.jsonl: a file has no split 'test'; drop"):
-        rows.read_rows(good, split="test")
-    with pytest.raises(UserError, match=r"'message' is unknown; known: messages, .*did you mean 'messages'"):
-        rows.read_rows(good, format="message")
-    with pytest.raises(UserError, match=r"a.jsonl:1: does not fit the format 'text': it has the fields \['messages'\]"):
-        rows.read_rows(good, format="text")
+def test_a_side_without_a_row_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": "a"})
+    with pytest.raises(UserError, match=r"data.holdout = 0.001, none of 1 rows is held out .*set another share"):
+        list(read(path, holdout=0.001, heldout_side=True))
+
+
+def _fields(rows, i):
+    return rows[i].fields
+
+
+def test_rows_are_read_in_threads_and_in_other_processes(two):
+    rows = read(*two)
+    assert len(rows[3].fields) == 1  # an open file, before processes are started
+    wanted = [_fields(rows, i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: _fields(rows, i % 8), range(800))) == wanted * 100
+    copy = pickle.loads(pickle.dumps(rows))
+    assert [_fields(copy, i) for i in range(8)] == wanted
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.starmap(_fields, [(rows, i) for i in range(8)]) == wanted
+
+
+def test_a_file_that_changes_under_a_run_is_noticed(tmp_path):
+    for name in ("before.jsonl", "while.jsonl"):
+        rows = read(write(tmp_path / name, {"text": "a"}, {"text": "b"}))
+        if name == "while.jsonl":
+            assert texts(rows) == ["a", "b"]
+        write(tmp_path / name, {"text": "longer"}, {"text": "b"})
+        with pytest.raises(UserError, match=rf"{name}: was changed after this run began to read it; start again"):
+            rows[0]
+
+
+def test_the_digest_names_the_contents_and_the_choice_of_rows_not_the_place(tmp_path, two):
+    def digest(source=two[0], max_bad_rows=0, holdout=0.0, heldout_side=False, **more):
+        return read_sources([{"source": source, **more}], max_bad_rows, holdout, heldout_side).digest()
+
+    content = (tmp_path / "a.jsonl").read_bytes()
+    moved, changed = tmp_path / "moved.jsonl", tmp_path / "changed.jsonl"
+    moved.write_bytes(content)
+    changed.write_bytes(content.replace(b"a3", b"a9"))
+    assert digest() == digest(str(moved)) == digest(split="train") == digest(limit=5) == digest(weight=2.0)
+    others = [
+        digest(str(changed)),
+        digest(two[1]),
+        digest(split="train[:4]"),
+        digest(split="train[1:]"),
+        digest(limit=2),
+        digest(format="text"),
+        digest(max_bad_rows=1),
+        digest(holdout=0.5),
+        digest(holdout=0.4),
+        digest(holdout=0.5, heldout_side=True),
+        read(two[0], two[1]).digest(),
+        read(two[1], two[0]).digest(),
+    ]
+    assert len({digest(), *others}) == 1 + len(others)

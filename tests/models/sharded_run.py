@@ -21,6 +21,7 @@ from ftjax.objectives.sft import make_sft
 MESHES = {
     "fsdp=4 x tensor=2": {"fsdp": 4, "tensor": 2},
     "data=2 x fsdp=2 x expert=2": {"data": 2, "fsdp": 2, "expert": 2},
+    "fsdp=2 x context=2 x expert=2": {"fsdp": 2, "context": 2, "expert": 2},
 }
 # Sizes that two and four devices divide.
 EVEN = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

@@ -5,7 +5,6 @@ import math
 
 import pytest
 from family_configs import CONFIGS, MORE_CONFIGS
-from published_configs import PUBLISHED
 from tiny import CONFIG, spec
 from transformers import AutoConfig
 
@@ -13,6 +12,7 @@ from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import FAMILIES, spec_from_config, text_config
 from ftjax.models.params import shapes
+from ftjax.models.published import PUBLISHED
 
 ALL_CONFIGS = CONFIGS | MORE_CONFIGS
 

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_configs import CONFIGS, MORE_CONFIGS
-from published_configs import PUBLISHED
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ftjax.models.families import spec_from_config
+from ftjax.models.published import PUBLISHED
 from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
 from ftjax.models.spec import Rope
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax.objectives.cross_entropy import cross_entropy
+from ftjax.objectives.cross_entropy import Chunks, cross_entropy
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 13, 8, 97
 
@@ -28,7 +28,13 @@ def case():
 
 
 def chunked(hidden, head, targets, weights, chunk):
-    return cross_entropy(lambda hidden: hidden @ head, hidden, targets, weights, chunk)
+    columns, tokens = (chunk, chunk) if isinstance(chunk, int) else chunk
+    parts = {"params/lm_head/kernel": head}
+    return cross_entropy(unembed, parts, hidden, targets, weights, None, Chunks(columns, tokens))
+
+
+def unembed(head, hidden, rng):
+    return jnp.matmul(hidden, head["params/lm_head/kernel"], precision="highest")
 
 
 def naive(hidden, head, targets, weights):
@@ -36,7 +42,11 @@ def naive(hidden, head, targets, weights):
     return -jnp.sum(jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0] * weights)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 13, 128])  # 5 does not divide 13, 128 is longer than a row
+# (columns of 97, tokens of 39): neither divides, either is all, one at a time
+CUTS = [(5, 4), (97, 39), (40, 13), (1, 39), (1000, 1000), (96, 1)]
+
+
+@pytest.mark.parametrize("chunk", CUTS)
 def test_sums_against_float64(case, chunk):
     hidden, head, targets, weights = case
     logits = hidden.astype(np.float64) @ head.astype(np.float64)
@@ -54,7 +64,7 @@ def test_sums_against_float64(case, chunk):
         np.testing.assert_allclose(totals[name], expected[name], rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 13])
+@pytest.mark.parametrize("chunk", CUTS)
 def test_gradients_against_full_logits(case, chunk):
     hidden, head, targets, weights = case
     expected = jax.jit(jax.grad(naive, argnums=(0, 1)))(*case)
@@ -104,6 +114,6 @@ def test_no_array_holds_the_logits_of_all_positions(case):
 
     full = BATCH * LENGTH * VOCAB
     assert full in sizes(lambda hidden, head: naive(hidden, head, targets, weights)), "this test can see them"
-    chunk = sizes(lambda hidden, head: chunked(hidden, head, targets, weights, 4)["loss"])
-    assert max(chunk) == BATCH * 4 * VOCAB
-    assert max(chunk) < full / 3
+    chunk = sizes(lambda hidden, head: chunked(hidden, head, targets, weights, (32, 13))["loss"])
+    assert 32 * 13 in chunk
+    assert max(chunk) == head.size < full / 4, "nothing is larger than the head itself"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 from runs import write_model as write_base
+from several import free_port
 from together_parts import CONFIG, adapters, card, params, save_tokenizer, spec
 
 from ftjax.weights.files import new_directory
@@ -17,12 +17,6 @@ from ftjax.weights.peft import BaseFacts, write_adapter
 from ftjax.weights.write import write_merged, write_model
 
 HERE = Path(__file__).parent
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

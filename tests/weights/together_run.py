@@ -17,17 +17,17 @@ jax.distributed.initialize(
 
 from together_parts import CONFIG, RANK, adapters, card, params, save_tokenizer, spec  # noqa: E402
 
-from ftjax import assemble, export, lora, sharding, tree  # noqa: E402
+from ftjax import assemble, distributed, export, lora, sharding, tree  # noqa: E402
 from ftjax import config as configs  # noqa: E402
+from ftjax.distributed import together  # noqa: E402
 from ftjax.errors import UserError  # noqa: E402
 from ftjax.models.decoder import Decoder  # noqa: E402
 from ftjax.models.params import abstract_params, logical_axes  # noqa: E402
-from ftjax.weights import together as together_module  # noqa: E402
 from ftjax.weights.peft import BaseFacts, write_adapter  # noqa: E402
-from ftjax.weights.together import new_directory_together, together  # noqa: E402
+from ftjax.weights.together import new_directory_together  # noqa: E402
 from ftjax.weights.write import write_merged, write_model  # noqa: E402
 
-together_module.LIMIT_SECONDS = 60  # an error in this file must not take ten minutes to show
+distributed.LIMIT_SECONDS = 60  # an error in this file must not take ten minutes to show
 MESH = sharding.make_mesh({"fsdp": 4, "tensor": 2})
 SPEC = spec()
 told = {}

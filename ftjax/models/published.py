@@ -1,7 +1,23 @@
 """What the config.json of released models say about their shape, and how many parameters their owners count.
 
-The keys are the files' own, old spellings included.
+So that a model can be planned for whose files are not here, or not to be had without a licence. The keys are the files'
+own, old spellings included; LongRoPE's factors, 48 numbers each that change no size, are left at one value.
 """
+
+import re
+
+OWNERS = [
+    "meta-llama",
+    "HuggingFaceTB",
+    "mistralai",
+    "Qwen",
+    "google",
+    "microsoft",
+    "allenai",
+    "ibm-granite",
+    "openai",
+    "openai-community",
+]
 
 _GPT_OSS = {
     "model_type": "gpt_oss",
@@ -28,6 +44,22 @@ _GPT_OSS = {
     "swiglu_limit": 7.0,
 }
 
+_LLAMA_3 = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+
 PUBLISHED: dict[str, tuple[dict, int]] = {
     "Llama-2-7b": (
         {
@@ -46,26 +78,44 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
         6_738_415_616,
     ),
     "Llama-3.1-8B": (
-        {
-            "model_type": "llama",
-            "vocab_size": 128256,
+        _LLAMA_3
+        | {
             "hidden_size": 4096,
             "intermediate_size": 14336,
             "num_hidden_layers": 32,
             "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 500000.0,
-            "rope_scaling": {
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-                "rope_type": "llama3",
-            },
         },
         8_030_261_248,
+    ),
+    "Llama-3.3-70B": (
+        _LLAMA_3
+        | {
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+        },
+        70_553_706_496,
+    ),
+    "Llama-3.1-70B": (
+        _LLAMA_3
+        | {
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+        },
+        70_553_706_496,
+    ),
+    "Llama-3.1-405B": (
+        _LLAMA_3
+        | {
+            "hidden_size": 16384,
+            "intermediate_size": 53248,
+            "num_hidden_layers": 126,
+            "num_attention_heads": 128,
+        },
+        405_853_388_800,
     ),
     "SmolLM3-3B": (
         {
@@ -221,6 +271,28 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
         },
         999_885_952,
     ),
+    "gemma-3-27b": (
+        {
+            "model_type": "gemma3_text",
+            "vocab_size": 262208,
+            "hidden_size": 5376,
+            "intermediate_size": 21504,
+            "num_hidden_layers": 62,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "head_dim": 128,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 131072,
+            "query_pre_attn_scalar": 168,
+            "rms_norm_eps": 1e-6,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "rope_theta": 1000000,
+            "sliding_window": 1024,
+            "sliding_window_pattern": 6,
+        },
+        27_009_346_304,
+    ),
     "Phi-3-mini-128k": (
         {
             "model_type": "phi3",
@@ -310,3 +382,12 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
     "gpt-oss-20b": (_GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32}, 20_914_757_184),
     "gpt-oss-120b": (_GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128}, 116_829_156_672),
 }
+
+
+def find(source: str) -> dict | None:
+    """The config of a model by its Hugging Face id, the tuned variants of a size included; None if it is not here."""
+    owner, _, name = source.rpartition("/")
+    if owner not in OWNERS:
+        return None
+    name = re.sub(r"-(instruct|it|pt|chat|hf|base)(-v[\d.]+)?$", "", name, flags=re.IGNORECASE)
+    return next((dict(config) for known, (config, _) in PUBLISHED.items() if known.lower() == name.lower()), None)

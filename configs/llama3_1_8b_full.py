@@ -1,0 +1,20 @@
+"""All weights of Llama 3.1 8B, 4,096 tokens to a row, sized for a v5e-16: set --config.data.train."""
+
+from ml_collections import ConfigDict
+
+from ftjax import config as configs
+
+
+def get_config() -> ConfigDict:
+    config = configs.defaults()
+    config.model.source = "meta-llama/Llama-3.1-8B"
+    config.model.remat = "full"
+    config.adapter.kind = "none"
+
+    config.data.max_length = 4096
+    config.data.batch_size = 64
+    config.accumulate = 4  # 16 rows at a time: one a chip
+
+    config.optimizer.weight_decay = 0.01
+    config.epochs = 1.0
+    return config

@@ -1,0 +1,20 @@
+"""LoRA on Llama 3.1 8B, one row of 4,096 tokens a chip on a v5e-16: set --config.data.train."""
+
+from ml_collections import ConfigDict
+
+from ftjax import config as configs
+
+
+def get_config() -> ConfigDict:
+    config = configs.defaults()
+    config.model.source = "meta-llama/Llama-3.1-8B-Instruct"
+    config.model.remat = "full"
+
+    config.adapter.rank = 16
+    config.adapter.alpha = 32.0
+
+    config.data.max_length = 4096
+    config.data.batch_size = 16
+
+    config.epochs = 1.0
+    return config

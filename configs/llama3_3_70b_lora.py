@@ -1,0 +1,20 @@
+"""LoRA on Llama 3.3 70B, 4,096 tokens to a row, sized for a v5e-32: set --config.data.train."""
+
+from ml_collections import ConfigDict
+
+from ftjax import config as configs
+
+
+def get_config() -> ConfigDict:
+    config = configs.defaults()
+    config.model.source = "meta-llama/Llama-3.3-70B-Instruct"
+    config.model.remat = "full"
+
+    config.adapter.rank = 16
+    config.adapter.alpha = 32.0
+
+    config.data.max_length = 4096
+    config.data.batch_size = 32
+
+    config.epochs = 1.0
+    return config

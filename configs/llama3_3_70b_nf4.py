@@ -1,0 +1,21 @@
+"""LoRA on Llama 3.3 70B with its base in 4 bits (QLoRA), sized for a v5e-16: set --config.data.train."""
+
+from ml_collections import ConfigDict
+
+from ftjax import config as configs
+
+
+def get_config() -> ConfigDict:
+    config = configs.defaults()
+    config.model.source = "meta-llama/Llama-3.3-70B-Instruct"
+    config.model.remat = "full"
+    config.quantize.base = "nf4"
+
+    config.adapter.rank = 16
+    config.adapter.alpha = 32.0
+
+    config.data.max_length = 4096
+    config.data.batch_size = 16
+
+    config.epochs = 1.0
+    return config

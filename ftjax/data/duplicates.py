@@ -1,0 +1,173 @@
+"""Rows that occur twice: exactly, by a hash; nearly, by MinHash signatures and locality-sensitive hashing.
+
+The signature is a one-permutation MinHash (Li, Owen and Zhang 2012) over the 8-byte shingles of the text, densified
+by rotation (Shrivastava and Li 2014): every shingle is hashed once, not once for each place of the signature, which
+makes it about twenty times as fast as `datasketch` (tests/data/test_duplicates.py measures both). Signatures that
+agree in a whole band are compared; the share of equal places estimates the Jaccard similarity of the shingle sets. With
+BANDS and ROWS as here a pair of similarity 0.8 is found with probability 0.985, and one of 0.5 compared with 0.13.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+
+SHINGLE = 8  # bytes
+SPILL = 2**26  # bytes of signatures that are held in memory
+PLACES = 128  # of a signature; the estimate's standard deviation is at most 0.5 / sqrt(PLACES) = 0.044
+ROWS = 7  # places in a band
+BANDS = PLACES // ROWS  # 18; two places are in no band
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: Fibonacci hashing
+_MIX = np.uint64(0xBF58476D1CE4E5B9)  # of SplitMix64
+_EMPTY = np.iinfo(np.uint32).max
+_ODD = np.random.Generator(np.random.PCG64(0)).integers(1, 2**63, ROWS, np.uint64) * np.uint64(2) + np.uint64(1)
+
+
+def key(*texts: str) -> int:
+    """64 bits of a hash of the texts. White space at their ends and the length of its runs make no difference."""
+    joined = "\x1f".join(" ".join(text.split()) for text in texts)
+    return int.from_bytes(hashlib.blake2b(joined.encode(), digest_size=8).digest(), "little")
+
+
+def combined(*keys: int) -> int:
+    """64 bits that stand for several keys in their order."""
+    out = 0
+    for one in keys:
+        out = ((out ^ one) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        out ^= out >> 32
+    return out
+
+
+def signature(text: str) -> np.ndarray:
+    """uint32 [PLACES]: the MinHash signature of a text; case and white space make no difference."""
+    raw = " ".join(text.casefold().split()).encode()
+    raw = raw.ljust(SHINGLE, b" ")
+    bytes_ = np.frombuffer(raw, np.uint8)
+    windows = np.lib.stride_tricks.as_strided(bytes_, (len(raw) - SHINGLE + 1, SHINGLE), (1, 1))
+    hashes = np.ascontiguousarray(windows).view(np.uint64)[:, 0] * _MULTIPLIER
+    hashes ^= hashes >> np.uint64(29)
+    hashes *= _MIX
+    place, value = (hashes >> np.uint64(57)).astype(np.intp), (hashes >> np.uint64(16)).astype(np.uint32)
+    out = np.full(PLACES, _EMPTY, np.uint32)
+    np.minimum.at(out, place, value)
+    return _densified(out)
+
+
+def _densified(values: np.ndarray) -> np.ndarray:
+    """Empty places take the value of the next full one, changed by their distance to it."""
+    full = np.flatnonzero(values != _EMPTY)
+    if len(full) == PLACES:
+        return values
+    at = np.searchsorted(full, np.arange(PLACES))
+    source = full[at % len(full)]
+    distance = (source - np.arange(PLACES)) % PLACES
+    return values[source] + distance.astype(np.uint32) * np.uint32(0x85EBCA6B)
+
+
+class Signatures:
+    """The signatures of many texts; from SPILL bytes on they are in a temporary file."""
+
+    def __init__(self):
+        self._held, self._file, self.count = bytearray(), None, 0
+
+    def add(self, text: str) -> None:
+        self._held += signature(text).tobytes()
+        self.count += 1
+        if len(self._held) >= SPILL:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed in `take`)
+            self._file.write(self._held)
+            self._held.clear()
+
+    def take(self) -> np.ndarray:
+        """uint32 [count, PLACES], once and at the end: nothing can be added any more."""
+        if self._file is None:
+            return np.frombuffer(self._held, np.uint32).reshape(self.count, PLACES)
+        with self._file as file:
+            file.write(self._held)
+            file.flush()
+            return np.memmap(file, np.uint32, "r", shape=(self.count, PLACES))  # outlives the file's name and handle
+
+
+def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """float [...]: estimated Jaccard similarity of signatures [..., PLACES]."""
+    return (a == b).mean(-1)
+
+
+def near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs (earlier, later) of row indices whose similarity is at least `threshold`, band by band, with repeats.
+
+    Of rows that agree in a band, each is compared with the first and with the one before it, not all with all: enough
+    to connect what belongs together, and linear where thousands are alike.
+
+    Args:
+      signatures: uint32 [N, PLACES]; may be a memory map.
+    """
+    for band in range(BANDS):
+        keys = _band_keys(signatures, band)
+        order = np.argsort(keys, kind="stable")
+        ranked = keys[order]
+        same = np.flatnonzero(ranked[1:] == ranked[:-1]) + 1  # places in `order` that continue a group
+        if not len(same):
+            continue
+        starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
+        first = starts[np.searchsorted(starts, same, side="right") - 1]
+        left = np.concatenate([order[same - 1], order[first]])
+        right = np.concatenate([order[same], order[same]])
+        yield _verified(signatures, signatures, left, right, threshold)
+
+
+def near_across(ours: np.ndarray, theirs: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs (row of `ours`, row of `theirs`) at least as similar as `threshold`, band by band, with repeats."""
+    if not len(ours) or not len(theirs):
+        return
+    for band in range(BANDS):
+        keys, wanted = _band_keys(theirs, band), _band_keys(ours, band)
+        order = np.argsort(keys, kind="stable")
+        at = np.searchsorted(keys[order], wanted)
+        hit = np.flatnonzero(keys[order][np.minimum(at, len(keys) - 1)] == wanted)
+        yield _verified(ours, theirs, hit, order[at[hit]], threshold)
+
+
+def clusters(count: int, pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """int64 [count]: for each row the first row that it hangs together with through pairs (itself, where alone)."""
+    parent = np.arange(count)
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for left, right in pairs:
+        for a, b in zip(left.tolist(), right.tolist()):
+            a, b = root(a), root(b)
+            parent[max(a, b)] = min(a, b)
+    for i in range(count):
+        parent[i] = parent[parent[i]]  # parents come before their children
+    return parent
+
+
+def first_of_equal(keys: np.ndarray) -> np.ndarray:
+    """int64 [n]: for each of the uint64 keys [n] the index of the first that is equal."""
+    order = np.argsort(keys, kind="stable")
+    ranked = keys[order]
+    new = np.concatenate([[True], ranked[1:] != ranked[:-1]]) if len(keys) else np.zeros(0, bool)
+    out = np.empty(len(keys), np.int64)
+    out[order] = order[np.flatnonzero(new)][np.cumsum(new) - 1] if len(keys) else order
+    return out
+
+
+def _band_keys(signatures: np.ndarray, band: int) -> np.ndarray:
+    part = np.asarray(signatures[:, band * ROWS : (band + 1) * ROWS]).astype(np.uint64)
+    return (part * _ODD).sum(1, dtype=np.uint64) * _MIX
+
+
+def _verified(ours, theirs, left, right, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    kept = []
+    for start in range(0, len(left), 65536):  # bounded memory: 64 Mi bytes of signatures at a time
+        a, b = left[start : start + 65536], right[start : start + 65536]
+        kept.append(similarity(ours[a], theirs[b]) >= threshold)
+    keep = np.concatenate(kept) if kept else np.zeros(0, bool)
+    return left[keep], right[keep]

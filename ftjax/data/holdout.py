@@ -1,0 +1,44 @@
+"""Which rows are held out for evaluation: a pure function of the prompt, so that no prompt is on both sides."""
+
+import hashlib
+import json
+import unicodedata
+
+
+def held_out(fields: dict, share: float) -> bool:
+    """Whether a row is among the `share` of all prompts that is held out.
+
+    Rows with one prompt are on one side, whatever their answers, their source and their format. What is held out with a
+    smaller share is held out with a larger one too.
+
+    Args:
+      fields: one of the five records that `formats.check_row` gives.
+      share: from 0 (none) to 1 (all).
+    """
+    digest = hashlib.blake2b(prompt_key(fields).encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2.0**64
+
+
+def prompt_key(fields: dict) -> str:
+    """What stands before the first answer, with case, white space and Unicode forms evened out.
+
+    Before the first, not the last: of two conversations that start alike, the longer holds the shorter. What an
+    assistant says before anyone asked is part of the prompt. A text has none; it is its own key, so that copies of it
+    stay together.
+    """
+    if "text" in fields:
+        return _even(fields["text"])
+    messages = fields.get("messages", fields.get("prompt"))
+    if isinstance(messages, str):  # as a chat with one user turn, which may stand in another source
+        messages = [{"role": "user", "content": messages}]
+    parts = []
+    for message in messages:
+        if message["role"] == "assistant" and parts:
+            break
+        content = message.get("content") or ""
+        parts.append(f"{message['role']}:{_even(content if isinstance(content, str) else json.dumps(content))}")
+    return "\n".join(parts)
+
+
+def _even(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

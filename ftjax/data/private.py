@@ -1,0 +1,138 @@
+"""Strings that look like personal data or secrets, and text that was decoded wrongly.
+
+Shapes with a checksum are verified (cards by Luhn, IBANs by ISO 7064 mod 97), addresses that belong to nobody are left
+out (RFC 2606's example domains, private and reserved IP ranges). What is found is never shown whole.
+"""
+
+import ipaddress
+import re
+from collections.abc import Iterator
+
+# Where a number below can be: seven or more digits and what may stand between them. Most texts have none.
+_NUMBER = re.compile(r"\d[\d .()/-]{5,}\d")
+_MARGIN = 40  # characters around it that may belong to the number: a "+", an IBAN's letters
+_DOMAIN = re.compile(r"@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}")  # begins with a literal, so that searching is quick
+_LOCAL = re.compile(r"[A-Za-z0-9._%+-]+$")
+_NOBODYS = re.compile(r"@(?:[\w.-]+\.)?(?:example\.(?:com|org|net)|[\w.-]+\.(?:example|test|invalid|localhost))$", re.I)
+_CARD = re.compile(  # in one piece, in fours, or as American Express writes them
+    r"(?<![\w.-])[3-6](?:\d{12,18}|\d{3}(?:[ -]\d{4}){3}(?:[ -]\d{3})?|\d{3}[ -]\d{6}[ -]\d{5})(?![ -]?\w)"
+)
+_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
+_IP = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
+_SSN = re.compile(r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
+_PHONE = re.compile(
+    r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){1,4}"  # +49 30 1234 567
+    r"|\(\d{3}\) ?\d{3}-\d{4}|\d{3}-\d{3}-\d{4})(?![\w-])"  # (555) 123-4567, 555-123-4567
+)
+_KEY_STARTS = (
+    "sk-",
+    "AKIA",
+    "ghp_",
+    "gho_",
+    "ghs_",
+    "github_pat_",
+    "xoxb-",
+    "xoxp-",
+    "AIza",
+    "hf_",
+    "glpat-",
+    "eyJ",
+    "PRIVATE KEY",
+)
+_KEY = re.compile(
+    r"(?<![\w-])(?:sk-[\w-]{20,}|AKIA[0-9A-Z]{16}|gh[pos]_[A-Za-z0-9]{36,}|github_pat_\w{40,}|xox[bp]-[\w-]{20,}"
+    r"|AIza[\w-]{35}|hf_[A-Za-z]{30,}|glpat-[\w-]{20,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----)"
+)
+# UTF-8 read as Latin-1 or Windows-1252: "Ã©" for "é", "â€™" for an apostrophe; and what no decoder could read.
+_GARBLED = re.compile(
+    "\ufffd|ï¿½|Ã[\u0080-\u00bf\u0192\u0160\u0161\u201a-\u2122]|â€[\u0080-\u00bf\u0153\u2013-\u2122]|Â[\u00a0-\u00bf]"
+)
+_CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")  # tab, line breaks and the terminal's escape are common
+
+
+def find(text: str) -> Iterator[tuple[str, int, str]]:
+    """(kind, its place in the text, the string masked) of all that looks private; kinds are the keys of KINDS."""
+    if "@" in text:
+        for domain in _DOMAIN.finditer(text):
+            local = _LOCAL.search(text, max(0, domain.start() - 64), domain.start())
+            if local and not _NOBODYS.search(domain.group()):
+                yield "email", local.start(), masked(local.group() + domain.group())
+    for start in _KEY_STARTS:
+        if start in text:
+            for found in _KEY.finditer(text):
+                yield "key", found.start(), masked(found.group())
+            break
+    for start, stop in _around_numbers(text):
+        yield from _numbers(text[start:stop], start)
+
+
+def _around_numbers(text: str) -> Iterator[tuple[int, int]]:
+    """The stretches of text that hold the numbers, with a margin, not overlapping."""
+    start = stop = -1
+    for found in _NUMBER.finditer(text):
+        if start >= 0 and found.start() - _MARGIN > stop:
+            yield start, stop
+            start = -1
+        start = max(0, found.start() - _MARGIN) if start < 0 else start
+        stop = found.end() + _MARGIN
+    if start >= 0:
+        yield start, stop
+
+
+def _numbers(text: str, offset: int) -> Iterator[tuple[str, int, str]]:
+    taken: list[tuple[int, int]] = []
+    kinds = (("iban", _IBAN, _is_iban), ("card", _CARD, _is_card), ("ip", _IP, _is_public))
+    for kind, pattern, holds in (*kinds, ("ssn", _SSN, bool), ("phone", _PHONE, _is_phone)):
+        for match in pattern.finditer(text):
+            apart = all(match.end() <= start or stop <= match.start() for start, stop in taken)
+            if apart and holds(match.group()):
+                taken.append(match.span())
+                yield kind, offset + match.start(), masked(match.group())
+
+
+KINDS = {
+    "email": "e-mail addresses",
+    "phone": "telephone numbers",
+    "card": "payment card numbers",
+    "iban": "bank accounts (IBAN)",
+    "ip": "public IP addresses",
+    "ssn": "US social security numbers",
+    "key": "API keys or private keys",
+}
+
+
+def masked(secret: str) -> str:
+    """Its first two characters and its length: enough to find it in its row, not to use it."""
+    return f"{secret[:2]}*** {len(secret)} characters"
+
+
+def garbled(text: str) -> Iterator[int]:
+    """Places of replacement or control characters, and of UTF-8 that was read as another encoding."""
+    if not text.isascii():
+        for found in _GARBLED.finditer(text):
+            yield found.start()
+    for found in _CONTROL.finditer(text):
+        yield found.start()
+
+
+def _is_public(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).is_global
+    except ValueError:  # 999.1.2.3, or a version number with a leading zero
+        return False
+
+
+def _is_phone(text: str) -> bool:
+    return 8 <= sum(char.isdigit() for char in text) <= 15
+
+
+def _is_card(text: str) -> bool:
+    digits = [int(char) for char in text if char.isdigit()]
+    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
+    return len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+
+
+def _is_iban(text: str) -> bool:
+    plain = text.replace(" ", "")
+    return 15 <= len(plain) <= 34 and int("".join(str(int(char, 36)) for char in plain[4:] + plain[:4])) % 97 == 1

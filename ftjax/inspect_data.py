@@ -1,0 +1,183 @@
+"""What a run would be trained on: its rows seen, counted and checked before any weight is read.
+
+    python -m ftjax.inspect_data --config configs/chat.py --config.model.source=M --config.data.train=rows.jsonl
+    python -m ftjax.inspect_data --config C --rows 5               five rows, token by token
+    python -m ftjax.inspect_data --config C --rows 5 --source 1    of the second source of data.train
+    python -m ftjax.inspect_data --config C --html PAGE.html       one page to search and filter the rows in a browser
+    python -m ftjax.inspect_data --config C --json FILE            the figures and findings for another program
+    python -m ftjax.inspect_data --config C --workdir runs/X       with the time an epoch takes, from that run's speed
+
+It takes the config of the training and any --config.key=value that training takes, reads the tokenizer (no weights),
+and prints the sources and their shares, lengths, truncation, duplicates, how full the packed rows are, steps and time;
+then the rows asked for: trained tokens are green (in a pipe: between [[ and ]]), "|" separates tokens, special tokens
+stand there by name, BOS and EOS marked. Last comes the verdict: errors and warnings, each with its code, the places
+(file:line) and the mend.
+
+Exit status: 0 no errors (there may be warnings), 2 errors, or a mistake in what was asked. Training makes all of these
+checks but that for near duplicates, too, and does not start on errors; config.data.checks=warn only prints them.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from rich.progress import Progress
+
+from ftjax import assemble, cli, metrics
+from ftjax import config as configs
+from ftjax.data import checks
+from ftjax.data.rows import Rows
+from ftjax.data.sources import TASK, read_sources
+from ftjax.errors import UserError
+from ftjax.inspection import page, terminal
+from ftjax.inspection.pieces import Piece, examples_of, pieces
+from ftjax.inspection.survey import Epoch, Settings, Survey, epoch_of, survey
+from ftjax.workdir import replace_text
+
+_PAGE_ROWS = 1500
+
+
+def inspect(config: ConfigDict, options: dict) -> int:
+    """Surveys the data of a config and shows it; returns the exit status. options: the flags by name."""
+    configs.validate(config)
+    data, base = config.data, assemble.open_base(config.model)
+    vocab_size = base.model.spec.vocab_size
+    settings = Settings(
+        data.max_length,
+        data.batch_size,
+        data.packing,
+        data.train_on,
+        vocab_size,
+        config.steps,
+        config.epochs,
+        data.max_bad_rows,
+    )
+    speed = speed_of(options["tokens_per_second"], options["workdir"])
+    train = read_sources(configs.sources(config, "train"), data.max_bad_rows, data.holdout)
+    heldout = evaluation_rows(config)
+    out = terminal.console()
+    with Progress(console=out, disable=not out.is_terminal, transient=True) as bar:
+        task = bar.add_task("reading and tokenising", total=min(len(train), options["max_rows"] or len(train)))
+        found = survey(
+            train,
+            heldout,
+            base.tokenizer,
+            base.end_tokens,
+            settings,
+            options["max_rows"],
+            lambda done: bar.update(task, completed=done),
+        )
+    epoch = epoch_of(found, settings)
+    if 0 < epoch.rows < settings.batch_size:
+        few = f"an epoch has {epoch.rows} rows and does not fill one batch of {settings.batch_size}"
+        found.findings.insert(0, checks.finding("few", few))
+    terminal.summary(out, found, epoch, settings, speed)
+
+    def shown(place: int) -> tuple[str, list[tuple[str, list[Piece]]]] | None:
+        try:
+            row = train.check(place)
+            if row is None:
+                return None
+            examples = examples_of(row, base.tokenizer, vocab_size, data.train_on)
+        except UserError:
+            return None  # it is among the findings
+        return row.origin, [(name, pieces(one.tokens, one.trained, base.tokenizer)) for name, one in examples]
+
+    codes = {}
+    for code, places in found.marked.items():
+        for place in places:
+            codes.setdefault(place, []).append(code)
+    for place in places_of(train, options["source"], options["rows"]):
+        if found_row := shown(place):
+            terminal.row(out, *found_row, codes.get(place, []))
+    terminal.verdict(out, found)
+    if options["html"]:
+        page.write(Path(options["html"]), found, epoch, settings, page_rows(train, found, codes, shown))
+        out.print(f"the page is {options['html']}", markup=False)
+    if options["json"]:
+        text = json.dumps(report(found, epoch), indent=2, ensure_ascii=False)
+        replace_text(Path(options["json"]), text + "\n")
+    return cli.EXIT_MISTAKE if found.failed() else 0
+
+
+def evaluation_rows(config: ConfigDict) -> list[Rows]:
+    """The rows of data.eval, those that a task is scored on among them, and those of data.train that are held out."""
+    entries = []
+    for entry in configs.sources(config, "eval"):
+        entries.append({"split": "test", **entry} if entry["source"].startswith(TASK) else entry)
+    data, found = config.data, []
+    if entries:
+        found.append(read_sources(entries, data.max_bad_rows))
+    if data.holdout:
+        found.append(read_sources(configs.sources(config, "train"), data.max_bad_rows, data.holdout, heldout_side=True))
+    return found
+
+
+def speed_of(tokens_per_second: float, workdir: str | None) -> tuple[float, str] | None:
+    """Tokens per second and where the figure is from: the flag, or the median of a run's own steps."""
+    if tokens_per_second:
+        return tokens_per_second, "--tokens_per_second"
+    if not workdir:
+        return None
+    path = Path(workdir) / "metrics.jsonl"
+    found = [record["tokens_per_second"] for record in metrics.read(path) if "tokens_per_second" in record]
+    if not found:
+        raise UserError(f"{path}: no tokens_per_second there; give the workdir of a run that made a few steps")
+    return statistics.median(found), f"the median of {len(found)} steps of {workdir}"
+
+
+def places_of(train, source: int | None, rows: int) -> list[int]:
+    """The places of `rows` rows to show, evenly spread over all or over one source."""
+    if source is None:
+        return checks.spread(len(train), rows).tolist() if rows else []
+    counts = [count for _, count in train.per_source]
+    if not 0 <= source < len(counts):
+        raise UserError(f"--source {source}: config.data.train has the sources 0 to {len(counts) - 1}")
+    return [sum(counts[:source]) + place for place in checks.spread(counts[source], rows or 1).tolist()]
+
+
+def page_rows(train, found: Survey, codes: dict[int, list[str]], shown) -> list[page.PageRow]:
+    """Rows for the page: those with findings (the first of each kind), and others evenly spread."""
+    places = sorted({*codes, *checks.spread(len(train), _PAGE_ROWS).tolist()})
+    rows = []
+    for place in places:
+        if one := shown(place):
+            rows.append(page.PageRow(one[0], train.source_of(place), codes.get(place, []), one[1]))
+    return rows
+
+
+def report(found: Survey, epoch: Epoch) -> dict:
+    """The survey as plain JSON: figures, sources and findings."""
+    names = ("rows", "looked_at", "heldout", "used", "dropped", "truncated", "refused", "copies", "near_copies")
+    return {
+        **{name: getattr(found, name) for name in (*names, "tokens", "trained")},
+        "sources": [dataclasses.asdict(source) for source in found.sources],
+        "epoch": dataclasses.asdict(epoch),
+        "findings": [dataclasses.asdict(finding) for finding in found.findings],
+    }
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
+    options = {name: getattr(FLAGS, name) for name in _OPTIONS}
+    return inspect(cli.config_of(_CONFIG), options)
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "ftjax.inspect_data"  # absl shows in --help the flags defined under this name
+    FLAGS = flags.FLAGS
+    _CONFIG = config_flags.DEFINE_config_file("config", help_string="the run's config file, e.g. configs/quickstart.py")
+    flags.DEFINE_integer("rows", 2, "rows to show token by token", lower_bound=0)
+    flags.DEFINE_integer("source", None, "show rows of this entry of config.data.train only (from 0)")
+    flags.DEFINE_integer("max_rows", 20_000, "rows to look at, evenly spread over the set; 0: all", lower_bound=0)
+    flags.DEFINE_float("tokens_per_second", 0.0, "to estimate the time with", lower_bound=0.0)
+    flags.DEFINE_string("workdir", None, "a run whose tokens_per_second is used to estimate the time")
+    flags.DEFINE_string("html", None, "write a page to browse the rows in")
+    flags.DEFINE_string("json", None, "write figures and findings as JSON")
+    _OPTIONS = ("rows", "source", "max_rows", "tokens_per_second", "workdir", "html", "json")
+    cli.run(main)

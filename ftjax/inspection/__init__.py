@@ -1,0 +1,1 @@
+"""What `ftjax.inspect_data` shows: a survey of the rows, their tokens, in the terminal and as a page."""

@@ -1,0 +1,120 @@
+"""One self-contained HTML page to browse rows: search, filters, coloured tokens; it loads nothing from anywhere.
+
+Rows travel as JSON in a script element that is never executed, with "<", ">" and "&" escaped, and the page's code puts
+them in as text, never as markup: a row that holds "</script>" is as harmless as any other. A content security policy
+forbids the page every request.
+"""
+
+import html
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+from ftjax.inspection.pieces import Piece
+from ftjax.inspection.survey import Epoch, Settings, Survey, shares
+from ftjax.inspection.terminal import facts_of, histogram
+from ftjax.workdir import replace_text
+
+MAX_ROWS = 3000
+MAX_PIECES = 3000  # of one example; what follows is left out, and the page says so
+_FLAGS = {"": "", "bos": "b", "eos": "e", "special": "s"}
+
+
+class PageRow(NamedTuple):
+    """A row to browse: its origin, the number of its source, the codes found in it, its examples as named pieces."""
+
+    origin: str
+    source: int
+    codes: Sequence[str]
+    examples: Sequence[tuple[str, list[Piece]]]
+
+
+def write(path: Path, found: Survey, epoch: Epoch, settings: Settings, rows: Sequence[PageRow]) -> None:
+    """Writes the page, whole or not at all."""
+    replace_text(path, render(found, epoch, settings, rows))
+
+
+def render(found: Survey, epoch: Epoch, settings: Settings, rows: Sequence[PageRow]) -> str:
+    """The page as text; at most MAX_ROWS of the rows, evenly spread."""
+    shown = rows if len(rows) <= MAX_ROWS else [rows[i * len(rows) // MAX_ROWS] for i in range(MAX_ROWS)]
+    embedded = {
+        "sources": [source.name for source in found.sources],
+        "rows": [_row(row) for row in shown],
+    }
+    note = (
+        f"This page holds {len(shown):,} of {found.rows:,} rows: the first with each finding, and others evenly "
+        f"spread; of a long example the first {MAX_PIECES:,} tokens."
+    )
+    parts = {
+        "FACTS": "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
+            for name, text in facts_of(found, epoch, settings, None).items()
+        ),
+        "SOURCES": "".join(
+            f"<tr><td>{html.escape(source.name)}</td><td>{source.rows:,}</td><td>{source.weight:g}</td>"
+            f"<td>{share:.1%}</td><td>{source.tokens:,}</td></tr>"
+            for source, share in zip(found.sources, shares(found.sources))
+        ),
+        "FINDINGS": "".join(
+            f'<li class="{finding.severity}"><b>{finding.severity}</b> {html.escape(finding.message)} '
+            f"<code>{html.escape(finding.code)}</code></li>"
+            for finding in found.findings
+        )
+        or "<li>none</li>",
+        "HISTOGRAM": svg(found, settings.max_length),
+        "NOTE": html.escape(note),
+        "ROWS": embed(embedded),
+    }
+    text = resources.files("ftjax.inspection").joinpath("page.html").read_text(encoding="utf-8")
+    # In one pass, so that a row which holds a placeholder is left alone.
+    pieces = text.split("{{")
+    out = [pieces[0]]
+    for piece in pieces[1:]:
+        name, _, rest = piece.partition("}}")
+        out += [parts[name], rest]
+    return "".join(out)
+
+
+def embed(value: object) -> str:
+    """JSON that may stand inside a script element, whatever it holds."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def svg(found: Survey, max_length: int) -> str:
+    """The histogram of lengths as an inline SVG, the cut marked."""
+    bars, width, height = histogram(found.lengths, max_length), 640, 120
+    if not bars:
+        return ""
+    step, out = width / len(bars), []
+    for i, (low, high, count, most) in enumerate(bars):
+        tall = height * count / most
+        title = f"{low:,} to {high - 1:,} tokens: {count:,}"
+        out.append(
+            f'<rect x="{i * step + 1:.1f}" y="{height - tall:.1f}" width="{step - 2:.1f}" height="{tall:.1f}">'
+            f"<title>{title}</title></rect>"
+        )
+        if low <= max_length < high:
+            x = i * step + step * (max_length - low) / (high - low)
+            out.append(f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height}"><title>max_length</title></line>')
+        if i % 2 == 0:
+            out.append(f'<text x="{i * step + 1:.1f}" y="{height + 14}">{low:,}</text>')
+    return f'<svg viewBox="0 0 {width} {height + 20}" role="img" aria-label="tokens of an example">{"".join(out)}</svg>'
+
+
+def _row(row: PageRow) -> dict:
+    examples = [
+        {
+            "name": name,
+            "text": [piece.text for piece in shown[:MAX_PIECES]],
+            "flags": [("t" if piece.trained else "") + _FLAGS[piece.special] for piece in shown[:MAX_PIECES]],
+            "tokens": sum(piece.tokens for piece in shown),
+            "trained": sum(piece.tokens for piece in shown if piece.trained),
+        }
+        for name, shown in row.examples
+    ]
+    return {"origin": row.origin, "source": row.source, "codes": list(row.codes), "examples": examples}

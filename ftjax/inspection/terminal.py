@@ -1,0 +1,151 @@
+"""A survey in the terminal: tables, a histogram, rows with their tokens; readable without colour, too."""
+
+import datetime
+from collections.abc import Sequence
+from typing import TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ftjax.data.findings import ERROR
+from ftjax.inspection.pieces import Piece, plain, visible
+from ftjax.inspection.survey import Epoch, Settings, Survey, shares
+
+_BAR = 40  # characters
+_STYLES = {True: "black on green", False: "default"}
+
+
+def console(file: TextIO | None = None) -> Console:
+    """On standard output, or on `file`; 120 characters wide where there is no terminal."""
+    out = Console(file=file, highlight=False)
+    if not out.is_terminal:
+        out.width = 120
+    return out
+
+
+def summary(out: Console, found: Survey, epoch: Epoch, settings: Settings, speed: tuple[float, str] | None) -> None:
+    """The tables. speed: tokens per second, and where the figure is from."""
+    if found.picked < found.rows:
+        out.print(f"Looked at {found.picked:,} of {found.rows:,} rows, evenly spread; --max_rows=0 looks at all.")
+    table = Table(box=None, padding=(0, 2), title="sources", title_justify="left", title_style="bold")
+    for name in ("", "rows", "weight", "of an epoch", "used", "tokens", "trained"):
+        table.add_column(name, justify="left" if not name else "right")
+    for source, share in zip(found.sources, shares(found.sources)):
+        trained = f"{source.trained / max(1, source.tokens):.1%}"
+        numbers = (f"{source.rows:,}", f"{source.weight:g}", f"{share:.1%}", f"{source.used:,}", f"{source.tokens:,}")
+        table.add_row(Text(source.name), *numbers, trained)
+    out.print(table)
+    out.print()
+    for name, text in facts_of(found, epoch, settings, speed).items():
+        out.print(Text(f"{name:<20}", "bold") + Text(text), soft_wrap=True)
+    out.print()
+    out.print(Text("tokens of an example, before it is cut", "bold"))
+    for low, high, count, longest in histogram(found.lengths, settings.max_length):
+        bar = "█" * round(_BAR * count / longest) or ("▏" if count else "")
+        cut = "  <- max_length" if low <= settings.max_length < high else ""
+        out.print(f"{low:>7,} - {high - 1:<7,} {bar:<{_BAR}} {count:,}{cut}", markup=False)
+    out.print()
+
+
+def histogram(lengths: np.ndarray, mark: int, bins: int = 14) -> list[tuple[int, int, int, int]]:
+    """(from, to, how many, the most of any bin) for each bin; equal widths, such that `mark` begins none in the middle.
+
+    A few very long rows do not squeeze the rest: beyond twice the 95th percentile all is one bin.
+    """
+    if not len(lengths):
+        return []
+    top = min(int(lengths.max()), 2 * int(np.percentile(lengths, 95)))
+    width = max(1, -(-(top + 1) // bins))
+    edges = np.arange(0, top + width + 1, width)
+    counts = np.histogram(np.minimum(lengths, edges[-1] - 1), edges)[0].tolist()
+    stops = [*edges[1:-1].tolist(), max(int(edges[-1]), int(lengths.max()) + 1)]
+    found = [(int(low), stop, count, max(counts)) for low, stop, count in zip(edges, stops, counts)]
+    first = next(i for i, (_, _, count, _) in enumerate(found) if count)
+    return found[max(0, first - 1) :]
+
+
+def facts_of(found: Survey, epoch: Epoch, settings: Settings, speed: tuple[float, str] | None) -> dict[str, str]:
+    looked = max(1, found.looked_at)
+    facts = {
+        "rows": f"{found.picked:,} looked at, {found.looked_at:,} of them to train on, which give {found.used:,} "
+        f"examples; {found.refused:,} refused, {found.dropped:,} without a trained token",
+        "evaluation rows": f"{found.heldout:,}",
+        "duplicates": f"{found.copies:,} exact ({found.copies / looked:.1%}), {found.near_copies:,} near "
+        f"({found.near_copies / looked:.1%})",
+        "truncated": f"{found.truncated:,} ({found.truncated / max(1, len(found.lengths)):.1%}) at max_length "
+        f"{settings.max_length:,}",
+    }
+    if not len(found.cut):
+        return facts
+    quartiles = "  ".join(
+        f"{name} {value:,.0f}"
+        for name, value in zip(
+            ("shortest", "median", "90 %", "99 %", "longest"), np.percentile(found.lengths, (0, 50, 90, 99, 100))
+        )
+    )
+    packed = f"packed {epoch.efficiency:.1%} full" if settings.packing else f"padded, about {epoch.efficiency:.1%} full"
+    facts |= {
+        "tokens": quartiles,
+        "trained on": f"{found.trained:,} of {found.tokens:,} tokens ({found.trained / found.tokens:.1%})",
+        "an epoch": f"{epoch.tokens:,} tokens in {epoch.rows:,} rows of up to {settings.max_length:,}, {packed}",
+        "steps": f"{epoch.steps:,} of {settings.batch_size} rows, "
+        + (
+            f"as config.steps says ({_epochs(epoch, settings):.2f} epochs)"
+            if settings.steps
+            else f"for {settings.epochs:g} epoch(s)"
+        ),
+        "time": "unknown: give --tokens_per_second, or --workdir of a run on the same machine",
+    }
+    if speed:
+        per_epoch = datetime.timedelta(seconds=round(epoch.tokens / speed[0]))
+        whole = datetime.timedelta(seconds=round(epoch.tokens * _epochs(epoch, settings) / speed[0]))
+        facts["time"] = (
+            f"{per_epoch} an epoch, {whole} for all steps, at {speed[0]:,.0f} tokens/s ({speed[1]}); without "
+            "compilation, evaluation and checkpoints"
+        )
+    return facts
+
+
+def _epochs(epoch: Epoch, settings: Settings) -> float:
+    return epoch.steps * settings.batch_size / max(1, epoch.rows)
+
+
+def row(out: Console, origin: str, examples: Sequence[tuple[str, list[Piece]]], codes: Sequence[str]) -> None:
+    """One row token by token: trained tokens on green, or between [[ and ]] where there is no colour."""
+    for name, shown in examples:
+        count, trained = sum(p.tokens for p in shown), sum(p.tokens for p in shown if p.trained)
+        note = f"  {', '.join(codes)}" if codes else ""
+        title = f"{origin}{' ' + name if name else ''}: {count} tokens, {trained} trained"
+        out.print(Text(title, "bold") + Text(note, "yellow"), soft_wrap=True)
+        if not out.is_terminal or out.no_color:
+            out.print(plain(shown), markup=False, soft_wrap=True)
+        else:
+            text = Text()
+            for i, piece in enumerate(shown):
+                text.append("|" if i and shown[i - 1].trained == piece.trained else "", "dim")
+                text.append(visible(piece), _STYLES[piece.trained] + (" bold underline" if piece.special else ""))
+            out.print(text, soft_wrap=True)
+        out.print()
+
+
+def verdict(out: Console, found: Survey) -> None:
+    """All findings, then what they amount to."""
+    for finding in found.findings:
+        style = "bold red" if finding.severity == ERROR else "yellow"
+        out.print(Text(f"{finding.severity}: ", style) + Text(f"{finding.message} [{finding.code}]"), soft_wrap=True)
+    errors = sum(finding.severity == ERROR for finding in found.findings)
+    warnings = len(found.findings) - errors
+    if errors:
+        out.print(
+            f"{_count(errors, 'error')} and {_count(warnings, 'warning')}: training would stop before its first step"
+        )
+    elif warnings:
+        out.print(f"no errors, {_count(warnings, 'warning')}: training can start; look at them first")
+    else:
+        out.print("no errors, no warnings")
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"

@@ -1,0 +1,124 @@
+"""Which attention runs where: splash on TPUs, cuDNN on GPUs, XLA elsewhere and for what those cannot serve.
+
+All compute what models.attention.attention says. The choice is made while tracing, by the devices of the mesh in use:
+a program compiled for TPUs on a machine without any is the one that would run there.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from ftjax.models import cudnn, splash
+from ftjax.models.attention import attention
+from ftjax.models.spec import DecoderSpec
+from ftjax.sharding import AnyMesh, partition_spec, platform
+
+KERNELS = {"splash": "tpu", "cudnn": "gpu"}  # and where each runs
+
+
+class Choice(NamedTuple):
+    name: str  # splash, cudnn or xla
+    reason: str  # why it is xla where there is a kernel, or where one was asked for; else ""
+
+
+def choose(wanted: str, spec: DecoderSpec, dtype: jnp.dtype, length: int, mesh: AnyMesh) -> Choice:
+    """The attention of rows of `length` tokens without a cache, on `mesh`'s devices.
+
+    wanted: config.model.attention; dtype: of activations. What decodes token by token from a cache uses XLA.
+    """
+    where = platform(mesh)
+    if wanted == "auto":
+        wanted = next((name for name, its in KERNELS.items() if its == where), "xla")
+    if wanted == "xla":
+        return Choice("xla", "")
+    if where != KERNELS[wanted]:
+        return Choice("xla", f"{wanted} is for {KERNELS[wanted]} devices, and these are {where}")
+    context = 1 if mesh.empty else mesh.shape["context"]
+    reason = _heads(spec, mesh)
+    if not reason and wanted == "splash":
+        reason = splash.cannot(spec, length, context)
+    elif not reason:
+        reason = cudnn.cannot(spec, dtype, length, context)
+    return Choice("xla", f"{wanted} cannot serve {reason}") if reason else Choice(wanted, "")
+
+
+def attend(
+    choice: Choice,
+    spec: DecoderSpec,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    scale: float | jax.Array,
+    window: int | jax.Array | None,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    """Attention of whole rows, over the mesh in use: arguments and result as of models.attention.attention."""
+    mesh, softcap = jax.sharding.get_abstract_mesh(), spec.attention_softcap
+    places = (positions, positions, segment_ids, segment_ids)
+    if choice.name == "xla" and (mesh.empty or mesh.shape["context"] == 1):  # XLA splits it over the mesh itself
+        return attention(queries, keys, values, *places, scale, window, softcap, sinks)
+    run = functools.partial(_local, choice, spec)
+    given = {name: x for name, x in (("scale", scale), ("window", window), ("sinks", sinks)) if x is not None}
+    if mesh.empty or mesh.size == 1:
+        return run(_tables(choice, spec, queries.shape[1], 1, 1), queries, keys, values, *places, given)
+    q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
+    split = partition_spec(q_axes, queries.shape, mesh)
+    rows, parts, heads, _ = split
+    whole, part = P(rows), P(rows, parts)
+    tables = _tables(choice, spec, queries.shape[1], mesh.shape[heads] if heads else 1, mesh.shape["context"])
+    specs = (
+        splash.table_specs(tables, mesh, parts),
+        split,
+        *2 * (partition_spec(kv_axes, keys.shape, mesh),),
+        *(part, whole, part, whole),
+        {name: P(heads) if name == "sinks" else P() for name in given},
+    )
+    over_mesh = jax.shard_map(run, in_specs=specs, out_specs=split, check_vma=False)
+    return over_mesh(tables, queries, keys, values, *places, jax.tree.map(jnp.asarray, given))
+
+
+def _local(choice, spec, tables, queries, keys, values, positions, key_positions, segments, key_segments, given):
+    """On one device: its rows, its part of their queries and their keys, its heads."""
+    scale, window, sinks = given["scale"], given.get("window"), given.get("sinks")
+    if keys.shape[1] < key_segments.shape[1]:  # a part sees the whole row, whose keys are small beside their scores
+        keys, values = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (keys, values))
+    keys, values = (_own_heads(x, queries.shape[2], spec) for x in (keys, values))
+    if choice.name == "splash":
+        return splash.attention(tables, queries, keys, values, segments, key_segments, scale, window, sinks)
+    places = (positions, key_positions, segments, key_segments)
+    if choice.name == "cudnn":
+        return cudnn.attention(queries, keys, values, *places, scale, window)
+    return attention(queries, keys, values, *places, scale, window, spec.attention_softcap, sinks)
+
+
+def _own_heads(x: jax.Array, heads: int, spec: DecoderSpec) -> jax.Array:
+    """Of the keys or values [B, S, K, d] of all heads those that this device's `heads` queries' heads use."""
+    group = spec.num_attention_heads // spec.num_key_value_heads
+    if heads == spec.num_attention_heads or x.shape[2] < spec.num_key_value_heads:
+        return x
+    first = jax.lax.axis_index("tensor") * heads // group
+    return jax.lax.dynamic_slice_in_dim(x, first, max(heads // group, 1), axis=2)
+
+
+def _heads(spec: DecoderSpec, mesh: AnyMesh) -> str:
+    """What is wrong with how the heads fall on `tensor`: "" if every device has whole groups or parts of one."""
+    count, group, parts = spec.num_attention_heads, spec.num_attention_heads // spec.num_key_value_heads, 1
+    if not mesh.empty and count % mesh.shape["tensor"] == 0:
+        parts = mesh.shape["tensor"]
+    here = count // parts
+    if here % group == 0 or group % here == 0:
+        return ""
+    return f"{count} heads in groups of {group} over tensor={parts}"
+
+
+def _tables(choice, spec, length, head_parts, parts):
+    if choice.name != "splash":
+        return {}
+    return splash.make_kernels(
+        spec.layer_windows, spec.num_attention_heads // head_parts, length, parts, spec.attention_softcap
+    )

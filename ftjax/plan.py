@@ -1,0 +1,84 @@
+"""python -m ftjax.plan --config configs/X.py --topology v5e:4x4 [--config.a.b=value ...] [--search] [--json FILE]
+
+Whether a run fits a TPU slice, and how fast it can be: compiles the real training step for the slice, which need not be
+there, without reading weights or data. Where it does not fit, what would is tried; --search tries what may be faster.
+Exit status: 0 it fits, 1 it does not, 2 a mistake in what was asked.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ftjax import cli
+from ftjax import config as configs
+from ftjax.display import Display
+from ftjax.errors import UserError
+from ftjax.models import published
+from ftjax.models.families import spec_from_config
+from ftjax.models.spec import DecoderSpec
+from ftjax.planning import advice, compiled, table, topology
+from ftjax.planning.roofline import ASSUMPTIONS
+from ftjax.weights.source import locate, open_source
+from ftjax.workdir import replace_text
+
+EXIT_DOES_NOT_FIT = 1
+
+
+def model_spec(source: str) -> DecoderSpec:
+    """From a directory, a file or the cache of the Hub; of well-known models also without any file."""
+    if not Path(source).expanduser().exists() and (known := published.find(source)):
+        return spec_from_config(known)
+    path = locate(source)
+    if path.is_dir():  # config.json alone is enough
+        return spec_from_config(json.loads((path / "config.json").read_text()))
+    return spec_from_config(open_source(path).config)
+
+
+def plan(config: ConfigDict, where: str, display: Display, out: Path | None = None, search: bool = False) -> int:
+    """Prints the plan of `config` on the topology `where`, and writes it to `out`; returns the exit status."""
+    configs.validate(config, data=False)
+    slice_ = topology.parse(where)
+    spec = model_spec(config.model.source)
+    devices = topology.devices(slice_)
+    program = compiled.describe(config, spec, devices)
+    display.say(f"compiling for {slice_}")
+    found = compiled.plan(program, slice_)
+    report = table.as_json(config, slice_, program, found)
+    display.table(f"ftjax.plan {config.model.source}", table.rows(report, slice_))
+    display.say("\n".join(["assuming", *(f"  {line}" for line in ASSUMPTIONS)]))
+    if search or not found.fits:
+        candidates = advice.searched(config, spec, slice_, devices) if search else list(advice.remedies(config, slice_))
+        tried = advice.try_all(candidates, spec, slice_, devices, display.say)
+        report["tried"] = table.tried(tried, config, slice_)
+        display.table("what may be faster" if search else "what would fit", table.tried_rows(report["tried"]))
+    if out is not None:
+        replace_text(out, json.dumps(report, indent=2) + "\n")
+    return 0 if found.fits else EXIT_DOES_NOT_FIT
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
+    if not _TOPOLOGY.value:
+        raise UserError("--topology is missing; for example --topology v5e:4x4")
+    jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free for others
+    config = cli.config_of(_CONFIG)
+    with Display(1) as display:
+        return plan(config, _TOPOLOGY.value, display, Path(_JSON.value) if _JSON.value else None, _SEARCH.value)
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "ftjax.plan"  # absl shows in --help the flags defined under this name
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", help_string="the run's config file, e.g. configs/llama3_1_8b_lora.py"
+    )
+    _TOPOLOGY = flags.DEFINE_string(
+        "topology", None, "the slice, e.g. v5e:4x4, v5p:2x2x2, or 2x v5e:4x4 for two of them"
+    )
+    _JSON = flags.DEFINE_string("json", None, "also write the plan to this file")
+    _SEARCH = flags.DEFINE_bool("search", False, "also look for the fastest mesh, remat and accumulation that fit")
+    cli.run(main)

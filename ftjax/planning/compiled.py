@@ -1,0 +1,186 @@
+"""Compiles the training step that a config describes, for devices that are not there, and reads what it needs."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ftjax import assemble, optim, sharding, tree
+from ftjax import config as configs
+from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
+from ftjax.models.spec import DecoderSpec
+from ftjax.objectives.registry import OBJECTIVES
+from ftjax.planning import flops, hlo, traffic
+from ftjax.planning.flops import Flops
+from ftjax.planning.roofline import Roofline, roofline
+from ftjax.planning.topology import Topology
+from ftjax.planning.traffic import Collective
+from ftjax.state import TrainState, abstract_state
+from ftjax.step import make_step
+from ftjax.tree import Tree
+
+STEPS = 1000  # of the schedule; the program does not depend on it
+
+
+@dataclass(frozen=True)
+class Program:
+    """A training step before it is compiled: shapes and shardings only."""
+
+    spec: DecoderSpec
+    mesh: Mesh
+    step: Callable
+    state: TrainState
+    frozen: Tree
+    batch: dict[str, jax.ShapeDtypeStruct]
+    flops: Flops
+    reaches: list[float]  # keys that a query of each layer sees, on average
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a chip, while the step runs."""
+
+    parameters: float  # frozen ones, and those that are trained whole
+    adapters: float
+    optimizer: float
+    batch: float
+    temporaries: float  # activations, gradients, gathered weights: the compiler's own figure
+    output: float  # what does not take the place of an argument
+
+    @property
+    def arguments(self) -> float:
+        return self.parameters + self.adapters + self.optimizer + self.batch
+
+    @property
+    def total(self) -> float:
+        return self.arguments + self.temporaries + self.output
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What compiling told. Where it did not fit, `memory` is None and `lacking` the bytes by which it did not."""
+
+    memory: Memory | None
+    lacking: float
+    flops: Flops  # of a step over all chips
+    executed: float  # FLOPs of one chip, recomputation included
+    moved: float  # bytes of HBM
+    collectives: tuple[Collective, ...]
+    roofline: Roofline | None
+    unknown_loops: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is not None and self.lacking <= 0
+
+
+def describe(config: ConfigDict, spec: DecoderSpec, devices: list[jax.Device]) -> Program:
+    """The step of `config` on its mesh of these devices. Raises UserError where the batch does not divide."""
+    mesh = sharding.make_mesh(dict(config.mesh), devices)
+    model = Decoder(
+        spec,
+        jnp.dtype(config.model.dtype),
+        jnp.dtype(config.model.param_dtype),
+        config.model.remat,
+        config.model.attention,
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        abstract, is_trained = assemble.abstract_variables(config, model, mesh)
+        trainable, frozen = tree.partition(abstract, is_trained)
+        schedule = optim.make_schedule(configs.learning_rate(config), config.schedule, STEPS)
+        optimizer = optim.make_optimizer(config.optimizer, schedule)
+        state = abstract_state(optimizer, trainable, mesh)
+        objective = OBJECTIVES[config.objective.name](model)
+        step = make_step(objective, optimizer, schedule, state, config.seed, model.dtype)
+    batch = _abstract_batch(config, mesh)
+    rows, length = config.data.batch_size, config.data.max_length
+    needed = flops.count(spec, abstract, is_trained, rows, length)
+    reaches = [flops.visible_pairs(length, window) / length for window in flops.windows(spec)]
+    return Program(spec, mesh, step, state, frozen, batch, needed, reaches)
+
+
+def _abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    rows = config.data.batch_size // config.accumulate
+    shape = (config.accumulate, rows, config.data.max_length)
+    where = sharding.named(mesh, (None, "batch", "length"), shape)
+    if sharding.undivided(("batch",), (rows,), mesh):
+        parts = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
+        raise UserError(
+            f"config.data.batch_size={config.data.batch_size} in {config.accumulate} micro-batch(es) is {rows} rows, "
+            f"which the mesh's {parts} parts do not divide"
+        )
+    batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in batch.items()}
+
+
+def compile_text(program: Program) -> tuple[str, object]:
+    """(the optimised HLO, the compiler's memory analysis); JaxRuntimeError where it runs out of memory."""
+    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+        traced = program.step.trace(program.state, program.frozen, program.batch)
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    return compiled.as_text(), compiled.memory_analysis()
+
+
+def plan(program: Program, topology: Topology) -> Plan:
+    """Compiles; seconds to a minute. Any model takes the same time: its layers are one loop."""
+    try:
+        text, analysis = compile_text(program)
+    except jax.errors.JaxRuntimeError as error:
+        lacking = exceeded(str(error))
+        if lacking is None:
+            raise
+        return Plan(None, lacking, program.flops, 0.0, 0.0, (), None, ())
+    module = hlo.parse(text)
+    collectives = tuple(traffic.collectives(module, program.mesh))
+    executed = traffic.matrix_flops(module) + traffic.kernel_flops(module, program.reaches)
+    moved = traffic.memory_bytes(module)
+    memory = _memory(program, analysis)
+    lacking = memory.total - topology.chip.usable
+    limits = roofline(topology, executed, moved, list(collectives))
+    loops = tuple(module.unknown_loops)
+    return Plan(memory, lacking, program.flops, executed, moved, collectives, limits, loops)
+
+
+_TOO_LARGE = re.compile(r"required for .*?\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)")
+_USED = re.compile(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm")
+
+
+def exceeded(message: str) -> float | None:
+    """By how many bytes a program is too large, from the compiler's error; None where the error is another one."""
+    found = _TOO_LARGE.search(message) or _USED.search(message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        return None
+    needed, there = (_size(text) for text in found.groups())
+    return needed - there
+
+
+def _size(text: str) -> float:
+    """Bytes of "15.75G"."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return float(text[:-1]) * units[text[-1]] if text[-1] in units else float(text)
+
+
+def _memory(program: Program, analysis) -> Memory:
+    trainable = tree.flatten(program.state.trainable)
+    adapters = sum(bytes_on_chip(leaf) for path, leaf in trainable.items() if path.startswith("lora/"))
+    whole = sum(bytes_on_chip(leaf) for path, leaf in trainable.items() if not path.startswith("lora/"))
+    for path, leaf in tree.flatten(program.frozen).items():
+        if path.startswith("lora/"):
+            adapters += bytes_on_chip(leaf)
+        else:
+            whole += bytes_on_chip(leaf)
+    optimizer = sum(map(bytes_on_chip, jax.tree.leaves((program.state.opt_state, program.state.step))))
+    # What is left of the compiler's own sum of arguments: the batch, and the padding of arrays to their tiles.
+    batch = analysis.argument_size_in_bytes - whole - adapters - optimizer
+    output = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return Memory(whole, adapters, optimizer, batch, analysis.temp_size_in_bytes, output)
+
+
+def bytes_on_chip(leaf: jax.ShapeDtypeStruct) -> float:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -1,0 +1,72 @@
+"""How many FLOPs a training step needs: counted from the model, without what is computed twice to save memory."""
+
+import math
+from dataclasses import dataclass
+
+from ftjax import tree
+from ftjax.models.spec import DecoderSpec
+from ftjax.tree import Tree
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one step over all chips. A product of [n, k] and [k, m] is 2 n k m."""
+
+    forward: float  # products with weights
+    to_inputs: float  # their gradients with respect to what they are given
+    to_weights: float  # and to the weights, of those that are trained
+    attention: float  # scores and sums of values, forward
+    attention_backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.to_inputs + self.to_weights + self.attention + self.attention_backward
+
+
+def count(spec: DecoderSpec, variables: Tree, is_trained, rows: int, length: int) -> Flops:
+    """For `rows` rows of `length` tokens, each one document (packed rows need less attention), all of them trained on.
+
+    variables: shapes of all collections, a quantised kernel under the name of its packed arrays.
+    """
+    tokens = rows * length
+    weights = {path: size * _share(path, spec) for path, size in products(spec, variables).items()}
+    trained = sum(size for path, size in weights.items() if is_trained(path))
+    pairs = sum(visible_pairs(length, window) for window in windows(spec))
+    attention = 4.0 * rows * pairs * spec.num_attention_heads * spec.head_dim
+    forward = 2.0 * tokens * sum(weights.values())
+    return Flops(forward, forward, 2.0 * tokens * trained, attention, 2 * attention)
+
+
+def products(spec: DecoderSpec, variables: Tree) -> dict[str, int]:
+    """{path: elements} of the matrices that every token is multiplied by; of a stack of experts, all of them."""
+    found = {}
+    for path, leaf in tree.flatten(variables).items():
+        name = path.rpartition("/")[2]
+        if path.startswith("quant/"):
+            module = path.rpartition("/")[0]
+            found[f"{module}/kernel"] = max(found.get(f"{module}/kernel", 0), _unpacked(leaf))
+        elif name in ("kernel", "lora_a", "lora_b") or (
+            path == "params/embed_tokens/embedding" and spec.tie_word_embeddings
+        ):
+            found[path] = math.prod(leaf.shape)
+    return found
+
+
+def visible_pairs(length: int, window: int | None) -> float:
+    """Queries and keys that see each other in a causal row of `length` tokens, the last `window` of them if given."""
+    reach = length if window is None else min(window, length)
+    return reach * (reach + 1) / 2 + (length - reach) * reach
+
+
+def windows(spec: DecoderSpec) -> tuple[int | None, ...]:
+    return spec.layer_windows or (None,) * spec.num_hidden_layers
+
+
+def _unpacked(leaf) -> int:
+    """The elements that an array of a packed kernel stands for: 4-bit ones are stored two to a byte."""
+    return math.prod(leaf.shape) * (2 if leaf.dtype == "uint8" else 1)
+
+
+def _share(path: str, spec: DecoderSpec) -> float:
+    """Of a stack of experts each token is multiplied by a few."""
+    return spec.experts.per_token / spec.experts.count if spec.experts and "/experts/" in path else 1.0

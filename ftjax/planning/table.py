@@ -1,0 +1,149 @@
+"""A plan as a person reads it, and as JSON."""
+
+from collections import defaultdict
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ftjax.planning.advice import Tried
+from ftjax.planning.chips import GIB
+from ftjax.planning.compiled import Plan, Program
+from ftjax.planning.roofline import ASSUMPTIONS
+from ftjax.planning.topology import Topology
+
+
+def as_json(config: ConfigDict, topology: Topology, program: Program, plan: Plan) -> dict[str, Any]:
+    """Bytes on a chip, FLOPs and bytes of a step on a chip, seconds; `model_flops` is of the whole step."""
+    chip = topology.chip
+    out: dict[str, Any] = {
+        "topology": str(topology),
+        "chips": topology.chips,
+        "mesh": dict(program.mesh.shape.items()),
+        "remat": config.model.remat,
+        "accumulate": config.accumulate,
+        "rows": config.data.batch_size,
+        "length": config.data.max_length,
+        "fits": plan.fits,
+        "hbm_usable": chip.usable,
+        "lacking": max(plan.lacking, 0.0),
+        "model_flops": plan.flops.total,
+    }
+    if plan.memory is None:
+        return out
+    memory, limits = plan.memory, plan.roofline
+    tokens = config.data.batch_size * config.data.max_length
+    out |= {
+        "memory": {
+            "parameters": memory.parameters,
+            "adapters": memory.adapters,
+            "optimizer": memory.optimizer,
+            "batch": memory.batch,
+            "temporaries": memory.temporaries,
+            "output": memory.output,
+            "total": memory.total,
+        },
+        "flops": plan.executed,
+        "hbm_bytes": plan.moved,
+        "collectives": collective_bytes(plan),
+        "seconds": {
+            "compute": limits.compute,
+            "HBM": limits.memory,
+            "ICI": limits.ici,
+            "DCN": limits.dcn,
+            "step": limits.step,
+        },
+        "bound": limits.bound,
+        "tokens_per_second_per_chip": tokens / topology.chips / limits.step,
+        "mfu_at_most": plan.flops.total / topology.chips / chip.flops / limits.step,
+        "unknown_loops": list(plan.unknown_loops),
+        "assumptions": list(ASSUMPTIONS),
+    }
+    return out
+
+
+def collective_bytes(plan: Plan) -> list[dict[str, Any]]:
+    """Of each kind over each mesh axis: how many, and the bytes that they bring to a chip."""
+    sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    for one in plan.collectives:
+        entry = sums[one.kind, one.axes]
+        entry[0] += one.times
+        entry[1] += one.ici
+        entry[2] += one.dcn
+    rows = sorted(sums.items(), key=lambda item: -sum(item[1][1:]))
+    return [
+        {"kind": kind, "axes": list(axes), "times": times, "ici": ici, "dcn": dcn}
+        for (kind, axes), (times, ici, dcn) in rows
+    ]
+
+
+def rows(report: dict[str, Any], topology: Topology) -> dict[str, str]:
+    """The lines of the table: {name: text}, from `as_json`."""
+    chip, usable = topology.chip, report["hbm_usable"]
+    mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
+    out = {
+        "chips": f"{report['chips']} of {chip.hbm / GIB:.0f} GiB and {chip.flops / 1e12:.0f} TFLOP/s, {topology}",
+        "mesh": mesh,
+        "step": f"{report['rows']} rows of {report['length']} tokens, {report['accumulate']} micro-batch(es), "
+        f"remat {report['remat']}",
+    }
+    if "memory" not in report:
+        return out | {
+            "memory": f"does not fit: {report['lacking'] / GIB:.2f} GiB more than the {usable / GIB:.2f} usable"
+        }
+    for name, size in report["memory"].items():
+        if name != "total":
+            out[f"  {name}"] = f"{size / GIB:8.3f} GiB"
+    total = report["memory"]["total"]
+    verdict = "fits" if report["fits"] else f"does not fit, by {report['lacking'] / GIB:.2f} GiB"
+    out["memory of a chip"] = f"{total / GIB:8.3f} GiB of {usable / GIB:.2f} usable: {verdict}"
+    out["FLOPs of a chip"] = (
+        f"{report['flops'] / 1e12:,.1f} TFLOP, of them {report['model_flops'] / report['chips'] / 1e12:,.1f} needed"
+    )
+    out["HBM traffic"] = f"{report['hbm_bytes'] / GIB:,.1f} GiB"
+    for one in report["collectives"]:
+        if one["ici"] + one["dcn"] > 2**20:
+            over = " x ".join(one["axes"])
+            parts = [f"{one[name] / GIB:,.3f} GiB over {name.upper()}" for name in ("ici", "dcn") if one[name]]
+            out[f"  {one['kind']} {over}"] = ", ".join(parts)
+    out["least time"] = ", ".join(
+        f"{name} {1000 * s:,.0f} ms" for name, s in report["seconds"].items() if name != "step"
+    )
+    out["step at least"] = f"{1000 * report['seconds']['step']:,.0f} ms, bound by {report['bound']}"
+    out["tokens/s and chip"] = f"{report['tokens_per_second_per_chip']:,.0f} at most"
+    out["MFU"] = f"{100 * report['mfu_at_most']:.0f}% at most"
+    if topology.slices > 1 and not any(one["dcn"] for one in report["collectives"]):
+        out["DCN"] = "what goes between slices was not found in the program and is not counted"
+    if report["unknown_loops"]:
+        out["loops counted once"] = ", ".join(report["unknown_loops"])
+    return out
+
+
+def tried(settings: list[Tried], config: ConfigDict, topology: Topology) -> list[dict[str, Any]]:
+    """Each setting that was tried and what came of it; those that fit first, by their time."""
+    out = []
+    for one in settings:
+        entry: dict[str, Any] = {"changes": list(one.candidate.changes), "fits": False}
+        if one.plan is None:
+            entry["reason"] = one.reason
+        else:
+            entry |= {"fits": one.plan.fits, "lacking": max(one.plan.lacking, 0.0)}
+            if one.plan.roofline is not None:
+                entry["total"] = one.plan.memory.total
+                entry["seconds"] = one.plan.roofline.step
+                entry["bound"] = one.plan.roofline.bound
+        out.append(entry)
+    return sorted(out, key=lambda entry: (not entry["fits"], entry.get("seconds", 0.0)))
+
+
+def tried_rows(entries: list[dict[str, Any]]) -> dict[str, str]:
+    out = {}
+    for entry in entries:
+        if "reason" in entry:
+            text = entry["reason"]
+        elif entry["fits"]:
+            step = f"step at least {1000 * entry['seconds']:,.0f} ms, bound by {entry['bound']}"
+            text = f"fits: {entry['total'] / GIB:.2f} GiB, {step}"
+        else:
+            text = f"does not fit, by {entry['lacking'] / GIB:.2f} GiB"
+        out[" ".join(f"--config.{change}" for change in entry["changes"])] = text
+    return out

@@ -1,0 +1,263 @@
+"""Times the real training step on whatever devices there are: python scripts/bench_step.py [--config configs/X.py]
+
+The model has the shapes of the config's model and random weights, made where they belong: nothing is downloaded. The
+default is LoRA on Llama 3.1 8B. Where that does not fit, cut it down with --layers, --batch and --length, or by any
+--config.a.b=value. Prints JSON; docs/performance.md says what the figures are.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict, config_flags
+
+from ftjax import cli, distributed, quant, tree
+from ftjax import config as configs
+from ftjax.errors import UserError
+from ftjax.models import kernels
+from ftjax.models.spec import DecoderSpec
+from ftjax.plan import model_spec
+from ftjax.planning import chips, compiled
+from ftjax.planning.compiled import Program
+from ftjax.state import TrainState
+from ftjax.tree import Tree
+
+ROOT = Path(__file__).parent.parent
+
+# Dense bfloat16 FLOP/s of a device, by what its name begins with: the makers' data sheets. TPUs: ftjax.planning.chips.
+GPU_PEAKS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, peak: float | None) -> dict:
+    """Compiles and runs the step; what came out as JSON values, times in seconds and memory in bytes.
+
+    peak: FLOP/s of a device; None: that of its kind, and no MFU where that is not known.
+    """
+    program = compiled.describe(config, spec, jax.devices())
+    with jax.set_mesh(program.mesh):
+        state, frozen, batch = arrays(program, config.adapter.dropout)
+        started = time.perf_counter()
+        step = program.step.lower(state, frozen, batch).compile()
+        compile_time = time.perf_counter() - started
+        for _ in range(warmup):
+            state, metrics = step(state, frozen, batch)
+            jax.block_until_ready(metrics)
+        times = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            state, metrics = step(state, frozen, batch)
+            jax.block_until_ready((state, metrics))
+            times.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        for _ in range(steps):  # as training does it: the next step is given before the last one is waited for
+            state, metrics = step(state, frozen, batch)
+        jax.block_until_ready((state, metrics))
+        back_to_back = (time.perf_counter() - started) / steps
+    loss = float(metrics["loss"])
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss}: these figures would be of no training step")
+
+    device = jax.devices()[0]
+    peak = peak or peak_of(device.device_kind)
+    tokens = config.data.batch_size * config.data.max_length
+    median, count = statistics.median(times), jax.device_count()
+    attention = kernels.choose(
+        config.model.attention, spec, jnp.dtype(config.model.dtype), config.data.max_length, program.mesh
+    )
+    return {
+        "model": config.model.source,
+        "layers": spec.num_hidden_layers,
+        "parameters": parameters(program),
+        "trained": tree.count(program.state.trainable),
+        "quantised": config.quantize.base,
+        "rows": config.data.batch_size,
+        "micro_batches": config.accumulate,
+        "length": config.data.max_length,
+        "remat": config.model.remat,
+        "attention": attention.name + (f" ({attention.reason})" if attention.reason else ""),
+        "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
+        "steps": steps,
+        "compile_time": compile_time,
+        "step_time": {"min": min(times), "median": median, "max": max(times), "back_to_back": back_to_back},
+        "tokens_per_second_per_device": tokens / median / count,
+        "flops_per_step": program.flops.total,
+        "peak_flops_per_device": peak,
+        "mfu": program.flops.total / median / count / peak if peak else None,
+        "memory": memory(step),
+        "loss": loss,
+        "hardware": {"device": device.device_kind, "devices": count, "processes": jax.process_count()},
+        "versions": versions(device),
+    }
+
+
+def arrays(program: Program, dropout: float) -> tuple[TrainState, Tree, dict[str, jax.Array]]:
+    """Arrays for the shapes of `program`, each made on the devices where it belongs.
+
+    Weights are random, because zeros take less power and so less time; the optimizer begins with zeros, as AdamW does.
+    """
+    rest = TrainState(program.state.step, {}, program.state.opt_state)
+    zeros = filled({path: (leaf, 0.0) for path, leaf in enumerate(jax.tree.leaves(rest))})
+    zeros = jax.tree.unflatten(jax.tree.structure(rest), list(zeros.values()))
+    leaves = tree.flatten(tree.combine(program.state.trainable, program.frozen))
+    constants = {path: (leaf, constant(path, leaf, dropout)) for path, leaf in leaves.items()}
+    made = filled({path: pair for path, pair in constants.items() if pair[1] is not None})
+    for number, (path, leaf) in enumerate(leaves.items()):
+        if path not in made:
+            key = jax.random.fold_in(jax.random.key(0), number)
+            made[path] = random_like(leaf.shape, leaf.dtype, leaf.sharding)(key)
+    trainable = {path: made[path] for path in tree.flatten(program.state.trainable)}
+    frozen = {path: made[path] for path in tree.flatten(program.frozen)}
+    state = TrainState(zeros.step, tree.unflatten(trainable), zeros.opt_state)
+    return state, tree.unflatten(frozen), make_batch(program)
+
+
+def parameters(program: Program) -> int:
+    """How many the base has, those that a quantised kernel stands for included."""
+    every = tree.combine(program.state.trainable, program.frozen)
+    return tree.count(every["params"]) + quant.count(every.get("quant", {}))
+
+
+def constant(path: str, leaf: jax.ShapeDtypeStruct, dropout: float) -> float | None:
+    """What all elements of a parameter are; None: they are random."""
+    if path.startswith("quant/"):  # the codes are random, and their scales not
+        return None if jnp.issubdtype(leaf.dtype, jnp.integer) else 1e-3
+    values = {"scale": 1.0, "bias": 0.0, "sinks": 0.0, "lora_b": 0.0, "lora_scale": 2.0, "lora_dropout": dropout}
+    return (values | {"lora_magnitude": 1.0}).get(path.rpartition("/")[2])
+
+
+def filled(wanted: dict) -> dict:
+    """{path: (shape, value)} -> {path: array}."""
+
+    def make():
+        return {path: jnp.full(leaf.shape, value, leaf.dtype) for path, (leaf, value) in wanted.items()}
+
+    return jax.jit(make, out_shardings={path: leaf.sharding for path, (leaf, _) in wanted.items()})()
+
+
+@functools.cache
+def random_like(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    """A function from a key to a parameter of a usual size; stacked ones layer by layer, which needs little memory."""
+
+    def one(key, shape):
+        if jnp.issubdtype(dtype, jnp.integer):
+            return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), dtype)
+        return jax.random.normal(key, shape, dtype) * 0.02
+
+    def make(key):
+        if len(shape) < 3:
+            return one(key, shape)
+        return jax.lax.map(lambda key: one(key, shape[1:]), jax.random.split(key, shape[0]))
+
+    return jax.jit(make, out_shardings=sharding)
+
+
+def make_batch(program: Program) -> dict[str, jax.Array]:
+    """Rows of one document each, all of whose tokens are trained on: what `flops_per_step` counts."""
+    shape = program.batch["tokens"].shape
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, program.spec.vocab_size, (*shape[:-1], shape[-1] + 1), np.int32)
+    host = {
+        "tokens": ids[..., :-1],
+        "targets": ids[..., 1:],
+        "weights": np.ones(shape, np.float32),
+        "positions": np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape),
+        "segment_ids": np.ones(shape, np.int32),
+    }
+    return {
+        name: jax.make_array_from_callback(shape, leaf.sharding, lambda index, name=name: host[name][index])
+        for name, leaf in program.batch.items()
+    }
+
+
+def peak_of(kind: str) -> float | None:
+    known = {chip.devices: chip.flops for chip in chips.CHIPS.values()}
+    if kind in known:
+        return known[kind]
+    return next((peak for name, peak in GPU_PEAKS.items() if kind.startswith(name)), None)
+
+
+def memory(step: jax.stages.Compiled) -> dict[str, int | None]:
+    """Bytes on a device: the allocator's peak and limit (backends that keep count), and the compiler's own figures."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    analysis = step.memory_analysis()
+    peaks = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
+    return {
+        "peak": max(peaks) if peaks else None,
+        "limit": stats[0].get("bytes_limit"),
+        "compiled_arguments": getattr(analysis, "argument_size_in_bytes", None),
+        "compiled_temporaries": getattr(analysis, "temp_size_in_bytes", None),
+    }
+
+
+def versions(device: jax.Device) -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": str(device.client.platform_version).split("\n")[0]}
+    for name in ("ftjax", "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "nvidia-cudnn-cu12"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False)
+    return found | ({"commit": commit.stdout.strip()} if commit.returncode == 0 else {})
+
+
+def cut(spec: DecoderSpec, layers: int) -> DecoderSpec:
+    """The model with its first layers only."""
+    if not 1 <= layers <= spec.num_hidden_layers:
+        raise UserError(f"--layers {layers}: the model has {spec.num_hidden_layers}")
+    per_layer = {name: getattr(spec, name)[:layers] for name in ("layer_ropes", "layer_windows", "attention_scales")}
+    return dataclasses.replace(spec, num_hidden_layers=layers, **per_layer)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
+    with distributed.connected(flags.FLAGS):
+        config = _CONFIG.value
+        for key, value in (("batch_size", _BATCH.value), ("max_length", _LENGTH.value)):
+            if value is not None:
+                config.data[key] = value
+        configs.validate(config, data=False)
+        spec = model_spec(config.model.source)
+        if _LAYERS.value is not None:
+            spec = cut(spec, _LAYERS.value)
+        peak = _PEAK.value * 1e12 if _PEAK.value else None
+        result = benchmark(config, spec, _WARMUP.value, _STEPS.value, peak)
+        if distributed.is_first():
+            print(json.dumps(result, indent=2), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "bench_step.py"  # absl shows in --help the flags defined under this name
+    distributed.define_flags()
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", str(ROOT / "configs/llama3_1_8b_lora.py"), help_string="whose step is timed"
+    )
+    _LAYERS = flags.DEFINE_integer("layers", None, "only so many of the model's layers", lower_bound=1)
+    _BATCH = flags.DEFINE_integer("batch", None, "config.data.batch_size: rows over all devices", lower_bound=1)
+    _LENGTH = flags.DEFINE_integer("length", None, "config.data.max_length: tokens in a row", lower_bound=2)
+    _WARMUP = flags.DEFINE_integer("warmup", 3, "steps before the clock starts", lower_bound=1)
+    _STEPS = flags.DEFINE_integer("steps", 20, "steps that are timed", lower_bound=1)
+    _PEAK = flags.DEFINE_float("peak", None, "TFLOP/s of a device in bfloat16, where its kind is not known", 0.0)
+    cli.run(main)

@@ -1,0 +1,69 @@
+"""Pieces are all of a row's tokens in order, and readable: whole characters, special tokens by name."""
+
+import numpy as np
+import pytest
+from chat_templates import CHATML, HEADERS
+
+from ftjax.data import chat
+from ftjax.data.example import Row
+from ftjax.data.formats import check_row
+from ftjax.inspection.pieces import examples_of, pieces, plain
+
+TEXT = "Where is my order? 日本 🙂 \ufffd caf\u00e9\n\ttab"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(make_tokenizer):
+    return make_tokenizer(HEADERS, eos="<|eot|>", bos="<s>")
+
+
+def shown(tokenizer, text=TEXT):
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    example = chat.tokenize(Row({"messages": messages}, "x:1"), tokenizer)
+    return example, pieces(example.tokens, example.trained, tokenizer)
+
+
+def test_pieces_are_the_text_and_their_tokens_are_all_tokens(tokenizer):
+    example, found = shown(tokenizer)
+    assert "".join(piece.text for piece in found) == tokenizer.decode(example.tokens)
+    assert sum(piece.tokens for piece in found) == len(example.tokens)
+    trained = sum(piece.tokens for piece in found if piece.trained)
+    assert trained == example.trained.sum()
+    assert "".join(piece.text for piece in found if piece.trained) == TEXT + "<|eot|>"
+
+
+def test_characters_of_several_tokens_are_whole(tokenizer):
+    _, found = shown(tokenizer)
+    assert sum("\ufffd" in piece.text for piece in found) == 2  # the two that are really there
+    assert any(piece.text == "🙂" and piece.tokens > 1 for piece in found) or any("🙂" in piece.text for piece in found)
+
+
+def test_special_tokens_bos_and_eos_are_marked(tokenizer):
+    _, found = shown(tokenizer)
+    assert (found[0].text, found[0].special) == ("<s>", "bos")
+    assert {piece.special for piece in found if piece.text == "<|eot|>"} == {"eos"}
+    assert {piece.special for piece in found if piece.text == "<|start|>"} == {"special"}
+
+
+def test_a_bos_is_named_only_where_the_row_begins(make_tokenizer):
+    _, found = shown(make_tokenizer(CHATML, bos="<|im_start|>"))
+    assert [piece.special for piece in found if piece.text == "<|im_start|>"] == ["bos", "special", "special"]
+
+
+def test_without_colour_trained_tokens_stand_in_brackets(make_tokenizer):
+    found = pieces([5, 6], np.array([False, False]), make_tokenizer(CHATML))
+    assert "[[" not in plain(found)
+    _, found = shown(make_tokenizer(CHATML), "a b")
+    text = plain(found)
+    assert text.count("[[") == text.count("]]") == 1
+    inside = text.split("[[")[1].split("]]")[0]
+    assert inside.replace("|", "") == "a b<im_end>(EOS)"
+    assert "⏎" in text
+
+
+def test_a_preference_shows_both_answers_and_an_unpaired_row_its_label(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML)
+    pair = check_row({"prompt": "q", "chosen": "good", "rejected": "bad"}, "x:1")
+    assert [name for name, _ in examples_of(pair, tokenizer, None, "assistant")] == ["chosen", "rejected"]
+    label = check_row({"prompt": "q", "completion": "a", "label": False}, "x:1")
+    assert [name for name, _ in examples_of(label, tokenizer, None, "assistant")] == ["bad"]

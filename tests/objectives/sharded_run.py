@@ -1,0 +1,81 @@
+"""Run by test_cross_entropy_sharded.py in a process with 8 devices: the loss on several meshes, as JSON."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax import sharding
+from ftjax.objectives import head as heads
+from ftjax.objectives.cross_entropy import Chunks, cross_entropy
+
+BATCH, LENGTH, WIDTH, VOCAB, RANK = 8, 6, 16, 96, 4
+MESHES = {
+    "fsdp=8": {"fsdp": 8},
+    "fsdp=4 x tensor=2": {"fsdp": 4, "tensor": 2},
+    "data=2 x fsdp=2 x tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "tensor=8": {"tensor": 8},
+    "data=8": {"data": 8},
+    "fsdp=2 x context=2 x tensor=2": {"fsdp": 2, "context": 2, "tensor": 2},
+}
+
+
+def unembed(head, hidden, rng):
+    head = {path.rpartition("/")[2]: leaf for path, leaf in head.items()}
+    low_rank = (hidden @ head["lora_a"]) @ head["lora_b"]
+    return hidden @ head["kernel"] + head["bias"] + low_rank
+
+
+def numbers():
+    rng = np.random.default_rng(0)
+    head = {
+        "params/lm_head/kernel": rng.standard_normal((WIDTH, VOCAB)),
+        "params/lm_head/bias": rng.standard_normal(VOCAB),
+        "lora/lm_head/lora_a": rng.standard_normal((WIDTH, RANK)) * 0.3,
+        "lora/lm_head/lora_b": rng.standard_normal((RANK, VOCAB)) * 0.3,
+    }
+    hidden = rng.standard_normal((BATCH, LENGTH, WIDTH))
+    targets = rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
+    weights = (rng.random((BATCH, LENGTH)) < 0.6) * rng.random((BATCH, LENGTH))
+    return jax.tree.map(lambda x: x.astype(np.float32), (head, hidden)), targets, weights.astype(np.float32)
+
+
+def naive(head, hidden, targets, weights):
+    logits = unembed(head, hidden, None)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    correct = jnp.sum((logits.argmax(-1) == targets) * weights)
+    return -jnp.sum(picked * weights), correct
+
+
+def main():
+    (head, hidden), targets, weights = numbers()
+    wanted = jax.value_and_grad(naive, argnums=(0, 1), has_aux=True)(head, hidden, targets, weights)
+    (loss, correct), (d_head, d_hidden) = wanted
+    out = {}
+    for name, sizes in MESHES.items():
+        mesh = sharding.make_mesh(sizes)
+
+        def ours(head, hidden, targets, weights):
+            totals = cross_entropy(unembed, head, hidden, targets, weights, None, Chunks(20, 5))
+            return totals["loss"], totals["correct"]
+
+        with jax.set_mesh(mesh):
+            placed = {path: sharding.place(mesh, heads.axes(path), leaf) for path, leaf in head.items()}
+            rows = [sharding.place(mesh, ("batch", "length"), array) for array in (targets, weights)]
+            at = sharding.place(mesh, ("batch", "length", "width"), hidden)
+            found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(placed, at, *rows)
+        (its_loss, its_correct), (its_head, its_hidden) = found
+        errors = {path: float(np.abs(np.asarray(its_head[path]) - d_head[path]).max()) for path in head}
+        errors["hidden"] = float(np.abs(np.asarray(its_hidden) - d_hidden).max())
+        out[name] = {
+            "loss": abs(float(its_loss - loss) / float(loss)),
+            "correct": abs(float(its_correct - correct)),
+            "gradients": errors,
+        }
+    out["largest"] = float(max(np.abs(leaf).max() for leaf in d_head.values()))
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The loss and its gradients where tokens, the model's width and the vocabulary are split, against the whole logits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def found():
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    script = Path(__file__).parent / "sharded_run.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_every_mesh_gives_the_same_loss_and_gradients(found, record_figure):
+    assert found.pop("largest") > 1, "there is something to compare"
+    assert len(found) == 6
+    for mesh, errors in found.items():
+        assert errors["loss"] < 1e-6, mesh
+        assert errors["correct"] < 1e-5, mesh
+        assert max(errors["gradients"].values()) < 2e-5, (mesh, errors)
+    record_figure("largest error of a gradient", max(max(one["gradients"].values()) for one in found.values()))

@@ -1,0 +1,76 @@
+"""Steps of small models compiled for absent TPUs, in a process each; collective bytes counted by hand beside them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("libtpu")
+HERE = Path(__file__).parent
+
+
+def run(case, limit=500):
+    """What planned_run.py prints for a case."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "planned_run.py"), case],
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def products():
+    return run("products")
+
+
+def test_a_gathered_weight_counts_once_a_layer(products):
+    """Six layers [256, 512] bfloat16 over four chips: each gets three quarters of each layer from the others."""
+    assert products["gather"]["ici"] == 6 * 256 * 512 * 2 * 3 / 4
+    assert products["gather"]["axes"] == ["fsdp"]
+
+
+def test_flops_of_a_scan_are_those_of_all_its_layers(products):
+    assert products["flops"] == 6 * 2 * 128 * 256 * 512
+    # The compiler's own analysis counts the loop's body once: why this project counts for itself.
+    assert products["compiler_flops"] < products["flops"] / 2
+
+
+def test_too_large_is_told_by_how_much(products):
+    assert products["lacking"] == (64 - 15.75) * 2**30
+
+
+@pytest.mark.slow
+def test_bytes_grow_with_the_rank():
+    found = run("ranks")
+    low, high = found["8"], found["64"]
+    # float32 on each of 4 chips: adapters, two moments; gradients are among the temporaries.
+    grown = 56 / 8 * low["adapters"]
+    assert high["adapters"] - low["adapters"] == pytest.approx(grown, rel=0.02)
+    assert high["optimizer"] - low["optimizer"] == pytest.approx(2 * grown, rel=0.02)
+    assert high["temporaries"] - low["temporaries"] >= 0.9 * grown
+    assert low["flops"] < high["flops"]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_vocabulary(record_figure):
+    """Temporaries of 32,000 and 256,000 tokens of vocabulary: apart from the head's own part of the gradient."""
+    found = run("vocabulary")
+    small, large = found["32000"], found["256000"]
+    record_figure("temporaries of 256k over 32k", large["temporaries"] / small["temporaries"])
+    assert large["temporaries"] < 1.25 * small["temporaries"]
+
+
+@pytest.mark.slow
+def test_two_plans_at_a_time_do_not_collide():
+    command = [sys.executable, str(HERE / "planned_run.py"), "products"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) for _ in range(2)]
+    results = [process.communicate(timeout=500) for process in both]
+    assert [process.returncode for process in both] == [0, 0], results

@@ -1,0 +1,32 @@
+"""Stands in for the interpreter that runs ftjax.train: notes its arguments, then does what $FAKE/plan says.
+
+The plan is a list, one entry for each start of this host: a status to end with, "preempt" (the slice is taken away) or
+"wait" (until SIGTERM, then 75).
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+fake, host = Path(os.environ["FAKE"]), Path(os.environ["HOME"]).name
+starts = fake / f"starts-{host}"
+done = len(starts.read_text().splitlines()) if starts.exists() else 0
+plan = json.loads((fake / "plan").read_text())
+record = {"arguments": sys.argv[1:], "cwd": os.getcwd(), "pid": os.getpid(), "note": os.environ.get("NOTE")}
+act = plan[min(done, len(plan) - 1)]
+if act == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+with starts.open("a") as file:
+    file.write(json.dumps(record) + "\n")
+print("step 1", flush=True)
+if act == "wait":
+    time.sleep(60)
+if act == "preempt":
+    (fake / ("queue" if (fake / "queue").exists() else "state")).write_text(
+        "SUSPENDED" if (fake / "queue").exists() else "PREEMPTED"
+    )
+    act = 75
+sys.exit(act)

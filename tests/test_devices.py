@@ -1,0 +1,65 @@
+"""Whole runs on several devices, and what is said of a mesh that a run cannot have (docs/devices.md)."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from runs import command, finish, write_run
+from tiny import CONFIG, spec
+
+from ftjax import config as configs
+from ftjax import sharding
+from ftjax import train as train_module
+from ftjax.errors import UserError
+from ftjax.models.families import spec_from_config
+
+MIXTURE = spec_from_config(CONFIG | {"model_type": "mixtral", "num_local_experts": 6})
+
+
+def check(model, sizes, **changes):
+    config = configs.defaults()
+    config.model.source = "some/model"
+    config.update_from_flattened_dict({"data.max_length": 96, "data.batch_size": 8} | changes)
+    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES), sharding.MESH_AXES)
+    train_module._check_mesh(config, SimpleNamespace(model=SimpleNamespace(spec=model)), mesh)
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "changes", "message"),
+    [
+        (spec(), {"fsdp": 16}, {}, "batch_size=8 in 1 micro-batch(es) is 8 rows, not a multiple of"),
+        (spec(), {"data": 2, "fsdp": 2}, {"accumulate": 4}, "data x fsdp x expert = 4; set it to a multiple of 16"),
+        (spec(), {"context": 5}, {}, "max_length=96 is not a multiple of config.mesh.context=5"),
+        (spec(), {"expert": 2}, {}, "config.mesh.expert=2: some/model has no experts to split"),
+        (MIXTURE, {"expert": 4}, {}, "config.mesh.expert=4: some/model has 6 experts to split"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_work_is_refused(model, sizes, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        check(model, sizes, **changes)
+
+
+def test_a_mesh_that_divides_the_work_is_not():
+    check(spec(), {"data": 2, "fsdp": 2, "tensor": 3, "context": 4})
+    check(MIXTURE, {"fsdp": 4, "expert": 2, "context": 3})
+
+
+def losses(workdir):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [record[name] for record in records for name in ("loss", "eval_loss") if name in record]
+
+
+def test_a_run_over_four_devices_offloaded_and_split_along_the_rows(tmp_path):
+    config = ["ftjax.train", f"--config={write_run(tmp_path)}", "--config.steps=4", "--config.eval_every=2"]
+    finish(command(*config, f"--workdir={tmp_path / 'one'}"))
+    split = ["mesh.fsdp=1", "mesh.tensor=2", "mesh.context=2", "model.remat=offload", "model.attention=splash"]
+    split = [f"--config.{change}" for change in split]
+    said = finish(command(*config, *split, f"--workdir={tmp_path / 'four'}", devices=4))
+    assert "tensor=2 x context=2" in said
+    assert "splash is for tpu devices, and these are cpu" in " ".join(said.split())
+    one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
+    assert len(one) == 4 + 3
+    np.testing.assert_allclose(four, one, rtol=1e-5)
