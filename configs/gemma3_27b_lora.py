@@ -1,4 +1,7 @@
-"""LoRA on Gemma 3 27B, whose layers mostly see 1,024 tokens back, sized for a v5e-16: set --config.data.train."""
+"""LoRA on Gemma 3 27B, whose layers mostly see 1,024 tokens back: set --config.data.train.
+
+One row of 4,096 tokens a chip; planned for v5e:4x4 (docs/plan.md).
+"""
 
 from ml_collections import ConfigDict
 

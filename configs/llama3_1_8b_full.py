@@ -1,4 +1,7 @@
-"""All weights of Llama 3.1 8B, 4,096 tokens to a row, sized for a v5e-16: set --config.data.train."""
+"""All weights of Llama 3.1 8B: set --config.data.train.
+
+4,096 tokens to a row, one row a chip at a time; planned for v5e:4x4 (docs/plan.md).
+"""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,7 @@
-"""LoRA on Llama 3.1 8B, one row of 4,096 tokens a chip on a v5e-16: set --config.data.train."""
+"""LoRA on Llama 3.1 8B: set --config.data.train.
+
+One row of 4,096 tokens a chip; planned for v5e:4x4 (docs/plan.md).
+"""
 
 from ml_collections import ConfigDict
 

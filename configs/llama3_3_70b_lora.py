@@ -1,4 +1,7 @@
-"""LoRA on Llama 3.3 70B, 4,096 tokens to a row, sized for a v5e-32: set --config.data.train."""
+"""LoRA on Llama 3.3 70B: set --config.data.train.
+
+One row of 4,096 tokens a chip; planned for v5e:4x8 (docs/plan.md).
+"""
 
 from ml_collections import ConfigDict
 

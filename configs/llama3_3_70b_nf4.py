@@ -1,4 +1,7 @@
-"""LoRA on Llama 3.3 70B with its base in 4 bits (QLoRA), sized for a v5e-16: set --config.data.train."""
+"""LoRA on Llama 3.3 70B with its base in 4 bits (QLoRA): set --config.data.train.
+
+One row of 4,096 tokens a chip; planned for v5e:4x4 (docs/plan.md).
+"""
 
 from ml_collections import ConfigDict
 

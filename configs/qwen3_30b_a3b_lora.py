@@ -1,4 +1,7 @@
-"""LoRA on the attention of Qwen3-30B-A3B, a mixture of 128 experts, sized for a v5e-16: set --config.data.train."""
+"""LoRA on the attention of Qwen3-30B-A3B, a mixture of 128 experts: set --config.data.train.
+
+One row of 4,096 tokens a chip; planned for v5e:4x4 (docs/plan.md).
+"""
 
 from ml_collections import ConfigDict
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ftjax import config as configs
-from ftjax import continued, lora, optim, quant, sharding, tree
+from ftjax import continued, distributed, lora, optim, quant, sharding, tree
 from ftjax.checkpoint import Checkpoints
 from ftjax.data import tokenizer as tokenizers
 from ftjax.errors import UserError
@@ -120,6 +120,8 @@ def load_variables(config: ConfigDict, base: Base, abstract: Tree) -> Tree:
     The adapters are fresh ones, or those of config.adapter.source with what was trained whole beside them.
     """
     variables = weights.load_variables(base.reader, base.model.spec, abstract["params"], abstract.get("quant"))
+    with distributed.together("reading the weights", limit=distributed.LOADING_SECONDS):
+        pass  # some hosts read faster, and what they compute together next waits for none
     if "lora" not in abstract:
         return variables
     if (stored := continued.stored_adapter(config, base.model.spec)) is not None:

@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from ftjax import digest, distributed
 from ftjax.distributed import Meetings, is_first
-from ftjax.errors import UserError
+from ftjax.errors import Unlucky, UserError
 
 _WRITING = "writing-"  # Orbax, in turn, writes to `writing-<step>.orbax-checkpoint-tmp`
 _TRASH = "trash-"
@@ -50,7 +50,7 @@ class Checkpoints:
     A writer must be the only one (`ftjax.workdir.lock`): what an interrupted save left is removed when it opens.
     `read_only` neither creates nor removes anything, and may look on while another process writes.
 
-    One save is written at a time, in the background. Its failure is raised, once, as UserError by whichever method
+    One save is written at a time, in the background. Its failure is raised, once, as Unlucky by whichever method
     is called next. Every method waits for it first.
 
     With several processes all of them call each method, `score` apart, alike and in the same order; what fails in one
@@ -107,14 +107,14 @@ class Checkpoints:
             self._writer.shutdown()
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises UserError if the last save failed."""
+        """Return when nothing is being written. Raises Unlucky if the last save failed."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         step, future = pending
         error = future.exception()
         if error is not None:
-            raise UserError(
+            raise Unlucky(
                 f"{self.directory}: saving step {step}, or removing older steps after it, failed: "
                 f"{type(error).__name__}: {error}. Free space or restore access, then run the same command again: it "
                 f"resumes from step {max(self._complete(), default=0)}."
@@ -126,7 +126,7 @@ class Checkpoints:
         Returns once the arrays are on the host: they may be donated and `meta` changed afterwards.
 
         Raises:
-          UserError: the save before this one failed.
+          Unlucky: the save before this one failed.
           ValueError, TypeError: not a step newer than all in the directory, not arrays, or not JSON (a tuple or an
             integer key would come back as something else).
         """
@@ -192,8 +192,9 @@ class Checkpoints:
             the user to ask for.
         """
         self.wait()
-        newest = self._of_first(max(self._numbered(), default=None))
-        if newest is not None and newest not in self._complete():
+        newest = max(self._numbered(), default=None)
+        newest, whole = self._of_first([newest, newest in self._complete()])
+        if newest is not None and not whole:
             raise self._unusable(newest, f"it is incomplete, {digest.FILE} is missing")
         return newest
 
@@ -221,7 +222,7 @@ class Checkpoints:
         self.wait()
         if step is None:
             raise UserError(f"{self.directory} holds no checkpoint. Check --workdir, or train first.")
-        if step not in self._numbered():
+        if not self._of_first(step in self._numbered()):
             raise UserError(f"{self.directory} holds no step {step}. Complete steps: {self._complete() or 'none'}.")
         path = self.directory / str(step)
         record = self._record(step)
@@ -253,9 +254,9 @@ class Checkpoints:
                         self._remove(aside)
                     path.rename(aside)
 
-    def _of_first(self, step: int | None) -> int | None:
+    def _of_first(self, found: Any) -> Any:
         """What the first process has found: a disk that several hosts share may show each of them another moment."""
-        return json.loads(self._here.tell(json.dumps(step)))
+        return json.loads(self._here.tell(json.dumps(found)))
 
     def _found_by_any(self, names: list[str]) -> list[str]:
         """The names that any process has found, in all of them."""
@@ -317,13 +318,14 @@ class Checkpoints:
         """Delete a directory such that no half of it ever stands under its name."""
         trash = path.with_name(_TRASH + path.name)
         path.rename(trash)
-        shutil.rmtree(trash)
+        # A network disk keeps files that somebody still reads: what stays of it goes the next time.
+        shutil.rmtree(trash, ignore_errors=True)
 
     def _clean(self) -> None:
         """Remove what an interrupted save or removal left."""
         for path in self.directory.iterdir():
             if path.name.startswith((_WRITING, _TRASH)):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _share(names: Any) -> list[str]:

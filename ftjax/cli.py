@@ -1,6 +1,7 @@
 """What every command line shares: flags, and mistakes told in one message instead of a traceback."""
 
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from ftjax.errors import UserError
+from ftjax.errors import Unlucky, UserError
 
 EXIT_MISTAKE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved on SIGTERM; the same command goes on
@@ -38,6 +39,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 def explain(error: BaseException) -> tuple[int, str]:
     """The exit status that an error ends a command line with, and what is printed."""
+    if isinstance(error, Unlucky):
+        return 1, f"error: {error}"
     if isinstance(error, UserError):
         return EXIT_MISTAKE, f"error: {error}"
     if isinstance(error, OSError):  # a full disk, a file that went away: nothing that a traceback would explain
@@ -75,10 +78,27 @@ def _not_loaded(error: Exception) -> str:
     return f"the config file does not load: {type(error).__name__}: {str(error).splitlines()[-1].strip()}"
 
 
+# What ml_collections says of a value that does not fit the default of its key.
+_CAST = re.compile(
+    r"Could not override field '(\w+)'.*?\. (.*) is of original type <class '([\w.]+)'> and cannot be casted to type "
+    r"<class '([\w.]+)'>",
+    re.DOTALL,
+)
+
+
+def _mistyped(key: str, value: str, given: str, wanted: str) -> str:
+    if wanted == "tuple" and given != "list":
+        one = repr(value) if given == "str" else "{...}" if given.endswith(("dict", "ConfigDict")) else value.strip()
+        return f"{key} must be a tuple, also where it holds only one; write ({one},)"
+    return f"{key} must be of the type {wanted}, and {' '.join(value.split())!r} is of {given.rsplit('.', 1)[-1]}"
+
+
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
+        if refused := _CAST.search(str(error)):
+            raise UserError(f"the config was refused: {_mistyped(*refused.groups())}") from error
         raise UserError(f"{str(error).splitlines()[-1]}. --help shows the flags") from error
     except (OSError, SyntaxError, ImportError, NameError) as error:
         raise UserError(_not_loaded(error)) from error

@@ -55,6 +55,11 @@ def path_of(module: str) -> str:
     return f"{module}/embedding" if module == EMBEDDING else f"{module}/kernel"
 
 
+def digest(config: ConfigDict) -> str | None:
+    """Of the adapter directory that the run goes on from, None where there is none."""
+    return directory_digest(Path(config.adapter.source).expanduser()) if config.adapter.source else None
+
+
 def pin(config: ConfigDict, workdir: Path, fresh: bool) -> None:
     """Keeps the digest of the adapter directory in a fresh run's workdir; UserError if it is another one later on.
 
@@ -62,10 +67,10 @@ def pin(config: ConfigDict, workdir: Path, fresh: bool) -> None:
     """
     if not config.adapter.source:
         return
-    digest, file = directory_digest(Path(config.adapter.source).expanduser()), workdir / _PIN
+    file, now = workdir / _PIN, digest(config)
     if fresh:
-        replace_text(file, json.dumps({"source": config.adapter.source, "sha256": digest}, indent=2) + "\n")
-    elif read_json(file).get("sha256") != digest:
+        replace_text(file, json.dumps({"source": config.adapter.source, "sha256": now}, indent=2) + "\n")
+    elif read_json(file).get("sha256") != now:
         raise UserError(
             f"{config.adapter.source}: this adapter has changed since the run in {workdir} went on from it; restore "
             "it, or choose another --workdir"

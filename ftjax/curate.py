@@ -39,7 +39,10 @@ from ftjax.weights.source import locate
 
 def dedup(rows: Rows, out: Output, drops: Drops, args: argparse.Namespace) -> None:
     against = _opened(args.against, args.format) if args.against else None
-    curation.dedup(rows, out, drops, args.method == "near", args.threshold, args.by == "prompt", against)
+    unread = curation.dedup(rows, out, drops, args.method == "near", args.threshold, args.by == "prompt", against)
+    for count, places in unread.reasons.values():
+        where = ", ".join(places)
+        print(f"warning: {count:,} rows of --against cannot be read and were not compared: {where}", file=sys.stderr)
 
 
 def filter_rows(rows: Rows, out: Output, drops: Drops, args: argparse.Namespace) -> None:
@@ -153,7 +156,14 @@ def _inputs(rows: Rows) -> list[Path]:
     """The files behind the inputs, as far as they are files here: nothing may be written onto them."""
     found = []
     for source in rows.sources:
-        found += [Path(source.name), *map(Path, glob.glob(source.name, recursive=True))]
+        name = source.name
+        if "://" in name:
+            import fsspec  # it has opened this source already
+            from fsspec.implementations.local import LocalFileSystem
+
+            system, path = fsspec.core.url_to_fs(name)
+            name = path if isinstance(system, LocalFileSystem) else name
+        found += [Path(name), *map(Path, glob.glob(name, recursive=True))]
     return found
 
 

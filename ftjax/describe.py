@@ -41,8 +41,7 @@ def run(
         **({"quantised": _size(packed, stands_for) + f", {config.quantize.base}"} if packed else {}),
         "mesh": _mesh(mesh, base, abstract["params"]),
         "attention": _attention(config, base, mesh),
-        "data": f"{report['examples']:,} examples, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them "
-        f"trained; longest {report['longest']}, truncated {report['truncated']}, dropped {report['dropped']}",
+        "data": counted(report),
         "batch": f"{data.batch_size} rows of {data.max_length} tokens"
         + (", packed" if data.packing else f", not packed but padded to {', '.join(map(str, loader.lengths))} tokens,")
         + f" {loader.packing_efficiency():.1%} full"
@@ -50,6 +49,15 @@ def run(
         "steps": f"{steps} ({loader.epoch_at(steps):.2f} epochs), learning rate {configs.learning_rate(config):g}, "
         f"{config.schedule.name}",
     }
+
+
+def counted(report: dict[str, int]) -> str:
+    """What `tokenising.tokenise` counted."""
+    bad = f", bad rows skipped {report['bad_rows']}" if report["bad_rows"] else ""
+    return (
+        f"{report['examples']:,} examples, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them trained; "
+        f"longest {report['longest']}, truncated {report['truncated']}, dropped {report['dropped']}{bad}"
+    )
 
 
 def result(workdir: Path, best: int | None) -> dict[str, str]:

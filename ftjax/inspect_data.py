@@ -32,7 +32,7 @@ from ftjax import config as configs
 from ftjax.data import checks
 from ftjax.data.rows import Rows
 from ftjax.data.sources import TASK, read_sources
-from ftjax.errors import UserError
+from ftjax.errors import SourceError, UserError
 from ftjax.inspection import page, terminal
 from ftjax.inspection.pieces import Piece, examples_of, pieces
 from ftjax.inspection.survey import Epoch, Settings, Survey, epoch_of, survey
@@ -55,6 +55,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
         config.steps,
         config.epochs,
         data.max_bad_rows,
+        config.objective.name,
     )
     speed = speed_of(options["tokens_per_second"], options["workdir"])
     train = read_sources(configs.sources(config, "train"), data.max_bad_rows, data.holdout)
@@ -83,6 +84,8 @@ def inspect(config: ConfigDict, options: dict) -> int:
             if row is None:
                 return None
             examples = examples_of(row, base.tokenizer, vocab_size, data.train_on)
+        except SourceError:
+            raise
         except UserError:
             return None  # it is among the findings
         return row.origin, [(name, pieces(one.tokens, one.trained, base.tokenizer)) for name, one in examples]

@@ -65,9 +65,7 @@ class Loop:
     checkpoint_every: int
 
 
-def run(
-    loop: Loop, state: TrainState, frozen: Tree, saved: int | None, num_tokens: int, evaluated: bool
-) -> TrainState:
+def run(loop: Loop, state: TrainState, frozen: Tree, saved: int | None, num_tokens: int, evaluated: bool) -> TrainState:
     """Trains from `state.step` to `loop.total_steps`.
 
     saved: the step whose checkpoint `state` is, None for a fresh one; num_tokens: non-padding tokens seen before it;
@@ -94,7 +92,7 @@ def run(
                     "config.optimizer.learning_rate, raise config.schedule.warmup_ratio or look at the batch's data"
                 )
             num_tokens += one.tokens
-            metrics |= timer.lap(one.tokens, one.waited)
+            metrics |= timer.lap(one.tokens)
             if loop.token_share is not None and "tokens_per_second" in metrics:
                 metrics["mfu"] = loop.token_share * metrics["tokens_per_second"]
             loop.progress.step(one.step, metrics)
@@ -109,6 +107,7 @@ def run(
         if saved != done:
             loop.checkpoints.save(done, state, loop.meta | {"num_tokens": num_tokens})
             saved = done
+            timer.restart()
 
     with Prefetched(lambda index: (loop.batch_at(index), loop.tokens_at(index)), stop=loop.total_steps) as batch_at:
         try:
@@ -131,7 +130,8 @@ def run(
                 batch, tokens = batch_at(done)
                 state, metrics = loop.step(state, frozen, place_batch(loop.mesh, batch, loop.accumulate))
                 done += 1
-                started.append(_Started(done, metrics, tokens, batch["tokens"].size, batch_at.waited))
+                started.append(_Started(done, metrics, tokens, batch["tokens"].size))
+                timer.waited += batch_at.waited
                 look(leave=1)
         except Preempted:
             save()
@@ -145,7 +145,6 @@ class _Started(NamedTuple):
     metrics: dict[str, jax.Array]
     tokens: int  # of its batch, without padding
     places: int  # of its batch, with padding
-    waited: float  # seconds for the batch
 
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulate: int) -> dict[str, jax.Array]:
@@ -163,22 +162,23 @@ def _eval_due(loop: Loop, step: int) -> bool:
 
 
 class _Timer:
-    """Times of the last step; the first lap, which compiles, has none."""
+    """Times from one look at a step to the next; the first lap, which compiles, has none."""
 
     def __init__(self):
         self._last = None
+        self.waited = 0.0  # seconds of this lap in which a batch was waited for
 
     def restart(self) -> None:
+        self.waited = 0.0
         if self._last is not None:
             self._last = time.perf_counter()
 
-    def lap(self, tokens: int, waited: float) -> dict[str, float]:
-        """tokens: of the step; waited: seconds of it that went by before its batch was there."""
-        now, last = time.perf_counter(), self._last
-        self._last = now
+    def lap(self, tokens: int) -> dict[str, float]:
+        """tokens: of the step."""
+        now, last, waited = time.perf_counter(), self._last, self.waited
+        self._last, self.waited = now, 0.0
         if last is None:
             return {}
         step_time = now - last
-        # With steps in flight a wait may have been for the step before this lap.
         share = min(1.0, waited / step_time)
         return {"step_time": step_time, "tokens_per_second": tokens / step_time, "data_wait": share}

@@ -51,10 +51,14 @@ def plan(config: ConfigDict, where: str, display: Display, out: Path | None = No
     display.table(f"ftjax.plan {config.model.source}", table.rows(report, slice_))
     display.say("\n".join(["assuming", *(f"  {line}" for line in ASSUMPTIONS)]))
     if search or not found.fits:
-        candidates = advice.searched(config, spec, slice_, devices) if search else list(advice.remedies(config, slice_))
-        tried = advice.try_all(candidates, spec, slice_, devices, display.say)
+        if search:
+            tried = advice.search(config, spec, slice_, devices, display.say)
+        else:
+            tried = advice.try_all(advice.remedies(config, slice_), spec, slice_, devices, display.say)
         report["tried"] = table.tried(tried, config, slice_)
         display.table("what may be faster" if search else "what would fit", table.tried_rows(report["tried"]))
+        if not found.fits and not any(entry["fits"] for entry in report["tried"]):
+            display.say("none of these fits: take more chips, or chips with more memory")
     if out is not None:
         replace_text(out, json.dumps(report, indent=2) + "\n")
     return 0 if found.fits else EXIT_DOES_NOT_FIT

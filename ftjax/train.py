@@ -37,8 +37,6 @@ from ftjax.state import TrainState, abstract_state, init_state
 from ftjax.step import make_step
 from ftjax.tree import Tree
 
-LOADING_SECONDS = 6 * 3600.0  # how long hosts wait for the one that is slowest to tokenise or to read the weights
-
 
 def train(config: ConfigDict, workdir: Path) -> int:
     """Runs or resumes a run in `workdir`; returns the exit status of the command."""
@@ -67,7 +65,7 @@ def _train(
     train_loader, eval_loader, report = _load_data(config, base, mesh, display)
     total_steps = config.steps or train_loader.batches_in(config.epochs)
     meta = {"config": configs.as_json(config), "data": train_loader.fingerprint()}
-    _check_same_everywhere(config, meta["data"])
+    _check_same_everywhere(config, base, train_loader, eval_loader)
 
     resumed = checkpoints.latest() if config.checkpoint.resume_step < 0 else config.checkpoint.resume_step
     if resumed is not None:
@@ -75,7 +73,8 @@ def _train(
     if distributed.is_first() or resumed is not None:
         continued.pin(config, workdir, fresh=resumed is None)
     records = [] if resumed is None else metrics.read(workdir / "metrics.jsonl")
-    recorded = {record["step"] for record in records if is_eval(record)}
+    # What the first process reads decides: another host may still see an older file.
+    recorded = set(json.loads(distributed.tell(json.dumps([one["step"] for one in records if is_eval(one)]))))
     if resumed == total_steps and (total_steps in recorded or not configs.evaluates(config)):
         display.say(f"This run is finished: {total_steps} steps, saved in {workdir}. Nothing to do.")
         return 0
@@ -95,8 +94,6 @@ def _train(
 
         display.say("reading the weights")
         variables = assemble.load_variables(config, base, abstract)
-        with distributed.together("reading the weights", limit=LOADING_SECONDS):
-            pass
         trainable, frozen = tree.partition(variables, is_trained)
         num_tokens = 0
         if resumed is None:
@@ -151,9 +148,7 @@ def _train(
     return 0
 
 
-def _load_data(
-    config: ConfigDict, base: Base, mesh: Mesh, display: Display
-) -> tuple[Loader, Loader | None, dict]:
+def _load_data(config: ConfigDict, base: Base, mesh: Mesh, display: Display) -> tuple[Loader, Loader | None, dict]:
     """The training rows, the held-out rows (None without any), and the report on the former."""
     data = config.data
     train, heldout = configs.sources(config, "train"), configs.sources(config, "eval")
@@ -179,6 +174,7 @@ def _load_data(
         batch_size=data.batch_size // config.accumulate,
         shuffle=False,
         heldout_of=train if data.holdout else (),
+        max_dropped=1.0,  # one long row would be more than the usual share of a small set
         **common,
     )
     return train_loader, eval_loader, report
@@ -228,18 +224,25 @@ def _check_same_config(config: ConfigDict, workdir: Path) -> None:
         )
 
 
-def _check_same_everywhere(config: ConfigDict, fingerprint: str) -> None:
-    """UserError where this process was not started as the first one was, or has other data."""
+def _check_same_everywhere(config: ConfigDict, base: Base, train_loader: Loader, eval_loader: Loader | None) -> None:
+    """UserError where this process was not started as the first one was, or reads other files."""
+    if distributed.count() == 1:
+        return
     ours = configs.flat(ConfigDict(configs.as_json(config)))
-    theirs, data = json.loads(distributed.tell(json.dumps([ours, fingerprint]), limit=LOADING_SECONDS))
+    facts = {
+        "training data, or tokenizer": train_loader.fingerprint(),
+        "evaluation data": eval_loader and eval_loader.fingerprint(),
+        "model weights (config.model.source)": assemble.base_facts(config, base).digest,
+        "adapter (config.adapter.source)": continued.digest(config),
+    }
+    theirs, others = json.loads(distributed.tell(json.dumps([ours, facts]), limit=distributed.LOADING_SECONDS))
     if other := [f"{key}: {ours[key]!r}, there {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]:
         raise UserError(
             f"process {distributed.index()} was started with another config than process 0:\n  " + "\n  ".join(other)
         )
-    if data != fingerprint:
+    if other := [name for name in facts if facts[name] != others[name]]:
         raise UserError(
-            f"process {distributed.index()} has other training data than process 0, or another tokenizer; give every "
-            "host the same files"
+            f"process {distributed.index()} has other {', '.join(other)} than process 0; give every host the same files"
         )
 
 

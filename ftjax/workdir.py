@@ -1,18 +1,25 @@
 """The run's directory: is it writable as checkpoints need it, and is this run its only writer."""
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from ftjax import distributed
-from ftjax.errors import UserError
+from ftjax.errors import Unlucky, UserError
+
+log = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 _TOKEN = ".processes"  # what the first of several processes writes for the others to read
+_LEASE_SECONDS = 150.0  # a network disk holds the lock of a host that vanished for about 90 more
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _SHARED_SECONDS = 20.0  # a network disk may show what another host wrote only after a while
 
 
@@ -99,8 +106,12 @@ def lock(workdir: Path) -> Iterator[None]:
 
     The lock file itself stays: removing it would let a third process lock a file that nobody else sees.
 
+    Held by another machine, or by this one before it was started again, it may be the lock of a host that is gone,
+    which a network disk only lets go of after a while: then it is waited for.
+
     Raises:
-      UserError: another run holds it (with its pid), or `workdir` cannot be written.
+      UserError: another run on this machine holds it (with its pid), or `workdir` cannot be written.
+      Unlucky: another machine still holds it after _LEASE_SECONDS.
     """
     workdir = Path(workdir)
     try:
@@ -111,15 +122,38 @@ def lock(workdir: Path) -> Iterator[None]:
             f"workdir {workdir} cannot be locked: {error.strerror or error}. Choose another with --workdir."
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        deadline = time.monotonic() + _LEASE_SECONDS
+        while not _locked(file, workdir):
             file.seek(0)
-            raise UserError(
-                f"workdir {workdir} is in use by another run (pid {file.read().strip() or 'unknown'}). Wait for it or "
-                "end it, or choose another with --workdir."
-            ) from None
+            pid, _, machine = file.read().strip().partition(" ")
+            message = (
+                f"workdir {workdir} is in use by another run (pid {pid or 'unknown'}). Wait for it or end it, or "
+                "choose another with --workdir."
+            )
+            if machine in ("", _machine()):
+                raise UserError(message)
+            if time.monotonic() > deadline:
+                raise Unlucky(message.replace(")", ", on another machine)", 1))
+            time.sleep(2)
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} {_machine()}")
         file.flush()
         yield
+
+
+def _locked(file, workdir: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s: this file system has no locks; let only one run at a time use the directory", workdir)
+    return True
+
+
+def _machine() -> str:
+    """Of this machine since it was started: pods keep their host name when they move to another."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()

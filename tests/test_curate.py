@@ -1,5 +1,6 @@
 """Each command keeps what it should, says what it dropped, and never harms a file; pandas is the witness."""
 
+import decimal
 import gzip
 import json
 import os
@@ -268,3 +269,44 @@ def test_help_of_every_command_teaches(capsys):
             curate.main([command, "--help"])
         assert stopped.value.code == 0
         assert "--overwrite" in capsys.readouterr().out
+
+
+def test_an_input_named_by_a_url_or_a_link_is_never_written_onto(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    write(source, [qa("a", "1"), qa("b", "2")])
+    before = source.read_bytes()
+    (tmp_path / "hard.jsonl").hardlink_to(source)
+    for named, out in ((f"file://{source}", source), (f"file://{tmp_path}/ro*.jsonl", source), (source, "hard.jsonl")):
+        with pytest.raises(UserError, match="is one of the inputs"):
+            run("dedup", named, "--out", tmp_path / out, "--overwrite")
+    assert source.read_bytes() == before
+
+
+def test_fields_that_json_has_no_form_for_are_written_as_text_or_refused(tmp_path):
+    frame = pandas.DataFrame({"prompt": ["a", "b"], "completion": ["1", "2"]})
+    frame["time"] = pandas.to_datetime(["2024-05-06T07:08:09", "2025-01-01T00:00:00"])
+    frame["price"] = [decimal.Decimal("1.20"), decimal.Decimal("3.40")]
+    frame.to_parquet(tmp_path / "rows.parquet")
+    run("dedup", tmp_path / "rows.parquet", "--out", tmp_path / "out.jsonl")
+    first = read(tmp_path / "out.jsonl")[0]
+    assert (first["time"], first["price"]) == ("2024-05-06T07:08:09", "1.20")
+    frame["picture"] = [b"\xff\xfe", b"\x80"]
+    frame.to_parquet(tmp_path / "pictures.parquet")
+    with pytest.raises(UserError, match="a field of bytes, which JSON cannot hold"):
+        run("dedup", tmp_path / "pictures.parquet", "--out", tmp_path / "no.jsonl")
+    assert not (tmp_path / "no.jsonl").exists()
+
+
+def test_half_a_surrogate_pair_in_an_unused_field_comes_out_as_it_went_in(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "café", "note": "\\ud800"}\n')
+    run("dedup", tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl")
+    assert read(tmp_path / "out.jsonl") == [{"text": "café", "note": "\ud800"}]
+
+
+def test_rows_of_against_that_cannot_be_read_are_told(tmp_path, capsys):
+    source = write(tmp_path / "rows.jsonl", [qa("a", "1"), qa("b", "2")])
+    (tmp_path / "eval.jsonl").write_text(json.dumps(qa("a", "1")) + "\n{not JSON\n")
+    run("dedup", source, "--against", tmp_path / "eval.jsonl", "--out", tmp_path / "out.jsonl")
+    told = f"1 rows of --against cannot be read and were not compared: {tmp_path}/eval.jsonl:2"
+    assert told in capsys.readouterr().err
+    assert len(read(tmp_path / "out.jsonl")) == 1

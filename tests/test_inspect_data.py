@@ -86,6 +86,20 @@ def test_errors_end_with_status_2_and_their_places(run):
     assert "2 errors" in printed
 
 
+def test_rows_of_the_evaluation_and_of_other_objectives_are_told_as_training_takes_them(run, tmp_path):
+    muted = {"messages": [*chat("Whose?", "")["messages"][:1], {"role": "assistant", "content": "Hers.", "weight": 0}]}
+    write(tmp_path / "eval.jsonl", [chat("How far?", "Two miles."), muted, chat("long " * 200, "yes")])
+    printed = inspect(run, f"--config.data.eval={tmp_path}/eval.jsonl", "--rows=0")
+    assert "warning: 2 rows: an evaluation row has no trained token" in printed
+    assert f"{tmp_path}/eval.jsonl:2, {tmp_path}/eval.jsonl:3" in printed
+    write(tmp_path / "none.jsonl", [muted])
+    printed = inspect(run, f"--config.data.eval={tmp_path}/none.jsonl", "--rows=0", status=2)
+    assert "[eval_empty]" in printed
+    write(tmp_path / "pairs.jsonl", [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}])
+    printed = inspect(run, f"--config.data.train=('{run}/train.jsonl','{tmp_path}/pairs.jsonl')", "--rows=0", status=2)
+    assert "is a preference pair, which this objective does not train on" in printed
+
+
 def test_a_part_of_the_rows_is_looked_at_and_scaled_up(run, tmp_path):
     printed = inspect(run, "--max_rows=32", "--rows=0", f"--json={tmp_path}/part.json")
     report = json.loads((tmp_path / "part.json").read_text())

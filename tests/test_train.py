@@ -142,8 +142,10 @@ def test_resumed_on_another_mesh_it_sees_the_same_batches(root, uninterrupted):
     finish(train(root, workdir, "--config.mesh.fsdp=4", devices=4))
     ours, theirs = records(workdir), records(uninterrupted[0])
     assert [record.get("num_tokens") for record in ours] == [record.get("num_tokens") for record in theirs]
-    losses = [[record["loss"] for record in run if "loss" in record] for run in (ours, theirs)]
-    np.testing.assert_allclose(*losses, rtol=1e-4)  # float32 sums in another order, amplified by the steps since
+    # float32 sums in another order, which every step since amplifies: the first ones say whether batches are the same.
+    losses = [[record["loss"] for record in run if "loss" in record][:15] for run in (ours, theirs)]
+    assert len(losses[0]) == 15
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def test_full_fine_tuning_of_chosen_parameters(root):

@@ -1,12 +1,16 @@
 """A run's directory is tried before the run starts (case 11) and has one run at a time (case 13)."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from ftjax.errors import UserError
+from ftjax import workdir
+from ftjax.errors import Unlucky, UserError
 from ftjax.workdir import hold, lock, probe
 
 
@@ -50,7 +54,28 @@ def test_a_second_run_is_rejected_with_the_pid_of_the_first(tmp_path):
         first.stdin.close()
         assert first.wait(10) == 0
     with lock(tmp_path):
-        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+        assert (tmp_path / ".lock").read_text().split()[0] == str(os.getpid())
+
+
+def test_the_lock_of_another_machine_is_waited_for_because_the_machine_may_be_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "_LEASE_SECONDS", 1.0)
+    with _other_run(tmp_path) as first:
+        (tmp_path / ".lock").write_text(f"{first.pid} another-boot")
+        with pytest.raises(Unlucky, match=f"pid {first.pid}, on another machine"), lock(tmp_path):
+            pass
+        monkeypatch.setattr(workdir, "_LEASE_SECONDS", 60.0)
+        threading.Timer(1.0, first.kill).start()
+        with lock(tmp_path):
+            pass
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def without(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with lock(tmp_path):
+        assert "has no locks" in caplog.text
 
 
 def test_a_killed_run_lets_go(tmp_path):

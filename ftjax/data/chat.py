@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # importing transformers takes a second, and only annotations
 TRAIN_ON = ("assistant", "last", "all")
 
 
+class NothingTrained(UserError):
+    """A good row of which nothing is trained on, as its weights say."""
+
+
 def tokenize(
     row: Row, tokenizer: "PreTrainedTokenizerFast", vocab_size: int | None = None, train_on: str = "assistant"
 ) -> Example:
@@ -39,8 +43,9 @@ def tokenize(
         those before it) or "all" (every token of every message, headers too, but the first token).
 
     Raises:
-      UserError: with the row's origin; a bad row, a row with nothing to train on, a template whose turns cannot be told
-        apart or that leaves something out.
+      NothingTrained: every turn that could be trained on has weight 0.
+      UserError: with the row's origin; a bad row, a template whose turns cannot be told apart or that leaves something
+        out.
     """
     if train_on not in TRAIN_ON:
         raise UserError(f"data.train_on = {train_on!r}: use one of {', '.join(TRAIN_ON)}")
@@ -117,10 +122,14 @@ def _tokenize(row: Row, tokenizer, vocab_size: int | None, train_on: str) -> Exa
         return _example(tokens, [(1, len(tokens))], row.origin, tokenizer, vocab_size)
     if kind == "prompt_completion" and not tokenizer.chat_template:
         tokens, spans = _plain_completion(fields["prompt"], fields["completion"], tokenizer, row.origin)
+        if train_on == "all":
+            spans = [(1, len(tokens))]
         return _example(tokens, spans, row.origin, tokenizer, vocab_size)
     if kind == "prompt_completion":
-        prompt = {"role": "user", "content": fields["prompt"], "weight": 0}
-        messages = [prompt, {"role": "assistant", "content": fields["completion"]}]
+        messages = [
+            {"role": "user", "content": fields["prompt"]},
+            {"role": "assistant", "content": fields["completion"]},
+        ]
     else:
         messages = fields["messages"]
     return _chat_example(messages, fields.get("tools"), row.origin, tokenizer, vocab_size, train_on)
@@ -135,7 +144,8 @@ def _chat_example(messages, tools, origin, tokenizer, vocab_size, train_on) -> E
         wanted = [i for i in (wanted[-1:] if train_on == "last" else wanted) if i not in ignored]
         if not wanted:
             which = "the last assistant turn" if train_on == "last" else "every assistant turn"
-            raise UserError(f"{origin}: no trainable token: {which} has weight 0; give one weight 1 or remove the row")
+            what = f"no trainable token: {which} has weight 0; give one weight 1 or remove the row"
+            raise NothingTrained(f"{origin}: {what}")
         tokens, spans = masks.turns(messages, wanted, tokenizer, origin, tools)
     return _example(tokens, spans, origin, tokenizer, vocab_size)
 
@@ -152,7 +162,7 @@ def _example(tokens: list[int], spans, origin: str, tokenizer, vocab_size: int |
         trained[start:stop] = True
     trained[:1] = False  # nothing predicts it
     if not trained.any():
-        raise UserError(f"{origin}: no trainable token in {len(tokens)}; write an answer or remove the row")
+        raise NothingTrained(f"{origin}: no trainable token in {len(tokens)}; write an answer or remove the row")
     return Example(array, trained, origin)
 
 

@@ -15,128 +15,18 @@ import numpy as np
 
 from ftjax.data import duplicates, private
 from ftjax.data.example import Row
-from ftjax.data.findings import ERROR, WARNING, Finding, Findings
-from ftjax.data.parts import own_text, parts
+from ftjax.data.findings import Finding, Findings
+from ftjax.data.kinds import KINDS, NEAR, SMALL_SHARE
+from ftjax.data.parts import own_text, parts, trained_text
 
 if TYPE_CHECKING:
     from ftjax.data.examples import Examples
 
-NEAR = 0.8  # similarity from which two rows count as near duplicates
-MAX_DROPPED = 0.05  # as `tokenising.tokenise`
-SMALL_SHARE = 0.01  # of the rows: a source that gives less is lost in the mixture
 START_ROWS = 50_000  # that `at_start` reads at most, evenly over the set
 ALL_ROWS = 1_000  # up to which it reads all of them
 _CHUNK = 512
 _MARKED = 200
 _REFUSAL = re.compile("AI language model")
-
-# code -> severity, what is wrong, what to do.
-KINDS = {
-    "refused": (ERROR, "", "or allow some with config.data.max_bad_rows"),
-    "skipped": (WARNING, "", "it is skipped, as config.data.max_bad_rows allows"),
-    "empty": (ERROR, "no rows", "fill the source or name another"),
-    "few": (
-        ERROR,
-        "an epoch does not fill one batch",
-        "set config.data.batch_size to what an epoch has, or less, or add data",
-    ),
-    "dropped": (
-        ERROR,
-        f"more than {MAX_DROPPED:.0%} of the rows have no trained token within config.data.max_length",
-        "raise config.data.max_length, shorten the prompts or remove the rows",
-    ),
-    "untrained": (
-        WARNING,
-        "no trained token within config.data.max_length, so the row is dropped",
-        "raise config.data.max_length, shorten the prompt or remove the row",
-    ),
-    "double_bos": (ERROR, "starts with two BOS tokens", "remove it from the text or from the chat template"),
-    "end_untrained": (
-        ERROR,
-        "no end token is trained in the whole set, so the model would never learn to stop",
-        "end the turns in the chat template with the end token that config.json and generation_config.json name; where "
-        "rows are cut, raise config.data.max_length",
-    ),
-    "end_masked": (
-        ERROR,
-        "an answer is trained, but not the end token after it",
-        "let the template's {% generation %} block hold the end token",
-    ),
-    "pad_is_end": (
-        ERROR,
-        "the padding token is also the end token and is masked with the padding, so the model would not learn to stop",
-        "give the tokenizer a padding token of its own",
-    ),
-    "empty_turn": (ERROR, "an empty assistant turn", "write the answer or remove the turn"),
-    "no_answer": (ERROR, "a prompt without an answer", "write the answer or remove the row"),
-    "same_pair": (ERROR, "the chosen and the rejected answer are the same", "correct the pair or remove the row"),
-    "leak": (
-        ERROR,
-        "rows of the evaluation are also trained on (same prompt, same answer)",
-        "remove them from one side (python -m ftjax.curate split keeps prompts apart), or hold rows out with "
-        "config.data.holdout",
-    ),
-    "leak_prompt": (
-        ERROR,
-        "prompts of the evaluation are also trained on, with another answer",
-        "remove them from one side; python -m ftjax.curate split keeps all answers to a prompt together",
-    ),
-    "leak_near": (
-        WARNING,
-        "rows of the evaluation have a near copy in training",
-        "look at the pairs; python -m ftjax.curate dedup --method near removes them before splitting",
-    ),
-    "contradiction": (
-        WARNING,
-        "the same prompt has several answers",
-        "keep the right one, if they contradict each other; for samples of one question it is meant",
-    ),
-    "leak_sampled": (
-        WARNING,
-        "prompts of the evaluation are also trained on, with several answers",
-        "if these are not samples of one question, remove them from one side",
-    ),
-    "contradicted_label": (
-        WARNING,
-        "the same answer to the same prompt is called good here and bad there",
-        "keep one of the rows",
-    ),
-    "duplicate": (WARNING, "exact copies of an earlier row", "python -m ftjax.curate dedup removes them"),
-    "near_duplicate": (
-        WARNING,
-        f"nearly the same as an earlier row (similarity {NEAR:g} or more)",
-        "python -m ftjax.curate dedup --method near removes them",
-    ),
-    "truncated": (
-        WARNING,
-        "longer than config.data.max_length and cut on the right: the end of the answer, and its end token, are lost",
-        "raise config.data.max_length or shorten the rows",
-    ),
-    "length": (
-        WARNING,
-        "a length far from all others",
-        "look at them: empty or run-together rows are often mistakes of a conversion",
-    ),
-    "garbled": (
-        WARNING,
-        "replacement or control characters, or text decoded with the wrong encoding",
-        "read the original again as UTF-8",
-    ),
-    "refusal": (
-        WARNING,
-        "an answer that speaks of itself as an AI language model",
-        "remove the row unless the model is to speak so",
-    ),
-    "mixture": (
-        WARNING,
-        f"a source gives less than {SMALL_SHARE:.0%} of an epoch's rows",
-        "raise its weight, or leave it out",
-    ),
-}
-KINDS |= {
-    f"private_{kind}": (WARNING, f"what looks like {what}", "remove or replace them if they are real")
-    for kind, what in private.KINDS.items()
-}
 
 
 @dataclass(frozen=True)
@@ -147,16 +37,20 @@ class TokenFacts:
       ends: ids at which generation stops.
       bos, pad: ids, or None.
       max_length: where examples are cut.
+      special: the special tokens, as they are written. A tokenizer makes them of any text that holds them.
     """
 
     ends: frozenset[int]
     bos: int | None
     pad: int | None
     max_length: int
+    special: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, tokenizer, ends: Iterable[int], max_length: int) -> "TokenFacts":
-        return cls(frozenset(ends), tokenizer.bos_token_id, tokenizer.pad_token_id, max_length)
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+        return cls(frozenset(ends), tokenizer.bos_token_id, tokenizer.pad_token_id, max_length, frozenset(special))
 
 
 @dataclass
@@ -167,6 +61,7 @@ class Side:
     prompts: array = field(default_factory=lambda: array("Q"))  # hash of the prompt; 0 for rows without one
     answers: array = field(default_factory=lambda: array("Q"))  # of the answer
     wholes: array = field(default_factory=lambda: array("Q"))  # of all, the verdicts included
+    copies: array = field(default_factory=lambda: array("Q"))  # of all as it stands
     judged: list[tuple[int, int, bool]] = field(default_factory=list)  # (row, hash of prompt and answer, called good)
     signatures: duplicates.Signatures = field(default_factory=duplicates.Signatures)
 
@@ -191,6 +86,8 @@ class Checks:
         self.copies = self.near_copies = 0
         self._end_trained = False
         self._examples = 0
+        longest_first = sorted(facts.special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # which nothing matches
         size = max([0, *facts.ends]) + 2
         self._is_end = np.zeros(size, bool)
         self._is_end[list(facts.ends)] = True
@@ -213,6 +110,7 @@ class Checks:
             into.prompts.append(prompt)
             into.answers.append(duplicates.combined(*answers))
             into.wholes.append(duplicates.combined(prompt, *answers, *own.verdicts))
+            into.copies.append(hash(own) & 0xFFFFFFFFFFFFFFFF)  # Python's own: quick, and compared in this process only
             if self._near:
                 into.signatures.add(own_text(row.fields))
         # One text for all of them: a search costs little more than on one row.
@@ -221,7 +119,11 @@ class Checks:
         at = [(f"private_{kind}", place, hidden) for kind, place, hidden in private.find(text)]
         at += [("garbled", place, "") for place in private.garbled(text)]
         at += [("refusal", match.start(), "") for match in _REFUSAL.finditer(text)]
+        at += [("special_in_prompt", match.start(), match[0]) for match in self._special.finditer(text)]
         found += [(code, bisect_right(starts, place) - 1, detail) for code, place, detail in at]
+        for i, (code, which, _) in enumerate(found):
+            if code == "special_in_prompt" and (learnt := self._special.search(trained_text(rows[which].fields))):
+                found[i] = ("special_in_text", which, learnt[0])
         unique = {(code, which): detail for code, which, detail in reversed(found)}  # a row counts once for each kind
         for code, which in sorted(unique, key=lambda one: one[1]):
             self.add(code, rows[which].origin, unique[code, which])
@@ -291,12 +193,13 @@ class Checks:
     def _compare(self) -> None:
         train = self.sides["train"]
         prompts, _, wholes = train.arrays()
-        first = duplicates.first_of_equal(wholes)
+        first = duplicates.first_of_equal(np.array(train.copies, np.uint64))
         copies = np.flatnonzero(first != np.arange(len(wholes)))
         for i in copies.tolist():
             self._pair("duplicate", train, i, train, int(first[i]))
         alone = np.flatnonzero(first == np.arange(len(wholes)))
-        self._contradictions(train, prompts, alone)
+        said = np.flatnonzero(duplicates.first_of_equal(wholes) == np.arange(len(wholes)))
+        self._contradictions(train, prompts, said)
         near = np.zeros(len(wholes), bool)
         signatures = train.signatures.take()
         if self._near and len(alone) > 1:

@@ -24,7 +24,8 @@ class Csv:
     """The records of a CSV file as dicts of strings, by the names in its first record. `Records` of `rows`.
 
     Cells that formats want as something else become that: lists of messages and tools from JSON, `label` from
-    true/false/1/0, `margin` from a number; empty ones in these columns are absent. Holds 16 bytes a row.
+    true/false/1/0, `margin` from a number; empty ones in these columns are absent, and an empty `label` is None. Holds
+    16 bytes a row.
     """
 
     def __init__(self, file: DataFile):
@@ -50,7 +51,7 @@ class Csv:
                 "quote cells that hold separators"
             )
         fields = {name: _value(name, cell, origin) for name, cell in zip(self._header, cells, strict=True)}
-        return {name: value for name, value in fields.items() if value is not None}
+        return {name: value for name, value in fields.items() if value is not None or name == "label"}
 
     def digest(self) -> str:
         return self._spans.digest
@@ -59,7 +60,9 @@ class Csv:
 def _value(name: str, cell: str, origin: str) -> object:
     if name in _LISTS | _MESSAGES and cell.startswith(("[", "{")):
         try:
-            value = json.loads(cell)
+            value = json.loads(cell, object_pairs_hook=spans.members)
+        except spans.TwiceNamed as error:
+            raise UserError(f"{origin}: {error}; keep one of them") from None
         except (ValueError, RecursionError):
             return cell  # text that starts with a bracket; what must be a list is refused by the checks of its format
         return value if name in _LISTS or _is_messages(value) else cell

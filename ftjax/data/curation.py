@@ -5,6 +5,8 @@ holds more than a few bytes of each row in memory (signatures of near duplicates
 """
 
 import contextlib
+import datetime
+import decimal
 import gzip
 import hashlib
 import json
@@ -23,7 +25,7 @@ from ftjax.data.example import Row
 from ftjax.data.holdout import prompt_key
 from ftjax.data.parts import own_text, parts
 from ftjax.data.rows import Rows
-from ftjax.errors import UserError
+from ftjax.errors import SourceError, UserError
 
 _PLACES = 3
 
@@ -61,6 +63,8 @@ def records(rows: Rows, drops: Drops) -> Iterator[Record]:
         try:
             row = rows[index]
             yield Record(index, raw(rows, index), row)
+        except SourceError:
+            raise
         except UserError as error:
             origin = str(error).split(": ", 1)[0]
             drops.add(origin, "cannot be read", str(error).removeprefix(origin).strip(": "))
@@ -71,7 +75,7 @@ def raw(rows: Rows, index: int) -> dict:
     at = rows.source_of(index)
     source = rows.sources[at]
     local = index - sum(count for _, count in rows.per_source[:at])
-    return source.records[local if source.chosen is None else int(source.chosen[local])]
+    return source.records[int(source.chosen[local])]
 
 
 class Output:
@@ -83,7 +87,7 @@ class Output:
 
     def __init__(self, path: Path, inputs: Sequence[Path] = (), overwrite: bool = False):
         self.path, self.count = Path(path), 0
-        if any(self.path.resolve() == one.resolve() for one in inputs):
+        if any(self.path.resolve() == one.resolve() or _same(self.path, one) for one in inputs):
             raise UserError(
                 f"{path}: is one of the inputs; name another file, curation never writes onto what it reads"
             )
@@ -103,10 +107,14 @@ class Output:
         self._file = gzip.GzipFile("", "wb", 6, self._raw, mtime=0) if self.path.suffix == ".gz" else self._raw
 
     def write(self, fields: dict) -> None:
-        self.write_text(json.dumps(fields, ensure_ascii=False) + "\n")
+        """Dates and decimal numbers of a table are written as text; UserError for what JSON has no form for."""
+        text = json.dumps(fields, ensure_ascii=False, default=_as_json)
+        if not _encodes(text):  # half of a surrogate pair, which JSON can only spell as \\ud800
+            text = json.dumps(fields, default=_as_json)
+        self.write_text(text + "\n")
 
     def write_text(self, text: str) -> None:
-        self._file.write(text.encode())
+        self._file.write(text.encode(errors="backslashreplace"))
         self.count += 1
 
     def __enter__(self) -> "Output":
@@ -126,13 +134,38 @@ class Output:
                 os.unlink(self._temporary)
 
 
+def _same(path: Path, other: Path) -> bool:
+    return path.exists() and other.exists() and path.samefile(other)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _as_json(value: object) -> str:
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal | datetime.timedelta):
+        return str(value)
+    raise UserError(
+        f"a row has a field of {type(value).__name__}, which JSON cannot hold; leave it out of the table, or write it "
+        "as text"
+    )
+
+
 def dedup(
     rows: Rows, out: Output, drops: Drops, near: bool, threshold: float, by_prompt: bool, against: Rows | None
-) -> None:
-    """Keeps the first of rows that are alike, and none that is like a row of `against`.
+) -> Drops:
+    """Keeps the first of rows that are alike, and none that is like a row of `against`; returns what of `against`
+    cannot be read.
 
     Args:
-      near: compare by `duplicates.signature`, alike being a similarity of `threshold`; else by a hash of the whole row.
+      near: compare by `duplicates.signature`, alike being a similarity of `threshold`; else by a hash of the whole row,
+        white space included.
       by_prompt: only compare what is asked (rows of text: all of it).
     """
 
@@ -140,11 +173,12 @@ def dedup(
         own = parts(row.fields)
         if by_prompt and own.prompt:
             return (own.prompt,)
-        return (own_text(row.fields),) if near else (own.prompt, *own.answers, *map(str, own.verdicts))
+        return (own_text(row.fields),) if near else own.texts()
 
     places, marks = _measured(rows, text, near, drops)
+    unread = Drops()
     others, other_marks = (
-        (np.zeros(0, np.int64), marks[:0]) if against is None else _measured(against, text, near, Drops())
+        (np.zeros(0, np.int64), marks[:0]) if against is None else _measured(against, text, near, unread)
     )
     if near:
         first = duplicates.clusters(len(places), duplicates.near_pairs(marks, threshold))
@@ -163,6 +197,7 @@ def dedup(
             drops.add(origin, what, f"as {rows[int(places[first[k]])].origin}", raw(rows, place))
         else:
             out.write(raw(rows, place))
+    return unread
 
 
 def filter_rows(
@@ -293,7 +328,7 @@ def _measured(
         if near:
             signatures.add(said[0])
         else:
-            keys.append(duplicates.key(*said))
+            keys.append(duplicates.exact(*said))
     return np.array(places, np.int64), signatures.take() if near else np.array(keys, np.uint64)
 
 

@@ -30,6 +30,12 @@ def key(*texts: str) -> int:
     return int.from_bytes(hashlib.blake2b(joined.encode(), digest_size=8).digest(), "little")
 
 
+def exact(*texts: str) -> int:
+    """64 bits of a hash of the texts as they stand: where white space is meant (code), it makes a difference."""
+    joined = f"{[*map(len, texts)]}{''.join(texts)}"
+    return int.from_bytes(hashlib.blake2b(joined.encode(), digest_size=8).digest(), "little")
+
+
 def combined(*keys: int) -> int:
     """64 bits that stand for several keys in their order."""
     out = 0

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from ftjax.data import cache
-from ftjax.errors import UserError
+from ftjax.errors import SourceError, UserError
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -90,7 +90,7 @@ def blocks(file: BinaryIO, name: str) -> Iterator[bytes]:
     except (EOFError, zlib.error, lzma.LZMAError, *_errors()) as error:
         if isinstance(error, OSError) and error.errno:
             raise unreadable(name, error) from error
-        raise UserError(f"{name}: cut off or damaged ({error}); copy or compress the file again") from error
+        raise SourceError(f"{name}: cut off or damaged ({error}); copy or compress the file again") from error
 
 
 class _Handle:
@@ -105,12 +105,18 @@ class _Handle:
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of change (ns), by which a file that was changed under a run is noticed; UserError if absent."""
+    """Size and time of change (ns), by which a file that was changed under a run is noticed; SourceError if absent."""
     try:
         status = path.stat()
     except OSError as error:
         raise unreadable(str(path), error) from error
     return status.st_size, status.st_mtime_ns
+
+
+def identity(path: Path) -> list:
+    """What is another for another file in the same place, of the same size and time of change too: for caches."""
+    status = path.stat()
+    return [os.fsdecode(path.resolve()), *stamp(path), status.st_ctime_ns, status.st_ino]
 
 
 @lru_cache(maxsize=64)
@@ -126,18 +132,20 @@ def read_part(path: Path, expected: tuple[int, int], start: int, stop: int) -> b
     except OSError as error:
         raise unreadable(str(path), error) from error
     if (status.st_size, status.st_mtime_ns) != expected:
-        raise UserError(f"{path}: was changed after this run began to read it; start again")
+        raise SourceError(f"{path}: was changed after this run began to read it; start again")
     return part
 
 
-def unreadable(name: str, error: Exception) -> UserError:
+def unreadable(name: str, error: Exception) -> SourceError:
     what = getattr(error, "strerror", None) or error
-    return UserError(f"{name}: cannot be read ({what}); check the file and its permissions")
+    return SourceError(f"{name}: cannot be read ({what}); check the file and its permissions")
 
 
 def _local(source: str) -> list[_Found]:
-    # A path that exists is itself, even where its name has brackets or stars.
-    paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+    # A path that exists is itself, even where its name has brackets, stars or a tilde.
+    path = source if os.path.exists(source) else os.path.expanduser(source)
+    # ** may find a file by several ways.
+    paths = [path] if os.path.exists(path) else sorted(set(glob.glob(path, recursive=True)))
     if not paths:
         raise UserError(f"{source}: no such file; check the path or glob (relative to {Path.cwd()})")
     for path in paths:
@@ -150,8 +158,10 @@ def _local(source: str) -> list[_Found]:
 
 
 def _local_file(path: str) -> _Found:
-    known = json.dumps([str(Path(path).resolve()), *stamp(Path(path))])
-    return _Found(path, lambda: open(path, "rb"), Path(path), known)
+    if not os.path.exists(path):
+        path = os.path.expanduser(path)
+    stamp(Path(path))  # SourceError where it is absent
+    return _Found(path, lambda: open(path, "rb"), Path(path), json.dumps(identity(Path(path))))
 
 
 def _remote(source: str) -> list[_Found]:
@@ -230,9 +240,33 @@ def _decompress(file: BinaryIO, compression: str) -> Iterator[BinaryIO]:
         with pyarrow.CompressedInputStream(file, "zstd") as plain:
             yield plain
         return
-    opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(compression)
-    if opener is None:
-        yield file
+    if compression == ".gz":
+        with gzip.open(file) as plain:
+            yield plain
         return
-    with opener(file) as plain:
-        yield plain
+    start = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}.get(compression)
+    yield file if start is None else _Streams(file, start)
+
+
+class _Streams:
+    """The contents of bzip2 or xz streams, one after the other, perhaps with zeros between them (padding of xz).
+
+    Unlike `bz2.open` and `lzma.open`, which take whatever follows the first stream and is none for the end.
+    """
+
+    def __init__(self, file: BinaryIO, start: Callable):
+        self._file, self._start, self._stream = file, start, start()
+
+    def read(self, size: int) -> bytes:
+        while True:
+            given = b""
+            if self._stream.eof:
+                given = self._stream.unused_data
+                while not (given := given.lstrip(b"\0")):
+                    if not (given := self._file.read(BLOCK)):
+                        return b""
+                self._stream = self._start()
+            elif self._stream.needs_input and not (given := self._file.read(BLOCK)):
+                raise EOFError("it ends within the compressed data")
+            if found := self._stream.decompress(given, size):
+                return found

@@ -37,6 +37,11 @@ def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
         fitting = detect(fields)
         if len(fitting) > 1:
             raise UserError(f"{origin}: fits the formats {' and '.join(fitting)}; set `format` to the one you mean")
+        if fitting == ["prompt_completion"] and "label" in fields:  # a bad answer may be meant
+            raise UserError(
+                f"{origin}: label is empty; write true or false, or set `format` to 'prompt_completion' where it does "
+                "not count"
+            )
     else:
         if format not in FORMATS:
             near = difflib.get_close_matches(format, FORMATS, n=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from ftjax.data import files
 from ftjax.data.files import DataFile
 from ftjax.data.plain import plain_row
-from ftjax.errors import UserError
+from ftjax.errors import SourceError, UserError
 
 
 def open_split(source: str, split: str) -> "HuggingFace":
@@ -79,7 +79,7 @@ def _open(source: str, split: str):
     # What datasets raises for an unknown name, config or split, for scripts, without a connection, for damaged files.
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
+        raise SourceError(
             f"{source}: datasets cannot open the split {split!r}: {lines[0]} Check the name (hf:NAME, "
             "hf:NAME:CONFIG or hf:DIR), the split and the connection to the hub (HF_HUB_OFFLINE; HF_TOKEN for what "
             "needs a login); a data set that was downloaded before is read without a connection"

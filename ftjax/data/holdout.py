@@ -4,6 +4,8 @@ import hashlib
 import json
 import unicodedata
 
+_SILENT = ("system", "developer", "assistant")  # roles that ask nothing
+
 
 def held_out(fields: dict, share: float) -> bool:
     """Whether a row is among the `share` of all prompts that is held out.
@@ -23,18 +25,19 @@ def prompt_key(fields: dict) -> str:
     """What stands before the first answer, with case, white space and Unicode forms evened out.
 
     Before the first, not the last: of two conversations that start alike, the longer holds the shorter. What an
-    assistant says before anyone asked is part of the prompt. A text has none; it is its own key, so that copies of it
-    stay together.
+    assistant says before anyone asked is part of the prompt; where nobody asks, a system prompt does. A text has none;
+    it is its own key, so that copies of it stay together.
     """
     if "text" in fields:
         return _even(fields["text"])
     messages = fields.get("messages", fields.get("prompt"))
     if isinstance(messages, str):  # as a chat with one user turn, which may stand in another source
         messages = [{"role": "user", "content": messages}]
-    parts = []
+    parts, asked = [], not any(message["role"] not in _SILENT for message in messages)
     for message in messages:
-        if message["role"] == "assistant" and parts:
+        if message["role"] == "assistant" and parts and asked:
             break
+        asked = asked or message["role"] not in _SILENT
         content = message.get("content") or ""
         parts.append(f"{message['role']}:{_even(content if isinstance(content, str) else json.dumps(content))}")
     return "\n".join(parts)

@@ -67,12 +67,16 @@ def open_json(file: DataFile) -> Json | Jsonl:
     start = _skip(text, 0)
     try:
         if text.startswith("[", start):
-            elements, _ = _list(text, start)
+            elements, end = _list(text, start)
+            if (rest := _skip(text, end)) < len(text):
+                _refuse(text, rest, "Extra data")
         elif text.startswith("{", start):
-            lists, end = _members(text, start)
+            lists, twice, end = _members(text, start)
             rows = {name: found for name, found in lists.items() if name not in _FIELDS}
             if _skip(text, end) < len(text) or lists.keys() & _FIELDS:
                 return Jsonl(file)
+            if twice is not None:
+                raise UserError(f"{file.name}: two members are called {twice!r}; keep one of them")
             if "data" not in rows and len(rows) != 1:
                 raise UserError(
                     f"{file.name}: an object with {'several lists' if rows else 'no list'} in it "
@@ -110,15 +114,18 @@ def _list(text: str, start: int) -> tuple[array, int]:
         at = _comma(text, at)
 
 
-def _members(text: str, start: int) -> tuple[dict[str, array], int]:
-    """The lists among the members of the object at `start`, as `_list` gives them, and where the object ends."""
-    lists, at = {}, _skip(text, start + 1)
+def _members(text: str, start: int) -> tuple[dict[str, array], str | None, int]:
+    """The lists among the members of the object at `start`, as `_list` gives them, a name that two members have, and
+    where the object ends."""
+    lists, names, twice, at = {}, set(), None, _skip(text, start + 1)
     if text.startswith("}", at):
-        return lists, at + 1
+        return lists, twice, at + 1
     while True:
         if not text.startswith('"', at):
             _refuse(text, at, "Expecting property name enclosed in double quotes")
         name, at = _DECODER.raw_decode(text, at)
+        twice = name if name in names else twice
+        names.add(name)
         at = _skip(text, at)
         if not text.startswith(":", at):
             _refuse(text, at, "Expecting ':' delimiter")
@@ -129,7 +136,7 @@ def _members(text: str, start: int) -> tuple[dict[str, array], int]:
             _, at = _DECODER.raw_decode(text, at)
         at = _skip(text, at)
         if text.startswith("}", at):
-            return lists, at + 1
+            return lists, twice, at + 1
         at = _comma(text, at)
 
 

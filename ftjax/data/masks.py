@@ -10,10 +10,12 @@ text is not how the whole begins, it is tokenized from its start.
 import bisect
 import json
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ftjax.data.parts import REASONING
 from ftjax.data.rendering import TEMPLATE_ERRORS, for_template, render, template_of, template_refuses, traits
 from ftjax.errors import UserError
 
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def turns(
@@ -288,16 +289,43 @@ def _check_turn(whole: _Whole, i: int, text: str) -> None:
     """All of a turn that is trained is in its text. (Earlier thoughts, which are not trained, may well be dropped.)"""
     message = whole.messages[i]
     text = _squeezed(text)
-    reasoning = next((message[key] for key in _REASONING if key in message), "")
-    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    reasoning = next((message[key] for key in REASONING if key in message), "")
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    names = [call["name"] for call in calls]
     what = {"content": [message["content"]], "tool call": names, "reasoning": [reasoning]}
     lost = next((kind for kind, parts in what.items() for part in parts if _squeezed(part) not in text), None)
+    if not lost and any(not _is_written(value, text) for call in calls for value in _leaves(call["arguments"])):
+        lost = "arguments of a tool call"
     if lost:
         raise UserError(
             f"{whole.origin}: the chat template leaves out some of the {lost} of message {i} (assistant), so the model "
             "would never learn it (templates drop <think> blocks, or text beside tool calls); remove it from the row, "
             "or take a template that renders it"
         )
+
+
+def _leaves(value: object) -> Iterator[str | int | float]:
+    """The strings and numbers in nested dicts and lists, keys among them; true, false and null have many spellings."""
+    if isinstance(value, dict | list):
+        if isinstance(value, dict):
+            yield from value
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(one)
+    elif value is not None and not isinstance(value, bool):
+        yield value
+
+
+def _is_written(value: str | int | float, squeezed: str) -> bool:
+    """Whether a value stands in a text: as it is, in JSON, or in JSON that is a string of JSON itself."""
+    forms = [str(value)]
+    for ascii_only in (False, True):
+        once = _quoted(value, ascii_only) if isinstance(value, str) else json.dumps(value)
+        forms += [once, _quoted(once, ascii_only)]
+    return any(_squeezed(form) in squeezed for form in forms)
+
+
+def _quoted(text: str, ascii_only: bool) -> str:
+    return json.dumps(text, ensure_ascii=ascii_only)[1:-1]
 
 
 def _squeezed(text: str) -> str:

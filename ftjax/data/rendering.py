@@ -3,7 +3,6 @@
 import datetime
 import functools
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,14 @@ if TYPE_CHECKING:  # importing transformers takes a second, and only annotations
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ZeroDivisionError)
 
 TODAY = datetime.date(2026, 1, 1)  # what templates are told that ask for the date
-_NOW = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
+# A template's own macro hides the function of this name that tells today's date, however it is called. What comes after
+# keeps its white space, which a block would trim.
+_CODES = [f"%{flag}{code}" for flag in ("", "-") for code in "aAbBcdDeFGHIjmMpRSTuUVwWxXyYZ"]
+_PINNED = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace({code!r}, {TODAY.strftime(code)!r})" for code in _CODES)
+    + " }}{% endmacro %}{{ '' }}"
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def template_of(tokenizer: "PreTrainedTokenizerFast", origin: str, tools: list[d
         template = tokenizer.get_chat_template(tools=tools)
     except ValueError as error:
         raise UserError(f"{origin}: {error}") from error
-    return _NOW.sub(lambda found: json.dumps(TODAY.strftime(found["format"])), template)
+    return _PINNED + template if "strftime_now" in template else template
 
 
 def render(

@@ -7,6 +7,8 @@ in any processes and any order, for a bad row is only found by parsing it:
     for i in range(len(rows)):          # or ranges of i in worker processes: `rows` can be pickled
         try:
             row = rows.check(i)         # None: the row belongs to the other side of data.holdout
+        except SourceError:             # the file was changed or is gone: never a bad row
+            raise
         except UserError as error:
             bad.skip(i, str(error))     # counts it; raises where more than max_bad_rows of its source are bad
             continue
@@ -20,7 +22,7 @@ decides which rows are used, for a cache of what was made of them.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -30,7 +32,7 @@ import numpy as np
 from ftjax.data.example import Row
 from ftjax.data.formats import check_row
 from ftjax.data.holdout import held_out
-from ftjax.errors import UserError
+from ftjax.errors import SourceError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +157,8 @@ class Rows(Sequence[Row]):
         for i in range(len(self)):
             try:
                 row = self.check(i)
+            except SourceError:
+                raise
             except UserError as error:
                 bad.skip(i, str(error), error)
                 continue
@@ -203,10 +207,13 @@ class BadRows:
         Raises:
           UserError: all rows of a source are bad, or no row at all is on this side of the hold-out.
         """
+        self.refuse(used)
+        tell(self._rows, used, self._messages)
+
+    def refuse(self, used: Sequence[int] | np.ndarray) -> None:
+        """As `report`, which logs something too."""
         for at, (count, first) in sorted(self._messages.items()):
-            (name, total), allowed = self._rows.per_source[at], self._rows.max_bad_rows
-            text = "%s: skipped %d bad rows of %d (at most %d allowed); first: %s"
-            log.warning(text, name, count, total, allowed, first)
+            name, total = self._rows.per_source[at]
             if count == total:
                 raise UserError(f"{name}: no rows are left of {total}, all are bad; first: {first}")
         if not sum(used):
@@ -215,3 +222,21 @@ class BadRows:
                 f"with data.holdout = {share:g}, none of {len(self._rows)} rows is {side} (rows of one prompt stay "
                 "together); set another share, or 0, or add rows with other prompts"
             )
+
+
+def tell(rows: Rows, used: Sequence[int] | np.ndarray, bad: Mapping[int, tuple[int, str]]) -> None:
+    """Logs what was skipped, and the sources that the hold-out leaves whole.
+
+    Args:
+      used: how many rows of each source were good and on this side of the hold-out.
+      bad: source -> how many of its rows were bad, and what is wrong with the first.
+    """
+    for at, (name, total) in enumerate(rows.per_source):
+        count, first = bad.get(at, (0, ""))
+        if count:
+            text = "%s: skipped %d bad rows of %d (at most %d allowed); first: %s"
+            log.warning(text, name, count, total, rows.max_bad_rows, first)
+        good = total - count
+        if rows.holdout and not rows.heldout_side and good and used[at] in (0, good):
+            text = "%s: data.holdout = %g holds out %s of its %d rows; rows of one prompt stay together"
+            log.warning(text, name, rows.holdout, "none" if used[at] else f"all {good}", good)

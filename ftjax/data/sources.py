@@ -3,6 +3,7 @@
 import bisect
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
@@ -10,12 +11,14 @@ from ftjax.data import files, splits
 from ftjax.data.csv_rows import Csv
 from ftjax.data.files import DataFile
 from ftjax.data.formats import FORMATS, check_row
-from ftjax.data.json_rows import open_json
+from ftjax.data.json_rows import Json, open_json
 from ftjax.data.jsonl import Jsonl
 from ftjax.data.rows import Records, Rows, Source
 from ftjax.data.tables import Parquet
 from ftjax.errors import UserError
 from ftjax.tasks import registry
+
+log = logging.getLogger(__name__)
 
 TASK = "task:"
 KINDS: dict[str, Callable[[DataFile], Records]] = {
@@ -42,7 +45,23 @@ def read_sources(
       UserError: nothing is there, or it cannot be opened; an unknown format, task or split. What is wrong with a single
         row shows when it is asked for.
     """
-    return Rows([_open(entry) for entry in entries], max_bad_rows, holdout, heldout_side)
+    opened = [_open(entry) for entry in entries]
+    if not heldout_side:  # else said already, of the training side
+        _tell_twice(opened)
+    return Rows(opened, max_bad_rows, holdout, heldout_side)
+
+
+def _tell_twice(opened: Sequence[Source]) -> None:
+    """Warns of entries that are the same files, or copies of them, by digests that opening has made."""
+    names = {}
+    for source in opened:
+        if isinstance(source.records, Csv | Json | Jsonl | Parquet | Joined):
+            names.setdefault(source.digest(), []).append(source.name)
+    for same in names.values():
+        if len(same) > 1:
+            log.warning(
+                "%s hold the same rows, which count twice; leave one out, or set its weight", " and ".join(same)
+            )
 
 
 def _open(entry: dict) -> Source:

@@ -1,6 +1,5 @@
 """`split` and `limit` of an entry: which of the records of a source are used."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,7 +23,7 @@ class Split(NamedTuple):
         """The records of this slice of n. ValueError for a bound beyond them, which tfds and datasets refuse too."""
         start, stop = _bound(self.start, n), _bound(self.stop, n)
         if any(bound is not None and abs(bound) > n for bound in (start, stop)):
-            raise ValueError(f"[{self.start}:{self.stop}] reaches beyond {n} rows")
+            raise ValueError
         return range(n)[start:stop]
 
     def __str__(self) -> str:
@@ -43,8 +42,8 @@ def parse(split: str, source: str) -> Split:
 def choose(n: int, split: Split, limit: int | None, source: str) -> Sequence[int] | np.ndarray:
     """The records, rising, of `split` out of n, and of those at most `limit`: a range, or int64 where `limit` cuts.
 
-    The limit takes those with the lowest hash of (source, index in the whole source): spread over all of it, the same
-    ones in every run, and the smaller of two limits is part of the larger.
+    The limit takes those with the lowest hash of their index in the whole source: spread over all of it, the same ones
+    in every run and however the source is spelt, and the smaller of two limits is part of the larger.
 
     Raises:
       UserError: nothing is left.
@@ -56,7 +55,7 @@ def choose(n: int, split: Split, limit: int | None, source: str) -> Sequence[int
     if not bounds:
         raise UserError(f"{source}: the split {split} holds none of its {n} rows; give other bounds")
     if limit is not None and limit < len(bounds):
-        hashes = _hash(np.arange(bounds.start, bounds.stop, dtype=np.uint64), source)
+        hashes = _hash(np.arange(bounds.start, bounds.stop, dtype=np.uint64))
         highest = np.partition(hashes, limit - 1)[limit - 1]  # no two are equal: the hash is one to one
         return np.flatnonzero(hashes <= highest) + bounds.start
     return bounds
@@ -65,14 +64,17 @@ def choose(n: int, split: Split, limit: int | None, source: str) -> Sequence[int
 def _bound(bound: str, n: int) -> int | None:
     if not bound:
         return None
-    # Percent round to the nearest row, so that [:90%] and [90%:] meet.
-    return int(bound) if not bound.endswith("%") else round(float(bound[:-1]) * n / 100)
+    if not bound.endswith("%"):
+        return int(bound)
+    if abs(percent := float(bound[:-1])) > 100:
+        raise ValueError
+    # Round to the nearest row, and from the start, so that [:90%] meets both [90%:] and [-10%:].
+    return round((percent + 100 * bound.startswith("-")) * n / 100)
 
 
-def _hash(index: np.ndarray, source: str) -> np.ndarray:
-    """uint64 [n]: splitmix64 (Steele, Lea and Flood 2014) of the indices, from a start that `source` sets."""
-    start = int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8).digest(), "little")
-    z = index * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
+def _hash(index: np.ndarray) -> np.ndarray:
+    """uint64 [n]: splitmix64 (Steele, Lea and Flood 2014) of the indices."""
+    z = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

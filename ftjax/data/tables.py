@@ -5,6 +5,8 @@ processes on a machine share what they read of it.
 """
 
 import hashlib
+import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ import numpy as np
 from ftjax.data import cache, files
 from ftjax.data.files import DataFile
 from ftjax.data.plain import plain_row
-from ftjax.errors import UserError
+from ftjax.errors import SourceError, UserError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,13 +29,16 @@ class Parquet:
     """The rows of a Parquet file; row 3 has the origin "a.parquet[3]". `Records` of `rows`."""
 
     def __init__(self, file: DataFile):
-        self._name, stamp = file.name, files.stamp(file.path)
-        key = hashlib.sha256(f"{file.path.resolve()} {stamp}".encode()).hexdigest()[:32]
+        self._name = file.name
+        key = hashlib.sha256(json.dumps(files.identity(file.path)).encode()).hexdigest()[:32]
         self._path = cache.file("tables", f"{key}.arrow", lambda path: _convert(file, path))
         self._stamp = files.stamp(self._path)
         batches = _batches(self._path, self._stamp)
         if not sum(len(batch) for batch in batches):
             raise UserError(f"{file.name}: the file has no rows; fill it or leave it out")
+        names = batches[0].schema.names
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{file.name}: two columns are called {twice!r}; name each once")
         self._ends = np.cumsum([len(batch) for batch in batches])
         self._digest = batches[0].schema.metadata[_DIGEST].decode()
 
@@ -62,12 +67,12 @@ def _batches(path: Path, expected: tuple[int, int]) -> list["pyarrow.RecordBatch
     import pyarrow
 
     if files.stamp(path) != expected:
-        raise UserError(f"{path}: was changed after this run began to read it; start again")
+        raise SourceError(f"{path}: was changed after this run began to read it; start again")
     try:
         reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
         return [reader.get_batch(i) for i in range(reader.num_record_batches)]
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: this file of the cache is damaged ({error}); remove it and start again") from error
+        raise SourceError(f"{path}: this file of the cache is damaged ({error}); remove it and start again") from error
 
 
 def _convert(file: DataFile, path: Path) -> None:
@@ -80,11 +85,12 @@ def _convert(file: DataFile, path: Path) -> None:
             digest.update(block)
     try:
         # A buffer, or the whole row group is read before the first batch of it.
-        parquet = pyarrow.parquet.ParquetFile(file.path, buffer_size=2**20, pre_buffer=False)
+        source = pyarrow.OSFile(os.fsencode(file.path))  # as bytes: a name may be no UTF-8
+        parquet = pyarrow.parquet.ParquetFile(source, buffer_size=2**20, pre_buffer=False)
         schema = parquet.schema_arrow.with_metadata({_DIGEST: digest.hexdigest().encode()})
     except (ValueError, OSError) as error:
         raise _damaged(file, error) from error
-    with pyarrow.OSFile(str(path), "wb") as out, pyarrow.ipc.new_file(out, schema) as writer, parquet:
+    with pyarrow.OSFile(str(path), "wb") as out, pyarrow.ipc.new_file(out, schema) as writer, source:
         batches = parquet.iter_batches(BATCH_ROWS)
         while True:
             try:

@@ -19,7 +19,7 @@ import numpy as np
 from ftjax.data import files
 from ftjax.data.files import DataFile
 from ftjax.data.plain import plain_row
-from ftjax.errors import UserError
+from ftjax.errors import SourceError, UserError
 
 
 def open_split(source: str, split: str) -> "Tfds":
@@ -117,7 +117,7 @@ def _explained(source: str, split: str) -> Iterator[None]:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         lacks = "tensorflow" in lines[0].lower() and isinstance(error, ImportError)
         extra = "Install tensorflow, which only this needs: pip install 'ftjax[tfds-tf]'. " if lacks else ""
-        raise UserError(
+        raise SourceError(
             f"{source}: tfds cannot open the split {split!r}: {lines[0]} {extra}Check the name and the split, and "
             "prepare the data with file_format='array_record'; then name it as tfds:NAME, tfds:NAME:/data_dir or "
             "tfds:DIR, where DIR holds dataset_info.json"
@@ -147,7 +147,7 @@ class TfRecords(Sequence[bytes]):
             path = files.local(name)
             starts = _record_starts(path, name)
             if skip + take > len(starts) - 1:
-                raise UserError(
+                raise SourceError(
                     f"{name}: holds {len(starts) - 1} records, not {skip + take}; prepare the data set again"
                 )
             self._files.append((path, files.stamp(path), starts[skip : skip + take + 1]))
@@ -174,6 +174,6 @@ def _record_starts(path: Path, name: str) -> np.ndarray:
             starts.append(at)
             at += 16 + struct.unpack_from("<Q", data, at)[0]
     if at != size:
-        raise UserError(f"{name}: not a TFRecord file, cut off or damaged; prepare or copy the data set again")
+        raise SourceError(f"{name}: not a TFRecord file, cut off or damaged; prepare or copy the data set again")
     starts.append(at)
     return np.frombuffer(starts, np.int64)

@@ -16,8 +16,8 @@ import numpy as np
 
 from ftjax.data import cache, chat, examples, processes
 from ftjax.data.examples import Examples, Part
-from ftjax.data.rows import BadRows, Rows
-from ftjax.errors import UserError
+from ftjax.data.rows import BadRows, Rows, tell
+from ftjax.errors import SourceError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
         it, and how many of these are trained; 0 in `trained` for one that is dropped and not in `tokens`.
       dropped: the origins of the first of those.
       bad: rows that cannot be read, with what is wrong.
-      failed: what is wrong with a row that stops the run; those after it are not done.
+      failed: what is wrong with a row, or with the whole file, that stops the run; those after it are not done.
     """
 
     stop: int
@@ -118,7 +118,7 @@ def tokenise(
         source_ids=found.arrays["sources"],
         weights=tuple(rows.weights),
         digest=_digest([found.digest, identity]),
-        report=found.header,
+        report=_report(rows, found.header),
     )
 
 
@@ -127,6 +127,9 @@ def _tokenise(rows: Rows, tokenizer: "PreTrainedTokenizerFast", settings: Settin
     for i in piece:
         try:
             row = rows.check(i)
+        except SourceError as error:  # not a bad row: the file was changed, or is gone
+            failed = str(error)
+            break
         except UserError as error:
             bad.append((i, str(error)))
             continue
@@ -134,9 +137,14 @@ def _tokenise(rows: Rows, tokenizer: "PreTrainedTokenizerFast", settings: Settin
             continue
         try:
             example = chat.tokenize(row, tokenizer, settings.vocab_size, settings.train_on)
+        except chat.NothingTrained:  # as its weights say: not bad, but of no use
+            numbers.append((i, 0, 0, 0))
+            if len(dropped) < 3:
+                dropped.append(f"{row.origin} (weight 0)")
+            continue
         except UserError as error:
-            failed = str(error)
-            break
+            bad.append((i, str(error)))
+            continue
         kept = slice(settings.max_length)
         trained = int(example.trained[kept].sum())
         numbers.append((i, len(example.tokens), len(example.tokens[kept]), trained))
@@ -151,15 +159,18 @@ def _tokenise(rows: Rows, tokenizer: "PreTrainedTokenizerFast", settings: Settin
 
 
 def _collect(rows: Rows, pieces: Iterator[Piece], max_length, max_dropped, append, progress) -> dict:
-    """Writes the columns and returns the report; see `tokenise`."""
+    """Writes the columns and returns the report (see `tokenise`) with the first bad row of each source, `first_bad`:
+    [source, row, message without the origin before it]."""
     ends = np.cumsum([count for _, count in rows.per_source])
     names = ("rows", "bad_rows", "examples", "truncated", "dropped", "tokens", "trained_tokens")
     counts = {name: np.zeros(len(ends), np.int64) for name in names}
-    bad_rows, dropped, longest = BadRows(rows), [], 0
+    bad_rows, first_bad, dropped, longest = BadRows(rows), {}, [], 0
     for piece in pieces:
         for i, message in piece.bad:
             bad_rows.skip(i, message)
-            counts["bad_rows"][rows.source_of(i)] += 1
+            at = rows.source_of(i)
+            counts["bad_rows"][at] += 1
+            first_bad.setdefault(at, (at, i, message.removeprefix(rows.origin(i))))
         if piece.failed:
             raise UserError(piece.failed)
         sources = np.searchsorted(ends, piece.rows, side="right")
@@ -175,7 +186,7 @@ def _collect(rows: Rows, pieces: Iterator[Piece], max_length, max_dropped, appen
         dropped = (dropped + piece.dropped)[:3]
         longest = max(longest, int(piece.wholes.max(initial=0)))
         progress(piece.stop)
-    bad_rows.report(counts["rows"])
+    bad_rows.refuse(counts["rows"])
     report = {name: int(count.sum()) for name, count in counts.items()} | {"longest": longest}
     if report["dropped"] > max_dropped * report["rows"] or not report["examples"]:
         raise UserError(
@@ -186,7 +197,19 @@ def _collect(rows: Rows, pieces: Iterator[Piece], max_length, max_dropped, appen
     shown = [
         {"source": name} | {key: int(counts[key][at]) for key in names} for at, (name, _) in enumerate(rows.per_source)
     ]
-    return report | {"per_source": shown}
+    return report | {"per_source": shown, "first_bad": list(first_bad.values())}
+
+
+def _report(rows: Rows, header: dict) -> dict:
+    """The report as `_collect` made it, now or for an earlier run, under the names that the sources have now; logs what
+    was skipped."""
+    report = {name: value for name, value in header.items() if name != "first_bad"}
+    report["per_source"] = [
+        counted | {"source": name} for counted, (name, _) in zip(report["per_source"], rows.per_source, strict=True)
+    ]
+    bad = {at: (report["per_source"][at]["bad_rows"], f"{rows.origin(i)}{rest}") for at, i, rest in header["first_bad"]}
+    tell(rows, [one["rows"] for one in report["per_source"]], bad)
+    return report
 
 
 def _identity(tokenizer: "PreTrainedTokenizerFast") -> list:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from ftjax import config as configs
 from ftjax import distributed, sharding, tree
 from ftjax.assemble import Base
+from ftjax.data import splits
 from ftjax.data.chat import render_prompt
 from ftjax.data.loader import Loader
 from ftjax.data.sources import TASK
@@ -126,9 +128,14 @@ class Evaluator:
         replace_text(self._samples, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in kept + new))
 
 
-def _examples(entry: dict[str, str]) -> tuple[ModuleType, list[dict]]:
-    task = registry.get(entry["source"].removeprefix(TASK))
-    return task, registry.examples(task, entry.get("split", "test"))
+def _examples(entry: dict[str, Any]) -> tuple[ModuleType, list[dict]]:
+    """The task of an entry, and those of its examples that `split` and `limit` choose, as `sources` does."""
+    source = entry["source"]
+    if unused := sorted({"format", "weight"} & entry.keys()):
+        raise UserError(f"config.data.eval: {source} is scored, which knows no {unused[0]!r}; leave it out")
+    task, split = registry.get(source.removeprefix(TASK)), splits.parse(entry.get("split", "test"), source)
+    examples = registry.examples(task, split.name)
+    return task, [examples[i] for i in splits.choose(len(examples), split, entry.get("limit"), source)]
 
 
 def _name(entry: dict[str, str]) -> str:

@@ -27,13 +27,20 @@ class Piece(NamedTuple):
     tokens: int
 
 
-def examples_of(row: Row, tokenizer, vocab_size: int | None, train_on: str) -> list[tuple[str, Example]]:
+def examples_of(
+    row: Row, tokenizer, vocab_size: int | None, train_on: str, objective: str | None = None
+) -> list[tuple[str, Example]]:
     """The examples of a row with their names: one called "", or "chosen" and "rejected".
+
+    Args:
+      objective: config.objective.name, of which only rows that it trains on have examples; None: rows of any kind do.
 
     Raises:
       UserError: what `chat.tokenize` raises.
     """
     kind = formats.kind_of(formats.check_row(row.fields, row.origin).fields)
+    if objective == "sft":
+        return [("", chat.tokenize(row, tokenizer, vocab_size, train_on))]
     if kind == "preference":
         return list(zip(("chosen", "rejected"), chat.tokenize_preference(row, tokenizer, vocab_size)))
     if kind == "unpaired":

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ftjax.data import buckets, checks, packing
-from ftjax.data.example import Row
+from ftjax.data.chat import NothingTrained
+from ftjax.data.example import Example, Row
 from ftjax.data.findings import ERROR, Finding
+from ftjax.data.kinds import MAX_DROPPED
 from ftjax.data.rows import Rows
-from ftjax.errors import UserError
+from ftjax.data.sources import TASK
+from ftjax.errors import SourceError, UserError
 from ftjax.inspection.pieces import examples_of
 
 _CHUNK = 256
@@ -32,6 +35,7 @@ class Settings:
     steps: int
     epochs: float
     max_bad_rows: int = 0
+    objective: str = "sft"
 
 
 @dataclass
@@ -120,6 +124,7 @@ def survey(
     out = Survey([SourceCount(name, weight, count) for (name, count), weight in zip(names, train.weights)], len(train))
     bad = Counter()
     lengths, length_places, cut = array("i"), array("q"), array("i")
+    evaluated = Counter()  # rows that are evaluated on by their loss: "tokenised", and of those "kept"
 
     def look(side: str, rows: Rows, picked: np.ndarray) -> None:
         chunk, places = [], []
@@ -128,6 +133,8 @@ def survey(
                 out.sources[train.source_of(i)].picked += 1
             try:
                 row = rows.check(i)  # None: on the other side of the hold-out
+            except SourceError:
+                raise
             except UserError as error:
                 if rows.heldout_side:  # the same row of the same source, which the training side has counted
                     continue
@@ -154,15 +161,19 @@ def survey(
                 _mark(out.marked, code, places[which])
         if side == "eval":
             out.heldout += len(chunk)
+            evaluate(rows, chunk, places)
             return
         whole, where = [], []
         for row, place in zip(chunk, places):
             source = out.sources[train.source_of(place)]
             source.looked_at += 1
             try:
-                examples = [
-                    example for _, example in examples_of(row, tokenizer, settings.vocab_size, settings.train_on)
-                ]
+                examples = made_of(row)
+            except NothingTrained:
+                out.dropped += 1
+                found.add("untrained", row.origin, "weight 0")
+                _mark(out.marked, "untrained", place)
+                continue
             except UserError as error:
                 out.refused += 1
                 found.refused(str(error), row.origin)
@@ -190,10 +201,32 @@ def survey(
             source.tokens += kept
             source.trained += trained
 
+    def made_of(row: Row) -> list[Example]:
+        made = examples_of(row, tokenizer, settings.vocab_size, settings.train_on, settings.objective)
+        return [example for _, example in made]
+
+    def evaluate(rows: Rows, chunk: list[Row], places: list[int]) -> None:
+        for row, place in zip(chunk, places):
+            if rows.sources[rows.source_of(place)].name.startswith(TASK):  # scored by generating
+                continue
+            try:
+                kept = any(example.trained[: settings.max_length].any() for example in made_of(row))
+            except NothingTrained:
+                kept = False
+            except UserError as error:
+                found.refused(str(error), row.origin)
+                continue
+            evaluated["tokenised"] += 1
+            evaluated["kept"] += kept
+            if not kept:
+                found.add("eval_untrained", row.origin)
+
     look("train", train, checks.spread(len(train), max_rows or len(train)))
     for rows in heldout:
         firsts["eval"].append(len(looked["eval"]))
         look("eval", rows, checks.spread(len(rows), max_rows or len(rows)))
+    if evaluated["tokenised"] and not evaluated["kept"]:
+        found.add("eval_empty")
     out.picked = sum(source.picked for source in out.sources)
     out.looked_at = sum(source.looked_at for source in out.sources)
     out.used = sum(source.used for source in out.sources)
@@ -212,7 +245,7 @@ def survey(
 def _whole_set(found: checks.Checks, out: Survey, train: Sequence[Row], length_places: Sequence[int]) -> None:
     if not out.looked_at and not out.refused:
         found.add("empty")
-    if out.dropped > checks.MAX_DROPPED * max(1, len(out.lengths)):
+    if out.dropped > MAX_DROPPED * max(1, out.dropped + len(out.cut)):
         found.add("dropped", count=out.dropped)
     if len(out.sources) > 1:
         found.mixture([source.name for source in out.sources], shares(out.sources))

@@ -1,5 +1,6 @@
 """What an adapter adds to a layer: LoRA (Hu et al. 2021), its dropout, and DoRA (Liu et al. 2024)."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -13,16 +14,19 @@ def adapt(
     product: Callable[[jax.Array], jax.Array],
     kernel: Callable[[jnp.dtype], jax.Array],
     rng: jax.Array | None,
+    numbers: jax.Array | None = None,
 ) -> jax.Array:
     """x [..., in], y = x W [..., out] -> y + scale (x A) B; x W and W are to be had from `product(x)`, `kernel(dtype)`.
 
     lora: `lora_a` [in, r], `lora_b` [r, out], `lora_scale` scalar; with DoRA `lora_magnitude` [out], the norms that the
     columns of W + scale A B are given; with dropout `lora_dropout`, a scalar rate that counts where there is an rng.
+    numbers: int32 [...], of each row of x, where x is a part of something larger: what is dropped is decided by rng and
+    number, so it does not depend on how the whole is cut.
     """
     dropped, base = x, y
     if rng is not None and "lora_dropout" in lora:
         keep = 1 - lora["lora_dropout"]
-        dropped = jnp.where(jax.random.bernoulli(rng, keep, x.shape), x / keep.astype(x.dtype), 0)
+        dropped = jnp.where(_kept(rng, keep, x, numbers), x / keep.astype(x.dtype), 0)
     scaled_b = lora["lora_b"] * lora["lora_scale"]
     update = low_rank(dropped, lora["lora_a"].astype(x.dtype), scaled_b.astype(x.dtype))
     if "lora_magnitude" not in lora:
@@ -33,6 +37,14 @@ def adapt(
     norms = jax.lax.stop_gradient(column_norms(kernel(jnp.float32), lora["lora_a"], scaled_b))
     factor = (lora["lora_magnitude"] / norms).astype(y.dtype)
     return y + (factor - 1) * base + factor * update
+
+
+def _kept(rng: jax.Array, keep: jax.Array, x: jax.Array, numbers: jax.Array | None) -> jax.Array:
+    """bool [..., in]: each row's own draw."""
+    rows = x.shape[:-1]
+    numbers = jnp.arange(math.prod(rows)) if numbers is None else numbers.reshape(-1)
+    draw = jax.vmap(lambda number: jax.random.bernoulli(jax.random.fold_in(rng, number), keep, x.shape[-1:]))
+    return draw(numbers).reshape(x.shape)
 
 
 def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

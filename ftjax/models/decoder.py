@@ -36,6 +36,7 @@ REMAT_POLICIES = {
 }
 
 
+MLP_BLOCK = 1024  # tokens of a row at a time in the MLP, where memory matters more than speed
 NO_WINDOW = 2**30  # for a layer that sees all, where others have a window
 
 
@@ -126,6 +127,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     kernel: str
+    mlp_block: int | None  # see MLP
 
     @nn.compact
     def __call__(self, x, layer_cache, layer, context):
@@ -141,7 +143,7 @@ class Block(nn.Module):
         attention = Attention(spec, *dtypes, self.kernel, name="self_attn")
         out, new = attention(norm("input_layernorm", spec.pre_norms, x), layer_cache, layer, context)
         x = x + norm("post_attention_layernorm", spec.post_norms, out) * scale
-        feed_forward = Mixture if spec.experts else MLP
+        feed_forward = Mixture if spec.experts else functools.partial(MLP, block=self.mlp_block)
         out = feed_forward(spec, *dtypes, name="mlp")(norm(before_mlp, spec.pre_norms, x))
         x = x + norm("post_feedforward_layernorm", spec.post_norms, out) * scale
         return constrain(x, "batch", "length", "width"), new
@@ -177,10 +179,14 @@ class Decoder(nn.Module):
             in_axes=(0, 0, nn.broadcast),
             length=spec.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(spec, *dtypes, self.attention)
+        )(spec, *dtypes, self.attention, MLP_BLOCK if self._saves_memory() else None)
         self.norm = _norm(spec, *dtypes, None)
         if not spec.tie_word_embeddings:
             self.lm_head = Linear(spec.vocab_size, ("embed", "vocab"), *dtypes, out_dtype=jnp.float32)
+
+    def _saves_memory(self) -> bool:
+        """Where kernels are trained too, blocks would sum their gradients in turn, and over the devices each time."""
+        return self.remat in ("full", "offload") and bool(self.variables.get("lora"))
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None = None
@@ -217,10 +223,10 @@ class Decoder(nn.Module):
         )
         return self.norm(x), cache
 
-    def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., D] -> float32 logits [..., vocab]."""
+    def unembed(self, hidden: jax.Array, numbers: jax.Array | None = None) -> jax.Array:
+        """Hidden states [..., D] -> float32 logits [..., vocab]; numbers: int32 [...], as in layers.Linear."""
         spec = self.spec
-        logits = self.embed_tokens.attend(hidden) if spec.tie_word_embeddings else self.lm_head(hidden)
+        logits = self.embed_tokens.attend(hidden) if spec.tie_word_embeddings else self.lm_head(hidden, numbers)
         if spec.logit_scale != 1.0:
             logits = logits * spec.logit_scale
         if spec.logit_softcap is not None:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 def grouped_matmul(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
     """rows [N, in], the groups one after the other; kernels [groups, in, out]; sizes int32 [groups] -> [N, out].
 
-    Rows after the last group's have undefined results, and no part in the gradient of the kernels.
+    Rows after the last group's give zeros and have no part in any gradient.
     """
-    return jax.lax.platform_dependent(rows, kernels, sizes, tpu=jax.lax.ragged_dot, default=_by_blocks)
+    out = jax.lax.platform_dependent(rows, kernels, sizes, tpu=jax.lax.ragged_dot, default=_by_blocks)
+    return _of_groups(out, sizes)
 
 
 def _forward(rows, kernels, sizes):
@@ -23,10 +24,15 @@ def _forward(rows, kernels, sizes):
 
 def _backward(saved, out):
     gradients = jax.lax.platform_dependent(*saved, out, tpu=_ragged_gradients, default=_gradients_by_blocks)
-    return *gradients, None
+    return _of_groups(gradients[0], saved[2]), gradients[1], None
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+def _of_groups(rows: jax.Array, sizes: jax.Array) -> jax.Array:
+    """`rows` with zeros after the last group's, where neither way of multiplying says what it leaves."""
+    return jnp.where((jnp.arange(rows.shape[0]) < sizes.sum())[:, None], rows, 0)
 
 
 def _ragged_gradients(rows, kernels, sizes, out):

@@ -101,8 +101,10 @@ def _own_heads(x: jax.Array, heads: int, spec: DecoderSpec) -> jax.Array:
     group = spec.num_attention_heads // spec.num_key_value_heads
     if heads == spec.num_attention_heads or x.shape[2] < spec.num_key_value_heads:
         return x
-    first = jax.lax.axis_index("tensor") * heads // group
-    return jax.lax.dynamic_slice_in_dim(x, first, max(heads // group, 1), axis=2)
+    first = jax.lax.axis_index("tensor") * heads
+    if heads % group and group % heads:  # they begin or end within a group: each head its own copy of the keys
+        return jnp.take(x, (first + jnp.arange(heads)) // group, axis=2)
+    return jax.lax.dynamic_slice_in_dim(x, first // group, max(heads // group, 1), axis=2)
 
 
 def _heads(spec: DecoderSpec, mesh: AnyMesh) -> str:

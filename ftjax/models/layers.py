@@ -56,7 +56,11 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, numbers: jax.Array | None = None, rng: jax.Array | None = None) -> jax.Array:
+        """x [..., in] -> [..., features]
+
+        For the dropout of an adapter, see adapter.py: the numbers of x's rows, and a key other than this layer's own.
+        """
         if packed := packed_kernel(self):
             kernel = functools.partial(quant.dequantise, packed)
             product = functools.partial(quantised_product, packed=packed, dtype=self.dtype, out_dtype=self.out_dtype)
@@ -69,8 +73,9 @@ class Linear(nn.Module):
 
         y = product(x)
         if lora := self.variables.get("lora"):
-            rng = self.make_rng("dropout") if self.has_rng("dropout") else None
-            y = adapt(lora, x, y, product, kernel, rng)
+            if rng is None and self.has_rng("dropout"):
+                rng = self.make_rng("dropout")
+            y = adapt(lora, x, y, product, kernel, rng, numbers)
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],))
             y = y + self.param("bias", bias_init, (self.features,), self.param_dtype).astype(y.dtype)

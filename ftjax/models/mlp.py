@@ -10,25 +10,72 @@ from ftjax import quant
 from ftjax.models.grouped import grouped_matmul
 from ftjax.models.layers import ACTIVATIONS, INIT, Linear, packed_kernel
 from ftjax.models.spec import DecoderSpec
-from ftjax.sharding import partition_spec
+from ftjax.sharding import constrain, partition_spec
+
+PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")  # by which their dropout differs
 
 
 class MLP(nn.Module):
-    """SwiGLU and its kin (Shazeer 2020), or the plain MLP of GPT-2."""
+    """SwiGLU and its kin (Shazeer 2020), or the plain MLP of GPT-2.
+
+    block: of each row that many tokens at a time, None for all at once. The backward pass then holds the inner
+    activations, which are the widest there are, of a block only. The kernels are gathered once for all blocks.
+    """
 
     spec: DecoderSpec
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    block: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        rows, length, _ = x.shape
+        numbers = jnp.arange(rows * length, dtype=jnp.int32).reshape(rows, length)
+        # Drawn here, because flax gives a loop other keys.
+        rng = self.make_rng("dropout") if self.has_rng("dropout") else None
+        if not self._in_blocks(length):
+            return self._project(x, numbers, rng)
+
+        def over_blocks(mlp, *blocks):
+            one = nn.remat(lambda mlp, _, x, numbers: (None, mlp._project(x, numbers, rng)), prevent_cse=False)
+            shared = {"variable_broadcast": ("params", "lora"), "split_rngs": {"params": False, "dropout": False}}
+            return nn.scan(one, **shared, in_axes=1, out_axes=1)(mlp, None, *blocks)[1]
+
+        blocks = (each.reshape(rows, -1, self.block, *each.shape[2:]) for each in (x, numbers))
+        out = nn.map_variables(over_blocks, "params", self._gathered)(self, *blocks)
+        return out.reshape(x.shape)
+
+    def _in_blocks(self, length: int) -> bool:
+        if self.block is None or length <= self.block or length % self.block:
+            return False
+        # Quantised kernels and the norms of DoRA's would be made again in each block.
+        adapters = self.variables.get("lora", {}).values()
+        if "quant" in self.variables or any("lora_magnitude" in adapter for adapter in adapters):
+            return False
+        mesh = jax.sharding.get_abstract_mesh()
+        return mesh.empty or partition_spec(("length",), (length,), mesh)[0] is None
+
+    def _project(self, x: jax.Array, numbers: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """x [B, T, D], numbers int32 [B, T] of its tokens in the whole batch -> [B, T, D]"""
         spec = self.spec
 
-        def linear(name, features, axes):
-            return Linear(features, axes, self.dtype, self.param_dtype, use_bias=spec.mlp_bias, name=name)
+        def linear(name, features, axes, x):
+            layer = Linear(features, axes, self.dtype, self.param_dtype, use_bias=spec.mlp_bias, name=name)
+            own = None if rng is None else jax.random.fold_in(rng, PROJECTIONS.index(name))
+            return layer(x, numbers, own)
 
-        inner = _inner(spec, lambda name, features: linear(name, features, ("embed", "mlp"))(x))
-        return linear("down_proj", spec.hidden_size, ("mlp", "embed"))(inner)
+        inner = _inner(spec, lambda name, features: linear(name, features, ("embed", "mlp"), x))
+        return linear("down_proj", spec.hidden_size, ("mlp", "embed"), inner)
+
+    def _gathered(self, variables):
+        """The kernels as products use them: in their dtype, whole along the model's width."""
+
+        def gathered(path, leaf):
+            *_, module, name = (key.key for key in path)
+            axes = ("mlp", "width") if module == "down_proj" else ("width", "mlp")
+            return constrain(leaf.astype(self.dtype), *axes) if name == "kernel" else leaf
+
+        return jax.tree_util.tree_map_with_path(gathered, variables)
 
 
 class Mixture(nn.Module):

@@ -60,10 +60,10 @@ def cross_entropy(
 ) -> dict[str, jax.Array]:
     """Weighted sums of loss, correct predictions and entropy over all positions.
 
-    unembed: (some columns of `head`, hidden [n, D], rng) -> float32 logits [n, columns]; hidden [B, T, D]; targets
+    unembed: see head.py, its logits float32 [n, columns] of some columns of `head`; hidden [B, T, D]; targets
     int32 [B, T]; weights float32 [B, T], 0 where a position is not trained on. rng: for the dropout of an adapter on
-    the head; what it drops depends on the mesh. Returns float32 scalars `loss`, `correct`, `entropy`; the loss alone
-    has a gradient, with respect to hidden and head.
+    the head. Returns float32 scalars `loss`, `correct`, `entropy`; the loss alone has a gradient, with respect to
+    hidden and head.
     """
     hidden, targets, weights = map(jnp.asarray, (hidden, targets, weights))
     losses, correct, entropy = per_token(unembed, chunks, head, hidden, targets, weights != 0, rng)
@@ -88,15 +88,15 @@ def per_token(
 def _per_token_forward(unembed, chunks, head, hidden, targets, wanted, rng):
     mesh, split, specs, by_token = _placed(head, hidden)
 
-    def local(head, hidden, targets, wanted, rng):
+    def local(head, hidden, targets, wanted, rng, numbers):
         cut = _cut(chunks, hidden, head, split)
-        return _forward(unembed, cut, split, head, hidden, targets, wanted, rng)
+        return _forward(unembed, cut, split, head, hidden, targets, wanted, rng, numbers)
 
     if mesh is not None:
-        inputs = (specs, by_token(3), by_token(2), by_token(2), P())
+        inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), by_token(2))
         outputs = ((by_token(2),) * 3, by_token(2))
         local = jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)
-    out, log_norms = local(head, hidden, targets, wanted, rng)
+    out, log_norms = local(head, hidden, targets, wanted, rng, _numbers(hidden))
     return out, (head, hidden, targets, wanted, rng, log_norms)
 
 
@@ -104,18 +104,23 @@ def _per_token_backward(unembed, chunks, saved, gradients):
     head, hidden, *_ = saved
     mesh, split, specs, by_token = _placed(head, hidden)
 
-    def local(head, hidden, targets, wanted, rng, log_norms, gradient):
+    def local(head, hidden, targets, wanted, rng, log_norms, gradient, numbers):
         cut = _cut(chunks, hidden, head, split)
-        return _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms, gradient)
+        return _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms, gradient, numbers)
 
     if mesh is not None:
-        inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), *(by_token(2),) * 2)
+        inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), *(by_token(2),) * 3)
         local = jax.shard_map(local, in_specs=inputs, out_specs=(specs, by_token(3)), check_vma=False)
-    d_head, d_hidden = local(*saved, gradients[0])
+    d_head, d_hidden = local(*saved, gradients[0], _numbers(hidden))
     return d_head, d_hidden, None, None, None
 
 
 per_token.defvjp(_per_token_forward, _per_token_backward)
+
+
+def _numbers(hidden: jax.Array) -> jax.Array:
+    """int32 [B, T]: of each token in the whole batch, which no device knows of its own part."""
+    return jnp.arange(math.prod(hidden.shape[:2]), dtype=jnp.int32).reshape(hidden.shape[:2])
 
 
 def _placed(head, hidden):
@@ -185,10 +190,10 @@ def _first_column(head: Head, split: Split) -> jax.Array | int:
     return jax.lax.axis_index(split.vocabulary) * _columns(head) if split.vocabulary else 0
 
 
-def _forward(unembed, cut, split, head, hidden, targets, wanted, rng):
+def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, numbers):
     """This device's ((loss, correct, entropy), log of the sum of exponentials), each [B, T]."""
     order, real = _blocks(wanted, cut.tokens)
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows, numbers = hidden.reshape(-1, hidden.shape[-1]), numbers.reshape(-1)
     targets = targets.reshape(-1)[order] - _first_column(head, split)
 
     def over_columns(sums, chunk):
@@ -197,7 +202,7 @@ def _forward(unembed, cut, split, head, hidden, targets, wanted, rng):
         ids = start + jnp.arange(cut.columns)
 
         def add(sums, positions, target):
-            logits = unembed(part, rows[positions], rng)
+            logits = unembed(part, rows[positions], rng, numbers[positions])
             logits = jnp.where(ids >= fresh, logits, LOWEST)
             best = jnp.argmax(logits, axis=-1)
             top = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
@@ -260,11 +265,11 @@ def _back(values: jax.Array, order: jax.Array, real: jax.Array, like: jax.Array)
     return out.reshape(*like.shape, *values.shape[2:])
 
 
-def _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms, gradient):
+def _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms, gradient, numbers):
     """This device's (gradient of its part of the head, of hidden [B, T, D])."""
     order, real = _blocks(wanted, cut.tokens)
     width = hidden.shape[-1]
-    rows = hidden.reshape(-1, width)
+    rows, numbers = hidden.reshape(-1, width), numbers.reshape(-1)
     targets = targets.reshape(-1)[order] - _first_column(head, split)
     log_norms, gradient = (jnp.where(real, x.reshape(-1)[order], 0) for x in (log_norms, gradient))
 
@@ -275,7 +280,8 @@ def _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms
         ids = start + jnp.arange(cut.columns)
 
         def add(d_part, d_block, positions, target, log_norm, gradient):
-            logits, pull = jax.vjp(lambda part, rows: unembed(part, rows, rng), part, rows[positions])
+            its = numbers[positions]
+            logits, pull = jax.vjp(lambda part, rows: unembed(part, rows, rng, its), part, rows[positions])
             probabilities = jnp.exp(logits - log_norm[:, None])
             d_logits = (probabilities - (ids == target[:, None])) * gradient[:, None]
             d_logits = jnp.where(ids >= fresh, d_logits, 0)

@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 from ftjax import config as configs
 from ftjax import tree
 from ftjax.errors import UserError
-from ftjax.models.decoder import REMAT_POLICIES
 from ftjax.models.spec import DecoderSpec
 from ftjax.planning import compiled
+from ftjax.planning.chips import GIB
 from ftjax.planning.compiled import Plan, Program
 from ftjax.planning.topology import Topology
 
-BEST = 4  # settings that a search compiles
+BEST = 4  # settings of a search that must fit before it ends
+MOST = 8  # compiles of a search, or of looking for what fits
 
 
 @dataclass(frozen=True)
@@ -50,25 +51,30 @@ def changed(config: ConfigDict, **keys: object) -> Candidate:
 
 
 def remedies(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
-    """What makes a run smaller, in the order of what it costs: time first, then what is learnt."""
-    remats = [remat for remat in ("full", "offload") if remat in REMAT_POLICIES and remat != config.model.remat]
+    """What makes a run smaller, in the order of what it costs: time, then what is learnt. The cheap ones add up."""
     smaller: dict[str, object] = {}
-    if config.model.remat != "full" and "full" in remats:
+    rows, accumulate = config.data.batch_size, config.accumulate
+    if config.model.remat in ("none", "dots"):
         smaller["model__remat"] = "full"
         yield changed(config, **smaller)
-    rows = config.data.batch_size
+    if config.mesh.data > topology.slices and config.mesh.data % topology.slices == 0:
+        smaller |= {"mesh__data": topology.slices, "mesh__fsdp": -1}
+        yield changed(config, **smaller)
     parts = topology.chips // _unsplit(config)
-    if (most := rows // parts) > config.accumulate and rows % parts == 0:
-        smaller["accumulate"] = most
+    most = rows // parts if rows % parts == 0 else accumulate
+    halves = [accumulate * 2**i for i in range(1, 20) if most % (accumulate * 2**i) == 0]
+    for count in sorted({*halves[:1], *halves[-1:]}):  # half as many rows at a time, and one
+        smaller["accumulate"] = count
         yield changed(config, **smaller)
-    if config.mesh.fsdp != -1 or config.mesh.data != 1:
-        smaller |= {"mesh__data": 1, "mesh__fsdp": -1}
-        yield changed(config, **smaller)
-    if "offload" in remats:
+    if config.model.remat != "offload":
         yield changed(config, **(smaller | {"model__remat": "offload"}))
-    if config.adapter.kind != "none" and config.quantize.base != "nf4":
-        for base in ("int8", "nf4") if config.quantize.base == "none" else ("nf4",):
-            yield changed(config, **(smaller | {"quantize__base": base}))
+    if config.mesh.context == 1 and config.data.max_length % 256 == 0 and parts % 2 == 0 and rows % (parts // 2) == 0:
+        yield changed(config, **(smaller | {"mesh__context": 2, "mesh__fsdp": -1, "accumulate": 2 * rows // parts}))
+    if most > 1:  # one row a chip, and no sum of gradients over micro-batches
+        yield changed(config, **(smaller | {"accumulate": 1, "data__batch_size": parts}))
+    bases = {"none": ("int8", "nf4"), "int8": ("nf4",), "nf4": ()}[config.quantize.base]
+    for base in bases if config.adapter.kind != "none" else ():
+        yield changed(config, **(smaller | {"quantize__base": base}))
     if config.adapter.kind == "none":
         yield changed(config, **(smaller | {"adapter__kind": "lora", "model__param_dtype": "bfloat16"}))
 
@@ -81,16 +87,43 @@ def _unsplit(config: ConfigDict) -> int:
 def try_all(
     candidates: Iterator[Candidate], spec: DecoderSpec, topology: Topology, devices: list, tell: Callable[[str], None]
 ) -> list[Tried]:
-    """Compiles each, one after the other."""
-    out = []
-    for candidate in candidates:
-        try:
-            tell(f"compiling {candidate}")
-            configs.validate(candidate.config, data=False)
-            program = compiled.describe(candidate.config, spec, devices)
-            out.append(Tried(candidate, compiled.plan(program, topology)))
-        except UserError as error:
-            out.append(Tried(candidate, None, str(error)))
+    """Compiles each, one after the other, at most MOST."""
+    return [attempt(one, spec, topology, devices, tell) for one in itertools.islice(candidates, MOST)]
+
+
+def attempt(
+    candidate: Candidate, spec: DecoderSpec, topology: Topology, devices: list, tell: Callable[[str], None]
+) -> Tried:
+    """Compiles one; says before what, and after what came of it."""
+    tell(f"compiling {candidate}")
+    try:
+        configs.validate(candidate.config, data=False)
+        found = compiled.plan(compiled.describe(candidate.config, spec, devices), topology)
+    except UserError as error:
+        tell(f"  not possible: {error}")
+        return Tried(candidate, None, str(error))
+    step = f"step at least {1000 * found.roofline.step:,.0f} ms" if found.roofline else ""
+    tell(f"  fits, {step}" if found.fits else f"  {found.lacking / GIB:.2f} GiB too large")
+    return Tried(candidate, found)
+
+
+def search(
+    config: ConfigDict, spec: DecoderSpec, topology: Topology, devices: list, tell: Callable[[str], None]
+) -> list[Tried]:
+    """Compiles what may be the fastest until BEST settings fit, at most MOST compiles.
+
+    Where a setting turns out too large, so does the estimate: more micro-batches are then tried on the same mesh.
+    """
+    ways = list(_ways(config, spec, topology, devices))
+    tell(f"{len(ways)} meshes and remat policies are expected to fit; compiling the fastest of them, {MOST} at most")
+    out: list[Tried] = []
+    for way in ways:
+        for candidate in way:
+            if len(out) == MOST or len(fitting(out)) == BEST:
+                return out
+            out.append(attempt(candidate, spec, topology, devices, tell))
+            if out[-1].plan is not None and out[-1].plan.fits:
+                break
     return out
 
 
@@ -100,10 +133,10 @@ def fitting(tried: list[Tried]) -> list[Tried]:
     return sorted(fits, key=lambda one: one.plan.roofline.step)
 
 
-def searched(config: ConfigDict, spec: DecoderSpec, topology: Topology, devices: list) -> list[Candidate]:
-    """Settings that may be the fastest: those of least estimated time among those that the estimate says fit.
+def _ways(config: ConfigDict, spec: DecoderSpec, topology: Topology, devices: list) -> Iterator[list[Candidate]]:
+    """Settings by their estimated time: of each mesh and remat policy the fewest micro-batches that fit, then more.
 
-    Meshes of data, fsdp and tensor that the batch and the heads divide, each remat policy, and 1 to 8 micro-batches.
+    Meshes of data, fsdp and tensor that the batch and the heads divide, and 1 to 8 micro-batches.
     """
     found = []
     rows = config.data.batch_size
@@ -112,13 +145,16 @@ def searched(config: ConfigDict, spec: DecoderSpec, topology: Topology, devices:
         counts = [count for count in (1, 2, 4, 8) if rows % (count * mesh["data"] * mesh["fsdp"]) == 0]
         if not counts:
             continue
-        program = compiled.describe(changed(config, accumulate=1, **keys).config, spec, devices)
-        for remat, accumulate in itertools.product(("none", "dots", "full"), counts):
-            candidate = changed(config, **keys, model__remat=remat, accumulate=accumulate)
-            seconds, size = estimate(candidate.config, program, topology)
-            if size <= 1.1 * topology.chip.usable:  # the estimate is coarse; the compiler decides
-                found.append((seconds, len(found), candidate))
-    return [candidate for _, _, candidate in sorted(found)[:BEST]]
+        program = compiled.describe(changed(config, accumulate=counts[0], **keys).config, spec, devices)
+        for remat in ("none", "dots", "full"):
+            each = [changed(config, **keys, model__remat=remat, accumulate=count) for count in counts]
+            estimates = [estimate(one.config, program, topology) for one in each]
+            # The estimate is coarse; the compiler decides.
+            fits = [i for i, (_, size) in enumerate(estimates) if size <= 1.1 * topology.chip.usable]
+            if fits:
+                found.append((estimates[fits[0]][0], len(found), each[fits[0] :]))
+    for _, _, way in sorted(found):
+        yield way
 
 
 def _meshes(spec: DecoderSpec, topology: Topology) -> Iterator[dict[str, int]]:
@@ -139,10 +175,10 @@ def estimate(config: ConfigDict, program: Program, topology: Topology) -> tuple[
     tokens = config.data.batch_size * config.data.max_length / config.accumulate / (mesh["data"] * mesh["fsdp"])
     width = 2.0 * tokens * spec.hidden_size
     inner = spec.intermediate_size * (spec.experts.per_token if spec.experts else 1) / spec.hidden_size / mesh["tensor"]
-    per_layer = {"full": 1.0, "dots": 6.0 + 2 * inner, "none": 12.0 + 4 * inner}[config.model.remat]
+    per_layer = {"full": 1.0, "dots": 6.0 + 2 * inner, "none": 12.0 + 4 * inner, "offload": 0.1}[config.model.remat]
     activations = width * per_layer * spec.num_hidden_layers
     size = arguments + trained + activations + width * (12.0 + 4 * inner)
-    again = {"full": 1.0, "dots": 0.2, "none": 0.0}[config.model.remat]
+    again = {"full": 1.0, "dots": 0.2, "none": 0.0, "offload": 1.0}[config.model.remat]
     needed = program.flops
     compute = (needed.total + again * (needed.forward + needed.attention)) / topology.chips / chip.flops
     kernels = sum(

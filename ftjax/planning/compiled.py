@@ -2,8 +2,10 @@
 
 import math
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,7 @@ class Memory:
     batch: float
     temporaries: float  # activations, gradients, gathered weights: the compiler's own figure
     output: float  # what does not take the place of an argument
+    host: float  # of its host, not its own: offloaded activations
 
     @property
     def arguments(self) -> float:
@@ -121,10 +124,23 @@ def _abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
 
 def compile_text(program: Program) -> tuple[str, object]:
     """(the optimised HLO, the compiler's memory analysis); JaxRuntimeError where it runs out of memory."""
-    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh), tempfile.TemporaryDirectory() as dump:
         traced = program.step.trace(program.state, program.frozen, program.batch)
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    return compiled.as_text(), compiled.memory_analysis()
+        lowered = traced.lower(lowering_platforms=("tpu",))
+        compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
+        return _optimised(Path(dump)), compiled.memory_analysis()
+
+
+def _optimised(directory: Path) -> str:
+    """The optimised module as libtpu itself writes it: of several, the largest is the step.
+
+    `compiled.as_text()` says the same, but reads libtpu's module back first, and fails where jaxlib's form of it lacks
+    an operation ("async-update", as on larger v5p slices).
+    """
+    files = sorted(directory.glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
+    if not files:
+        raise FileNotFoundError(f"the compiler left no text of the module in {directory}")
+    return files[-1].read_text()
 
 
 def plan(program: Program, topology: Topology) -> Plan:
@@ -179,7 +195,8 @@ def _memory(program: Program, analysis) -> Memory:
     # What is left of the compiler's own sum of arguments: the batch, and the padding of arrays to their tiles.
     batch = analysis.argument_size_in_bytes - whole - adapters - optimizer
     output = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return Memory(whole, adapters, optimizer, batch, analysis.temp_size_in_bytes, output)
+    host = analysis.host_temp_size_in_bytes
+    return Memory(whole, adapters, optimizer, batch, analysis.temp_size_in_bytes, output, host)
 
 
 def bytes_on_chip(leaf: jax.ShapeDtypeStruct) -> float:

@@ -56,6 +56,7 @@ ASSUMPTIONS = (
     "compute: every matrix product at the chip's bfloat16 peak, recomputation included",
     "HBM: operands and results of every operation once, nothing kept in caches between operations",
     "ICI: one-way link bandwidth, both directions where the torus closes, over the dimensions that a mesh axis spans",
+    "DCN: each chip has its share of its host's network, which sends and receives at the same time",
     "overlap: the four are hidden behind each other perfectly, so the step takes as long as the longest of them",
     "tokens: every place of every row holds a token, each row one document (packing needs less attention)",
     "not counted: the input pipeline, checkpoints, latencies, and the optimizer's arithmetic",

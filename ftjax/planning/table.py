@@ -40,6 +40,7 @@ def as_json(config: ConfigDict, topology: Topology, program: Program, plan: Plan
             "batch": memory.batch,
             "temporaries": memory.temporaries,
             "output": memory.output,
+            "host": memory.host,
             "total": memory.total,
         },
         "flops": plan.executed,
@@ -91,11 +92,13 @@ def rows(report: dict[str, Any], topology: Topology) -> dict[str, str]:
             "memory": f"does not fit: {report['lacking'] / GIB:.2f} GiB more than the {usable / GIB:.2f} usable"
         }
     for name, size in report["memory"].items():
-        if name != "total":
+        if name not in ("total", "host"):
             out[f"  {name}"] = f"{size / GIB:8.3f} GiB"
     total = report["memory"]["total"]
     verdict = "fits" if report["fits"] else f"does not fit, by {report['lacking'] / GIB:.2f} GiB"
     out["memory of a chip"] = f"{total / GIB:8.3f} GiB of {usable / GIB:.2f} usable: {verdict}"
+    if host := report["memory"]["host"]:
+        out["memory of its host"] = f"{host / GIB:8.3f} GiB for each chip"
     out["FLOPs of a chip"] = (
         f"{report['flops'] / 1e12:,.1f} TFLOP, of them {report['model_flops'] / report['chips'] / 1e12:,.1f} needed"
     )

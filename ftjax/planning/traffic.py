@@ -22,7 +22,6 @@ class Collective:
     """One collective operation of the program.
 
     ici, dcn: bytes that reach a chip from others of its slice, and from other slices, all executions together.
-    rings: in how many directions of the torus the chips of a group lie (0: no two of a group are in one slice).
     """
 
     kind: str
@@ -35,9 +34,15 @@ class Collective:
 
 
 def collectives(module: Module, mesh: Mesh) -> list[Collective]:
-    """Every collective of the module; one that the compiler spread over several fusions is counted once."""
+    """Every collective of the module; one that the compiler spread over several fusions is counted once.
+
+    Between slices libtpu has the hosts exchange data: those are `send`s to its own runtime in the module.
+    """
     found, seen = [], {}
     for one, computation, times in module.walk():
+        if one.opcode == "send" and "xla_megascale_runtime" in one.rest:
+            found.append(_between_slices(one, computation, times, mesh))
+            continue
         kind = next((kind for kind in KINDS if one.opcode in (kind, f"{kind}-start")), None)
         if kind is None:
             continue
@@ -59,38 +64,57 @@ def _scatters(one: Instruction, computation: Computation) -> bool:
 
 
 def _collective(kind: str, one: Instruction, computation: Computation, times: int, mesh: Mesh) -> Collective:
+    """One within a slice; where there are several the module is that of each, and `data` goes between them.
+
+    Its partitions are then the first devices of the mesh: slices differ in `data`, which is the mesh's first axis.
+    """
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", one.attribute(r"source_target_pairs=\{(.*?\})\}") or "")
-        groups = np.array([[int(a), int(b)] for a, b in pairs if a != b])
-        if not len(groups):
+        members = np.unique([[int(a), int(b)] for a, b in pairs if a != b])
+        if not len(members):
             return Collective(kind, (), 0, 0, (), times, "")
+        share = 1.0
     else:
-        groups = replica_groups(one.rest, mesh.size)
-    whole = _payload(kind, one, computation)
-    places = np.array([[*slice_and_place(device)] for device in mesh.devices.flat])
-    first = groups[0]
-    axes = _spanned(first if kind != "collective-permute" else np.unique(groups), mesh)
-    slices = len(np.unique(places[first, 0]))
-    size = len(first)
-    if kind == "collective-permute":
-        crossing = places[groups[:, 0], 0] != places[groups[:, 1], 0]
-        share = float(crossing.mean())
-        ici, dcn = whole * (1 - share), whole * share
-    else:
-        within = size // slices  # of a group, in one slice
+        members = replica_groups(one.rest, mesh.size // count_slices(mesh))[0]
         both = 2 if kind == "all-reduce" else 1  # a sum is scattered, then gathered
-        ici = both * whole * (within - 1) / within
-        # Between slices each chip exchanges the part that it holds after its slice has summed or before it gathers.
-        dcn = both * whole / within * (slices - 1) / slices
-    local = groups[0][places[groups[0], 0] == places[groups[0][0], 0]]
-    if kind == "collective-permute":
-        local = np.unique(groups)
-    rings = tuple(i for i in range(places.shape[1] - 1) if len(np.unique(places[local, i + 1])) > 1)
-    return Collective(kind, axes, ici * times, dcn * times, rings, times, one.attribute(r'op_name="([^"]*)"') or "")
+        share = both * (len(members) - 1) / len(members)
+    places = np.array([device.coords for device in mesh.devices.flat])[members]
+    rings = tuple(i for i in range(places.shape[1]) if len(np.unique(places[:, i])) > 1)
+    ici = share * _payload(kind, one, computation) * times
+    return Collective(kind, _spanned(members, mesh), ici, 0, rings, times, one.attribute(r'op_name="([^"]*)"') or "")
 
 
-def slice_and_place(device) -> tuple[int, ...]:
-    return slice_of(device), *device.coords
+def count_slices(mesh: Mesh) -> int:
+    return len({slice_of(device) for device in mesh.devices.flat})
+
+
+# Bytes that reach a chip for each byte that it sends, among n slices.
+_BETWEEN_SLICES = {
+    "ALL_REDUCE": ("all-reduce", lambda n: 2 * (n - 1) / n),
+    "REDUCE_SCATTER": ("reduce-scatter", lambda n: (n - 1) / n),
+    "ALL_GATHER": ("all-gather", lambda n: n - 1),
+    "ALL_TO_ALL": ("all-to-all", lambda n: (n - 1) / n),
+    "ONE_TO_ONE": ("collective-permute", lambda n: 1),
+    "COLLECTIVE_PERMUTE": ("collective-permute", lambda n: 1),
+}
+
+
+def _between_slices(one: Instruction, computation: Computation, times: int, mesh: Mesh) -> Collective:
+    """What libtpu makes of a collective over several slices: each chip hands its part to its host, which reduces it
+    with those of the same chip of the other slices. The part within a slice is a collective of its own beside it."""
+    how = one.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+    if how not in _BETWEEN_SLICES:
+        raise ValueError(f"traffic between slices of a kind that is not known: {how}")
+    kind, share = _BETWEEN_SLICES[how]
+    slices = count_slices(mesh)
+    sent = sum(array.bytes for array in computation.instructions[one.operands[0]].arrays)
+    return Collective(kind, _slice_axes(mesh), 0, sent * share(slices) * times, (), times, "")
+
+
+def _slice_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes that lead to another slice."""
+    slices = np.vectorize(slice_of, otypes=[int])(mesh.devices)
+    return tuple(name for i, name in enumerate(mesh.axis_names) if (slices != slices.take([0], axis=i)).any())
 
 
 def _payload(kind: str, one: Instruction, computation: Computation) -> float:
@@ -105,7 +129,7 @@ def _payload(kind: str, one: Instruction, computation: Computation) -> float:
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """[groups, members] of positions in the mesh, in any of the three ways in which HLO writes them."""
+    """[groups, members] of places among the module's partitions, in any of the three ways in which HLO writes them."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*(?:device_ids=\S+\s*)?\{([^}]*)\}", attributes):
         return _by_axes(found[1], found[2])
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
@@ -148,16 +172,27 @@ def _spanned(members: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
 
 # Operations that move no data, or whose data is counted in what they call.
 _FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"})
-_FREE |= {"after-all", "partition-id", "replica-id", "iota", "opt-barrier"}
+_FREE |= {"async-update", "after-all", "partition-id", "replica-id", "iota", "opt-barrier"}
 
 
 def matrix_flops(module: Module) -> float:
     """FLOPs of all matrix products: two for each multiplication, on a TPU most are convolutions in the text."""
+    groups = _ragged(module)
     return sum(
-        times * _flops(one, computation)
+        times * _flops(one, computation) / groups.get(computation.name, 1)
         for one, computation, times in module.walk()
         if one.opcode in ("convolution", "dot")
     )
+
+
+def _ragged(module: Module) -> dict[str, int]:
+    """{fused computation: groups} of the products of experts. In the text each is a product of all rows with every
+    group's kernel and a mask; what the mask leaves out the TPU skips, and a row is in one group."""
+    found = {}
+    for one, _, _ in module.walk():
+        if one.opcode == "fusion" and (groups := one.attribute(r'"num_groups_in_ragged_dot":"(\d+)"')):
+            found[one.called["calls"]] = int(groups)
+    return found
 
 
 def _flops(one: Instruction, computation: Computation) -> float:
@@ -201,11 +236,22 @@ def memory_bytes(module: Module) -> float:
     """
     total = 0.0
     fused = {one.called["calls"] for one, _, _ in module.walk() if one.opcode == "fusion"}
+    seen = set()
     for one, computation, times in module.walk():
-        if computation.name in fused or one.opcode in _FREE or one.opcode.endswith("-done"):
-            continue
-        total += times * _moved(one, computation, module)
+        if computation.name in fused:
+            # One that travels while products are computed is handed through each of them, and moves once.
+            channel = one.attribute(r"channel_id=(\d+)") or one.name
+            if one.opcode in KINDS and (one.opcode, channel) not in seen:
+                seen.add((one.opcode, channel))
+                total += times * _written_and_read(one, computation)
+        elif one.opcode not in _FREE and not one.opcode.endswith("-done"):
+            total += times * _moved(one, computation, module)
     return total
+
+
+def _written_and_read(one: Instruction, computation: Computation) -> float:
+    read = (_in_hbm(computation.instructions[name].arrays) for name in one.operands)
+    return _in_hbm(one.arrays) + sum(read)
 
 
 def _moved(one: Instruction, computation: Computation, module: Module) -> float:
@@ -236,10 +282,13 @@ def _moved(one: Instruction, computation: Computation, module: Module) -> float:
 def _read_in_fusion(inside: Computation, number: int, size: float) -> float:
     """Of parameter `number`: all of it, or the slices that are taken."""
     name = inside.parameter(number).name
-    users = [one for one in inside.instructions.values() if name in one.operands]
-    if users and all(one.opcode in ("dynamic-slice", "gather") and one.operands[0] == name for one in users):
+    passed_on = ("tuple", *KINDS)
+    users = [one for one in inside.instructions.values() if name in one.operands and one.opcode not in passed_on]
+    if not users:
+        return 0.0
+    if all(one.opcode in ("dynamic-slice", "gather") and one.operands[0] == name for one in users):
         return min(size, sum(array.bytes for one in users for array in one.arrays))
-    if users and all(one.opcode == "dynamic-update-slice" and one.operands[0] == name for one in users):
+    if all(one.opcode == "dynamic-update-slice" and one.operands[0] == name for one in users):
         return 0.0
     return size
 
@@ -248,6 +297,8 @@ def _written_in_fusion(inside: Computation, part: Instruction) -> float:
     seen = part
     while seen.opcode in ("bitcast", "copy", "convert") and seen.operands:
         seen = inside.instructions[seen.operands[0]]
+    if seen is part and (seen.opcode == "parameter" or seen.opcode in KINDS):
+        return 0.0
     if seen.opcode == "dynamic-update-slice":
         update = inside.instructions[seen.operands[1]]
         return sum(array.bytes for array in update.arrays)

@@ -308,3 +308,13 @@ def test_tokens_beyond_the_vocabulary_of_the_model_are_refused(chatml):
     chat.tokenize(messages_row(HELLO), chatml, vocab_size=highest + 1)
     with pytest.raises(UserError, match=f"chat.jsonl:7: token {highest} is beyond the model's vocabulary of {highest}"):
         chat.tokenize(messages_row(HELLO), chatml, vocab_size=highest)
+
+
+def test_the_prompt_of_two_strings_is_trained_where_all_is(make_tokenizer, chatml):
+    row = Row({"prompt": HELLO[0]["content"], "completion": HELLO[1]["content"]}, "r")
+    example = chat.tokenize(row, chatml, train_on="all")
+    assert example.trained[1:].all()
+    np.testing.assert_array_equal(example.tokens, chat.tokenize(messages_row(HELLO), chatml, train_on="all").tokens)
+    plain = make_tokenizer(None)
+    assert chat.tokenize(row, plain, train_on="all").trained[1:].all()
+    assert not chat.tokenize(row, plain).trained[1:].all()

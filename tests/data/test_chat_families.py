@@ -375,10 +375,52 @@ def test_a_long_conversation_is_tokenized_about_once(tokenizers, monkeypatch, re
     assert times < 1.1
 
 
-def test_a_template_that_writes_the_date_always_writes_the_same_one():
+DATES = {
+    "a literal": "{{ strftime_now( '%d %b %Y' ) }}",
+    "by its name": "{{ strftime_now(format='%d %b %Y') }}",
+    "a variable": "{% set f = '%d %b %Y' %}{{ strftime_now(f) }}",
+    "in a macro": "{% macro today(f) %}{{ strftime_now(f) }}{% endmacro %}{{ today('%d %b %Y') }}",
+    "if it is there": "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("way", DATES)
+def test_a_template_that_writes_the_date_always_writes_the_same_one(way):
     tokenizer = FAMILIES["Qwen 2.5"].tokenizer()
-    tokenizer.chat_template = "Today: {{ strftime_now( '%d %b %Y' ) }}\n" + tokenizer.chat_template
+    tokenizer.chat_template = "Today: " + DATES[way] + "\n" + tokenizer.chat_template
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     text = render(messages, tokenizer, "chat.jsonl:7")
     assert text.startswith("Today: 01 Jan 2026<|im_start|>")
     assert chat.tokenize(row(messages), tokenizer).tokens.tolist() == tokenizer(text)["input_ids"]
+
+
+ARGUMENTS = {"city": "Bad \"Ems\"\\é\n🙂", "days": [1, 2.5, {"from": None}], "warm": True}
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "tool_call" in family.template])
+def test_the_arguments_of_a_call_are_in_the_text_or_the_row_is_refused(name):
+    tokenizer = FAMILIES[name].tokenizer()
+    call = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    chat.tokenize(row(messages), tokenizer)
+
+
+def test_a_template_that_writes_calls_without_their_arguments_is_refused():
+    tokenizer = FAMILIES["Qwen 2.5"].tokenizer()
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name + '(' }}{% endfor %}"
+    ours = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}
+        ]},
+    ]  # fmt: skip
+    turns = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}" + "CALLS"
+        "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tokenizer.chat_template = turns.replace("CALLS", ours)
+    chat.tokenize(row(messages), tokenizer)
+    tokenizer.chat_template = turns.replace("CALLS", calls)
+    with pytest.raises(UserError, match=r"leaves out some of the arguments of a tool call of message 1"):
+        chat.tokenize(row(messages), tokenizer)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from chat_templates import CHATML, HEADERS
 
+from ftjax import curate
 from ftjax.data import chat, checks
 from ftjax.data.checks import Checks, TokenFacts, at_start
 from ftjax.data.example import Row
@@ -83,6 +84,42 @@ def test_a_trap_of_the_rows_is_found_with_its_place(code):
     assert ";" in finding.message
 
 
+def tool(name):
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+
+
+ASKED = turn("Is it warm in Oslo today?", "def f():\n    if a:\n        b\n    c")
+THOUGHT = {"role": "assistant", "content": ASKED["messages"][1]["content"], "reasoning_content": "I look."}
+LONGER = [*ASKED["messages"], *turn("And in Bergen?", "It rains.")["messages"]]
+# Rows that differ in what is learnt from them, though not in the words of their turns.
+DIFFERENT = {
+    "tools": ({**ASKED, "tools": [tool("weather")]}, {**ASKED, "tools": [tool("shop")]}),
+    "thoughts": (ASKED, {"messages": [ASKED["messages"][0], THOUGHT]}),
+    "weights": ({"messages": LONGER}, {"messages": [LONGER[0], {**LONGER[1], "weight": 0}, *LONGER[2:]]}),
+    "indentation": (ASKED, turn("Is it warm in Oslo today?", "def f():\n    if a:\n        b\n        c")),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_rows_that_differ_in_more_than_their_words_are_no_copies(name, tmp_path):
+    one, other = DIFFERENT[name]
+    assert "duplicate" not in found_in([one, other], near=False)
+    assert "duplicate" in found_in([one, other, other], near=False)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in (one, other, one)))
+    assert curate.main(["dedup", str(rows), "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [one, other]
+
+
+def test_a_question_with_other_tools_is_another_prompt():
+    one, other = DIFFERENT["tools"]
+    assert found_in([one], [other], near=False) == {}
+    assert found_in([one], [one], near=False).keys() == {"leak"}
+    weighted = DIFFERENT["weights"]
+    assert found_in(weighted[:1], weighted[1:], near=False).keys() == {"leak"}
+    assert found_in(weighted, near=False) == {}
+
+
 def test_preferences_that_contradict_each_other_are_found_and_many_pairs_of_a_prompt_are_not():
     pairs = [{"prompt": "q", "chosen": a, "rejected": b} for a, b in (("one", "two"), ("one", "three"))]
     assert found_in(pairs, near=False) == {}
@@ -113,6 +150,27 @@ def test_contamination_is_found_by_row_by_prompt_and_nearly():
     assert several["leak_sampled"].severity == WARNING
     assert "leak_prompt" not in several
     assert "leak" not in found_in(train, good_rows(31)[30:])
+
+
+def test_a_special_token_in_the_text_is_an_error_where_it_is_trained_and_a_warning_elsewhere(chatml):
+    muted = turn("Why?", "x")["messages"]
+    muted[1:1] = [{"role": "assistant", "content": "a<|im_end|>", "weight": 0}, {"role": "user", "content": "and?"}]
+    rows = [
+        turn("How do I strike out?", "Write <s>word</s>."),
+        turn("What is <|im_start|>?", "A marker."),
+        {"text": "<|im_start|>user"},
+        {"messages": muted},
+        turn("Is <|im_startx a token?", "No, nor is <S>."),
+    ]
+    checked = [check_row(fields, f"train.jsonl:{i}") for i, fields in enumerate(rows, 1)]
+    tool = Checks(TokenFacts.of(chatml, [chatml.eos_token_id], 100), {"train": lambda i: checked[i].origin}, near=False)
+    tool.rows(checked)
+    found = {finding.code: finding for finding in tool.finish()}
+    assert found.keys() == {"special_in_text", "special_in_prompt"}
+    assert (found["special_in_text"].severity, found["special_in_prompt"].severity) == (ERROR, WARNING)
+    assert found["special_in_text"].places == ("train.jsonl:1 (<s>)",)
+    places = ("train.jsonl:2 (<|im_start|>)", "train.jsonl:3 (<|im_start|>)", "train.jsonl:4 (<|im_end|>)")
+    assert found["special_in_prompt"].places == places
 
 
 def test_ten_thousand_equal_findings_are_one_line_with_three_places():

@@ -123,3 +123,17 @@ def test_bad_files_are_refused_when_they_are_opened(path, content, message):
 def test_a_missing_header_shows_in_the_message(path):
     with pytest.raises(UserError, match=r"a.csv:2: fits no known format: it has the fields \['Hello', 'Hi'\]"):
         list(read(path, "Hi,Hello\nHo,Hullo\n"))
+
+
+def test_a_name_twice_in_a_cell_of_json_is_refused(path):
+    cell = '"[{""role"": ""user"", ""content"": ""a"", ""content"": ""b""}]"'
+    with pytest.raises(UserError, match=r"a.csv:2: two members are called 'content'; keep one"):
+        list(read(path, f"messages\n{cell}\n"))
+
+
+def test_an_empty_label_is_refused_unless_the_format_is_named(path):
+    content = "prompt,completion,label\nq,a,true\nq,a,\n"
+    with pytest.raises(UserError, match=r"a.csv:3: label is empty; write true or false"):
+        list(read(path, content))
+    rows = read_sources([{"source": str(path), "format": "prompt_completion"}])
+    assert rows[1].fields == {"prompt": "q", "completion": "a"}

@@ -132,3 +132,9 @@ def test_signatures_are_the_same_in_memory_and_in_a_file(monkeypatch):
             kept.add(text)
         np.testing.assert_array_equal(kept.take(), expected)
     assert duplicates.Signatures().take().shape == (0, duplicates.PLACES)
+
+
+def test_exact_keys_tell_all_texts_apart_that_differ():
+    assert duplicates.exact("a b", "c") == duplicates.exact("a b", "c")
+    others = [("a  b", "c"), ("a b ", "c"), ("a b", "c", ""), ("a ", "bc"), ("a b\x1fc",), ("", "a b", "c")]
+    assert len({duplicates.exact(*texts) for texts in [("a b", "c"), *others]}) == 1 + len(others)

@@ -173,3 +173,51 @@ def test_a_cache_that_cannot_be_written_is_refused_with_the_way_out(tmp_path, mo
     with pytest.raises(UserError, match=r"No space left on device\); make room or set FTJAX_CACHE"):
         cache.file("files", "name", full)
     assert not list((tmp_path / "cache" / "files").iterdir())
+
+
+def test_a_glob_that_finds_a_file_by_several_ways_reads_it_once(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c.jsonl").write_bytes(lines("c"))
+    assert texts(tmp_path / "**" / "**" / "*.jsonl") == ["c"]
+
+
+def test_a_packed_file_replaced_within_the_same_size_and_time_is_unpacked_anew(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    for text in ("one", "two"):
+        path.write_bytes(gzip.compress(lines(text)))
+        os.utime(path, ns=(10**18, 10**18))
+        assert texts(path) == [text]
+
+
+def test_names_that_are_not_utf_8_are_read_in_every_kind(tmp_path):
+    import pandas
+
+    for suffix in ("jsonl", "jsonl.gz"):
+        path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9." + suffix.encode())
+        with open(path, "wb") as file:
+            file.write(PACK[suffix.removeprefix("jsonl")](lines("a", "b", "c")))
+        assert len(texts(path, limit=2)) == 2
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.parquet")
+    with open(path, "wb") as file:
+        pandas.DataFrame({"text": ["a", "b"]}).to_parquet(file)
+    assert len(texts(path, limit=1)) == 1
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_bytes(lines("a"))
+    assert texts("~/a.jsonl") == texts("~/*.jsonl") == ["a"]
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in PACK if suffix])
+def test_what_follows_the_compressed_data_and_is_none_is_refused(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(PACK[suffix](lines("a")) + b"garbage that was never compressed")
+    with pytest.raises(UserError, match="cut off or damaged"):
+        texts(path)
+
+
+def test_xz_padding_is_no_damage(tmp_path):
+    path = tmp_path / "a.jsonl.xz"
+    path.write_bytes(lzma.compress(lines("a")) + bytes(8) + lzma.compress(lines("b")) + bytes(4))
+    assert texts(path) == ["a", "b"]

@@ -427,3 +427,10 @@ def test_damaged_rows_are_refused_or_give_a_record_that_stays_as_it_is(record_fi
                 json.dumps(formats.write_as(record, name), allow_nan=False)
     record_figure("refused", refused)
     assert 5_000 < refused < 19_000
+
+
+def test_a_label_without_a_value_is_refused_unless_the_format_is_named():
+    row = {"prompt": "q", "completion": "a", "label": None}
+    with pytest.raises(UserError, match=r"^r: label is empty; write true or false, or set `format`"):
+        formats.check_row(row, "r")
+    assert formats.check_row(row, "r", "prompt_completion").fields == {"prompt": "q", "completion": "a"}

@@ -78,3 +78,16 @@ def test_what_makes_another_prompt():
     ]
     assert {prompt_key(fields) for fields in same} == {prompt_key(base)}
     assert len({prompt_key(fields) for fields in [base, *other]}) == 1 + len(other)
+
+
+@pytest.mark.parametrize("before", [[{"role": "system", "content": "Be kind."}], []])
+def test_a_greeting_after_the_system_prompt_is_part_of_the_prompt(before):
+    rows = [{"messages": [*before, assistant("Welcome!"), user(f"Question {i}"), assistant("Yes")]} for i in range(300)]
+    assert len({prompt_key(row) for row in rows}) == 300
+    assert 30 < sum(held_out(row, 0.3) for row in rows) < 150
+
+
+def test_where_only_the_system_prompt_asks_its_answers_stay_together():
+    system = {"role": "system", "content": "Write a line."}
+    keys = {prompt_key({"messages": [system, assistant(text)]}) for text in ("One", "Two")}
+    assert len(keys) == 1

@@ -77,6 +77,7 @@ BAD_ROWS = {
     "not an object": ('"text"', "a JSON str, not an object"),
     "NaN": ('{"text": "a", "x": NaN}', "NaN is not a JSON number"),
     "endless integer": ('{"text": "a", "n": ' + "1" * 5000 + "}", "not plain JSON"),
+    "a name twice": ('{"text": "a", "text": "b"}', "two members are called 'text'"),
     "not UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8 at byte 13"),
 }
 
@@ -102,6 +103,9 @@ BAD_FILES = {
     "empty": ("", ": the file has no rows"),
     "empty list": (" [ ] ", ": the file has no rows"),
     "BOM": (b"\xef\xbb\xbf[]", ":1: starts with a byte order mark"),
+    "two lists": ('[{"text": "a"}]\n[{"text": "b"}]', r":2: not JSON .Extra data at column 1\)"),
+    "more after the list": ('[{"text": "a"}] x', r":1: not JSON .Extra data at column 17\)"),
+    "a name twice": ('{"data": [{"text": "a"}],\n"data": [{"text": "b"}]}', ": two members are called 'data'"),
     "too deep": ("[" * 200_000, ": nested too deeply"),
 }
 
@@ -116,3 +120,10 @@ def test_what_is_too_large_to_hold_is_refused_with_the_way_out(path, monkeypatch
     monkeypatch.setattr(json_rows, "MAX_FILE_BYTES", 10)
     with pytest.raises(UserError, match=r"write JSON Lines, for example with: jq -c '.\[\]' \S*a.json > rows.jsonl"):
         read(path, json.dumps(ROWS))
+
+
+def test_a_name_twice_in_a_line_of_json_lines_is_a_bad_row_of_its_own(path):
+    twice = '{"messages": [], "messages": [{"role": "user", "content": "Hi", "content": "Ho"}]}'
+    with pytest.raises(UserError, match=rf"^{path}:1: two members are called '(messages|content)'; keep one"):
+        list(read(path, twice + '\n{"text": "b"}\n'))
+    assert texts(read(path, max_bad_rows=1)) == ["b"]

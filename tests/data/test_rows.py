@@ -3,14 +3,18 @@
 import json
 import logging
 import multiprocessing
+import os
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from ftjax.data import curation, files
 from ftjax.data.rows import BadRows
 from ftjax.data.sources import read_sources
-from ftjax.errors import UserError
+from ftjax.errors import SourceError, UserError
+from ftjax.inspection import survey
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello é"}]}
 
@@ -156,3 +160,44 @@ def test_the_digest_names_the_contents_and_the_choice_of_rows_not_the_place(tmp_
         read(two[1], two[0]).digest(),
     ]
     assert len({digest(), *others}) == 1 + len(others)
+
+
+def test_a_file_that_changes_is_never_counted_as_bad_rows(tmp_path, chatml):
+    path = write(tmp_path / "a.jsonl", *({"text": f"{i}"} for i in range(5)))
+    rows = read(path, max_bad_rows=5)
+    write(tmp_path / "a.jsonl", {"text": "longer"})
+    with pytest.raises(SourceError, match="was changed after this run began"):
+        list(rows)
+    with pytest.raises(SourceError, match="was changed after this run began"):
+        list(curation.records(rows, curation.Drops()))
+    settings = survey.Settings(64, 2, True, "assistant", len(chatml), 0, 1.0, max_bad_rows=5)
+    with pytest.raises(SourceError, match="was changed after this run began"):
+        survey.survey(rows, [], chatml, [], settings)
+    os.unlink(path)
+    with pytest.raises(SourceError, match="cannot be read"):
+        files.stamp(tmp_path / "a.jsonl")
+
+
+def test_a_source_that_is_wholly_on_one_side_of_the_hold_out_is_named(tmp_path, caplog):
+    one = write(tmp_path / "one.jsonl", *({"prompt": "same", "completion": f"{i}"} for i in range(20)))
+    many = write(tmp_path / "many.jsonl", *({"prompt": f"p{i}", "completion": "c"} for i in range(100)))
+    with caplog.at_level(logging.WARNING):
+        list(read(one, many, holdout=0.3))
+    (message,) = caplog.messages
+    assert re.search(r"one.jsonl: data.holdout = 0.3 holds out (none|all 20) of its 20 rows; .*one prompt", message)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        list(read(many, holdout=0.3))
+        list(read(one, many, holdout=0.3, heldout_side=True))
+    assert not caplog.messages
+
+
+def test_entries_that_hold_the_same_rows_are_named_with_a_warning(tmp_path, two, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    read("a.jsonl", "b.jsonl")
+    read_sources([{"source": "a.jsonl", "split": "[:2]"}, {"source": "a.jsonl", "split": "[2:]"}])
+    assert not caplog.messages
+    read("a.jsonl", "./a.jsonl")
+    assert caplog.messages == [
+        "a.jsonl and ./a.jsonl hold the same rows, which count twice; leave one out, or set its weight"
+    ]

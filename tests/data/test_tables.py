@@ -1,6 +1,7 @@
 """Parquet, as pyarrow and pandas write it: values, nested messages, random access, damage."""
 
 import json
+import os
 import pickle
 
 import pandas
@@ -9,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from ftjax.data.sources import read_sources
-from ftjax.errors import UserError
+from ftjax.errors import SourceError, UserError
 
 
 def chat(i):
@@ -105,3 +106,45 @@ def test_damaged_and_empty_files_are_refused(tmp_path, chats):
     pandas.DataFrame({"text": []}).to_parquet(path)
     with pytest.raises(UserError, match=r"bad.parquet: the file has no rows"):
         read(path)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: two columns are called 'text'; name each once"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_file_replaced_within_the_same_size_and_time_is_read_anew(tmp_path):
+    path = tmp_path / "a.parquet"
+    for text in ("one", "two"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), path)
+        os.utime(path, ns=(10**18, 10**18))
+        assert [row.fields["text"] for row in read(path)] == [text]
+
+
+def test_lists_of_messages_are_turned_back_and_arguments_of_calls_are_not(tmp_path):
+    arguments = {"from": ["x"], "to": ["y"]}
+    call = {"type": "function", "function": {"name": "move", "arguments": arguments}}
+    turned = {"role": ["user", "assistant"], "content": ["Hi", "Ho"]}
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    for name, given in {"calls": row, "turned": {"messages": turned}, "input": {"input": {"messages": turned}}}.items():
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([given]), tmp_path / f"{name}.parquet")
+    found = {name: read(tmp_path / f"{name}.parquet").sources[0].records[0] for name in ("calls", "turned", "input")}
+    plain = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert found["calls"]["messages"][1]["tool_calls"][0]["function"]["arguments"] == arguments
+    assert found["turned"]["messages"] == found["input"]["input"]["messages"] == plain
+
+
+def test_a_row_with_an_empty_label_is_refused(tmp_path):
+    rows = [{"prompt": "q", "completion": "a", "label": True}, {"prompt": "q", "completion": "b", "label": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet\[1\]: label is empty; write true or false"):
+        list(read(tmp_path / "a.parquet"))
+
+
+def test_a_damaged_file_of_the_cache_is_never_a_bad_row(chats):
+    records = read(chats).sources[0].records
+    records._stamp = (0, 0)
+    with pytest.raises(SourceError, match="was changed after this run began"):
+        records[0]

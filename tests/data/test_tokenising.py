@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_templates import CHATML
 
 from ftjax.data import chat, pipeline, processes, tokenising
 from ftjax.data.sources import read_sources
@@ -239,7 +240,7 @@ from ftjax.data import tokenising
 from ftjax.data.sources import read_sources
 def slowly(done):
     print(done, flush=True)
-    time.sleep(0.2)
+    time.sleep(60)  # it is killed meanwhile
 rows = read_sources([{"source": sys.argv[2]}])
 tokenising.tokenise(rows, make_tokenizer(CHATML), 60, directory=Path(sys.argv[3]), progress=slowly)
 """
@@ -330,3 +331,76 @@ def test_weights_of_the_entries_reach_the_batches(rows_file, tmp_path, chatml):
     assert loader.rows_per_epoch(0) == 150 + 300
     assert [one["examples"] for one in report["per_source"]] == [300, 100]
     assert load([{"source": str(rows_file)}], chatml)[0].fingerprint() != loader.fingerprint()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_changes_meanwhile_stops_and_nothing_is_kept(rows_file, directory, chatml, workers):
+    rows = rows_of(rows_file, max_bad_rows=300)
+    with open(rows_file, "a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=rf"^{rows_file}: was changed after this run began to read it"):
+        tokenising.tokenise(rows, chatml, 60, directory=directory, workers=workers)
+    assert not list(directory.iterdir())
+
+
+def test_what_was_skipped_is_told_when_the_tokens_come_from_the_cache_too(
+    rows_file, tmp_path, directory, chatml, caplog
+):
+    with open(rows_file, "a") as file:
+        file.write("{not JSON\n" + json.dumps({"messages": []}) + "\n")
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(rows_file.read_bytes())
+    for path in (rows_file, rows_file, moved):
+        caplog.clear()
+        report = tokenising.tokenise(rows_of(path, max_bad_rows=2), chatml, 60, directory=directory).report
+        assert report["bad_rows"] == 2
+        assert report["per_source"][0]["source"] == str(path)
+        (message,) = caplog.messages
+        assert message.startswith(f"{path}: skipped 2 bad rows of 302 (at most 2 allowed); first: {path}:301: not JSON")
+    assert len(list(directory.iterdir())) == 1
+
+
+def muted(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, "weight": 0}]
+
+
+def test_rows_of_weight_0_only_are_dropped_and_counted(rows_file, tmp_path, chatml):
+    with open(rows_file, "a") as file:
+        file.write(json.dumps({"messages": muted("Where?", "There.")}) + "\n")
+    for train_on in ("assistant", "last"):
+        found = tokenising.tokenise(rows_of(rows_file), chatml, 400, train_on=train_on)
+        counted = {name: found.report[name] for name in ("rows", "bad_rows", "examples", "dropped")}
+        assert counted == {"rows": 301, "bad_rows": 0, "examples": 300, "dropped": 1}
+    only = tmp_path / "only.jsonl"
+    only.write_text(json.dumps({"messages": muted("Where?", "There.")}) + "\n")
+    with pytest.raises(UserError, match=r"1 of 1 rows have no trained token.*only.jsonl:1 \(weight 0\)"):
+        tokenising.tokenise(rows_of(only), chatml, 400)
+
+
+def test_rows_that_the_template_refuses_are_bad_rows(rows_file, make_tokenizer):
+    raises = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('not so') }}{% endif %}" + CHATML
+    tokenizer = make_tokenizer(raises)
+    with open(rows_file, "a") as file:
+        turns = [{"role": "user", "content": "no"}, {"role": "assistant", "content": "yes"}]
+        file.write(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(UserError, match=r"rows.jsonl:301: the chat template refuses the conversation: not so"):
+        tokenising.tokenise(rows_of(rows_file), tokenizer, 400)
+    found = tokenising.tokenise(rows_of(rows_file, max_bad_rows=1), tokenizer, 400)
+    assert (found.report["rows"], found.report["bad_rows"]) == (300, 1)
+
+
+def test_dropped_rows_of_an_evaluation_are_told_and_do_not_end_the_run(tmp_path, chatml, caplog):
+    rows = [json.dumps({"messages": [*muted("Where?", "There.")[:1], {"role": "assistant", "content": "Here."}]})]
+    (tmp_path / "few.jsonl").write_text("\n".join(rows * 3) + "\n")
+    with open(tmp_path / "few.jsonl", "a") as file:
+        file.write(json.dumps({"messages": muted("Where?", "There.")}) + "\n")
+    options = {
+        "max_length": 60, "batch_size": 1, "packing": False, "seed": 0, "shuffle": False, "max_bad_rows": 0,
+        "vocab_size": 1000,
+    }  # fmt: skip
+    entries = [{"source": str(tmp_path / "few.jsonl")}]
+    with pytest.raises(UserError, match="1 of 4 rows have no trained token"):
+        pipeline.load(entries, chatml, **options)
+    _, report = pipeline.load(entries, chatml, max_dropped=1.0, **options)
+    assert report["dropped"] == 1
+    assert "1 of 4 rows are left out" in caplog.text

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax import sharding
+from ftjax import sharding, tree
+from ftjax.models.layers import Linear
 from ftjax.objectives import head as heads
 from ftjax.objectives.cross_entropy import Chunks, cross_entropy
 
@@ -21,7 +22,7 @@ MESHES = {
 }
 
 
-def unembed(head, hidden, rng):
+def unembed(head, hidden, rng, numbers):
     head = {path.rpartition("/")[2]: leaf for path, leaf in head.items()}
     low_rank = (hidden @ head["lora_a"]) @ head["lora_b"]
     return hidden @ head["kernel"] + head["bias"] + low_rank
@@ -41,8 +42,47 @@ def numbers():
     return jax.tree.map(lambda x: x.astype(np.float32), (head, hidden)), targets, weights.astype(np.float32)
 
 
+ADAPTED = Linear(VOCAB, ("embed", "vocab"), jnp.float32, jnp.float32, use_bias=True, name="lm_head")
+
+
+def unembed_dropping(head, hidden, rng, numbers=None):
+    """The same head, with dropout of what its adapter sees."""
+    head = {path.replace("/lm_head", ""): leaf for path, leaf in head.items()}
+    head |= {"lora/lora_scale": jnp.float32(1), "lora/lora_dropout": jnp.float32(0.5)}
+    variables = tree.unflatten(head)
+    columns = head["params/bias"].shape[0]
+    return ADAPTED.clone(features=columns).apply(variables, hidden, numbers, rngs={"dropout": rng})
+
+
+def dropping(meshes, head, hidden, targets, weights):
+    """{mesh and cut: [loss, error of the gradients]} with dropout, beside those of whole logits without a mesh."""
+    key = jax.random.key(3)
+
+    def whole(head, hidden):
+        logits = unembed_dropping(head, hidden, key)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        return -jnp.sum(picked * weights)
+
+    loss, wanted = jax.value_and_grad(whole, argnums=(0, 1))(head, hidden)
+    out = {"whole": [float(loss), 0.0]}
+    for name, sizes in meshes.items():
+        mesh = sharding.make_mesh(sizes)
+        for cut in (Chunks(20, 5), Chunks(VOCAB, 2)):
+
+            def ours(head, hidden, cut=cut):
+                return cross_entropy(unembed_dropping, head, hidden, targets, weights, key, cut)["loss"]
+
+            with jax.set_mesh(mesh):
+                placed = {path: sharding.place(mesh, heads.axes(path), leaf) for path, leaf in head.items()}
+                at = sharding.place(mesh, ("batch", "length", "width"), hidden)
+                its, found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(placed, at)
+            errors = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), found, wanted)
+            out[f"{name} {tuple(cut)}"] = [float(its), max(jax.tree.leaves(errors))]
+    return out
+
+
 def naive(head, hidden, targets, weights):
-    logits = unembed(head, hidden, None)
+    logits = unembed(head, hidden, None, None)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
     correct = jnp.sum((logits.argmax(-1) == targets) * weights)
     return -jnp.sum(picked * weights), correct
@@ -74,6 +114,8 @@ def main():
             "gradients": errors,
         }
     out["largest"] = float(max(np.abs(leaf).max() for leaf in d_head.values()))
+    some = ("fsdp=8", "fsdp=4 x tensor=2", "data=8", "fsdp=2 x context=2 x tensor=2")
+    out["dropping"] = dropping({name: MESHES[name] for name in some}, head, hidden, targets, weights)
     print(json.dumps(out))
 
 

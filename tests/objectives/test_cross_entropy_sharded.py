@@ -19,10 +19,20 @@ def found():
 
 
 def test_every_mesh_gives_the_same_loss_and_gradients(found, record_figure):
-    assert found.pop("largest") > 1, "there is something to compare"
-    assert len(found) == 6
-    for mesh, errors in found.items():
+    assert found["largest"] > 1, "there is something to compare"
+    meshes = {name: errors for name, errors in found.items() if name not in ("largest", "dropping")}
+    assert len(meshes) == 6
+    for mesh, errors in meshes.items():
         assert errors["loss"] < 1e-6, mesh
         assert errors["correct"] < 1e-5, mesh
         assert max(errors["gradients"].values()) < 2e-5, (mesh, errors)
-    record_figure("largest error of a gradient", max(max(one["gradients"].values()) for one in found.values()))
+    record_figure("largest error of a gradient", max(max(one["gradients"].values()) for one in meshes.values()))
+
+
+def test_what_the_adapter_of_the_head_drops_depends_on_neither_mesh_nor_cut(found):
+    dropping = found["dropping"]
+    assert len(dropping) == 9, "four meshes, each in two cuts, and whole logits on one device"
+    loss, _ = dropping["whole"]
+    for where, (its, error) in dropping.items():
+        assert abs(its / loss - 1) < 1e-6, where
+        assert error < 2e-5, where

@@ -46,6 +46,30 @@ def products():
     }
 
 
+def slices():
+    """A gradient summed over two slices of four chips, with `data` between them alone, and within them too."""
+    slice_ = topology.parse("2x v5e:2x2")
+    out = {}
+    for name, sizes in {"between": {"data": 2, "fsdp": 4}, "within": {"data": 4, "fsdp": 2}}.items():
+        mesh = sharding.make_mesh(sizes, topology.devices(slice_))
+
+        def argument(shape, *axes, mesh=mesh):
+            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.named(mesh, axes, shape))
+
+        def gradient(weights, x):
+            def loss(weights):
+                return jax.lax.scan(lambda x, weight: (jnp.tanh(x @ weight), None), x, weights)[0].sum()
+
+            return jax.grad(loss)(weights)
+
+        weights, x = argument((6, 512, 512), "layers", "embed", None), argument((64, 512), "batch", "width")
+        traced = jax.jit(gradient, out_shardings=weights.sharding).trace(weights, x)
+        module = hlo.parse(traced.lower(lowering_platforms=("tpu",)).compile().as_text())
+        found = [one for one in traffic.collectives(module, mesh) if one.dcn]
+        out[name] = {"dcn": sum(one.dcn for one in found), "axes": sorted({axis for one in found for axis in one.axes})}
+    return out
+
+
 def planned(text, changes, **sizes):
     """The JSON of a plan of a small model; heads of 128, as kernels want them."""
     config = configs.defaults()
@@ -68,7 +92,7 @@ CASES = {
     "vocabulary": lambda: {
         str(size): planned("v5e:2x2", {}, vocab_size=size, hidden_size=1024) for size in (32000, 256000)
     },
-    "slices": lambda: planned("2x v5e:2x2", {"mesh.data": 2, "adapter.kind": "none"}),
+    "slices": slices,
 }
 
 if __name__ == "__main__":

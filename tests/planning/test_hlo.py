@@ -126,3 +126,55 @@ ENTRY %main (a: f32[3,5,7], b: f32[3,7,2]) -> f32[5,2,3] {
 """
     text = text.replace("WINDOW", "size=3 stride=2 pad=2_2 lhs_dilate=3")
     assert traffic.matrix_flops(hlo.parse(text)) == 2 * 5 * 7 * 2 * 3
+
+
+def test_experts_multiply_their_own_rows():
+    """Six rows over three groups: in the text each row meets every kernel under a mask, on the chip its own only."""
+    text = """HloModule ragged
+
+%inside (a: f32[3,6,7], b: f32[3,7,2]) -> f32[6,2,3] {
+  %a = f32[3,6,7]{2,1,0} parameter(0)
+  %b = f32[3,7,2]{2,1,0} parameter(1)
+  ROOT %c = f32[6,2,3]{1,0,2} convolution(%a, %b), window={WINDOW}, dim_labels=0bf_0io->bf0
+}
+
+ENTRY %main (a: f32[3,6,7], b: f32[3,7,2]) -> f32[6,2,3] {
+  %a.1 = f32[3,6,7]{2,1,0} parameter(0)
+  %b.1 = f32[3,7,2]{2,1,0} parameter(1)
+  ROOT %d = f32[6,2,3]{1,0,2} fusion(%a.1, %b.1), kind=kOutput, calls=%inside, CONFIG
+}
+"""
+    text = text.replace("WINDOW", "size=3 stride=2 pad=2_2 lhs_dilate=3")
+    every = "backend_config={}"
+    own = 'backend_config={"convolution_algorithm_config":{"is_ragged_dot":true,"num_groups_in_ragged_dot":"3"}}'
+    assert traffic.matrix_flops(hlo.parse(text.replace("CONFIG", every))) == 3 * 2 * 6 * 7 * 2
+    assert traffic.matrix_flops(hlo.parse(text.replace("CONFIG", own))) == 2 * 6 * 7 * 2
+
+
+def test_what_is_gathered_beside_two_products_moves_once():
+    """A part of [2,8] is gathered to [4,8] while two products run; each fusion hands the buffers on."""
+    fusion = """%NAME (p: f32[2,8], w: f32[4,8], x: f32[4,4]) -> (f32[4,4], f32[2,8], f32[4,8]) {
+  %p.NAME = f32[2,8]{1,0} parameter(0)
+  %w.NAME = f32[4,8]{1,0} parameter(1)
+  %x.NAME = f32[4,4]{1,0} parameter(2)
+  %g.NAME = f32[4,8]{1,0} all-gather(%p.NAME), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  %y.NAME = f32[4,4]{1,0} dot(%x.NAME, %x.NAME), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t.NAME = (f32[4,4]{1,0}, f32[2,8]{1,0}, f32[4,8]{1,0}) tuple(%y.NAME, %p.NAME, %g.NAME)
+}
+
+"""
+    entry = """ENTRY %main (p: f32[2,8], w: f32[4,8], x: f32[4,4]) -> f32[4,4] {
+  %p = f32[2,8]{1,0} parameter(0)
+  %w = f32[4,8]{1,0} parameter(1)
+  %x = f32[4,4]{1,0} parameter(2)
+  %a = (f32[4,4]{1,0}, f32[2,8]{1,0}, f32[4,8]{1,0}) fusion(%p, %w, %x), kind=kOutput, calls=%async_1
+  %p.2 = f32[2,8]{1,0} get-tuple-element(%a), index=1
+  %w.2 = f32[4,8]{1,0} get-tuple-element(%a), index=2
+  %x.2 = f32[4,4]{1,0} get-tuple-element(%a), index=0
+  %b = (f32[4,4]{1,0}, f32[2,8]{1,0}, f32[4,8]{1,0}) fusion(%p.2, %w.2, %x.2), kind=kOutput, calls=%async_2
+  ROOT %out = f32[4,4]{1,0} get-tuple-element(%b), index=0
+}
+"""
+    both = fusion.replace("NAME", "async_1") + fusion.replace("NAME", "async_2")
+    products, gathered = 2 * (4 * 4 + 4 * 4) * 4, (2 * 8 + 4 * 8) * 4
+    assert traffic.memory_bytes(hlo.parse("HloModule gather\n\n" + both + entry)) == products + gathered

@@ -1,0 +1,24 @@
+"""The examples that a task in data.eval is scored on are those that its options choose."""
+
+import pytest
+
+from ftjax.data.sources import read_sources
+from ftjax.errors import UserError
+from ftjax.evals import evaluator
+from ftjax.tasks import support_ticket
+
+TASK = "task:support_ticket"
+
+
+@pytest.mark.parametrize("options", [{}, {"split": "test[:10]"}, {"limit": 7}, {"split": "train[-50:]", "limit": 5}])
+def test_a_task_is_scored_on_the_rows_that_reading_its_entry_gives(options):
+    _, examples = evaluator._examples({"source": TASK, **options})
+    rows = read_sources([{"source": TASK, "split": "test", **options}])
+    assert [one["messages"] for one in examples] == [row.fields["messages"] for row in rows]
+    assert len(examples) == options.get("limit", 10 if "split" in options else len(support_ticket.test_examples()))
+
+
+@pytest.mark.parametrize("options", [{"format": "messages"}, {"weight": 2.0}])
+def test_options_that_scoring_does_not_know_are_refused(options):
+    with pytest.raises(UserError, match=f"task:support_ticket is scored, which knows no '{next(iter(options))}'"):
+        evaluator._examples({"source": TASK, **options})
