@@ -279,14 +279,14 @@ def at_start(examples: "Examples", heldout: Sequence[Sequence[Row]], facts: Toke
     """The checks that are cheap enough for the start of every run: all but near duplicates and unusual lengths.
 
     They cost less than 5 % of tokenising the examples: the text of at most START_ROWS rows is read again, of more than
-    ALL_ROWS every second one, evenly spread over the set; what is evaluated on is read up to START_ROWS.
+    ALL_ROWS every third one, evenly spread over the set; what is evaluated on is read up to START_ROWS.
 
     Args:
       examples: what is trained on, as it is cut.
       heldout: rows that are evaluated on.
     """
     rows = RowsOf(examples)
-    picked = spread(len(rows), min(START_ROWS, max(ALL_ROWS, len(rows) // 2)))
+    picked = spread(len(rows), min(START_ROWS, max(ALL_ROWS, len(rows) // 3)))
     held = [(some, i) for some in heldout for i in spread(len(some), START_ROWS).tolist()]
     origins = {
         "train": lambda i: rows[int(picked[i])].origin,
