@@ -139,15 +139,15 @@ def root(tmp_path_factory):
 def test_a_run_learns_and_keeps_the_base_out_of_its_checkpoints(root, kind, capsys):
     config = runpy.run_path(str(root / "run.py"))["get_config"]()
     config.model.source, config.quantize.base = str(root / "wide"), kind
-    config.steps, config.data.eval, config.schedule.name = 24, (), "constant"
+    config.steps, config.data.eval, config.schedule.name = 48, (), "constant"
     assert train(config, root / kind) == 0
     assert f", {kind}" in capsys.readouterr().out
     losses = [record["loss"] for record in metrics.read(root / kind / "metrics.jsonl")]
     assert losses[-1] < 0.7 * losses[0]
     _, _, variables, step = assemble.load_run(root / kind)
-    assert step == 24
+    assert step == 48
     assert "quant" in variables
-    files = [path for path in (root / kind / "checkpoints/24/state").rglob("*") if path.is_file()]
+    files = [path for path in (root / kind / "checkpoints/48/state").rglob("*") if path.is_file()]
     names = b"".join(path.read_bytes() for path in files)
     assert b"lora_a" in names
     assert not any(word in names for word in (b"nf4", b"absmax", b"embed_tokens"))
