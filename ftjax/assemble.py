@@ -13,18 +13,20 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ftjax import config as configs
-from ftjax import continued, distributed, lora, optim, quant, sharding, tree
-from ftjax.checkpoint import Checkpoints
-from ftjax.data import tokenizer as tokenizers
+from ftjax import distributed, lora, quant, sharding, tree
+from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
 from ftjax.models import params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
-from ftjax.state import abstract_state
+from ftjax.training import optim
+from ftjax.training.checkpoint import Checkpoints
+from ftjax.training.state import abstract_state
 from ftjax.tree import Tree
 from ftjax.weights import load as weights
-from ftjax.weights.keys import hf_names
-from ftjax.weights.peft import BaseFacts, StoredAdapter, base_digest
+from ftjax.weights.hf.keys import hf_names
+from ftjax.weights.peft import continued
+from ftjax.weights.peft.adapter import BaseFacts, StoredAdapter, base_digest
 from ftjax.weights.source import Reader, locate, open_source
 
 
@@ -76,7 +78,7 @@ def abstract_variables(config: ConfigDict, model: Decoder, mesh: Mesh) -> tuple[
     if config.quantize.base != "none":
         if adapter.init == "pissa":
             raise UserError("config.adapter.init=pissa changes the base; it does not go with config.quantize.base")
-        kernels = {path: leaves.pop(path).shape for path in _quantised(leaves) if path not in trained}
+        kernels = {path: leaves.pop(path).shape for path in _quantized(leaves) if path not in trained}
         out["quant"] = quant.abstract(config.quantize.base, kernels, axes, mesh)
     out["params"] = tree.unflatten(leaves)
     return out, lambda path: bool(lora.TRAINABLE.match(path)) or path.removeprefix("params/") in trained
@@ -100,8 +102,8 @@ def _adapters(config: ConfigDict, model: Decoder, leaves: dict) -> tuple[dict[st
     return ranks, [name for name, wanted in chosen.items() if wanted], trained
 
 
-def _quantised(paths: Iterable[str]) -> list[str]:
-    """The kernels that a quantised base has packed: those of linear layers and experts, but for the output head."""
+def _quantized(paths: Iterable[str]) -> list[str]:
+    """The kernels that a quantized base has packed: those of linear layers and experts, but for the output head."""
     return [path for path in lora.adaptable(paths) if path.startswith("layers/")]
 
 
@@ -115,7 +117,7 @@ def _modules_to_save(names: Sequence[str], paths: Iterable[str]) -> set[str]:
 
 
 def load_variables(config: ConfigDict, base: Base, abstract: Tree) -> Tree:
-    """The base's weights, quantised where `abstract` says so, and its adapters, each placed by its sharding.
+    """The base's weights, quantized where `abstract` says so, and its adapters, each placed by its sharding.
 
     The adapters are fresh ones, or those of config.adapter.source with what was trained whole beside them.
     """
@@ -176,11 +178,11 @@ def kernel(variables: Tree, module: str) -> jax.Array:
         return leaves[f"params/{module}/kernel"]
     prefix = f"quant/{module}/"
     packed = {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
-    return jax.jit(quant.dequantise, static_argnums=1)(packed, jnp.float32)
+    return jax.jit(quant.dequantize, static_argnums=1)(packed, jnp.float32)
 
 
 def whole_params(variables: Tree, dtype: jnp.dtype) -> Tree:
-    """`params` with every quantised kernel made whole, in `dtype`: the base that the adapters were trained on."""
+    """`params` with every quantized kernel made whole, in `dtype`: the base that the adapters were trained on."""
     leaves = tree.flatten(variables["params"])
     for module in {path.rpartition("/")[0] for path in tree.flatten(variables.get("quant", {}))}:
         leaves[f"{module}/kernel"] = kernel(variables, module).astype(dtype)

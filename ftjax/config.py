@@ -9,8 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ftjax.atomic import write_text
 from ftjax.errors import UserError
-from ftjax.workdir import replace_text
 
 DTYPES = ("float32", "bfloat16", "float16")
 LEARNING_RATES = {"lora": 2e-4, "dora": 2e-4, "none": 2e-5}  # used where optimizer.learning_rate is 0
@@ -170,7 +170,7 @@ ENTRY_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "limit": (lambda value: type(value) is int and value > 0, "a positive whole number"),
 }
 
-# Keys that may differ between a run and its resumption: they change nothing that is learnt.
+# Keys that may differ between a run and its resumption: they change nothing that is learned.
 FREE_TO_CHANGE = (
     "log_every",
     "checkpoint_every",
@@ -277,7 +277,7 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def write(config: ConfigDict, path: Path) -> None:
-    replace_text(path, json.dumps(as_json(config), indent=2) + "\n")
+    write_text(path, json.dumps(as_json(config), indent=2) + "\n")
 
 
 def read(path: Path) -> ConfigDict:

@@ -25,12 +25,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ftjax import cli
-from ftjax.data import curation, formats, quality
-from ftjax.data.curation import Drops, Output
-from ftjax.data.example import Row
-from ftjax.data.rows import Rows
-from ftjax.data.sources import read_sources
-from ftjax.data.writing import WRITERS, write_as
+from ftjax.data.audit import curation, quality
+from ftjax.data.audit.curation import Drops, Output
+from ftjax.data.format import formats
+from ftjax.data.format.example import Row
+from ftjax.data.format.writing import WRITERS, write_as
+from ftjax.data.read.rows import Rows
+from ftjax.data.read.sources import read_sources
 from ftjax.errors import UserError
 from ftjax.inspection.pieces import examples_of
 from ftjax.inspection.terminal import console
@@ -53,7 +54,9 @@ def filter_rows(rows: Rows, out: Output, drops: Drops, args: argparse.Namespace)
     if args.min_tokens or args.max_tokens:
         if not args.tokenizer:
             raise UserError("--min_tokens and --max_tokens need --tokenizer, a model whose tokens are counted")
-        from ftjax.data import tokenizer as tokenizers  # transformers takes a second to import, and only this needs it
+        from ftjax.data.tokens import (
+            tokenizer as tokenizers,  # transformers takes a second to import, and only this needs it
+        )
 
         tokenizer = tokenizers.load(locate(args.tokenizer))
 

@@ -8,11 +8,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax import metrics, quant, sharding, tree
+from ftjax import quant, sharding, tree
 from ftjax.assemble import Base
-from ftjax.data.loader import Loader
+from ftjax.data.batch.loader import Loader
 from ftjax.evals.evaluator import is_eval
 from ftjax.models import kernels, params
+from ftjax.training import metrics
 from ftjax.tree import Tree
 
 
@@ -25,7 +26,7 @@ def run(
     loader: Loader,
     report: dict[str, int],
 ) -> dict[str, str]:
-    """What is about to run. abstract: the variables' shapes; report: what `tokenising.tokenise` counted."""
+    """What is about to run. abstract: the variables' shapes; report: what `tokenize.tokenize` counted."""
     spec, adapter, data = base.model.spec, config.adapter, config.data
     trained, frozen = tree.partition(abstract, is_trained)
     packed = frozen.pop("quant", {})
@@ -38,7 +39,7 @@ def run(
         "adapter": _adapter(adapter),
         "trained": _size(trained),
         "frozen": _size(frozen),
-        **({"quantised": _size(packed, stands_for) + f", {config.quantize.base}"} if packed else {}),
+        **({"quantized": _size(packed, stands_for) + f", {config.quantize.base}"} if packed else {}),
         "mesh": _mesh(mesh, base, abstract["params"]),
         "attention": _attention(config, base, mesh),
         "data": counted(report),
@@ -52,7 +53,7 @@ def run(
 
 
 def counted(report: dict[str, int]) -> str:
-    """What `tokenising.tokenise` counted."""
+    """What `tokenize.tokenize` counted."""
     bad = f", bad rows skipped {report['bad_rows']}" if report["bad_rows"] else ""
     return (
         f"{report['examples']:,} examples, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them trained; "

@@ -32,7 +32,7 @@ from ftjax import cli
 from ftjax.errors import Unlucky, UserError
 
 LIMIT_SECONDS = 600.0  # how long one process waits for another
-LOADING_SECONDS = 6 * 3600.0  # and for the one that is slowest to tokenise or to read the weights
+LOADING_SECONDS = 6 * 3600.0  # and for the one that is slowest to tokenize or to read the weights
 
 _OVER = "ftjax/over"  # the key that tells that the run has ended, and how
 _ENDED_WELL = "well"

@@ -32,26 +32,28 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from ftjax import assemble, cli, continued, distributed, lora, metrics, parity, tree
+from ftjax import assemble, cli, distributed, lora, parity, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
-from ftjax.data import tokenizer as tokenizers
-from ftjax.data.gguf_tokenizer_write import check_same, to_metadata
+from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.distributed import is_first, together
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import is_eval
 from ftjax.models.families import spec_from_config, text_config
 from ftjax.models.spec import DecoderSpec
+from ftjax.training import metrics
 from ftjax.tree import Tree
-from ftjax.weights.files import read_json
-from ftjax.weights.gguf_write import KINDS, write_gguf
-from ftjax.weights.keys import FLOATS
-from ftjax.weights.model_card import model_card, shown
-from ftjax.weights.peft import write_adapter
-from ftjax.weights.peft_vllm import MAX_RANK, uniform
+from ftjax.weights.gguf.tokenizer_write import check_same, to_metadata
+from ftjax.weights.gguf.write import KINDS, write_gguf
+from ftjax.weights.hf.files import read_json
+from ftjax.weights.hf.keys import FLOATS
+from ftjax.weights.hf.model_card import model_card, shown
+from ftjax.weights.hf.together import new_directory_together
+from ftjax.weights.hf.write import write_json, write_model, write_tokenizer
+from ftjax.weights.peft import continued
+from ftjax.weights.peft.adapter import write_adapter
+from ftjax.weights.peft.vllm import MAX_RANK, uniform
 from ftjax.weights.source import Reader
-from ftjax.weights.together import new_directory_together
-from ftjax.weights.write import write_json, write_model, write_tokenizer
 
 FORMATS = ("peft", "merged", "hf", "gguf")
 _GGUF_STORES = {"f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}  # in the words of `parity.LIMITS`
@@ -61,7 +63,7 @@ assert _GGUF_STORES.keys() == KINDS.keys()
 def export_peft(workdir: Path, step: int | None, out: Path, vllm_rank: int | None = None) -> int:
     """The adapter alone; returns its step. Raises UserError for a run that trained the base itself.
 
-    vllm_rank: the largest rank of a vLLM that is to read it, see `ftjax.weights.peft_vllm`; None: peft alone reads it.
+    vllm_rank: the largest rank of a vLLM that is to read it, see `ftjax.weights.peft.vllm`; None: peft alone reads it.
     """
     run, base, variables, step = assemble.load_run(workdir, step)
     if "lora" not in variables:
@@ -161,7 +163,7 @@ def _notes(config: ConfigDict, base: Base, variables: Tree) -> list[str]:
     if "quant" in variables:
         notes.append(
             f"The adapter was trained beside a base stored as {config.quantize.base}. It is merged into that base, "
-            f"dequantised, and not into the weights of {shown(base.source)} as they were published."
+            f"dequantized, and not into the weights of {shown(base.source)} as they were published."
         )
     if _must_untie(base.model.spec, variables):
         notes.append(
@@ -176,7 +178,7 @@ def _must_untie(spec: DecoderSpec, variables: Tree) -> bool:
 
 
 def _whole(base: Base, variables: Tree) -> tuple[DecoderSpec, Tree]:
-    """The spec and the parameters, nothing quantised, that the adapters are to be merged into."""
+    """The spec and the parameters, nothing quantized, that the adapters are to be merged into."""
     spec, params = base.model.spec, assemble.whole_params(variables, base.model.param_dtype)
     if _must_untie(spec, variables):
         spec = dataclasses.replace(spec, tie_word_embeddings=False)

@@ -25,14 +25,14 @@ from jax.sharding import Mesh
 from ftjax import assemble, cli, distributed, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
-from ftjax.data.chat import render_prompt
+from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
 from ftjax.models.params import abstract_params
 from ftjax.sampling.engine import stream
 from ftjax.sampling.sampler import Sampling
 from ftjax.tree import Tree
 from ftjax.weights.load import load_params
-from ftjax.weights.peft import StoredAdapter, open_adapter
+from ftjax.weights.peft.adapter import StoredAdapter, open_adapter
 
 NONE = "none"  # the name by which the base alone is used
 

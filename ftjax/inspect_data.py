@@ -27,16 +27,17 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.progress import Progress
 
-from ftjax import assemble, cli, metrics
+from ftjax import assemble, cli
 from ftjax import config as configs
-from ftjax.data import checks
-from ftjax.data.rows import Rows
-from ftjax.data.sources import TASK, read_sources
+from ftjax.atomic import write_text
+from ftjax.data.audit import checks
+from ftjax.data.read.rows import Rows
+from ftjax.data.read.sources import TASK, read_sources
 from ftjax.errors import SourceError, UserError
 from ftjax.inspection import page, terminal
 from ftjax.inspection.pieces import Piece, examples_of, pieces
 from ftjax.inspection.survey import Epoch, Settings, Survey, epoch_of, survey
-from ftjax.workdir import replace_text
+from ftjax.training import metrics
 
 _PAGE_ROWS = 1500
 
@@ -62,7 +63,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
     heldout = evaluation_rows(config)
     out = terminal.console()
     with Progress(console=out, disable=not out.is_terminal, transient=True) as bar:
-        task = bar.add_task("reading and tokenising", total=min(len(train), options["max_rows"] or len(train)))
+        task = bar.add_task("reading and tokenizing", total=min(len(train), options["max_rows"] or len(train)))
         found = survey(
             train,
             heldout,
@@ -103,7 +104,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
         out.print(f"the page is {options['html']}", markup=False)
     if options["json"]:
         text = json.dumps(report(found, epoch), indent=2, ensure_ascii=False)
-        replace_text(Path(options["json"]), text + "\n")
+        write_text(Path(options["json"]), text + "\n")
     return cli.EXIT_MISTAKE if found.failed() else 0
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from ftjax import sharding
-from ftjax.data.chat import render_prompt
+from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
@@ -29,7 +29,7 @@ from ftjax.weights.load import load_params
 from ftjax.weights.source import open_source
 
 TEXTS = (
-    "Name three colours of the rainbow.",
+    "Name three colors of the rainbow.",
     "What is 17 plus 25? Answer with the number alone.",
     "Write one sentence about the sea, and one about the mountains.",
     "Übersetze ins Englische: Der Zug fährt um neun Uhr ab.",

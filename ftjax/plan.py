@@ -15,15 +15,15 @@ from ml_collections import ConfigDict, config_flags
 
 from ftjax import cli
 from ftjax import config as configs
-from ftjax.display import Display
+from ftjax.atomic import write_text
 from ftjax.errors import UserError
 from ftjax.models import published
 from ftjax.models.families import spec_from_config
 from ftjax.models.spec import DecoderSpec
 from ftjax.planning import advice, compiled, table, topology
 from ftjax.planning.roofline import ASSUMPTIONS
+from ftjax.training.display import Display
 from ftjax.weights.source import locate, open_source
-from ftjax.workdir import replace_text
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -60,7 +60,7 @@ def plan(config: ConfigDict, where: str, display: Display, out: Path | None = No
         if not found.fits and not any(entry["fits"] for entry in report["tried"]):
             display.say("none of these fits: take more chips, or chips with more memory")
     if out is not None:
-        replace_text(out, json.dumps(report, indent=2) + "\n")
+        write_text(out, json.dumps(report, indent=2) + "\n")
     return 0 if found.fits else EXIT_DOES_NOT_FIT
 
 

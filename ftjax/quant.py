@@ -1,7 +1,7 @@
-"""Kernels stored in 8 or 4 bits: int8 per output channel, and NF4 in blocks with doubly quantised scales.
+"""Kernels stored in 8 or 4 bits: int8 per output channel, and NF4 in blocks with doubly quantized scales.
 
-A quantised kernel [..., in, out] is a dict of arrays in the `quant` collection, where the kernel itself would be in
-`params`. It stays packed; `dequantise` makes it whole inside the layer that uses it.
+A quantized kernel [..., in, out] is a dict of arrays in the `quant` collection, where the kernel itself would be in
+`params`. It stays packed; `dequantize` makes it whole inside the layer that uses it.
 
     int8: `int8` int8 [..., in, out], `scale` float32 [..., out]
     nf4:  `nf4` uint8 [..., in / 2, out], `absmax` uint8 [..., in / 64, out],
@@ -40,7 +40,7 @@ NF4 = np.array([
 
 @functools.cache
 def dynamic_code() -> np.ndarray:
-    """float32 [256], sorted: the dynamic 8-bit code of the absmaxes (Dettmers 2016, "dynamic tree" quantisation).
+    """float32 [256], sorted: the dynamic 8-bit code of the absmaxes (Dettmers 2016, "dynamic tree" quantization).
 
     A sign, an exponent of ten, and the more bits of fraction the fewer the exponent takes.
     """
@@ -102,7 +102,7 @@ def abstract(
 
 
 @functools.partial(jax.jit, static_argnames="kind")
-def quantise(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:
+def quantize(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:
     """One kernel [in, out] in its arrays; rounded to the nearest value, in float32."""
     kernel = kernel.astype(jnp.float32)
     if kind == "int8":
@@ -127,7 +127,7 @@ def quantise(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:
     }
 
 
-def dequantise(packed: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+def dequantize(packed: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
     """The kernel [..., in, out] that `packed` stands for, computed in float32."""
     if "int8" in packed:
         return (packed["int8"].astype(jnp.float32) * packed["scale"][..., None, :]).astype(dtype)
@@ -158,6 +158,6 @@ def _nearest(values: jax.Array, code: np.ndarray) -> jax.Array:
     if code.size > 16:
         return jnp.searchsorted(middles, values, side="left").astype(jnp.uint8)
     index = jnp.zeros(values.shape, jnp.uint8)
-    for middle in middles:  # sixteen comparisons vectorise, a search does not
+    for middle in middles:  # sixteen comparisons vectorize, a search does not
         index += (values > middle).astype(jnp.uint8)
     return index

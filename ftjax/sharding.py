@@ -57,7 +57,7 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
 
 
 def _arranged(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
-    """The devices as an array of `shape`, neighbours in the network beside one another.
+    """The devices as an array of `shape`, neighbors in the network beside one another.
 
     TPU slices are joined by a slow network, so only `data`, which asks least of it, may go from slice to slice.
     """

@@ -16,26 +16,29 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from ftjax import assemble, cli, continued, describe, distributed, metrics, optim, sharding, tree
+from ftjax import assemble, cli, describe, distributed, sharding, tree
 from ftjax import config as configs
-from ftjax import workdir as workdirs
 from ftjax.assemble import Base
-from ftjax.checkpoint import Checkpoints
-from ftjax.data import checks, pipeline
-from ftjax.data.findings import ERROR
-from ftjax.data.loader import Loader
-from ftjax.data.sources import TASK, read_sources
-from ftjax.display import Display
+from ftjax.data import pipeline
+from ftjax.data.audit import checks
+from ftjax.data.audit.findings import ERROR
+from ftjax.data.batch.loader import Loader
+from ftjax.data.read.sources import TASK, read_sources
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import Evaluator, best_metric, is_eval
-from ftjax.loop import Loop, run
 from ftjax.objectives.registry import OBJECTIVES
 from ftjax.planning import flops
 from ftjax.planning.chips import CHIPS
-from ftjax.preemption import Preempted, Preemption
-from ftjax.state import TrainState, abstract_state, init_state
-from ftjax.step import make_step
+from ftjax.training import metrics, optim
+from ftjax.training import workdir as workdirs
+from ftjax.training.checkpoint import Checkpoints
+from ftjax.training.display import Display
+from ftjax.training.loop import Loop, run
+from ftjax.training.preemption import Preempted, Preemption
+from ftjax.training.state import TrainState, abstract_state, init_state
+from ftjax.training.step import make_step
 from ftjax.tree import Tree
+from ftjax.weights.peft import continued
 
 
 def train(config: ConfigDict, workdir: Path) -> int:

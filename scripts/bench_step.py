@@ -33,7 +33,7 @@ from ftjax.models.spec import DecoderSpec
 from ftjax.plan import model_spec
 from ftjax.planning import chips, compiled
 from ftjax.planning.compiled import Program
-from ftjax.state import TrainState
+from ftjax.training.state import TrainState
 from ftjax.tree import Tree
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +89,7 @@ def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, pe
         "layers": spec.num_hidden_layers,
         "parameters": parameters(program),
         "trained": tree.count(program.state.trainable),
-        "quantised": config.quantize.base,
+        "quantized": config.quantize.base,
         "rows": config.data.batch_size,
         "micro_batches": config.accumulate,
         "length": config.data.max_length,
@@ -132,7 +132,7 @@ def arrays(program: Program, dropout: float) -> tuple[TrainState, Tree, dict[str
 
 
 def parameters(program: Program) -> int:
-    """How many the base has, those that a quantised kernel stands for included."""
+    """How many the base has, those that a quantized kernel stands for included."""
     every = tree.combine(program.state.trainable, program.frozen)
     return tree.count(every["params"]) + quant.count(every.get("quant", {}))
 

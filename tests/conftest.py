@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_the_tests(tmp_path_factory):
-    """What is fetched, unpacked or tokenised in tests goes into a directory of theirs, subprocesses included."""
+    """What is fetched, unpacked or tokenized in tests goes into a directory of theirs, subprocesses included."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FTJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -10,15 +10,15 @@ import pytest
 import torch
 from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
-from tiny import batch_of, documents, numpy_params, one_device, spec
+from support.tiny import batch_of, documents, numpy_params, one_device, spec
 
 from ftjax import lora, tree
 from ftjax.models.decoder import Decoder
 from ftjax.models.layers import Linear
 from ftjax.models.params import abstract_params, logical_axes
 from ftjax.objectives.sft import make_sft
-from ftjax.state import abstract_state, init_state
-from ftjax.step import make_eval_step, make_step
+from ftjax.training.state import abstract_state, init_state
+from ftjax.training.step import make_eval_step, make_step
 
 IN, OUT, RANK, SCALE, RATE = 24, 10, 4, 1.5, 0.3
 LAYER = Linear(OUT, ("embed", "mlp"), jnp.float32, jnp.float32)
@@ -217,7 +217,7 @@ def test_an_evaluation_drops_nothing(training):
 
 
 @pytest.mark.slow
-def test_rematerialisation_draws_the_same_masks_again(training, record_figure):
+def test_rematerialization_draws_the_same_masks_again(training, record_figure):
     trainable, frozen = training
 
     def gradients(remat):

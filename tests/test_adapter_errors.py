@@ -1,8 +1,8 @@
 """What a config asks of adapters and cannot have: refused before anything is read, naming the key and the mend."""
 
 import pytest
-from models.family_configs import CONFIGS
-from tiny import CONFIG, one_device
+from support.family_configs import CONFIGS
+from support.tiny import CONFIG, one_device
 
 from ftjax import config as configs
 from ftjax import tree
@@ -97,12 +97,12 @@ REFUSED = {
         {"adapter__targets": "lm_head,q_proj", "adapter__modules_to_save": ("lm_head",)},
         "config.adapter: lm_head/kernel is in targets and in modules_to_save; it can have one of them",
     ),
-    "a quantised base without adapters": (
+    "a quantized base without adapters": (
         CONFIG,
         {"adapter__kind": "none", "quantize__base": "int8"},
         "config.quantize.base is for a base beside adapters; set config.adapter.kind or drop it",
     ),
-    "pissa of a quantised base": (
+    "pissa of a quantized base": (
         CONFIG,
         {"adapter__init": "pissa", "quantize__base": "int8"},
         "config.adapter.init=pissa changes the base; it does not go with config.quantize.base",

@@ -9,20 +9,20 @@ import numpy as np
 import optax
 import pytest
 import torch
-from adapted import assembled, moved
 from ml_collections import ConfigDict
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from peft_witness import base_in_torch, peft_model, peft_parameters
-from tiny import OPTIMIZER, batch_of, documents, logits, one_device
-from witness import torch_logits
+from support.adapted import assembled, moved
+from support.peft_witness import base_in_torch, peft_model, peft_parameters
+from support.tiny import OPTIMIZER, batch_of, documents, logits, one_device
+from support.witness import torch_logits
 
 from ftjax import lora, tree
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.sft import make_sft
-from ftjax.optim import make_optimizer
-from ftjax.state import abstract_state, init_state
-from ftjax.step import make_step
+from ftjax.training.optim import make_optimizer
+from ftjax.training.state import abstract_state, init_state
+from ftjax.training.step import make_step
 
 # peft itself asks transformers for an attribute by its old name.
 pytestmark = [

@@ -4,19 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
+from support import PYTHONPATH, SUPPORT
 
 
 def run(*names):
     # Compiling is nearly all of the time, and what is compared does not depend on how hard LLVM tries.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    path = os.pathsep.join(str(directory) for directory in (HERE, HERE.parent))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
-    command = [sys.executable, "-W", "error", str(HERE / "adapters_sharded_run.py"), *names]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": PYTHONPATH}
+    command = [sys.executable, "-W", "error", str(SUPPORT / "adapters_sharded_run.py"), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -65,7 +62,7 @@ def test_experts(record_figure, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["int8", "int8, dora", "nf4", "nf4, experts"])
-def test_a_quantised_base(record_figure, name):
+def test_a_quantized_base(record_figure, name):
     out = run(name)
     check(out, record_figure)
     assert any(path.startswith("quant/") for path in out[name]["fsdp=4 x tensor=2"]["split"])

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import one_device, spec
+from support.tiny import one_device, spec
 
 from ftjax import config as configs
 from ftjax import tree

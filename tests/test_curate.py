@@ -8,11 +8,11 @@ import os
 import numpy as np
 import pandas
 import pytest
-from chat_templates import CHATML, make_tokenizer
+from support.chat_templates import CHATML, make_tokenizer
 
 from ftjax import curate
-from ftjax.data.formats import check_row, kind_of
-from ftjax.data.parts import parts
+from ftjax.data.audit.parts import parts
+from ftjax.data.format.formats import check_row, kind_of
 from ftjax.errors import UserError
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from runs import command, finish, write_run
+from support.runs import command, finish, write_run
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
-from runs import command, finish, write_run
-from tiny import CONFIG, spec
+from support.runs import command, finish, write_run
+from support.tiny import CONFIG, spec
 
 from ftjax import config as configs
 from ftjax import sharding

@@ -6,16 +6,17 @@ import runpy
 import numpy as np
 import pytest
 import torch
-from chat_templates import CHATML, make_tokenizer
-from models.family_configs import CONFIGS
-from models.torch_models import torch_model
-from runs import write_rows, write_run
-from tiny import batch_of, logits
+from support.chat_templates import CHATML, make_tokenizer
+from support.family_configs import CONFIGS
+from support.runs import write_rows, write_run
+from support.tiny import batch_of, logits
+from support.torch_models import torch_model
 from transformers import AutoModelForCausalLM
 
-from ftjax import assemble, metrics
+from ftjax import assemble
 from ftjax.export import export_model
 from ftjax.train import train
+from ftjax.training import metrics
 
 
 @pytest.fixture(scope="module")

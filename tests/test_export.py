@@ -7,11 +7,11 @@ import numpy as np
 import peft
 import pytest
 import torch
-from chat_templates import CHATML, make_tokenizer
 from huggingface_hub import ModelCard
-from runs import command, finish, write_run
 from safetensors.numpy import load_file
-from tiny import batch_of, logits, one_device
+from support.chat_templates import CHATML, make_tokenizer
+from support.runs import command, finish, write_run
+from support.tiny import batch_of, logits, one_device
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -225,12 +225,12 @@ def test_a_run_without_an_adapter_has_none_to_merge_or_write(full, tmp_path):
     assert not files(tmp_path)
 
 
-def short_run(root, workdir, quantised="none", steps=2, **adapter):
+def short_run(root, workdir, quantized="none", steps=2, **adapter):
     """A run of a few steps on the model of `root`, with these settings of its adapter."""
     config = runpy.run_path(str(root / "run.py"))["get_config"]()
     config.adapter.rank = 16 if "source" in adapter else 4
     config.adapter.update(adapter)
-    config.quantize.base, config.steps, config.data.eval = quantised, steps, ()
+    config.quantize.base, config.steps, config.data.eval = quantized, steps, ()
     assert train(config, workdir) == 0
     return config
 
@@ -249,11 +249,11 @@ def packed(root):
     return root / "packed"
 
 
-def test_a_tied_embedding_is_untied_and_a_quantised_base_said(root, packed, ours, tmp_path, capsys, record_figure):
+def test_a_tied_embedding_is_untied_and_a_quantized_base_said(root, packed, ours, tmp_path, capsys, record_figure):
     export.export_model(packed, None, "merged", tmp_path / "out", None, "f16")
     printed, card = capsys.readouterr().out, (tmp_path / "out/README.md").read_text()
     notes = parity_of(tmp_path / "out/parity.json")["notes"]
-    for note, words in zip(notes, ("merged into that base, dequantised", "tie_word_embeddings is false"), strict=True):
+    for note, words in zip(notes, ("merged into that base, dequantized", "tie_word_embeddings is false"), strict=True):
         assert words in note
         assert note in printed
         assert note in card
@@ -275,11 +275,11 @@ def test_a_gguf_of_it_is_untied_too(packed, ours, tmp_path):
     assert np.abs(found - of_run(packed, tokens)).max() < 0.2
 
 
-def test_an_adapter_of_a_quantised_base_says_so(packed, tmp_path, capsys):
+def test_an_adapter_of_a_quantized_base_says_so(packed, tmp_path, capsys):
     export.export_peft(packed, None, tmp_path / "out")
     assert "stored as int8" in capsys.readouterr().out
     assert "beside the base stored as int8" in (tmp_path / "out/README.md").read_text()
-    assert json.loads((tmp_path / "out/ftjax_adapter.json").read_text())["base_quantised"] == "int8"
+    assert json.loads((tmp_path / "out/ftjax_adapter.json").read_text())["base_quantized"] == "int8"
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["modules_to_save"] == ["model.norm"]
 
 

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pandas
 import pytest
-from chat_templates import CHATML, make_tokenizer
-from runs import command, finish, write_run
+from support.chat_templates import CHATML, make_tokenizer
+from support.runs import command, finish, write_run
 
 ROWS = 60
 

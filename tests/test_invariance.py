@@ -7,17 +7,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
+from support import PYTHONPATH, SUPPORT
 
 
 def run(cases, *xla_flags, limit=600):
     flags = " ".join(["--xla_force_host_platform_device_count=8", *xla_flags])
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, "-W", "error", str(HERE / "invariance_run.py"), cases]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": PYTHONPATH}
+    command = [sys.executable, "-W", "error", str(SUPPORT / "invariance_run.py"), cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=limit)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

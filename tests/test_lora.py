@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import batch_of, documents, logits, numpy_params, one_device, spec
+from support.tiny import batch_of, documents, logits, numpy_params, one_device, spec
 
 from ftjax import lora, tree
 from ftjax.errors import UserError

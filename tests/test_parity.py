@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from chat_templates import CHATML, make_tokenizer
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from tiny import batch_of, logits, numpy_params, one_device, spec
+from support.chat_templates import CHATML, make_tokenizer
+from support.tiny import batch_of, logits, numpy_params, one_device, spec
 
 from ftjax import parity, tree
 from ftjax.errors import UserError
@@ -28,14 +28,14 @@ def test_the_figures_are_those_of_torch():
     got = parity.differences(expected, found)
     p, q = (torch.tensor(np.concatenate(part), dtype=torch.float64) for part in (expected, found))
     kl = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    centred = [part - part.mean(-1, keepdim=True) for part in (p, q)]
+    centerd = [part - part.mean(-1, keepdim=True) for part in (p, q)]
     wanted = {
         "max_abs_logit_difference": (q - p).abs().max(),
         "mean_abs_logit_difference": (q - p).abs().mean(),
         "max_kl": kl.max(),
         "mean_kl": kl.mean(),
         "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double().mean(),
-        "relative_difference": (centred[1] - centred[0]).norm() / centred[0].norm(),
+        "relative_difference": (centerd[1] - centerd[0]).norm() / centerd[0].norm(),
     }
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():

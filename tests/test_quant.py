@@ -30,7 +30,7 @@ def test_the_codes_are_those_of_bitsandbytes():
 def test_nf4_is_that_of_bitsandbytes(shape, record_figure):
     values = kernel(shape)
     packed, state = bnb.quantize_4bit(torch.tensor(values.T.copy()), quant_type="nf4", compress_statistics=True)
-    ours = jax.device_get(quant.quantise(values, "nf4"))
+    ours = jax.device_get(quant.quantize(values, "nf4"))
     rows, columns = shape
     theirs = packed.numpy().reshape(columns, rows // 2).T
     np.testing.assert_array_equal(ours["nf4"], theirs)
@@ -41,7 +41,7 @@ def test_nf4_is_that_of_bitsandbytes(shape, record_figure):
     state.absmax = torch.tensor(ours["absmax"].T.reshape(-1).copy())
     state.state2.absmax, state.offset = torch.tensor(ours["absmax_scale"]), torch.tensor(ours["absmax_offset"][0])
     expected = bnb.dequantize_4bit(packed, state).numpy().T
-    found = np.asarray(quant.dequantise(ours, jnp.float32))
+    found = np.asarray(quant.dequantize(ours, jnp.float32))
     relative = np.abs(found - expected) / np.maximum(np.abs(expected), 1e-9)
     record_figure("largest relative difference of values", relative.max())
     np.testing.assert_allclose(found, expected, rtol=2.4e-7, atol=0)  # two units in the last place
@@ -66,7 +66,7 @@ def check_absmax(values, ours, state, record_figure):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_arrays_have_the_shapes_that_are_told(kind, shape):
     told = quant.shapes(kind, shape, "kernel")
-    made = {name: (array.shape, array.dtype) for name, array in quant.quantise(kernel(shape), kind).items()}
+    made = {name: (array.shape, array.dtype) for name, array in quant.quantize(kernel(shape), kind).items()}
     assert made == told
     assert quant.axes(kind, ("embed", "mlp")).keys() == told.keys()
     assert all(len(axes) == len(told[name][0]) for name, axes in quant.axes(kind, ("embed", "mlp")).items())
@@ -74,7 +74,7 @@ def test_arrays_have_the_shapes_that_are_told(kind, shape):
 
 def test_bytes_per_parameter(record_figure):
     for kind, most in (("nf4", 0.55), ("int8", 1.01)):
-        packed = quant.quantise(kernel((4096, 512)), kind)
+        packed = quant.quantize(kernel((4096, 512)), kind)
         assert quant.count(packed) == 4096 * 512
         stored = sum(array.nbytes for array in packed.values()) / quant.count(packed)
         record_figure(kind, stored)
@@ -83,9 +83,9 @@ def test_bytes_per_parameter(record_figure):
 
 def test_int8_is_the_nearest_of_255_steps(record_figure):
     values = kernel((96, 40)).astype(np.float64)
-    packed = quant.quantise(values.astype(np.float32), "int8")
+    packed = quant.quantize(values.astype(np.float32), "int8")
     step = np.abs(values).max(axis=0) / 127
-    error = np.abs(np.asarray(quant.dequantise(packed, jnp.float32)) - values)
+    error = np.abs(np.asarray(quant.dequantize(packed, jnp.float32)) - values)
     record_figure("largest error in steps", (error[:, step > 0] / step[step > 0]).max())
     assert (error <= step / 2 + 1e-7).all()
     assert np.asarray(packed["int8"]).min() >= -127
@@ -94,14 +94,14 @@ def test_int8_is_the_nearest_of_255_steps(record_figure):
 @pytest.mark.parametrize("kind", quant.KINDS)
 def test_stacked_kernels_are_each_its_own(kind):
     stack = np.stack([kernel((128, 8), seed) for seed in range(3)])
-    parts = [quant.quantise(one, kind) for one in stack]
+    parts = [quant.quantize(one, kind) for one in stack]
     together = {name: jnp.stack([part[name] for part in parts]) for name in parts[0]}
     assert {name: array.shape for name, array in together.items()} == {
         name: shape for name, (shape, _) in quant.shapes(kind, stack.shape, "").items()
     }
-    whole = quant.dequantise(together, jnp.float32)
+    whole = quant.dequantize(together, jnp.float32)
     for index, part in enumerate(parts):
-        np.testing.assert_array_equal(whole[index], quant.dequantise(part, jnp.float32))
+        np.testing.assert_array_equal(whole[index], quant.dequantize(part, jnp.float32))
 
 
 def test_what_the_blocks_do_not_divide_is_named():

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import peft
 import pytest
-from runs import write_rows
+from support.runs import write_rows
 from transformers import AutoModelForCausalLM
 
 from ftjax import config as configs
-from ftjax import metrics
+from ftjax.training import metrics
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [line.strip() for line in re.findall(r"^ {4}(.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)]

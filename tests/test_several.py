@@ -8,10 +8,11 @@ import time
 
 import numpy as np
 import pytest
-from runs import at_step, command, finish, signal_at_step, write_run
-from several import HEARTBEAT, ended, finished, started
+from support.runs import at_step, command, finish, signal_at_step, write_run
+from support.several import HEARTBEAT, ended, finished, started
 
-from ftjax import assemble, metrics, tree
+from ftjax import assemble, tree
+from ftjax.training import metrics
 
 # Below what is measured: with 3e-2, which the other runs use, differences in rounding would grow with the steps.
 INVARIANT = ("--config.optimizer.learning_rate=2e-4", "--config.steps=20", "--config.mesh.fsdp=-1")

@@ -6,13 +6,14 @@ import signal
 
 import numpy as np
 import pytest
-from runs import command, finish, signal_at_step, write_model, write_rows, write_run
+from support.runs import command, finish, signal_at_step, write_model, write_rows, write_run
 
-from ftjax import assemble, metrics, tree
+from ftjax import assemble, tree
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import Evaluator
-from ftjax.preemption import Preempted
 from ftjax.train import train as run_config
+from ftjax.training import metrics
+from ftjax.training.preemption import Preempted
 
 TIMES = {"step_time", "tokens_per_second", "data_wait"}
 
@@ -165,7 +166,7 @@ def test_full_fine_tuning_of_chosen_parameters(root):
 
 
 def _abstract(base):
-    from tiny import one_device
+    from support.tiny import one_device
 
     from ftjax.models.params import abstract_params
 

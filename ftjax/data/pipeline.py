@@ -1,4 +1,4 @@
-"""Entries of data.train or data.eval -> loader: read, check, tokenise, pack. What training and inspection share."""
+"""Entries of data.train or data.eval -> loader: read, check, tokenize, pack. What training and inspection share."""
 
 import contextlib
 import logging
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from ftjax.data import examples
-from ftjax.data.kinds import MAX_DROPPED
-from ftjax.data.loader import Loader
-from ftjax.data.sources import read_sources
-from ftjax.data.tokenising import tokenise
+from ftjax.data.audit.kinds import MAX_DROPPED
+from ftjax.data.batch.loader import Loader
+from ftjax.data.read.sources import read_sources
+from ftjax.data.tokens import examples
+from ftjax.data.tokens.tokenize import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,7 +41,7 @@ def load(
     max_dropped: float = MAX_DROPPED,
     counter: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _uncounted,
 ) -> tuple[Loader, dict]:
-    """The loader of all rows of `entries` (see `sources.read_sources`), and `tokenise`'s report on them.
+    """The loader of all rows of `entries` (see `sources.read_sources`), and `tokenize`'s report on them.
 
     Args:
       holdout: the share of rows that are held out for evaluation.
@@ -49,16 +49,16 @@ def load(
         rows of `entries` that are held out are left out.
       multiple: of what the lengths of batches are multiples where packing is off.
       max_dropped: the share of the rows that may be left with no trained token; more than MAX_DROPPED are told.
-      counter: shows how far tokenisation has come (`Display.counter`).
+      counter: shows how far tokenization has come (`Display.counter`).
     """
     sides = [(entries, 0.0 if heldout_of else holdout, False), (heldout_of, holdout, True)]
     sets = []
     for some, share, heldout in sides:
         if some:
             rows = read_sources(some, max_bad_rows, share, heldout)
-            with counter("tokenising", len(rows)) as advance:
+            with counter("tokenizing", len(rows)) as advance:
                 sets.append(
-                    tokenise(
+                    tokenize(
                         rows,
                         tokenizer,
                         max_length,

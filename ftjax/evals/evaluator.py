@@ -1,10 +1,13 @@
 """Everything in `data.eval`, measured at one step of a run: rows by their loss, tasks by their score."""
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -12,22 +15,20 @@ from ml_collections import ConfigDict
 from ftjax import config as configs
 from ftjax import distributed, sharding, tree
 from ftjax.assemble import Base
-from ftjax.data import splits
-from ftjax.data.chat import render_prompt
-from ftjax.data.loader import Loader
-from ftjax.data.sources import TASK
-from ftjax.display import Display
+from ftjax.atomic import write_text
+from ftjax.data.batch.loader import Loader
+from ftjax.data.read import splits
+from ftjax.data.read.sources import TASK
+from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
-from ftjax.evals.heldout import heldout_metrics
-from ftjax.evals.task import score_task
-from ftjax.objectives.loss import Objective
-from ftjax.preemption import Preemption
+from ftjax.objectives.loss import Loss, Objective
 from ftjax.sampling.engine import generate
 from ftjax.sampling.sampler import Sampling
-from ftjax.step import make_eval_step
 from ftjax.tasks import registry
+from ftjax.training.display import Display
+from ftjax.training.preemption import Preemption
+from ftjax.training.step import make_eval_step, means
 from ftjax.tree import Tree
-from ftjax.workdir import replace_text
 
 
 def is_eval(record: dict) -> bool:
@@ -47,7 +48,7 @@ def best_metric(config: ConfigDict) -> tuple[str | None, str]:
 class Evaluator:
     """Called as evaluator(step, trainable, frozen) -> {"eval_...": float}; completions go to samples.jsonl.
 
-    SIGTERM is honoured between two batches of completions (Preempted).
+    SIGTERM is honored between two batches of completions (Preempted).
     """
 
     def __init__(
@@ -125,7 +126,52 @@ class Evaluator:
         old = map(json.loads, lines)
         kept = [one for one in old if one["step"] < step or (one["step"] == step and one["source"] != name)]
         new = [{"step": step, "source": name} | record for record in records]
-        replace_text(self._samples, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in kept + new))
+        write_text(self._samples, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in kept + new))
+
+
+def heldout_metrics(
+    eval_step: Callable[[Tree, Tree, dict[str, jax.Array]], Loss],
+    trainable: Tree,
+    frozen: Tree,
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+    on_batch: Callable[[], None],
+) -> dict[str, float]:
+    """{"eval_loss", "eval_mean_token_accuracy", ...}: means over the trained tokens of all batches.
+
+    on_batch is called before each batch, and may raise to end it (`Preemption.check`).
+    """
+    total = None
+    for batch in batches:
+        on_batch()
+        placed = {name: sharding.place(mesh, ("batch", "length"), array) for name, array in batch.items()}
+        loss = eval_step(trainable, frozen, placed)
+        total = loss if total is None else jax.tree.map(jnp.add, total, loss)
+    return {f"eval_{name}": float(value) for name, value in means(total).items()}
+
+
+def score_task(
+    task: ModuleType, examples: list[dict], tokenizer: Any, complete: Callable[[list[np.ndarray]], list[np.ndarray]]
+) -> tuple[float, list[dict]]:
+    """The mean score over the examples, and one record per example: prompt, completion, expected, score.
+
+    examples: as `task.test_examples()` gives them, each conversation ending in the expected assistant turn.
+    complete: prompts as int32 tokens -> the generated tokens of each, without the end token.
+    """
+    prompts = [render_prompt(example["messages"][:-1], tokenizer) for example in examples]
+    records = []
+    for example, tokens in zip(examples, complete(prompts), strict=True):
+        completion = tokenizer.decode(tokens, skip_special_tokens=True)
+        *prompt, expected = example["messages"]
+        records.append(
+            {
+                "prompt": prompt[-1]["content"],
+                "completion": completion,
+                "expected": expected["content"],
+                "score": float(task.score(completion, example)),
+            }
+        )
+    return sum(record["score"] for record in records) / len(records), records
 
 
 def _examples(entry: dict[str, Any]) -> tuple[ModuleType, list[dict]]:

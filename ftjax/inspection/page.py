@@ -1,4 +1,4 @@
-"""One self-contained HTML page to browse rows: search, filters, coloured tokens; it loads nothing from anywhere.
+"""One self-contained HTML page to browse rows: search, filters, colored tokens; it loads nothing from anywhere.
 
 Rows travel as JSON in a script element that is never executed, with "<", ">" and "&" escaped, and the page's code puts
 them in as text, never as markup: a row that holds "</script>" is as harmless as any other. A content security policy
@@ -12,10 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+from ftjax.atomic import write_text
 from ftjax.inspection.pieces import Piece
 from ftjax.inspection.survey import Epoch, Settings, Survey, shares
 from ftjax.inspection.terminal import facts_of, histogram
-from ftjax.workdir import replace_text
 
 MAX_ROWS = 3000
 MAX_PIECES = 3000  # of one example; what follows is left out, and the page says so
@@ -33,7 +33,7 @@ class PageRow(NamedTuple):
 
 def write(path: Path, found: Survey, epoch: Epoch, settings: Settings, rows: Sequence[PageRow]) -> None:
     """Writes the page, whole or not at all."""
-    replace_text(path, render(found, epoch, settings, rows))
+    write_text(path, render(found, epoch, settings, rows))
 
 
 def render(found: Survey, epoch: Epoch, settings: Settings, rows: Sequence[PageRow]) -> str:

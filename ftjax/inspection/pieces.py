@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.data import chat, formats
-from ftjax.data.example import Example, Row
+from ftjax.data.format import formats
+from ftjax.data.format.example import Example, Row
+from ftjax.data.tokens import chat
 
 WHITE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
@@ -74,7 +75,7 @@ def pieces(tokens: Sequence[int], trained: np.ndarray, tokenizer) -> list[Piece]
 
 
 def plain(shown: Sequence[Piece]) -> str:
-    """For places without colour: tokens separated by "|", what is trained on between "[[" and "]]"."""
+    """For places without color: tokens separated by "|", what is trained on between "[[" and "]]"."""
     out, inside = [], False
     for piece in shown:
         text = visible(piece)

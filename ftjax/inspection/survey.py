@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ftjax.data import buckets, checks, packing
-from ftjax.data.chat import NothingTrained
-from ftjax.data.example import Example, Row
-from ftjax.data.findings import ERROR, Finding
-from ftjax.data.kinds import MAX_DROPPED
-from ftjax.data.rows import Rows
-from ftjax.data.sources import TASK
+from ftjax.data.audit import checks
+from ftjax.data.audit.findings import ERROR, Finding
+from ftjax.data.audit.kinds import MAX_DROPPED
+from ftjax.data.batch import buckets, packing
+from ftjax.data.format.example import Example, Row
+from ftjax.data.read.rows import Rows
+from ftjax.data.read.sources import TASK
+from ftjax.data.tokens.chat import NothingTrained
 from ftjax.errors import SourceError, UserError
 from ftjax.inspection.pieces import examples_of
 
@@ -102,7 +103,7 @@ def survey(
     max_rows: int = 0,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Survey:
-    """Reads, tokenises and checks the rows.
+    """Reads, tokenizes and checks the rows.
 
     Args:
       train, heldout: of data.train and data.eval (see `sources.read_sources`); what cannot be read becomes a finding.
@@ -124,7 +125,7 @@ def survey(
     out = Survey([SourceCount(name, weight, count) for (name, count), weight in zip(names, train.weights)], len(train))
     bad = Counter()
     lengths, length_places, cut = array("i"), array("q"), array("i")
-    evaluated = Counter()  # rows that are evaluated on by their loss: "tokenised", and of those "kept"
+    evaluated = Counter()  # rows that are evaluated on by their loss: "tokenized", and of those "kept"
 
     def look(side: str, rows: Rows, picked: np.ndarray) -> None:
         chunk, places = [], []
@@ -216,7 +217,7 @@ def survey(
             except UserError as error:
                 found.refused(str(error), row.origin)
                 continue
-            evaluated["tokenised"] += 1
+            evaluated["tokenized"] += 1
             evaluated["kept"] += kept
             if not kept:
                 found.add("eval_untrained", row.origin)
@@ -225,7 +226,7 @@ def survey(
     for rows in heldout:
         firsts["eval"].append(len(looked["eval"]))
         look("eval", rows, checks.spread(len(rows), max_rows or len(rows)))
-    if evaluated["tokenised"] and not evaluated["kept"]:
+    if evaluated["tokenized"] and not evaluated["kept"]:
         found.add("eval_empty")
     out.picked = sum(source.picked for source in out.sources)
     out.looked_at = sum(source.looked_at for source in out.sources)

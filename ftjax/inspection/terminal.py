@@ -1,4 +1,4 @@
-"""A survey in the terminal: tables, a histogram, rows with their tokens; readable without colour, too."""
+"""A survey in the terminal: tables, a histogram, rows with their tokens; readable without color, too."""
 
 import datetime
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ftjax.data.findings import ERROR
+from ftjax.data.audit.findings import ERROR
 from ftjax.inspection.pieces import Piece, plain, visible
 from ftjax.inspection.survey import Epoch, Settings, Survey, shares
 
@@ -113,7 +113,7 @@ def _epochs(epoch: Epoch, settings: Settings) -> float:
 
 
 def row(out: Console, origin: str, examples: Sequence[tuple[str, list[Piece]]], codes: Sequence[str]) -> None:
-    """One row token by token: trained tokens on green, or between [[ and ]] where there is no colour."""
+    """One row token by token: trained tokens on green, or between [[ and ]] where there is no color."""
     for name, shown in examples:
         count, trained = sum(p.tokens for p in shown), sum(p.tokens for p in shown if p.trained)
         note = f"  {', '.join(codes)}" if codes else ""

@@ -152,7 +152,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only language model.
 
-    `apply({"params": p}, ...)` is the base model; with a `lora` collection beside it, the adapted one. Quantised
+    `apply({"params": p}, ...)` is the base model; with a `lora` collection beside it, the adapted one. Quantized
     kernels are in a `quant` collection. Adapters drop inputs out where `apply` gets an rng called "dropout".
     dtype: of activations and matrix products (norms, softmax, routing and logits are float32 regardless); param_dtype:
     of stored parameters; remat: one of REMAT_POLICIES; attention: config.model.attention, see kernels.py.
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
         if spec.learned_positions:
             self.embed_positions = Embedding(spec.max_position_embeddings, spec.hidden_size, *dtypes, row_axis=None)
         policy = REMAT_POLICIES[self.remat]
-        # Inside a scan XLA cannot undo the rematerialisation, so its guard against that would only cost time.
+        # Inside a scan XLA cannot undo the rematerialization, so its guard against that would only cost time.
         block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
         self.layers = nn.scan(
             block,

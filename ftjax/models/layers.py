@@ -1,4 +1,4 @@
-"""The parametrised pieces of a decoder; each names its parameters' logical axes where it declares them."""
+"""The parametrized pieces of a decoder; each names its parameters' logical axes where it declares them."""
 
 import functools
 from collections.abc import Callable
@@ -25,18 +25,18 @@ INIT = nn.initializers.normal(0.02)
 
 
 def packed_kernel(module: nn.Module) -> dict[str, jax.Array]:
-    """The arrays of `module`'s quantised kernel, {} if it has none."""
+    """The arrays of `module`'s quantized kernel, {} if it has none."""
     return dict(module.variables.get("quant", {}))
 
 
-def quantised_product(
+def quantized_product(
     x: jax.Array, *, packed: dict[str, jax.Array], dtype: jnp.dtype, out_dtype: jnp.dtype | None
 ) -> jax.Array:
-    """x times a quantised kernel, which the backward pass makes whole once more instead of keeping it."""
+    """x times a quantized kernel, which the backward pass makes whole once more instead of keeping it."""
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def multiply(x, packed):
-        return jnp.matmul(x, quant.dequantise(packed, dtype), preferred_element_type=out_dtype)
+        return jnp.matmul(x, quant.dequantize(packed, dtype), preferred_element_type=out_dtype)
 
     return multiply(x, packed)
 
@@ -45,7 +45,7 @@ class Linear(nn.Module):
     """y = x W + b, and what adapter.py adds where the `lora` collection holds an adapter for this layer.
 
     Parameters: `kernel` [in, features], with use_bias `bias` [features]. Collection `quant` (optional): what stands for
-    `kernel` when that is quantised (see quant.py).
+    `kernel` when that is quantized (see quant.py).
     """
 
     features: int
@@ -62,8 +62,8 @@ class Linear(nn.Module):
         For the dropout of an adapter, see adapter.py: the numbers of x's rows, and a key other than this layer's own.
         """
         if packed := packed_kernel(self):
-            kernel = functools.partial(quant.dequantise, packed)
-            product = functools.partial(quantised_product, packed=packed, dtype=self.dtype, out_dtype=self.out_dtype)
+            kernel = functools.partial(quant.dequantize, packed)
+            product = functools.partial(quantized_product, packed=packed, dtype=self.dtype, out_dtype=self.out_dtype)
         else:
             kernel_init = nn.with_logical_partitioning(INIT, self.axes)
             kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype).astype

@@ -48,7 +48,7 @@ class MLP(nn.Module):
     def _in_blocks(self, length: int) -> bool:
         if self.block is None or length <= self.block or length % self.block:
             return False
-        # Quantised kernels and the norms of DoRA's would be made again in each block.
+        # Quantized kernels and the norms of DoRA's would be made again in each block.
         adapters = self.variables.get("lora", {}).values()
         if "quant" in self.variables or any("lora_magnitude" in adapter for adapter in adapters):
             return False
@@ -126,19 +126,19 @@ class Experts(nn.Module):
         if not any(quant.is_packed(stack) for stack in stacks.values()):
             return _over_mesh(spec, x, weights, chosen, stacks, axes)
 
-        # The backward pass makes quantised kernels whole once more instead of keeping them.
+        # The backward pass makes quantized kernels whole once more instead of keeping them.
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def dequantised(x, weights, stacks):
+        def dequantized(x, weights, stacks):
             whole = {name: _whole(stack, self.dtype) for name, stack in stacks.items()}
             return _over_mesh(spec, x, weights, chosen, whole, axes)
 
-        return dequantised(x, weights, stacks)
+        return dequantized(x, weights, stacks)
 
 
 class Stack(nn.Module):
     """The same linear layer of every expert; only holds the parameters `kernel` [experts, in, out] and `bias`.
 
-    A quantised kernel comes out as its arrays, an adapter as `lora_a` [experts, in, r] and `lora_b` [experts, r, out],
+    A quantized kernel comes out as its arrays, an adapter as `lora_a` [experts, in, r] and `lora_b` [experts, r, out],
     the latter times its scale.
     """
 
@@ -170,7 +170,7 @@ def _whole(stack: dict[str, jax.Array], dtype: jnp.dtype) -> dict[str, jax.Array
         return stack
     others = {name: stack[name] for name in ("bias", "lora_a", "lora_b") if name in stack}
     packed = {name: array for name, array in stack.items() if name not in others}
-    return {"kernel": quant.dequantise(packed, dtype)} | others
+    return {"kernel": quant.dequantize(packed, dtype)} | others
 
 
 def _over_mesh(spec, x, weights, chosen, stacks, axes) -> jax.Array:

@@ -1,6 +1,6 @@
 """What the config.json of released models say about their shape, and how many parameters their owners count.
 
-So that a model can be planned for whose files are not here, or not to be had without a licence. The keys are the files'
+So that a model can be planned for whose files are not here, or not to be had without a license. The keys are the files'
 own, old spellings included; LongRoPE's factors, 48 numbers each that change no size, are left at one value.
 """
 

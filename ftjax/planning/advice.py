@@ -51,7 +51,7 @@ def changed(config: ConfigDict, **keys: object) -> Candidate:
 
 
 def remedies(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
-    """What makes a run smaller, in the order of what it costs: time, then what is learnt. The cheap ones add up."""
+    """What makes a run smaller, in the order of what it costs: time, then what is learned. The cheap ones add up."""
     smaller: dict[str, object] = {}
     rows, accumulate = config.data.batch_size, config.accumulate
     if config.model.remat in ("none", "dots"):

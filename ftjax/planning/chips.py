@@ -11,7 +11,7 @@ GIB = 2**30
 class Chip:
     """Rates in units per second and chip.
 
-    Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} for memory, FLOPs and the data-centre network; links and their
+    Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} for memory, FLOPs and the data-center network; links and their
     one-way bandwidth as in "How to Scale Your Model" (Austin et al. 2025, jax-ml.github.io/scaling-book/tpus), which
     are about a tenth below the data sheets' and nearer to what a collective reaches.
     """

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import assemble, optim, sharding, tree
+from ftjax import assemble, sharding, tree
 from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
@@ -23,8 +23,9 @@ from ftjax.planning.flops import Flops
 from ftjax.planning.roofline import Roofline, roofline
 from ftjax.planning.topology import Topology
 from ftjax.planning.traffic import Collective
-from ftjax.state import TrainState, abstract_state
-from ftjax.step import make_step
+from ftjax.training import optim
+from ftjax.training.state import TrainState, abstract_state
+from ftjax.training.step import make_step
 from ftjax.tree import Tree
 
 STEPS = 1000  # of the schedule; the program does not depend on it
@@ -123,16 +124,16 @@ def _abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
 
 
 def compile_text(program: Program) -> tuple[str, object]:
-    """(the optimised HLO, the compiler's memory analysis); JaxRuntimeError where it runs out of memory."""
+    """(the optimized HLO, the compiler's memory analysis); JaxRuntimeError where it runs out of memory."""
     with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh), tempfile.TemporaryDirectory() as dump:
         traced = program.step.trace(program.state, program.frozen, program.batch)
         lowered = traced.lower(lowering_platforms=("tpu",))
         compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
-        return _optimised(Path(dump)), compiled.memory_analysis()
+        return _optimized(Path(dump)), compiled.memory_analysis()
 
 
-def _optimised(directory: Path) -> str:
-    """The optimised module as libtpu itself writes it: of several, the largest is the step.
+def _optimized(directory: Path) -> str:
+    """The optimized module as libtpu itself writes it: of several, the largest is the step.
 
     `compiled.as_text()` says the same, but reads libtpu's module back first, and fails where jaxlib's form of it lacks
     an operation ("async-update", as on larger v5p slices).

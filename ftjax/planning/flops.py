@@ -26,7 +26,7 @@ class Flops:
 def count(spec: DecoderSpec, variables: Tree, is_trained, rows: int, length: int) -> Flops:
     """For `rows` rows of `length` tokens, each one document (packed rows need less attention), all of them trained on.
 
-    variables: shapes of all collections, a quantised kernel under the name of its packed arrays.
+    variables: shapes of all collections, a quantized kernel under the name of its packed arrays.
     """
     tokens = rows * length
     weights = {path: size * _share(path, spec) for path, size in products(spec, variables).items()}

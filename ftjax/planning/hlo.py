@@ -1,4 +1,4 @@
-"""Reads the text of an optimised HLO module: its computations, how often each runs, and what their operations move.
+"""Reads the text of an optimized HLO module: its computations, how often each runs, and what their operations move.
 
 The compiler's own cost analysis counts the body of a loop once. Here every computation is weighted by the trip counts
 of the loops around it, which are found by running the loop's own counter (`Module.trips`).

@@ -37,7 +37,7 @@ def roofline(topology: Topology, flops: float, moved: float, collectives: list[C
 def bandwidth(topology: Topology, rings: tuple[int, ...]) -> float:
     """Bytes/s into a chip from a group that spans these dimensions of the torus.
 
-    A ring brings data from both sides; the ends of a line have one neighbour, and the slowest chip sets the pace.
+    A ring brings data from both sides; the ends of a line have one neighbor, and the slowest chip sets the pace.
     """
     chip = topology.chip
     links = sum(2 if is_ring(topology, dimension) else 1 for dimension in rings if dimension < len(topology.sides))

@@ -14,7 +14,7 @@ from ftjax.planning.chips import Chip
 
 @dataclass(frozen=True)
 class Topology:
-    """`slices` slices of chips in a grid of `sides`, joined by the data-centre network."""
+    """`slices` slices of chips in a grid of `sides`, joined by the data-center network."""
 
     chip: Chip
     sides: tuple[int, ...]

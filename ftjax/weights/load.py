@@ -10,9 +10,9 @@ from ftjax import quant, tree
 from ftjax.errors import UserError
 from ftjax.models.families import family_of
 from ftjax.models.spec import DecoderSpec
-from ftjax.weights.keys import FLOATS, Key, finite_cast, hf_names
+from ftjax.weights.hf.keys import FLOATS, Key, finite_cast, hf_names
+from ftjax.weights.hf.streaming import filled
 from ftjax.weights.source import Reader
-from ftjax.weights.streaming import filled
 
 
 def load_variables(
@@ -20,7 +20,7 @@ def load_variables(
 ) -> dict[str, Any]:
     """{"params"} as `load_params` reads them, and {"quant"} in the place of the kernels that `packed` describes.
 
-    These are quantised as they are read, one tensor at a time, so that they are never all there unquantised. Each
+    These are quantized as they are read, one tensor at a time, so that they are never all there unquantized. Each
     process reads the whole of such a tensor, since its scales are made of all its values.
     """
     if packed is None:
@@ -31,12 +31,12 @@ def load_variables(
     for path, leaf in tree.flatten(packed).items():
         module, _, name = path.rpartition("/")
         modules.setdefault(module, {})[name] = leaf
-    quantised = {}
+    quantized = {}
     for module, leaves in modules.items():
-        arrays = _quantised(reader, stored, keys[f"{module}/kernel"], leaves)
-        quantised |= {f"{module}/{name}": array for name, array in arrays.items()}
+        arrays = _quantized(reader, stored, keys[f"{module}/kernel"], leaves)
+        quantized |= {f"{module}/{name}": array for name, array in arrays.items()}
     plain = {path: _array(reader, stored, keys[path], leaf) for path, leaf in tree.flatten(abstract).items()}
-    return {"params": tree.unflatten(plain), "quant": tree.unflatten(quantised)}
+    return {"params": tree.unflatten(plain), "quant": tree.unflatten(quantized)}
 
 
 def load_params(reader: Reader, spec: DecoderSpec, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _check(reader: Reader, stored: dict[str, str], spec: DecoderSpec, keys: dict
                     *problems,
                 ]
             )
-            + "\nUse the config.json that belongs to the weights, without adapters or quantisation in them."
+            + "\nUse the config.json that belongs to the weights, without adapters or quantization in them."
         )
     _check_tied_head(reader, stored, spec, keys["embed_tokens/embedding"])
 
@@ -134,10 +134,10 @@ def _array(reader: Reader, stored: dict[str, str], key: Key, leaf: jax.ShapeDtyp
     return filled(leaf, read, depth=len(key.stack), transposed=key.transposed)
 
 
-def _quantised(
+def _quantized(
     reader: Reader, stored: dict[str, str], key: Key, leaves: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """The arrays of one quantised kernel, stacked and placed."""
+    """The arrays of one quantized kernel, stacked and placed."""
     big = next(name for name in leaves if name in quant.KINDS)
     small: dict[tuple[int, ...], dict[str, np.ndarray]] = {}  # the scales, which are few, wait here for their turn
     latest: dict[tuple[int, ...], np.ndarray] = {}
@@ -148,7 +148,7 @@ def _quantised(
             name = key.name(place)
             whole = tuple(slice(None) for _ in key.shape)
             values = finite_cast(reader.read(stored[name], whole), np.float32, f"{reader.path}: {name}")
-            arrays = _quantise(values.T if key.transposed else values, big)
+            arrays = _quantize(values.T if key.transposed else values, big)
             latest[place] = arrays.pop(big)
             small[place] = arrays
         return latest[place][index]
@@ -161,9 +161,9 @@ def _quantised(
     return out
 
 
-def _quantise(kernel: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+def _quantize(kernel: np.ndarray, kind: str) -> dict[str, np.ndarray]:
     """One tensor's kernel [in, out], or [experts, in, out]."""
     if kernel.ndim == 2:
-        return jax.device_get(quant.quantise(kernel, kind))
-    parts = [_quantise(one, kind) for one in kernel]
+        return jax.device_get(quant.quantize(kernel, kind))
+    parts = [_quantize(one, kind) for one in kernel]
     return {name: np.stack([part[name] for part in parts]) for name in parts[0]}

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ftjax.errors import UserError
-from ftjax.weights.gguf import GGUFReader
-from ftjax.weights.mxfp4 import unpacked
-from ftjax.weights.safetensors import SafetensorsReader
+from ftjax.weights.gguf.read import GGUFReader
+from ftjax.weights.hf.mxfp4 import unpacked
+from ftjax.weights.hf.safetensors import SafetensorsReader
 
 _UNPICKLED = (".bin", ".pt", ".pth", ".pkl", ".npy")
 # Weights, configs, tokenizers and chat templates; nothing that holds code or pickles, nor second copies of
@@ -22,7 +22,7 @@ _ALLOWED = [
     "spiece.model",
     "merges.txt",
     "vocab.txt",
-    "README.md",  # for the licence in the card of an export
+    "README.md",  # for the license in the card of an export
 ]
 _IGNORED = ["*/*", "consolidated*.safetensors"]
 
@@ -48,7 +48,7 @@ def open_source(path: Path) -> Reader:
     """The reader for what `locate` returned: a `.gguf` file or a Hugging Face directory.
 
     The files are validated here and tensors read later. Raises UserError for malformed files, unknown formats and
-    quantised weights (but for MXFP4, which is read as bfloat16).
+    quantized weights (but for MXFP4, which is read as bfloat16).
     """
     if path.suffix == ".gguf":
         return GGUFReader(path)
@@ -63,9 +63,7 @@ def locate(source: str) -> Path:
     local cache). Raises UserError when there is no such thing, and for pickles, which are never opened.
     """
     if not source:
-        raise UserError(
-            "model.source is empty; give a Hugging Face id, a directory, a .gguf file or package:NAME"
-        )
+        raise UserError("model.source is empty; give a Hugging Face id, a directory, a .gguf file or package:NAME")
     if source.startswith("package:"):
         return _in_package(source.removeprefix("package:"))
     path = Path(source).expanduser()
@@ -81,13 +79,9 @@ def locate(source: str) -> Path:
     if path.is_dir():
         if (path / "config.json").is_file():
             return path
-        raise UserError(
-            f"{source}: no config.json in this directory; give the directory of a Hugging Face model"
-        )
+        raise UserError(f"{source}: no config.json in this directory; give the directory of a Hugging Face model")
     looks_local = (
-        source.startswith((".", "/", "~"))
-        or source.count("/") > 1
-        or path.suffix in (".gguf", ".safetensors")
+        source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in (".gguf", ".safetensors")
     )
     if looks_local:
         raise UserError(f"model.source {source!r}: no such file or directory; check the path")
@@ -106,9 +100,7 @@ def _in_package(name: str) -> Path:
     files = sorted(file for root in roots for file in root.rglob("*.gguf"))
     if len(files) != 1:
         found = ", ".join(str(file) for file in files) or "none"
-        raise UserError(
-            f"package:{name}: needs exactly one .gguf file inside, found {found}; give the path of a file"
-        )
+        raise UserError(f"package:{name}: needs exactly one .gguf file inside, found {found}; give the path of a file")
     return files[0]
 
 

@@ -1,7 +1,7 @@
 """A small real tokenizer (byte-level BPE) for the tests of data."""
 
-import chat_templates
 import pytest
+from support import chat_templates
 
 
 @pytest.fixture(scope="session")

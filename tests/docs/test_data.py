@@ -6,12 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-from runs import command
+from support.runs import command
 
 from ftjax import config as configs
 from ftjax import curate
-from ftjax.data import checks, writing
-from ftjax.data.formats import FORMATS, check_row
+from ftjax.data.audit import checks
+from ftjax.data.format import writing
+from ftjax.data.format.formats import FORMATS, check_row
 from ftjax.errors import UserError
 from ftjax.weights.source import locate
 

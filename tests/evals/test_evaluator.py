@@ -2,7 +2,7 @@
 
 import pytest
 
-from ftjax.data.sources import read_sources
+from ftjax.data.read.sources import read_sources
 from ftjax.errors import UserError
 from ftjax.evals import evaluator
 from ftjax.tasks import support_ticket

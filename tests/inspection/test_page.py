@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from chat_templates import CHATML
+from support.chat_templates import CHATML
 
-from ftjax.data import chat
-from ftjax.data.example import Row
-from ftjax.data.findings import Findings
+from ftjax.data.audit.findings import Findings
+from ftjax.data.format.example import Row
+from ftjax.data.tokens import chat
 from ftjax.inspection import page
 from ftjax.inspection.pieces import pieces
 from ftjax.inspection.survey import Epoch, Settings, SourceCount, Survey

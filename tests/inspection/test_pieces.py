@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from chat_templates import CHATML, HEADERS
+from support.chat_templates import CHATML, HEADERS
 
-from ftjax.data import chat
-from ftjax.data.example import Row
-from ftjax.data.formats import check_row
+from ftjax.data.format.example import Row
+from ftjax.data.format.formats import check_row
+from ftjax.data.tokens import chat
 from ftjax.inspection.pieces import examples_of, pieces, plain
 
 TEXT = "Where is my order? 日本 🙂 \ufffd caf\u00e9\n\ttab"
@@ -50,7 +50,7 @@ def test_a_bos_is_named_only_where_the_row_begins(make_tokenizer):
     assert [piece.special for piece in found if piece.text == "<|im_start|>"] == ["bos", "special", "special"]
 
 
-def test_without_colour_trained_tokens_stand_in_brackets(make_tokenizer):
+def test_without_color_trained_tokens_stand_in_brackets(make_tokenizer):
     found = pieces([5, 6], np.array([False, False]), make_tokenizer(CHATML))
     assert "[[" not in plain(found)
     _, found = shown(make_tokenizer(CHATML), "a b")

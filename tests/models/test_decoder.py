@@ -1,10 +1,10 @@
-"""What the decoder promises besides parity: cache, rematerialisation, dtypes, a program that depth leaves alone."""
+"""What the decoder promises besides parity: cache, rematerialization, dtypes, a program that depth leaves alone."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import batch_of, documents, logits, numpy_params, one_device, spec
+from support.tiny import batch_of, documents, logits, numpy_params, one_device, spec
 
 from ftjax import tree
 from ftjax.models.cache import init_cache
@@ -58,13 +58,13 @@ def test_every_remat_policy_has_the_same_gradients(params):
         program = jax.jit(jax.grad(total))
         return tree.flatten(program(params)), "remat" in str(jax.make_jaxpr(jax.grad(total))(params))
 
-    plain, rematerialised = gradients("none")
-    assert not rematerialised
+    plain, rematerialized = gradients("none")
+    assert not rematerialized
     assert max(np.abs(leaf).max() for leaf in plain.values()) > 0.1
     assert set(REMAT_POLICIES) == {"none", "full", "dots", "offload"}
     for remat in ("full", "dots", "offload"):
-        other, rematerialised = gradients(remat)
-        assert rematerialised
+        other, rematerialized = gradients(remat)
+        assert rematerialized
         for path in plain:
             np.testing.assert_allclose(other[path], plain[path], rtol=0, atol=1e-5, err_msg=path)
 
@@ -116,4 +116,4 @@ def test_abstract_parameters_are_those_that_init_makes():
     assert axes["lm_head/kernel"] == ("embed", "vocab")
     assert shapes["layers/self_attn/k_proj/kernel"][0] == (2, 32, 16)
     kernel = made["layers"]["mlp"]["up_proj"]["kernel"]
-    assert np.abs(kernel[0] - kernel[1]).max() > 0, "layers are initialised apart"
+    assert np.abs(kernel[0] - kernel[1]).max() > 0, "layers are initialized apart"

@@ -4,8 +4,8 @@ import copy
 import math
 
 import pytest
-from family_configs import CONFIGS, MORE_CONFIGS
-from tiny import CONFIG, spec
+from support.family_configs import CONFIGS, MORE_CONFIGS
+from support.tiny import CONFIG, spec
 from transformers import AutoConfig
 
 from ftjax.errors import UserError

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from family_configs import CONFIGS, MORE_CONFIGS
-from tiny import batch_of, documents, one_device
-from torch_models import torch_model
-from witness import torch_gradients, torch_logits
+from support.family_configs import CONFIGS, MORE_CONFIGS
+from support.tiny import batch_of, documents, one_device
+from support.torch_models import torch_model
+from support.witness import torch_gradients, torch_logits
 
 from ftjax import tree
 from ftjax.models.cache import init_cache

@@ -9,21 +9,20 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from tiny import spec
+from support import PYTHONPATH, SUPPORT
+from support.tiny import spec
 
 from ftjax import sharding
 from ftjax.models import cudnn, splash
 from ftjax.models.attention import attention
 from ftjax.models.kernels import choose
 
-HERE = Path(__file__).parent
 B, H, K, D = 2, 4, 2, 16
 
 
@@ -93,9 +92,8 @@ def test_each_different_window_has_one_kernel():
 
 
 def run_apart(script, **environment):
-    paths = os.pathsep.join(str(directory) for directory in (HERE, HERE.parent, HERE.parent.parent))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths} | environment
-    command = [sys.executable, "-W", "error", str(HERE / script)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": PYTHONPATH} | environment
+    command = [sys.executable, "-W", "error", str(SUPPORT / script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

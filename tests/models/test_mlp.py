@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_configs import CONFIGS, MORE_CONFIGS
-from tiny import numpy_params
+from support.family_configs import CONFIGS, MORE_CONFIGS
+from support.tiny import numpy_params
 
 from ftjax import lora
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.mlp import Mixture
 
-NAMES = ("mixtral", "qwen3_moe", "gpt_oss", "mixtral, one expert", "qwen3_moe, not normalised, window")
+NAMES = ("mixtral", "qwen3_moe", "gpt_oss", "mixtral, one expert", "qwen3_moe, not normalized, window")
 
 
 @pytest.fixture(scope="module", params=NAMES)

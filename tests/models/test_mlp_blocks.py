@@ -1,10 +1,10 @@
-"""The MLP of a rematerialised layer in blocks of tokens: the same numbers as all at once, and less memory."""
+"""The MLP of a rematerialized layer in blocks of tokens: the same numbers as all at once, and less memory."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import batch_of, documents, numpy_params, one_device, spec
+from support.tiny import batch_of, documents, numpy_params, one_device, spec
 
 from ftjax import lora, tree
 from ftjax.models import decoder

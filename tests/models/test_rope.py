@@ -5,7 +5,7 @@ import copy
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_configs import CONFIGS, MORE_CONFIGS
+from support.family_configs import CONFIGS, MORE_CONFIGS
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -4,19 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from family_configs import CONFIGS
-
-HERE = Path(__file__).parent
+from support import PYTHONPATH, SUPPORT
+from support.family_configs import CONFIGS
 
 
 def run(*names, flags=""):
     flags = f"--xla_force_host_platform_device_count=8 {flags}"
-    path = os.pathsep.join(str(directory) for directory in (HERE, HERE.parent, HERE.parent.parent))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
-    command = [sys.executable, "-W", "error", str(HERE / "sharded_run.py"), *names]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": PYTHONPATH}
+    command = [sys.executable, "-W", "error", str(SUPPORT / "model_sharded_run.py"), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tiny import batch_of, logits, one_device
+from support.tiny import batch_of, logits, one_device
+from support.witness import from_torch, torch_gradients, torch_logits
 from transformers import AutoModelForCausalLM
-from witness import from_torch, torch_gradients, torch_logits
 
 from ftjax import tree
 from ftjax.models.decoder import Decoder

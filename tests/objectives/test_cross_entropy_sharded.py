@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support import PYTHONPATH, SUPPORT
 
 
 @pytest.fixture(scope="module")
 def found():
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    script = Path(__file__).parent / "sharded_run.py"
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": PYTHONPATH,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    script = SUPPORT / "head_sharded_run.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

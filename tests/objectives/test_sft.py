@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from tiny import batch_of, documents, logits, numpy_params, spec
+from support.tiny import batch_of, documents, logits, numpy_params, spec
 
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.sft import make_sft

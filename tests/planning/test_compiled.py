@@ -4,22 +4,21 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support import PYTHONPATH, SUPPORT
 
 pytest.importorskip("libtpu")
-HERE = Path(__file__).parent
 
 
 def run(case, limit=500):
     """What planned_run.py prints for a case."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "planned_run.py"), case],
+        [sys.executable, str(SUPPORT / "planned_run.py"), case],
         capture_output=True,
         text=True,
         timeout=limit,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": PYTHONPATH},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -86,8 +85,8 @@ def test_memory_does_not_grow_with_the_vocabulary(record_figure):
 
 @pytest.mark.slow
 def test_two_plans_at_a_time_do_not_collide():
-    command = [sys.executable, str(HERE / "planned_run.py"), "products"]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, str(SUPPORT / "planned_run.py"), "products"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": PYTHONPATH}
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) for _ in range(2)]
     results = [process.communicate(timeout=500) for process in both]
     assert [process.returncode for process in both] == [0, 0], results

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from models.family_configs import CONFIGS
-from models.torch_models import torch_model
-from tiny import one_device
+from support.family_configs import CONFIGS
+from support.tiny import one_device
+from support.torch_models import torch_model
 
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config

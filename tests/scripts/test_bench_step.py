@@ -73,7 +73,7 @@ def test_the_step_is_a_training_step_of_an_untrained_model(result):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [["--config.adapter.kind=none"], ["--config.quantize.base=nf4"]], ids=["full", "nf4"])
-def test_full_fine_tuning_and_a_quantised_base_are_timed_too(tmp_path, words):
+def test_full_fine_tuning_and_a_quantized_base_are_timed_too(tmp_path, words):
     found = bench(tmp_path, *words, "--layers=1", "--batch=2", "--length=16", "--steps=1", "--warmup=1")
     assert math.isfinite(found["loss"])
     assert (found["trained"] == found["parameters"]) == ("--config.adapter.kind=none" in words)

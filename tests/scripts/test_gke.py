@@ -5,14 +5,13 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
+from support import ROOT, SUPPORT
 
-ROOT = Path(__file__).parent.parent.parent
-SCHEMA = json.loads(Path(__file__).with_name("jobset.schema.json").read_text())
+SCHEMA = json.loads((SUPPORT / "jobset.schema.json").read_text())
 RUN = ["--config", "configs/x.py", "--workdir", "/mnt/ftjax/my run"]
 ASKED = {"--name": "support", "--image": "eu-docker.pkg.dev/p/r/ftjax:1", "--claim": "ftjax"}
 

@@ -5,12 +5,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support import ROOT, SUPPORT
 
-HERE = Path(__file__).parent
-SCRIPT = HERE.parent.parent / "scripts/slurm/train.sbatch"
+SCRIPT = ROOT / "scripts/slurm/train.sbatch"
 NASTY = ["--config.model.source=a b", 'it\'s "$HOME" `id` $(id)', "x;y|z", "", "line\nline", "*"]
 
 TASK = """
@@ -39,7 +38,7 @@ def submit(tmp_path):
         path.write_text(f"#!/bin/bash\n{line}\n")
         path.chmod(0o755)
 
-    command(bin / "srun", f'exec {sys.executable} -IS {HERE / "fake_srun.py"} "$@"')
+    command(bin / "srun", f'exec {sys.executable} -IS {SUPPORT / "fake_srun.py"} "$@"')
     command(bin / "squeue", 'printf "%s\\n" "$*" >>"$FAKE/squeue"; echo "$FAKE_STATE"')
     command(bin / "scontrol", 'printf "%s\\n" "$*" >>"$FAKE/scontrol"')
 
@@ -50,7 +49,7 @@ def submit(tmp_path):
         spool.write_text(SCRIPT.read_text())
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "FTJAX"))} | {
             "PATH": f"{bin}:{os.environ['PATH']}",
-            "PYTHONPATH": str(HERE.parent.parent),
+            "PYTHONPATH": str(ROOT),
             "FAKE": str(fake),
             "FAKE_TASKS": str(len(status)),
             "FAKE_NODES": str(nodes),

@@ -5,22 +5,21 @@ import signal
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from runs import at_step, write_run
+from support import ROOT, SUPPORT
+from support.runs import at_step, write_run
 
-from ftjax import metrics
+from ftjax.training import metrics
 
-HERE = Path(__file__).parent
-SCRIPT = HERE.parent.parent / "scripts/slurm/train.sbatch"
+SCRIPT = ROOT / "scripts/slurm/train.sbatch"
 
 
 @pytest.mark.slow
 def test_a_run_is_requeued_when_its_time_is_over_and_goes_on_to_its_end(tmp_path):
     bin, checkout, workdir = tmp_path / "bin", tmp_path / "checkout", tmp_path / "run"
     commands = {
-        bin / "srun": f'exec {sys.executable} -IS {HERE / "fake_srun.py"} "$@"',
+        bin / "srun": f'exec {sys.executable} -IS {SUPPORT / "fake_srun.py"} "$@"',
         bin / "squeue": "echo RUNNING",
         bin / "scontrol": 'echo "$*" >>"$FAKE/scontrol"',
         checkout / ".venv/bin/python": f'exec {sys.executable} "$@"',
@@ -31,7 +30,7 @@ def test_a_run_is_requeued_when_its_time_is_over_and_goes_on_to_its_end(tmp_path
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "FTJAX"))} | {
         "PATH": f"{bin}:{os.environ['PATH']}",
-        "PYTHONPATH": str(HERE.parent.parent),
+        "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),

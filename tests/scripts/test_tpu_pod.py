@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from support import ROOT, SUPPORT
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 # What quoting gets wrong: spaces, both quotes, a variable, a substitution, separators, a glob, a newline, nothing.
 NASTY = ["--config.model.source=a b", 'it\'s "$HOME" `id` $(id)', "x;y|z&&w >f *", "", "line\nline", "-", "é\\n"]
 ARGUMENTS = ["--config", "configs/x.py:a=1,b", "--workdir", "/mnt/ftjax/my run", *NASTY]
@@ -34,10 +33,10 @@ class Pod:
         bin.mkdir()
         for name in ("tpu_pod.sh", "tpu_worker.sh", "pack.sh"):
             shutil.copy(ROOT / "scripts" / name, self.checkout / "scripts")
-        install = INSTALL.format(python=sys.executable, train=HERE / "fake_train.py")
+        install = INSTALL.format(python=sys.executable, train=SUPPORT / "fake_train.py")
         (self.checkout / "scripts/install.sh").write_text(install)
         (self.checkout / ".gitignore").write_text(".venv\nruns\n")
-        self._command(bin / "gcloud", f'exec {sys.executable} -IS {HERE / "fake_gcloud.py"} "$@"')
+        self._command(bin / "gcloud", f'exec {sys.executable} -IS {SUPPORT / "fake_gcloud.py"} "$@"')
         self._command(bin / "sudo", 'printf "%s\\n" "$*" >>"$FAKE/sudo"')
         self._command(bin / "mountpoint", "exit 1")
         git = ["git", "-C", str(self.checkout), "-c", "user.name=t", "-c", "user.email=t@example.org"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ftjax.data import tokenizer as tok
+from ftjax.data.tokens import tokenizer as tok
 from ftjax.errors import UserError
 from ftjax.tasks import registry
 from ftjax.tasks import support_ticket as task

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from llama_dirs import abstract, assert_is_model, assert_same_bits, llama
-from models.family_configs import CONFIGS
 from safetensors.numpy import load_file, save_file
+from support.family_configs import CONFIGS
+from support.llama_dirs import abstract, assert_is_model, assert_same_bits, llama
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
 from ftjax import tree
@@ -139,9 +139,7 @@ def test_nan_and_infinity_are_named(saved, value):
     weights = load_file(saved / "model.safetensors")["model.layers.1.self_attn.v_proj.weight"].copy()
     weights[3, 5] = value
     change(saved, model__layers__1__self_attn__v_proj__weight=weights)
-    with pytest.raises(
-        UserError, match=r"layers\.1\.self_attn\.v_proj\.weight: 1 of 512 values are NaN or inf"
-    ):
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj\.weight: 1 of 512 values are NaN or inf"):
         load(saved)
 
 

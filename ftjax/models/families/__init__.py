@@ -22,9 +22,7 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "gemma2": Family(gemma.gemma2, "Gemma2ForCausalLM"),
-    "gemma3": Family(
-        gemma.gemma3, "Gemma3ForCausalLM", read_as=gemma.GEMMA3_READ_AS, ignored=gemma.GEMMA3_IGNORED
-    ),
+    "gemma3": Family(gemma.gemma3, "Gemma3ForCausalLM", read_as=gemma.GEMMA3_READ_AS, ignored=gemma.GEMMA3_IGNORED),
     "gemma3_text": Family(gemma.gemma3, "Gemma3ForCausalLM"),
     "gpt2": Family(gpt2.gpt2, "GPT2LMHeadModel", gpt2.NAMES, gpt2.AS_STORED, gpt2.READ_AS, gpt2.IGNORED),
     "gpt_oss": Family(gpt_oss.gpt_oss, "GptOssForCausalLM", gpt_oss.NAMES, gpt_oss.AS_STORED),

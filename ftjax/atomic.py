@@ -1,0 +1,75 @@
+"""Files and directories that appear whole or not at all: written beside their place, synced, renamed.
+
+A kill at any moment, or a power cut, leaves under the name what was there before or all of the new. What was written
+beside it may stay, hidden, under a name that ends in `.tmp-` and something random.
+"""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from ftjax.errors import UserError
+
+
+def beside(path: Path) -> Path:
+    """A name of its own next to `path`, on the same file system, that nobody reads: `.NAME.tmp-...`."""
+    return path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """The name of a file to write, which replaces `path` when the block ends well; after an error nothing remains."""
+    temporary = beside(path)
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file by one that holds `text` in UTF-8."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A new directory beside `out`, which becomes `out` when the block ends well; after an error nothing remains.
+
+    Raises:
+      UserError: `out` exists and is anything but an empty directory, or its place cannot be written.
+    """
+    out = Path(out).resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not an empty directory; name another place or remove it first")
+    temporary = beside(out)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be created ({error}); name a place that can be written") from error
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        os.replace(temporary, out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or a directory to the disk; a directory only where the disk can do that, as not all can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

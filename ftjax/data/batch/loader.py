@@ -1,0 +1,225 @@
+"""Batches as a pure function of (seed, index), whatever was asked for before and on how many hosts."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+
+from ftjax.data.batch import buckets, packing
+from ftjax.data.batch.packing import Plan
+from ftjax.data.tokens.examples import Examples
+from ftjax.errors import UserError
+
+
+@dataclass
+class Loader:
+    """An endless stream of rows: epoch 0, then epoch 1, and so on, cut into batches.
+
+    Each epoch holds the examples of a source as often as its weight says, shuffled and packed by (seed, epoch) alone.
+    Where a weight is not whole, each epoch takes the next part of the source's own shuffled passes: with 0.5, two
+    epochs see each example once. A batch may hold the end of one epoch and the start of the next, so nothing is skipped
+    or repeated. Asking for any batch in any order, from any thread, gives the same arrays.
+
+    With packing, rows have max_length tokens. Without, a row is an example, examples of similar length come together,
+    and all rows of a batch have the smallest length of `lengths` that holds them.
+
+    Attributes:
+      examples: at least one, none longer than max_length.
+      batch_size: rows of a global batch: packed rows, or single examples where packing is off.
+      max_length: T, the most tokens of a row.
+      packing: put several examples into a row.
+      seed: not negative.
+      shuffle: False is for evaluation: each example once whatever its weight, and fewer rows than a batch will do.
+      multiple: of what the lengths of batches are multiples where packing is off; it changes padding and nothing else.
+      lengths: all lengths that batches have.
+
+    Raises:
+      UserError: no examples; with shuffle, fewer rows in an epoch than batch_size.
+      ValueError: an example longer than max_length (`tokenize.tokenize` cuts them), or an argument out of range.
+    """
+
+    examples: Examples
+    batch_size: int
+    max_length: int
+    packing: bool
+    seed: int
+    shuffle: bool = True
+    multiple: int = 1
+    lengths: tuple[int, ...] = field(init=False)
+    _rows: dict[int, int] = field(init=False, repr=False, default_factory=dict)  # rows of each epoch seen so far
+    _plan: tuple[int, Plan | None] = field(init=False, repr=False, default=(-1, None))  # the last epoch used
+
+    def __post_init__(self):
+        if not len(self.examples):
+            raise UserError("the data set has no examples; check data.train and data.eval")
+        if self.batch_size < 1 or self.seed < 0:
+            raise ValueError(f"batch_size {self.batch_size} must be positive and seed {self.seed} not negative")
+        longest = int(self.examples.lengths.argmax())
+        if (length := self.examples.lengths[longest]) > self.max_length:
+            origin = self.examples.origin(longest)
+            raise ValueError(f"{origin} has {length} tokens, more than max_length {self.max_length}")
+        self._weights = [Fraction(repr(weight)) for weight in self.examples.weights]
+        self._sources = [
+            np.flatnonzero(self.examples.source_ids == at).astype(np.int32) for at in range(len(self._weights))
+        ]
+        self.lengths = (self.max_length,)
+        if not self.packing:
+            self.lengths = buckets.choose(self.examples.lengths, self.max_length, self.multiple)
+        if self.shuffle and (rows := self.rows_per_epoch(0)) < self.batch_size:
+            packed = f", packed into {rows} rows of {self.max_length} tokens" if self.packing else ""
+            raise UserError(
+                f"the training data ({len(self._chosen(0))} examples{packed}) does not fill one batch of "
+                f"{self.batch_size} rows; set data.batch_size to {max(rows, 1)} or less, or add data"
+            )
+
+    def batch(self, index: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+        """Batch `index` (from 0): arrays [batch_size, T], as `packing.fill` gives them.
+
+        rows: read only these rows of it, those of one host; the others are left as padding.
+        """
+        return self._fill(self._batch_rows(index), rows)
+
+    def batch_tokens(self, index: int) -> int:
+        """How many tokens the whole batch holds, without reading them; padding is not counted."""
+        return int(sum(self.examples.lengths[row].sum() for row in self._batch_rows(index)))
+
+    def eval_batches(self, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """Every example once, in one order always; the last batch is filled up with empty rows (all zeros).
+
+        rows: as in `batch`.
+        """
+        every = np.arange(len(self.examples))
+        by_length = np.argsort(self.examples.lengths, kind="stable")
+        plan = self._packed(every, None) if self.packing else _singles(every[by_length])
+        for start in range(0, len(plan), self.batch_size):
+            part = [plan[row] for row in range(start, min(start + self.batch_size, len(plan)))]
+            yield self._fill(part + [every[:0]] * (self.batch_size - len(part)), rows)
+
+    def rows_per_epoch(self, epoch: int) -> int:
+        """Rows of the epoch. All have the same number, but for a little where a weight is not whole."""
+        if all(weight.denominator == 1 for weight in self._weights):
+            epoch = 0
+        if epoch not in self._rows:
+            chosen = self._chosen(epoch)
+            self._rows[epoch] = packing.count_rows(self._patterns(chosen)) if self.packing else len(chosen)
+        return self._rows[epoch]
+
+    def batches_in(self, epochs: float) -> int:
+        """How many batches cover the first `epochs` epochs, rounded up."""
+        whole = int(epochs)
+        rows = self._first_row(whole)
+        if epochs > whole:
+            rows += math.ceil((epochs - whole) * self.rows_per_epoch(whole))
+        return -(-rows // self.batch_size)
+
+    def epoch_at(self, index: int) -> float:
+        """How many epochs are done before batch `index`: 0.0 at index 0, 1.5 in the middle of the second."""
+        epoch, row = self._locate(index * self.batch_size)
+        return epoch + row / self.rows_per_epoch(epoch)
+
+    def packing_efficiency(self) -> float:
+        """Share of the places in the rows of epoch 0 that hold a token and not padding."""
+        tokens = int(self.examples.lengths[self._chosen(0)].sum(dtype=np.int64))
+        if self.packing:
+            return tokens / (self.rows_per_epoch(0) * self.max_length)
+        lengths = self.examples.lengths[self._epoch(0).order]
+        starts = np.arange(0, len(lengths), self.batch_size)
+        padded = buckets.length_of(np.maximum.reduceat(lengths, starts), self.lengths)
+        return tokens / int((padded * np.diff(starts, append=len(lengths))).sum())
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that decides the batches: tokens, masks, tokenizer, template, and their order."""
+        names = ("batch_size", "max_length", "packing", "seed", "shuffle")
+        order = {name: getattr(self, name) for name in names}
+        order |= {"weights": [str(weight) for weight in self._weights], "version": packing.ORDER_VERSION}
+        sources = hashlib.sha256(np.ascontiguousarray(self.examples.source_ids, "<i4").data).hexdigest()
+        return hashlib.sha256(json.dumps([order, self.examples.digest, sources]).encode()).hexdigest()
+
+    def _fill(self, plan_rows: list[np.ndarray], rows: Sequence[int] | None) -> dict[str, np.ndarray]:
+        longest = max(int(self.examples.lengths[row].sum()) for row in plan_rows)
+        T = self.max_length if self.packing else int(buckets.length_of(longest, self.lengths))
+        if rows is not None:
+            wanted = set(rows)
+            plan_rows = [row if b in wanted else row[:0] for b, row in enumerate(plan_rows)]
+        return packing.fill(self.examples, plan_rows, T)
+
+    def _batch_rows(self, index: int) -> list[np.ndarray]:
+        epoch, row = self._locate(index * self.batch_size)
+        rows: list[np.ndarray] = []
+        while len(rows) < self.batch_size:
+            plan = self._epoch(epoch)
+            rows += [plan[r] for r in range(row, min(row + self.batch_size - len(rows), len(plan)))]
+            epoch, row = epoch + 1, 0
+        return rows
+
+    def _epoch(self, epoch: int) -> Plan:
+        """The rows of an epoch. Only the last used is kept, and replaced whole, so threads may share it."""
+        cached, plan = self._plan
+        if cached != epoch or plan is None:
+            plan = self._make(epoch)
+            self._plan = (epoch, plan)
+        return plan
+
+    def _make(self, epoch: int) -> Plan:
+        chosen = self._chosen(epoch)
+        if self.shuffle:
+            chosen = chosen[_shuffled(len(chosen), self.seed, epoch)]
+        if self.packing:
+            return self._packed(chosen, lambda n: _shuffled(n, self.seed, epoch, 0, 1))
+        first = -self._first_row(epoch) % self.batch_size  # so many rows fill up a batch that the last epoch began
+        order = buckets.arrange(
+            chosen, self.examples.lengths, self.batch_size, first, lambda n: _shuffled(n, self.seed, epoch, 0, 1)
+        )
+        return _singles(order)
+
+    def _packed(self, chosen: np.ndarray, shuffle_rows: Callable[[int], np.ndarray] | None) -> Plan:
+        found = self._patterns(chosen)
+        row_order = shuffle_rows(packing.count_rows(found)) if shuffle_rows else None
+        return packing.assign(found, self.examples.lengths, chosen, row_order)
+
+    def _patterns(self, chosen: np.ndarray) -> packing.Patterns:
+        return packing.patterns(np.bincount(self.examples.lengths[chosen]), self.max_length)
+
+    def _chosen(self, epoch: int) -> np.ndarray:
+        """int [n]: the examples of an epoch by source, each as often as it occurs."""
+        if not self.shuffle:
+            return np.arange(len(self.examples), dtype=np.int32)
+        parts = []
+        for at, (examples, weight) in enumerate(zip(self._sources, self._weights, strict=True)):
+            n = len(examples)
+            start, stop = (math.floor(weight * n * e) for e in (epoch, epoch + 1))
+            while start < stop:  # pass by pass through the source
+                turn, begin = divmod(start, n)
+                end = min(n, begin + stop - start)
+                whole = end - begin == n
+                parts.append(examples if whole else examples[_shuffled(n, self.seed, turn, at + 1)[begin:end]])
+                start += end - begin
+        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+
+    def _first_row(self, epoch: int) -> int:
+        return sum(self.rows_per_epoch(e) for e in range(epoch))
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        """The epoch of a row of the endless stream, and its place in it."""
+        epoch = 0
+        while row >= (rows := self.rows_per_epoch(epoch)):
+            row -= rows
+            epoch += 1
+        return epoch, row
+
+
+def _shuffled(n: int, *key: int) -> np.ndarray:
+    """A permutation of n, a function of the key alone.
+
+    NumPy promises that raw bits stay the same in later versions, not that permutations do. 64 bits all but never tie,
+    and a stable sort settles it where they do.
+    """
+    return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
+
+
+def _singles(order: np.ndarray) -> Plan:
+    return Plan(order, np.arange(len(order) + 1))

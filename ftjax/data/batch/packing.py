@@ -1,0 +1,163 @@
+"""Packing: several documents share a row of T tokens, and none sees another or is cut.
+
+What fits together is decided on the histogram of the lengths alone ("efficient sequence packing without
+cross-contamination", arXiv 2107.02027), by best fit, the longest first; which document takes which place of its length
+is the caller's shuffle. So the number of rows is known without the order of an epoch, and ten million documents take no
+longer to fit than ten thousand.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+# What decides batches from (seed, index) here and in the loader. A change of either's results must change this number.
+ORDER_VERSION = 2
+
+
+class Tokens(Protocol):
+    """Documents by number (`ftjax.data.tokens.examples.Examples`)."""
+
+    def __len__(self) -> int: ...
+
+    def tokens_of(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Plan:
+    """Rows of example numbers, as two arrays: row r holds order[starts[r] : starts[r + 1]]."""
+
+    def __init__(self, order: np.ndarray, starts: np.ndarray):
+        """order: int [examples]; starts: int64 [rows + 1], rising from 0 to len(order)."""
+        self.order, self.starts = order, starts
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.order[self.starts[row] : self.starts[row + 1]]
+
+
+Patterns = list[tuple[tuple[int, ...], int]]
+
+
+def patterns(histogram: np.ndarray, capacity: int) -> Patterns:
+    """How lengths are put together: pairs of the lengths in a row and the number of such rows.
+
+    Best fit decreasing: the longest documents first, each into the fullest row where it still fits.
+
+    Args:
+      histogram: int [n], histogram[l] documents have l tokens.
+      capacity: tokens of a row.
+
+    Raises:
+      ValueError: a length is not in 1..capacity.
+    """
+    lengths = np.flatnonzero(histogram)
+    if len(lengths) and not 1 <= lengths[0] <= lengths[-1] <= capacity:
+        raise ValueError(f"lengths {lengths[0]} to {lengths[-1]} do not fit rows of {capacity} tokens")
+    open_rows: dict[int, Patterns] = {}  # by the room that is left
+    rooms: list[int] = []  # the keys of open_rows, rising
+
+    def put(room: int, pattern: tuple[int, ...], count: int) -> None:
+        if room not in open_rows:
+            open_rows[room] = []
+            insort(rooms, room)
+        open_rows[room].append((pattern, count))
+
+    for length in lengths[::-1].tolist():
+        left = int(histogram[length])
+        while left:
+            at = bisect_left(rooms, length)
+            if at == len(rooms):
+                whole, rest = divmod(left, capacity // length)
+                most = (length,) * (capacity // length)
+                if whole:
+                    put(capacity - length * len(most), most, whole)
+                if rest:
+                    put(capacity - length * rest, (length,) * rest, 1)
+                break
+            room = rooms[at]
+            pattern, count = open_rows[room].pop()
+            if not open_rows[room]:
+                del open_rows[room], rooms[at]
+            # As many of this length into each of these rows as fit, so that many short documents take few turns.
+            each = min(room // length, -(-left // count))
+            filled = min(count, left // each)
+            put(room - length * each, pattern + (length,) * each, filled)
+            if filled < count:
+                put(room, pattern, count - filled)
+            left -= filled * each
+    return [group for room in rooms for group in open_rows[room]]
+
+
+def count_rows(found: Patterns) -> int:
+    return sum(count for _, count in found)
+
+
+def assign(found: Patterns, lengths: np.ndarray, order: np.ndarray, row_order: np.ndarray | None) -> Plan:
+    """Puts examples into the places of their length, the earlier of `order` into the earlier row.
+
+    Args:
+      found: the patterns of exactly these lengths.
+      lengths: int [N], of all examples.
+      order: int [n], the examples to place, each as often as it occurs.
+      row_order: int [rows], a permutation of the rows; None sorts them by the earliest example in each.
+    """
+    counts = np.array([count for _, count in found], np.int64)
+    sizes = np.repeat(np.array([len(pattern) for pattern, _ in found], np.int64), counts)
+    places = np.concatenate([np.zeros(0, np.int64), *(np.tile(pattern, count) for pattern, count in found)])
+    starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    if row_order is not None:
+        places, starts = _reorder(places, starts, row_order)
+    held = np.empty(len(order), order.dtype)
+    held[_by_length(places)] = order[_by_length(lengths[order])]
+    if row_order is None and len(sizes):
+        place_in_order = np.empty(len(lengths), np.int64)
+        place_in_order[order] = np.arange(len(order))
+        earliest = np.minimum.reduceat(place_in_order[held], starts[:-1])
+        held, starts = _reorder(held, starts, np.argsort(earliest, kind="stable"))
+    return Plan(held, starts)
+
+
+def _by_length(lengths: np.ndarray) -> np.ndarray:
+    """A stable order by length; NumPy's sort of 16-bit integers is linear."""
+    small = len(lengths) and lengths.max() < 2**16
+    return np.argsort(lengths.astype(np.uint16) if small else lengths, kind="stable")
+
+
+def _reorder(values: np.ndarray, starts: np.ndarray, row_order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    sizes = np.diff(starts)[row_order]
+    new_starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    from_where = np.repeat(starts[:-1][row_order] - new_starts[:-1], sizes) + np.arange(len(values))
+    return values[from_where], new_starts
+
+
+def fill(examples: Tokens, rows: Sequence[np.ndarray], T: int) -> dict[str, np.ndarray]:
+    """The batch of the given rows of example indices; an empty row is all zeros (padding).
+
+    Returns:
+      Arrays [len(rows), T]: tokens int32; targets int32, the next token of the same document, else 0; weights
+      float32, 1 where the target is trained; positions int32, from 0 in each document; segment_ids int32, 1, 2, ..
+      and 0 for padding.
+
+    Raises:
+      ValueError: the examples of a row are longer than T together.
+    """
+    shape = (len(rows), T)
+    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
+    batch["weights"] = np.zeros(shape, np.float32)
+    for b, row in enumerate(rows):
+        start = 0
+        for segment, index in enumerate(row, 1):
+            tokens, trained = examples.tokens_of(index)
+            stop = start + len(tokens)
+            if stop > T:
+                raise ValueError(f"row {b} has {stop} or more tokens, more than {T}")
+            batch["tokens"][b, start:stop] = tokens
+            batch["targets"][b, start : stop - 1] = tokens[1:]
+            batch["weights"][b, start : stop - 1] = trained[1:]
+            batch["positions"][b, start:stop] = np.arange(stop - start)
+            batch["segment_ids"][b, start:stop] = segment
+            start = stop
+    return batch

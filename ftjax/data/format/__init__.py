@@ -1,0 +1,1 @@
+"""Rows to conversations and pairs, and back."""

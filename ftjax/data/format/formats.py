@@ -1,0 +1,185 @@
+"""The formats of rows: which fields each has, how it is detected, and how it becomes one of five records.
+
+A format is one entry of `FORMATS`: its fields and the function that checks them and writes the record. The records,
+told apart by `kind_of`:
+
+    text               {"text": str}
+    chat               {"messages": [message], "tools"?: [schema]}
+    prompt_completion  {"prompt": str, "completion": str}
+    preference         {"prompt": [message], "chosen": [message], "rejected": [message], "margin"?: float, "tools"?}
+    unpaired           {"prompt": [message], "completion": [message], "label": bool, "tools"?}
+
+Messages are those of `conversation`. A record is a row of its own format too, so checking it again changes nothing.
+
+Where a row fits several formats, one may be the whole of which the other is a part (`WHOLE_OF`); then it is taken. Else
+`format` must say which is meant.
+"""
+
+import difflib
+from collections.abc import Callable
+
+from ftjax.data.format import pairs, sharegpt
+from ftjax.data.format.conversation import check_filled, conversation, tool_list
+from ftjax.data.format.example import Row
+from ftjax.data.format.writing import WRITERS, write_as
+from ftjax.errors import UserError
+
+__all__ = ["FORMATS", "WRITERS", "by_answer", "check_row", "detect", "kind_of", "write_as"]
+
+
+def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
+    """Detects the format (unless it is named), checks the fields and writes the record of its kind.
+
+    Raises:
+      UserError: with the origin, what is wrong and what to do.
+    """
+    if format is None:
+        fitting = detect(fields)
+        if len(fitting) > 1:
+            raise UserError(f"{origin}: fits the formats {' and '.join(fitting)}; set `format` to the one you mean")
+        if fitting == ["prompt_completion"] and "label" in fields:  # a bad answer may be meant
+            raise UserError(
+                f"{origin}: label is empty; write true or false, or set `format` to 'prompt_completion' where it does "
+                "not count"
+            )
+    else:
+        if format not in FORMATS:
+            near = difflib.get_close_matches(format, FORMATS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"data format {format!r} is unknown; known: {', '.join(FORMATS)}{hint}")
+        fitting = [format] if _has(fields, FORMATS[format][0]) else []
+    if not fitting:
+        known = "; ".join(f"{name} ({', '.join(keys)})" for name, (keys, _) in FORMATS.items())
+        wanted = f"the format {format!r}" if format else "no known format"
+        verb = "does not fit" if format else "fits"
+        raise UserError(
+            f"{origin}: {verb} {wanted}: it has the fields {sorted(map(str, fields))}, and the formats are "
+            f"{known}; rename its fields"
+        )
+    return Row(FORMATS[fitting[0]][1](fields, origin), origin)
+
+
+def detect(fields: dict) -> list[str]:
+    """The formats that a row may be meant in: one, or none, or several where nothing in it says which."""
+    fitting = [name for name, (keys, _) in FORMATS.items() if _has(fields, keys)]
+    parts = {part for name in fitting for part in WHOLE_OF.get(name, ())}
+    return [name for name in fitting if name not in parts]
+
+
+def kind_of(fields: dict) -> str:
+    """The kind of a record that `check_row` returned: text, chat, prompt_completion, preference or unpaired."""
+    if "text" in fields:
+        return "text"
+    if "messages" in fields:
+        return "chat"
+    if "chosen" in fields:
+        return "preference"
+    return "unpaired" if "label" in fields else "prompt_completion"
+
+
+def by_answer(fields: dict) -> list[dict]:
+    """A chat record as one for each trained assistant turn, which ends it; the turns before have weight 0.
+
+    So a template that rewrites earlier turns (Qwen 3's and GPT-OSS's drop their thoughts) can still be trained on every
+    answer as a model is asked for it. Records of other kinds come back as they are.
+    """
+    if kind_of(fields) != "chat":
+        return [fields]
+    messages = fields["messages"]
+    answers = [i for i, one in enumerate(messages) if one["role"] == "assistant" and one.get("weight") != 0]
+    before = [{**one, "weight": 0} for one in messages]
+    return [{**fields, "messages": [*before[:i], messages[i]]} for i in answers]
+
+
+def _text(fields: dict, origin: str) -> dict:
+    check_filled(fields["text"], f"{origin}: text")
+    return {"text": fields["text"]}
+
+
+def _chat(fields: dict, origin: str) -> dict:
+    messages = conversation(fields["messages"], origin)
+    return {"messages": messages, **tools_of(fields, origin)}
+
+
+def _prompt_completion(fields: dict, origin: str) -> dict:
+    prompt, completion = fields["prompt"], fields["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        before = conversation(prompt, f"{origin}: prompt", needs_assistant=False)
+        after = conversation(completion, f"{origin}: completion", needs_assistant=False)
+        if after[0]["role"] != "assistant":
+            raise UserError(f"{origin}: the completion starts with a {after[0]['role']} turn; the prompt must hold it")
+        messages = conversation([{**message, "weight": 0} for message in before] + after, origin)
+        return {"messages": messages, **tools_of(fields, origin)}
+    for key in ("prompt", "completion"):
+        check_filled(fields[key], f"{origin}: {key}")
+    extra = tools_of(fields, origin)
+    if extra or fields.get("system"):  # which only a conversation can hold
+        messages = [*pairs.system_turn(fields, origin), {"role": "user", "content": prompt}]
+        answer = {"role": "assistant", "content": completion}
+        return {"messages": [{**message, "weight": 0} for message in messages] + [answer], **extra}
+    return {"prompt": prompt, "completion": completion}
+
+
+def _alpaca(fields: dict, origin: str) -> dict:
+    return {"messages": [*pairs.alpaca_prompt(fields, origin), pairs.one_answer(fields["output"], f"{origin}: output")]}
+
+
+def _sharegpt(fields: dict, origin: str) -> dict:
+    return {"messages": sharegpt.messages(fields, origin), **tools_of(fields, origin)}
+
+
+def tools_of(fields: dict, origin: str) -> dict:
+    """{"tools": [...]} where a row has some (OpenAI's older `functions` among them), else {}."""
+    tools = fields.get("tools") or fields.get("functions")
+    tools = tool_list(tools, origin) if tools else []
+    return {"tools": tools} if tools else {}
+
+
+def _preference(fields: dict, origin: str) -> dict:
+    return {**pairs.preference(fields, origin), **tools_of(fields, origin)}
+
+
+def _openai_preference(fields: dict, origin: str) -> dict:
+    given = fields["input"]
+    if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
+        raise UserError(f"{origin}: input must be an object with `messages`; see OpenAI's preference format")
+    sides = {"chosen": fields["preferred_output"], "rejected": fields["non_preferred_output"]}
+    pair = {"prompt": given["messages"], **sides, "margin": fields.get("margin")}
+    return {**pairs.preference(pair, origin), **tools_of(given, origin)}
+
+
+def _sharegpt_preference(fields: dict, origin: str) -> dict:
+    prompt = sharegpt.messages(fields, origin, needs_assistant=False)
+    sides = {side: sharegpt.answer(fields[side], f"{origin}: {side}") for side in ("chosen", "rejected")}
+    pair = {"prompt": prompt, **sides, "margin": fields.get("margin")}
+    return {**pairs.preference(pair, origin), **tools_of(fields, origin)}
+
+
+def _unpaired(fields: dict, origin: str) -> dict:
+    return {**pairs.unpaired(fields, origin), **tools_of(fields, origin)}
+
+
+# name -> the fields it needs; what checks the others and writes the record.
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], dict]]] = {
+    "messages": (("messages",), _chat),
+    "prompt_completion": (("prompt", "completion"), _prompt_completion),
+    "preference": (("chosen", "rejected"), _preference),
+    "kto": (("prompt", "completion", "label"), _unpaired),
+    "alpaca": (("instruction", "output"), _alpaca),
+    "sharegpt": (("conversations",), _sharegpt),
+    "openai_preference": (("input", "preferred_output", "non_preferred_output"), _openai_preference),
+    "sharegpt_preference": (("conversations", "chosen", "rejected"), _sharegpt_preference),
+    "text": (("text",), _text),
+}
+
+# A row of the format on the left has the fields of those on the right as parts of it. Alpaca's own data set carries
+# its rows once more as rendered `text`.
+WHOLE_OF = {
+    "kto": ("prompt_completion",),
+    "sharegpt_preference": ("sharegpt", "preference"),
+    "alpaca": ("text",),
+}
+
+
+def _has(fields: dict, keys: tuple[str, ...]) -> bool:
+    return all(fields.get(key) is not None for key in keys)

@@ -1,0 +1,125 @@
+"""Rows with a prompt and answers to it: preference pairs, answers with a label, and the prompts of Alpaca rows."""
+
+import math
+
+from ftjax.data.format.conversation import check_filled, check_string, conversation
+from ftjax.errors import UserError
+
+
+def preference(fields: dict, origin: str) -> dict:
+    """{"prompt", "chosen", "rejected", "margin"?} of a preference row, the first three as lists of messages.
+
+    `chosen` and `rejected` are answers (strings or messages) to `prompt`; or, where both are conversations that start
+    with a turn of the user or the system, whole ones, whose longest common start is the prompt (one message is left to
+    each answer, even where the two are the same: whether such a pair is worth anything is not decided here). A `prompt`
+    string beside whole conversations must be their first user turn.
+    """
+    chosen, rejected = (_answer(fields[side], f"{origin}: {side}") for side in ("chosen", "rejected"))
+    prompt = _prompt(fields, origin)
+    whole = [side for side in (chosen, rejected) if side[0]["role"] in ("system", "developer", "user")]
+    if len(whole) == 1:
+        raise UserError(f"{origin}: only one of chosen and rejected starts with the prompt; write both in one way")
+    if whole:
+        if prompt and isinstance(fields.get("prompt"), list):
+            raise UserError(f"{origin}: chosen and rejected repeat the prompt's turns; leave them in `prompt` only")
+        if prompt and any(_first_user(side) != prompt[-1]["content"] for side in (chosen, rejected)):
+            raise UserError(f"{origin}: `prompt` is not the first user turn of chosen and rejected; drop it")
+        length = _common_length(chosen, rejected)
+        if length == 0:
+            raise UserError(f"{origin}: chosen and rejected have no first turn in common; they must share the prompt")
+        system = prompt[:-1] if chosen[0]["role"] == "user" else []
+        prompt, chosen, rejected = system + chosen[:length], chosen[length:], rejected[length:]
+    elif not prompt:
+        raise UserError(f"{origin}: chosen and rejected have no prompt; add `prompt`, or write both as conversations")
+    record = {"prompt": conversation(prompt, f"{origin}: prompt", needs_assistant=False)}
+    for side, turns in (("chosen", chosen), ("rejected", rejected)):
+        record[side] = _checked_answer(record["prompt"], turns, f"{origin}: {side}")
+    margin = fields.get("margin")
+    if margin is not None:
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+            raise UserError(f"{origin}: margin is {margin!r}; write a finite number or leave it out")
+        record["margin"] = float(margin)
+    return record
+
+
+def unpaired(fields: dict, origin: str) -> dict:
+    """{"prompt", "completion", "label"} of a row of KTO."""
+    label = fields["label"]
+    if not isinstance(label, bool):
+        raise UserError(
+            f"{origin}: label is {label!r}; write true (a wanted answer) or false, or set `format` to "
+            "prompt_completion if it means something else"
+        )
+    prompt = conversation(_prompt(fields, origin), f"{origin}: prompt", needs_assistant=False)
+    answer = _answer(fields["completion"], f"{origin}: completion")
+    return {"prompt": prompt, "completion": _checked_answer(prompt, answer, f"{origin}: completion"), "label": label}
+
+
+def alpaca_prompt(fields: dict, origin: str) -> list[dict]:
+    """The turns before the answer: `system`, the pairs of `history`, then the instruction and its input."""
+    messages = system_turn(fields, origin)
+    history = fields.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise UserError(f"{origin}: history must be a list of [question, answer] pairs")
+    for i, (question, answer) in enumerate(history):
+        check_filled(question, f"{origin}: history[{i}][0]")
+        messages += [{"role": "user", "content": question}, one_answer(answer, f"{origin}: history[{i}][1]")]
+    parts = [fields.get(key) for key in ("instruction", "input")]
+    for key, part in zip(("instruction", "input"), parts, strict=True):
+        if part is not None:
+            check_string(part, f"{origin}: {key}")
+    text = "\n".join(part for part in parts if part and part.strip())
+    check_filled(text, f"{origin}: instruction")
+    return [*messages, {"role": "user", "content": text}]
+
+
+def one_answer(text: object, what: str) -> dict:
+    """The assistant turn of an answer's text."""
+    check_filled(text, what)
+    return {"role": "assistant", "content": text}
+
+
+def system_turn(fields: dict, origin: str) -> list[dict]:
+    """The message of a `system` field, or no message where there is none."""
+    system = fields.get("system")
+    if system is None or system == "":
+        return []
+    check_string(system, f"{origin}: system")
+    return [{"role": "system", "content": system}]
+
+
+def _prompt(fields: dict, origin: str) -> list[dict]:
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list):
+        return prompt
+    if prompt is None:
+        return alpaca_prompt(fields, origin) if fields.get("instruction") else []
+    check_filled(prompt, f"{origin}: prompt")
+    return [*system_turn(fields, origin), {"role": "user", "content": prompt}]
+
+
+def _answer(given: object, what: str) -> list[dict]:
+    if isinstance(given, str):
+        return [one_answer(given, what)]
+    return conversation([given] if isinstance(given, dict) else given, what, needs_assistant=False)
+
+
+def _checked_answer(prompt: list[dict], answer: list[dict], where: str) -> list[dict]:
+    if answer[0]["role"] != "assistant":
+        raise UserError(f"{where} starts with a {answer[0]['role']} turn; the prompt must hold it")
+    conversation(prompt + answer, where)
+    return answer
+
+
+def _common_length(chosen: list[dict], rejected: list[dict]) -> int:
+    limit = min(len(chosen), len(rejected)) - 1
+    return next((i for i in range(limit) if _said(chosen[i]) != _said(rejected[i])), limit)
+
+
+def _said(message: dict) -> list:
+    """What makes two turns the same, whatever else the data set notes beside them."""
+    return [message.get(key) for key in ("role", "content", "tool_calls")]
+
+
+def _first_user(messages: list[dict]) -> str | None:
+    return next((message["content"] for message in messages if message["role"] == "user"), None)

@@ -1,0 +1,150 @@
+"""CSV and TSV files with a header. The index is made by parsing once; a row is parsed again when it is asked for."""
+
+import csv
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+
+from ftjax.data.read import spans
+from ftjax.data.read.files import DataFile
+from ftjax.data.read.spans import Spans
+from ftjax.errors import UserError
+
+# Columns that formats want as lists, and those where they take a list of messages in the place of a string.
+_LISTS = {"messages", "conversations", "history", "tools"}
+_MESSAGES = {"prompt", "completion", "chosen", "rejected"}
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+
+
+class Csv:
+    """The records of a CSV file as dicts of strings, by the names in its first record. `Records` of `rows`.
+
+    Cells that formats want as something else become that: lists of messages and tools from JSON, `label` from
+    true/false/1/0, `margin` from a number; empty ones in these columns are absent, and an empty `label` is None. Holds
+    16 bytes a row.
+    """
+
+    def __init__(self, file: DataFile):
+        delimiter = "\t" if file.kind == "tsv" else ","
+        self._parse = {"delimiter": delimiter, "strict": True}
+        self._header, found = _index(file, self._parse)
+        self._spans = Spans(file, *found)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def origin(self, i: int) -> str:
+        return self._spans.place(i)
+
+    def __getitem__(self, i: int) -> dict:
+        origin = self.origin(i)
+        text = self._spans.text(i, origin)
+        csv.field_size_limit(spans.MAX_ROW_BYTES)  # of the whole process, and by default too little for a document
+        cells = next(csv.reader((line + "\n" for line in text.split("\n")), **self._parse))
+        if len(cells) != len(self._header):
+            raise UserError(
+                f"{origin}: has {len(cells)} cells, and the header {len(self._header)} ({', '.join(self._header)}); "
+                "quote cells that hold separators"
+            )
+        fields = {name: _value(name, cell, origin) for name, cell in zip(self._header, cells, strict=True)}
+        return {name: value for name, value in fields.items() if value is not None or name == "label"}
+
+    def digest(self) -> str:
+        return self._spans.digest
+
+
+def _value(name: str, cell: str, origin: str) -> object:
+    if name in _LISTS | _MESSAGES and cell.startswith(("[", "{")):
+        try:
+            value = json.loads(cell, object_pairs_hook=spans.members)
+        except spans.TwiceNamed as error:
+            raise UserError(f"{origin}: {error}; keep one of them") from None
+        except (ValueError, RecursionError):
+            return cell  # text that starts with a bracket; what must be a list is refused by the checks of its format
+        return value if name in _LISTS or _is_messages(value) else cell
+    if name in _LISTS:
+        return cell or None
+    if name == "label":
+        return _TRUTH.get(cell.strip().lower(), cell or None)
+    if name == "margin":
+        try:
+            return float(cell) if cell else None
+        except ValueError:
+            raise UserError(f"{origin}: margin is {cell!r}, not a number; mend the cell") from None
+    return cell
+
+
+def _is_messages(value: object) -> bool:
+    """Whether JSON in a cell is a message or a list of them, and not an answer that happens to be JSON."""
+    messages = value if isinstance(value, list) else [value]
+    return bool(messages) and all(isinstance(one, dict) and ("role" in one or "from" in one) for one in messages)
+
+
+class _Lines:
+    """The lines of a file as text with a byte a character, and how much of it has been given out.
+
+    Latin-1 keeps bytes apart, and separators, quotes and line ends are the same in it as in UTF-8. What is not UTF-8
+    shows when the row is read.
+    """
+
+    def __init__(self, file: DataFile):
+        self._file, self.offset, self.number, self.digest = file, 0, 0, hashlib.sha256()
+
+    def __iter__(self) -> Iterator[str]:
+        tail = b""
+        with closing(spans.content(self._file)) as blocks:
+            for block in blocks:
+                self.digest.update(block)
+                *lines, tail = (tail + block).split(b"\n")
+                for line in lines:
+                    yield self._give(line + b"\n")
+                if len(tail) > spans.MAX_ROW_BYTES:
+                    raise spans.too_long(f"{self._file.name}:{self.number + 1}")
+        if tail:
+            yield self._give(tail)
+
+    def _give(self, line: bytes) -> str:
+        self.offset += len(line)
+        self.number += 1
+        return line.decode("latin-1")
+
+
+def _index(file: DataFile, parse: dict) -> tuple[list[str], tuple[np.ndarray, np.ndarray, str]]:
+    """The names of the columns, and the starts, lines and digest that `Spans` takes."""
+    csv.field_size_limit(spans.MAX_ROW_BYTES)
+    lines = _Lines(file)
+    starts, numbers = array("q"), array("q")
+    header, start, number = None, 0, 1
+    try:
+        for cells in csv.reader(lines, **parse):
+            if header is None and cells:
+                header = [cell.encode("latin-1").decode(errors="replace").strip() for cell in cells]
+                _check_header(header, f"{file.name}:{number}", parse["delimiter"])
+            elif cells:
+                starts.append(start)
+                numbers.append(number)
+            start, number = lines.offset, lines.number + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{file.name}:{number}: not well-formed CSV in the record that starts here ({error}); quote cells with "
+            'separators, quotes or line ends in them, and write quotes in them twice ("")'
+        ) from None
+    starts.append(start)
+    return header or [], (np.frombuffer(starts, np.int64), np.frombuffer(numbers, np.int64), lines.digest.hexdigest())
+
+
+def _check_header(header: list[str], origin: str, delimiter: str) -> None:
+    if len(header) == 1 and (other := next((c for c in ";\t|," if c != delimiter and c in header[0]), None)):
+        raise UserError(
+            f"{origin}: the header has one column, {header[0]!r}; separate cells by {delimiter!r} instead of {other!r}"
+        )
+    if not all(header):
+        raise UserError(f"{origin}: column {header.index('') + 1} has no name; the first line must name every column")
+    if twice := next((name for name in header if header.count(name) > 1), None):
+        raise UserError(f"{origin}: two columns are called {twice!r}; the first line must name every column, once")
+    if "\ufffd" in "".join(header):
+        raise UserError(f"{origin}: the header is not UTF-8; convert the file to UTF-8")

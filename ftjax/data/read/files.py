@@ -1,0 +1,272 @@
+"""Paths, globs and URLs of data files -> local files that can be read at any place: fetched and unpacked if need be.
+
+A file that is compressed or not on this machine is written once into the cache (`cache`), under a name made of its
+place, size and time of change, and is read from there: rows are asked for in any order, which neither allows.
+"""
+
+import bz2
+import contextlib
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import sys
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from ftjax.data.read import cache
+from ftjax.errors import SourceError, UserError
+
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+BLOCK = 4 * 2**20
+# What file systems tell of a file that changes with its contents; where they tell none, it is fetched every time.
+_STAMPS = {"mtime", "created", "updated", "LastModified", "last_modified", "ETag", "etag", "generation", "md5Hash"}
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file as its owner named it, and where it lies ready to be read.
+
+    Attributes:
+      name: path or URL, for messages.
+      kind: a value of KINDS.
+      path: local, not compressed.
+    """
+
+    name: str
+    kind: str
+    path: Path
+
+
+class _Found(NamedTuple):
+    name: str
+    open: Callable[[], AbstractContextManager[BinaryIO]]
+    path: Path | None  # where it is on this machine
+    stamp: str | None  # another one when the contents change; None: there is nothing to tell that
+
+
+def find(source: str) -> list[DataFile]:
+    """The files that a path, glob or URL (of any fsspec file system) names, sorted by name and ready to be read.
+
+    Raises:
+      UserError: none, a directory, an unknown ending, one that cannot be read, a package that is missing.
+    """
+    found = _remote(source) if "://" in source else _local(source)
+    endings = [_ending(file.name) for file in found]
+    return [
+        DataFile(file.name, kind, _unpacked(file, compression) if compression or not file.path else file.path)
+        for file, (kind, compression) in zip(found, endings, strict=True)
+    ]
+
+
+def local(name: str) -> Path:
+    """Where the content of one file lies on this machine, fetched into the cache if it does not; still packed."""
+    found = _remote(name)[0] if "://" in name else _local_file(name)
+    return found.path or _unpacked(found, "")
+
+
+def opened(file: DataFile) -> BinaryIO:
+    """Its content, to be read from the start; UserError where that is not allowed."""
+    try:
+        return open(file.path, "rb")
+    except OSError as error:
+        raise unreadable(file.name, error) from error
+
+
+def blocks(file: BinaryIO, name: str) -> Iterator[bytes]:
+    """The contents in blocks of 4 MiB or less; UserError where they cannot be read."""
+    try:
+        while block := file.read(BLOCK):
+            yield block
+    except (EOFError, zlib.error, lzma.LZMAError, *_errors()) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise unreadable(name, error) from error
+        raise SourceError(f"{name}: cut off or damaged ({error}); copy or compress the file again") from error
+
+
+class _Handle:
+    """A file kept open for `os.pread`, which any number of threads and forks may share; closed when nobody uses it."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self):
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change (ns), by which a file that was changed under a run is noticed; SourceError if absent."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise unreadable(str(path), error) from error
+    return status.st_size, status.st_mtime_ns
+
+
+def identity(path: Path) -> list:
+    """What is another for another file in the same place, of the same size and time of change too: for caches."""
+    status = path.stat()
+    return [os.fsdecode(path.resolve()), *stamp(path), status.st_ctime_ns, status.st_ino]
+
+
+@lru_cache(maxsize=64)
+def _handle(path: Path, expected: tuple[int, int]) -> _Handle:
+    return _Handle(path)
+
+
+def read_part(path: Path, expected: tuple[int, int], start: int, stop: int) -> bytes:
+    """Bytes start to stop of a file whose `stamp` was `expected` when start and stop were found."""
+    try:
+        handle = _handle(path, expected)
+        part, status = os.pread(handle.descriptor, stop - start, start), os.fstat(handle.descriptor)
+    except OSError as error:
+        raise unreadable(str(path), error) from error
+    if (status.st_size, status.st_mtime_ns) != expected:
+        raise SourceError(f"{path}: was changed after this run began to read it; start again")
+    return part
+
+
+def unreadable(name: str, error: Exception) -> SourceError:
+    what = getattr(error, "strerror", None) or error
+    return SourceError(f"{name}: cannot be read ({what}); check the file and its permissions")
+
+
+def _local(source: str) -> list[_Found]:
+    # A path that exists is itself, even where its name has brackets, stars or a tilde.
+    path = source if os.path.exists(source) else os.path.expanduser(source)
+    # ** may find a file by several ways.
+    paths = [path] if os.path.exists(path) else sorted(set(glob.glob(path, recursive=True)))
+    if not paths:
+        raise UserError(f"{source}: no such file; check the path or glob (relative to {Path.cwd()})")
+    for path in paths:
+        if Path(path).is_dir():
+            raise UserError(
+                f"{path}: is a directory; name the files, for example {path.rstrip('/')}/*.jsonl (hf:DIR for a saved "
+                "Hugging Face data set, tfds:DIR for one of TFDS)"
+            )
+    return [_local_file(path) for path in paths]
+
+
+def _local_file(path: str) -> _Found:
+    if not os.path.exists(path):
+        path = os.path.expanduser(path)
+    stamp(Path(path))  # SourceError where it is absent
+    return _Found(path, lambda: open(path, "rb"), Path(path), json.dumps(identity(Path(path))))
+
+
+def _remote(source: str) -> list[_Found]:
+    import fsspec
+    from fsspec.implementations.local import LocalFileSystem
+
+    try:
+        system, path = fsspec.core.url_to_fs(source)
+    except ImportError as error:
+        extra = "; pip install 'ftjax[gcs]'" if source.startswith(("gs://", "gcs://")) else ""
+        raise UserError(f"{source}: needs a package that is not installed ({error}){extra}") from error
+    except ValueError as error:
+        raise UserError(f"{source}: {error}; write file://, gs:// or another protocol that fsspec knows") from error
+    if isinstance(system, LocalFileSystem):
+        return _local(path)
+    try:
+        try:
+            infos = {path: system.info(path)}  # not isfile, for which no connection is no file
+        except FileNotFoundError:
+            # Each on its own: a listing may tell less of a file, which would then be fetched under another name.
+            infos = {path: system.info(path) for path in system.glob(path)} if glob.has_magic(path) else {}
+    except _errors() as error:
+        raise UserError(f"{source}: cannot be listed ({error}); check the URL, your access and the network") from error
+    if not infos:
+        raise UserError(f"{source}: no such file; check the URL or glob, and your access to it")
+    if place := next((place for place, info in infos.items() if info["type"] == "directory"), None):
+        name = system.unstrip_protocol(place).rstrip("/")
+        raise UserError(f"{name}: is a directory; name the files, for example {name}/*.jsonl")
+    return [_remote_file(system, path, infos[path]) for path in sorted(infos)]
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What reading may raise: also that of Arrow (ValueError) and of the file systems that are in use."""
+    names = {"aiohttp": "ClientError", "gcsfs.retry": "HttpError", "google.auth.exceptions": "GoogleAuthError"}
+    imported = {name: sys.modules[name] for name in names if name in sys.modules}
+    return (OSError, ValueError, *(getattr(module, names[name]) for name, module in imported.items()))
+
+
+def _remote_file(system, path: str, info: dict) -> _Found:
+    name = system.unstrip_protocol(path)
+    told = [f"{key}={info[key]}" for key in sorted({"size", *_STAMPS} & info.keys()) if info[key] is not None]
+    known = json.dumps([name, told]) if len(told) > 1 or "size" not in info else None
+    return _Found(name, lambda: system.open(path, "rb"), None, known)
+
+
+def _ending(name: str) -> tuple[str, str]:
+    """The kind of a file and its compression ("" for none) by its name."""
+    path = Path(name.lower())
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    kind = KINDS.get(Path(path.stem).suffix if compression else path.suffix)
+    if kind is None:
+        known = ", ".join(KINDS)
+        raise UserError(f"{name}: not a kind of file that is read: {known}, each also with {', '.join(COMPRESSIONS)}")
+    return kind, compression
+
+
+def _unpacked(file: _Found, compression: str) -> Path:
+    def write(path: Path) -> None:
+        try:
+            opened = file.open()
+        except _errors() as error:
+            raise unreadable(file.name, error) from error
+        with opened as packed, _decompress(packed, compression) as plain, open(path, "wb") as out:
+            for block in blocks(plain, file.name):
+                out.write(block)
+
+    key = hashlib.blake2b((file.stamp or f"{file.name} {uuid.uuid4()}").encode(), digest_size=16).hexdigest()
+    return cache.file("files", key, write)
+
+
+@contextlib.contextmanager
+def _decompress(file: BinaryIO, compression: str) -> Iterator[BinaryIO]:
+    if compression == ".zst":
+        import pyarrow
+
+        with pyarrow.CompressedInputStream(file, "zstd") as plain:
+            yield plain
+        return
+    if compression == ".gz":
+        with gzip.open(file) as plain:
+            yield plain
+        return
+    start = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}.get(compression)
+    yield file if start is None else _Streams(file, start)
+
+
+class _Streams:
+    """The contents of bzip2 or xz streams, one after the other, perhaps with zeros between them (padding of xz).
+
+    Unlike `bz2.open` and `lzma.open`, which take whatever follows the first stream and is none for the end.
+    """
+
+    def __init__(self, file: BinaryIO, start: Callable):
+        self._file, self._start, self._stream = file, start, start()
+
+    def read(self, size: int) -> bytes:
+        while True:
+            given = b""
+            if self._stream.eof:
+                given = self._stream.unused_data
+                while not (given := given.lstrip(b"\0")):
+                    if not (given := self._file.read(BLOCK)):
+                        return b""
+                self._stream = self._start()
+            elif self._stream.needs_input and not (given := self._file.read(BLOCK)):
+                raise EOFError("it ends within the compressed data")
+            if found := self._stream.decompress(given, size):
+                return found

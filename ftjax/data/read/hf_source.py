@@ -1,0 +1,92 @@
+"""Rows of Hugging Face data sets: from the hub, from a directory of data files, or saved by `save_to_disk`."""
+
+import hashlib
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from ftjax.data.read import files
+from ftjax.data.read.files import DataFile
+from ftjax.data.read.plain import plain_row
+from ftjax.errors import SourceError, UserError
+
+
+def open_split(source: str, split: str) -> "HuggingFace":
+    """The rows of one whole split. Code of a data set is never run: those that consist of a script are refused.
+
+    Args:
+      source: `hf:NAME` or `hf:NAME:CONFIG` on the hub, or `hf:DIR`: what `save_to_disk` wrote, or a directory of
+        Parquet, JSON or CSV files.
+      split: its name, or a sum of them ("train+validation").
+
+    Raises:
+      UserError: no such data set, config or split; no connection; the package `datasets` is missing.
+    """
+    return HuggingFace(source, split)
+
+
+class HuggingFace:
+    """The rows of a split as plain strings, numbers, lists and dicts; row 3 is "hf:name[3]". `Records` of `rows`."""
+
+    def __init__(self, source: str, split: str):
+        self._source, self._split = source, split
+        self._length = len(_open(source, split))
+        if not self._length:
+            raise UserError(f"{source}: no rows (split {split!r}); name a split that has some")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def origin(self, i: int) -> str:
+        return f"{self._source}[{i}]"
+
+    def __getitem__(self, i: int) -> dict:
+        # As it lies in the table: images and sound stay bytes, and no package is needed to open them.
+        return plain_row(_open(self._source, self._split)[i].to_pylist()[0])
+
+    def digest(self) -> str:
+        """Of the tables that hold the split, and of which of their rows it is."""
+        data = _open(self._source, self._split)
+        digest = hashlib.sha256(f"{len(data)} {data.column_names}".encode())
+        for cached in data.cache_files:
+            file = DataFile(cached["filename"], "", Path(cached["filename"]))
+            with files.opened(file) as stream:
+                for block in files.blocks(stream, file.name):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _open(source: str, split: str):
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{source}: needs the package datasets; pip install 'ftjax[hf]' ({error})") from error
+
+    rest = source.removeprefix("hf:")
+    name, _, config = (rest, "", "") if os.path.isdir(rest) else rest.partition(":")
+    try:
+        if os.path.isdir(name) and _is_saved(Path(name)):
+            data = datasets.load_from_disk(name)
+            if isinstance(data, datasets.DatasetDict):
+                if split not in data:
+                    raise UserError(f"{source}: has the splits {', '.join(data)}, not {split!r}; name one of them")
+                data = data[split]
+            elif split != "train":
+                raise UserError(f"{source}: was saved as one data set without splits; leave out {split!r}")
+        else:
+            data = datasets.load_dataset(name, config or None, split=split)
+    # What datasets raises for an unknown name, config or split, for scripts, without a connection, for damaged files.
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise SourceError(
+            f"{source}: datasets cannot open the split {split!r}: {lines[0]} Check the name (hf:NAME, "
+            "hf:NAME:CONFIG or hf:DIR), the split and the connection to the hub (HF_HUB_OFFLINE; HF_TOKEN for what "
+            "needs a login); a data set that was downloaded before is read without a connection"
+        ) from error
+    return data.with_format("arrow")
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` wrote it."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()

@@ -1,0 +1,107 @@
+"""Parquet files: written once into the cache as uncompressed Arrow, of which any row can be read without the others.
+
+A row group can hold a million rows, and Parquet only gives it whole. The Arrow file is mapped into memory, so that all
+processes on a machine share what they read of it.
+"""
+
+import hashlib
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ftjax.data.read import cache, files
+from ftjax.data.read.files import DataFile
+from ftjax.data.read.plain import plain_row
+from ftjax.errors import SourceError, UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+BATCH_ROWS = 4096
+_DIGEST = b"ftjax.training.digest"
+
+
+class Parquet:
+    """The rows of a Parquet file; row 3 has the origin "a.parquet[3]". `Records` of `rows`."""
+
+    def __init__(self, file: DataFile):
+        self._name = file.name
+        key = hashlib.sha256(json.dumps(files.identity(file.path)).encode()).hexdigest()[:32]
+        self._path = cache.file("tables", f"{key}.arrow", lambda path: _convert(file, path))
+        self._stamp = files.stamp(self._path)
+        batches = _batches(self._path, self._stamp)
+        if not sum(len(batch) for batch in batches):
+            raise UserError(f"{file.name}: the file has no rows; fill it or leave it out")
+        names = batches[0].schema.names
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{file.name}: two columns are called {twice!r}; name each once")
+        self._ends = np.cumsum([len(batch) for batch in batches])
+        self._digest = batches[0].schema.metadata[_DIGEST].decode()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def origin(self, i: int) -> str:
+        return f"{self._name}[{i}]"
+
+    def __getitem__(self, i: int) -> dict:
+        at = int(np.searchsorted(self._ends, i, side="right"))
+        batch = _batches(self._path, self._stamp)[at]
+        try:
+            row = batch.slice(i - (int(self._ends[at]) - len(batch)), 1).to_pylist()[0]
+        except ValueError as error:  # a string column that is not UTF-8, among others
+            raise UserError(f"{self.origin(i)}: cannot be read ({error}); write the row again") from error
+        return plain_row(row)
+
+    def digest(self) -> str:
+        return self._digest
+
+
+@lru_cache(maxsize=64)
+def _batches(path: Path, expected: tuple[int, int]) -> list["pyarrow.RecordBatch"]:
+    """The batches of an Arrow file, mapped and not read; their rows may be read by any number of threads."""
+    import pyarrow
+
+    if files.stamp(path) != expected:
+        raise SourceError(f"{path}: was changed after this run began to read it; start again")
+    try:
+        reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except (ValueError, OSError) as error:
+        raise SourceError(f"{path}: this file of the cache is damaged ({error}); remove it and start again") from error
+
+
+def _convert(file: DataFile, path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    digest = hashlib.sha256()
+    with files.opened(file) as stream:
+        for block in files.blocks(stream, file.name):
+            digest.update(block)
+    try:
+        # A buffer, or the whole row group is read before the first batch of it.
+        source = pyarrow.OSFile(os.fsencode(file.path))  # as bytes: a name may be no UTF-8
+        parquet = pyarrow.parquet.ParquetFile(source, buffer_size=2**20, pre_buffer=False)
+        schema = parquet.schema_arrow.with_metadata({_DIGEST: digest.hexdigest().encode()})
+    except (ValueError, OSError) as error:
+        raise _damaged(file, error) from error
+    with pyarrow.OSFile(str(path), "wb") as out, pyarrow.ipc.new_file(out, schema) as writer, source:
+        batches = parquet.iter_batches(BATCH_ROWS)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (ValueError, OSError) as error:
+                raise _damaged(file, error) from error
+            if batch is None:
+                return
+            writer.write_batch(pyarrow.RecordBatch.from_arrays(batch.columns, schema=schema))
+
+
+def _damaged(file: DataFile, error: Exception) -> UserError:
+    what = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{file.name}: not a readable Parquet file ({what}); write or copy it again")

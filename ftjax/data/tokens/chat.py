@@ -1,0 +1,205 @@
+"""Rows -> tokens and loss masks through the tokenizer's own chat template.
+
+Loss falls on assistant turns, each with the token that ends it; `masks` says how they are found. Thoughts and tool
+calls are part of their turns; tools are rendered as the template does it.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ftjax.data.format import formats
+from ftjax.data.format.conversation import conversation
+from ftjax.data.format.example import Example, Row
+from ftjax.data.tokens import masks
+from ftjax.data.tokens.masks import encode
+from ftjax.data.tokens.rendering import render
+from ftjax.errors import UserError
+
+if TYPE_CHECKING:  # importing transformers takes a second, and only annotations need it here
+    from transformers import PreTrainedTokenizerFast
+
+TRAIN_ON = ("assistant", "last", "all")
+
+
+class NothingTrained(UserError):
+    """A good row of which nothing is trained on, as its weights say."""
+
+
+def tokenize(
+    row: Row, tokenizer: "PreTrainedTokenizerFast", vocab_size: int | None = None, train_on: str = "assistant"
+) -> Example:
+    """The example of one row, of whatever format.
+
+    - text: its tokens (with a BOS only where the tokenizer adds one itself) and an eos; all trained but the first,
+      which nothing predicts.
+    - chat: the rendered conversation; `train_on` says which turns are trained, and of those none whose `weight` is 0.
+    - prompt/completion as lists of messages: one conversation; the prompt has weight 0.
+    - prompt/completion as strings: with a chat template one user turn and one assistant turn, without one the plain
+      text of both and an eos; the completion and what ends it are trained.
+
+    Args:
+      vocab_size: rows of the model's embedding; every token must be below it. None: not checked.
+      train_on: "assistant" (every assistant turn), "last" (the last assistant turn, whatever the template makes of
+        those before it) or "all" (every token of every message, headers too, but the first token).
+
+    Raises:
+      NothingTrained: every turn that could be trained on has weight 0.
+      UserError: with the row's origin; a bad row, a template whose turns cannot be told apart or that leaves something
+        out.
+    """
+    if train_on not in TRAIN_ON:
+        raise UserError(f"data.train_on = {train_on!r}: use one of {', '.join(TRAIN_ON)}")
+    return _tokenize(row, tokenizer, vocab_size, train_on)
+
+
+def tokenize_preference(
+    row: Row, tokenizer: "PreTrainedTokenizerFast", vocab_size: int | None = None
+) -> tuple[Example, Example]:
+    """The chosen and the rejected example of a preference row.
+
+    Both begin with the same tokens, those of the prompt; after them the assistant turns of each answer are trained. The
+    first trained token is the first that the model writes.
+
+    Raises:
+      UserError: what `tokenize` raises; a row of another kind; a template that renders the prompt in two ways.
+    """
+    fields = formats.check_row(row.fields, row.origin).fields
+    if (kind := formats.kind_of(fields)) != "preference":
+        raise UserError(f"{row.origin}: is a row of {kind}; a preference needs `prompt`, `chosen` and `rejected`")
+    tools, prompt = fields.get("tools"), fields["prompt"]
+    chosen, rejected = (
+        _answer(prompt, fields[side], tools, f"{row.origin}: {side}", tokenizer, vocab_size)
+        for side in ("chosen", "rejected")
+    )
+    shared = int(np.argmax(chosen.trained))
+    if shared != np.argmax(rejected.trained) or (chosen.tokens[:shared] != rejected.tokens[:shared]).any():
+        raise UserError(
+            f"{row.origin}: the chat template renders the prompt differently before the chosen and the rejected "
+            "answer, so they cannot be compared; take a template that renders a turn without regard to later ones"
+        )
+    return tuple(Example(one.tokens, one.trained, row.origin) for one in (chosen, rejected))
+
+
+def tokenize_unpaired(row: Row, tokenizer: "PreTrainedTokenizerFast", vocab_size: int | None = None) -> Example:
+    """The example of a prompt and an answer of which `label` says whether it is wanted; the answer is trained."""
+    fields = formats.check_row(row.fields, row.origin).fields
+    if (kind := formats.kind_of(fields)) != "unpaired":
+        raise UserError(f"{row.origin}: is a row of {kind}; this needs `prompt`, `completion` and a bool `label`")
+    return _answer(fields["prompt"], fields["completion"], fields.get("tools"), row.origin, tokenizer, vocab_size)
+
+
+def render_prompt(
+    messages: list[dict] | str, tokenizer: "PreTrainedTokenizerFast", tools: list[dict] | None = None
+) -> np.ndarray:
+    """int32 [n]: the tokens that a model is given to answer, exactly those before the answer in training.
+
+    Args:
+      messages: a conversation, rendered with the generation prompt; or the string of a prompt/completion row's prompt.
+    """
+    origin = "the prompt"
+    if isinstance(messages, str):
+        if not tokenizer.chat_template:
+            tokens = encode([messages], tokenizer, add_special_tokens=True)[0]
+            return _checked(tokens, origin, tokenizer, None)
+        messages = [{"role": "user", "content": messages}]
+    messages = conversation(messages, origin, needs_assistant=False)
+    text = render(messages, tokenizer, origin, tools, generation_prompt=True)
+    return _checked(encode([text], tokenizer)[0], origin, tokenizer, None)
+
+
+def _tokenize(row: Row, tokenizer, vocab_size: int | None, train_on: str) -> Example:
+    fields = formats.check_row(row.fields, row.origin).fields
+    kind = formats.kind_of(fields)
+    if kind in ("preference", "unpaired"):
+        what = "a preference pair" if kind == "preference" else "an answer with a label"
+        raise UserError(
+            f"{row.origin}: is {what}, which this objective does not train on; set objective.name to one that does, or "
+            "`format` to what else the row holds"
+        )
+    if kind == "text":
+        tokens = encode([fields["text"]], tokenizer, add_special_tokens=True)[0]
+        tokens = _with_eos(tokens, tokenizer, row.origin)
+        return _example(tokens, [(1, len(tokens))], row.origin, tokenizer, vocab_size)
+    if kind == "prompt_completion" and not tokenizer.chat_template:
+        tokens, spans = _plain_completion(fields["prompt"], fields["completion"], tokenizer, row.origin)
+        if train_on == "all":
+            spans = [(1, len(tokens))]
+        return _example(tokens, spans, row.origin, tokenizer, vocab_size)
+    if kind == "prompt_completion":
+        messages = [
+            {"role": "user", "content": fields["prompt"]},
+            {"role": "assistant", "content": fields["completion"]},
+        ]
+    else:
+        messages = fields["messages"]
+    return _chat_example(messages, fields.get("tools"), row.origin, tokenizer, vocab_size, train_on)
+
+
+def _chat_example(messages, tools, origin, tokenizer, vocab_size, train_on) -> Example:
+    ignored = [i for i, message in enumerate(messages) if message.get("weight") == 0]
+    if train_on == "all":
+        tokens, spans = masks.without(messages, ignored, tokenizer, origin, tools)
+    else:
+        wanted = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = [i for i in (wanted[-1:] if train_on == "last" else wanted) if i not in ignored]
+        if not wanted:
+            which = "the last assistant turn" if train_on == "last" else "every assistant turn"
+            what = f"no trainable token: {which} has weight 0; give one weight 1 or remove the row"
+            raise NothingTrained(f"{origin}: {what}")
+        tokens, spans = masks.turns(messages, wanted, tokenizer, origin, tools)
+    return _example(tokens, spans, origin, tokenizer, vocab_size)
+
+
+def _answer(prompt, answer, tools, origin, tokenizer, vocab_size) -> Example:
+    messages = [{**message, "weight": 0} for message in prompt] + answer
+    return _chat_example(messages, tools, origin, tokenizer, vocab_size, "assistant")
+
+
+def _example(tokens: list[int], spans, origin: str, tokenizer, vocab_size: int | None) -> Example:
+    array = _checked(tokens, origin, tokenizer, vocab_size)
+    trained = np.zeros(len(array), bool)
+    for start, stop in spans:
+        trained[start:stop] = True
+    trained[:1] = False  # nothing predicts it
+    if not trained.any():
+        raise NothingTrained(f"{origin}: no trainable token in {len(tokens)}; write an answer or remove the row")
+    return Example(array, trained, origin)
+
+
+def _plain_completion(prompt: str, completion: str, tokenizer, origin: str) -> tuple[list[int], list[tuple[int, int]]]:
+    before, joint = encode([prompt, prompt + completion], tokenizer, add_special_tokens=True)
+    if joint[: len(before)] == before:
+        tokens = joint
+    else:
+        # A token of the joint text spans the border. In inference the prompt is tokenized alone, so here too.
+        tokens = before + encode([completion], tokenizer)[0]
+        if tokenizer.decode(tokens) != tokenizer.decode(joint):
+            raise UserError(
+                f"{origin}: the tokenizer cannot split the text between prompt and completion; move the "
+                "space between them to the start of the completion"
+            )
+    tokens = _with_eos(tokens, tokenizer, origin)
+    return tokens, [(len(before), len(tokens))]
+
+
+def _with_eos(tokens: list[int], tokenizer, origin: str) -> list[int]:
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{origin}: the tokenizer has no eos_token; set it in tokenizer_config.json")
+    return tokens if tokens and tokens[-1] == tokenizer.eos_token_id else [*tokens, tokenizer.eos_token_id]
+
+
+def _checked(tokens: list[int], origin: str, tokenizer, vocab_size: int | None) -> np.ndarray:
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokens[:2] == [bos, bos]:
+        raise UserError(
+            f"{origin}: starts with two BOS tokens ({tokenizer.bos_token!r}); remove it from the text or "
+            "the chat template, since it is added once already"
+        )
+    array = np.asarray(tokens, np.int32)
+    if vocab_size is not None and array.size and array.max() >= vocab_size:
+        raise UserError(
+            f"{origin}: token {array.max()} is beyond the model's vocabulary of {vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
+    return array

@@ -1,0 +1,104 @@
+"""A function over many tasks in processes of their own, its results in the order of the tasks.
+
+Not multiprocessing's: its children import the main module, which for a command line is JAX and all of the models, and a
+script without `if __name__ == "__main__"` would start itself again in each of them. These import what they are sent, no
+more. Nor do they fork a process that has threads.
+"""
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+@contextlib.contextmanager
+def ordered(function: Callable[..., Any], shared: tuple, tasks: Iterable[Any], workers: int) -> Iterator[Iterator[Any]]:
+    """An iterator over function(*shared, task) for every task, in order. The processes end with the block.
+
+    Args:
+      function: at the top level of a module; it and all it takes and gives are pickled. Where it may fail, it returns
+        the error: an exception of its own ends the process and is only seen on stderr.
+      workers: how many processes; 0 to do it here.
+
+    Raises:
+      RuntimeError: from the iterator; a process ended before its work.
+    """
+    if not workers:
+        yield (function(*shared, task) for task in tasks)
+        return
+    started: list[tuple[subprocess.Popen, Connection]] = []
+    try:
+        for _ in range(workers):
+            started.append(_start())
+        setup = pickle.dumps((function, shared), protocol=pickle.HIGHEST_PROTOCOL)
+        yield _in_order({connection: process for process, connection in started}, setup, tasks)
+    finally:
+        for process, connection in started:
+            connection.close()
+            process.terminate()
+        for process, _ in started:
+            process.wait()
+
+
+def _start() -> tuple[subprocess.Popen, Connection]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        code = f"from ftjax.data.tokens.processes import work; work({theirs.fileno()})"
+        # One thread for the tokenizer in each: the processes are as many as the cores.
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment = os.environ | {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, env=environment, pass_fds=[theirs.fileno()]
+        )
+    return process, Connection(ours.detach())
+
+
+def _in_order(processes: dict[Connection, subprocess.Popen], setup: bytes, tasks: Iterable[Any]) -> Iterator[Any]:
+    idle, running, done = list(processes), {}, {}
+    todo, wanted = enumerate(tasks), 0
+    for connection, process in processes.items():
+        with _alive(process):
+            connection.send_bytes(setup)
+    while True:
+        # A process has one task at a time, so neither side ever waits for the other to read. Few results are held back.
+        while idle and len(running) + len(done) < 4 * len(processes) and (item := next(todo, None)):
+            connection = idle.pop()
+            with _alive(processes[connection]):
+                connection.send(item[1])
+            running[connection] = item[0]
+        if wanted in done:
+            yield done.pop(wanted)
+            wanted += 1
+        elif running:
+            for connection in wait(list(running)):
+                with _alive(processes[connection]):
+                    done[running.pop(connection)] = connection.recv()
+                idle.append(connection)
+        else:
+            return
+
+
+@contextlib.contextmanager
+def _alive(process: subprocess.Popen) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        raise RuntimeError(
+            f"worker process {process.pid} ended with status {process.wait()} before its work was done; its own "
+            "message is above, or it was killed, perhaps for want of memory"
+        ) from error
+
+
+def work(descriptor: int) -> None:
+    """What a worker process does: tasks from the connection, results into it, until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    with Connection(descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
+        function, shared = connection.recv()
+        while True:
+            connection.send(function(*shared, connection.recv()))

@@ -1,0 +1,88 @@
+"""Tokenizers: from a GGUF file's own metadata or a Hugging Face directory, and the tokens that end a turn."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerFast
+
+from ftjax.errors import UserError
+from ftjax.weights.gguf.tokenizer import from_gguf
+from ftjax.weights.hf.files import inside
+
+
+def load(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer, special tokens and chat template of a `.gguf` file or of a directory with tokenizer.json.
+
+    No network, no code from the model's directory, and no torch. `UserError` where the tokenizer is missing,
+    damaged or of a kind that is not supported.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _from_directory(path)
+    if path.suffix != ".gguf" or not path.is_file():
+        raise UserError(f"{path}: no tokenizer there; give a .gguf file or a directory with tokenizer.json")
+    return from_gguf(path)
+
+
+def check_vocab(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    """`UserError` where the tokenizer has a token id that the embedding of `vocab_size` rows lacks."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer has token ids up to {largest}, the model's embedding only {vocab_size} rows (vocab_size "
+            "in its config): take the tokenizer that belongs to the model, without tokens added to it"
+        )
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every token id at which generation ends, without repeats.
+
+    They are `eos_token_id` of the model's config (an int, a list or None) and of `config["generation_config"]`
+    where there is one, the tokenizer's end token, and the token that the chat template writes after an
+    assistant's answer. `UserError` where an id is no number or lies outside the config's `vocab_size`.
+    """
+    ids: list[int] = []
+    for named in (config, config.get("generation_config") or {}):
+        value = named.get("eos_token_id") if isinstance(named, Mapping) else named
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if wrong := [one for one in values if type(one) is not int]:
+            raise UserError(f"eos_token_id of the model's config is {wrong[0]!r}, not a token id or a list of them")
+        ids.extend(values)
+    ids.extend(i for i in (tokenizer.eos_token_id, _end_of_turn(tokenizer)) if i is not None)
+    for i in ids:
+        if not 0 <= i < config.get("vocab_size", i + 1):
+            raise UserError(f"end token id {i} lies outside vocab_size {config['vocab_size']}: correct eos_token_id")
+    return tuple(dict.fromkeys(ids))
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The special token that follows an assistant's answer, found by rendering one."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "Zebra"
+    turns = [{"role": "user", "content": "Name an animal."}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except (jinja2.TemplateError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"the chat template cannot render a user and an assistant turn: {error}") from error
+    _, found, tail = text.rpartition(answer)
+    if not found:
+        raise UserError("the chat template leaves out the assistant's answer: mend the template")
+    for i in tokenizer(tail, add_special_tokens=False)["input_ids"]:
+        if i in tokenizer.added_tokens_decoder:
+            return i
+        if tokenizer.decode([i]).strip():
+            return None
+    return None
+
+
+def _from_directory(path: Path) -> PreTrainedTokenizerFast:
+    if not inside(path, "tokenizer.json").is_file():
+        raise UserError(f"{path}: no tokenizer.json there; save the model's fast tokenizer into this directory")
+    try:
+        # Not AutoTokenizer: it imports torch where that is installed. tokenizer.json alone says how to tokenize.
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: transformers cannot load this tokenizer: {error}") from error

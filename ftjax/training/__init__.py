@@ -1,0 +1,1 @@
+"""What a run is: state, step, loop, checkpoints, metrics."""

@@ -1,0 +1,69 @@
+"""Metrics to `metrics.jsonl` and TensorBoard, one record a logged step, under the names of docs/running.md."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+# The protocol buffers and the record format only: tensorboard's own writer, and tensorboardX, import tensorflow or
+# torch where they are installed.
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from ftjax import distributed
+from ftjax.atomic import write_text
+
+
+class MetricsWriter:
+    """Appends records; `start_step` is where the run restarts (-1: from nothing). Records after it, left by a killed
+    run, go.
+
+    So an interrupted and resumed run leaves the records of an uninterrupted one. Of several processes the first one
+    writes; in the others nothing here does anything.
+    """
+
+    def __init__(self, workdir: Path, start_step: int):
+        self._writes = distributed.is_first()
+        if not self._writes:
+            return
+        self.path = workdir / "metrics.jsonl"
+        kept = [record for record in read(self.path) if record["step"] <= start_step]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = self.path.open("a")
+        board = workdir / "tensorboard"
+        board.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._board_file = (board / name).open("wb")
+        self._board = RecordWriter(self._board_file)
+        self._event(file_version="brain.Event:2")
+        # Tells TensorBoard to forget what an earlier file says of this step and later ones.
+        self._event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        if not self._writes:
+            return
+        self._file.write(json.dumps({"step": step} | metrics) + "\n")
+        self._file.flush()
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._event(step=step, summary=Summary(value=values))
+
+    def close(self) -> None:
+        if not self._writes:
+            return
+        self._file.close()
+        self._board_file.close()
+
+    def _event(self, **fields: Any) -> None:
+        self._board.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._board_file.flush()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a last line torn by a kill is left out; no file is no records."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

@@ -1,0 +1,99 @@
+"""The one training step: gradient accumulation, one division, one optax update, sharded over the mesh."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ftjax import tree
+from ftjax.objectives.loss import Loss, Objective
+from ftjax.training.state import TrainState
+from ftjax.tree import Tree
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def make_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    abstract: TrainState,
+    seed: int,
+    dtype: jnp.dtype | None = None,
+) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]:
+    """`step(state, frozen, batch) -> (state, metrics)`, compiled once; the old state's buffers are donated.
+
+    batch: arrays [accumulate, batch / accumulate, ...]; the micro-batches are summed by `lax.scan` in float32 and
+    divided once by the weight of the whole global batch. dtype: what the model multiplies its kernels in; their
+    gradients are then taken and kept in it until they are summed, which is what the backward pass makes them in anyway
+    and half the memory. metrics: float32 scalars `loss`, `grad_norm` (before
+    clipping), `learning_rate`, and the objective's own.
+    """
+
+    def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def micro_step(index, micro):
+            def loss_sum(trainable):
+                loss = objective(tree.combine(trainable, frozen), micro, jax.random.fold_in(rng, index))
+                return loss.sum, loss
+
+            return jax.grad(loss_sum, has_aux=True)(kernels_in(state.trainable, dtype))
+
+        def add(gradients, indexed):
+            new, loss = micro_step(*indexed)
+            return jax.tree.map(jnp.add, gradients, jax.tree.map(_float32, new)), loss
+
+        count = jax.tree.leaves(batch)[0].shape[0]
+        loss: Loss
+        if count == 1:  # without a sum to keep beside the gradients
+            gradients, loss = micro_step(0, jax.tree.map(lambda leaf: leaf[0], batch))
+            gradients = jax.tree.map(_float32, gradients)
+        else:
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.trainable)
+            gradients, losses = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
+            loss = jax.tree.map(lambda leaf: leaf.sum(axis=0), losses)
+
+        weight = jnp.maximum(loss.weight, 1.0)
+        gradients = jax.tree.map(lambda leaf: leaf / weight, gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = means(loss) | {
+            "grad_norm": optax.tree.norm(gradients),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_eval_step(objective: Objective) -> Callable[[Tree, Tree, Batch], Loss]:
+    """`eval_step(trainable, frozen, batch) -> Loss` over arrays [batch, ...]: sums, to be added and divided."""
+
+    def eval_step(trainable: Tree, frozen: Tree, batch: Batch) -> Loss:
+        return objective(tree.combine(trainable, frozen), batch, None)
+
+    return jax.jit(eval_step)
+
+
+def kernels_in(trainable: Tree, dtype: jnp.dtype | None) -> Tree:
+    """`trainable` with its kernels cast: the leaves that a model uses in nothing but products in its own dtype."""
+    if dtype is None:
+        return trainable
+    leaves = tree.flatten(trainable)
+    return tree.unflatten(
+        {path: leaf.astype(dtype) if path.endswith("/kernel") else leaf for path, leaf in leaves.items()}
+    )
+
+
+def means(loss: Loss) -> Metrics:
+    """{"loss": ..., and each metric}: sums divided by their weights."""
+    pairs = {"loss": (loss.sum, loss.weight)} | loss.metrics
+    return {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in pairs.items()}
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)

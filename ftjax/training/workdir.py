@@ -1,0 +1,150 @@
+"""The run's directory: is it writable as checkpoints need it, and is this run its only writer."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ftjax import distributed
+from ftjax.atomic import write_text
+from ftjax.errors import Unlucky, UserError
+
+log = logging.getLogger(__name__)
+
+_LOCK = ".lock"
+_TOKEN = ".processes"  # what the first of several processes writes for the others to read
+_LEASE_SECONDS = 150.0  # a network disk holds the lock of a host that vanished for about 90 more
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_SHARED_SECONDS = 20.0  # a network disk may show what another host wrote only after a while
+
+
+@contextlib.contextmanager
+def hold(workdir: Path) -> Iterator[None]:
+    """`probe` and `lock` for a run. Of several processes the first one holds it; all must see the same directory.
+
+    Raises:
+      UserError: what `probe` and `lock` raise; a host sees another directory of that name, or none.
+    """
+    workdir = Path(workdir)
+    with contextlib.ExitStack() as stack:
+        token = None
+        if distributed.is_first():
+            probe(workdir)
+            stack.enter_context(lock(workdir))
+            token = secrets.token_hex(8)
+            if distributed.count() > 1:
+                write_text(workdir / _TOKEN, token)
+        token = distributed.tell(token)
+        if not distributed.is_first():
+            _find(workdir, token)
+            probe(workdir)
+        yield
+
+
+def _find(workdir: Path, token: str) -> None:
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if (workdir / _TOKEN).read_text() == token:
+                return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"workdir {workdir}: process {distributed.index()} does not see there what process 0 writes. All hosts "
+                "need one directory: put --workdir on a disk that they share, under the same path"
+            )
+        time.sleep(0.2)
+
+
+def probe(workdir: Path) -> None:
+    """Create `workdir` and try on it what a save does: write, flush to the disk, rename, read back, remove.
+
+    Raises:
+      UserError: one of these fails (read-only or full disk, a file in the way, missing rights).
+    """
+    workdir = Path(workdir)
+    # Two runs that start together, or two hosts of one, must not share a probe file.
+    name = f".probe-{distributed.index()}-{os.getpid()}"
+    first, second = (workdir / f"{name}{end}" for end in ("", "-renamed"))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with open(first, "wb") as file:
+            file.write(b"ftjax")
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(first, second)
+        read = second.read_bytes()
+        second.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the probe's own leftovers; the first error is the one to report
+            first.unlink(missing_ok=True)
+        raise UserError(
+            f"workdir {workdir} cannot be written: {error.strerror or error}. Free or mount it writable, or choose "
+            "another with --workdir."
+        ) from error
+    if read != b"ftjax":
+        raise UserError(f"workdir {workdir} does not read back what was written; choose another with --workdir.")
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Hold `workdir` for this process; the kernel lets go of it when the process ends, however it ends.
+
+    The lock file itself stays: removing it would let a third process lock a file that nobody else sees.
+
+    Held by another machine, or by this one before it was started again, it may be the lock of a host that is gone,
+    which a network disk only lets go of after a while: then it is waited for.
+
+    Raises:
+      UserError: another run on this machine holds it (with its pid), or `workdir` cannot be written.
+      Unlucky: another machine still holds it after _LEASE_SECONDS.
+    """
+    workdir = Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / _LOCK, "a+", encoding="ascii")  # noqa: SIM115  (closed below, after the yield)
+    except OSError as error:
+        raise UserError(
+            f"workdir {workdir} cannot be locked: {error.strerror or error}. Choose another with --workdir."
+        ) from error
+    with file:
+        deadline = time.monotonic() + _LEASE_SECONDS
+        while not _locked(file, workdir):
+            file.seek(0)
+            pid, _, machine = file.read().strip().partition(" ")
+            message = (
+                f"workdir {workdir} is in use by another run (pid {pid or 'unknown'}). Wait for it or end it, or "
+                "choose another with --workdir."
+            )
+            if machine in ("", _machine()):
+                raise UserError(message)
+            if time.monotonic() > deadline:
+                raise Unlucky(message.replace(")", ", on another machine)", 1))
+            time.sleep(2)
+        file.truncate(0)
+        file.write(f"{os.getpid()} {_machine()}")
+        file.flush()
+        yield
+
+
+def _locked(file, workdir: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s: this file system has no locks; let only one run at a time use the directory", workdir)
+    return True
+
+
+def _machine() -> str:
+    """Of this machine since it was started: pods keep their host name when they move to another."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()

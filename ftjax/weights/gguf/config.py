@@ -1,0 +1,271 @@
+"""The Hugging Face config that a GGUF file's metadata imply, and the metadata of a config: one pair per architecture.
+
+What llama.cpp computes from a file is what the config has to say, so its fixed choices are written out here (the
+scale of Gemma's attention, the period of its windows, Qwen3's router). What an architecture of GGUF has no word for
+never reaches a file: `gguf_write` compares the decoder that a file describes with the one to be written.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ftjax.errors import UserError
+from ftjax.models.families import FAMILIES
+from ftjax.models.rope import rope_parameters
+from ftjax.models.spec import DecoderSpec
+from ftjax.weights.gguf.header import Fields, Tensor, shorten
+from ftjax.weights.gguf.rope import longrope_metadata, read_longrope, read_rope, rope_metadata
+
+_LOCAL_THETA, _GEMMA3_PERIOD = 10_000.0, 6  # of Gemma 3, where a file does not say
+_DEFAULT_THETA = {"gemma3_text": 1e6, "mixtral": 1e6}  # of Hugging Face configs that do not say; of others 10,000
+# Layers of the Gemmas of 27 billion parameters, whose attention llama.cpp scales by the width of the model.
+_LARGE_GEMMA = {"gemma2": 46, "gemma3": 62}
+
+
+def hf_config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The config.json that the header of a GGUF file implies.
+
+    Raises UserError for an architecture that is not supported, by name with the list, and for missing, mistyped or
+    contradictory metadata.
+    """
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise UserError(
+            f"{path}: no support for GGUF files of architecture {shorten(architecture)}; there are: "
+            f"{', '.join(ARCHITECTURES)}. The safetensors of the model may be supported"
+        )
+    file = Fields(path, metadata, tensors)
+    if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
+        raise UserError(f"{path}: no token_embd.weight, so not the (first) file of a model")
+    vocab = tensors["token_embd.weight"].shape[0]
+    if file.whole("block_count") > len(tensors):
+        raise file.error(f"{architecture}.block_count is {file.whole('block_count')}, of only {len(tensors)} tensors")
+    config = ARCHITECTURES[architecture].read(file)
+    return config | _token_ids(file, vocab) | {
+        "architectures": [FAMILIES[config["model_type"]].architecture],
+        "vocab_size": vocab,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "dtype": "float32",
+    }  # fmt: skip
+
+
+def _token_ids(file: Fields, vocab: int) -> dict[str, Any]:
+    ids = {}
+    for name in ("bos", "eos", "eot", "eom", "padding"):
+        value = ids[name] = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if value is not None and (type(value) is not int or not 0 <= value < vocab):
+            raise file.error(f"tokenizer.ggml.{name}_token_id is {shorten(value)}, the embedding has {vocab} rows")
+    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None))
+    return {
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
+        "pad_token_id": ids["padding"],
+    }
+
+
+def _decoder(file: Fields) -> dict[str, Any]:
+    """What every architecture but GPT-2 has, under Llama's names; no RoPE yet."""
+    heads, width = file.whole("attention.head_count"), file.whole("embedding_length")
+    head_dim = file.whole("attention.key_length", file.whole("rope.dimension_count", width // heads or 1))
+    if file.whole("attention.value_length", head_dim) != head_dim or head_dim % 2:
+        raise file.error(f"heads of different or odd sizes ({head_dim}) are not supported")
+    return {
+        "hidden_size": width,
+        "intermediate_size": file.whole("feed_forward_length"),
+        "num_hidden_layers": file.whole("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": file.whole("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "max_position_embeddings": file.whole("context_length"),
+        "rms_norm_eps": file.real("attention.layer_norm_rms_epsilon"),
+    }
+
+
+def _llama(file: Fields) -> dict[str, Any]:
+    """Llama, and Mistral and Mixtral, which come under the same name."""
+    config = _decoder(file)
+    config |= {
+        "model_type": "llama",
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        "rope_parameters": read_rope(file, config["head_dim"]),
+    }
+    if (window := file.window("attention.sliding_window")) is not None:
+        config |= {"model_type": "mistral", "sliding_window": window}
+    if file.has("expert_count"):
+        config |= {
+            "model_type": "mixtral",
+            "sliding_window": config.get("sliding_window"),
+            "num_local_experts": file.whole("expert_count"),
+            "num_experts_per_tok": file.whole("expert_used_count"),
+        }
+    if config["model_type"] != "llama" and (config["attention_bias"] or config["mlp_bias"]):
+        raise file.error("a sliding window or experts together with biases are not supported")
+    return config
+
+
+def _qwen(model_type: str) -> Callable[[Fields], dict[str, Any]]:
+    def read(file: Fields) -> dict[str, Any]:
+        config = _decoder(file)
+        file.refuse("attention.sliding_window")
+        return config | {"model_type": model_type, "rope_parameters": read_rope(file, config["head_dim"])}
+
+    return read
+
+
+def _qwen3_moe(file: Fields) -> dict[str, Any]:
+    width = file.whole("expert_feed_forward_length")
+    file = Fields(file.path, {"qwen3moe.feed_forward_length": width} | dict(file.metadata), file.tensors)
+    return _qwen("qwen3_moe")(file) | {
+        "moe_intermediate_size": width,
+        "num_experts": file.whole("expert_count"),
+        "num_experts_per_tok": file.whole("expert_used_count"),
+        "norm_topk_prob": True,  # not in the files: llama.cpp always does so
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _gemma(file: Fields) -> dict[str, Any]:
+    config = _decoder(file)
+    layers, head_dim = config["num_hidden_layers"], config["head_dim"]
+    large = layers == _LARGE_GEMMA[file.architecture]
+    del config["hidden_act"]
+    config |= {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"] if large else head_dim,
+        "final_logit_softcapping": file.optional("final_logit_softcapping"),
+        "attn_logit_softcapping": file.optional("attn_logit_softcapping"),
+    }
+    rope = read_rope(file, head_dim)
+    if file.architecture == "gemma2":
+        window, period = file.whole("attention.sliding_window"), 2
+        config |= {"model_type": "gemma2", "sliding_window": window, "rope_parameters": rope}
+    else:
+        local = {"rope_type": "default", "rope_theta": file.real("rope.freq_base_swa", _LOCAL_THETA)}
+        period = file.whole("attention.sliding_window_pattern", _GEMMA3_PERIOD)
+        ropes = {"full_attention": rope, "sliding_attention": local}
+        config |= {"model_type": "gemma3_text", "rope_parameters": ropes}
+        config["sliding_window"] = window = file.window("attention.sliding_window")
+    kinds = ("full_attention", "sliding_attention")
+    slides = [window is not None and (layer + 1) % period != 0 for layer in range(min(layers, 10_000))]
+    return config | {"layer_types": [kinds[slide] for slide in slides]}
+
+
+def _phi3(file: Fields) -> dict[str, Any]:
+    config = _decoder(file)
+    rope = read_longrope(file, config["head_dim"], config["max_position_embeddings"])
+    window = file.window("attention.sliding_window")
+    config |= {"model_type": "phi3", "rope_parameters": rope, "sliding_window": window}
+    if "original_max_position_embeddings" in rope:  # Phi-3 has it outside
+        config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    return config
+
+
+def _gpt2(file: Fields) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "n_embd": file.whole("embedding_length"),
+        "n_inner": file.whole("feed_forward_length"),
+        "n_layer": file.whole("block_count"),
+        "n_head": file.whole("attention.head_count"),
+        "n_positions": file.whole("context_length"),
+        "layer_norm_epsilon": file.real("attention.layer_norm_epsilon"),
+        "activation_function": "gelu_new",
+    }
+
+
+def _decoder_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    parameters = rope_parameters(dict(config), _DEFAULT_THETA.get(spec.family, 10_000.0))
+    if "full_attention" in parameters:  # Gemma 3, of which it is the one that GGUF describes
+        parameters = parameters["full_attention"]
+    rope, tensors = rope_metadata(parameters, spec.head_dim)
+    metadata = {
+        "context_length": spec.max_position_embeddings,
+        "embedding_length": spec.hidden_size,
+        "block_count": spec.num_hidden_layers,
+        "feed_forward_length": spec.intermediate_size,
+        "attention.head_count": spec.num_attention_heads,
+        "attention.head_count_kv": spec.num_key_value_heads,
+        "attention.key_length": spec.head_dim,
+        "attention.value_length": spec.head_dim,
+        "attention.layer_norm_rms_epsilon": spec.norm_eps,
+        "vocab_size": spec.vocab_size,
+    }
+    if spec.experts:
+        metadata |= {"expert_count": spec.experts.count, "expert_used_count": spec.experts.per_token}
+    windows = set(spec.layer_windows) - {None}
+    if len(windows) == 1:
+        metadata["attention.sliding_window"] = windows.pop()
+    return metadata | rope, tensors
+
+
+def _qwen3_moe_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    metadata, tensors = _decoder_metadata(spec, config)
+    return metadata | {"expert_feed_forward_length": spec.intermediate_size}, tensors
+
+
+def _gemma_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    metadata, tensors = _decoder_metadata(spec, config)
+    for name, cap in (("attn", spec.attention_softcap), ("final", spec.logit_softcap)):
+        if cap is not None:
+            metadata[f"{name}_logit_softcapping"] = cap
+    return metadata, tensors
+
+
+def _phi3_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    metadata, tensors = _decoder_metadata(spec, config)
+    parameters = rope_parameters(dict(config))
+    if parameters["rope_type"] == "longrope":
+        scaling, tensors = longrope_metadata(parameters, spec.ropes[0].scale)
+        metadata |= scaling
+    return metadata, tensors
+
+
+def _gpt2_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    return {
+        "context_length": spec.max_position_embeddings,
+        "embedding_length": spec.hidden_size,
+        "block_count": spec.num_hidden_layers,
+        "feed_forward_length": spec.intermediate_size,
+        "attention.head_count": spec.num_attention_heads,
+        "attention.layer_norm_epsilon": spec.norm_eps,
+        "vocab_size": spec.vocab_size,
+    }, {}
+
+
+class Architecture(NamedTuple):
+    """One `general.architecture` of GGUF."""
+
+    read: Callable[[Fields], dict[str, Any]]  # the config, less what every architecture has
+    # (spec, config) -> ({key without the architecture: value}, {name: further tensor})
+    metadata: Callable[[DecoderSpec, Mapping[str, Any]], tuple[dict[str, Any], dict[str, np.ndarray]]]
+    families: tuple[str, ...]  # which `model_type`s are written as this
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(_llama, _decoder_metadata, ("llama", "mistral", "mixtral")),
+    "qwen2": Architecture(_qwen("qwen2"), _decoder_metadata, ("qwen2",)),
+    "qwen3": Architecture(_qwen("qwen3"), _decoder_metadata, ("qwen3",)),
+    "qwen3moe": Architecture(_qwen3_moe, _qwen3_moe_metadata, ("qwen3_moe",)),
+    "gemma2": Architecture(_gemma, _gemma_metadata, ("gemma2",)),
+    "gemma3": Architecture(_gemma, _gemma_metadata, ("gemma3_text",)),
+    "phi3": Architecture(_phi3, _phi3_metadata, ("phi3",)),
+    "gpt2": Architecture(_gpt2, _gpt2_metadata, ("gpt2",)),
+}
+
+
+def architecture_of(family: str) -> str:
+    """The GGUF architecture that a `model_type` is written as; UserError where there is none, with the list."""
+    for name, architecture in ARCHITECTURES.items():
+        if family in architecture.families:
+            return name
+    written = sorted(family for architecture in ARCHITECTURES.values() for family in architecture.families)
+    raise UserError(
+        f"a {family!r} model cannot be written as GGUF, only {', '.join(written)}; export the Hugging Face format "
+        "instead, which llama.cpp's convert_hf_to_gguf.py reads"
+    )

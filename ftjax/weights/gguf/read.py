@@ -1,0 +1,89 @@
+"""GGUF files (llama.cpp's): tensors dequantized to float32 under Hugging Face names, and the config they imply."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from gguf.quants import dequantize
+
+from ftjax.errors import UserError
+from ftjax.models.families import spec_from_config
+from ftjax.weights.gguf.config import hf_config
+from ftjax.weights.gguf.header import Tensor, parse
+from ftjax.weights.gguf.names import Place, gguf_places, half_split
+
+# Tensors that the config speaks of.
+_COMPUTED = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+
+
+class _Stored(NamedTuple):
+    """A Hugging Face tensor as the file has it; of an expert, its part of the tensor of all."""
+
+    tensor: Tensor
+    place: Place | None  # None: Hugging Face has no name for it
+
+
+class GGUFReader:
+    """One GGUF file of a model. Raises UserError when it is malformed or holds what is not supported.
+
+    `metadata` holds every key of the file (tokens and merges as lists of str, chat template included);
+    `config` is the Hugging Face config made from it. `shape`, `dtype` and `read` raise KeyError for a name
+    that is not in `names()`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metadata, tensors = parse(path)
+        self.config = hf_config(path, self.metadata, tensors)
+        try:
+            spec = spec_from_config(self.config)
+        except UserError as error:
+            raise UserError(f"{path}: its metadata make no usable config: {error}") from error
+        places = gguf_places(spec, self.metadata["general.architecture"])
+        self._tensors: dict[str, _Stored] = {}
+        for name, tensor in tensors.items():
+            if name in places:
+                self._add(name, tensor, places[name])
+            elif name not in _COMPUTED:
+                self._tensors[name] = _Stored(tensor, None)
+
+    def _add(self, name: str, tensor: Tensor, place: Place) -> None:
+        names, shape = place.hf_names(), tensor.shape
+        if place.heads and shape[0] != place.shape[0]:
+            raise UserError(
+                f"{self.path}: {name} has {shape[0]} rows, not {place.heads} heads of size "
+                f"{place.shape[0] // place.heads}"
+            )
+        if len(place.shape) != 3:
+            self._tensors[names[0]] = _Stored(tensor, place)
+            return
+        if len(shape) != 3 or shape[0] != len(names):
+            raise UserError(f"{self.path}: {name} has the shape {list(shape)}, not that of {len(names)} experts")
+        for expert, hf_name in enumerate(names):
+            self._tensors[hf_name] = _Stored(Tensor(shape[1:], tensor.kind, tensor.raw[expert]), place)
+
+    def names(self) -> set[str]:
+        """Hugging Face names; a tensor that has none there keeps GGUF's."""
+        return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        tensor, place = self._tensors[name]
+        return tensor.shape[::-1] if place and place.flipped else tensor.shape
+
+    def dtype(self, name: str) -> np.dtype:
+        assert name in self._tensors
+        return np.dtype(np.float32)
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """float32, the part that `index` selects; only the rows it names are dequantized."""
+        (shape, kind, raw), place = self._tensors[name]
+        index = (*index, *[slice(None)] * (len(shape) - len(index)))
+        if place and place.flipped:
+            return dequantize(raw[index[1]], kind)[:, index[0]].T
+        if place and place.heads:
+            order = half_split(shape[0], place.heads)
+            if len(shape) == 1:
+                return dequantize(raw, kind)[order][index[0]]
+            return dequantize(raw[order[index[0]]], kind)[..., index[-1]]
+        values = dequantize(raw[index[:-1]], kind)[..., index[-1]]
+        return values - np.float32(1) if place and place.plus_one else values

@@ -1,0 +1,231 @@
+"""A tokenizer as the metadata of a GGUF file, and whether a file gives the same tokens."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ftjax.errors import UserError
+from ftjax.weights.gguf.tokenizer import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    ROLES,
+    SPLITS,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Split,
+    from_gguf,
+    spm_merges,
+)
+
+_MEND = "export the Hugging Face format instead, whose tokenizer.json says all of it"
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+_MOST_ADDED = 500  # added tokens that are tried one by one
+_SAMPLES = (
+    "Hello, world! It's 12345 and 3.14; we'll can't WON'T y2k CamelCase HTTPServer snake_case",
+    "  two spaces\tand a tab,\n\n a newline \r\n   and more   \n",
+    "def f(x):\n    return x**2  # ½² 0x1F\n",
+    "Zürich naïve café e\u0301a\u0308 œuvre ß ﬁ Å \u00a0 \u3000 … — “quotes”",
+    "漢字かな交じり文 中文測試 한국어 שלום مرحبا नमस्ते ไทย ελληνικά кириллица",
+    "🙂👩‍👩‍👧‍👦🇸🇪 €£¥ \u200b\u200d \x00\x7f 𝔘",
+    "aaaaaaaaaaaaaaaa 1234567890123 ................ ________  --  ==",
+    "▁ lower block ▁▁",
+    " ",
+    "",
+)
+
+
+def to_metadata(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> dict[str, Any]:
+    """{"tokenizer.ggml.model": ..., ...}: vocabulary, merges or scores, special tokens, chat template.
+
+    `config` is the model's: `vocab_size` (rows of the embedding that no token belongs to become [PADn]), `model_type`,
+    and the token ids that the tokenizer does not name itself, further end tokens among them.
+
+    UserError for a tokenizer that is neither byte-level BPE with a split that GGUF has a name for nor BPE in the manner
+    of SentencePiece; `check_same` finds what is left.
+    """
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise UserError(f"a tokenizer of type {model['type']} has no place in a GGUF file; {_MEND}")
+    by_id = {i: token for token, i in tokenizer.get_vocab().items()}
+    rows = config["vocab_size"]
+    if max(by_id) >= rows:
+        raise UserError(f"the tokenizer has token ids up to {max(by_id)}, the embedding only {rows} rows")
+    tokens = [by_id.get(i, f"[PAD{i}]") for i in range(rows)]
+    if len(set(tokens)) != rows:
+        raise UserError(f"the tokenizer has tokens like [PAD0], which GGUF keeps for unused rows; {_MEND}")
+    added = {entry["id"]: entry for entry in described["added_tokens"]}
+    for entry in added.values():
+        if entry["lstrip"] or entry["rstrip"] or entry["single_word"]:
+            raise UserError(
+                f"the added token {entry['content']!r} takes spaces around it or stands alone only, which a GGUF file "
+                f"cannot say; {_MEND}"
+            )
+    types = [_type(i, added, by_id, model) for i in range(rows)]
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    if model.get("byte_fallback"):
+        metadata = _sentencepiece(described, tokens, types, merges, config["model_type"])
+    else:
+        metadata = {"model": "gpt2", "pre": _pre(tokenizer.backend_tokenizer), "merges": [" ".join(m) for m in merges]}
+    metadata = {"tokens": tokens, "token_type": types} | metadata | _special(tokenizer, config)
+    return {f"tokenizer.ggml.{key}": value for key, value in metadata.items()} | _templates(tokenizer)
+
+
+def check_same(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """UserError, with the text, where the tokenizer in the GGUF file `path` gives other ids than `tokenizer`.
+
+    Compared on prose, code, numbers, spaces and scripts, with special tokens and without, on every added token (500 at
+    most) inside a text, and on a chat.
+    """
+    read = from_gguf(path)
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()][:_MOST_ADDED]
+    texts = [*_SAMPLES, *(f"a{token}b {token} c" for token in added), *_chat(tokenizer)]
+    for text in texts:
+        for special in (True, False):
+            ours, theirs = (t(text, add_special_tokens=special)["input_ids"] for t in (tokenizer, read))
+            if ours != theirs:
+                raise UserError(
+                    f"a GGUF file cannot hold this tokenizer: {text!r} is {tokenizer.convert_ids_to_tokens(ours)}, of "
+                    f"the file {read.convert_ids_to_tokens(theirs)}; {_MEND}"
+                )
+
+
+def _chat(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    if not tokenizer.chat_template:
+        return []
+    turns = [{"role": "user", "content": "Hi there."}, {"role": "assistant", "content": "Hello!"}] * 2
+    try:
+        return [tokenizer.apply_chat_template(turns, tokenize=False)]
+    except (jinja2.TemplateError, ValueError):  # a template with demands of its own, which is kept as it is
+        return []
+
+
+def _type(i: int, added: Mapping[int, Mapping[str, Any]], by_id: Mapping[int, str], model: Mapping[str, Any]) -> int:
+    if i not in by_id:
+        return UNUSED
+    if by_id[i] == model.get("unk_token") and model.get("byte_fallback"):
+        return UNKNOWN
+    if i in added:
+        return CONTROL if added[i]["special"] else USER_DEFINED
+    if model.get("byte_fallback") and re.fullmatch(r"<0x[0-9A-F]{2}>", by_id[i]):
+        return BYTE
+    return NORMAL
+
+
+def _special(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of special tokens, and which of them are put around a text."""
+    ids = {f"{key}_token_id": getattr(tokenizer, f"{role}_token_id") for role, key in ROLES.items()}
+    for key, name in (("bos_token_id", "bos_token_id"), ("padding_token_id", "pad_token_id")):
+        if ids[key] is None:
+            ids[key] = config.get(name)
+    of_config = config.get("eos_token_id")
+    ends = [ids["eos_token_id"], *(of_config if isinstance(of_config, list) else [of_config])]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    if len(ends) > 3:
+        raise UserError(f"a GGUF file has room for three end tokens, the model has {ends}: shorten eos_token_id")
+    ids |= {f"{key}_token_id": end for key, end in zip(("eos", "eot", "eom"), ends)}
+    around = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return {key: value for key, value in ids.items() if value is not None} | {
+        "add_bos_token": len(around) > len(plain) and around[0] == tokenizer.bos_token_id,
+        "add_eos_token": len(around) > len(plain) and around[-1] == tokenizer.eos_token_id,
+    }
+
+
+def _templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    template = tokenizer.chat_template
+    if not template:
+        return {}
+    if isinstance(template, str):
+        return {"tokenizer.chat_template": template}
+    named = {f"tokenizer.chat_template.{name}": text for name, text in template.items() if name != "default"}
+    default = {"tokenizer.chat_template": template["default"]} if "default" in template else {}
+    return default | named | {"tokenizer.chat_templates": [key.rpartition(".")[2] for key in named]}
+
+
+def _pre(backend: Tokenizer) -> str:
+    """Which of SPLITS the tokenizer cuts by."""
+    wanted = _described(backend)
+    for name, split in SPLITS.items():
+        if _described(_of_split(split)) == wanted:
+            return name
+    raise UserError(
+        "this tokenizer cuts text in a way for which GGUF files have no name here (known are "
+        f"{', '.join(sorted(SPLITS))}); {_MEND}"
+    )
+
+
+def _of_split(split: Split) -> Tokenizer:
+    backend = Tokenizer(models.BPE(ignore_merges=split.ignore_merges))
+    if split.normalizer:
+        backend.normalizer = split.normalizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(split.steps))
+    return backend
+
+
+def _described(backend: Tokenizer) -> tuple:
+    """What decides into which pieces a text falls: normalizers, pre-tokenizers and the BPE's own switches."""
+    described = json.loads(backend.to_str())
+    model = described["model"]
+    switches = bool(model.get("ignore_merges")), *(model.get(name) or "" for name in _AFFIXES)
+    steps = _flat(described["normalizer"], "normalizers"), _flat(described["pre_tokenizer"], "pretokenizers")
+    # Offsets are not ids.
+    return switches, [[{k: v for k, v in step.items() if k != "trim_offsets"} for step in part] for part in steps]
+
+
+def _flat(component: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    if component is None:
+        return []
+    if component["type"] == "Sequence":
+        return [step for part in component[inner] for step in _flat(part, inner)]
+    return [component]
+
+
+def _sentencepiece(
+    described: Mapping[str, Any],
+    tokens: Sequence[str],
+    types: Sequence[int],
+    merges: Sequence[tuple[str, str]],
+    model_type: str,
+) -> dict[str, Any]:
+    """Scores are the negated ranks of the merges that make a token, so the earliest merged is the best."""
+    gemma = model_type.startswith("gemma")
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair), rank)
+    scores = [
+        0.0 if kind in (BYTE, CONTROL, UNKNOWN) else -float(ranks.get(token, len(merges) + place))
+        for place, (token, kind) in enumerate(zip(tokens, types))
+    ]
+    added = {token for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED, UNKNOWN)}
+    # A merge that makes an added token never happens: the token is taken out of the text first.
+    found = [p for p in spm_merges(tokens, scores, gemma) if "".join(p) not in added]
+    wanted = [p for p in merges if "".join(p) not in added]
+    pieces = [list(dict.fromkeys("".join(pair) for pair in pairs)) for pairs in (found, wanted)]
+    if set(found) != set(wanted) or pieces[0] != pieces[1]:
+        raise UserError(
+            "the merges of this tokenizer are not those that SentencePiece would make of its vocabulary, which is all "
+            f"that a GGUF file holds of them; {_MEND}"
+        )
+    steps = [step["type"] for step in _flat(described["normalizer"], "normalizers")]
+    split = _flat(described["pre_tokenizer"], "pretokenizers")
+    metaspace = next((step["prepend_scheme"] for step in split if step["type"] == "Metaspace"), "never")
+    respelled = [
+        " " * len(token) if gemma and kind == USER_DEFINED and len(token) > 1 and not token.strip("▁") else token
+        for token, kind in zip(tokens, types)
+    ]
+    return {
+        "model": "llama",
+        "pre": "default",
+        "tokens": respelled,
+        "scores": scores,
+        "add_space_prefix": "Prepend" in steps or metaspace != "never",
+    }

@@ -1,0 +1,220 @@
+"""A model as one GGUF file, as llama.cpp's converter lays it out: F16, BF16 or Q8_0."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf.quants import dequantize, quantize
+
+from ftjax import atomic, tree
+from ftjax.errors import UserError
+from ftjax.models.families import spec_from_config, text_config
+from ftjax.models.spec import DecoderSpec
+from ftjax.weights.gguf.config import ARCHITECTURES, architecture_of, hf_config
+from ftjax.weights.gguf.header import Tensor, parse, shorten
+from ftjax.weights.gguf.names import Place, gguf_places, half_split
+from ftjax.weights.gguf.read import GGUFReader
+from ftjax.weights.hf.keys import finite_cast, hf_names
+
+_F32, _F16, _Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0
+KINDS = {
+    "f16": (_F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (_Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+# Matrices that stay float32, as in llama.cpp's converter. Vectors (norms, biases) do anyway.
+_ALWAYS_F32 = ("layers/mlp/router/kernel", "embed_positions/embedding")
+
+
+def write_gguf(
+    out: Path,
+    params: dict[str, Any],
+    spec: DecoderSpec,
+    config: Mapping[str, Any],
+    kind: str,
+    tokenizer: Mapping[str, Any],
+    check_tokenizer: Callable[[Path], None],
+    name: str,
+    base: str | None = None,
+) -> None:
+    """Writes the file `out`, which must not exist.
+
+    `params` is the whole tree, of jax or NumPy arrays that this process holds all of; `config` the Hugging Face
+    config they were loaded with. `tokenizer` are the keys of its tokenizer (`tokenizer.*`) and `check_tokenizer` is
+    called with the finished file and raises UserError where its tokenizer is another:
+    `ftjax.weights.gguf.tokenizer_write` has both. `name` and `base` become `general.name` and the base model's.
+
+    `kind` is "f16", "bf16" or "q8_0". Norms, biases, routers and learned positions stay float32. With "q8_0" the
+    embedding and the head are Q8_0 too, as llama.cpp has them, and a matrix whose rows do not divide into blocks of 32
+    values is F16. The sliding window of a Mistral is written down, though llama.cpp sees all tokens in such a model.
+
+    Tensors are converted and written one at a time, beside `out`; then all are read back with GGUFReader and compared
+    (F16, BF16 and F32 with the cast values, Q8_0 with what `gguf` makes of the values), the file synced and renamed.
+
+    Raises UserError for a model that GGUF has no architecture or no words for, for NaN, infinite or, after the cast,
+    too large values, and when `out` exists; ValueError when `params` or `config` do not belong to `spec`.
+    """
+    if kind not in KINDS:
+        raise UserError(f"no GGUF kind {kind!r}; there are: {', '.join(KINDS)}")
+    architecture = architecture_of(spec.family)
+    leaves = tree.flatten(params)
+    if {path: leaf.shape for path, leaf in leaves.items()} != {p: key.our_shape for p, key in hf_names(spec).items()}:
+        raise ValueError(f"the parameters to write are not those of {spec}")
+    config = text_config(dict(config))
+    if spec_from_config(config) != spec:
+        raise ValueError(f"the config to write describes {spec_from_config(config)}, the parameters {spec}")
+    keys, extra = ARCHITECTURES[architecture].metadata(spec, config)
+    metadata = {f"{architecture}.{key}": value for key, value in keys.items()} | dict(tokenizer)
+    kinds = {tensor: _kind(place, kind) for tensor, place in gguf_places(spec, architecture).items()}
+    _check_described(metadata, extra, spec, architecture)
+
+    with _new_file(Path(out)) as temporary:
+        writer = GGUFWriter(temporary, architecture)
+        try:
+            _add_metadata(writer, metadata | _general(name, base, kind))
+            _write(writer, leaves, extra, kinds, gguf_places(spec, architecture))
+        finally:
+            writer.close()
+        _verify(temporary, leaves, extra, kinds, gguf_places(spec, architecture))
+        check_tokenizer(temporary)
+
+
+def _kind(place: Place, kind: str) -> GGMLQuantizationType:
+    if len(place.shape) == 1 or place.path in _ALWAYS_F32:
+        return _F32
+    chosen, _ = KINDS[kind]
+    values, _ = GGML_QUANT_SIZES[chosen]
+    return chosen if place.shape[-1] % values == 0 else _F16
+
+
+def _check_described(
+    metadata: dict[str, Any], extra: dict[str, np.ndarray], spec: DecoderSpec, architecture: str
+) -> None:
+    """UserError unless a reader of the metadata makes the same decoder of them, before anything is written."""
+    empty = np.zeros(0, np.uint8)
+    tensors = {name: Tensor(place.shape, _F32, empty) for name, place in gguf_places(spec, architecture).items()}
+    tensors |= {name: Tensor(values.shape, _F32, values.view(np.uint8)) for name, values in extra.items()}
+    mend = "export the Hugging Face format instead"
+    try:
+        config = hf_config(Path("this model"), metadata | {"general.architecture": architecture}, tensors)
+        read = spec_from_config(config)
+    except UserError as error:
+        raise UserError(f"this model cannot be written as GGUF ({error}); {mend}") from error
+    families = ARCHITECTURES[architecture].families
+    if spec.family in families and read.family in families:  # Mistral without a window is a Llama
+        read = dataclasses.replace(read, family=spec.family)
+    ours, theirs = dataclasses.asdict(spec), dataclasses.asdict(read)
+    if differing := [field for field in ours if ours[field] != theirs[field]]:
+        raise UserError(
+            f"this model cannot be written as GGUF: architecture {architecture!r} there has no word for its "
+            + "; ".join(f"{field} {shorten(ours[field])} (it would be {shorten(theirs[field])})" for field in differing)
+            + f". {mend[0].upper()}{mend[1:]}"
+        )
+
+
+def _general(name: str, base: str | None, kind: str) -> dict[str, Any]:
+    quantized = {"general.quantization_version": GGML_QUANT_VERSION, "general.file_type": int(KINDS[kind][1])}
+    of_base = {"general.base_model.count": 1, "general.base_model.0.name": base} if base else {}
+    return {"general.type": "model", "general.name": name} | of_base | quantized
+
+
+def _add_metadata(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in metadata.items():
+        add.get(type(value), writer.add_array)(key, value)
+
+
+def _write(
+    writer: GGUFWriter,
+    leaves: Mapping[str, Any],
+    extra: dict[str, np.ndarray],
+    kinds: dict[str, GGMLQuantizationType],
+    places: dict[str, Place],
+) -> None:
+    for name, place in places.items():
+        values, size = GGML_QUANT_SIZES[kinds[name]]
+        shape = (*place.shape[:-1], place.shape[-1] // values * size)
+        writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), kinds[name])
+    for name, tensor in extra.items():
+        writer.add_tensor_info(name, tensor.shape, tensor.dtype, tensor.nbytes)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, packed, place in _tensors(leaves, kinds, places):
+        if place.heads:  # back to GGUF's order of rows; no block spans two of them
+            order = half_split(place.shape[0], place.heads)
+            packed = packed.reshape(place.shape[0], -1)[np.argsort(order)]
+        writer.write_tensor_data(np.ascontiguousarray(packed))
+    for tensor in extra.values():
+        writer.write_tensor_data(tensor)
+
+
+def _tensors(
+    leaves: Mapping[str, Any], kinds: dict[str, GGMLQuantizationType], places: dict[str, Place]
+) -> Iterator[tuple[str, np.ndarray, Place]]:
+    """(GGUF name, its rows as bytes in Hugging Face's order, place); one layer's values at a time are on the host."""
+    for name, place in places.items():
+        values = np.asarray(leaves[place.path][place.layer])
+        if place.path.endswith("/kernel"):
+            values = np.ascontiguousarray(values.swapaxes(-1, -2))
+        described = f"{place.key.template.format(*place.layer, '*')} ({name})"
+        yield name, _packed(values, kinds[name], place.plus_one, described), place
+
+
+def _packed(values: np.ndarray, kind: GGMLQuantizationType, plus_one: bool, name: str) -> np.ndarray:
+    """uint8[..., bytes of a row]"""
+    if kind == GGMLQuantizationType.BF16:
+        return finite_cast(values, ml_dtypes.bfloat16, name).view(np.uint8)
+    if kind == _F16:
+        return finite_cast(values, np.float16, name).view(np.uint8)
+    values = finite_cast(values, np.float32, name)
+    if kind == _F32:
+        return (values + np.float32(1) if plus_one else values).view(np.uint8)
+    finite_cast(np.abs(values).max(keepdims=True) / 127, np.float16, f"{name} as Q8_0")  # the scale of a block
+    # Blocks of such small values are zeros in any case, and would overflow on the way.
+    return quantize(np.where(np.abs(values) < 1e-30, np.float32(0), values), kind)
+
+
+def _verify(
+    path: Path,
+    leaves: Mapping[str, Any],
+    extra: dict[str, np.ndarray],
+    kinds: dict[str, GGMLQuantizationType],
+    places: dict[str, Place],
+) -> None:
+    reader = GGUFReader(path)
+    expected = {name for place in places.values() for name in place.hf_names()}
+    if reader.names() != expected:
+        raise OSError(f"{path}: holds other tensors than were written: {sorted(reader.names() ^ expected)[:9]}")
+    stored = parse(path)[1]
+    for name, values in extra.items():
+        if stored[name].raw.tobytes() != values.tobytes():
+            raise OSError(f"{path}: {name} does not read back as it was written; check the disk")
+    for name, packed, place in _tensors(leaves, kinds, places):
+        names = place.hf_names()
+        for hf_name, part in zip(names, packed if len(place.shape) == 3 else [packed]):
+            values = dequantize(part, kinds[name])
+            values = values - np.float32(1) if place.plus_one else values
+            if not np.array_equal(reader.read(hf_name), values.T if place.flipped else values):
+                raise OSError(f"{path}: {hf_name} does not read back as it was written; check the disk")
+
+
+@contextlib.contextmanager
+def _new_file(out: Path) -> Iterator[Path]:
+    """`atomic.new_file` for an `out` that must not exist."""
+    out = out.resolve()
+    if out.exists():
+        raise UserError(f"{out}: exists already; name another place or remove it first")
+    with contextlib.ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(atomic.new_file(out))
+            temporary.touch()
+        except OSError as error:
+            raise UserError(f"{out}: cannot be created ({error}); name a place that can be written") from error
+        yield temporary

@@ -1,0 +1,223 @@
+"""Hugging Face model directories: `config.json` and safetensors, validated before any tensor is read.
+
+The `safetensors` library rejects truncated files, trailing bytes, holes, overlaps, deep JSON and shapes that do not
+fit their bytes. It accepts a tensor named twice in the header, which is therefore checked here, and needs 14 times a
+header's size in memory, which is therefore bounded here. Tensors are read by position and not through its memory map,
+whose pages count as this process's memory for as long as the file is open.
+"""
+
+import json
+import math
+import os
+import sys
+import weakref
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ftjax.errors import UserError
+from ftjax.weights.hf.files import MAX_JSON_BYTES, inside, read_json, unique
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl")
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+# What lies between two parts and is smaller than this is read along: another call would take longer, and storage hands
+# out larger pages.
+_GAP = 1024
+_IOV_MAX = 1024  # how many buffers one preadv fills, at most (Linux)
+
+
+class _Entry(NamedTuple):
+    """A tensor as the header has it."""
+
+    kind: str
+    shape: tuple[int, ...]
+    begin: int  # in bytes after the header
+
+
+class SafetensorsFile:
+    """One open safetensors file; UserError when it is malformed. Reads only what `read` asks for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            self._entries, self._start = self._header()
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not a valid safetensors file ({error}); download or write it again") from error
+
+    def _header(self) -> tuple[dict[str, _Entry], int]:
+        """Every tensor, and where in the file the first begins. Raises what `__init__` catches."""
+        length = int.from_bytes(os.pread(self._file, 8, 0), "little")
+        if length > MAX_JSON_BYTES:
+            raise ValueError(f"header too large: {length} bytes, over the limit of {MAX_JSON_BYTES}")
+        with safe_open(self.path, framework="numpy"):
+            pass  # or it is malformed
+        header = json.loads(os.pread(self._file, length, 8).decode(), object_pairs_hook=_entry)
+        return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + length
+
+    def names(self) -> set[str]:
+        return set(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        kind = self._entries[name].kind
+        if kind not in _DTYPES:
+            raise UserError(f"{self.path}: {name} has the type {kind}, which is not supported; convert it to BF16")
+        return np.dtype(_DTYPES[kind])
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The part of a tensor that `index` selects, one slice (of step 1) per leading dimension."""
+        entry, dtype = self._entries[name], self.dtype(name)
+        bounds = [part.indices(size) for part, size in zip(index, entry.shape)]
+        if len(index) > len(entry.shape) or any(step != 1 for _, _, step in bounds):
+            raise ValueError(f"{index} does not select a part of {name} {list(entry.shape)}")
+        bounds += [(0, size, 1) for size in entry.shape[len(index) :]]
+        out = np.empty([max(0, stop - start) for start, stop, _ in bounds], dtype)
+        if out.size:
+            offsets, run = _runs(entry.shape, [(start, stop) for start, stop, _ in bounds])
+            begin = self._start + entry.begin
+            self._fill(out, begin + offsets * dtype.itemsize, run * dtype.itemsize)
+        return out
+
+    def _fill(self, out: np.ndarray, offsets: np.ndarray, run: int) -> None:
+        """Reads `run` bytes at each of `offsets`, ascending, into `out`, one after the other."""
+        free = memoryview(out.reshape(-1).view(np.uint8))
+        between = memoryview(bytearray(_GAP))
+        buffers: list[memoryview] = []
+        first = end = int(offsets[0])
+        for offset in offsets.tolist():
+            if offset - end > _GAP or len(buffers) > _IOV_MAX - 2:
+                self._read_at(first, buffers)
+                buffers, first, end = [], offset, offset
+            if offset > end:
+                buffers.append(between[: offset - end])
+            buffers.append(free[:run])
+            free, end = free[run:], offset + run
+        self._read_at(first, buffers)
+
+    def _read_at(self, offset: int, buffers: list[memoryview]) -> None:
+        while buffers:
+            count = os.preadv(self._file, buffers, offset)
+            if not count:
+                raise UserError(f"{self.path}: has become shorter since it was opened; download it again")
+            offset += count
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers.pop(0))
+            if buffers:
+                buffers[0] = buffers[0][count:]
+
+
+def _entry(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
+    """An `object_pairs_hook` for headers: what describes a tensor becomes an _Entry, a fifth of the dict's size."""
+    found = unique(pairs)
+    kind, shape, offsets = (found.get(field) for field in ("dtype", "shape", "data_offsets"))
+    if isinstance(kind, str) and isinstance(shape, list) and isinstance(offsets, list):
+        return _Entry(sys.intern(kind), tuple(shape), offsets[0])
+    return found
+
+
+def _runs(shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> tuple[np.ndarray, int]:
+    """Where in a row-major array of `shape` the part `bounds` lies: (int64 offsets of runs, length of each run)."""
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    cut = max((i for i, (low, high) in enumerate(bounds) if high - low < shape[i]), default=-1)
+    if cut < 0:
+        return np.zeros(1, np.int64), math.prod(shape)
+    offsets = np.full(1, bounds[cut][0] * strides[cut], np.int64)
+    for (low, high), stride in reversed(list(zip(bounds, strides))[:cut]):
+        offsets = np.add.outer(np.arange(low, high) * stride, offsets).reshape(-1)
+    return offsets, (bounds[cut][1] - bounds[cut][0]) * strides[cut]
+
+
+class SafetensorsReader:
+    """A directory with config.json and model.safetensors, or shards named by model.safetensors.index.json.
+
+    `config` is the content of config.json, its `eos_token_id` joined by the further end tokens that
+    `generation_config.json` names. `shape`, `dtype` and `read` raise KeyError for a name that is not in
+    `names()`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = _with_all_end_tokens(read_json(inside(path, "config.json")), path)
+        self._files: dict[str, SafetensorsFile] = {}
+        index = inside(path, "model.safetensors.index.json")
+        if index.is_file():
+            self._open_shards(index)
+        elif (single := inside(path, "model.safetensors")).is_file():
+            file = SafetensorsFile(single)
+            self._files = dict.fromkeys(file.names(), file)
+        else:
+            raise _no_weights(path)
+
+    def _open_shards(self, index: Path) -> None:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise UserError(f"{index}: lacks `weight_map`, an object of tensor names to file names; download it again")
+        if odd := [name for name in weight_map if not name.isprintable()]:
+            raise UserError(f"{index}: {odd[0]!r} is not the name of a tensor; download it again")
+        shards: dict[str, SafetensorsFile] = {}
+        for shard in sorted(set(weight_map.values())):
+            if not shard.endswith(".safetensors"):
+                raise UserError(f"{index}: refers to {shard!r}; only .safetensors files are read")
+            path = inside(self.path, shard)
+            if not path.is_file():
+                raise UserError(f"{index}: the shard {shard} is missing from {self.path}; finish the download")
+            shards[shard] = SafetensorsFile(path)
+        stored = {(name, shard) for shard, file in shards.items() for name in file.names()}
+        if wrong := sorted(stored ^ set(weight_map.items())):
+            lines = [f"  {name} ({'absent from' if (name, s) not in stored else 'only in'} {s})" for name, s in wrong]
+            raise UserError("\n".join([f"{index}: index and shards differ; download both again:", *lines]))
+        self._files = {name: shards[shard] for name, shard in weight_map.items()}
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._files[name].shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._files[name].dtype(name)
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The part of a tensor that `index` selects; only its bytes are read."""
+        return self._files[name].read(name, index)
+
+
+def _with_all_end_tokens(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    # Chat models often name their end of turn in generation_config.json alone.
+    further = inside(path, "generation_config.json")
+    if not further.is_file():
+        return config
+    ends: list[int] = []
+    for value in (config.get("eos_token_id"), read_json(further).get("eos_token_id")):
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        ends += [end for end in values if end not in ends]
+    return config | {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else config
+
+
+def _no_weights(path: Path) -> UserError:
+    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES):
+        return UserError(
+            f"{path}: only has weights as pickles ({', '.join(pickles)}), which can run code and are never "
+            "opened; convert them to safetensors first (`save_pretrained` of transformers does)"
+        )
+    return UserError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")

@@ -1,0 +1,190 @@
+"""Fine-tuned parameters as a Hugging Face model directory."""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ftjax import lora, tree
+from ftjax.distributed import together
+from ftjax.models.families import family_of, spec_from_config, text_config
+from ftjax.models.spec import DecoderSpec
+from ftjax.weights.hf.files import inside, read_json
+from ftjax.weights.hf.keys import hf_names
+from ftjax.weights.hf.safetensors_write import Tensor, shards, write_safetensors
+from ftjax.weights.hf.together import gather, new_directory_together
+
+# Other places for what is written here, and things that do not hold for the weights that are written.
+_DROPPED = ("torch_dtype", "_name_or_path", "auto_map", "quantization_config")
+# The base's own tokenizer files, none of which training changes. The chat template is the tokenizer's.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+# Settings of generation_config.json that only mean something where do_sample is true, and what leaves them off.
+_SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+
+
+def write_merged(
+    out: Path,
+    params: dict[str, Any],
+    spec: DecoderSpec,
+    config: dict[str, Any],
+    save_tokenizer: Callable[[Path], None],
+    dtype: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """A new directory `out` with a whole model: `write_model`, and the tokenizer that `save_tokenizer` saves there.
+
+    All is written to a temporary sibling, which is renamed. Raises what `write_model` does, and UserError when `out`
+    exists and is not an empty directory.
+    """
+    with new_directory_together(out) as directory:
+        write_model(directory, params, spec, config, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        with together(f"writing {directory}"):
+            if jax.process_index() == 0:
+                save_tokenizer(directory)
+
+
+def write_model(
+    directory: Path,
+    params: dict[str, Any],
+    spec: DecoderSpec,
+    config: dict[str, Any],
+    adapters: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
+    dtype: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes config.json, generation_config.json and safetensors (sharded beyond the limit) into `directory`.
+
+    Every process calls it alike and the first one writes. Tensors are gathered, merged, cast, written and read back
+    one at a time (one layer's, one expert's), so no more than that is on the host beyond what the arrays take.
+
+    params: the whole tree, of jax arrays on any devices or of NumPy arrays.
+    config: the Hugging Face config they were loaded with; of a multimodal one the language model's part is written.
+    adapters: the `lora` collection to merge, as `lora.merge` does it, in float32.
+    generation: the base's generation_config.json; None: made from the token ids in `config`.
+    dtype: of what is written; None keeps each array's own.
+
+    Raises UserError for NaN, infinite or, after a cast, too large values; ValueError when the parts do not belong
+    together; OSError when what is read back is not what was written.
+    """
+    config = _config(config, spec, np.dtype(dtype or tree.flatten(params)["embed_tokens/embedding"].dtype))
+    runs = shards(_tensors(params, adapters, spec, dtype), max_shard_bytes)
+    files = ["model.safetensors"]
+    if len(runs) > 1:
+        files = [f"model-{number:05d}-of-{len(runs):05d}.safetensors" for number in range(1, len(runs) + 1)]
+    for file, tensors in zip(files, runs):
+        write_safetensors(directory / file, tensors)
+    with together(f"writing {directory}"):
+        if jax.process_index() == 0:
+            if len(runs) > 1:
+                weight_map = {tensor.name: file for file, tensors in zip(files, runs) for tensor in tensors}
+                total = sum(tensor.nbytes for tensors in runs for tensor in tensors)
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                write_json(directory / "model.safetensors.index.json", index)
+            write_json(directory / "config.json", config)
+            write_json(directory / "generation_config.json", generation_config(config, generation))
+
+
+def write_tokenizer(directory: Path, tokenizer: Any, base: Path) -> None:
+    """The tokenizer as transformers saves it, under the base's own files where `base` is a directory that has them.
+
+    So a tokenizer.model survives, which tokenizer.json replaces here but llama.cpp's converter asks for. `auto_map`,
+    which refers to code that is not written, is left out.
+    """
+    tokenizer.save_pretrained(directory)
+    if not base.is_dir():
+        return
+    for name in _TOKENIZER_FILES:
+        source = inside(base, name)
+        if not source.is_file():
+            continue
+        if name == "tokenizer_config.json" and "auto_map" in (content := read_json(source)):
+            write_json(directory / name, {key: value for key, value in content.items() if key != "auto_map"})
+        else:
+            shutil.copyfile(source, directory / name)
+
+
+def generation_config(config: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
+    """What generation_config.json is to say: the `base` model's own, with the token ids of `config`.
+
+    transformers refuses to save sampling settings beside do_sample false, which some published models have; the
+    settings are kept, and do_sample is made true for them.
+    """
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+    if base is None:
+        return ids
+    out = {**base, **{key: value for key, value in ids.items() if key == "eos_token_id" or key not in base}}
+    if out.get("temperature") == 0:  # a way to say greedy that transformers does not know
+        return {key: value for key, value in out.items() if key not in _SAMPLING} | {"do_sample": False}
+    if not out.get("do_sample") and any(out.get(key) not in (None, off) for key, off in _SAMPLING.items()):
+        out["do_sample"] = True
+    return out
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _config(config: dict[str, Any], spec: DecoderSpec, dtype: np.dtype) -> dict[str, Any]:
+    config = {key: value for key, value in text_config(config).items() if key not in _DROPPED}
+    config |= {"dtype": dtype.name, "tie_word_embeddings": spec.tie_word_embeddings}
+    config.setdefault("architectures", [family_of(config).architecture])
+    if spec_from_config(config) != spec:
+        raise ValueError(f"the config to write describes {spec_from_config(config)}, the parameters {spec}")
+    return config
+
+
+def _tensors(
+    params: dict[str, Any], adapters: dict[str, Any] | None, spec: DecoderSpec, dtype: Any
+) -> Sequence[Tensor]:
+    """In the order of our paths, and inside one of its layers and experts."""
+    keys, leaves, parts = hf_names(spec), tree.flatten(params), {}
+    if {path: leaf.shape for path, leaf in leaves.items()} != {path: key.our_shape for path, key in keys.items()}:
+        raise ValueError(f"the parameters to write are not those of {spec}")
+    for path, leaf in tree.flatten(adapters or {}).items():
+        module, _, part = path.rpartition("/")
+        parts.setdefault(module, {})[part] = leaf
+    adapted = {path for path in leaves if path.endswith(("/kernel", "/embedding")) and path.rpartition("/")[0] in parts}
+    if len(adapted) != len(parts):
+        raise ValueError(f"adapters of what is not there: {sorted(parts)}")
+    out = []
+    for path, leaf in leaves.items():
+        key, mine = keys[path], parts[path.rpartition("/")[0]] if path in adapted else {}
+        for place in key.places():
+            values = functools.partial(_values, path.rpartition("/")[2], leaf, mine, place, key.transposed)
+            out.append(Tensor(key.name(place), key.shape, np.dtype(dtype or leaf.dtype), values))
+    return out
+
+
+def _values(name: str, leaf: Any, adapter: dict[str, Any], place: tuple[int, ...], transposed: bool) -> np.ndarray:
+    values = gather(leaf, place)
+    if adapter:
+        parts = {part: gather(values, place) for part, values in adapter.items()}
+        if jax.process_index() == 0:
+            merged = lora.merge({"layer": {name: values.astype(np.float32)}}, {"layer": parts})
+            values = np.asarray(merged["layer"][name])
+    return values.T if transposed else values

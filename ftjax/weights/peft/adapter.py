@@ -1,0 +1,354 @@
+"""Adapters as PEFT directories: `adapter_config.json`, `adapter_model.safetensors`, and our own `ftjax_adapter.json`.
+
+`peft` itself loads with strict=False and is silent about keys that do not fit; here each one is an error.
+`ftjax_adapter.json` has a digest of the base, by which an adapter of another base of the same shapes is found out.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ftjax import lora, tree
+from ftjax.distributed import together
+from ftjax.errors import UserError
+from ftjax.models.spec import DecoderSpec
+from ftjax.tree import Tree
+from ftjax.weights.hf.files import inside, read_json
+from ftjax.weights.hf.keys import FLOATS, Key, finite_cast, hf_names
+from ftjax.weights.hf.safetensors import SafetensorsFile
+from ftjax.weights.hf.safetensors_write import Tensor, write_safetensors
+from ftjax.weights.hf.together import gather, new_directory_together
+from ftjax.weights.hf.write import write_json
+from ftjax.weights.load import stored_names
+from ftjax.weights.peft import config as peft_config
+from ftjax.weights.peft import keys as peft_keys
+from ftjax.weights.peft.config import Settings
+from ftjax.weights.peft.keys import EMBEDDING, HEAD, PREFIX
+from ftjax.weights.source import Reader
+
+CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "ftjax_adapter.json"
+_SAMPLE = 4096  # values of each tensor that go into the digest of a base, at most
+
+
+class BaseFacts(NamedTuple):
+    """What an adapter is told of its base; `digest` is that of `base_digest`."""
+
+    name: str
+    digest: str
+    quantized: str = "none"  # how the frozen kernels were stored in training
+
+
+def base_digest(reader: Reader, spec: DecoderSpec) -> str:
+    """sha256 of the middle of every tensor of a model (of one expert in a layer), as float32.
+
+    A few kilobytes of each are read: enough to tell any two trainings apart. The same model in another precision is
+    another base by this.
+    """
+    found, stored = hashlib.sha256(), stored_names(reader)
+    for key in hf_names(spec).values():
+        for place in key.places():
+            name = key.name(place)
+            if any(place[1:]) or name not in stored:  # what is missing is an error where the weights are loaded
+                continue
+            shape = reader.shape(stored[name])
+            first = slice(shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else slice(0, _SAMPLE)
+            values = reader.read(stored[name], (first,)).astype(np.float32).reshape(-1)[:_SAMPLE]
+            found.update(f"{name} {list(shape)}".encode() + np.ascontiguousarray(values, "<f4").tobytes())
+    return found.hexdigest()
+
+
+def directory_digest(path: Path) -> str:
+    """sha256 of an adapter's two files; UserError where one is absent."""
+    found = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        file = inside(Path(path), name)
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; is {path} the directory of an adapter?")
+        with file.open("rb") as opened:
+            found.update(hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()
+
+
+def write_adapter(
+    out: Path,
+    adapters: Tree,
+    spec: DecoderSpec,
+    base: BaseFacts,
+    rslora: bool = False,
+    saved: Mapping[str, Any] | None = None,
+    multimodal: bool = False,
+    card: str | None = None,
+) -> None:
+    """Writes the `lora` collection as it is in the model (see `ftjax.lora`) as a PEFT adapter.
+
+    Every process calls it alike and the first one writes (see `together`). Ranks follow from the shapes, alphas from
+    `lora_scale`; rslora: by which formula. PiSSA's adapters become the difference from the base as it was, of twice the
+    rank. saved: {path: parameter} of the modules that were trained whole; they are written in their own dtype, float32
+    where training had them. multimodal: transformers has the base's language model inside another model (Gemma 3);
+    card: README.md. The directory is written beside `out`, read back, and renamed.
+
+    Raises UserError when `out` exists and is not empty, for NaN or infinite values, and for adapters of experts;
+    ValueError when the adapters do not belong to `spec`.
+    """
+    keys, params = peft_keys.adaptable(spec), hf_names(spec)
+    modules: dict[str, dict[str, Any]] = {}
+    for path, leaf in tree.flatten(adapters).items():
+        module, _, part = path.rpartition("/")
+        modules.setdefault(module, {})[part] = leaf
+    saved = dict(saved or {})
+    _refuse_experts([*modules, *saved])
+    if not modules or not keys.keys() >= modules.keys() or not params.keys() >= saved.keys():
+        raise ValueError(f"no adapters, or adapters of what has none: {sorted([*modules, *saved])}")
+    dora = any("lora_magnitude" in parts for parts in modules.values())
+    tensors, layers = [], {}
+    for module, parts in modules.items():
+        _check_parts(module, parts, keys[module], dora)
+        layers[module] = [(_rank(parts), float(gather(parts["lora_scale"], place))) for place in keys[module].places()]
+        for place in keys[module].places():
+            named = peft_keys.parts(module, keys[module], place, _rank(parts), dora, multimodal)
+            for part, (name, shape) in named.items():
+                values = functools.partial(_part, parts, part, place)
+                tensors.append(Tensor(name, shape, np.dtype(parts[part].dtype), values))
+    for path, leaf in saved.items():
+        if leaf.shape != params[path].our_shape:
+            raise ValueError(f"{path} has the shape {leaf.shape}, not {params[path].our_shape}")
+        for place in params[path].places():
+            values = functools.partial(_whole, leaf, place, params[path].transposed)
+            name = peft_keys.whole_name(params[path], place, multimodal)
+            tensors.append(Tensor(name, params[path].shape, np.dtype(leaf.dtype), values))
+            if path == f"{EMBEDDING}/embedding" and spec.tie_word_embeddings:
+                tensors.append(Tensor(f"{PREFIX}{HEAD}.weight", params[path].shape, np.dtype(leaf.dtype), values))
+    dropouts = {module: parts["lora_dropout"] for module, parts in modules.items() if "lora_dropout" in parts}
+    rates = {float(gather(leaf, keys[module].places()[0])) for module, leaf in dropouts.items()}
+    config = peft_config.adapter_config(
+        layers,
+        {path.rpartition("/")[0] for path in saved},
+        keys,
+        spec,
+        rslora,
+        dora,
+        _shortest(max(rates, default=0.0)),
+        base.name,
+        multimodal,
+    )
+    facts = {"version": 1, "base_model": base.name, "base_sha256": base.digest, "base_quantized": base.quantized}
+    with new_directory_together(out) as directory:
+        write_safetensors(directory / WEIGHTS, tensors)
+        with together(f"writing {directory}"):
+            if jax.process_index() == 0:
+                write_json(directory / CONFIG, config)
+                write_json(directory / FACTS, facts)
+                if card is not None:
+                    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def _refuse_experts(names: list[str]) -> None:
+    if wrong := [name for name in names if "/experts/" in name or "/router/" in name]:
+        raise UserError(
+            f"{wrong[0]}: adapters and copies of experts and routers are not written for peft or read, whose releases "
+            "differ in how they keep them; use --format merged or hf"
+        )
+
+
+def _check_parts(module: str, parts: Mapping[str, Any], key: Key, dora: bool) -> None:
+    wanted = {"lora_a", "lora_b", "lora_scale"} | ({"lora_magnitude"} if dora else set())
+    further = parts.keys() - wanted - {"lora_dropout", "lora_a0", "lora_b0"}
+    if further or not wanted <= parts.keys() or ("lora_a0" in parts) != ("lora_b0" in parts):
+        raise ValueError(f"{module}: these are not the parts of an adapter: {sorted(parts)}")
+    rank, (rows, columns) = parts["lora_a"].shape[-1], key.our_shape[-2:]
+    shapes = {"lora_a": (rows, rank), "lora_b": (rank, columns), "lora_scale": (), "lora_magnitude": (columns,)}
+    shapes |= {"lora_a0": shapes["lora_a"], "lora_b0": shapes["lora_b"], "lora_dropout": ()}
+    if wrong := [part for part, leaf in parts.items() if leaf.shape != (*key.stack, *shapes[part])]:
+        raise ValueError(f"{module}/{wrong[0]} has the shape {parts[wrong[0]].shape}, not that of the kernel's adapter")
+
+
+def _rank(parts: Mapping[str, Any]) -> int:
+    return parts["lora_a"].shape[-1] * (2 if "lora_a0" in parts else 1)
+
+
+def _part(parts: Mapping[str, Any], part: str, place: tuple[int, ...]) -> np.ndarray:
+    """As in the file, [r, in] or [out, r]; with PiSSA's first values after the trained ones, to be subtracted."""
+    values = gather(parts[part], place)
+    if part == "lora_a" and "lora_a0" in parts:
+        values = np.concatenate([values, gather(parts["lora_a0"], place)], axis=1)
+    if part == "lora_b" and "lora_b0" in parts:
+        values = np.concatenate([values, -gather(parts["lora_b0"], place)], axis=0)
+    return values.T
+
+
+def _whole(leaf: Any, place: tuple[int, ...], transposed: bool) -> np.ndarray:
+    return gather(leaf, place).T if transposed else gather(leaf, place)
+
+
+def _shortest(rate: float) -> float:
+    """The shortest number that is this float32."""
+    return float(str(np.float32(rate)))
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredAdapter:
+    """A PEFT directory that fits a model, its tensors not yet read."""
+
+    path: Path
+    config: dict[str, Any]
+    settings: Settings
+    modules: dict[str, Key]  # what is adapted
+    ranks: dict[str, list[int]]  # of each layer of a module
+    saved: dict[str, Key]  # parameters that were trained whole
+    multimodal: bool
+    copies: dict[str, str]  # tensors of the base that are there again: {their names: Hugging Face's}
+    file: SafetensorsFile
+
+    def rank(self, module: str) -> int:
+        return max(self.ranks[module])
+
+    def read(self) -> tuple[Tree, dict[str, np.ndarray]]:
+        """(the `lora` collection, {path: parameter trained whole}), float32.
+
+        Where peft's patterns give the layers of a module different ranks, the smaller are filled up with zeros in both
+        A and B: these have no gradient, since each one's is a product with the other, and so stay zero in training.
+        """
+        lora_leaves: dict[str, list[np.ndarray]] = {}
+        settings = self.settings
+        for module, key in self.modules.items():
+            for place, rank in zip(key.places(), self.ranks[module], strict=True):
+                own = peft_keys.parts(module, key, place, rank, settings.dora, self.multimodal)
+                for part, (name, _) in own.items():
+                    missing = self.rank(module) - rank
+                    pad = {"lora_a": [(0, 0), (0, missing)], "lora_b": [(0, missing), (0, 0)]}.get(part, [(0, 0)])
+                    lora_leaves.setdefault(f"{module}/{part}", []).append(np.pad(self._read(name).T, pad))
+                name = peft_keys.module_name(key, self.multimodal).format(*place)
+                alpha = peft_config.by_pattern(settings.alpha_pattern, name, settings.alpha)
+                scale = np.float32(lora.scale(rank, alpha, settings.rslora))
+                lora_leaves.setdefault(f"{module}/lora_scale", []).append(scale)
+        out = {}
+        for path, of_layers in lora_leaves.items():
+            stack = self.modules[path.rpartition("/")[0]].stack
+            out[path] = np.stack(of_layers).reshape((*stack, *np.shape(of_layers[0])))
+        saved = {}
+        for path, key in self.saved.items():
+            read = [self._read(peft_keys.whole_name(key, place, self.multimodal)) for place in key.places()]
+            saved[path] = np.stack([one.T if key.transposed else one for one in read]).reshape(key.our_shape)
+        return tree.unflatten(out), saved
+
+    def check_base(self, base: BaseFacts, reader: Reader) -> None:
+        """UserError where this adapter was trained on something else: by ftjax_adapter.json, or by the base's tensors
+        that peft keeps beside adapters of embeddings. Where neither is there, all that is known is that shapes fit.
+        """
+        facts = read_json(inside(self.path, FACTS)) if inside(self.path, FACTS).is_file() else {}
+        wrong = facts.get("base_sha256", base.digest) != base.digest
+        stored = stored_names(reader)
+        for name, original in self.copies.items():
+            theirs, ours = self.file.read(name), reader.read(stored[original])
+            wrong = wrong or not np.array_equal(theirs.astype(np.float32), ours.astype(theirs.dtype).astype(np.float32))
+        if wrong:
+            trained_on = facts.get("base_model", self.settings.base_name)
+            raise UserError(
+                f"{self.path}: this adapter was trained on {trained_on!r}, and the model here, {base.name!r}, has the "
+                "same shapes but other weights; use the base it was trained on (or, if this is the same model in "
+                f"another precision, remove {FACTS})"
+            )
+
+    def _read(self, name: str) -> np.ndarray:
+        return finite_cast(self.file.read(name), np.dtype(np.float32), f"{self.file.path}: {name}")
+
+
+def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
+    """A PEFT directory for a base of `spec`; reads the config and the header.
+
+    Raises UserError for settings that are not supported, by name, and with a complete list for tensors that are
+    missing, of another shape or not used.
+    """
+    path = Path(path).expanduser()
+    config, keys = read_json(inside(path, CONFIG)), peft_keys.adaptable(spec)
+    settings = peft_config.settings_of(path, config, spec, peft_keys.is_conv1d(keys))
+    file = inside(path, WEIGHTS)
+    if not file.is_file():
+        also = "; adapter_model.bin is a pickle and never opened" if (path / "adapter_model.bin").exists() else ""
+        raise UserError(f"{file}: no such file{also}; save the adapter as safetensors (peft's default)")
+    stored = SafetensorsFile(file)
+    multimodal = spec.family == "gemma3_text" and any(".language_model." in name for name in stored.names())
+    expected: dict[str, tuple[int, ...]] = {}
+    modules, ranks, copies, names = {}, {}, {}, []
+    for module, key in keys.items():
+        template = peft_keys.module_name(key, multimodal)
+        of_layers = [
+            peft_config.by_pattern(settings.rank_pattern, template.format(*place), settings.rank)
+            for place in key.places()
+        ]
+        own = {}
+        for place, rank in zip(key.places(), of_layers):
+            own |= dict(peft_keys.parts(module, key, place, rank, settings.dora, multimodal).values())
+        if not own.keys() & stored.names() and not peft_config.is_target(template, config):
+            continue
+        modules[module], ranks[module], expected = key, of_layers, expected | own
+        names += [template.format(*place) for place in key.places()]
+        if module in (EMBEDDING, HEAD) and (copy := f"{PREFIX}{template}.base_layer.weight") in stored.names():
+            copies[copy], expected[copy] = key.name(()), key.shape
+    saved = _saved(settings, spec, multimodal)
+    for key in saved.values():
+        expected |= {peft_keys.whole_name(key, place, multimodal): key.shape for place in key.places()}
+    if spec.tie_word_embeddings and f"{EMBEDDING}/embedding" in saved:
+        expected[f"{PREFIX}{HEAD}.weight"] = keys[EMBEDDING].shape
+    problems = _problems(stored, expected)
+    for name in ("rank_pattern", "alpha_pattern"):
+        unused = peft_config.unmatched(getattr(settings, name), names)
+        problems += [f"not used: {name} {one!r}" for one in unused]
+    problems += [f"not used: modules_to_save {one!r}" for one in _unused(settings, spec, saved, multimodal)]
+    if not modules:
+        problems.append("it adapts no layer of the model that can have an adapter here")
+    if settings.dora and EMBEDDING in modules:
+        problems.append("use_dora: DoRA of the token embedding is not supported")
+    if spec.tie_word_embeddings and EMBEDDING in modules and settings.ensure_weight_tying:
+        problems.append("ensure_weight_tying: here the adapter of a tied embedding is not one of the head")
+    if problems:
+        raise UserError(
+            "\n  ".join([f"{file}: this adapter does not fit the model:", *problems])
+            + "\nUse the base that it was trained on, and an adapter of the linear layers in every layer; a tied head "
+            "is trained as modules_to_save with ensure_weight_tying."
+        )
+    adapter = StoredAdapter(path, config, settings, modules, ranks, saved, multimodal, copies, stored)
+    head = f"{PREFIX}{HEAD}.weight"
+    if f"{EMBEDDING}/embedding" in saved and spec.tie_word_embeddings:
+        embedding = peft_keys.whole_name(saved[f"{EMBEDDING}/embedding"], (), multimodal)
+        if not np.array_equal(stored.read(embedding), stored.read(head)):
+            raise UserError(
+                f"{file}: it has trained the embedding and the output head apart, which are one in this model; train "
+                "it with ensure_weight_tying"
+            )
+    return adapter
+
+
+def _saved(settings: Settings, spec: DecoderSpec, multimodal: bool) -> dict[str, Key]:
+    """The parameters that modules_to_save names, as peft does: by the end of their module's name, with no dot asked."""
+    found = {
+        path: key
+        for path, key in hf_names(spec).items()
+        if any(peft_keys.module_name(key, multimodal).endswith(name) for name in settings.modules_to_save)
+    }
+    _refuse_experts(list(found))
+    return found
+
+
+def _unused(settings: Settings, spec: DecoderSpec, saved: dict[str, Key], multimodal: bool) -> list[str]:
+    modules = {peft_keys.module_name(key, multimodal) for key in saved.values()}
+    if spec.tie_word_embeddings and f"{EMBEDDING}/embedding" in saved:
+        modules.add(HEAD)
+    return [name for name in settings.modules_to_save if not any(module.endswith(name) for module in modules)]
+
+
+def _problems(stored: SafetensorsFile, expected: dict[str, tuple[int, ...]]) -> list[str]:
+    problems = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - stored.names())]
+    problems += [f"not used: {name}" for name in sorted(stored.names() - expected.keys())]
+    for name in sorted(expected.keys() & stored.names()):
+        if stored.shape(name) != expected[name]:
+            problems.append(f"shape: {name} is {list(stored.shape(name))}, needed is {list(expected[name])}")
+        elif stored.dtype(name).name not in FLOATS:
+            problems.append(f"type: {name} is {stored.dtype(name).name}, not floating point of 16 bits or more")
+    return problems

@@ -1,0 +1,248 @@
+"""`adapter_config.json` of a PEFT adapter: what is written there, and what of it is understood."""
+
+import collections
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ftjax import lora
+from ftjax.errors import UserError
+from ftjax.models.spec import DecoderSpec
+from ftjax.weights.hf.keys import Key
+from ftjax.weights.peft import keys as peft_keys
+from ftjax.weights.peft.keys import EMBEDDING, HEAD
+
+# Settings that change nothing about the result of a trained adapter, and what the others must be. A setting that is in
+# neither is refused when it is set: a newer peft may mean something by it.
+_HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",  # with init_lora_weights, which is checked
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",  # a module name, unused without megatron_config
+    "peft_version",
+    "qalora_group_size",  # unused without use_qalora
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+}
+_READ = {  # by `settings_of`
+    "alpha_pattern",
+    "ensure_weight_tying",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "r",
+    "rank_pattern",
+    "use_dora",
+    "use_rslora",
+}
+_REQUIRED = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # Others (pissa, olora, corda, loftq, ...) change the base weights that the adapter is added to.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
+
+
+class Settings(NamedTuple):
+    rank: int
+    alpha: float
+    rslora: bool
+    dora: bool
+    dropout: float
+    rank_pattern: dict[str, int]  # peft's regular expressions over transformers' module names
+    alpha_pattern: dict[str, float]
+    modules_to_save: list[str]  # ends of transformers' module names
+    ensure_weight_tying: bool
+    base_name: str | None
+
+
+def adapter_config(
+    layers: Mapping[str, list[tuple[int, float]]],
+    saved: Iterable[str],
+    keys: Mapping[str, Key],
+    spec: DecoderSpec,
+    rslora: bool,
+    dora: bool,
+    dropout: float,
+    base_name: str,
+    multimodal: bool,
+) -> dict[str, Any]:
+    """layers: {module: the (rank, scale) of each of its layers}; saved: the modules that were trained whole.
+
+    The commonest rank and alpha are `r` and `lora_alpha`; the others go to the patterns.
+    """
+    saved = set(saved)
+    numbers = {
+        module: [(rank, _alpha(rank, scale, rslora)) for rank, scale in of_layers]
+        for module, of_layers in layers.items()
+    }
+    ranks = {module: [rank for rank, _ in of_layers] for module, of_layers in numbers.items()}
+    alphas = {module: [alpha for _, alpha in of_layers] for module, of_layers in numbers.items()}
+    rank, rank_pattern = _patterns(ranks, keys, spec, multimodal)
+    alpha, alpha_pattern = _patterns(alphas, keys, spec, multimodal)
+    names = peft_keys.modules_to_save(saved, spec, multimodal) if saved else []
+    tied = spec.tie_word_embeddings and EMBEDDING in saved
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "bias": "none",
+        "use_rslora": rslora,
+        "use_dora": dora,
+        "target_modules": peft_keys.target_modules(layers, spec, multimodal),
+        # peft gives each of the two its own copy of a tied matrix, so both must be named.
+        "modules_to_save": sorted([*names, HEAD] if tied else names) or None,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        # peft's name for a base layer stored as [in, out]; the adapter's own matrices are as ever.
+        "fan_in_fan_out": peft_keys.is_conv1d({module: keys[module] for module in layers}),
+        **({"ensure_weight_tying": True} if tied else {}),  # left out where older versions of peft can do without
+    }
+
+
+def _alpha(rank: int, scale: float, rslora: bool) -> float:
+    """The shortest number that gives `scale`, a float32, exactly."""
+    value = float(scale) * (math.sqrt(rank) if rslora else rank)
+    candidates = (float(f"{value:.{digits}g}") for digits in range(1, 18))
+    found = next((one for one in candidates if np.float32(lora.scale(rank, one, rslora)) == np.float32(scale)), value)
+    return int(found) if found == int(found) else found
+
+
+def _patterns(
+    values: Mapping[str, list[float]], keys: Mapping[str, Key], spec: DecoderSpec, multimodal: bool
+) -> tuple[float, dict[str, float]]:
+    """The commonest value (the largest of several), and {peft's pattern: value} of the others."""
+    counts = collections.Counter(value for of_layers in values.values() for value in of_layers)
+    common = max(counts, key=lambda value: (counts[value], value))
+    found = {}
+    for module, of_layers in values.items():
+        if len(set(of_layers)) == 1:
+            found[peft_keys.pattern(module, spec, multimodal)] = of_layers[0]
+        else:
+            places = keys[module].places()
+            names = [peft_keys.pattern_of_layer(keys[module], place, multimodal) for place in places]
+            found |= dict(zip(names, of_layers, strict=True))
+    return common, {name: value for name, value in found.items() if value != common}
+
+
+def settings_of(path: Path, config: dict[str, Any], spec: DecoderSpec, conv1d: bool) -> Settings:
+    """What adapter_config.json says. UserError, by name, for what is not supported or not of its type.
+
+    conv1d: the model stores linear layers as [in, out], which peft notes in the adapter and which is right here.
+    """
+    file = f"{path}/adapter_config.json"
+    config = {key: value for key, value in config.items() if not (conv1d and key == "fan_in_fan_out")}
+    problems = [f"{name}={config.get(name)!r}" for name in _REQUIRED if not _allowed(name, config)]
+    known = _HARMLESS | _READ | _REQUIRED.keys()
+    problems += [f"{name}={value!r}" for name, value in sorted(config.items()) if name not in known and value]
+    if not _all_layers(config, spec):
+        problems += [f"layers_to_transform={config['layers_to_transform']!r} (every layer must be adapted)"]
+    if problems:
+        raise UserError(
+            f"{file}: settings that are not supported: {', '.join(problems)}; save a plain LoRA adapter "
+            "(PiSSA and its like: with path_initial_model_for_weight_conversion), or merge it into its base with peft "
+            "and use that as the model"
+        )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not _positive_whole(rank):
+        raise UserError(f"{file}: r is {rank!r}, not a positive whole number")
+    if not _number(alpha):
+        raise UserError(f"{file}: lora_alpha is {alpha!r}, not a number")
+    dropout = config.get("lora_dropout") or 0.0
+    if not _number(dropout) or not 0 <= dropout < 1:
+        raise UserError(f"{file}: lora_dropout is {dropout!r}, not a rate")
+    flags = {}
+    for name in ("use_rslora", "use_dora", "ensure_weight_tying"):
+        flags[name] = config.get(name) or False
+        if not isinstance(flags[name], bool):
+            raise UserError(f"{file}: {name} is {flags[name]!r}, not true or false")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
+        raise UserError(f"{file}: modules_to_save is {saved!r}, not a list of names")
+    return Settings(
+        rank=rank,
+        alpha=alpha,
+        rslora=flags["use_rslora"],
+        dora=flags["use_dora"],
+        dropout=dropout,
+        rank_pattern=_pattern_dict(file, config, "rank_pattern", _positive_whole),
+        alpha_pattern=_pattern_dict(file, config, "alpha_pattern", _number),
+        modules_to_save=saved,
+        ensure_weight_tying=flags["ensure_weight_tying"],
+        base_name=config.get("base_model_name_or_path"),
+    )
+
+
+def by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """The value of the first pattern that fits the end of a module's `name`, as peft's get_pattern_key has it."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def unmatched(patterns: Mapping[str, float], names: Iterable[str]) -> list[str]:
+    """The patterns that fit none of the `names`."""
+    names = list(names)
+    return [key for key in patterns if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
+
+
+def is_target(name: str, config: dict[str, Any]) -> bool:
+    """Whether a list of target_modules names the layers `name`, which has {} for their number.
+
+    A regular expression (a string) is left to the keys.
+    """
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("exclude_modules"):
+        return False
+    first = name.format(0)  # where one layer is adapted, all must be
+    return any(isinstance(target, str) and f".{first}".endswith(f".{target}") for target in targets)
+
+
+def _all_layers(config: dict[str, Any], spec: DecoderSpec) -> bool:
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    layers = layers if isinstance(layers, list) else [layers]
+    return layers and set(map(str, layers)) == set(map(str, range(spec.num_hidden_layers)))
+
+
+def _allowed(name: str, config: dict[str, Any]) -> bool:
+    # peft's own defaults stand for what older files leave out; the type of an adapter has none. 1 is not True here.
+    value = config.get(name, None if name == "peft_type" else _REQUIRED[name][0])
+    return any(value == choice and type(value) is type(choice) for choice in _REQUIRED[name])
+
+
+def _positive_whole(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _pattern_dict(file: str, config: dict[str, Any], name: str, holds: Any) -> dict[str, Any]:
+    found = config.get(name) or {}
+    if not isinstance(found, dict) or not all(holds(value) for value in found.values()):
+        raise UserError(f"{file}: {name} is {found!r}, not an object of patterns and numbers")
+    for key in found:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise UserError(f"{file}: {name} has {key!r}, which is not a regular expression: {error}") from error
+    return found

@@ -1,0 +1,95 @@
+"""Going on from a PEFT adapter directory, `config.adapter.source`: what the run takes from it, and that it stays."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ftjax import config as configs
+from ftjax.atomic import write_text
+from ftjax.errors import UserError
+from ftjax.models.spec import DecoderSpec
+from ftjax.weights.hf.files import read_json
+from ftjax.weights.peft.adapter import StoredAdapter, directory_digest, open_adapter
+from ftjax.weights.peft.keys import EMBEDDING
+
+_PIN = "adapter.json"  # in the workdir of a run: the digest of the directory it went on from
+
+
+def stored_adapter(config: ConfigDict, spec: DecoderSpec) -> StoredAdapter | None:
+    """The directory that `config.adapter.source` names, None if it names none.
+
+    Its ranks, alphas, kind, targets and modules_to_save are the run's. Raises UserError where keys of config.adapter
+    were changed from their defaults to something else.
+    """
+    if not config.adapter.source:
+        return None
+    stored = open_adapter(Path(config.adapter.source), spec)
+    theirs, defaults = _settings(stored), configs.defaults().adapter
+    changed = {key: config.adapter[key] for key in defaults if key not in ("source", "dropout")}
+    changed = {key: value for key, value in changed.items() if _plain(value) != _plain(defaults[key])}
+    if wrong := {key: value for key, value in changed.items() if _plain(value) != _plain(theirs.get(key))}:
+        lines = [f"adapter.{key}={value!r}" + _instead(key, theirs) for key, value in wrong.items()]
+        raise UserError(
+            f"config.adapter.source={config.adapter.source!r} says itself what the run's adapter is; leave these "
+            "keys at their defaults:\n  " + "\n  ".join(lines)
+        )
+    return stored
+
+
+def effective(config: ConfigDict, spec: DecoderSpec) -> ConfigDict:
+    """A copy of the config that says in config.adapter what the run really has, for whoever describes the run."""
+    stored = stored_adapter(config, spec)
+    out = ConfigDict(configs.as_json(config))
+    if stored is not None:
+        for key, value in _settings(stored).items():
+            out.adapter[key] = value
+        out.adapter.targets = ",".join(sorted({path.rpartition("/")[2] for path in stored.modules}))
+        out.adapter.modules_to_save = sorted({path.split("/")[-2] for path in stored.saved})
+    return out
+
+
+def path_of(module: str) -> str:
+    """layers/mlp/up_proj -> layers/mlp/up_proj/kernel: what an adapter of this module adapts."""
+    return f"{module}/embedding" if module == EMBEDDING else f"{module}/kernel"
+
+
+def digest(config: ConfigDict) -> str | None:
+    """Of the adapter directory that the run goes on from, None where there is none."""
+    return directory_digest(Path(config.adapter.source).expanduser()) if config.adapter.source else None
+
+
+def pin(config: ConfigDict, workdir: Path, fresh: bool) -> None:
+    """Keeps the digest of the adapter directory in a fresh run's workdir; UserError if it is another one later on.
+
+    The run has parts of it that no checkpoint holds, its scales for one.
+    """
+    if not config.adapter.source:
+        return
+    file, now = workdir / _PIN, digest(config)
+    if fresh:
+        write_text(file, json.dumps({"source": config.adapter.source, "sha256": now}, indent=2) + "\n")
+    elif read_json(file).get("sha256") != now:
+        raise UserError(
+            f"{config.adapter.source}: this adapter has changed since the run in {workdir} went on from it; restore "
+            "it, or choose another --workdir"
+        )
+
+
+def _settings(stored: StoredAdapter) -> dict[str, Any]:
+    settings = stored.settings
+    return {
+        "kind": "dora" if settings.dora else "lora",
+        "rank": settings.rank,
+        "alpha": float(settings.alpha),
+        "rslora": settings.rslora,
+    }
+
+
+def _instead(key: str, theirs: dict[str, Any]) -> str:
+    return f" (there it is {theirs[key]!r})" if key in theirs else ""
+
+
+def _plain(value: Any) -> Any:
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value

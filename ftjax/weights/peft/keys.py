@@ -1,0 +1,115 @@
+"""What PEFT calls the parts of an adapter, and by which names its config finds the layers they belong to."""
+
+import re
+from collections.abc import Iterable
+
+from ftjax.lora import linear_kernels
+from ftjax.models.spec import DecoderSpec
+from ftjax.weights.hf.keys import Key, hf_names
+
+PREFIX = "base_model.model."
+EMBEDDING = "embed_tokens"  # our module
+HEAD = "lm_head"  # ours and transformers', also where it is tied and so has no parameter
+
+
+def adaptable(spec: DecoderSpec) -> dict[str, Key]:
+    """{"layers/mlp/up_proj": the Key of its kernel}: the linear layers, and the token embedding."""
+    keys = hf_names(spec)
+    paths = [*linear_kernels(keys), f"{EMBEDDING}/embedding"]
+    return {path.rpartition("/")[0]: keys[path] for path in paths}
+
+
+def is_conv1d(modules: dict[str, Key]) -> bool:
+    """Whether linear layers are stored as [in, out] (GPT-2), which peft notes as fan_in_fan_out."""
+    return not all(key.transposed for module, key in modules.items() if module != EMBEDDING)
+
+
+def tensor_name(key: Key, multimodal: bool) -> str:
+    """transformers' name of the parameter, with {} for the layer."""
+    # Gemma 3 with its vision tower, the only such model here, has the language model's body one level deeper.
+    deeper = multimodal and key.template.startswith("model.")
+    return key.template.replace("model.", "model.language_model.", 1) if deeper else key.template
+
+
+def module_name(key: Key, multimodal: bool) -> str:
+    """transformers' name of the module of the parameter, with {} for the layer."""
+    return tensor_name(key, multimodal).rpartition(".")[0]
+
+
+def parts(
+    module: str, key: Key, place: tuple[int, ...], rank: int, dora: bool, multimodal: bool
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{"lora_a": (its name, its shape in the file), ...} of the adapter of one layer.
+
+    A is [r, in] and B [out, r], whether the layer itself is stored as [out, in] or, as GPT-2's are, as [in, out].
+    """
+    name = PREFIX + module_name(key, multimodal).format(*place)
+    if module == EMBEDDING:
+        rows, width = key.shape
+        names = (f"{name}.lora_embedding_A", f"{name}.lora_embedding_B")
+    else:
+        width, rows = key.shape if key.transposed else key.shape[::-1]
+        names = (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
+    found = {"lora_a": (names[0], (rank, rows)), "lora_b": (names[1], (width, rank))}
+    return found | ({"lora_magnitude": (f"{name}.lora_magnitude_vector", (width,))} if dora else {})
+
+
+def whole_name(key: Key, place: tuple[int, ...], multimodal: bool) -> str:
+    """The name of a fully trained tensor, as peft saves what is in modules_to_save."""
+    return PREFIX + tensor_name(key, multimodal).format(*place)
+
+
+def target_modules(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> list[str]:
+    """For adapter_config.json: names that peft finds in the adapted layers of the model and in no others.
+
+    peft takes a name for every module that is it or ends with a dot and it. So a name is as short as it can be:
+    "q_proj", but "attn.c_proj" where GPT-2's other c_proj is not adapted. A multimodal model has a vision tower with
+    such names too, and gets whole names, one for each layer.
+    """
+    names = _names(spec, multimodal)
+    if multimodal:
+        return _each_layer(modules, names)
+    return sorted({_suffix(names[module][0], _others(modules, names), dotted=True) for module in modules})
+
+
+def modules_to_save(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> list[str]:
+    """Likewise for modules_to_save, where peft takes "norm" for "input_layernorm", too: no dot is asked for."""
+    names = _names(spec, multimodal)
+    if multimodal:
+        return _each_layer(modules, names)
+    return sorted({_suffix(names[module][0], _others(modules, names), dotted=False) for module in modules})
+
+
+def pattern(module: str, spec: DecoderSpec, multimodal: bool) -> str:
+    """A key of rank_pattern for `module` in all layers; peft takes it as a regular expression of the name's end."""
+    names = _names(spec, multimodal)
+    if multimodal:
+        return re.escape(names[module][0]).replace(r"\{\}", r"\d+")
+    return re.escape(_suffix(names[module][0], _others([module], names), dotted=True))
+
+
+def pattern_of_layer(key: Key, place: tuple[int, ...], multimodal: bool) -> str:
+    """A key of rank_pattern for one layer alone."""
+    return re.escape(module_name(key, multimodal).format(*place))
+
+
+def _names(spec: DecoderSpec, multimodal: bool) -> dict[str, tuple[str, Key]]:
+    """{our module: transformers' name of it, with {} for the layer}, of all that have parameters."""
+    return {path.rpartition("/")[0]: (module_name(key, multimodal), key) for path, key in hf_names(spec).items()}
+
+
+def _others(modules: Iterable[str], names: dict[str, tuple[str, Key]]) -> set[str]:
+    ours = {names[module][0] for module in modules}
+    return {name for name, _ in names.values()} - ours
+
+
+def _each_layer(modules: Iterable[str], names: dict[str, tuple[str, Key]]) -> list[str]:
+    found = [names[module] for module in modules]
+    return sorted(name.format(*place) for name, key in found for place in key.places())
+
+
+def _suffix(name: str, others: set[str], dotted: bool) -> str:
+    """The shortest run of last parts of `name` with which none of `others` ends."""
+    pieces, dot = name.split("."), "." if dotted else ""
+    suffixes = (".".join(pieces[-length:]) for length in range(1, len(pieces) + 1))
+    return next(one for one in suffixes if not any((dot + other).endswith(dot + one) for other in others))

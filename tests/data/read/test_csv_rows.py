@@ -1,0 +1,139 @@
+"""CSV and TSV, held against pandas, and what is refused in them."""
+
+import csv
+import json
+import random
+
+import pandas
+import pytest
+
+from ftjax.data.read import spans
+from ftjax.data.read.sources import read_sources
+from ftjax.errors import UserError
+
+CHAT = [{"role": "user", "content": 'Say "hi", then\nstop'}, {"role": "assistant", "content": "hi"}]
+
+
+def read(path, content=None, **options):
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_sources([{"source": str(path)}], **options)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "a.csv"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_whatever_pandas_writes_is_read_as_it_was(tmp_path, suffix, line_end):
+    rng = random.Random(1)
+    pieces = ["a", ",", '"', "\t", "\n", "\r\n", "é", "🙂", " ", ";", "word", "\\", "'", "\x85", "\u2028"]
+    frame = pandas.DataFrame(
+        [[f"p{i}" + "".join(rng.choices(pieces, k=8)), "c" + "".join(rng.choices(pieces, k=8)), i] for i in range(400)],
+        columns=["prompt", "completion", "number"],
+    )
+    path = tmp_path / f"a.{suffix}"
+    frame.to_csv(path, sep="\t" if suffix == "tsv" else ",", index=False, lineterminator=line_end)
+    rows = read(path)
+    assert [row.fields for row in rows] == frame[["prompt", "completion"]].to_dict("records")
+    assert rows[250].fields["completion"] == frame["completion"][250]
+
+
+def test_rows_have_the_line_on_which_they_begin(path):
+    rows = read(path, 'text,id\n"two\nlines",1\n\nplain,2\n"a ""b""",3')
+    assert [row.origin for row in rows] == [f"{path}:{line}" for line in (2, 5, 6)]
+    assert [row.fields["text"] for row in rows] == ["two\nlines", "plain", 'a "b"']
+
+
+def test_cells_become_what_the_formats_want(path):
+    frame = pandas.DataFrame({"messages": [json.dumps(CHAT)], "tools": [""]})
+    frame.to_csv(path, index=False)
+    assert [m["content"] for m in read(path)[0].fields["messages"]] == [m["content"] for m in CHAT]
+
+    pandas.DataFrame(
+        {"prompt": ["p", "q", "r"], "completion": ["a", "b", "c"], "label": ["true", "FALSE", "1"]}
+    ).to_csv(path, index=False)
+    assert [row.fields["label"] for row in read(path)] == [True, False, True]
+
+    frame = pandas.DataFrame(
+        {"prompt": ["p", "q"], "chosen": ["a", "b"], "rejected": ["c", "d"], "margin": [0.5, None]}
+    )
+    frame.to_csv(path, index=False)
+    assert [row.fields.get("margin") for row in read(path)] == [0.5, None]
+    frame["margin"] = ["0.5", "much"]
+    frame.to_csv(path, index=False)
+    with pytest.raises(UserError, match=r"a.csv:3: margin is 'much', not a number"):
+        list(read(path))
+
+
+def test_an_answer_that_is_json_stays_text(path):
+    answers = ['[{"name": "x"}]', "[1, 2]", "[not json", "[]", '{"role_of": 1}', "[[1]]"]
+    pandas.DataFrame({"prompt": ["p"] * len(answers), "completion": answers}).to_csv(path, index=False)
+    assert [row.fields["completion"] for row in read(path)] == answers
+
+
+BAD_ROWS = {
+    "too few cells": (b"only one\n", "has 1 cells, and the header 2 .prompt, completion.; quote"),
+    "too many cells": (b"a,b,c\n", "has 3 cells"),
+    "not UTF-8": (b"caf\xe9,b\n", "not UTF-8 at byte 3"),
+    "empty": (b"a,\n", "completion is empty"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_rows_are_refused_with_file_and_line_or_skipped_on_demand(path, line, message):
+    content = b"prompt,completion\n1,2\n" + line + b"3,4\n"
+    with pytest.raises(UserError, match=f"^{path}:3: {message}"):
+        list(read(path, content))
+    assert [row.origin for row in read(path, max_bad_rows=1)] == [f"{path}:2", f"{path}:4"]
+
+
+def test_a_giant_row_is_a_bad_row_and_a_long_one_is_read(path, monkeypatch):
+    long = "x" * 200_000  # above what the csv module allows by default
+    rows = read(path, f"text\n{long}\n")
+    csv.field_size_limit(131072)  # as in a process that has not opened the file itself
+    assert rows[0].fields["text"] == long
+    monkeypatch.setattr(spans, "MAX_ROW_BYTES", 2**20)
+    with pytest.raises(UserError, match=r"a.csv:\d: .*(1 MiB|field larger)"):
+        list(read(path, "text\n" + "x" * 2**22 + "\n"))
+
+
+BAD_FILES = {
+    "BOM": (b"\xef\xbb\xbftext\na\n", ":1: starts with a byte order mark"),
+    "empty": ("", ": the file has no rows"),
+    "header only": ("text\n", ": the file has no rows"),
+    "semicolons": ("prompt;completion\na;b\n", ":1: the header has one column, .*separate cells by ',' instead of ';'"),
+    "a name twice": ("text,text\na,b\n", ":1: two columns are called 'text'"),
+    "no name": ("text,\na,b\n", ":1: column 2 has no name"),
+    "header not UTF-8": (b"caf\xe9,text\na,b\n", ":1: the header is not UTF-8"),
+    "open quote": ('text\na\n"b\nc\n', ":3: not well-formed CSV in the record that starts here .*unexpected end"),
+    "text after a quote": ('text\n"b"c\n', ":2: not well-formed CSV"),
+    "old line ends": ("text\ra\rb\r", ":1: not well-formed CSV"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_files_are_refused_when_they_are_opened(path, content, message):
+    with pytest.raises(UserError, match=f"^{path}{message}"):
+        read(path, content, max_bad_rows=10)
+
+
+def test_a_missing_header_shows_in_the_message(path):
+    with pytest.raises(UserError, match=r"a.csv:2: fits no known format: it has the fields \['Hello', 'Hi'\]"):
+        list(read(path, "Hi,Hello\nHo,Hullo\n"))
+
+
+def test_a_name_twice_in_a_cell_of_json_is_refused(path):
+    cell = '"[{""role"": ""user"", ""content"": ""a"", ""content"": ""b""}]"'
+    with pytest.raises(UserError, match=r"a.csv:2: two members are called 'content'; keep one"):
+        list(read(path, f"messages\n{cell}\n"))
+
+
+def test_an_empty_label_is_refused_unless_the_format_is_named(path):
+    content = "prompt,completion,label\nq,a,true\nq,a,\n"
+    with pytest.raises(UserError, match=r"a.csv:3: label is empty; write true or false"):
+        list(read(path, content))
+    rows = read_sources([{"source": str(path), "format": "prompt_completion"}])
+    assert rows[1].fields == {"prompt": "q", "completion": "a"}

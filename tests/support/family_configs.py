@@ -1,0 +1,181 @@
+"""Small Hugging Face configs, at least one per family, that together use every option the families have.
+
+Odd head counts, head_dim unlike hidden_size / heads, windows shorter than the 18 tokens of a test row, positions beyond
+the original RoPE range, tied and untied heads, biases.
+"""
+
+from ftjax.models.families import FAMILIES
+
+_SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 8}
+_LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+
+
+def _config(model_type: str, **fields) -> dict:
+    return {"model_type": model_type} | _SIZES | fields
+
+
+CONFIGS = {
+    "llama": _config("llama", tie_word_embeddings=True),
+    "gemma2": _config("gemma2", head_dim=10, sliding_window=5, query_pre_attn_scalar=20),
+    "gemma3": _config(
+        "gemma3_text",
+        head_dim=12,
+        num_hidden_layers=4,
+        sliding_window=5,
+        sliding_window_pattern=3,
+        query_pre_attn_scalar=20,
+        rope_theta=1e5,
+        rope_local_base_freq=100.0,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 61,
+        "n_embd": 36,
+        "n_layer": 3,
+        "n_head": 9,
+        "n_positions": 64,
+        "scale_attn_by_inverse_layer_idx": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    "gpt_oss": _config(
+        "gpt_oss", head_dim=8, num_local_experts=5, num_experts_per_tok=2, sliding_window=5, swiglu_limit=1.5
+    ),
+    "granite": _config(
+        "granite",
+        embedding_multiplier=3.0,
+        attention_multiplier=0.3,
+        residual_multiplier=0.5,
+        logits_scaling=0.8,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "llama 3.1, biases, odd heads": _config(
+        "llama",
+        hidden_size=36,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=10,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters=_LLAMA3,
+    ),
+    "mistral": _config("mistral", head_dim=12, sliding_window=5),
+    "mixtral": _config("mixtral", num_local_experts=4, sliding_window=6, head_dim=10, tie_word_embeddings=True),
+    "olmo2": _config("olmo2", attention_bias=True),
+    "phi3": _config(
+        "phi3",
+        sliding_window=7,
+        partial_rotary_factor=0.5,
+        original_max_position_embeddings=8,
+        rope_scaling=_LONGROPE,
+    ),
+    "qwen2": _config("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": _config("qwen3", head_dim=12, attention_bias=True, tie_word_embeddings=True),
+    "qwen3_moe": _config(
+        "qwen3_moe", head_dim=12, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True
+    ),
+    "smollm3": _config("smollm3", no_rope_layer_interval=2, use_sliding_window=True, sliding_window=5, mlp_bias=True),
+}
+
+# The same families with their options the other way round.
+MORE_CONFIGS = {
+    "llama, untied, head_dim": _config("llama", hidden_size=24, head_dim=10),
+    "llama, one kv head, other eps": _config("llama", num_key_value_heads=1, rms_norm_eps=0.1, rope_theta=100.0),
+    "llama, as many kv heads": _config("llama", num_key_value_heads=4),
+    "llama, linear": _config("llama", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    "llama, yarn": _config("llama", rope_parameters=_YARN),
+    "gemma2, no caps, bias, untied": _config(
+        "gemma2",
+        head_dim=8,
+        sliding_window=40,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "gemma3, cap, bias, layer types": _config(
+        "gemma3_text",
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        final_logit_softcapping=3.0,
+        attention_bias=True,
+        hidden_activation="gelu",
+    ),
+    "gpt2, plain, relu": {
+        "model_type": "gpt2",
+        "vocab_size": 61,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_inner": 40,
+        "n_positions": 64,
+        "activation_function": "relu",
+        "scale_attn_weights": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    "gpt_oss, one expert, tied": _config(
+        "gpt_oss",
+        head_dim=12,
+        num_local_experts=3,
+        num_experts_per_tok=1,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        sliding_window=4,
+        tie_word_embeddings=True,
+        attention_bias=False,
+        rope_parameters=_YARN | {"truncate": True, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3},
+    ),
+    "gemma3, windows in all layers": _config(
+        "gemma3_text", head_dim=8, num_hidden_layers=2, sliding_window=5, rope_theta=1e5, rope_local_base_freq=100.0
+    ),
+    "granite, plain": _config("granite"),
+    "mistral, no window": _config("mistral", sliding_window=None, tie_word_embeddings=True),
+    "mixtral, one expert": _config("mixtral", num_local_experts=3, num_experts_per_tok=1, head_dim=8),
+    "olmo2, grouped, tied": _config("olmo2", num_key_value_heads=1, tie_word_embeddings=True),
+    "phi3, plain": _config("phi3", tie_word_embeddings=True, num_key_value_heads=4),
+    "qwen2, no window, tied": _config("qwen2", tie_word_embeddings=True),
+    "qwen3, window": _config("qwen3", head_dim=8, use_sliding_window=True, sliding_window=4, max_window_layers=2),
+    "qwen3_moe, not normalized, window": _config(
+        "qwen3_moe",
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=3,
+        moe_intermediate_size=16,
+        norm_topk_prob=False,
+        use_sliding_window=True,
+        sliding_window=5,
+        attention_bias=True,
+    ),
+    "smollm3, no positions at all": _config("smollm3", no_rope_layers=[0, 0, 0]),
+    "smollm3, untied, bias": _config(
+        "smollm3", attention_bias=True, tie_word_embeddings=False, no_rope_layers=[1, 1, 0]
+    ),
+}
+
+assert {config["model_type"] for config in CONFIGS.values()} == FAMILIES.keys() - {"gemma3"}

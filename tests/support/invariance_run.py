@@ -1,0 +1,185 @@
+"""Run by test_invariance.py in a process with 8 devices: trains on several meshes and prints what came out as JSON.
+
+Every case sees the same 20 global batches of documents. Cases differ in mesh, in micro-batches per step, in what the
+backward pass recomputes and in whether documents are packed two to a row or stand alone. Every fourth batch is short:
+its last rows are empty, and with them a whole micro-batch.
+"""
+
+import itertools
+import json
+import sys
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from ftjax import lora, sharding, tree
+from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
+from ftjax.models.params import abstract_params, logical_axes, random_params
+from ftjax.objectives.sft import make_sft
+from ftjax.training.optim import make_optimizer, make_schedule
+from ftjax.training.state import abstract_state, init_state
+from ftjax.training.step import make_step
+from support.tiny import CONFIG, SCHEDULE, batch_of, documents, numpy_params, spec
+
+STEPS = 20
+OPTIMIZER = ConfigDict(
+    {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip_norm": 1.0, "loraplus_ratio": 1.0}
+)
+RATES = {"lora": 2e-4, "none": 2e-5}
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64}
+SPECS = {
+    "dense": spec(**SIZES),
+    "mixture": spec_from_config(CONFIG | SIZES | {"model_type": "mixtral"} | {"num_local_experts": 8}),
+}
+
+MESHES = {
+    "1": {},
+    "data=8": {"data": 8},
+    "fsdp=8": {"fsdp": 8},
+    "tensor=8": {"tensor": 8},
+    "context=8": {"context": 8},
+    "data=2 x fsdp=4": {"data": 2, "fsdp": 4},
+    "fsdp=4 x tensor=2": {"fsdp": 4, "tensor": -1},
+    "tensor=2 x context=4": {"tensor": 2, "context": 4},
+    "fsdp=4 x context=2": {"fsdp": 4, "context": 2},
+    "data=2 x fsdp=2 x tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp=2 x tensor=2 x context=2": {"fsdp": 2, "tensor": 2, "context": 2},
+}
+MIXTURE_MESHES = {
+    "1": {},
+    "expert=8": {"expert": 8},
+    "fsdp=2 x expert=4": {"fsdp": 2, "expert": 4},
+    "tensor=2 x expert=4": {"tensor": 2, "expert": 4},
+    "fsdp=2 x context=2 x expert=2": {"fsdp": 2, "context": 2, "expert": 2},
+}
+REMATS = ("none", "full", "dots")
+
+# (model, adapter kind, mesh, micro-batches, packed, remat); the first case of each model and kind is what the others of
+# it are compared with.
+QUICK = [
+    ("dense", "lora", "1", 1, True, "none"),
+    ("dense", "lora", "fsdp=8", 1, True, "dots"),
+    ("dense", "lora", "fsdp=4 x tensor=2", 2, False, "none"),
+    ("dense", "lora", "data=2 x fsdp=4", 2, True, "none"),
+    ("dense", "lora", "context=8", 1, False, "none"),
+    ("dense", "lora", "fsdp=2 x tensor=2 x context=2", 4, True, "full"),
+    ("dense", "none", "1", 1, True, "none"),
+    ("dense", "none", "fsdp=4 x tensor=2", 2, False, "none"),
+    ("mixture", "lora", "1", 1, True, "none"),
+    ("mixture", "lora", "fsdp=2 x context=2 x expert=2", 4, True, "none"),
+]
+
+
+def grid():
+    """Every mesh with every accumulation, packed and not; each way to recompute, and all parameters, on a share."""
+    for model, kind, meshes in (
+        ("dense", "lora", MESHES),
+        ("mixture", "lora", MIXTURE_MESHES),
+        ("dense", "none", MESHES),
+        ("mixture", "none", MIXTURE_MESHES),
+    ):
+        cases = list(itertools.product(meshes, (1, 2, 4), (True, False)))
+        for index, (mesh, accumulate, packed) in enumerate(cases):
+            if kind == "lora" or index % 6 in (0, 5):
+                yield model, kind, mesh, accumulate, packed, REMATS[(index + index // 6) % 3]
+
+
+def batches(accumulate, packed):
+    """20 batches of 64 documents of 4 to 12 tokens: 32 rows of two, or 64 of one; [accumulate, rows, length]."""
+    for step in range(STEPS):
+        lengths = np.random.default_rng(step).integers(4, 13, 64)
+        docs = documents(100 + step, lengths.tolist(), vocab=97)
+        docs = docs[:40] if step % 4 == 3 else docs
+        rows = [docs[i : i + 2] for i in range(0, 64, 2)] if packed else [docs[i : i + 1] for i in range(64)]
+        batch = batch_of(rows, 24 if packed else 16)
+        yield {name: array.reshape(accumulate, -1, array.shape[1]) for name, array in batch.items()}
+
+
+def variables_on(mesh, model, kind):
+    """The base, whose logits are of order 1, and fresh adapters, laid out on `mesh`."""
+    abstract, axes = abstract_params(model, mesh), logical_axes(model)
+    base = tree.flatten(numpy_params(model))
+    variables = {"params": tree.unflatten({p: sharding.place(mesh, axes[p], leaf) for p, leaf in base.items()})}
+    if kind == "lora":
+        targets = lora.find_targets("all-linear", lora.linear_kernels(tree.flatten(abstract)))
+        adapters = lora.abstract_adapters(abstract, axes, targets, rank=8, mesh=mesh)
+        variables["lora"] = lora.init_adapters(adapters, 11, lora.scale(8, 16, False))
+    return variables
+
+
+def train(name, kind, mesh, accumulate, packed, remat):
+    """Returns the losses, the trainable leaves before and after, and facts about the run."""
+    model = Decoder(SPECS[name], remat=remat)
+    variables = variables_on(mesh, model, kind)
+    trainable, frozen = tree.partition(variables, lambda path: kind == "none" or bool(lora.TRAINABLE.match(path)))
+    base = jax.tree.map(np.array, frozen)
+    schedule = make_schedule(RATES[kind], SCHEDULE, STEPS)
+    optimizer = make_optimizer(OPTIMIZER, schedule)
+    abstract = abstract_state(optimizer, trainable, mesh)
+    state = init_state(optimizer, trainable, abstract)
+    start = {path: np.array(leaf) for path, leaf in tree.flatten(trainable).items()}
+    first = jax.tree.leaves(state)
+    step = make_step(make_sft(model), optimizer, schedule, abstract, seed=0)
+    losses = []
+    with jax.set_mesh(mesh):
+        for batch in batches(accumulate, packed):
+            placed = {name: sharding.place(mesh, (None, "batch", "length"), leaf) for name, leaf in batch.items()}
+            state, metrics = step(state, frozen, placed)
+            losses.append(float(metrics["loss"]))
+    adam = optax.tree.get(state.opt_state, "ScaleByAdamState")
+    trained = tree.flatten(state.trainable)
+    facts = {
+        "compilations": step._cache_size(),
+        "old buffers deleted": all(leaf.is_deleted() for leaf in first),
+        "state where planned": shardings(state) == shardings(abstract),
+        "base unchanged": jax.tree.all(jax.tree.map(np.array_equal, base, frozen)),
+        "batch": spec_of(placed["tokens"]),
+        "frozen": {path: spec_of(leaf) for path, leaf in tree.flatten(frozen).items()},
+        "shares": {
+            path: leaf.size // leaf.addressable_shards[0].data.size for path, leaf in tree.flatten(frozen).items()
+        },
+        "trainable": {path: spec_of(leaf) for path, leaf in trained.items()},
+        "first moments": {path: spec_of(leaf) for path, leaf in tree.flatten(adam.mu).items()},
+        "second moments": {path: spec_of(leaf) for path, leaf in tree.flatten(adam.nu).items()},
+    }
+    return losses, start, {path: np.array(leaf) for path, leaf in trained.items()}, facts
+
+
+def shardings(state):
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def spec_of(leaf):
+    return [list(entry) if isinstance(entry, tuple) else entry for entry in leaf.sharding.spec]
+
+
+def same_random_params(meshes):
+    """Whether the same seed gives bit-identical parameters on every mesh."""
+    model = Decoder(SPECS["dense"])
+    first, *others = (jax.device_get(random_params(model, 7, abstract_params(model, mesh))) for mesh in meshes)
+    return all(jax.tree.all(jax.tree.map(np.array_equal, first, other)) for other in others)
+
+
+def main(cases):
+    sizes = MESHES | MIXTURE_MESHES
+    meshes = {name: sharding.make_mesh(sizes[name], jax.devices()[: 8 if sizes[name] else 1]) for name in sizes}
+    references, out = {}, {"same random parameters": same_random_params([meshes["1"], meshes["fsdp=4 x tensor=2"]])}
+    for model, kind, mesh, accumulate, packed, remat in cases:
+        losses, start, final, facts = train(model, kind, meshes[mesh], accumulate, packed, remat)
+        reference_losses, reference_start, reference = references.setdefault((model, kind), (losses, start, final))
+        words = (model, kind, mesh, f"{accumulate} micro-batches", "packed" if packed else "unpacked", f"remat {remat}")
+        out[", ".join(words)] = facts | {
+            "losses": losses,
+            "loss difference": max(abs(a - b) / abs(b) for a, b in zip(losses, reference_losses)),
+            "parameter difference": max(float(np.abs(final[path] - reference[path]).max()) for path in reference),
+            "same start": all(np.array_equal(start[path], reference_start[path]) for path in reference_start),
+            "movement": {path: float(np.abs(final[path] - start[path]).max()) for path in final},
+        }
+    json.dump(out, sys.stdout)
+
+
+if __name__ == "__main__":
+    main({"quick": QUICK, "full": list(grid())}[sys.argv[1]])

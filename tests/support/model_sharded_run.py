@@ -1,0 +1,87 @@
+"""Run by test_sharded_families.py in a process with 8 devices: loss and gradients of families on meshes, as JSON.
+
+Arguments: names of configs of family_configs.py. Prints {config: {mesh: {"loss": relative difference, "gradient":
+largest difference, "split": paths of parameters that the mesh splits}}}, all compared with one device.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from ftjax import lora, sharding, tree
+from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
+from ftjax.models.params import abstract_params, logical_axes
+from ftjax.objectives.sft import make_sft
+from support.family_configs import CONFIGS
+from support.tiny import batch_of, documents, numpy_params
+
+MESHES = {
+    "fsdp=4 x tensor=2": {"fsdp": 4, "tensor": 2},
+    "data=2 x fsdp=2 x expert=2": {"data": 2, "fsdp": 2, "expert": 2},
+    "fsdp=2 x context=2 x expert=2": {"fsdp": 2, "context": 2, "expert": 2},
+}
+# Sizes that two and four devices divide.
+EVEN = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+GPT2_EVEN = {"vocab_size": 64, "n_embd": 32, "n_head": 4}
+
+
+def main(names):
+    assert jax.device_count() == 8
+    docs = documents(0, [9, 7, 12, 4, 16, 5, 6, 10, 13, 3, 8, 8])
+    batch = batch_of([docs[i : i + 2] for i in range(0, 12, 2)] + [docs[:2], docs[2:4]], 24)
+    out = {}
+    for name in names:
+        config = CONFIGS[name] | (EVEN if "hidden_size" in CONFIGS[name] else GPT2_EVEN)
+        config |= {size: 4 for size in ("num_experts", "num_local_experts") if size in config}
+        if "rope_scaling" in config and config["model_type"] == "phi3":
+            config["head_dim"] = None
+        model = Decoder(spec_from_config(config), remat="full")
+        one = sharding.make_mesh({}, jax.devices()[:1])
+        loss, expected, _ = run(model, one, batch)
+        out[name] = {}
+        for mesh_name, sizes in MESHES.items():
+            other, gradients, split = run(model, sharding.make_mesh(sizes), batch)
+            differences = [np.abs(gradients[path] - expected[path]).max() for path in expected]
+            out[name][mesh_name] = {
+                "loss": abs(other / loss - 1),
+                "gradient": float(max(differences)),
+                "split": split,
+            }
+        assert all(np.abs(leaf).max() > 1e-4 for path, leaf in expected.items() if "lora_a" not in path), name
+    print(json.dumps(out))
+
+
+def run(model, mesh, batch):
+    """(mean loss, {path: gradient}, paths that are split) on `mesh`, of all parameters and of adapters on them."""
+    params = abstract_params(model, mesh)
+    axes = logical_axes(model)
+    targets = lora.find_targets("all-linear", lora.linear_kernels(tree.flatten(params)))
+    adapters = lora.abstract_adapters(params, axes, targets, 2, mesh)
+    rng = np.random.default_rng(0)
+    values = numpy_params(model)
+    leaves = tree.flatten(adapters)
+    made = {path: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32) for path, leaf in leaves.items()}
+    variables = {"params": values, "lora": tree.unflatten(made)}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, {"params": params, "lora": adapters})
+    objective = make_sft(model)
+
+    @jax.jit
+    def program(variables, batch):
+        def total(variables):
+            loss = objective(variables, batch, jax.random.key(0))
+            return loss.sum / loss.weight
+
+        return jax.value_and_grad(total)(variables)
+
+    with jax.set_mesh(mesh):
+        placed = {key: sharding.place(mesh, ("batch", "length"), array) for key, array in batch.items()}
+        loss, gradients = program(jax.device_put(variables, shardings), placed)
+    split = [path for path, leaf in tree.flatten(shardings).items() if not leaf.is_fully_replicated]
+    return float(loss), tree.flatten(jax.device_get(gradients)), split
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

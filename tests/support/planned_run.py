@@ -1,0 +1,100 @@
+"""Run by test_compiled.py in a process of its own: compiles for absent TPUs and prints what was found as JSON."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from ftjax import config as configs
+from ftjax import sharding
+from ftjax.planning import compiled, hlo, table, topology, traffic
+from support.tiny import spec
+
+
+def products():
+    """A scan over six layers whose weights are split over four chips, and a program that is far too large."""
+    slice_ = topology.parse("v5e:2x2")
+    mesh = sharding.make_mesh({"fsdp": 4}, topology.devices(slice_))
+
+    def one(x, weights):
+        def body(x, weight):
+            whole = jax.lax.with_sharding_constraint(weight, sharding.replicated(mesh))
+            return x, jnp.sum(x @ whole)
+
+        return jax.lax.scan(body, x, weights)[1]
+
+    def argument(shape, *axes):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding.named(mesh, axes, shape))
+
+    x = argument((512, 256), "batch", "width")
+    weights = argument((6, 256, 512), "layers", "embed", None)
+    program = jax.jit(one).trace(x, weights).lower(lowering_platforms=("tpu",)).compile()
+    module = hlo.parse(program.as_text())
+    found = [vars(one) for one in traffic.collectives(module, mesh) if one.kind in ("all-gather", "collective-permute")]
+    huge = jax.ShapeDtypeStruct((2**17, 2**17), jnp.float32, sharding=sharding.replicated(mesh))
+    lacking = None
+    try:
+        jax.jit(lambda x: x.sum(0)).trace(huge).lower(lowering_platforms=("tpu",)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        lacking = compiled.exceeded(str(error))
+    return {
+        "gather": {"ici": sum(one["ici"] for one in found), "axes": list(found[0]["axes"])},
+        "flops": traffic.matrix_flops(module),
+        "compiler_flops": program.cost_analysis()["flops"],
+        "lacking": lacking,
+    }
+
+
+def slices():
+    """A gradient summed over two slices of four chips, with `data` between them alone, and within them too."""
+    slice_ = topology.parse("2x v5e:2x2")
+    out = {}
+    for name, sizes in {"between": {"data": 2, "fsdp": 4}, "within": {"data": 4, "fsdp": 2}}.items():
+        mesh = sharding.make_mesh(sizes, topology.devices(slice_))
+
+        def argument(shape, *axes, mesh=mesh):
+            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.named(mesh, axes, shape))
+
+        def gradient(weights, x):
+            def loss(weights):
+                return jax.lax.scan(lambda x, weight: (jnp.tanh(x @ weight), None), x, weights)[0].sum()
+
+            return jax.grad(loss)(weights)
+
+        weights, x = argument((6, 512, 512), "layers", "embed", None), argument((64, 512), "batch", "width")
+        traced = jax.jit(gradient, out_shardings=weights.sharding).trace(weights, x)
+        module = hlo.parse(traced.lower(lowering_platforms=("tpu",)).compile().as_text())
+        found = [one for one in traffic.collectives(module, mesh) if one.dcn]
+        out[name] = {"dcn": sum(one.dcn for one in found), "axes": sorted({axis for one in found for axis in one.axes})}
+    return out
+
+
+def planned(text, changes, **sizes):
+    """The JSON of a plan of a small model; heads of 128, as kernels want them."""
+    config = configs.defaults()
+    config.model.source = "none"
+    config.model.remat = "full"
+    config.data.max_length = 512
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        setattr(config[section] if section else config, name, value)
+    slice_ = topology.parse(text)
+    model = spec(**({"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 32000, "head_dim": 128} | sizes))
+    program = compiled.describe(config, model, topology.devices(slice_))
+    report = table.as_json(config, slice_, program, compiled.plan(program, slice_))
+    return report["memory"] | {"flops": report["flops"], "collectives": report["collectives"]}
+
+
+CASES = {
+    "products": products,
+    "ranks": lambda: {str(rank): planned("v5e:2x2", {"adapter.rank": rank}) for rank in (8, 64)},
+    "vocabulary": lambda: {
+        str(size): planned("v5e:2x2", {}, vocab_size=size, hidden_size=1024) for size in (32000, 256000)
+    },
+    "slices": slices,
+}
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    print(json.dumps(CASES[sys.argv[1]]()))

@@ -1,0 +1,42 @@
+"""The train state: shapes, dtypes and places before and after it is made. Sharded: see test_invariance.py."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from support.tiny import OPTIMIZER, one_device
+
+from ftjax import sharding
+from ftjax.training.optim import make_optimizer
+from ftjax.training.state import abstract_state, init_state
+
+
+def described(state):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), state)
+
+
+def test_abstract_state_is_what_init_makes_and_what_an_update_keeps():
+    where = sharding.replicated(one_device())
+    trainable = {"lora": {"q_proj": {"lora_a": jax.device_put(jnp.ones((2, 4, 3)), where)}}}
+    optimizer = make_optimizer(OPTIMIZER, optax.constant_schedule(1e-3))
+    abstract = abstract_state(optimizer, trainable, one_device())
+    state = init_state(optimizer, trainable, abstract)
+    assert described(state) == described(abstract)
+    assert int(state.step) == 0
+    assert state.trainable is trainable
+
+    moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.shape == (2, 4, 3)]
+    assert len(moments) == 2, "AdamW's two"
+    gradients = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, jnp.float32), trainable)
+    _, updated = jax.eval_shape(optimizer.update, gradients, state.opt_state, trainable)
+    assert [leaf.dtype for leaf in jax.tree.leaves(updated)] == [
+        leaf.dtype for leaf in jax.tree.leaves(state.opt_state)
+    ]
+
+
+def test_what_is_trained_must_be_float32():
+    """In bfloat16 an update of 1e-5 of a weight is lost, and Adam's second moment stalls at half its value."""
+    trainable = {"params": {"norm": {"scale": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}}}
+    optimizer = make_optimizer(OPTIMIZER, optax.constant_schedule(1e-3))
+    with pytest.raises(ValueError, match=r"norm/scale.*bfloat16"):
+        abstract_state(optimizer, trainable, one_device())

@@ -1,0 +1,228 @@
+"""Adapters of every kind of family in the real `peft`: the same logits, and no layer adapted that was not trained."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from support.family_configs import CONFIGS, MORE_CONFIGS
+from support.tiny import batch_of, documents, logits, one_device
+from support.torch_models import torch_model
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+from ftjax import lora, tree
+from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
+from ftjax.models.params import abstract_params
+from ftjax.weights.load import load_params
+from ftjax.weights.peft.adapter import BaseFacts, open_adapter, write_adapter
+from ftjax.weights.source import open_source
+
+pytestmark = [
+    # peft 0.21 asks transformers 5.23 for a property under its old name.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # It sets fan_in_fan_out right for each layer, and says so where the config's is another.
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+]
+
+RANK, ALPHA = 3, 5
+NAMES = {
+    "llama": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    "phi3": ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"],
+    "gpt2": ["c_attn", "c_fc", "c_proj"],
+    "gemma3": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    "mixtral": ["k_proj", "o_proj", "q_proj", "v_proj"],
+}
+TOKENS = documents(0, [12])[0][0]
+
+
+BASE = BaseFacts("base", "0123")
+
+
+def write(out, matrices, spec, **more):
+    write_adapter(out, lora.with_scale(matrices, ALPHA / RANK), spec, BASE, **more)
+
+
+def read(directory, spec):
+    """(lora_a and lora_b, settings)"""
+    stored = open_adapter(directory, spec)
+    _, matrices = tree.partition(stored.read()[0], lambda path: path.endswith("lora_scale"))
+    return matrices, stored.settings
+
+
+class Case:
+    """A torch model of `config`, and ours of the same weights."""
+
+    def __init__(self, model, path):
+        self.torch, self.path = model, path
+        model.save_pretrained(path)
+        reader = open_source(path)
+        self.spec = spec_from_config(reader.config)
+        self.decoder = Decoder(self.spec)
+        self.params = load_params(reader, self.spec, abstract_params(self.decoder, one_device()))
+        self.kernels = lora.linear_kernels(tree.flatten(self.params))
+
+    def adapters(self, targets, seed=0):
+        """Random lora_a and lora_b for these targets, of a size that moves logits by about their own."""
+        rng = np.random.default_rng(seed)
+        leaves, out = tree.flatten(self.params), {}
+        for path in lora.find_targets(targets, self.kernels):
+            *stack, rows, columns = leaves[path].shape
+            module = path.removesuffix("/kernel")
+            out[f"{module}/lora_a"] = (rng.standard_normal((*stack, rows, RANK)) * rows**-0.5).astype(np.float32)
+            out[f"{module}/lora_b"] = (rng.standard_normal((*stack, RANK, columns)) * 0.3).astype(np.float32)
+        return tree.unflatten(out)
+
+    def logits(self, adapters=None):
+        batch = batch_of([[(TOKENS, np.ones(len(TOKENS), bool))]], len(TOKENS))
+        variables = {"params": self.params}
+        if adapters is not None:
+            variables["lora"] = lora.with_scale(adapters, ALPHA / RANK)
+        return logits(self.decoder, variables, batch)[0]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request, tmp_path_factory):
+    case = Case(torch_model(CONFIGS[request.param]), tmp_path_factory.mktemp("case"))
+    case.name, case.ours = request.param, case.adapters("all-linear")
+    case.layers = sum(len(leaf) for path, leaf in tree.flatten(case.ours).items() if path.endswith("lora_a"))
+    return case
+
+
+def fresh(case):
+    """The torch model without whatever peft hung into it."""
+    return type(case.torch).from_pretrained(case.path, attn_implementation="eager").eval()
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS[None], dtype=torch.long)).logits[0].numpy()
+
+
+def adapted_layers(model):
+    return sorted(name for name, module in model.named_modules() if hasattr(module, "lora_A"))
+
+
+def test_peft_computes_what_we_do_from_what_we_write(case, tmp_path, record_figure):
+    write(tmp_path / "out", case.ours, case.spec)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["target_modules"] == NAMES[case.name]
+    assert config["fan_in_fan_out"] is (case.name == "gpt2")
+    model = PeftModel.from_pretrained(fresh(case), tmp_path / "out")
+    assert len(adapted_layers(model)) == case.layers
+    ours, theirs = case.logits(case.ours), torch_logits(model)
+    record_figure("largest logit difference", np.abs(ours - theirs).max())
+    assert np.abs(ours - case.logits()).max() > 0.5  # so that a lost adapter shows
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_we_compute_what_peft_does_from_what_it_writes(case, tmp_path, record_figure):
+    # Of a mixture peft's own "all-linear" takes the experts too, which are refused here.
+    targets = NAMES["mixtral"] if case.name == "mixtral" else "all-linear"
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(fresh(case), config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    ours, settings = read(tmp_path, case.spec)
+    assert (settings.rank, settings.alpha) == (RANK, ALPHA)
+    jax.tree.map(lambda a, b: a.shape == b.shape, ours, case.ours)  # the same layers: raises otherwise
+    found, theirs = case.logits(ours), torch_logits(model)
+    record_figure("largest logit difference", np.abs(found - theirs).max())
+    np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    return Case(torch_model(MORE_CONFIGS["gpt2, plain, relu"]), tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (["o_proj"], ["attn.c_proj"]),
+        (["down_proj", "qkv_proj"], ["c_attn", "mlp.c_proj"]),
+        (["o_proj", "down_proj"], ["c_proj"]),
+        (r"lm_head|up_proj", ["c_fc", "lm_head"]),
+    ],
+)
+def test_of_two_layers_of_one_name_only_the_trained_one_is_adapted(gpt2, tmp_path, targets, names, record_figure):
+    ours = gpt2.adapters(targets)
+    write(tmp_path / "out", ours, gpt2.spec)
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["target_modules"] == names
+    model = PeftModel.from_pretrained(fresh(gpt2), tmp_path / "out")
+    endings = tuple(f".{name}" for name in names)
+    layers = adapted_layers(model)
+    assert len(layers) == sum(2 if name != "lm_head" else 1 for name in names) * (2 if names == ["c_proj"] else 1)
+    assert all(name.endswith(endings) for name in layers)
+    difference = np.abs(gpt2.logits(ours) - torch_logits(model)).max()
+    record_figure("largest logit difference", difference)
+    assert difference < 1e-4
+    again, _ = read(tmp_path / "out", gpt2.spec)
+    jax.tree.map(np.testing.assert_array_equal, again, ours)
+
+
+def test_the_language_model_of_a_multimodal_one(tmp_path, record_figure):
+    """Gemma 3 as AutoModelForCausalLM gives it: a vision tower, with a q_proj of its own, beside the language model."""
+    text = {key: value for key, value in CONFIGS["gemma3"].items() if key not in ("model_type", "rope_scaling")}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = dict.fromkeys(("boi_token_index", "eoi_token_index", "image_token_index"), 7)
+    vision = sizes | {"image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **ids)
+    ).eval()
+    case = Case(model, tmp_path / "model")
+    ours = case.adapters("q_proj,down_proj")
+    write(tmp_path / "out", ours, case.spec, multimodal=True)
+    adapted = PeftModel.from_pretrained(fresh(case), tmp_path / "out")
+    assert len(adapted_layers(adapted)) == 2 * 4
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["alpha_pattern"] == {}
+    assert all(".language_model." in name for name in adapted_layers(adapted))
+    difference = np.abs(case.logits(ours) - torch_logits(adapted)).max()
+    record_figure("largest logit difference", difference)
+    assert np.abs(case.logits(ours) - case.logits()).max() > 0.05
+    assert difference < 1e-4
+    again, _ = read(tmp_path / "out", case.spec)
+    jax.tree.map(np.testing.assert_array_equal, again, ours)
+    # With an alpha of its own for q_proj, of which the vision tower has one too, and the last norm trained whole.
+    leaves, params = tree.flatten(lora.with_scale(ours, ALPHA / RANK)), tree.flatten(case.params)
+    leaves["layers/self_attn/q_proj/lora_scale"] = leaves["layers/self_attn/q_proj/lora_scale"] * 2
+    params["norm/scale"] = params["norm/scale"] + 0.25
+    saved = {"norm/scale": params["norm/scale"]}
+    write_adapter(tmp_path / "more", tree.unflatten(leaves), case.spec, BASE, saved=saved, multimodal=True)
+    config = json.loads((tmp_path / "more/adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["model.language_model.norm"]
+    adapted = PeftModel.from_pretrained(fresh(case), tmp_path / "more")
+    batch = batch_of([[(TOKENS, np.ones(len(TOKENS), bool))]], len(TOKENS))
+    variables = {"params": tree.unflatten(params), "lora": tree.unflatten(leaves)}
+    assert np.abs(logits(case.decoder, variables, batch)[0] - torch_logits(adapted)).max() < 1e-4
+    stored = open_adapter(tmp_path / "more", case.spec)
+    lora_again, saved_again = stored.read()
+    jax.tree.map(np.testing.assert_array_equal, lora_again, tree.unflatten(leaves))
+    np.testing.assert_array_equal(saved_again["norm/scale"], params["norm/scale"])
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+def test_adapters_of_experts_are_refused_by_name(tmp_path):
+    model = torch_model(CONFIGS["mixtral"])
+    get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"not supported: .*target_parameters="):
+        read(tmp_path, spec_from_config(CONFIGS["mixtral"]))
+
+
+def test_a_layer_that_a_target_names_and_the_file_lacks_is_missing(gpt2, tmp_path):
+    """The name c_proj stands for two layers of GPT-2."""
+    write(tmp_path / "out", gpt2.adapters(["o_proj"]), gpt2.spec)
+    file = tmp_path / "out/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ["c_proj"]}))
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / "out", gpt2.spec)
+    assert str(caught.value).count("missing: base_model.model.transformer.h.") == 4
+    assert str(caught.value).count(".mlp.c_proj.lora_") == 4
