@@ -1,6 +1,7 @@
 """Entries of data.train or data.eval -> loader: read, check, tokenize, pack. What training and inspection share."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -10,12 +11,49 @@ from ftjax.data.audit.kinds import MAX_DROPPED
 from ftjax.data.batch.loader import Loader
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens import examples
+from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.data.tokens.tokenize import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
+
+Counter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """All that decides what a run is trained on, beside the rows and the tokenizer.
+
+    Attributes:
+      kind: what a row is, a key of `kinds.ROW_KINDS`.
+      max_length: tokens of a document, where it is cut.
+      batch_size: rows of a batch, over all devices and micro-batches.
+      packing: several examples to a row, or one.
+      train_on: the turns of a conversation that are trained, see `chat.tokenize`.
+      vocab_size: tokens must be below it.
+      seed: of the order of examples.
+      max_bad_rows: malformed rows to skip.
+      holdout: the share of the training rows that are held out for evaluation.
+      multiple: of what the lengths of batches are multiples where packing is off.
+    """
+
+    kind: str
+    max_length: int
+    batch_size: int
+    packing: bool
+    train_on: str
+    vocab_size: int
+    seed: int = 0
+    max_bad_rows: int = 0
+    holdout: float = 0.0
+    multiple: int = 1
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row of a batch: one example always fits, so that no document is cut for another."""
+        return self.max_length * ROW_KINDS[self.kind].documents
 
 
 @contextlib.contextmanager
@@ -24,54 +62,51 @@ def _uncounted(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def load(
-    entries: Sequence[dict],
-    tokenizer: "PreTrainedTokenizerFast",
-    *,
-    max_length: int,
-    batch_size: int,
-    packing: bool,
-    seed: int,
-    shuffle: bool,
-    max_bad_rows: int,
-    vocab_size: int,
-    train_on: str = "assistant",
-    holdout: float = 0.0,
-    heldout_of: Sequence[dict] = (),
-    multiple: int = 1,
-    max_dropped: float = MAX_DROPPED,
-    counter: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _uncounted,
+    entries: Sequence[dict], tokenizer: "PreTrainedTokenizerFast", spec: DataSpec, counter: Counter = _uncounted
 ) -> tuple[Loader, dict]:
-    """The loader of all rows of `entries` (see `sources.read_sources`), and `tokenize`'s report on them.
+    """The loader of the training rows of `entries` (see `sources.read_sources`), and `tokenize`'s report on them.
 
-    Args:
-      holdout: the share of rows that are held out for evaluation.
-      heldout_of: entries of which only the held-out rows are taken, after those of `entries`. Where there are none, the
-        rows of `entries` that are held out are left out.
-      multiple: of what the lengths of batches are multiples where packing is off.
-      max_dropped: the share of the rows that may be left with no trained token; more than MAX_DROPPED are told.
-      counter: shows how far tokenization has come (`Display.counter`).
+    counter: shows how far tokenization has come (`Display.counter`).
     """
-    sides = [(entries, 0.0 if heldout_of else holdout, False), (heldout_of, holdout, True)]
-    sets = []
-    for some, share, heldout in sides:
-        if some:
-            rows = read_sources(some, max_bad_rows, share, heldout)
-            with counter("tokenizing", len(rows)) as advance:
-                sets.append(
-                    tokenize(
-                        rows,
-                        tokenizer,
-                        max_length,
-                        vocab_size=vocab_size,
-                        train_on=train_on,
-                        max_dropped=max_dropped,
-                        progress=advance,
-                    )
-                )
-            report = sets[-1].report
-            if report["dropped"] > MAX_DROPPED * report["rows"]:
-                text = "%s: %d of %d rows are left out: no trained token within data.max_length = %d"
-                names = ", ".join(one["source"] for one in report["per_source"])
-                log.warning(text, names, report["dropped"], report["rows"], max_length)
-    found = examples.join(sets)
-    return Loader(found, batch_size, max_length, packing, seed, shuffle, multiple), found.report
+    rows = _tokenized(entries, tokenizer, spec, spec.holdout, False, MAX_DROPPED, counter)
+    return _loader(rows, spec, shuffle=True), rows.report
+
+
+def load_heldout(
+    entries: Sequence[dict],
+    train: Sequence[dict],
+    tokenizer: "PreTrainedTokenizerFast",
+    spec: DataSpec,
+    counter: Counter = _uncounted,
+) -> Loader | None:
+    """The loader of all rows of `entries`, then of those of `train` that are held out; None where there are neither."""
+    sets = [_tokenized(entries, tokenizer, spec, 0.0, False, 1.0, counter)] if entries else []
+    if spec.holdout:
+        # One long row would be more than the usual share of a small set: any number may be dropped.
+        sets.append(_tokenized(train, tokenizer, spec, spec.holdout, True, 1.0, counter))
+    return _loader(examples.join(sets), spec, shuffle=False) if sets else None
+
+
+def _tokenized(entries, tokenizer, spec: DataSpec, holdout, heldout_side, max_dropped, counter) -> examples.Examples:
+    rows = read_sources(entries, spec.max_bad_rows, holdout, heldout_side)
+    with counter("tokenizing", len(rows)) as advance:
+        tokenized = tokenize(
+            rows,
+            tokenizer,
+            spec.max_length,
+            vocab_size=spec.vocab_size,
+            train_on=spec.train_on,
+            kind=spec.kind,
+            max_dropped=max_dropped,
+            progress=advance,
+        )
+    report = tokenized.report
+    if report["dropped"] > MAX_DROPPED * report["rows"]:
+        text = "%s: %d of %d rows are left out: no trained token within data.max_length = %d"
+        names = ", ".join(source["source"] for source in report["per_source"])
+        log.warning(text, names, report["dropped"], report["rows"], spec.max_length)
+    return tokenized
+
+
+def _loader(rows: examples.Examples, spec: DataSpec, shuffle: bool) -> Loader:
+    return Loader(rows, spec.batch_size, spec.row_length, spec.packing, spec.seed, shuffle, spec.multiple)

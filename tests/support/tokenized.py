@@ -14,11 +14,10 @@ def examples_of(given, source_ids=None, weights=(1.0,)):
     flat = [np.where(one.trained, one.tokens | examples_lib.TRAINED, one.tokens) for one in given]
     lengths = np.array([len(one) for one in flat], np.int32)
     tokens = np.concatenate(flat or [np.zeros(0, np.int32)])
-    return Examples(
+    documents = len(given[0].lengths or (0,)) if given else 1
+    return Examples.of(
+        np.array([one.lengths or (len(one.tokens),) for one in given], np.int32).reshape(len(given), documents),
         parts=(Part(tokens, [Row({}, one.origin) for one in given]),),
-        part_ids=None,
-        starts=np.cumsum(lengths, dtype=np.int64) - lengths,
-        lengths=lengths,
         rows=np.arange(len(given)),
         source_ids=np.zeros(len(given), np.int32) if source_ids is None else np.asarray(source_ids, np.int32),
         weights=tuple(weights),

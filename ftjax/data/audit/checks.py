@@ -298,8 +298,9 @@ def at_start(examples: "Examples", heldout: Sequence[Sequence[Row]], facts: Toke
     for chunk in _chunks(held):
         checks.rows([some[i] for some, i in chunk], "eval")
     for chunk in _chunks(spread(len(examples), START_ROWS).tolist()):
-        documents = [examples.tokens_of(i) for i in chunk]
-        checks.examples(documents, lambda i, chunk=chunk: rows[chunk[i]].origin, whole=False)
+        owners = [(i, document) for i in chunk for document in examples.documents_of(i)]
+        documents = [document for _, document in owners]
+        checks.examples(documents, lambda i, owners=owners: rows[owners[i][0]].origin, whole=False)
     if cut := examples.report["truncated"]:
         checks.add("truncated", count=cut, what=f"{cut:,} rows are {KINDS['truncated'][1]}")
     if len(examples.weights) > 1:

@@ -1,4 +1,4 @@
-"""Packing: several documents share a row of T tokens, and none sees another or is cut.
+"""Packing: several examples share a row of T tokens, and no document sees another or is cut.
 
 What fits together is decided on the histogram of the lengths alone ("efficient sequence packing without
 cross-contamination", arXiv 2107.02027), by best fit, the longest first; which document takes which place of its length
@@ -6,6 +6,7 @@ is the caller's shuffle. So the number of rows is known without the order of an 
 longer to fit than ten thousand.
 """
 
+import itertools
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Protocol
@@ -16,12 +17,22 @@ import numpy as np
 ORDER_VERSION = 2
 
 
-class Tokens(Protocol):
-    """Documents by number (`ftjax.data.tokens.examples.Examples`)."""
+# The arrays [rows, T] of every batch; a method may have more.
+BATCH = {
+    "tokens": np.int32,
+    "targets": np.int32,  # the next token of the same document, else 0
+    "weights": np.float32,  # 1 where the target is trained, else 0
+    "positions": np.int32,  # from 0 in each document
+    "segment_ids": np.int32,  # 1, 2, ... by document, and 0 for padding
+}
+
+
+class Source(Protocol):
+    """Examples by number (`ftjax.data.tokens.examples.Examples`)."""
 
     def __len__(self) -> int: ...
 
-    def tokens_of(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def documents_of(self, index: int) -> Sequence[tuple[np.ndarray, np.ndarray]]: ...
 
 
 class Plan:
@@ -133,24 +144,23 @@ def _reorder(values: np.ndarray, starts: np.ndarray, row_order: np.ndarray) -> t
     return values[from_where], new_starts
 
 
-def fill(examples: Tokens, rows: Sequence[np.ndarray], T: int) -> dict[str, np.ndarray]:
+def fill(examples: Source, rows: Sequence[np.ndarray], T: int) -> dict[str, np.ndarray]:
     """The batch of the given rows of example indices; an empty row is all zeros (padding).
 
+    Each document of an example is a segment of its own, and those of one example follow each other: where examples are
+    pairs, segments 1 and 2 are one, 3 and 4 the next.
+
     Returns:
-      Arrays [len(rows), T]: tokens int32; targets int32, the next token of the same document, else 0; weights
-      float32, 1 where the target is trained; positions int32, from 0 in each document; segment_ids int32, 1, 2, ..
-      and 0 for padding.
+      The arrays of BATCH, [len(rows), T].
 
     Raises:
       ValueError: the examples of a row are longer than T together.
     """
-    shape = (len(rows), T)
-    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
-    batch["weights"] = np.zeros(shape, np.float32)
+    batch = {name: np.zeros((len(rows), T), dtype) for name, dtype in BATCH.items()}
     for b, row in enumerate(rows):
         start = 0
-        for segment, index in enumerate(row, 1):
-            tokens, trained = examples.tokens_of(index)
+        documents = itertools.chain.from_iterable(map(examples.documents_of, row))
+        for segment, (tokens, trained) in enumerate(documents, 1):
             stop = start + len(tokens)
             if stop > T:
                 raise ValueError(f"row {b} has {stop} or more tokens, more than {T}")

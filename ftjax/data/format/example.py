@@ -1,6 +1,8 @@
 """The two records that data passes through: a `Row` as it was read, an `Example` as the model sees it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,16 +21,39 @@ class Row:
     origin: str
 
 
-@dataclass(frozen=True)
-class Example:
-    """One document as tokens.
+class Document(NamedTuple):
+    """A sequence that sees nothing but itself.
 
     Attributes:
       tokens: int32 [n].
       trained: bool [n]; trained[i] says that token i is predicted with loss. trained[0] is False: nothing predicts it.
+    """
+
+    tokens: np.ndarray
+    trained: np.ndarray
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the model sees of one row: a document, or several that belong together and share a row of a batch.
+
+    Attributes:
+      tokens, trained: those of its documents, one after the other (see `Document`).
       origin: the origin of its row.
+      lengths: tokens of each document; () where it is only one.
     """
 
     tokens: np.ndarray
     trained: np.ndarray
     origin: str
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def documents(self) -> list[Document]:
+        bounds = np.cumsum(self.lengths)[:-1]
+        return [Document(*parts) for parts in zip(np.split(self.tokens, bounds), np.split(self.trained, bounds))]
+
+    @classmethod
+    def of(cls, documents: Sequence[Document], origin: str) -> "Example":
+        tokens, trained = (np.concatenate(parts) for parts in zip(*documents))
+        return cls(tokens, trained, origin, tuple(len(document.tokens) for document in documents))

@@ -78,7 +78,7 @@ def tokenize_preference(
             f"{row.origin}: the chat template renders the prompt differently before the chosen and the rejected "
             "answer, so they cannot be compared; take a template that renders a turn without regard to later ones"
         )
-    return tuple(Example(one.tokens, one.trained, row.origin) for one in (chosen, rejected))
+    return tuple(Example(side.tokens, side.trained, row.origin) for side in (chosen, rejected))
 
 
 def tokenize_unpaired(row: Row, tokenizer: "PreTrainedTokenizerFast", vocab_size: int | None = None) -> Example:

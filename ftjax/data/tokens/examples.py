@@ -22,12 +22,12 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from ftjax import atomic
-from ftjax.data.format.example import Example, Row
+from ftjax.data.format.example import Document, Example, Row
 from ftjax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# One entry per token in the first, per example in the others.
+# One entry per token in the first, per document in the second, per example in the others.
 COLUMNS = {"tokens": "<i4", "lengths": "<i4", "rows": "<i8", "sources": "<i4"}
 TRAINED = np.int32(-(2**31))  # the flag in a token that it is predicted with loss
 _ID = np.int32(2**31 - 1)  # the rest of it
@@ -44,10 +44,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Examples:
-    """A sequence of documents; `examples[i]` is an `Example`, `tokens_of(i)` the same without its origin.
+    """A sequence of `Example`; `documents_of(i)` are the documents of one, without its origin.
 
     Attributes:
-      lengths: int32 [N], tokens of each; all 1 or more.
+      lengths: int32 [N], tokens of each, all its documents together; all 1 or more.
+      document_lengths: int32 [N, K], those of its documents: a conversation is one, a pair two.
       source_ids: int32 [N], which entry of the data each comes from; an index into `weights`.
       weights: how often an epoch has the examples of each source.
       digest: sha256 (hex) of all tokens, masks and lengths in their order, and of the tokenizer and its template.
@@ -59,6 +60,7 @@ class Examples:
     part_ids: np.ndarray | None  # uint8 [N]; None where there is but one
     starts: np.ndarray  # int64 [N]
     lengths: np.ndarray
+    document_lengths: np.ndarray
     rows: np.ndarray  # int64 [N]
     source_ids: np.ndarray
     weights: tuple[float, ...]
@@ -68,15 +70,23 @@ class Examples:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> Example:
-        tokens, trained = self.tokens_of(index)
-        return Example(tokens, trained, self.origin(index))
+    @classmethod
+    def of(cls, document_lengths: np.ndarray, **others) -> "Examples":
+        """Of a set whose tokens lie in one part, in the order of the examples; `others` are the attributes left."""
+        lengths = document_lengths.sum(axis=1, dtype=np.int32)
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        return cls(part_ids=None, starts=starts, lengths=lengths, document_lengths=document_lengths, **others)
 
-    def tokens_of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids, int32 [n], and which of them are trained, bool [n]."""
-        start = self.starts[index]
-        flagged = self._part(index).tokens[start : start + self.lengths[index]]
-        return flagged & _ID, flagged < 0
+    def __getitem__(self, index: int) -> Example:
+        return Example.of(self.documents_of(index), self.origin(index))
+
+    def documents_of(self, index: int) -> list[Document]:
+        """Views of the example's tokens; reads no row."""
+        column, start, documents = self._part(index).tokens, self.starts[index], []
+        for length in self.document_lengths[index]:
+            flagged, start = column[start : start + length], start + length
+            documents.append(Document(flagged & _ID, flagged < 0))
+        return documents
 
     def origin(self, index: int) -> str:
         """file:line of the row; reads the row again."""
@@ -100,6 +110,7 @@ def join(sets: Sequence[Examples]) -> Examples:
         np.concatenate(part_ids).astype(np.uint8),
         np.concatenate([one.starts for one in sets]),
         np.concatenate([one.lengths for one in sets]),
+        np.concatenate([one.document_lengths for one in sets]),
         np.concatenate([one.rows for one in sets]),
         np.concatenate([k + one.source_ids for k, one in zip(first_source, sets)]),
         tuple(weight for one in sets for weight in one.weights),

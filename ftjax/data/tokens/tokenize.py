@@ -16,7 +16,7 @@ import numpy as np
 
 from ftjax.data.read import cache
 from ftjax.data.read.rows import BadRows, Rows, tell
-from ftjax.data.tokens import chat, examples, processes
+from ftjax.data.tokens import chat, examples, kinds, processes
 from ftjax.data.tokens.examples import Examples, Part
 from ftjax.errors import SourceError, UserError
 
@@ -27,24 +27,28 @@ PIECE = 128  # rows
 # Fewer rows are tokenized here and now, in less time than worker processes take to start, and not written anywhere.
 MANY_ROWS = 4000
 MAX_WORKERS = 32
+_DECIDING = ("format", "read", "tokens")  # the wings whose code decides the tokens of a row
 
 
-class Settings(NamedTuple):
+class TokenRules(NamedTuple):
     """What decides the tokens of a row, beside the tokenizer."""
 
-    max_length: int
+    max_length: int  # of each document
     vocab_size: int | None
     train_on: str
+    kind: str  # of ROW_KINDS
 
 
-class Piece(NamedTuple):
+class Tokenized(NamedTuple):
     """What became of a range of rows.
 
     Attributes:
       stop: the end of the range.
       tokens: int32, of all examples one after the other, each flagged with `examples.TRAINED` where it is trained.
-      rows, wholes, lengths, trained: int64, of every row that was used: its index, its tokens before the cut and after
-        it, and how many of these are trained; 0 in `trained` for one that is dropped and not in `tokens`.
+      rows, wholes, kept, trained: int64, of every row that was used: its index, the tokens of its longest document
+        before the cut, those of all its documents after it, and how many of these are trained; 0 in `trained` for one
+        that is dropped and not in `tokens`.
+      lengths: int64, tokens of each document in `tokens`.
       dropped: the origins of the first of those.
       bad: rows that cannot be read, with what is wrong.
       failed: what is wrong with a row, or with the whole file, that stops the run; those after it are not done.
@@ -54,8 +58,9 @@ class Piece(NamedTuple):
     tokens: np.ndarray
     rows: np.ndarray
     wholes: np.ndarray
-    lengths: np.ndarray
+    kept: np.ndarray
     trained: np.ndarray
+    lengths: np.ndarray
     dropped: list[str]
     bad: list[tuple[int, str]]
     failed: str | None
@@ -68,18 +73,21 @@ def tokenize(
     *,
     vocab_size: int | None = None,
     train_on: str = "assistant",
+    kind: str = "conversation",
     max_dropped: float = 0.05,
     workers: int | None = None,
     directory: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Examples:
-    """The examples of all rows, cut at max_length from the right; those left with no trained token are dropped.
+    """The examples of all rows, each document cut at max_length from the right; rows with no trained token left are
+    dropped.
 
     Its report holds ints: rows (those used), bad_rows (skipped), examples, truncated, dropped, tokens, trained_tokens,
-    longest (before the cut); and `per_source`, a list of {"source", "rows", "bad_rows", "examples", "tokens",
+    longest (document, before the cut); and `per_source`, a list of {"source", "rows", "bad_rows", "examples", "tokens",
     "trained_tokens"}.
 
     Args:
+      kind: what a row is (`kinds.ROW_KINDS`).
       max_dropped: the share of the rows that may be dropped.
       workers: processes beside this one; 0 for none, None for as many as there are cores where there are MANY_ROWS.
       directory: of the cache; None for the usual one where there are MANY_ROWS, and no cache where there are fewer.
@@ -93,7 +101,7 @@ def tokenize(
         raise UserError(f"data.max_length = {max_length}: needs room for a token and its target; set it to 2 or more")
     if not len(rows):
         raise UserError("no rows to tokenize; name a data source that has some")
-    settings = Settings(max_length, vocab_size, train_on)
+    rules = TokenRules(max_length, vocab_size, train_on, kind)
     many = len(rows) >= MANY_ROWS
     if workers is None:
         workers = min(os.cpu_count() or 1, MAX_WORKERS) if many else 0
@@ -101,20 +109,18 @@ def tokenize(
     pieces = [range(start, min(start + PIECE, len(rows))) for start in range(0, len(rows), PIECE)]
 
     def build(append: Callable[[str, np.ndarray], None]) -> dict:
-        with processes.ordered(_tokenize, (rows, tokenizer, settings), pieces, min(workers, len(pieces))) as done:
+        with processes.ordered(_tokenize, (rows, tokenizer, rules), pieces, min(workers, len(pieces))) as done:
             return _collect(rows, done, max_length, max_dropped, append, progress)
 
     identity = _identity(tokenizer)
     if many or directory is not None:
-        how = [identity, _backend(tokenizer), settings, max_dropped, _code()]
+        how = [identity, _backend(tokenizer), rules, max_dropped, _code()]
         found = examples.cached(directory or cache.directory("tokens"), _digest([rows.digest(), *how]), build)
     else:
         found = examples.in_memory(build)
-    return Examples(
+    return Examples.of(
+        found.arrays["lengths"].reshape(-1, kinds.ROW_KINDS[kind].documents),
         parts=(Part(found.arrays["tokens"], rows),),
-        part_ids=None,
-        starts=np.cumsum(found.arrays["lengths"], dtype=np.int64) - found.arrays["lengths"],
-        lengths=found.arrays["lengths"],
         rows=found.arrays["rows"],
         source_ids=found.arrays["sources"],
         weights=tuple(rows.weights),
@@ -123,8 +129,8 @@ def tokenize(
     )
 
 
-def _tokenize(rows: Rows, tokenizer: "PreTrainedTokenizerFast", settings: Settings, piece: range) -> Piece:
-    tokens, numbers, dropped, bad, failed = [], [], [], [], None
+def _tokenize(rows: Rows, tokenizer: "PreTrainedTokenizerFast", rules: TokenRules, piece: range) -> Tokenized:
+    tokens, numbers, lengths, dropped, bad, failed = [], [], [], [], [], None
     for i in piece:
         try:
             row = rows.check(i)
@@ -137,7 +143,8 @@ def _tokenize(rows: Rows, tokenizer: "PreTrainedTokenizerFast", settings: Settin
         if row is None:
             continue
         try:
-            example = chat.tokenize(row, tokenizer, settings.vocab_size, settings.train_on)
+            whole = kinds.ROW_KINDS[rules.kind].tokenize(row, tokenizer, rules.vocab_size, rules.train_on)
+            example = kinds.cut(whole, rules.max_length, row.origin)
         except chat.NothingTrained:  # as its weights say: not bad, but of no use
             numbers.append((i, 0, 0, 0))
             if len(dropped) < 3:
@@ -146,20 +153,19 @@ def _tokenize(rows: Rows, tokenizer: "PreTrainedTokenizerFast", settings: Settin
         except UserError as error:
             bad.append((i, str(error)))
             continue
-        kept = slice(settings.max_length)
-        trained = int(example.trained[kept].sum())
-        numbers.append((i, len(example.tokens), len(example.tokens[kept]), trained))
+        trained, longest = int(example.trained.sum()), max(len(document.tokens) for document in whole.values())
+        numbers.append((i, longest, len(example.tokens), trained))
         if trained:
-            tokens.append(
-                np.where(example.trained[kept], example.tokens[kept] | examples.TRAINED, example.tokens[kept])
-            )
+            tokens.append(np.where(example.trained, example.tokens | examples.TRAINED, example.tokens))
+            lengths += example.lengths
         elif len(dropped) < 3:
-            dropped.append(f"{row.origin} ({len(example.tokens)} tokens)")
+            dropped.append(f"{row.origin} ({longest} tokens)")
     flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
-    return Piece(piece.stop, flat, *np.array(numbers, np.int64).reshape(-1, 4).T, dropped, bad, failed)
+    columns = np.array(numbers, np.int64).reshape(-1, 4).T
+    return Tokenized(piece.stop, flat, *columns, np.array(lengths, np.int64), dropped, bad, failed)
 
 
-def _collect(rows: Rows, pieces: Iterator[Piece], max_length, max_dropped, append, progress) -> dict:
+def _collect(rows: Rows, pieces: Iterator[Tokenized], max_length, max_dropped, append, progress) -> dict:
     """Writes the columns and returns the report (see `tokenize`) with the first bad row of each source, `first_bad`:
     [source, row, message without the origin before it]."""
     ends = np.cumsum([count for _, count in rows.per_source])
@@ -177,11 +183,11 @@ def _collect(rows: Rows, pieces: Iterator[Piece], max_length, max_dropped, appen
         sources = np.searchsorted(ends, piece.rows, side="right")
         kept = piece.trained > 0
         append("tokens", piece.tokens)
-        append("lengths", piece.lengths[kept])
+        append("lengths", piece.lengths)
         append("rows", piece.rows[kept])
         append("sources", sources[kept])
         every = np.ones(len(kept), np.int64)
-        counted = (every, kept, piece.wholes > max_length, ~kept, piece.lengths * kept, piece.trained)
+        counted = (every, kept, piece.wholes > max_length, ~kept, piece.kept * kept, piece.trained)
         for name, values in zip(("rows", *names[2:]), counted, strict=True):
             counts[name] += np.bincount(sources, values, len(ends)).astype(np.int64)  # float64, exact below 2^53
         dropped = (dropped + piece.dropped)[:3]
@@ -227,8 +233,10 @@ def _backend(tokenizer: "PreTrainedTokenizerFast") -> list:
 
 
 def _code() -> list:
-    """The code between rows and tokens: ours as it stands, other packages by version."""
-    own = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    """The code that decides tokens: ours as it stands (how rows are read, checked and tokenized), other packages by
+    version."""
+    data = Path(__file__).parents[1]
+    own = [path.read_text(encoding="utf-8") for wing in _DECIDING for path in sorted((data / wing).glob("*.py"))]
     return [_digest(own), *(metadata.version(name) for name in ("transformers", "tokenizers", "jinja2", "numpy"))]
 
 

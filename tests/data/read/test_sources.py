@@ -36,8 +36,8 @@ def sources(tmp_path_factory):
 
 
 def batch(entries, tokenizer, **options):
-    common = {"max_length": 64, "batch_size": 8, "packing": False, "seed": 1, "shuffle": True, "max_bad_rows": 0}
-    loader, report = pipeline.load(entries, tokenizer, vocab_size=len(tokenizer), **common, **options)
+    spec = pipeline.DataSpec("conversation", 64, 8, False, "assistant", vocab_size=len(tokenizer), seed=1, **options)
+    loader, report = pipeline.load(entries, tokenizer, spec)
     return loader.batch(3), report
 
 

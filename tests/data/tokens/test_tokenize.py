@@ -291,9 +291,13 @@ def test_many_rows_go_to_the_cache_of_the_user_and_few_do_not(tmp_path, chatml, 
     assert not found.parts[0].tokens.flags.writeable
 
 
+def spec_of(**more):
+    plain = {"kind": "conversation", "max_length": 60, "batch_size": 2, "packing": True, "train_on": "assistant"}
+    return pipeline.DataSpec(vocab_size=1000, **(plain | more))
+
+
 def load(entries, tokenizer, **more):
-    plain = {"max_length": 60, "batch_size": 2, "packing": True, "seed": 0, "shuffle": True, "max_bad_rows": 0}
-    return pipeline.load(entries, tokenizer, vocab_size=1000, **(plain | more))
+    return pipeline.load(entries, tokenizer, spec_of(**more))
 
 
 def test_held_out_rows_are_evaluated_and_no_others(rows_file, tmp_path, chatml):
@@ -301,8 +305,9 @@ def test_held_out_rows_are_evaluated_and_no_others(rows_file, tmp_path, chatml):
     other = [{"source": str(write_rows(tmp_path / "other.jsonl", 20, seed=1))}]
     whole, _ = load(train, chatml)
     kept, report = load(train, chatml, holdout=0.2)
-    evaluated, _ = load(other, chatml, holdout=0.2, heldout_of=train, shuffle=False)
-    only, _ = load([], chatml, holdout=0.2, heldout_of=train, shuffle=False)
+    evaluated = pipeline.load_heldout(other, train, chatml, spec_of(holdout=0.2))
+    only = pipeline.load_heldout([], train, chatml, spec_of(holdout=0.2))
+    assert pipeline.load_heldout([], train, chatml, spec_of()) is None
     origins = {
         name: [one.origin for one in loader.examples] for name, loader in locals_of(whole, kept, evaluated, only)
     }
@@ -395,13 +400,8 @@ def test_dropped_rows_of_an_evaluation_are_told_and_do_not_end_the_run(tmp_path,
     (tmp_path / "few.jsonl").write_text("\n".join(rows * 3) + "\n")
     with open(tmp_path / "few.jsonl", "a") as file:
         file.write(json.dumps({"messages": muted("Where?", "There.")}) + "\n")
-    options = {
-        "max_length": 60, "batch_size": 1, "packing": False, "seed": 0, "shuffle": False, "max_bad_rows": 0,
-        "vocab_size": 1000,
-    }  # fmt: skip
     entries = [{"source": str(tmp_path / "few.jsonl")}]
     with pytest.raises(UserError, match="1 of 4 rows have no trained token"):
-        pipeline.load(entries, chatml, **options)
-    _, report = pipeline.load(entries, chatml, max_dropped=1.0, **options)
-    assert report["dropped"] == 1
+        load(entries, chatml)
+    assert pipeline.load_heldout(entries, [], chatml, spec_of()).examples.report["dropped"] == 1
     assert "1 of 4 rows are left out" in caplog.text
