@@ -9,7 +9,7 @@ class UserError(Exception):
     """
 
 
-class Unlucky(UserError):
+class TransientError(UserError):
     """Told in the same way, but no mistake: the same command may succeed later. Status 1, which launchers repeat."""
 
 
