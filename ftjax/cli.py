@@ -11,7 +11,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from ftjax.errors import Unlucky, UserError
+from ftjax.errors import TransientError, UserError
 
 EXIT_MISTAKE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved on SIGTERM; the same command goes on
@@ -39,7 +39,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 def explain(error: BaseException) -> tuple[int, str]:
     """The exit status that an error ends a command line with, and what is printed."""
-    if isinstance(error, Unlucky):
+    if isinstance(error, TransientError):
         return 1, f"error: {error}"
     if isinstance(error, UserError):
         return EXIT_MISTAKE, f"error: {error}"

@@ -1,6 +1,5 @@
 """The config: every key with its default and its check. A run's file changes some of them (see configs/)."""
 
-import difflib
 import json
 import math
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ftjax.atomic import write_text
-from ftjax.errors import UserError
+from ftjax.errors import UserError, did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16")
 LEARNING_RATES = {"lora": 2e-4, "dora": 2e-4, "none": 2e-5}  # used where optimizer.learning_rate is 0
@@ -253,11 +252,6 @@ def source_entry(entry: Any, key: str) -> dict[str, Any]:
 def sources(config: ConfigDict, which: str) -> list[dict[str, Any]]:
     """The entries of data.train or data.eval, `which`, each as `source_entry` gives it."""
     return [source_entry(entry, f"data.{which}") for entry in config.data[which]]
-
-
-def did_you_mean(name: str, known) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(known))}"
 
 
 def learning_rate(config: ConfigDict) -> float:

@@ -29,7 +29,7 @@ from jax._src.clusters import ClusterEnv
 from jax.errors import JaxRuntimeError
 
 from ftjax import cli
-from ftjax.errors import Unlucky, UserError
+from ftjax.errors import TransientError, UserError
 
 LIMIT_SECONDS = 600.0  # how long one process waits for another
 LOADING_SECONDS = 6 * 3600.0  # and for the one that is slowest to tokenize or to read the weights
@@ -203,7 +203,7 @@ def _connect(cluster: Cluster, start_timeout: int, heartbeat_timeout: int) -> No
             heartbeat_timeout_seconds=heartbeat_timeout,
         )
     except JaxRuntimeError as error:
-        raise Unlucky(
+        raise TransientError(
             f"process {cluster.process} of {cluster.processes} cannot join the others at {cluster.coordinator}: {error}"
         ) from error
     finally:
@@ -216,7 +216,7 @@ def _give_up(cluster: Cluster, seconds: int) -> None:
         f"within {seconds} seconds. Start the same command on every host, each with its own number, and let them reach "
         "that port"
     )
-    os._exit(1)  # as for Unlucky; the main thread is in JAX, which nothing interrupts
+    os._exit(1)  # as for TransientError; the main thread is in JAX, which nothing interrupts
 
 
 # How they end

@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "ftjax").rglob("*.py"))
 # of its own; "weights" alone is what stands in none of its wings. `data` and `tasks` stay on the host.
 FLOORS = [
     {"errors"},
-    {"atomic", "cli", "tree"},
+    {"atomic", "cli", "strict_json", "tree"},
     {"config", "distributed"},
     {"sharding", "quant"},
     {"models"},
@@ -41,6 +41,7 @@ HOST_ONLY = {"data", "tasks"}
 HOST_MAY_IMPORT = {
     "ftjax.atomic",
     "ftjax.errors",
+    "ftjax.strict_json",
     "ftjax.weights.gguf.header",
     "ftjax.weights.gguf.tokenizer",
     "ftjax.weights.hf.files",

@@ -4,10 +4,9 @@ A task is a module with `train_examples(n=None, seed=0)` and `test_examples(n=No
 `{"messages": [...]}` ending with the expected assistant turn, and `score(completion, example) -> float` in [0, 1].
 """
 
-import difflib
 from types import ModuleType
 
-from ftjax.errors import UserError
+from ftjax.errors import UserError, did_you_mean
 from ftjax.tasks import support_ticket
 
 _TASKS = {"support_ticket": support_ticket}
@@ -16,9 +15,7 @@ _TASKS = {"support_ticket": support_ticket}
 def get(name: str) -> ModuleType:
     """The task called `name`; `UserError` with the known names for any other."""
     if name not in _TASKS:
-        near = difflib.get_close_matches(name, _TASKS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"task:{name}: no such task; {hint}known: {', '.join(sorted(_TASKS))}")
+        raise UserError(f"task:{name}: no such task{did_you_mean(name, _TASKS)}")
     return _TASKS[name]
 
 

@@ -6,8 +6,8 @@ names, items and order numbers that the training split never shows (`ftjax.tasks
 
 import json
 import random
-from typing import Any
 
+from ftjax import strict_json
 from ftjax.errors import UserError
 from ftjax.tasks.support_phrases import ORDER_FORMS, QUANTITY_WORDS, TEST, TRAIN, Phrases
 
@@ -34,18 +34,12 @@ def score(completion: str, example: dict) -> float:
     """
     expected = json.loads(example["messages"][-1]["content"])
     try:
-        got = json.loads(completion, object_pairs_hook=_object)
+        got = strict_json.loads(completion)
     except (ValueError, RecursionError):
         return 0.0
     if type(got) is not dict or got != expected:
         return 0.0
     return float(all(type(got[key]) is type(expected[key]) for key in expected))
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
 
 
 def _examples(phrases: Phrases, n: int, seed: str, *, test: bool) -> list[dict]:

@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from ftjax import distributed
 from ftjax.distributed import Meetings, is_first
-from ftjax.errors import Unlucky, UserError
+from ftjax.errors import TransientError, UserError
 from ftjax.training import digest
 
 _WRITING = "writing-"  # Orbax, in turn, writes to `writing-<step>.orbax-checkpoint-tmp`
@@ -51,7 +51,7 @@ class Checkpoints:
     A writer must be the only one (`workdir.lock`): what an interrupted save left is removed when it opens.
     `read_only` neither creates nor removes anything, and may look on while another process writes.
 
-    One save is written at a time, in the background. Its failure is raised, once, as Unlucky by whichever method
+    One save is written at a time, in the background. Its failure is raised, once, as TransientError by whichever method
     is called next. Every method waits for it first.
 
     With several processes all of them call each method, `score` apart, alike and in the same order; what fails in one
@@ -108,14 +108,14 @@ class Checkpoints:
             self._writer.shutdown()
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises Unlucky if the last save failed."""
+        """Return when nothing is being written. Raises TransientError if the last save failed."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         step, future = pending
         error = future.exception()
         if error is not None:
-            raise Unlucky(
+            raise TransientError(
                 f"{self.directory}: saving step {step}, or removing older steps after it, failed: "
                 f"{type(error).__name__}: {error}. Free space or restore access, then run the same command again: it "
                 f"resumes from step {max(self._complete(), default=0)}."
@@ -127,7 +127,7 @@ class Checkpoints:
         Returns once the arrays are on the host: they may be donated and `meta` changed afterwards.
 
         Raises:
-          Unlucky: the save before this one failed.
+          TransientError: the save before this one failed.
           ValueError, TypeError: not a step newer than all in the directory, not arrays, or not JSON (a tuple or an
             integer key would come back as something else).
         """

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ftjax import distributed
 from ftjax.atomic import write_text
-from ftjax.errors import Unlucky, UserError
+from ftjax.errors import TransientError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def lock(workdir: Path) -> Iterator[None]:
 
     Raises:
       UserError: another run on this machine holds it (with its pid), or `workdir` cannot be written.
-      Unlucky: another machine still holds it after _LEASE_SECONDS.
+      TransientError: another machine still holds it after _LEASE_SECONDS.
     """
     workdir = Path(workdir)
     try:
@@ -124,7 +124,7 @@ def lock(workdir: Path) -> Iterator[None]:
             if machine in ("", _machine()):
                 raise UserError(message)
             if time.monotonic() > deadline:
-                raise Unlucky(message.replace(")", ", on another machine)", 1))
+                raise TransientError(message.replace(")", ", on another machine)", 1))
             time.sleep(2)
         file.truncate(0)
         file.write(f"{os.getpid()} {_machine()}")

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from ftjax.errors import Unlucky, UserError
+from ftjax.errors import TransientError, UserError
 from ftjax.training import workdir
 from ftjax.training.workdir import hold, lock, probe
 
@@ -61,7 +61,7 @@ def test_the_lock_of_another_machine_is_waited_for_because_the_machine_may_be_go
     monkeypatch.setattr(workdir, "_LEASE_SECONDS", 1.0)
     with _other_run(tmp_path) as first:
         (tmp_path / ".lock").write_text(f"{first.pid} another-boot")
-        with pytest.raises(Unlucky, match=f"pid {first.pid}, on another machine"), lock(tmp_path):
+        with pytest.raises(TransientError, match=f"pid {first.pid}, on another machine"), lock(tmp_path):
             pass
         monkeypatch.setattr(workdir, "_LEASE_SECONDS", 60.0)
         threading.Timer(1.0, first.kill).start()

@@ -6,9 +6,9 @@ A message is {"role", "content", and where they are there "tool_calls", "tool_ca
 was; keys without a value are dropped.
 """
 
-import json
 import math
 
+from ftjax import strict_json
 from ftjax.errors import UserError
 
 _CHECKED = ("role", "content", "tool_calls", "function_call", "weight")
@@ -169,13 +169,9 @@ def from_json(value: object, what: str) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, parse_constant=_refuse_constant)
+        return strict_json.loads(value)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is a string that is not JSON ({error}); correct it") from None
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_json(value: object, what: str) -> None:

@@ -15,14 +15,13 @@ Where a row fits several formats, one may be the whole of which the other is a p
 `format` must say which is meant.
 """
 
-import difflib
 from collections.abc import Callable
 
 from ftjax.data.format import pairs, sharegpt
 from ftjax.data.format.conversation import check_filled, conversation, tool_list
 from ftjax.data.format.example import Row
 from ftjax.data.format.writing import WRITERS, write_as
-from ftjax.errors import UserError
+from ftjax.errors import UserError, did_you_mean
 
 __all__ = ["FORMATS", "WRITERS", "by_answer", "check_row", "detect", "kind_of", "write_as"]
 
@@ -44,9 +43,7 @@ def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
             )
     else:
         if format not in FORMATS:
-            near = difflib.get_close_matches(format, FORMATS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"data format {format!r} is unknown; known: {', '.join(FORMATS)}{hint}")
+            raise UserError(f"data format {format!r} is unknown{did_you_mean(format, FORMATS)}")
         fitting = [format] if _has(fields, FORMATS[format][0]) else []
     if not fitting:
         known = "; ".join(f"{name} ({', '.join(keys)})" for name, (keys, _) in FORMATS.items())

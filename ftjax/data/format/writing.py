@@ -1,10 +1,9 @@
 """Records -> rows of a format, the way back of `formats`; what a format cannot hold is refused."""
 
-import difflib
 import json
 from collections.abc import Callable
 
-from ftjax.errors import UserError
+from ftjax.errors import UserError, did_you_mean
 
 
 def write_as(fields: dict, format: str) -> dict:
@@ -17,9 +16,7 @@ def write_as(fields: dict, format: str) -> dict:
       UserError: an unknown format, or what the format has no place for. It does not name the row.
     """
     if format not in WRITERS:
-        near = difflib.get_close_matches(format, WRITERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"the format {format!r} cannot be written; known: {', '.join(WRITERS)}{hint}")
+        raise UserError(f"the format {format!r} cannot be written{did_you_mean(format, WRITERS)}")
     return WRITERS[format](fields)
 
 

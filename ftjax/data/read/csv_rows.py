@@ -9,6 +9,7 @@ from contextlib import closing
 
 import numpy as np
 
+from ftjax import strict_json
 from ftjax.data.read import spans
 from ftjax.data.read.files import DataFile
 from ftjax.data.read.spans import Spans
@@ -60,8 +61,8 @@ class Csv:
 def _value(name: str, cell: str, origin: str) -> object:
     if name in _LISTS | _MESSAGES and cell.startswith(("[", "{")):
         try:
-            value = json.loads(cell, object_pairs_hook=spans.members)
-        except spans.TwiceNamed as error:
+            value = json.loads(cell, object_pairs_hook=strict_json.unique)
+        except strict_json.RepeatedKey as error:
             raise UserError(f"{origin}: {error}; keep one of them") from None
         except (ValueError, RecursionError):
             return cell  # text that starts with a bracket; what must be a list is refused by the checks of its format

@@ -7,6 +7,7 @@ from contextlib import closing
 
 import numpy as np
 
+from ftjax import strict_json
 from ftjax.data.read import files
 from ftjax.data.read.files import DataFile
 from ftjax.errors import UserError
@@ -67,27 +68,14 @@ def content(file: DataFile) -> Iterator[bytes]:
             yield block
 
 
-class TwiceNamed(ValueError):
-    """Two members of a JSON object have one name; which of them is meant, nobody can know."""
-
-
-def members(pairs: list[tuple[str, object]]) -> dict:
-    """The `object_pairs_hook` of json that refuses what is said twice, instead of taking the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise TwiceNamed(f"two members are called {next(name for name in names if names.count(name) > 1)!r}")
-    return found
-
-
 def parse_object(text: str, origin: str) -> dict:
     """The JSON object that a row is; UserError for anything else."""
     try:
-        fields = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=members)
+        fields = strict_json.loads(text)
     except json.JSONDecodeError as error:
         what = f"not JSON ({error.msg} at column {error.colno})"
         raise UserError(f"{origin}: {what}; each line must be one whole JSON object") from None
-    except TwiceNamed as error:
+    except strict_json.RepeatedKey as error:
         raise UserError(f"{origin}: {error}; keep one of them") from None
     except ValueError as error:  # NaN, Infinity, an integer of thousands of digits
         raise UserError(f"{origin}: not plain JSON ({error}); write the value as a string or remove it") from None
@@ -96,7 +84,3 @@ def parse_object(text: str, origin: str) -> dict:
     if not isinstance(fields, dict):
         raise UserError(f'{origin}: a JSON {type(fields).__name__}, not an object; write the row as {{"field": ...}}')
     return fields
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is not a JSON number")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ftjax import strict_json
 from ftjax.errors import UserError
 
 # For configs, indexes and the headers of safetensors files. Parsed, JSON takes up to 25 times its size (the format of
@@ -16,7 +17,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no such file is; download it again")
-        content = json.loads(path.read_bytes().decode(), object_pairs_hook=unique)
+        # Infinity passes: transformers writes it into some configs.
+        content = json.loads(path.read_bytes().decode(), object_pairs_hook=strict_json.unique)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is {path.parent} the directory of a model or an adapter?") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -24,16 +26,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a JSON {type(content).__name__} where an object is expected")
     return content
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An `object_pairs_hook` of `json.loads`; ValueError for a repeated key (readers differ in what wins)."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"duplicate key {key!r}")
-        found[key] = value
-    return found
 
 
 def inside(directory: Path, name: str) -> Path:

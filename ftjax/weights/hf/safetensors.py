@@ -18,8 +18,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ftjax import strict_json
 from ftjax.errors import UserError
-from ftjax.weights.hf.files import MAX_JSON_BYTES, inside, read_json, unique
+from ftjax.weights.hf.files import MAX_JSON_BYTES, inside, read_json
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _DTYPES = {
@@ -128,7 +129,7 @@ class SafetensorsFile:
 
 def _entry(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
     """An `object_pairs_hook` for headers: what describes a tensor becomes an _Entry, a fifth of the dict's size."""
-    found = unique(pairs)
+    found = strict_json.unique(pairs)
     kind, shape, offsets = (found.get(field) for field in ("dtype", "shape", "data_offsets"))
     if isinstance(kind, str) and isinstance(shape, list) and isinstance(offsets, list):
         return _Entry(sys.intern(kind), tuple(shape), offsets[0])

@@ -295,6 +295,10 @@ REFUSED = {
         chat(USER, {**CALLING, "tool_calls": [{"name": "f", "arguments": "[1]"}]}),
         "arguments are a JSON list; write an object",
     ),
+    "tools with a key twice": (
+        {**CHAT, "tools": '[{"name": "a", "name": "b"}]'},
+        "tools is a string that is not JSON \\(two members are called 'name'\\)",
+    ),
     "tools that are no JSON": ({**CHAT, "tools": "weather"}, "tools is a string that is not JSON"),
     "tool without a name": ({**CHAT, "tools": [{"type": "function"}]}, r"tools\[0\] has no name; write"),
     "empty prompt": ({"prompt": "", "completion": "a"}, "prompt is empty"),

@@ -259,7 +259,7 @@ def test_index_and_shards_that_differ(model):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"weight_map": {"a": "one.safetensors", "a": "one.safetensors"}}', "duplicate key 'a'"),
+        ('{"weight_map": {"a": "one.safetensors", "a": "one.safetensors"}}', "two members are called 'a'"),
         ('{"weight_map": ["one.safetensors"]}', "lacks `weight_map`"),
         ('{"weight_map": {"a": 1}}', "lacks `weight_map`"),
         ("{}", "lacks `weight_map`"),
