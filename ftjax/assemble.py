@@ -1,6 +1,8 @@
-"""From config sections to the objects that the command lines share: the base model, and variables with adapters."""
+"""From config sections to the objects that the command lines share: the base model, its variables, and the program of a
+run: everything of it but the data."""
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,20 +10,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ftjax import config as configs
 from ftjax import distributed, lora, quant, sharding, tree
+from ftjax.data.pipeline import DataSpec
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
+from ftjax.method import Method, learning_rate, method_of
 from ftjax.models import params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
+from ftjax.models.heads import COLLECTION, abstract_head, init_heads
+from ftjax.models.spec import DecoderSpec
+from ftjax.objectives.loss import Objective
+from ftjax.objectives.reference import frozen_with_reference
 from ftjax.training import optim
 from ftjax.training.checkpoint import Checkpoints
-from ftjax.training.state import abstract_state
+from ftjax.training.state import TrainState, abstract_state
+from ftjax.training.step import Batch, Metrics, make_step
 from ftjax.tree import Tree
 from ftjax.weights import load as weights
 from ftjax.weights.hf.keys import hf_names
@@ -53,8 +63,84 @@ def open_base(config: ConfigDict) -> Base:
     return Base(config.source, path, reader, model, tokenizer, tokenizers.end_tokens(tokenizer, reader.config))
 
 
-def abstract_variables(config: ConfigDict, model: Decoder, mesh: Mesh) -> tuple[Tree, Callable[[str], bool]]:
-    """({"params", "lora"?, "quant"?} as ShapeDtypeStructs with shardings, and which of their paths training changes).
+class Program(NamedTuple):
+    """A run before anything of it is loaded or compiled: functions, shapes and shardings. Train, planner and load share
+    it.
+
+    Attributes:
+      model, mesh: what it is for.
+      variables: all collections, ShapeDtypeStructs; is_trained: which of their paths training changes.
+      frozen: those that it does not, with the reference where the method needs one beside them.
+      state, batch: what `step` takes, a batch as [accumulate, batch / accumulate, length].
+      step: see `training.step.make_step`.
+    """
+
+    model: Decoder
+    mesh: Mesh
+    method: Method
+    objective: Objective
+    variables: Tree
+    is_trained: Callable[[str], bool]
+    frozen: Tree
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    step: Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
+
+
+def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) -> Program:
+    """The program of `config`, to be made and used under its mesh.
+
+    Raises:
+      UserError: what `method_of` and `abstract_variables` raise.
+    """
+    method = method_of(config)
+    variables, is_trained = abstract_variables(config, model, mesh, method.head)
+    trainable, frozen = tree.partition(variables, is_trained)
+    if method.reference and not _starts_as_base(config, trainable):
+        frozen = frozen_with_reference(frozen, trainable)
+    schedule = optim.make_schedule(learning_rate(config), config.schedule, total_steps)
+    optimizer = optim.make_optimizer(config.optimizer, schedule)
+    state = abstract_state(optimizer, trainable, mesh, method.kept)
+    objective = method.objective(model, config.objective)
+    step = make_step(objective, optimizer, schedule, state, config.seed, model.dtype, method.kept)
+    shape = (config.accumulate, config.data.batch_size // config.accumulate, data_spec(config, model.spec).row_length)
+    where = sharding.named(mesh, (None, "batch", "length"), shape)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in method.batch.items()}
+    return Program(model, mesh, method, objective, variables, is_trained, frozen, optimizer, state, batch, step)
+
+
+def _starts_as_base(config: ConfigDict, trainable: Tree) -> bool:
+    """Whether what is trained changes nothing at first: LoRA alone, whose B is zero, and not gone on from."""
+    fresh = not config.adapter.source and config.adapter.kind == "lora" and config.adapter.init == "default"
+    return fresh and set(trainable) <= {"lora", COLLECTION}
+
+
+def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -> DataSpec:
+    """What decides the batches of training, beside the rows and the tokenizer."""
+    data = config.data
+    return DataSpec(
+        kind=method_of(config).rows,
+        max_length=data.max_length,
+        batch_size=data.batch_size,
+        packing=data.packing,
+        train_on=data.train_on,
+        vocab_size=spec.vocab_size,
+        seed=config.seed,
+        max_bad_rows=data.max_bad_rows,
+        holdout=data.holdout,
+        # Where rows are split, each part has the length that the attention kernels want.
+        multiple=128 * mesh.shape["context"] if mesh is not None and mesh.shape["context"] > 1 else 1,
+    )
+
+
+def abstract_variables(
+    config: ConfigDict, model: Decoder, mesh: Mesh, head: str = ""
+) -> tuple[Tree, Callable[[str], bool]]:
+    """({"params", "lora"?, "quant"?, "heads"?} as ShapeDtypeStructs with shardings, and which of their paths training
+    changes).
+
+    head: that of a method which has one.
 
     config.adapter and config.quantize decide. What is trained is kept in float32: an update of 1e-5 of a weight is lost
     in bfloat16.
@@ -80,8 +166,11 @@ def abstract_variables(config: ConfigDict, model: Decoder, mesh: Mesh) -> tuple[
             raise UserError("config.adapter.init=pissa changes the base; it does not go with config.quantize.base")
         kernels = {path: leaves.pop(path).shape for path in _quantized(leaves) if path not in trained}
         out["quant"] = quant.abstract(config.quantize.base, kernels, axes, mesh)
+    if head:
+        out[COLLECTION] = abstract_head(head, model.spec, mesh)
     out["params"] = tree.unflatten(leaves)
-    return out, lambda path: bool(lora.TRAINABLE.match(path)) or path.removeprefix("params/") in trained
+    always = (lora.TRAINABLE, re.compile(f"^{COLLECTION}/"))
+    return out, lambda path: path.removeprefix("params/") in trained or any(some.match(path) for some in always)
 
 
 def _adapters(config: ConfigDict, model: Decoder, leaves: dict) -> tuple[dict[str, int], list[str], set[str]]:
@@ -116,16 +205,26 @@ def _modules_to_save(names: Sequence[str], paths: Iterable[str]) -> set[str]:
     return {path for its in found.values() for path in its}
 
 
-def load_variables(config: ConfigDict, base: Base, abstract: Tree) -> Tree:
-    """The base's weights, quantized where `abstract` says so, and its adapters, each placed by its sharding.
+def load_variables(
+    config: ConfigDict, base: Base, abstract: Tree, wanted: Callable[[str], bool] = lambda path: True
+) -> Tree:
+    """The base's weights, quantized where `abstract` says so, its adapters and heads, each placed by its sharding.
 
     The adapters are fresh ones, or those of config.adapter.source with what was trained whole beside them.
+    wanted: of these paths only; the base's other weights are not even read.
     """
-    variables = weights.load_variables(base.reader, base.model.spec, abstract["params"], abstract.get("quant"))
+    params = {path: leaf for path, leaf in tree.flatten(abstract["params"]).items() if wanted(f"params/{path}")}
+    variables = weights.load_variables(base.reader, base.model.spec, tree.unflatten(params), abstract.get("quant"))
     with distributed.together("reading the weights", limit=distributed.LOADING_SECONDS):
         pass  # some hosts read faster, and what they compute together next waits for none
-    if "lora" not in abstract:
-        return variables
+    if COLLECTION in abstract and any(wanted(f"{COLLECTION}/{path}") for path in tree.flatten(abstract[COLLECTION])):
+        variables[COLLECTION] = init_heads(abstract[COLLECTION], config.seed)
+    if "lora" in abstract:
+        variables = _with_adapters(config, base, abstract, variables)
+    return tree.partition(variables, wanted)[0]
+
+
+def _with_adapters(config: ConfigDict, base: Base, abstract: Tree, variables: Tree) -> Tree:
     if (stored := continued.stored_adapter(config, base.model.spec)) is not None:
         return _continued(config, base, abstract, variables, stored)
     adapter, is_part = config.adapter, abstract["lora"]
@@ -152,7 +251,7 @@ def _continued(config: ConfigDict, base: Base, abstract: Tree, variables: Tree, 
         leaves[path] = _placed(leaves[path], leaf)
     params = tree.flatten(variables["params"])
     wanted = tree.flatten(abstract["params"])
-    params |= {path: _placed(values, wanted[path]) for path, values in saved.items()}
+    params |= {path: _placed(values, wanted[path]) for path, values in saved.items() if path in params}
     return variables | {"params": tree.unflatten(params), "lora": tree.unflatten(leaves)}
 
 
@@ -192,6 +291,7 @@ def whole_params(variables: Tree, dtype: jnp.dtype) -> Tree:
 def load_run(workdir: Path, step: int | None = None) -> tuple[ConfigDict, Base, Tree, int]:
     """A run's (config, base, variables, step) from its checkpoint `step`, by default the newest.
 
+    What was trained comes from the checkpoint, without the optimizer's state, and only what was not from the base.
     The mesh is this machine's, not the run's. Raises UserError where `workdir` holds no run or no such step.
     """
     config = configs.read(workdir / "config.json")
@@ -199,11 +299,9 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[ConfigDict, Base, 
     continued.pin(config, workdir, fresh=False)
     mesh = sharding.make_mesh({"fsdp": -1})
     with jax.set_mesh(mesh):
-        abstract, is_trained = abstract_variables(config, base.model, mesh)
+        abstract, is_trained = abstract_variables(config, base.model, mesh, method_of(config).head)
         trainable, _ = tree.partition(abstract, is_trained)
-        # The learning rate does not matter here: only the structure of the optimizer's state does.
-        optimizer = optim.make_optimizer(config.optimizer, optim.make_schedule(1.0, config.schedule, 1))
         with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-            step, state, _ = checkpoints.restore(abstract_state(optimizer, trainable, mesh), step)
-        _, frozen = tree.partition(load_variables(config, base, abstract), is_trained)
-        return config, base, tree.combine(state.trainable, frozen), step
+            step, state, _ = checkpoints.restore({"trainable": trainable}, step, partial=True)
+        frozen = load_variables(config, base, abstract, lambda path: not is_trained(path))
+        return config, base, tree.combine(state["trainable"], frozen), step

@@ -1,18 +1,18 @@
 """A run in words, for the tables at its start and end."""
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import config as configs
 from ftjax import quant, sharding, tree
-from ftjax.assemble import Base
+from ftjax.assemble import Base, Program
 from ftjax.data.batch.loader import Loader
 from ftjax.evals.evaluator import is_eval
+from ftjax.method import learning_rate
 from ftjax.models import kernels, params
+from ftjax.objectives.reference import REFERENCE
 from ftjax.training import metrics
 from ftjax.tree import Tree
 
@@ -21,14 +21,14 @@ def run(
     config: ConfigDict,
     base: Base,
     mesh: Mesh,
-    abstract: Tree,
-    is_trained: Callable[[str], bool],
+    program: Program,
     loader: Loader,
     report: dict[str, int],
 ) -> dict[str, str]:
-    """What is about to run. abstract: the variables' shapes; report: what `tokenize.tokenize` counted."""
+    """What is about to run. report: what `tokenize.tokenize` counted."""
     spec, adapter, data = base.model.spec, config.adapter, config.data
-    trained, frozen = tree.partition(abstract, is_trained)
+    abstract = program.variables
+    trained, frozen = tree.partition(abstract, program.is_trained)
     packed = frozen.pop("quant", {})
     stands_for = quant.count(packed)
     total = tree.count(abstract["params"]) + stands_for
@@ -39,15 +39,16 @@ def run(
         "adapter": _adapter(adapter),
         "trained": _size(trained),
         "frozen": _size(frozen),
+        **({"reference": _reference(program)} if program.method.reference else {}),
         **({"quantized": _size(packed, stands_for) + f", {config.quantize.base}"} if packed else {}),
         "mesh": _mesh(mesh, base, abstract["params"]),
-        "attention": _attention(config, base, mesh),
+        "attention": _attention(loader.max_length, base, mesh),
         "data": counted(report),
-        "batch": f"{data.batch_size} rows of {data.max_length} tokens"
+        "batch": f"{data.batch_size} rows of {loader.max_length} tokens"
         + (", packed" if data.packing else f", not packed but padded to {', '.join(map(str, loader.lengths))} tokens,")
         + f" {loader.packing_efficiency():.1%} full"
         + (f", in {config.accumulate} micro-batches" if config.accumulate > 1 else ""),
-        "steps": f"{steps} ({loader.epoch_at(steps):.2f} epochs), learning rate {configs.learning_rate(config):g}, "
+        "steps": f"{steps} ({loader.epoch_at(steps):.2f} epochs), learning rate {learning_rate(config):g}, "
         f"{config.schedule.name}",
     }
 
@@ -94,14 +95,20 @@ def _adapter(adapter: ConfigDict) -> str:
     return ", ".join([what, *filter(None, notes)])
 
 
+def _reference(program: Program) -> str:
+    if REFERENCE not in program.frozen:
+        return "the base, without its adapter"
+    return f"the values that training starts from, {_size(program.frozen[REFERENCE])}"
+
+
 def _size(abstract: Tree, count: int | None = None) -> str:
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in tree.flatten(abstract).values())
     return f"{tree.count(abstract) if count is None else count:,} parameters, {size / 1e6:,.1f} MB"
 
 
-def _attention(config: ConfigDict, base: Base, mesh: Mesh) -> str:
+def _attention(row_length: int, base: Base, mesh: Mesh) -> str:
     model = base.model
-    choice = kernels.choose(model.attention, model.spec, model.dtype, config.data.max_length, mesh)
+    choice = kernels.choose(model.attention, model.spec, model.dtype, row_length, mesh)
     return choice.name + (f"; {choice.reason}" if choice.reason else "")
 
 

@@ -27,12 +27,12 @@ from ml_collections import ConfigDict, config_flags
 
 from ftjax import cli, distributed, quant, tree
 from ftjax import config as configs
+from ftjax.assemble import Program
 from ftjax.errors import UserError
 from ftjax.models import kernels
 from ftjax.models.spec import DecoderSpec
 from ftjax.plan import model_spec
-from ftjax.planning import chips, compiled
-from ftjax.planning.compiled import Program
+from ftjax.planning import chips, compiled, flops
 from ftjax.training.state import TrainState
 from ftjax.tree import Tree
 
@@ -81,6 +81,7 @@ def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, pe
     peak = peak or peak_of(device.device_kind)
     tokens = config.data.batch_size * config.data.max_length
     median, count = statistics.median(times), jax.device_count()
+    needed = flops.of_step(program).total
     attention = kernels.choose(
         config.model.attention, spec, jnp.dtype(config.model.dtype), config.data.max_length, program.mesh
     )
@@ -100,9 +101,9 @@ def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, pe
         "compile_time": compile_time,
         "step_time": {"min": min(times), "median": median, "max": max(times), "back_to_back": back_to_back},
         "tokens_per_second_per_device": tokens / median / count,
-        "flops_per_step": program.flops.total,
+        "flops_per_step": needed,
         "peak_flops_per_device": peak,
-        "mfu": program.flops.total / median / count / peak if peak else None,
+        "mfu": needed / median / count / peak if peak else None,
         "memory": memory(step),
         "loss": loss,
         "hardware": {"device": device.device_kind, "devices": count, "processes": jax.process_count()},
@@ -175,7 +176,7 @@ def make_batch(program: Program) -> dict[str, jax.Array]:
     """Rows of one document each, all of whose tokens are trained on: what `flops_per_step` counts."""
     shape = program.batch["tokens"].shape
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, program.spec.vocab_size, (*shape[:-1], shape[-1] + 1), np.int32)
+    ids = rng.integers(0, program.model.spec.vocab_size, (*shape[:-1], shape[-1] + 1), np.int32)
     host = {
         "tokens": ids[..., :-1],
         "targets": ids[..., 1:],

@@ -32,7 +32,8 @@ FLOORS = [
     {"method"},
     {"assemble"},
     {"evals"},
-    {"describe", "inspection", "parity", "planning", "preflight"},
+    {"describe", "inspection", "parity", "preflight", "resume"},
+    {"planning"},
     {"train", "generate", "export", "plan", "inspect_data", "curate"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -22,6 +22,7 @@ from ftjax.data.read.sources import TASK
 from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
 from ftjax.objectives.loss import Loss, Objective
+from ftjax.objectives.reference import policy_and_reference
 from ftjax.sampling.engine import generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.tasks import registry
@@ -77,7 +78,7 @@ class Evaluator:
             found |= heldout_metrics(self._eval_step, trainable, frozen, batches, self._mesh, check)
             self._display.say(f"step {step}: held-out loss {found['eval_loss']:.4f}")
         for entry in self._tasks:
-            score, records = self._score(step, entry, tree.combine(trainable, frozen))
+            score, records = self._score(step, entry, policy_and_reference(tree.combine(trainable, frozen))[0])
             found[_score_name(entry)] = score
             if distributed.is_first():
                 self._write_samples(step, _name(entry), records)

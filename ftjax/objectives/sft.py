@@ -1,13 +1,15 @@
 """Supervised fine-tuning: cross-entropy of the trained tokens."""
 
+from ml_collections import ConfigDict
+
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.cross_entropy import cross_entropy
 from ftjax.objectives.head import head_of, make_unembed
 from ftjax.objectives.loss import Loss, Objective
 
 
-def make_sft(model: Decoder) -> Objective:
-    """The objective over batches of tokens, targets, weights, positions and segment_ids, all [B, T]."""
+def make_sft(model: Decoder, config: ConfigDict | None = None) -> Objective:
+    """The objective over batches of the arrays of `packing.BATCH`, all [B, T]; it has no settings."""
     unembed = make_unembed(model)
 
     def sft(variables, batch, rng):

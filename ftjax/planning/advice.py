@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 
 from ftjax import config as configs
 from ftjax import tree
+from ftjax.assemble import Program
 from ftjax.errors import UserError
 from ftjax.models.spec import DecoderSpec
-from ftjax.planning import compiled
+from ftjax.planning import compiled, flops
 from ftjax.planning.chips import GIB
-from ftjax.planning.compiled import Plan, Program
+from ftjax.planning.compiled import Plan
 from ftjax.planning.topology import Topology
 
 BEST = 4  # settings of a search that must fit before it ends
@@ -168,7 +169,7 @@ def _meshes(spec: DecoderSpec, topology: Topology) -> Iterator[dict[str, int]]:
 
 def estimate(config: ConfigDict, program: Program, topology: Topology) -> tuple[float, float]:
     """(seconds of a step, bytes on a chip), without compiling: to order candidates by, no more."""
-    mesh, chip, spec = program.mesh.shape, topology.chip, program.spec
+    mesh, chip, spec = program.mesh.shape, topology.chip, program.model.spec
     leaves = [*jax.tree.leaves(program.state), *jax.tree.leaves(program.frozen)]
     arguments = sum(compiled.bytes_on_chip(leaf) for leaf in leaves)
     trained = sum(compiled.bytes_on_chip(leaf) for leaf in jax.tree.leaves(program.state.trainable))
@@ -179,7 +180,7 @@ def estimate(config: ConfigDict, program: Program, topology: Topology) -> tuple[
     activations = width * per_layer * spec.num_hidden_layers
     size = arguments + trained + activations + width * (12.0 + 4 * inner)
     again = {"full": 1.0, "dots": 0.2, "none": 0.0, "offload": 1.0}[config.model.remat]
-    needed = program.flops
+    needed = flops.of_step(program)
     compute = (needed.total + again * (needed.forward + needed.attention)) / topology.chips / chip.flops
     kernels = sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize

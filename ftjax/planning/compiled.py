@@ -3,46 +3,24 @@
 import math
 import re
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import assemble, sharding, tree
-from ftjax import config as configs
-from ftjax.errors import UserError
+from ftjax import assemble, preflight, sharding, tree
+from ftjax.assemble import Program
 from ftjax.models.decoder import Decoder
 from ftjax.models.spec import DecoderSpec
-from ftjax.objectives.registry import OBJECTIVES
 from ftjax.planning import flops, hlo, traffic
 from ftjax.planning.flops import Flops
 from ftjax.planning.roofline import Roofline, roofline
 from ftjax.planning.topology import Topology
 from ftjax.planning.traffic import Collective
-from ftjax.training import optim
-from ftjax.training.state import TrainState, abstract_state
-from ftjax.training.step import make_step
-from ftjax.tree import Tree
 
 STEPS = 1000  # of the schedule; the program does not depend on it
-
-
-@dataclass(frozen=True)
-class Program:
-    """A training step before it is compiled: shapes and shardings only."""
-
-    spec: DecoderSpec
-    mesh: Mesh
-    step: Callable
-    state: TrainState
-    frozen: Tree
-    batch: dict[str, jax.ShapeDtypeStruct]
-    flops: Flops
-    reaches: list[float]  # keys that a query of each layer sees, on average
 
 
 @dataclass(frozen=True)
@@ -94,33 +72,9 @@ def describe(config: ConfigDict, spec: DecoderSpec, devices: list[jax.Device]) -
         config.model.remat,
         config.model.attention,
     )
+    preflight.check_mesh(config, spec, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        abstract, is_trained = assemble.abstract_variables(config, model, mesh)
-        trainable, frozen = tree.partition(abstract, is_trained)
-        schedule = optim.make_schedule(configs.learning_rate(config), config.schedule, STEPS)
-        optimizer = optim.make_optimizer(config.optimizer, schedule)
-        state = abstract_state(optimizer, trainable, mesh)
-        objective = OBJECTIVES[config.objective.name](model)
-        step = make_step(objective, optimizer, schedule, state, config.seed, model.dtype)
-    batch = _abstract_batch(config, mesh)
-    rows, length = config.data.batch_size, config.data.max_length
-    needed = flops.count(spec, abstract, is_trained, rows, length)
-    reaches = [flops.visible_pairs(length, window) / length for window in flops.windows(spec)]
-    return Program(spec, mesh, step, state, frozen, batch, needed, reaches)
-
-
-def _abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    rows = config.data.batch_size // config.accumulate
-    shape = (config.accumulate, rows, config.data.max_length)
-    where = sharding.named(mesh, (None, "batch", "length"), shape)
-    if sharding.undivided(("batch",), (rows,), mesh):
-        parts = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
-        raise UserError(
-            f"config.data.batch_size={config.data.batch_size} in {config.accumulate} micro-batch(es) is {rows} rows, "
-            f"which the mesh's {parts} parts do not divide"
-        )
-    batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in batch.items()}
+        return assemble.program(config, model, mesh, STEPS)
 
 
 def compile_text(program: Program) -> tuple[str, object]:
@@ -146,22 +100,23 @@ def _optimized(directory: Path) -> str:
 
 def plan(program: Program, topology: Topology) -> Plan:
     """Compiles; seconds to a minute. Any model takes the same time: its layers are one loop."""
+    needed = flops.of_step(program)
     try:
         text, analysis = compile_text(program)
     except jax.errors.JaxRuntimeError as error:
         lacking = exceeded(str(error))
         if lacking is None:
             raise
-        return Plan(None, lacking, program.flops, 0.0, 0.0, (), None, ())
+        return Plan(None, lacking, needed, 0.0, 0.0, (), None, ())
     module = hlo.parse(text)
     collectives = tuple(traffic.collectives(module, program.mesh))
-    executed = traffic.matrix_flops(module) + traffic.kernel_flops(module, program.reaches)
+    executed = traffic.matrix_flops(module) + traffic.kernel_flops(module, flops.reaches(program))
     moved = traffic.memory_bytes(module)
     memory = _memory(program, analysis)
     lacking = memory.total - topology.chip.usable
     limits = roofline(topology, executed, moved, list(collectives))
     loops = tuple(module.unknown_loops)
-    return Plan(memory, lacking, program.flops, executed, moved, collectives, limits, loops)
+    return Plan(memory, lacking, needed, executed, moved, collectives, limits, loops)
 
 
 _TOO_LARGE = re.compile(r"required for .*?\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)")

@@ -4,7 +4,10 @@ import math
 from dataclasses import dataclass
 
 from ftjax import tree
+from ftjax.assemble import Program
+from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.models.spec import DecoderSpec
+from ftjax.planning.chips import CHIPS
 from ftjax.tree import Tree
 
 
@@ -17,16 +20,19 @@ class Flops:
     to_weights: float  # and to the weights, of those that are trained
     attention: float  # scores and sums of values, forward
     attention_backward: float
+    reference: float = 0.0  # the forward pass of a reference beside it
 
     @property
     def total(self) -> float:
-        return self.forward + self.to_inputs + self.to_weights + self.attention + self.attention_backward
+        products = self.forward + self.to_inputs + self.to_weights
+        return products + self.attention + self.attention_backward + self.reference
 
 
-def count(spec: DecoderSpec, variables: Tree, is_trained, rows: int, length: int) -> Flops:
+def count(spec: DecoderSpec, variables: Tree, is_trained, rows: int, length: int, reference: bool = False) -> Flops:
     """For `rows` rows of `length` tokens, each one document (packed rows need less attention), all of them trained on.
 
-    variables: shapes of all collections, a quantized kernel under the name of its packed arrays.
+    variables: shapes of all collections, a quantized kernel under the name of its packed arrays. reference: whether
+    there is one beside it; its adapters, if it has any, are not counted.
     """
     tokens = rows * length
     weights = {path: size * _share(path, spec) for path, size in products(spec, variables).items()}
@@ -34,7 +40,38 @@ def count(spec: DecoderSpec, variables: Tree, is_trained, rows: int, length: int
     pairs = sum(visible_pairs(length, window) for window in windows(spec))
     attention = 4.0 * rows * pairs * spec.num_attention_heads * spec.head_dim
     forward = 2.0 * tokens * sum(weights.values())
-    return Flops(forward, forward, 2.0 * tokens * trained, attention, 2 * attention)
+    alone = sum(size for path, size in weights.items() if not path.startswith("lora/"))
+    beside = 2.0 * tokens * alone + attention if reference else 0.0
+    return Flops(forward, forward, 2.0 * tokens * trained, attention, 2 * attention, beside)
+
+
+def of_step(program: Program) -> Flops:
+    """Of a step of `program` over all chips, every document as long as it may be."""
+    accumulate, rows, _ = program.batch["tokens"].shape
+    documents, length = _documents(program)
+    variables, is_trained, reference = program.variables, program.is_trained, program.method.reference
+    return count(program.model.spec, variables, is_trained, accumulate * rows * documents, length, reference)
+
+
+def reaches(program: Program) -> list[float]:
+    """Keys that a query of each layer sees, on average over a document."""
+    _, length = _documents(program)
+    return [visible_pairs(length, window) / length for window in windows(program.model.spec)]
+
+
+def seconds_per_token(program: Program) -> float | None:
+    """What all devices together need for the FLOPs of one token at their peak; None for devices of unknown peak."""
+    kind = program.mesh.devices.flat[0].device_kind
+    peaks = [chip.flops for chip in CHIPS.values() if chip.devices == kind]
+    if not peaks:
+        return None
+    return of_step(program).total / math.prod(program.batch["tokens"].shape) / (peaks[0] * program.mesh.size)
+
+
+def _documents(program: Program) -> tuple[int, int]:
+    """How many documents a row holds at least, and the tokens of each."""
+    documents = ROW_KINDS[program.method.rows].documents
+    return documents, program.batch["tokens"].shape[-1] // documents
 
 
 def products(spec: DecoderSpec, variables: Tree) -> dict[str, int]:

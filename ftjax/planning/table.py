@@ -5,9 +5,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ftjax.assemble import Program
 from ftjax.planning.advice import Tried
 from ftjax.planning.chips import GIB
-from ftjax.planning.compiled import Plan, Program
+from ftjax.planning.compiled import Plan
 from ftjax.planning.roofline import ASSUMPTIONS
 from ftjax.planning.topology import Topology
 

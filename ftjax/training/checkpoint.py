@@ -34,13 +34,17 @@ _ASIDE = ".set-aside"
 _opened = itertools.count()  # names the meetings of each `Checkpoints`; the same in all processes
 
 
-def _context() -> ocp.Context:
-    """Orbax's options; entered wherever Orbax is called, because they are local to a thread."""
+def _context(partial: bool = False) -> ocp.Context:
+    """Orbax's options; entered wherever Orbax is called, because they are local to a thread.
+
+    partial: leaves of a state that are not asked for stay on the disk.
+    """
     registry = ocp.handlers.local_registry()
     # Without a handler of its own a dict would become a tree of tensors.
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
     context = ocp.Context()
     context.checkpointables.registry = registry
+    context.pytree.loading.partial_load = partial
     return context
 
 
@@ -210,11 +214,14 @@ class Checkpoints:
         self.wait()
         return self._of_first(self._best(self._complete()))
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
+    def restore(
+        self, abstract_state: Any, step: int | None = None, *, partial: bool = False
+    ) -> tuple[int, Any, dict[str, Any]]:
         """(step, state, meta) of `step`, by default the newest.
 
         `abstract_state` is a pytree of ShapeDtypeStruct with shardings, on any mesh; its paths, shapes and dtypes must
-        be exactly those that were saved (nothing is cast).
+        be exactly those that were saved (nothing is cast). With `partial` it may be a part of the state, as nested
+        dicts ({"trainable": ...}), and only that part is read into memory.
 
         Raises:
           UserError: there is no such step; it is damaged; or it has other paths, shapes or dtypes (all are listed).
@@ -231,12 +238,13 @@ class Checkpoints:
         if wrong := self._found_by_any(digest.wrong_files(path, mine)):
             raise self._unusable(step, f"missing or damaged files: {', '.join(wrong)}")
         wanted = {name: digest.describe(leaf) for name, leaf in digest.flatten(abstract_state).items()}
-        if lines := digest.differences(record["leaves"], wanted):
+        saved = {name: leaf for name, leaf in record["leaves"].items() if name in wanted or not partial}
+        if lines := digest.differences(saved, wanted):
             raise UserError(
                 f"checkpoint {path} does not fit this run's state; set model, adapter and optimizer as they were, or "
                 "start a new run with another --workdir:\n  " + "\n  ".join(lines)
             )
-        with _context():
+        with _context(partial):
             loaded = ocp.load_checkpointables(path, {"state": abstract_state, "meta": None})
         if wrong := self._wrong_leaves(record["leaves"], loaded["state"]):
             raise self._unusable(step, f"the digests of {len(wrong)} arrays do not match: {', '.join(wrong)}")

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -12,139 +12,172 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ftjax import sharding
-from ftjax.data.batch.prefetch import Prefetched
 from ftjax.errors import UserError
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.metrics import MetricsWriter
 from ftjax.training.preemption import Preempted, Preemption
+from ftjax.training.source import Source
 from ftjax.training.state import TrainState
 from ftjax.tree import Tree
 
-Step = Callable[[TrainState, Tree, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+# (state, frozen, host arrays [rows, length]) -> (the next state, metrics)
+Step = Callable[[TrainState, Tree, dict[str, np.ndarray]], tuple[TrainState, dict[str, jax.Array]]]
 
 
 class Progress(Protocol):
-    """Where a person looks on (`ftjax.training.display`)."""
+    """Where a person looks on (`display.Display`)."""
 
     def step(self, step: int, metrics: dict[str, float]) -> None: ...
 
-    def say(self, text: str) -> None: ...
+
+class Cadence(NamedTuple):
+    """How many steps there are, and after how many of them what happens."""
+
+    total: int
+    log: int
+    checkpoint: int
+    evaluate: int  # 0: only at the end
+    evaluate_before: bool  # also before the first step
 
 
-@dataclass
-class Loop:
-    """What a run is made of besides its state; `run` is the loop itself.
+class Records(NamedTuple):
+    """Where a run is written down.
 
-    batch_at: index -> host batch [batch_size, length]; a pure function, so the data position is the step count. Only
-      the rows that this process's devices hold need be filled (`sharding.local_rows`).
-    tokens_at: index -> how many tokens that are not padding the whole batch has.
-    evaluate: (step, state) -> metrics with the prefix `eval_`, or None where there is nothing to evaluate.
-    best_metric: the one of them that says which checkpoint is best.
-    token_share: the seconds that all devices together need for the FLOPs of one token at their peak; None: unknown.
-    meta: JSON that every checkpoint carries (config, fingerprint of the data).
+    Attributes:
+      meta: JSON that every checkpoint carries (config, fingerprint of the data).
+      best_metric: the evaluation's metric that says which checkpoint is best; None where there is none.
+      seconds_per_token: what all devices together need for the FLOPs of one token at their peak; None: unknown.
     """
 
-    mesh: Mesh
-    step: Step
-    batch_at: Callable[[int], dict[str, np.ndarray]]
-    tokens_at: Callable[[int], int]
-    epoch_at: Callable[[int], float]
-    evaluate: Callable[[int, TrainState], dict[str, float]] | None
-    best_metric: str | None
     checkpoints: Checkpoints
     writer: MetricsWriter
     progress: Progress
-    preemption: Preemption
-    token_share: float | None
     meta: dict[str, Any]
-    total_steps: int
-    accumulate: int
-    log_every: int
-    eval_every: int  # 0: only at the end
-    evaluate_before: bool
-    checkpoint_every: int
+    best_metric: str | None
+    seconds_per_token: float | None
 
 
-def run(loop: Loop, state: TrainState, frozen: Tree, saved: int | None, num_tokens: int, evaluated: bool) -> TrainState:
-    """Trains from `state.step` to `loop.total_steps`.
+@dataclass(frozen=True)
+class Loop:
+    """What a run is made of besides its state; `run` is the loop itself.
 
-    saved: the step whose checkpoint `state` is, None for a fresh one; num_tokens: non-padding tokens seen before it;
-    evaluated: whether its evaluation is already among the metrics.
+    evaluate: (step, state) -> metrics with the prefix `eval_`, or None where there is nothing to evaluate.
+    """
+
+    step: Step
+    source: Source
+    evaluate: Callable[[int, TrainState], dict[str, float]] | None
+    cadence: Cadence
+    records: Records
+    preemption: Preemption
+
+
+class Start(NamedTuple):
+    """Where a run begins, or goes on.
+
+    Attributes:
+      saved: the step whose checkpoint `state` is, None for a fresh one.
+      num_tokens: tokens seen before it, without padding.
+      evaluated: whether its evaluation is already among the metrics.
+    """
+
+    state: TrainState
+    frozen: Tree
+    saved: int | None = None
+    num_tokens: int = 0
+    evaluated: bool = False
+
+
+def run(loop: Loop, start: Start) -> TrainState:
+    """Trains from the step of `start` to the last one.
+
     On SIGTERM the state is saved and Preempted raised. NaN or infinite loss or gradient raises UserError before
     anything of it is saved.
 
-    The devices have always the next step to do: a step's metrics are looked at when the one after it has been started,
-    and the batch after that is made meanwhile. Before a save every step that it contains has been looked at.
+    The devices always have the next step to do: the metrics of a step are read when the step after it has been started.
+    Before a save, those of every step that it contains have been.
     """
-    start = done = int(state.step)
-    started: deque[_Started] = deque()
+    cadence, records, source = loop.cadence, loop.records, loop.source
+    state, saved, num_tokens = start.state, start.saved, start.num_tokens
+    first = done = int(state.step)
+    in_flight: deque[_InFlight] = deque()
     timer = _Timer()
 
-    def look(leave: int) -> None:
-        """Waits for the oldest of the started steps, checks and logs them, until so many are left."""
+    def drain(keep: int) -> None:
+        """Checks and logs finished steps, the oldest first, until at most `keep` are in flight."""
         nonlocal num_tokens
-        while len(started) > leave:
-            one = started.popleft()
-            metrics = {name: float(value) for name, value in jax.device_get(one.metrics).items()}
+        while len(in_flight) > keep:
+            step = in_flight.popleft()
+            metrics = {name: float(value) for name, value in jax.device_get(step.metrics).items()}
             if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]:
                 raise UserError(
-                    f"step {one.step}: {bad[0]} is {metrics[bad[0]]}. Nothing of this step is saved; lower "
+                    f"step {step.number}: {bad[0]} is {metrics[bad[0]]}. Nothing of this step is saved; lower "
                     "config.optimizer.learning_rate, raise config.schedule.warmup_ratio or look at the batch's data"
                 )
-            num_tokens += one.tokens
-            metrics |= timer.lap(one.tokens)
-            if loop.token_share is not None and "tokens_per_second" in metrics:
-                metrics["mfu"] = loop.token_share * metrics["tokens_per_second"]
-            loop.progress.step(one.step, metrics)
-            if one.step % loop.log_every == 0 or one.step in (1, loop.total_steps):
-                metrics |= {"epoch": loop.epoch_at(one.step), "num_tokens": num_tokens}
-                metrics["packing_efficiency"] = one.tokens / one.places
-                loop.writer.write(one.step, metrics)
+            num_tokens += step.tokens
+            metrics |= {**step.made, **timer.lap(step.tokens)}
+            if records.seconds_per_token is not None and "tokens_per_second" in metrics:
+                metrics["mfu"] = records.seconds_per_token * metrics["tokens_per_second"]
+            records.progress.step(step.number, metrics)
+            if step.number % cadence.log == 0 or step.number in (1, cadence.total):
+                metrics |= {"epoch": source.epoch_at(step.number), "num_tokens": num_tokens}
+                metrics["packing_efficiency"] = step.tokens / step.slots
+                records.writer.write(step.number, metrics)
 
     def save() -> None:
         nonlocal saved
-        look(leave=0)
+        drain(keep=0)
         if saved != done:
-            loop.checkpoints.save(done, state, loop.meta | {"num_tokens": num_tokens})
+            records.checkpoints.save(done, state, records.meta | {"num_tokens": num_tokens})
             saved = done
             timer.restart()
 
-    with Prefetched(lambda index: (loop.batch_at(index), loop.tokens_at(index)), stop=loop.total_steps) as batch_at:
-        try:
-            while True:
-                due = loop.evaluate is not None and _eval_due(loop, done) and not (evaluated and done == start)
-                if due or done == loop.total_steps or (done and done % loop.checkpoint_every == 0):
+    def evaluate() -> None:
+        metrics = loop.evaluate(done, state)
+        # Recorded only beside a checkpoint that is whole: a restart then knows what is left to do.
+        records.checkpoints.wait()
+        records.writer.write(done, metrics)
+        if records.best_metric in metrics:
+            records.checkpoints.score(done, metrics[records.best_metric])
+        timer.restart()
+
+    with source:
+        while True:
+            at_end = done == cadence.total
+            # Between these bounds the next batches come from a state that is gone: nothing could go on from there.
+            if done % source.updates == 0 or at_end:
+                since = range(max(first, done - source.updates) + 1, done + 1) or (done,)
+                due = loop.evaluate is not None and any(_eval_due(cadence, step) for step in since)
+                due = due and not (start.evaluated and done == first)
+                if due or at_end or any(step and step % cadence.checkpoint == 0 for step in since):
                     save()
                 if due:
-                    metrics = loop.evaluate(done, state)
-                    # Recorded only beside a checkpoint that is whole: a restart then knows what is left to do.
-                    loop.checkpoints.wait()
-                    loop.writer.write(done, metrics)
-                    if loop.best_metric in metrics:
-                        loop.checkpoints.score(done, metrics[loop.best_metric])
-                    timer.restart()
-                if done == loop.total_steps:
+                    evaluate()
+                if at_end:
                     return state
-                loop.preemption.check()
+                try:
+                    loop.preemption.check()
+                except Preempted:
+                    save()
+                    raise
 
-                batch, tokens = batch_at(done)
-                state, metrics = loop.step(state, frozen, place_batch(loop.mesh, batch, loop.accumulate))
-                done += 1
-                started.append(_Started(done, metrics, tokens, batch["tokens"].size))
-                timer.waited += batch_at.waited
-                look(leave=1)
-        except Preempted:
-            save()
-            raise
+            asked = time.perf_counter()
+            batch = source.batch(done, state)
+            timer.waited += time.perf_counter() - asked
+            state, metrics = loop.step(state, start.frozen, batch.arrays)
+            done += 1
+            in_flight.append(_InFlight(done, metrics, batch.metrics, batch.tokens, batch.arrays["tokens"].size))
+            drain(keep=1)
 
 
-class _Started(NamedTuple):
+class _InFlight(NamedTuple):
     """A step that the devices have been given, which may not be done."""
 
-    step: int
+    number: int
     metrics: dict[str, jax.Array]
+    made: Mapping[str, float]  # metrics of the batch
     tokens: int  # of its batch, without padding
-    places: int  # of its batch, with padding
+    slots: int  # of its batch, with padding
 
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulate: int) -> dict[str, jax.Array]:
@@ -155,14 +188,14 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulate: int) -> di
     }
 
 
-def _eval_due(loop: Loop, step: int) -> bool:
+def _eval_due(cadence: Cadence, step: int) -> bool:
     if step == 0:
-        return loop.evaluate_before
-    return step == loop.total_steps or bool(loop.eval_every and step % loop.eval_every == 0)
+        return cadence.evaluate_before
+    return step == cadence.total or bool(cadence.evaluate and step % cadence.evaluate == 0)
 
 
 class _Timer:
-    """Times from one look at a step to the next; the first lap, which compiles, has none."""
+    """Times from one step's end to the next one's; the first lap, which compiles, has none."""
 
     def __init__(self):
         self._last = None

@@ -1,4 +1,7 @@
-"""What a training step changes: the trainable parameters, the optimizer's state and the step count."""
+"""What a training step changes: the trainable parameters, the optimizer's state, what a method keeps, the step."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -10,17 +13,37 @@ from ftjax import sharding, tree
 from ftjax.tree import Tree
 
 
+class Kept(NamedTuple):
+    """What a method keeps from step to step beside the weights, such as a controller or a moving average of them.
+
+    Attributes:
+      init: what is trained -> its first value, a dict of arrays, none of them of size 0.
+      update: (its value, what is trained after the step, the step's metrics) -> its next value; part of the compiled
+        step.
+    """
+
+    init: Callable[[Tree], Tree]
+    update: Callable[[Tree, Tree, dict[str, jax.Array]], Tree]
+
+
 @flax.struct.dataclass
 class TrainState:
     """Everything that a checkpoint must hold besides the data position; the frozen base is not in it."""
 
     step: jax.Array  # int32 scalar: optimizer steps done
-    trainable: Tree  # the differentiated part of {"params": ..., "lora": ...}
+    trainable: Tree  # the differentiated part of {"params": ..., "lora": ..., "heads": ...}
     opt_state: optax.OptState
+    kept: Tree = flax.struct.field(default_factory=dict)  # the method's own; the objective sees it as a collection
 
 
-def abstract_state(optimizer: optax.GradientTransformation, trainable: Tree, mesh: Mesh) -> TrainState:
-    """Shapes and shardings: each optimizer moment is laid out like its parameter, everything else is replicated."""
+def abstract_state(
+    optimizer: optax.GradientTransformation, trainable: Tree, mesh: Mesh, kept: Kept | None = None
+) -> TrainState:
+    """Shapes and shardings: each optimizer moment is laid out like its parameter, everything else is replicated.
+
+    What a method keeps under the path of a parameter, below a name of its own ({"average": {"params": ...}}), and of
+    its shape, is laid out like that parameter too.
+    """
     if wrong := [f"{path} ({leaf.dtype})" for path, leaf in tree.flatten(trainable).items() if leaf.dtype != "float32"]:
         raise ValueError(f"what is trained must be float32, or small updates are lost: {', '.join(wrong)}")
     whole = sharding.replicated(mesh)
@@ -40,11 +63,24 @@ def abstract_state(optimizer: optax.GradientTransformation, trainable: Tree, mes
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         trainable=jax.tree.map(lambda leaf: like(leaf, leaf.sharding), trainable),
         opt_state=opt_state,
+        kept=_abstract_kept(kept, trainable, whole) if kept else {},
     )
 
 
-def init_state(optimizer: optax.GradientTransformation, trainable: Tree, abstract: TrainState) -> TrainState:
-    """Step 0 of `trainable`, the optimizer's state made where `abstract` puts it."""
+def _abstract_kept(kept: Kept, trainable: Tree, whole: jax.sharding.Sharding) -> Tree:
+    params, placed = tree.flatten(trainable), {}
+    for path, leaf in tree.flatten(jax.eval_shape(kept.init, trainable)).items():
+        param = params.get(path.partition("/")[2])
+        where = param.sharding if param is not None and param.shape == leaf.shape else whole
+        placed[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return tree.unflatten(placed)
+
+
+def init_state(
+    optimizer: optax.GradientTransformation, trainable: Tree, abstract: TrainState, kept: Kept | None = None
+) -> TrainState:
+    """Step 0 of `trainable`, the optimizer's state and what the method keeps made where `abstract` puts them."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), trainable, opt_state)
+    first = jax.jit(kept.init, out_shardings=shardings.kept)(trainable) if kept else {}
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), trainable, opt_state, first)

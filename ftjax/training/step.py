@@ -8,7 +8,7 @@ import optax
 
 from ftjax import tree
 from ftjax.objectives.loss import Loss, Objective
-from ftjax.training.state import TrainState
+from ftjax.training.state import Kept, TrainState
 from ftjax.tree import Tree
 
 Batch = dict[str, jax.Array]
@@ -22,14 +22,16 @@ def make_step(
     abstract: TrainState,
     seed: int,
     dtype: jnp.dtype | None = None,
+    kept: Kept | None = None,
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]:
     """`step(state, frozen, batch) -> (state, metrics)`, compiled once; the old state's buffers are donated.
 
     batch: arrays [accumulate, batch / accumulate, ...]; the micro-batches are summed by `lax.scan` in float32 and
-    divided once by the weight of the whole global batch. dtype: what the model multiplies its kernels in; their
-    gradients are then taken and kept in it until they are summed, which is what the backward pass makes them in anyway
-    and half the memory. metrics: float32 scalars `loss`, `grad_norm` (before
-    clipping), `learning_rate`, and the objective's own.
+    divided once by the weight of the whole global batch.
+    dtype: what the model multiplies its kernels in; their gradients are then taken and kept in it until they are
+    summed, which is what the backward pass makes them in anyway and half the memory.
+    kept: what the method keeps; the objective sees it as the collection `kept`.
+    metrics: float32 scalars `loss`, `grad_norm` (before clipping), `learning_rate`, and the objective's own.
     """
 
     def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -37,7 +39,8 @@ def make_step(
 
         def micro_step(index, micro):
             def loss_sum(trainable):
-                loss = objective(tree.combine(trainable, frozen), micro, jax.random.fold_in(rng, index))
+                variables = tree.combine(trainable, frozen) | ({"kept": state.kept} if kept else {})
+                loss = objective(variables, micro, jax.random.fold_in(rng, index))
                 return loss.sum, loss
 
             return jax.grad(loss_sum, has_aux=True)(kernels_in(state.trainable, dtype))
@@ -64,7 +67,8 @@ def make_step(
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, trainable, opt_state), metrics
+        after = kept.update(state.kept, trainable, metrics) if kept else {}
+        return TrainState(state.step + 1, trainable, opt_state, after), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

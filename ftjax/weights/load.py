@@ -40,7 +40,8 @@ def load_variables(
 
 
 def load_params(reader: Reader, spec: DecoderSpec, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of `abstract` (a dict of ShapeDtypeStruct): read, transposed, stacked, cast, placed.
+    """The parameters of `abstract` (a dict of ShapeDtypeStruct; all of the model's or some): read, transposed, stacked,
+    cast, placed.
 
     A leaf with a `.sharding` (a NamedSharding) becomes an array with that sharding, made from the parts that this
     process's devices hold, each read once; a leaf without one becomes an ordinary array on the default device.
@@ -50,8 +51,8 @@ def load_params(reader: Reader, spec: DecoderSpec, abstract: dict[str, Any]) -> 
     """
     keys = hf_names(spec)
     leaves = tree.flatten(abstract)
-    if {path: leaf.shape for path, leaf in leaves.items()} != {path: key.our_shape for path, key in keys.items()}:
-        raise ValueError(f"the tree to load is not that of {spec}")
+    if wrong := [path for path, leaf in leaves.items() if path not in keys or leaf.shape != keys[path].our_shape]:
+        raise ValueError(f"the tree to load is not that of {spec}: {', '.join(wrong)}")
     stored = stored_names(reader)
     _check(reader, stored, spec, keys)
     return tree.unflatten({path: _array(reader, stored, keys[path], leaf) for path, leaf in leaves.items()})

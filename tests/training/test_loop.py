@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.tiny import one_device
 
 from ftjax.errors import UserError
-from ftjax.training.loop import Loop, run
+from ftjax.training.loop import Cadence, Loop, Records, Start, run
 from ftjax.training.preemption import Preempted
+from ftjax.training.source import Batch
 
 PLACES = 2 * 3
 
@@ -21,35 +21,42 @@ class Recorder:
     def __init__(self, total_steps, losses=(), checkpoint_every=100, preempt_before=None):
         self.events, self.records, self.saved = [], {}, {}
         self._losses, self._preempt_before = dict(losses), preempt_before
-        nothing = SimpleNamespace(wait=lambda: None, save=self._save)
+        checkpoints = SimpleNamespace(wait=lambda: None, save=self._save)
+        writer = SimpleNamespace(write=lambda step, metrics: self.records.update({step: metrics}))
+        progress = SimpleNamespace(step=lambda step, metrics: self.events.append(f"seen {step}"))
         self.loop = Loop(
-            mesh=one_device(),
             step=self._step,
-            batch_at=lambda index: dict.fromkeys(("tokens", "segment_ids"), np.full((2, 3), index, np.int32)),
-            tokens_at=lambda index: index + 1,
-            epoch_at=lambda step: step / 2,
+            source=self,
             evaluate=None,
-            best_metric=None,
-            checkpoints=nothing,
-            writer=SimpleNamespace(write=lambda step, metrics: self.records.update({step: metrics})),
-            progress=SimpleNamespace(step=lambda step, metrics: self.events.append(f"seen {step}")),
+            cadence=Cadence(total_steps, log=1, checkpoint=checkpoint_every, evaluate=0, evaluate_before=False),
+            records=Records(checkpoints, writer, progress, {}, best_metric=None, seconds_per_token=0.25),
             preemption=SimpleNamespace(check=self._check),
-            token_share=0.25,
-            meta={},
-            total_steps=total_steps,
-            accumulate=1,
-            log_every=1,
-            eval_every=0,
-            evaluate_before=False,
-            checkpoint_every=checkpoint_every,
         )
 
+    updates = 1
+
+    def batch(self, index, state):
+        assert state.step == index
+        made = {"made": float(index)}
+        return Batch(dict.fromkeys(("tokens", "segment_ids"), np.full((2, 3), index, np.int32)), index + 1, made)
+
+    def epoch_at(self, step):
+        return step / 2
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.events.append("closed")
+
     def run(self, start=0):
-        return run(self.loop, SimpleNamespace(step=start), {}, start or None, 100, evaluated=False)
+        state = run(self.loop, Start(SimpleNamespace(step=start), {}, start or None, 100))
+        assert self.events.pop() == "closed"
+        return state
 
     def _step(self, state, frozen, batch):
         step = state.step + 1
-        assert int(batch["tokens"][0, 0, 0]) == state.step  # its own batch
+        assert int(batch["tokens"][0, 0]) == state.step  # its own batch
         self.events.append(f"started {step}")
         metrics = {"loss": self._losses.get(step, 1.0), "grad_norm": 1.0}
         return SimpleNamespace(step=step), {name: jnp.float32(value) for name, value in metrics.items()}
@@ -98,7 +105,7 @@ def test_preempted_it_saves_what_it_has_looked_at():
     recorder = Recorder(9, preempt_before=4)
     with pytest.raises(Preempted):
         recorder.run()
-    assert recorder.events[-2:] == ["seen 3", "saved 3"]
+    assert recorder.events[-3:] == ["seen 3", "saved 3", "closed"]
     recorder = Recorder(9, {3: math.nan}, preempt_before=4)
     with pytest.raises(UserError, match="step 3: loss is nan"):
         recorder.run()
@@ -115,9 +122,22 @@ def test_what_is_logged():
     assert last["tokens_per_second"] == pytest.approx(4 / last["step_time"])
     assert last["mfu"] == pytest.approx(last["tokens_per_second"] / 4)
     assert 0 <= last["data_wait"] <= 1
+    assert last["made"] == 3.0  # of the batch itself
 
 
 def test_a_resumed_run_goes_on_with_the_next_batch():
     recorder = Recorder(4)
     recorder.run(start=2)
     assert recorder.events == ["started 3", "started 4", "seen 3", "seen 4", "saved 4"]
+
+
+def test_saves_and_preemption_wait_for_the_bounds_of_a_source_that_makes_several_batches_of_one_state():
+    recorder = Recorder(10, checkpoint_every=3)
+    recorder.updates = 4
+    recorder.run()
+    assert list(recorder.saved) == [4, 8, 10]  # 3, 6 and 9 as soon as a new state is asked for, and the end
+    recorder = Recorder(10, checkpoint_every=100, preempt_before=3)
+    recorder.updates = 4
+    with pytest.raises(Preempted):
+        recorder.run()
+    assert list(recorder.saved) == [4]

@@ -1,0 +1,85 @@
+"""The methods: what a kind of run is, in one table.
+
+A method says how its objective is made, what a row of it is, and what it needs besides: a reference, a head, further
+arrays in a batch, state that it keeps. Data, planner, loader, inspection, evaluation and the loop ask here and know no
+method by name.
+"""
+
+import types
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ftjax import config as configs
+from ftjax.data.batch.packing import BATCH
+from ftjax.errors import UserError, did_you_mean
+from ftjax.models.decoder import Decoder
+from ftjax.objectives.dpo import make_dpo
+from ftjax.objectives.loss import Objective
+from ftjax.objectives.sft import make_sft
+from ftjax.training.state import Kept
+
+
+class Method(NamedTuple):
+    """What a run of one kind is.
+
+    Attributes:
+      objective: (model, config.objective) -> what is minimized.
+      rows: what a row of its data is, a key of `data.tokens.kinds.ROW_KINDS`.
+      learning_rates: by config.adapter.kind, where optimizer.learning_rate is 0.
+      settings: the keys of config.objective that it reads, beside `name`; any other one that is set is refused.
+      reference: whether the objective compares with the model as it was before training (`objectives.reference`).
+      head: the scalar head that it adds (`models.heads`), "" for none.
+      batch: the arrays [rows, length] of its batches.
+      kept: what it keeps from step to step beside the weights, such as a controller or a moving average.
+    """
+
+    objective: Callable[[Decoder, ConfigDict], Objective]
+    rows: str
+    learning_rates: Mapping[str, float]
+    settings: tuple[str, ...] = ()
+    reference: bool = False
+    head: str = ""
+    batch: Mapping[str, type[np.generic]] = types.MappingProxyType(BATCH)
+    kept: Kept | None = None
+
+
+METHODS = {
+    "sft": Method(make_sft, rows="conversation", learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5}),
+    "dpo": Method(
+        make_dpo,
+        rows="pair",
+        learning_rates={"lora": 1e-5, "dora": 1e-5, "none": 1e-6},
+        settings=("beta",),
+        reference=True,
+    ),
+}
+
+
+def method_of(config: ConfigDict) -> Method:
+    """The method that config.objective.name names.
+
+    Raises:
+      UserError: there is none of that name; or a key of config.objective, or of config.data, is set that it has no use
+        for.
+    """
+    name = config.objective.name
+    if name not in METHODS:
+        raise UserError(f"config.objective.name={name!r} is no method{did_you_mean(name, METHODS)}")
+    method, defaults = METHODS[name], configs.defaults()
+    unread = [key for key in config.objective if key not in ("name", *method.settings)]
+    unused = [f"objective.{key}" for key in unread if config.objective[key] != defaults.objective[key]]
+    if method.rows != "conversation" and config.data.train_on != defaults.data.train_on:
+        unused.append("data.train_on")
+    if unused:
+        users = [other for other, its in METHODS.items() if unused[0].removeprefix("objective.") in its.settings]
+        hint = f"; {', '.join(users)} does" if users else ""
+        raise UserError(f"config.{unused[0]}: objective.name={name!r} does not use it{hint}; leave it at its default")
+    return method
+
+
+def learning_rate(config: ConfigDict) -> float:
+    """The peak learning rate: config.optimizer.learning_rate, or where that is 0 the method's own for its adapters."""
+    return config.optimizer.learning_rate or method_of(config).learning_rates[config.adapter.kind]

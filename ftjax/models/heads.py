@@ -1,0 +1,44 @@
+"""Heads that give a number for each position: the score of a reward model, the value of a critic.
+
+They are a collection of their own, `heads`, beside `params` and `lora`: always trained, in float32, never part of what
+the model says. {"score": {"kernel": [D, 1]}}
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ftjax import sharding, tree
+from ftjax.models.spec import DecoderSpec
+from ftjax.tree import Tree
+
+COLLECTION = "heads"
+
+
+def abstract_head(name: str, spec: DecoderSpec, mesh: Mesh) -> Tree:
+    """The head as ShapeDtypeStructs with shardings."""
+    shape = (spec.hidden_size, 1)
+    where = sharding.named(mesh, ("embed", None), shape)
+    return {name: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)}}
+
+
+def init_heads(abstract: Tree, seed: int) -> Tree:
+    """Gaussian kernels with variance 1 / (D + 1), as the reward heads of Stiennon et al. (2020, appendix B.1) have."""
+    leaves = tree.flatten(abstract)
+
+    def make():
+        keys = {path: jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode())) for path in leaves}
+        return {
+            path: jax.random.normal(keys[path], leaf.shape, leaf.dtype) * (leaf.shape[0] + 1) ** -0.5
+            for path, leaf in leaves.items()
+        }
+
+    return tree.unflatten(jax.jit(make, out_shardings={path: leaf.sharding for path, leaf in leaves.items()})())
+
+
+def values(variables: Tree, name: str, hidden: jax.Array) -> jax.Array:
+    """float32 [B, T]: what the head `name` gives for hidden states [B, T, D]."""
+    kernel = variables[COLLECTION][name]["kernel"]
+    return jnp.matmul(hidden.astype(jnp.float32), kernel, precision="highest")[..., 0]

@@ -1,0 +1,33 @@
+"""Log-probabilities of documents: what every objective over whole answers is made of."""
+
+import jax
+
+from ftjax.models.decoder import Decoder
+from ftjax.objectives.cross_entropy import per_token
+from ftjax.objectives.head import Unembed, head_of
+from ftjax.tree import Tree
+
+Batch = dict[str, jax.Array]
+
+
+def token_logps(model: Decoder, unembed: Unembed, variables: Tree, batch: Batch, rng: jax.Array | None) -> jax.Array:
+    """float32 [B, T]: log p(target) at every position with a weight, 0 elsewhere.
+
+    batch: the arrays of `packing.BATCH`, [B, T]; rng: for dropout, None without it.
+    """
+    rngs = None if rng is None else {"dropout": rng}
+    hidden, _ = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
+    head = head_of(model, variables)
+    losses, _, _ = per_token(unembed, None, head, hidden, batch["targets"], batch["weights"] != 0, rng)
+    return -losses * batch["weights"]
+
+
+def pair_sums(values: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums over the first and the second document of each pair, float32 [B, P] each; 0 where a row has fewer pairs.
+
+    values: float32 [B, T]; segment_ids: int32 [B, T], 1 and 2 for a row's first pair, 3 and 4 for its second, 0 for
+    padding. P = T // 4, and 1 at least: a document has two tokens or more, so no row holds more pairs.
+    """
+    count = max(values.shape[1] // 4, 1)
+    sums = jax.vmap(lambda row, ids: jax.ops.segment_sum(row, ids, num_segments=2 * count + 1))(values, segment_ids)
+    return sums[:, 1::2], sums[:, 2::2]
