@@ -4,16 +4,20 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ftjax import assemble, distributed, tree
 from ftjax import config as configs
-from ftjax import distributed
-from ftjax.data.batch.loader import Loader
+from ftjax.assemble import Base, Program
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import best_metric, is_eval
+from ftjax.objectives.reference import REFERENCE, frozen_with_reference
 from ftjax.training import metrics
 from ftjax.training.checkpoint import Checkpoints
-from ftjax.training.state import TrainState
+from ftjax.training.loop import Start
+from ftjax.training.state import init_state
 from ftjax.weights.peft import continued
 
 
@@ -54,23 +58,42 @@ def find(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> Resume:
     return Resume(step, records, set(evaluated))
 
 
-def restore(
-    resume: Resume, config: ConfigDict, workdir: Path, checkpoints: Checkpoints, abstract: TrainState, loader: Loader
-) -> tuple[TrainState, int]:
-    """The state of `resume.step`, and the number of tokens seen before it; later steps are set aside.
+def start(
+    there: Resume,
+    config: ConfigDict,
+    base: Base,
+    program: Program,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    fingerprint: str,
+) -> Start:
+    """The state to begin with: fresh, or that of the checkpoint that is there; later checkpoints are set aside.
+
+    The reference of a method that has one is rebuilt from the base and the seed, or the adapter that training went on
+    from, in both cases alike. fingerprint: of the data.
 
     Raises:
       UserError: the checkpoint is damaged or does not fit; the data is not what the run began with.
     """
-    _, state, meta = checkpoints.restore(abstract, resume.step)
-    if meta["data"] != loader.fingerprint():
+    variables = assemble.load_variables(config, base, program.variables)
+    trainable, frozen = tree.partition(variables, program.is_trained)
+    del variables  # the step donates the state: no second copy may stay alive
+    if REFERENCE in program.frozen:
+        frozen = frozen_with_reference(frozen, trainable)
+    if there.step is None:
+        if REFERENCE in program.frozen:  # which stays when the step donates what is trained
+            trainable = jax.tree.map(jnp.copy, trainable)
+        return Start(init_state(program.optimizer, trainable, program.state, program.method.kept), frozen)
+    del trainable
+    _, state, meta = checkpoints.restore(program.state, there.step)
+    if meta["data"] != fingerprint:
         raise UserError(
             f"{workdir}: the training data, its tokenizer or its chat template is not what this run began with; "
             "restore it or choose another --workdir"
         )
-    checkpoints.rewind(resume.step)
+    checkpoints.rewind(there.step)
     name, _ = best_metric(config)
-    for record in resume.records:
-        if name in record and record["step"] <= resume.step:
+    for record in there.records:
+        if name in record and record["step"] <= there.step:
             checkpoints.score(record["step"], record[name])
-    return state, meta["num_tokens"]
+    return Start(state, frozen, there.step, meta["num_tokens"], evaluated=there.step in there.evaluated)

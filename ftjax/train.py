@@ -10,29 +10,27 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from ftjax import assemble, cli, describe, distributed, preflight, resume, sharding, tree
+from ftjax import assemble, cli, describe, distributed, preflight, resume, sharding
 from ftjax import config as configs
-from ftjax.assemble import Base, Program
+from ftjax.assemble import Base
 from ftjax.data import pipeline
 from ftjax.data.batch.loader import Loader
 from ftjax.data.read.sources import TASK
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import Evaluator, best_metric
-from ftjax.objectives.reference import REFERENCE, frozen_with_reference
 from ftjax.planning import flops
 from ftjax.training import metrics
 from ftjax.training import workdir as workdirs
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.display import Display
-from ftjax.training.loop import Cadence, Loop, Records, Start, place_batch, run
+from ftjax.training.loop import Cadence, Loop, Records, place_batch, run
 from ftjax.training.preemption import Preempted, Preemption
 from ftjax.training.source import FileSource
-from ftjax.training.state import TrainState, init_state
+from ftjax.training.state import TrainState
 from ftjax.tree import Tree
 from ftjax.weights.peft import continued
 
@@ -85,7 +83,7 @@ def _train(
 
         # Weights, adapters, state.
         display.say("reading the weights")
-        start = _load(config, base, program, there, workdir, checkpoints, train_loader)
+        start = resume.start(there, config, base, program, workdir, checkpoints, train_loader.fingerprint())
         if there.step is not None:
             display.say(f"resuming after step {there.step}")
         if distributed.is_first():
@@ -127,30 +125,6 @@ def _load_data(config: ConfigDict, base: Base, mesh: Mesh, display: Display) -> 
     rows = [entry for entry in heldout if not entry["source"].startswith(TASK)]
     spec = dataclasses.replace(spec, batch_size=spec.batch_size // config.accumulate)
     return loader, pipeline.load_heldout(rows, train, base.tokenizer, spec, display.counter), report
-
-
-def _load(
-    config: ConfigDict,
-    base: Base,
-    program: Program,
-    there: resume.Resume,
-    workdir: Path,
-    checkpoints: Checkpoints,
-    loader: Loader,
-) -> Start:
-    """Weights and state, fresh or from the checkpoint that is there."""
-    variables = assemble.load_variables(config, base, program.variables)
-    trainable, frozen = tree.partition(variables, program.is_trained)
-    del variables  # the step donates the state: no second copy may stay alive
-    if REFERENCE in program.frozen:
-        frozen = frozen_with_reference(frozen, trainable)
-        if there.step is None:  # the step donates what is trained, and the reference stays
-            trainable = jax.tree.map(jnp.copy, trainable)
-    if there.step is None:
-        return Start(init_state(program.optimizer, trainable, program.state, program.method.kept), frozen)
-    del trainable
-    state, num_tokens = resume.restore(there, config, workdir, checkpoints, program.state, loader)
-    return Start(state, frozen, there.step, num_tokens, evaluated=there.step in there.evaluated)
 
 
 def main(argv: list[str]) -> int:

@@ -1,0 +1,113 @@
+"""Direct preference optimization against transformers' torch model, its reference, and how pairs lie in rows."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+import torch
+from ml_collections import ConfigDict
+from support.tiny import CONFIG, batch_of, documents, numpy_params, spec
+from support.witness import from_torch, torch_llama
+
+from ftjax import tree
+from ftjax.models.decoder import Decoder
+from ftjax.objectives.dpo import make_dpo
+from ftjax.objectives.logps import pair_sums
+from ftjax.objectives.reference import frozen_with_reference
+
+BETA = 0.3
+MODEL = Decoder(spec())
+PAIRS = [documents(seed, [9 + seed, 6 + 2 * seed]) for seed in range(3)]  # (chosen, rejected) each
+
+
+@functools.cache
+def dpo():
+    objective = make_dpo(MODEL, ConfigDict({"name": "dpo", "beta": BETA}))
+    return jax.jit(
+        jax.value_and_grad(lambda params, frozen, batch: sums(objective, params, frozen, batch), has_aux=True)
+    )
+
+
+def sums(objective, params, frozen, batch):
+    loss = objective({"params": params} | frozen, batch, None)
+    return loss.sum, loss
+
+
+def loss_of(policy, reference, batch):
+    (_, loss), gradients = dpo()(policy, frozen_with_reference({}, {"params": reference}), batch)
+    return jax.device_get(loss), jax.device_get(gradients)
+
+
+def torch_logp(model, document):
+    """log p of the trained tokens of a document, float64 above torch's float32 logits."""
+    tokens, trained = document
+    ids = torch.tensor(tokens, dtype=torch.long)
+    logps = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1].double(), -1)
+    return logps.gather(-1, ids[1:, None])[:, 0][torch.tensor(trained[1:])].sum()
+
+
+@pytest.fixture(scope="module")
+def witness():
+    """(loss sum, gradients, metric sums) of the pairs, by torch alone."""
+    policy, reference = (torch_llama(CONFIG, numpy_params(MODEL, seed)) for seed in (0, 1))
+    total, metrics = 0, dict.fromkeys(("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"), 0.0)
+    accuracy = 0
+    for pair in PAIRS:
+        ours = [torch_logp(policy, document) for document in pair]
+        with torch.no_grad():
+            theirs = [torch_logp(reference, document) for document in pair]
+        rewards = [BETA * (one - other) for one, other in zip(ours, theirs)]
+        total = total - torch.nn.functional.logsigmoid(rewards[0] - rewards[1])
+        accuracy += float(rewards[0] > rewards[1])
+        for side, reward, logp in zip(("chosen", "rejected"), rewards, ours):
+            metrics[f"rewards/{side}"] += reward.item()
+            metrics[f"logps/{side}"] += logp.item()
+    total.backward()
+    gradients = {name: parameter.grad for name, parameter in policy.named_parameters()}
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return total.item(), gradients, metrics | {"rewards/accuracies": accuracy}
+
+
+# Two pairs in one row and one in the other, or each in its own, with an empty row; documents never see each other.
+LAYOUTS = {
+    "packed": lambda: batch_of([[*PAIRS[0], *PAIRS[1]], [*PAIRS[2]]], 44),
+    "alone": lambda: batch_of([[*PAIRS[2]], [*PAIRS[0]], [], [*PAIRS[1]]], 30),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_gradients_and_metrics_are_torchs_however_pairs_lie_in_rows(layout, witness, record_figure):
+    total, gradients, metrics = witness
+    params = numpy_params(MODEL, 0)
+    loss, ours = loss_of(params, numpy_params(MODEL, 1), LAYOUTS[layout]())
+    assert float(loss.weight) == len(PAIRS)
+    np.testing.assert_allclose(loss.sum, total, rtol=1e-5)
+    assert loss.metrics.keys() == metrics.keys()
+    for name, (value, weight) in loss.metrics.items():
+        assert float(weight) == len(PAIRS), name
+        np.testing.assert_allclose(value, metrics[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    flat = tree.flatten(ours)
+    theirs = from_torch(gradients, params)
+    largest = max(np.abs(flat[path] - theirs[path]).max() for path in theirs)
+    assert largest < 1e-5
+    assert max(np.abs(theirs[path]).max() for path in theirs) > 0.1
+    record_figure(f"gradients, {layout}", largest)
+
+
+def test_a_policy_that_is_its_reference_has_margin_0_and_loss_ln_2():
+    params = numpy_params(MODEL, 0)
+    loss, gradients = loss_of(params, params, LAYOUTS["packed"]())
+    assert float(loss.sum) / len(PAIRS) == pytest.approx(math.log(2), rel=1e-6)
+    assert float(loss.metrics["rewards/margins"][0]) == 0
+    assert float(loss.metrics["rewards/accuracies"][0]) == 0  # strictly greater
+    assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+
+
+def test_pair_sums_take_the_documents_of_each_pair_apart():
+    values = np.array([[1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0]], np.float32)
+    segments = np.array([[1, 1, 2, 2, 2, 3, 3, 4, 4, 0, 0, 0]], np.int32)
+    first, second = pair_sums(values, segments)
+    np.testing.assert_array_equal(first, [[3, 13, 0]])
+    np.testing.assert_array_equal(second, [[12, 17, 0]])

@@ -1,0 +1,90 @@
+"""The reference policy is what training starts from, however it trains, and stays that."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from support.pairs import begun, config_of, write_pairs
+from support.runs import write_model
+from support.tiny import one_device
+
+from ftjax import assemble, tree
+from ftjax.objectives.reference import REFERENCE, policy_and_reference
+from ftjax.training.loop import place_batch
+from ftjax.weights.peft.adapter import write_adapter
+
+# How it trains -> what must be kept for the reference beside the base.
+KINDS = {
+    "fresh LoRA": ({}, set()),
+    "gone on from": ({"adapter.source": "SFT"}, {"lora"}),
+    "full": ({"adapter.kind": "none"}, {"params"}),
+    "modules_to_save": ({"adapter.modules_to_save": ("norm",)}, {"lora", "params"}),
+}
+SLOW = {
+    "LoRA of the embedding": ({"adapter.targets": "q_proj,embed_tokens"}, set()),
+    "dropout": ({"adapter.dropout": 0.3}, set()),
+    "DoRA": ({"adapter.kind": "dora"}, {"lora"}),
+    "PiSSA": ({"adapter.init": "pissa"}, {"lora"}),
+    "int8": ({"quantize.base": "int8"}, set()),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pairs")
+    write_model(root / "model")
+    write_pairs(root / "pairs.jsonl", 40)
+    # An adapter that changes the model a lot, as after supervised tuning.
+    config = config_of(root)
+    program, start, _ = begun(config)
+    rng = np.random.default_rng(3)
+    adapters = tree.flatten(tree.combine(start.state.trainable, start.frozen)["lora"])
+    moved = {
+        path: leaf + 0.3 * rng.standard_normal(leaf.shape) * path.endswith("lora_b") for path, leaf in adapters.items()
+    }
+    facts = assemble.base_facts(config, assemble.open_base(config.model))
+    write_adapter(root / "sft", tree.unflatten(moved), program.model.spec, facts)
+    return root
+
+
+@pytest.mark.parametrize("name", [*KINDS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_training_starts_at_margin_0_and_the_reference_stays_when_the_policy_moves(name, root):
+    changes, kept = (KINDS | SLOW)[name]
+    changes = {key: str(root / "sft") if value == "SFT" else value for key, value in changes.items()}
+    program, start, loader = begun(config_of(root, **changes))
+    assert start.frozen.get(REFERENCE, {}).keys() == kept
+    assert REFERENCE not in program.frozen or jax.tree.map(np.shape, start.frozen[REFERENCE]) == jax.tree.map(
+        np.shape, program.frozen[REFERENCE]
+    )
+    with jax.set_mesh(one_device()):
+        evaluate = jax.jit(
+            lambda trainable, frozen, batch: program.objective(tree.combine(trainable, frozen), batch, None)
+        )
+        batch = {key: value[0] for key, value in place_batch(one_device(), loader.batch(0), 1).items()}
+        before = evaluate(start.state.trainable, start.frozen, batch)
+        pairs = float(before.weight)
+        assert pairs >= 4
+        assert float(before.metrics["rewards/margins"][0]) == 0
+        assert float(before.sum) / pairs == pytest.approx(math.log(2), rel=1e-6)
+
+        reference = jax.tree.map(np.asarray, policy_and_reference(tree.combine(start.state.trainable, start.frozen))[1])
+        state = start.state
+        for index in range(4):
+            arrays = place_batch(one_device(), loader.batch(index), 1)
+            state, _ = program.step(state, start.frozen, arrays)
+        after = evaluate(state.trainable, start.frozen, batch)
+        assert float(after.sum) < float(before.sum)
+        assert float(after.metrics["rewards/margins"][0]) > 0
+        again = policy_and_reference(tree.combine(state.trainable, start.frozen))[1]
+        jax.tree.map(np.testing.assert_array_equal, reference, jax.tree.map(np.asarray, again))
+
+
+def test_an_adapter_gone_on_from_is_its_own_reference_and_not_the_base(root):
+    """Switching the adapter off would compare with the base, from which the policy is already far."""
+    program, start, loader = begun(config_of(root, **{"adapter.source": str(root / "sft")}))
+    with jax.set_mesh(one_device()):
+        batch = {key: value[0] for key, value in place_batch(one_device(), loader.batch(0), 1).items()}
+        without = {name: part for name, part in start.frozen.items() if name != REFERENCE}
+        loss = jax.jit(program.objective)(tree.combine(start.state.trainable, without), batch, None)
+    assert abs(float(loss.metrics["rewards/margins"][0])) > 0.1
