@@ -129,7 +129,7 @@ def test_sources_that_are_not_there_or_not_read_are_refused(tmp_path, memory, mo
         (tmp_path / "none*.jsonl", r"none\*.jsonl: no such file; check the path or glob"),
         ("x" * 5000 + ".jsonl", "no such file; check the path"),
         (tmp_path, r"is a directory; name the files, for example .*/\*.jsonl .*hf:DIR"),
-        (tmp_path / "a.txt", "a.txt: not a kind of file that is read: .jsonl, .*.parquet"),
+        (tmp_path / "a.txt", "a.txt: unknown ending; rows are read from .jsonl, .*.parquet"),
         ("memory://ftjax", r"memory:///ftjax: is a directory; name the files, for example memory:///ftjax/\*.jsonl"),
         ("memory://ftjax/none.jsonl", "none.jsonl: no such file; check the URL"),
         ("memory://ftjax/none*.jsonl", r"none\*.jsonl: no such file; check the URL"),

@@ -70,7 +70,7 @@ def test_bad_rows_are_skipped_as_far_as_allowed_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert [row.origin for row in read(path, max_bad_rows=3)] == [f"{path}:1", f"{path}:4"]
     assert f"{path}: skipped 3 bad rows of 5 (at most 3 allowed); first: {path}:2: not JSON" in caplog.text
-    with pytest.raises(UserError, match=r"more than 2 bad rows; mend them .*bad.jsonl:2: .*bad.jsonl:5: "):
+    with pytest.raises(UserError, match=r"more than 2 bad rows; fix them .*bad.jsonl:2: .*bad.jsonl:5: "):
         list(read(path, max_bad_rows=2))
     with pytest.raises(UserError, match=r"^\S*bad.jsonl:2: "):
         list(read(path))
