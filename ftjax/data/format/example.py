@@ -1,4 +1,4 @@
-"""The two records that data passes through: a `Row` as it was read, an `Example` as the model sees it."""
+"""The two forms of data on its way: a `Row` as it is read, an `Example` as the model sees it."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data set, with the fields of its format and the place that messages about it name.
+    """One row of a data set.
 
     Attributes:
-      fields: those of one of the formats in `formats.FORMATS`; after `formats.check_row`, one of its five
-        records.
-      origin: "file.jsonl:12", "tfds:name[3]" or "task:name[3]".
+      fields: of one of the formats in `formats.FORMATS`; after `formats.check_row`, one of the five records.
+      origin: where it is, for messages: "file.jsonl:12", "tfds:name[3]" or "task:name[3]".
     """
 
     fields: dict
@@ -25,7 +24,7 @@ class Example:
 
     Attributes:
       tokens: int32 [n].
-      trained: bool [n]; trained[i] says that token i is predicted with loss. trained[0] is False: nothing predicts it.
+      trained: bool [n]; whether token i is predicted with loss. trained[0] is False: nothing predicts the first token.
       origin: the origin of its row.
     """
 
