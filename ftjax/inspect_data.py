@@ -141,7 +141,7 @@ def indices_to_show(train: Rows, source: int | None, count: int) -> list[int]:
     """Indices of `count` rows to show, evenly spread over all or over one source."""
     if source is None:
         return checks.spread(len(train), count).tolist() if count else []
-    counts = [count for _, count in train.per_source]
+    counts = [source_rows for _, source_rows in train.per_source]
     if not 0 <= source < len(counts):
         raise UserError(f"--source {source}: config.data.train has the sources 0 to {len(counts) - 1}")
     return (sum(counts[:source]) + checks.spread(counts[source], count or 1)).tolist()

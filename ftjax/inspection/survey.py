@@ -122,11 +122,10 @@ def survey(
         examples, example_rows = surveyor.tokenize(indices, rows)
         if examples:
             surveyor.check_examples(examples, example_rows)
-            surveyor.count_examples(examples, example_rows)
     for rows_of_set in heldout:
         for indices, rows in surveyor.read("eval", rows_of_set, max_rows, advance):
             surveyor.check_rows("eval", rows_of_set, indices, rows)
-            surveyor.count_evaluated(rows_of_set, indices, rows)
+            surveyor.check_evaluated(rows_of_set, indices, rows)
     return surveyor.finish()
 
 
@@ -223,8 +222,6 @@ class _Surveyor:
         documents = [(example.tokens, example.trained) for example in examples]
         for code, i in self._checks.examples(documents, lambda i: examples[i].origin):
             self._out.mark(code, example_rows[i])
-
-    def count_examples(self, examples: Sequence[Example], example_rows: Sequence[int]) -> None:
         for example, index in zip(examples, example_rows):
             trained = int(example.trained[: self._settings.max_length].sum())
             self._lengths.append(len(example.tokens))
@@ -240,7 +237,7 @@ class _Surveyor:
             source.tokens += kept
             source.trained += trained
 
-    def count_evaluated(self, rows: Rows, indices: Sequence[int], chunk: Sequence[Row]) -> None:
+    def check_evaluated(self, rows: Rows, indices: Sequence[int], chunk: Sequence[Row]) -> None:
         """Evaluation rows that have no part in the loss are reported."""
         self._out.heldout += len(chunk)
         for index, row in zip(indices, chunk):

@@ -33,17 +33,11 @@ Test = Callable[[Row], tuple[str, str] | None]
 
 
 class Record(NamedTuple):
-    """A row of the inputs.
+    """A row of the inputs."""
 
-    Attributes:
-      index: among all rows of the inputs.
-      fields: as they stand in the file.
-      row: as its format is checked.
-    """
-
-    index: int
-    fields: dict
-    row: Row
+    index: int  # among all rows of the inputs
+    fields: dict  # as they stand in the file
+    row: Row  # after the checks of its format
 
 
 @dataclass

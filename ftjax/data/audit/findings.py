@@ -15,16 +15,10 @@ _VARIES = re.compile(r"\d+|'[^']*'")  # numbers and quotations: messages that di
 
 
 class Kind(NamedTuple):
-    """What the findings of one code have in common.
+    """What the findings of one code have in common."""
 
-    Attributes:
-      severity: ERROR or WARNING.
-      what: what is wrong; "" where each finding has words of its own.
-      fix: what to do.
-    """
-
-    severity: str
-    what: str
+    severity: str  # ERROR or WARNING
+    what: str  # is wrong; "" where each finding has words of its own
     fix: str
 
 

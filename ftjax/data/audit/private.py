@@ -36,20 +36,9 @@ _PHONE = re.compile(
     r"|\(\d{3}\) ?\d{3}-\d{4}|\d{3}-\d{3}-\d{4})(?![\w-])"  # (555) 123-4567, 555-123-4567
 )
 _KEY_STARTS = (
-    "sk-",
-    "AKIA",
-    "ghp_",
-    "gho_",
-    "ghs_",
-    "github_pat_",
-    "xoxb-",
-    "xoxp-",
-    "AIza",
-    "hf_",
-    "glpat-",
-    "eyJ",
+    "sk-", "AKIA", "ghp_", "gho_", "ghs_", "github_pat_", "xoxb-", "xoxp-", "AIza", "hf_", "glpat-", "eyJ",
     "PRIVATE KEY",
-)
+)  # fmt: skip
 _KEY = re.compile(
     r"(?<![\w-])(?:sk-[\w-]{20,}|AKIA[0-9A-Z]{16}|gh[pos]_[A-Za-z0-9]{36,}|github_pat_\w{40,}|xox[bp]-[\w-]{20,}"
     r"|AIza[\w-]{35}|hf_[A-Za-z]{30,}|glpat-[\w-]{20,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"

@@ -27,13 +27,8 @@ from ftjax.errors import SourceError, UserError
 
 # ending -> kind of file
 FILE_KINDS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-}
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+}  # fmt: skip
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 BLOCK = 4 * 2**20
 # Keys of fsspec's file information that change with the contents. A file that has none of them is fetched every time.
@@ -84,18 +79,18 @@ def local(name: str) -> Path:
     return file.path or _unpacked(file, "")
 
 
-def opened(file: DataFile) -> BinaryIO:
-    """The file opened for reading from its start; SourceError where that fails."""
+def content(file: DataFile) -> Iterator[bytes]:
+    """The bytes of a file in blocks of 4 MiB or less; SourceError where they cannot be read."""
     try:
-        return open(file.path, "rb")
+        with open(file.path, "rb") as stream:
+            yield from _blocks(stream, file.name)
     except OSError as error:
         raise unreadable(file.name, error) from error
 
 
-def blocks(file: BinaryIO, name: str) -> Iterator[bytes]:
-    """The contents in blocks of 4 MiB or less; SourceError where they cannot be read."""
+def _blocks(stream: BinaryIO, name: str) -> Iterator[bytes]:
     try:
-        while block := file.read(BLOCK):
+        while block := stream.read(BLOCK):
             yield block
     except (EOFError, zlib.error, lzma.LZMAError, *_errors()) as error:
         if isinstance(error, OSError) and error.errno:
@@ -236,8 +231,7 @@ def _unpacked(file: _Listed, compression: str) -> Path:
         except _errors() as error:
             raise unreadable(file.name, error) from error
         with opened as packed, _decompress(packed, compression) as plain, open(path, "wb") as out:
-            for block in blocks(plain, file.name):
-                out.write(block)
+            out.writelines(_blocks(plain, file.name))
 
     key = hashlib.blake2b((file.stamp or f"{file.name} {uuid.uuid4()}").encode(), digest_size=16).hexdigest()
     return cache.file("files", key, write)

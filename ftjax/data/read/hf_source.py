@@ -47,9 +47,8 @@ class HuggingFace:
         digest = hashlib.sha256(f"{len(data)} {data.column_names}".encode())
         for cached in data.cache_files:
             file = DataFile(cached["filename"], "", Path(cached["filename"]))
-            with files.opened(file) as stream:
-                for block in files.blocks(stream, file.name):
-                    digest.update(block)
+            for block in files.content(file):
+                digest.update(block)
         return digest.hexdigest()
 
 

@@ -79,7 +79,7 @@ def too_long(origin: str) -> UserError:
 
 def content(file: DataFile) -> Iterator[bytes]:
     """The blocks of a text file; UserError where it cannot be read or starts with a byte order mark."""
-    with files.opened(file) as stream, closing(files.blocks(stream, file.name)) as blocks:
+    with closing(files.content(file)) as blocks:
         for number, block in enumerate(blocks):
             if number == 0 and block.startswith(_BOMS):
                 raise UserError(

@@ -80,9 +80,8 @@ def _convert(file: DataFile, path: Path) -> None:
     import pyarrow.parquet
 
     digest = hashlib.sha256()
-    with files.opened(file) as stream:
-        for block in files.blocks(stream, file.name):
-            digest.update(block)
+    for block in files.content(file):
+        digest.update(block)
     try:
         # With a buffer and without pre_buffer, or a whole row group is read before its first batch.
         source = pyarrow.OSFile(os.fsencode(file.path))  # as bytes: a name need not be UTF-8

@@ -60,9 +60,8 @@ class Tfds:
         for part in _parts(_builder(self._source, self._split), self._split):
             digest.update(f"{part.skip} {part.take} ".encode())
             file = DataFile(part.filename, "", files.local(part.filename))
-            with files.opened(file) as stream:
-                for block in files.blocks(stream, file.name):
-                    digest.update(block)
+            for block in files.content(file):
+                digest.update(block)
         return digest.hexdigest()
 
 
