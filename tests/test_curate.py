@@ -257,7 +257,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_told(tmp_path, name):
+def test_mistakes_are_reported(tmp_path, name):
     (command, *others), said = MISTAKES[name]
     source = write(tmp_path / "rows.jsonl", [qa("a", "1")])
     with pytest.raises(UserError, match=said):
@@ -304,10 +304,10 @@ def test_half_a_surrogate_pair_in_an_unused_field_comes_out_as_it_went_in(tmp_pa
     assert read(tmp_path / "out.jsonl") == [{"text": "café", "note": "\ud800"}]
 
 
-def test_rows_of_against_that_cannot_be_read_are_told(tmp_path, capsys):
+def test_rows_of_against_that_cannot_be_read_are_reported(tmp_path, capsys):
     source = write(tmp_path / "rows.jsonl", [qa("a", "1"), qa("b", "2")])
     (tmp_path / "eval.jsonl").write_text(json.dumps(qa("a", "1")) + "\n{not JSON\n")
     run("dedup", source, "--against", tmp_path / "eval.jsonl", "--out", tmp_path / "out.jsonl")
-    told = f"1 rows of --against cannot be read and were not compared: {tmp_path}/eval.jsonl:2"
-    assert told in capsys.readouterr().err
+    warning = f"1 rows of --against cannot be read and were not compared: {tmp_path}/eval.jsonl:2"
+    assert warning in capsys.readouterr().err
     assert len(read(tmp_path / "out.jsonl")) == 1

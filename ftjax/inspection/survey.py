@@ -57,6 +57,7 @@ class SourceCount:
 
 
 def _total(name: str) -> property:
+    """A count of `SourceCount`, summed over the sources."""
     return property(lambda survey: sum(getattr(source, name) for source in survey.sources))
 
 
@@ -203,16 +204,14 @@ class _Surveyor:
         examples, example_rows = [], []
         for index, row in zip(indices, chunk):
             self._source(index).looked_at += 1
-            try:
-                row_examples = self._examples_of(row)
-            except NothingTrained:
+            row_examples = self._examples_of(row)
+            if row_examples is None:
+                self._out.refused += 1
+                self._out.mark("refused", index)
+            elif not row_examples:
                 self._out.dropped += 1
                 self._checks.findings.add("untrained", row.origin, "weight 0")
                 self._out.mark("untrained", index)
-            except UserError as error:
-                self._out.refused += 1
-                self._checks.refused(str(error), row.origin)
-                self._out.mark("refused", index)
             else:
                 examples += row_examples
                 example_rows += [index] * len(row_examples)
@@ -243,14 +242,10 @@ class _Surveyor:
         for index, row in zip(indices, chunk):
             if rows.sources[rows.source_of(index)].name.startswith(TASK):  # scored by generating, without a loss
                 continue
-            try:
-                examples = self._examples_of(row)
-                kept = any(example.trained[: self._settings.max_length].any() for example in examples)
-            except NothingTrained:
-                kept = False
-            except UserError as error:
-                self._checks.refused(str(error), row.origin)
+            examples = self._examples_of(row)
+            if examples is None:
                 continue
+            kept = any(example.trained[: self._settings.max_length].any() for example in examples)
             self._eval_tokenized += 1
             self._eval_kept += kept
             if not kept:
@@ -281,9 +276,16 @@ class _Surveyor:
     def _source(self, index: int) -> SourceCount:
         return self._out.sources[self._train.source_of(index)]
 
-    def _examples_of(self, row: Row) -> list[Example]:
+    def _examples_of(self, row: Row) -> list[Example] | None:
+        """[] where nothing of the row is trained; None where it is refused, which becomes a finding."""
         settings = self._settings
-        named = examples_of(row, self._tokenizer, settings.vocab_size, settings.train_on, settings.objective)
+        try:
+            named = examples_of(row, self._tokenizer, settings.vocab_size, settings.train_on, settings.objective)
+        except NothingTrained:
+            return []
+        except UserError as error:
+            self._checks.refused(str(error), row.origin)
+            return None
         return [example for _, example in named]
 
 

@@ -72,8 +72,7 @@ def _alpaca(fields: dict) -> dict:
 
 
 def _sharegpt(fields: dict) -> dict:
-    turns = [_turn(message, "sharegpt") for message in _chat(fields, "sharegpt")]
-    tools = {"tools": json.dumps(fields["tools"], ensure_ascii=False)} if fields.get("tools") else {}
+    turns, tools = [_turn(message, "sharegpt") for message in _chat(fields, "sharegpt")], _json_tools(fields)
     if turns[0]["from"] == "system" and set(turns[0]) == {"from", "value"}:
         return {"conversations": turns[1:], "system": turns[0]["value"], **tools}
     return {"conversations": turns, **tools}
@@ -98,9 +97,7 @@ def _sharegpt_preference(fields: dict) -> dict:
         if len(sides[side]) != 1:
             raise _cannot_hold("sharegpt_preference", f"more than one turn in {side}")
         row[side] = _turn(sides[side][0], "sharegpt_preference")
-    if fields.get("tools"):
-        row["tools"] = json.dumps(fields["tools"], ensure_ascii=False)
-    return row | _margin(fields)
+    return row | _json_tools(fields) | _margin(fields)
 
 
 def _kto(fields: dict) -> dict:
@@ -169,6 +166,10 @@ def _margin(fields: dict) -> dict:
 
 def _tools(fields: dict) -> dict:
     return {"tools": fields["tools"]} if fields.get("tools") else {}
+
+
+def _json_tools(fields: dict) -> dict:
+    return {"tools": json.dumps(fields["tools"], ensure_ascii=False)} if fields.get("tools") else {}
 
 
 def _cannot_hold(format: str, what: str) -> UserError:

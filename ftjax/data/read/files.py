@@ -73,7 +73,7 @@ def resolve(source: str) -> list[DataFile]:
     ]
 
 
-def local(name: str) -> Path:
+def local_path(name: str) -> Path:
     """The local path of one file, which is fetched into the cache if it is not on this machine; never unpacked."""
     file = _remote(name)[0] if "://" in name else _local_file(name)
     return file.path or _unpacked(file, "")
@@ -126,6 +126,7 @@ def identity(path: Path) -> list:
 
 @lru_cache(maxsize=64)
 def _handle(path: Path, expected: tuple[int, int]) -> _Handle:
+    """`expected` is only part of the cache key: a file with another stamp gets a handle of its own."""
     return _Handle(path)
 
 

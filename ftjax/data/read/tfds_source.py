@@ -59,7 +59,7 @@ class Tfds:
         digest = hashlib.sha256()
         for part in _parts(_builder(self._source, self._split), self._split):
             digest.update(f"{part.skip} {part.take} ".encode())
-            file = DataFile(part.filename, "", files.local(part.filename))
+            file = DataFile(part.filename, "", files.local_path(part.filename))
             for block in files.content(file):
                 digest.update(block)
         return digest.hexdigest()
@@ -142,7 +142,7 @@ class TfRecords(Sequence[bytes]):
         """parts: the file, how many records to skip and how many to take."""
         self._files = []
         for name, skip, take in parts:
-            path = files.local(name)
+            path = files.local_path(name)
             starts = _record_starts(path, name)
             if skip + take > len(starts) - 1:
                 raise SourceError(

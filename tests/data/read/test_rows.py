@@ -40,7 +40,7 @@ def two(tmp_path):
     return a, b
 
 
-def test_sources_follow_one_another_and_are_told_apart(two):
+def test_sources_follow_one_another_and_are_kept_apart(two):
     rows = read(*two)
     assert texts(rows) == [f"a{i}" for i in range(5)] + [f"b{i}" for i in range(3)]
     assert texts(rows[i] for i in (6, 0, 7, 4)) == ["b1", "a0", "b2", "a4"]
