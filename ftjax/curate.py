@@ -2,16 +2,16 @@
 
     python -m ftjax.curate dedup rows.jsonl --out unique.jsonl                   exact copies
     python -m ftjax.curate dedup rows.jsonl --out unique.jsonl --method near     nearly the same, too
-    python -m ftjax.curate dedup train.jsonl --against eval.jsonl --out clean.jsonl    what the evaluation holds
+    python -m ftjax.curate dedup train.jsonl --against eval.jsonl --out clean.jsonl    copies of evaluation rows, too
     python -m ftjax.curate filter rows.jsonl --out good.jsonl --max_chars 8000 --quality --private
     python -m ftjax.curate split rows.jsonl --out train.jsonl --part eval.jsonl=0.05 --part test.jsonl=0.05
     python -m ftjax.curate mix a.jsonl b.jsonl --weights 3,1 --total 10000 --out mixture.jsonl
     python -m ftjax.curate convert chats.json --to sharegpt --out chats.jsonl
     python -m ftjax.curate sample rows.jsonl --count 20                          to read; --out FILE keeps them
 
-Inputs are files or globs, in every format that training reads (docs/data.md). Rows come out as they stand in their
-file, with all their fields. Each command says what it dropped, why and where; --dropped FILE keeps those rows, too. An
-output appears whole or not at all, is never one of the inputs, and replaces a file only with --overwrite.
+Inputs are files or globs, in every format that training reads (docs/data.md). Rows are written as they stand in their
+file, with all their fields. Each command prints how many rows it dropped, why and where; --dropped FILE writes those
+rows. An output appears whole or not at all, is never one of the inputs, and replaces a file only with --overwrite.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from ftjax.data.format.example import Row
 from ftjax.data.format.writing import WRITERS, write_as
 from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import read_sources
-from ftjax.errors import UserError
+from ftjax.errors import UserError, did_you_mean
 from ftjax.inspection.pieces import examples_of
 from ftjax.inspection.terminal import console
 from ftjax.weights.source import locate
@@ -73,7 +73,7 @@ def filter_rows(rows: Rows, out: Output, drops: Drops, args: argparse.Namespace)
     if limits:
         tests.append(curation.quality_test(limits))
     if not tests:
-        raise UserError("filter: say by what: --min_chars, --max_chars, --max_tokens, --quality, --private, --garbled")
+        raise UserError("filter: name a test: --min_chars, --max_chars, --max_tokens, --quality, --private, --garbled")
     curation.filter_rows(rows, out, drops, tests)
 
 
@@ -82,15 +82,15 @@ def split(rows: Rows, out: Output, drops: Drops, args: argparse.Namespace) -> No
     if not parts:
         raise UserError("split: name the other outputs and their shares, such as --part eval.jsonl=0.05")
     if (whole := sum(share for _, share in parts)) >= 1:
-        raise UserError(f"split: the shares of --part add up to {whole:g}; --out gets the rest, which must be some")
+        raise UserError(f"split: the shares of --part add up to {whole:g}; leave some for --out, which gets the rest")
     inputs = _inputs(rows)
     with ExitStack() as stack:
         others = [stack.enter_context(Output(path, inputs, args.overwrite)) for path, _ in parts]
-        if len({one.path.resolve() for one in (out, *others)}) <= len(parts):
-            raise UserError("split: --out and every --part must be files of their own")
+        if len({output.path.resolve() for output in (out, *others)}) <= len(parts):
+            raise UserError("split: --out and every --part must be different files; rename one")
         curation.split(rows, [out, *others], [share for _, share in parts], drops, args.seed)
-        for one in others:
-            print(f"{one.path}: {one.count:,} rows")
+        for output in others:
+            print(f"{output.path}: {output.count:,} rows")
 
 
 def mix(rows: Rows, out: Output, drops: Drops, args: argparse.Namespace) -> None:
@@ -135,19 +135,19 @@ def main(argv: Sequence[str]) -> int:
         inputs = _inputs(rows)
         if not args.out and args.command != "sample":
             raise UserError("give --out, the file to write")
-        named = [Path(path) for path in (args.out, args.dropped) if path]
-        if len({path.resolve() for path in named}) < len(named):
-            raise UserError(f"--dropped {args.dropped}: must be another file than --out")
+        outputs = [Path(path) for path in (args.out, args.dropped) if path]
+        if len({path.resolve() for path in outputs}) < len(outputs):
+            raise UserError(f"--dropped {args.dropped}: name another file than --out")
         drops = Drops(stack.enter_context(Output(args.dropped, inputs, args.overwrite)) if args.dropped else None)
         out = stack.enter_context(Output(args.out, inputs, args.overwrite)) if args.out else None
         COMMANDS[args.command](rows, out, drops, args)
         if not out:
-            _say(len(rows), None, drops, sys.stderr)
+            _print_summary(len(rows), None, drops, sys.stderr)
             return 0
         if not out.count:
-            _say(len(rows), None, drops, sys.stderr)
-            raise UserError(f"{args.out}: nothing is left to write; loosen what is asked for")
-    _say(len(rows), out, drops, sys.stdout)
+            _print_summary(len(rows), None, drops, sys.stderr)
+            raise UserError(f"{args.out}: no row is left to write; loosen the tests or name other inputs")
+    _print_summary(len(rows), out, drops, sys.stdout)
     return 0
 
 
@@ -156,21 +156,21 @@ def _opened(paths: Sequence[str], format: str | None) -> Rows:
 
 
 def _inputs(rows: Rows) -> list[Path]:
-    """The files behind the inputs, as far as they are files here: nothing may be written onto them."""
-    found = []
+    """The input files on this machine, which no output may overwrite."""
+    paths = []
     for source in rows.sources:
         name = source.name
         if "://" in name:
-            import fsspec  # it has opened this source already
+            import fsspec  # imported already, to open this source
             from fsspec.implementations.local import LocalFileSystem
 
             system, path = fsspec.core.url_to_fs(name)
             name = path if isinstance(system, LocalFileSystem) else name
-        found += [Path(name), *map(Path, glob.glob(name, recursive=True))]
-    return found
+        paths += [Path(name), *map(Path, glob.glob(name, recursive=True))]
+    return paths
 
 
-def _say(read: int, out: Output | None, drops: Drops, stream) -> None:
+def _print_summary(read: int, out: Output | None, drops: Drops, stream) -> None:
     shown = console(stream)
     if out is not None:
         shown.print(f"{out.path}: {out.count:,} rows; {read:,} read, {drops.total():,} dropped", markup=False)
@@ -179,7 +179,7 @@ def _say(read: int, out: Output | None, drops: Drops, stream) -> None:
     table = Table(box=None, padding=(0, 2))
     for name in ("dropped", "rows", "for example"):
         table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold")
-    for reason, (count, places) in sorted(drops.reasons.items(), key=lambda one: -one[1][0]):
+    for reason, (count, places) in sorted(drops.reasons.items(), key=lambda item: -item[1][0]):
         table.add_row(Text(reason), f"{count:,}", Text(", ".join(places)))
     shown.print(table)
 
@@ -187,7 +187,7 @@ def _say(read: int, out: Output | None, drops: Drops, stream) -> None:
 def _rule(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     if name not in quality.RULES:
-        raise UserError(f"--rule {text}: there is no rule {name!r}; there are {', '.join(quality.RULES)}")
+        raise UserError(f"--rule {text}: there is no rule {name!r}{did_you_mean(name, quality.RULES)}")
     try:
         return name, float(value)
     except ValueError:
@@ -212,48 +212,48 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, what: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=what, description=what)
-        one.add_argument("inputs", nargs="+", metavar="IN", help="files or globs of rows")
-        one.add_argument("--out", type=Path, help="the JSONL file to write (.gz: compressed)")
-        one.add_argument("--dropped", type=Path, help="a JSONL file for the dropped rows, with the reasons")
-        one.add_argument("--overwrite", action="store_true", help="replace output files that exist")
-        one.add_argument("--format", choices=sorted(formats.FORMATS), help="of the inputs (default: by their fields)")
-        return one
+        sub = commands.add_parser(name, help=what, description=what)
+        sub.add_argument("inputs", nargs="+", metavar="IN", help="files or globs of rows")
+        sub.add_argument("--out", type=Path, help="the JSONL file to write (.gz: compressed)")
+        sub.add_argument("--dropped", type=Path, help="a JSONL file for the dropped rows, with the reasons")
+        sub.add_argument("--overwrite", action="store_true", help="replace output files that exist")
+        sub.add_argument("--format", choices=sorted(formats.FORMATS), help="of the inputs (default: by their fields)")
+        return sub
 
-    one = command("dedup", "Keep the first of rows that are alike.")
-    one.add_argument("--method", choices=("exact", "near"), default="exact", help="alike: in every word, or nearly")
-    one.add_argument("--threshold", type=_share, default=0.8, help="similarity that counts as near (default 0.8)")
-    one.add_argument("--by", choices=("row", "prompt"), default="row", help="compare whole rows, or what they ask")
-    one.add_argument("--against", nargs="+", metavar="FILE", help="also drop what is like a row of these files")
+    sub = command("dedup", "Keep the first of rows that are alike.")
+    sub.add_argument("--method", choices=("exact", "near"), default="exact", help="alike: in every word, or nearly")
+    sub.add_argument("--threshold", type=_share, default=0.8, help="similarity that counts as near (default 0.8)")
+    sub.add_argument("--by", choices=("row", "prompt"), default="row", help="compare whole rows, or what they ask")
+    sub.add_argument("--against", nargs="+", metavar="FILE", help="also drop what is like a row of these files")
 
-    one = command("filter", "Keep rows that are long enough, short enough, and in order.")
-    one.add_argument("--min_chars", type=_positive, default=0, help="characters of all turns but system prompts")
-    one.add_argument("--max_chars", type=_positive, default=0)
-    one.add_argument("--min_tokens", type=_positive, default=0, help="tokens, as --tokenizer renders the row")
-    one.add_argument("--max_tokens", type=_positive, default=0)
-    one.add_argument("--tokenizer", metavar="MODEL", help="whose tokens and chat template count")
-    one.add_argument("--quality", action="store_true", help="drop answers that break a rule of quality, as below")
+    sub = command("filter", "Keep rows that are long enough, short enough, and in order.")
+    sub.add_argument("--min_chars", type=_positive, default=0, help="characters of all turns but system prompts")
+    sub.add_argument("--max_chars", type=_positive, default=0)
+    sub.add_argument("--min_tokens", type=_positive, default=0, help="tokens, as --tokenizer renders the row")
+    sub.add_argument("--max_tokens", type=_positive, default=0)
+    sub.add_argument("--tokenizer", metavar="MODEL", help="whose tokens and chat template count")
+    sub.add_argument("--quality", action="store_true", help="drop answers that break a rule of quality, as below")
     rules = "; ".join(f"{name} ({kind} {limit:g}): {what}" for name, (limit, kind, what) in quality.RULES.items())
     rules += f". Answers of fewer than {quality.MIN_WORDS} words are not judged."
-    one.add_argument("--rule", action="append", default=[], metavar="NAME=LIMIT", help=f"one rule alone. {rules}")
-    one.add_argument("--private", action="store_true", help="drop rows with what looks like personal data or keys")
-    one.add_argument("--garbled", action="store_true", help="drop rows with text that was decoded wrongly")
+    sub.add_argument("--rule", action="append", default=[], metavar="NAME=LIMIT", help=f"one rule alone. {rules}")
+    sub.add_argument("--private", action="store_true", help="drop rows with what looks like personal data or keys")
+    sub.add_argument("--garbled", action="store_true", help="drop rows with text that was decoded wrongly")
 
-    one = command("split", "Share rows out by a hash of their prompt, so that no prompt is on two sides.")
-    one.add_argument("--part", action="append", default=[], metavar="FILE=SHARE", help="another output and its share")
-    one.add_argument("--seed", type=int, default=0, help="another seed gives another split")
+    sub = command("split", "Share rows out by a hash of their prompt, so that no prompt is on two sides.")
+    sub.add_argument("--part", action="append", default=[], metavar="FILE=SHARE", help="another output and its share")
+    sub.add_argument("--seed", type=int, default=0, help="another seed gives another split")
 
-    one = command("mix", "Put rows of several inputs together in proportion to weights, shuffled.")
-    one.add_argument("--weights", required=True, help="one for each input: 3,1 is three quarters and one quarter")
-    one.add_argument("--total", type=_positive, help="rows to write (default: as many as go without repeating one)")
-    one.add_argument("--seed", type=int, default=0)
+    sub = command("mix", "Put rows of several inputs together in proportion to weights, shuffled.")
+    sub.add_argument("--weights", required=True, help="one for each input: 3,1 is three quarters and one quarter")
+    sub.add_argument("--total", type=_positive, help="rows to write (default: as many as go without repeating one)")
+    sub.add_argument("--seed", type=int, default=0)
 
-    one = command("convert", "Write rows in another format.")
-    one.add_argument("--to", required=True, choices=sorted(WRITERS))
+    sub = command("convert", "Write rows in another format.")
+    sub.add_argument("--to", required=True, choices=sorted(WRITERS))
 
-    one = command("sample", "Draw rows for reading; without --out they are printed.")
-    one.add_argument("--count", type=_positive, default=10)
-    one.add_argument("--seed", type=int, default=0)
+    sub = command("sample", "Draw rows for reading; without --out they are printed.")
+    sub.add_argument("--count", type=_positive, default=10)
+    sub.add_argument("--seed", type=int, default=0)
     return parser
 
 

@@ -10,11 +10,11 @@
 It takes the config of the training and any --config.key=value that training takes, reads the tokenizer (no weights),
 and prints the sources and their shares, lengths, truncation, duplicates, how full the packed rows are, steps and time;
 then the rows asked for: trained tokens are green (in a pipe: between [[ and ]]), "|" separates tokens, special tokens
-stand there by name, BOS and EOS marked. Last comes the verdict: errors and warnings, each with its code, the places
-(file:line) and the mend.
+are shown by name, BOS and EOS marked. Last comes the verdict: errors and warnings, each with its code, where it is
+(file:line) and what to do.
 
-Exit status: 0 no errors (there may be warnings), 2 errors, or a mistake in what was asked. Training makes all of these
-checks but that for near duplicates, too, and does not start on errors; config.data.checks=warn only prints them.
+Exit status: 0 no errors (there may be warnings), 2 errors, or a mistake in the config or flags. Training makes the same
+checks, except for near duplicates, and does not start on errors; config.data.checks=warn only prints them.
 """
 
 import dataclasses
@@ -31,12 +31,13 @@ from ftjax import assemble, cli
 from ftjax import config as configs
 from ftjax.atomic import write_text
 from ftjax.data.audit import checks
+from ftjax.data.audit.findings import finding
 from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import TASK, read_sources
 from ftjax.errors import SourceError, UserError
 from ftjax.inspection import page, terminal
 from ftjax.inspection.pieces import Piece, examples_of, pieces
-from ftjax.inspection.survey import Epoch, Settings, Survey, epoch_of, survey
+from ftjax.inspection.survey import Epoch, Survey, SurveySettings, epoch_of, survey
 from ftjax.training import metrics
 
 _PAGE_ROWS = 1500
@@ -47,7 +48,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
     configs.validate(config)
     data, base = config.data, assemble.open_base(config.model)
     vocab_size = base.model.spec.vocab_size
-    settings = Settings(
+    settings = SurveySettings(
         data.max_length,
         data.batch_size,
         data.packing,
@@ -64,7 +65,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
     out = terminal.console()
     with Progress(console=out, disable=not out.is_terminal, transient=True) as bar:
         task = bar.add_task("reading and tokenizing", total=min(len(train), options["max_rows"] or len(train)))
-        found = survey(
+        result = survey(
             train,
             heldout,
             base.tokenizer,
@@ -73,52 +74,54 @@ def inspect(config: ConfigDict, options: dict) -> int:
             options["max_rows"],
             lambda done: bar.update(task, completed=done),
         )
-    epoch = epoch_of(found, settings)
+    epoch = epoch_of(result, settings)
     if 0 < epoch.rows < settings.batch_size:
         few = f"an epoch has {epoch.rows} rows and does not fill one batch of {settings.batch_size}"
-        found.findings.insert(0, checks.finding("few", few))
-    terminal.summary(out, found, epoch, settings, speed)
+        result.findings.insert(0, finding("few", few))
+    terminal.summary(out, result, epoch, settings, speed)
 
-    def shown(place: int) -> tuple[str, list[tuple[str, list[Piece]]]] | None:
+    def shown(index: int) -> tuple[str, list[tuple[str, list[Piece]]]] | None:
+        """The origin of a training row and its named examples in pieces; None where it is not trained on."""
         try:
-            row = train.check(place)
+            row = train.check(index)
             if row is None:
                 return None
             examples = examples_of(row, base.tokenizer, vocab_size, data.train_on)
         except SourceError:
             raise
         except UserError:
-            return None  # it is among the findings
-        return row.origin, [(name, pieces(one.tokens, one.trained, base.tokenizer)) for name, one in examples]
+            return None  # reported among the findings
+        named_pieces = [(name, pieces(example.tokens, example.trained, base.tokenizer)) for name, example in examples]
+        return row.origin, named_pieces
 
     codes = {}
-    for code, places in found.marked.items():
-        for place in places:
-            codes.setdefault(place, []).append(code)
-    for place in places_of(train, options["source"], options["rows"]):
-        if found_row := shown(place):
-            terminal.row(out, *found_row, codes.get(place, []))
-    terminal.verdict(out, found)
+    for code, indices in result.marked.items():
+        for index in indices:
+            codes.setdefault(index, []).append(code)
+    for index in indices_to_show(train, options["source"], options["rows"]):
+        if row := shown(index):
+            terminal.row(out, *row, codes.get(index, []))
+    terminal.verdict(out, result)
     if options["html"]:
-        page.write(Path(options["html"]), found, epoch, settings, page_rows(train, found, codes, shown))
+        page.write(Path(options["html"]), result, epoch, settings, page_rows(train, codes, shown))
         out.print(f"the page is {options['html']}", markup=False)
     if options["json"]:
-        text = json.dumps(report(found, epoch), indent=2, ensure_ascii=False)
+        text = json.dumps(report(result, epoch), indent=2, ensure_ascii=False)
         write_text(Path(options["json"]), text + "\n")
-    return cli.EXIT_MISTAKE if found.failed() else 0
+    return cli.EXIT_MISTAKE if result.failed() else 0
 
 
 def evaluation_rows(config: ConfigDict) -> list[Rows]:
-    """The rows of data.eval, those that a task is scored on among them, and those of data.train that are held out."""
+    """The rows of data.eval, also of the tasks in it, and those of data.train that are held out."""
     entries = []
     for entry in configs.sources(config, "eval"):
         entries.append({"split": "test", **entry} if entry["source"].startswith(TASK) else entry)
-    data, found = config.data, []
+    data, sets = config.data, []
     if entries:
-        found.append(read_sources(entries, data.max_bad_rows))
+        sets.append(read_sources(entries, data.max_bad_rows))
     if data.holdout:
-        found.append(read_sources(configs.sources(config, "train"), data.max_bad_rows, data.holdout, heldout_side=True))
-    return found
+        sets.append(read_sources(configs.sources(config, "train"), data.max_bad_rows, data.holdout, heldout_side=True))
+    return sets
 
 
 def speed_of(tokens_per_second: float, workdir: str | None) -> tuple[float, str] | None:
@@ -128,40 +131,40 @@ def speed_of(tokens_per_second: float, workdir: str | None) -> tuple[float, str]
     if not workdir:
         return None
     path = Path(workdir) / "metrics.jsonl"
-    found = [record["tokens_per_second"] for record in metrics.read(path) if "tokens_per_second" in record]
-    if not found:
+    speeds = [record["tokens_per_second"] for record in metrics.read(path) if "tokens_per_second" in record]
+    if not speeds:
         raise UserError(f"{path}: no tokens_per_second there; give the workdir of a run that made a few steps")
-    return statistics.median(found), f"the median of {len(found)} steps of {workdir}"
+    return statistics.median(speeds), f"the median of {len(speeds)} steps of {workdir}"
 
 
-def places_of(train, source: int | None, rows: int) -> list[int]:
-    """The places of `rows` rows to show, evenly spread over all or over one source."""
+def indices_to_show(train: Rows, source: int | None, count: int) -> list[int]:
+    """Indices of `count` rows to show, evenly spread over all or over one source."""
     if source is None:
-        return checks.spread(len(train), rows).tolist() if rows else []
-    counts = [count for _, count in train.per_source]
+        return checks.spread(len(train), count).tolist() if count else []
+    counts = [source_rows for _, source_rows in train.per_source]
     if not 0 <= source < len(counts):
         raise UserError(f"--source {source}: config.data.train has the sources 0 to {len(counts) - 1}")
-    return [sum(counts[:source]) + place for place in checks.spread(counts[source], rows or 1).tolist()]
+    return (sum(counts[:source]) + checks.spread(counts[source], count or 1)).tolist()
 
 
-def page_rows(train, found: Survey, codes: dict[int, list[str]], shown) -> list[page.PageRow]:
+def page_rows(train: Rows, codes: dict[int, list[str]], shown) -> list[page.PageRow]:
     """Rows for the page: those with findings (the first of each kind), and others evenly spread."""
-    places = sorted({*codes, *checks.spread(len(train), _PAGE_ROWS).tolist()})
     rows = []
-    for place in places:
-        if one := shown(place):
-            rows.append(page.PageRow(one[0], train.source_of(place), codes.get(place, []), one[1]))
+    for index in sorted({*codes, *checks.spread(len(train), _PAGE_ROWS).tolist()}):
+        if row := shown(index):
+            origin, examples = row
+            rows.append(page.PageRow(origin, train.source_of(index), codes.get(index, []), examples))
     return rows
 
 
-def report(found: Survey, epoch: Epoch) -> dict:
+def report(result: Survey, epoch: Epoch) -> dict:
     """The survey as plain JSON: figures, sources and findings."""
     names = ("rows", "looked_at", "heldout", "used", "dropped", "truncated", "refused", "copies", "near_copies")
     return {
-        **{name: getattr(found, name) for name in (*names, "tokens", "trained")},
-        "sources": [dataclasses.asdict(source) for source in found.sources],
+        **{name: getattr(result, name) for name in (*names, "tokens", "trained")},
+        "sources": [dataclasses.asdict(source) for source in result.sources],
         "epoch": dataclasses.asdict(epoch),
-        "findings": [dataclasses.asdict(finding) for finding in found.findings],
+        "findings": [dataclasses.asdict(finding) for finding in result.findings],
     }
 
 

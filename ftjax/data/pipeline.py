@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from ftjax.data.audit.kinds import MAX_DROPPED
+from ftjax.data.audit.findings import MAX_DROPPED
 from ftjax.data.batch.loader import Loader
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens import examples

@@ -180,9 +180,9 @@ def _examples(entry: dict[str, Any]) -> tuple[ModuleType, list[dict]]:
     source = entry["source"]
     if unused := sorted({"format", "weight"} & entry.keys()):
         raise UserError(f"config.data.eval: {source} is scored, which knows no {unused[0]!r}; leave it out")
-    task, split = registry.get(source.removeprefix(TASK)), splits.parse(entry.get("split", "test"), source)
+    task, split = registry.get(source.removeprefix(TASK)), splits.parse_split(entry.get("split", "test"), source)
     examples = registry.examples(task, split.name)
-    return task, [examples[i] for i in splits.choose(len(examples), split, entry.get("limit"), source)]
+    return task, [examples[i] for i in splits.select(len(examples), split, entry.get("limit"), source)]
 
 
 def _name(entry: dict[str, str]) -> str:

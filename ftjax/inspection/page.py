@@ -1,4 +1,4 @@
-"""One self-contained HTML page to browse rows: search, filters, colored tokens; it loads nothing from anywhere.
+"""One self-contained HTML page to browse rows: search, filters, colored tokens. It loads nothing.
 
 Rows travel as JSON in a script element that is never executed, with "<", ">" and "&" escaped, and the page's code puts
 them in as text, never as markup: a row that holds "</script>" is as harmless as any other. A content security policy
@@ -14,16 +14,16 @@ from typing import NamedTuple
 
 from ftjax.atomic import write_text
 from ftjax.inspection.pieces import Piece
-from ftjax.inspection.survey import Epoch, Settings, Survey, shares
+from ftjax.inspection.survey import Epoch, Survey, SurveySettings, shares
 from ftjax.inspection.terminal import facts_of, histogram
 
 MAX_ROWS = 3000
-MAX_PIECES = 3000  # of one example; what follows is left out, and the page says so
+MAX_PIECES = 3000  # of one example; the page says that the others are left out
 _FLAGS = {"": "", "bos": "b", "eos": "e", "special": "s"}
 
 
 class PageRow(NamedTuple):
-    """A row to browse: its origin, the number of its source, the codes found in it, its examples as named pieces."""
+    """A row to browse: its origin, the index of its source, the codes of its findings, its examples as named pieces."""
 
     origin: str
     source: int
@@ -31,44 +31,44 @@ class PageRow(NamedTuple):
     examples: Sequence[tuple[str, list[Piece]]]
 
 
-def write(path: Path, found: Survey, epoch: Epoch, settings: Settings, rows: Sequence[PageRow]) -> None:
+def write(path: Path, survey: Survey, epoch: Epoch, settings: SurveySettings, rows: Sequence[PageRow]) -> None:
     """Writes the page, whole or not at all."""
-    write_text(path, render(found, epoch, settings, rows))
+    write_text(path, render(survey, epoch, settings, rows))
 
 
-def render(found: Survey, epoch: Epoch, settings: Settings, rows: Sequence[PageRow]) -> str:
+def render(survey: Survey, epoch: Epoch, settings: SurveySettings, rows: Sequence[PageRow]) -> str:
     """The page as text; at most MAX_ROWS of the rows, evenly spread."""
     shown = rows if len(rows) <= MAX_ROWS else [rows[i * len(rows) // MAX_ROWS] for i in range(MAX_ROWS)]
     embedded = {
-        "sources": [source.name for source in found.sources],
+        "sources": [source.name for source in survey.sources],
         "rows": [_row(row) for row in shown],
     }
     note = (
-        f"This page holds {len(shown):,} of {found.rows:,} rows: the first with each finding, and others evenly "
+        f"This page holds {len(shown):,} of {survey.rows:,} rows: the first with each finding, and others evenly "
         f"spread; of a long example the first {MAX_PIECES:,} tokens."
     )
     parts = {
         "FACTS": "".join(
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
-            for name, text in facts_of(found, epoch, settings, None).items()
+            for name, text in facts_of(survey, epoch, settings, None).items()
         ),
         "SOURCES": "".join(
             f"<tr><td>{html.escape(source.name)}</td><td>{source.rows:,}</td><td>{source.weight:g}</td>"
             f"<td>{share:.1%}</td><td>{source.tokens:,}</td></tr>"
-            for source, share in zip(found.sources, shares(found.sources))
+            for source, share in zip(survey.sources, shares(survey.sources))
         ),
         "FINDINGS": "".join(
             f'<li class="{finding.severity}"><b>{finding.severity}</b> {html.escape(finding.message)} '
             f"<code>{html.escape(finding.code)}</code></li>"
-            for finding in found.findings
+            for finding in survey.findings
         )
         or "<li>none</li>",
-        "HISTOGRAM": svg(found, settings.max_length),
+        "HISTOGRAM": svg(survey, settings.max_length),
         "NOTE": html.escape(note),
         "ROWS": embed(embedded),
     }
     text = resources.files("ftjax.inspection").joinpath("page.html").read_text(encoding="utf-8")
-    # In one pass, so that a row which holds a placeholder is left alone.
+    # All placeholders in one pass, so that one inside a row is left alone.
     pieces = text.split("{{")
     out = [pieces[0]]
     for piece in pieces[1:]:
@@ -78,24 +78,24 @@ def render(found: Survey, epoch: Epoch, settings: Settings, rows: Sequence[PageR
 
 
 def embed(value: object) -> str:
-    """JSON that may stand inside a script element, whatever it holds."""
+    """JSON that is safe inside a script element, whatever strings it holds."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return text
 
 
-def svg(found: Survey, max_length: int) -> str:
-    """The histogram of lengths as an inline SVG, the cut marked."""
-    bars, width, height = histogram(found.lengths, max_length), 640, 120
+def svg(survey: Survey, max_length: int) -> str:
+    """The histogram of lengths as an inline SVG, with a line at max_length."""
+    bars, width, height = histogram(survey.lengths), 640, 120
     if not bars:
         return ""
     step, out = width / len(bars), []
-    for i, (low, high, count, most) in enumerate(bars):
-        tall = height * count / most
+    for i, (low, high, count, largest) in enumerate(bars):
+        bar = height * count / largest
         title = f"{low:,} to {high - 1:,} tokens: {count:,}"
         out.append(
-            f'<rect x="{i * step + 1:.1f}" y="{height - tall:.1f}" width="{step - 2:.1f}" height="{tall:.1f}">'
+            f'<rect x="{i * step + 1:.1f}" y="{height - bar:.1f}" width="{step - 2:.1f}" height="{bar:.1f}">'
             f"<title>{title}</title></rect>"
         )
         if low <= max_length < high:

@@ -1,18 +1,15 @@
 """One pass over the rows of a run's config: counts, lengths, findings, and what an epoch costs."""
 
-import functools
 import math
 from array import array
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ftjax.data.audit import checks
-from ftjax.data.audit.findings import ERROR, Finding
-from ftjax.data.audit.kinds import MAX_DROPPED
+from ftjax.data.audit.findings import ERROR, MAX_DROPPED, Finding
 from ftjax.data.batch import buckets, packing
 from ftjax.data.format.example import Example, Row
 from ftjax.data.read.rows import Rows
@@ -25,8 +22,8 @@ _CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The keys of config.data (and a few beside them) that decide what is trained on."""
+class SurveySettings:
+    """The keys of config.data (and a few others) that decide what is trained on."""
 
     max_length: int
     batch_size: int
@@ -41,11 +38,11 @@ class Settings:
 
 @dataclass
 class SourceCount:
-    """What one source gave.
+    """The counts of one source.
 
     Attributes:
-      rows: candidates that it has; picked: those of them that were asked for; looked_at: that could be read and are not
-        held out; used: examples of them that are trained on.
+      rows: that it has; picked: of these, for the survey; looked_at: of these, that could be read and are not held out;
+        used: examples of these that are trained on.
       tokens, trained: of its examples as they are cut.
     """
 
@@ -59,25 +56,27 @@ class SourceCount:
     trained: int = 0
 
 
+def _total(name: str) -> property:
+    """A count of `SourceCount`, summed over the sources."""
+    return property(lambda survey: sum(getattr(source, name) for source in survey.sources))
+
+
 @dataclass
 class Survey:
-    """What was found.
+    """What the pass found. `rows`, `picked`, `looked_at`, `used`, `tokens` and `trained` are those of all sources.
 
     Attributes:
       sources: of the training rows, in the order of the config.
-      rows: candidates for training; picked, looked_at, used: as of the sources, together.
       heldout: evaluation rows that were looked at.
+      dropped: rows and examples without a trained token; truncated: examples; refused: rows.
+      copies, near_copies: rows that are like an earlier one.
       lengths: int32 [n], tokens of each example before the cut; cut: after it, without those dropped.
       findings: errors first.
-      marked: {code: places in the training rows}, the first few of each.
+      marked: {code: indices of training rows}, the first few of each.
     """
 
     sources: list[SourceCount]
-    rows: int
-    picked: int = 0
-    looked_at: int = 0
     heldout: int = 0
-    used: int = 0
     dropped: int = 0
     truncated: int = 0
     refused: int = 0
@@ -85,13 +84,19 @@ class Survey:
     near_copies: int = 0
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     cut: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    tokens: int = 0
-    trained: int = 0
     findings: list[Finding] = field(default_factory=list)
     marked: dict[str, list[int]] = field(default_factory=dict)
 
+    rows, picked, looked_at = _total("rows"), _total("picked"), _total("looked_at")
+    used, tokens, trained = _total("used"), _total("tokens"), _total("trained")
+
     def failed(self) -> bool:
         return any(finding.severity == ERROR for finding in self.findings)
+
+    def mark(self, code: str, row: int) -> None:
+        rows = self.marked.setdefault(code, [])
+        if len(rows) < checks.MAX_MARKED and row not in rows[-1:]:
+            rows.append(row)
 
 
 def survey(
@@ -99,177 +104,206 @@ def survey(
     heldout: Sequence[Rows],
     tokenizer,
     ends: Sequence[int],
-    settings: Settings,
+    settings: SurveySettings,
     max_rows: int = 0,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Survey:
     """Reads, tokenizes and checks the rows.
 
     Args:
-      train, heldout: of data.train and data.eval (see `sources.read_sources`); what cannot be read becomes a finding.
+      train, heldout: of data.train and data.eval (see `sources.read_sources`); a row that cannot be read becomes a
+        finding.
       ends: token ids at which generation stops.
       max_rows: look at no more rows than this, evenly spread over the set; 0: all of them.
-      advance: told how many rows are done.
+      advance: is called with the number of rows that are done.
     """
-    facts = checks.TokenFacts.of(tokenizer, ends, settings.max_length)
-    looked = {"train": array("q"), "eval": array("q")}  # the place in its `Rows` of each row that was checked
-    sets = {"train": [train], "eval": list(heldout)}
-    firsts = {"train": [0], "eval": []}  # which of those is the first of each `Rows`
+    surveyor = _Surveyor(train, tokenizer, ends, settings)
+    for indices, rows in surveyor.read("train", train, max_rows, advance):
+        surveyor.check_rows("train", train, indices, rows)
+        examples, example_rows = surveyor.tokenize(indices, rows)
+        if examples:
+            surveyor.check_examples(examples, example_rows)
+    for rows_of_set in heldout:
+        for indices, rows in surveyor.read("eval", rows_of_set, max_rows, advance):
+            surveyor.check_rows("eval", rows_of_set, indices, rows)
+            surveyor.check_evaluated(rows_of_set, indices, rows)
+    return surveyor.finish()
 
-    def origin(side: str, i: int) -> str:
-        return sets[side][bisect_right(firsts[side], i) - 1][looked[side][i]].origin
 
-    origins = {side: functools.partial(origin, side) for side in looked}
-    found = checks.Checks(facts, origins)
-    names = train.per_source
-    out = Survey([SourceCount(name, weight, count) for (name, count), weight in zip(names, train.weights)], len(train))
-    bad = Counter()
-    lengths, length_places, cut = array("i"), array("q"), array("i")
-    evaluated = Counter()  # rows that are evaluated on by their loss: "tokenized", and of those "kept"
+class _Seen:
+    """The rows of one side that were checked, in their order: their set and their index in it, 10 bytes a row."""
 
-    def look(side: str, rows: Rows, picked: np.ndarray) -> None:
-        chunk, places = [], []
-        for done, i in enumerate(picked.tolist()):
+    def __init__(self):
+        self.indices = array("q")
+        self._sets, self._set_numbers = [], array("H")
+
+    def add(self, rows: Rows, indices: Sequence[int]) -> None:
+        if not self._sets or self._sets[-1] is not rows:
+            self._sets.append(rows)
+        self.indices.extend(indices)
+        self._set_numbers.extend([len(self._sets) - 1] * len(indices))
+
+    def origin(self, i: int) -> str:
+        return self._sets[self._set_numbers[i]].origin(self.indices[i])
+
+
+class _Surveyor:
+    """The state of the pass. Its methods stand in the order in which rows go through them."""
+
+    def __init__(self, train: Rows, tokenizer, ends: Sequence[int], settings: SurveySettings):
+        self._train, self._tokenizer, self._settings = train, tokenizer, settings
+        self._seen = {"train": _Seen(), "eval": _Seen()}
+        facts = checks.TokenFacts.of(tokenizer, ends, settings.max_length)
+        self._checks = checks.Checks(facts, {side: seen.origin for side, seen in self._seen.items()})
+        counts = zip(train.per_source, train.weights)
+        self._out = Survey([SourceCount(name, weight, count) for (name, count), weight in counts])
+        self._lengths, self._cut = array("i"), array("i")
+        self._length_rows = array("q")  # the index of the training row of each of the lengths
+        self._eval_tokenized = self._eval_kept = 0  # evaluation rows with a loss, and those with a trained token
+
+    def read(
+        self, side: str, rows: Rows, max_rows: int, advance: Callable[[int], None]
+    ) -> Iterator[tuple[list[int], list[Row]]]:
+        """Chunks of the rows that are good and on this side of the hold-out, with their indices in `rows`."""
+        indices, chunk, bad = [], [], Counter()
+        for done, i in enumerate(checks.spread(len(rows), max_rows or len(rows)).tolist()):
             if side == "train":
-                out.sources[train.source_of(i)].picked += 1
+                self._out.sources[rows.source_of(i)].picked += 1
             try:
-                row = rows.check(i)  # None: on the other side of the hold-out
+                row = rows.check(i)
             except SourceError:
                 raise
             except UserError as error:
-                if rows.heldout_side:  # the same row of the same source, which the training side has counted
-                    continue
-                key = id(rows), rows.source_of(i)
-                bad[key] += 1
-                message = str(error)
-                found.refused(message, message.split(": ", 1)[0], bad[key] <= settings.max_bad_rows)
-                out.refused += side == "train"
+                # The held-out side reads the same sources again, and the training side has counted the row.
+                if not rows.heldout_side:
+                    source, message = rows.source_of(i), str(error)
+                    bad[source] += 1
+                    allowed = bad[source] <= self._settings.max_bad_rows
+                    self._checks.refused(message, message.split(": ", 1)[0], allowed)
+                    self._out.refused += side == "train"
                 continue
-            if row is not None:
-                chunk.append(row)
-                places.append(i)
+            if row is None:
+                continue
+            indices.append(i)
+            chunk.append(row)
             if len(chunk) == _CHUNK:
-                take(side, rows, chunk, places)
-                chunk, places = [], []
+                yield indices, chunk
+                indices, chunk = [], []
                 advance(done)
         if chunk:
-            take(side, rows, chunk, places)
+            yield indices, chunk
 
-    def take(side: str, rows: Rows, chunk: list[Row], places: list[int]) -> None:
-        looked[side].extend(places)
-        for code, which in found.rows(chunk, side):
+    def check_rows(self, side: str, rows: Rows, indices: Sequence[int], chunk: Sequence[Row]) -> None:
+        self._seen[side].add(rows, indices)
+        for code, i in self._checks.rows(chunk, side):
             if side == "train":
-                _mark(out.marked, code, places[which])
-        if side == "eval":
-            out.heldout += len(chunk)
-            evaluate(rows, chunk, places)
-            return
-        whole, where = [], []
-        for row, place in zip(chunk, places):
-            source = out.sources[train.source_of(place)]
-            source.looked_at += 1
-            try:
-                examples = made_of(row)
-            except NothingTrained:
-                out.dropped += 1
-                found.add("untrained", row.origin, "weight 0")
-                _mark(out.marked, "untrained", place)
-                continue
-            except UserError as error:
-                out.refused += 1
-                found.refused(str(error), row.origin)
-                _mark(out.marked, "refused", place)
-                continue
-            whole += examples
-            where += [place] * len(examples)
-        if not whole:
-            return
-        documents = [(example.tokens, example.trained) for example in whole]
-        for code, which in found.examples(documents, lambda i: whole[i].origin):
-            _mark(out.marked, code, where[which])
-        for example, place in zip(whole, where):
-            source = out.sources[train.source_of(place)]
-            trained = int(example.trained[: settings.max_length].sum())
-            lengths.append(len(example.tokens))
-            length_places.append(place)
-            out.truncated += len(example.tokens) > settings.max_length
+                self._out.mark(code, indices[i])
+
+    def tokenize(self, indices: Sequence[int], chunk: Sequence[Row]) -> tuple[list[Example], list[int]]:
+        """The examples of training rows, not cut, and the index of the row of each."""
+        examples, example_rows = [], []
+        for index, row in zip(indices, chunk):
+            self._source(index).looked_at += 1
+            row_examples = self._examples_of(row)
+            if row_examples is None:
+                self._out.refused += 1
+                self._out.mark("refused", index)
+            elif not row_examples:
+                self._out.dropped += 1
+                self._checks.findings.add("untrained", row.origin, "weight 0")
+                self._out.mark("untrained", index)
+            else:
+                examples += row_examples
+                example_rows += [index] * len(row_examples)
+        return examples, example_rows
+
+    def check_examples(self, examples: Sequence[Example], example_rows: Sequence[int]) -> None:
+        documents = [(example.tokens, example.trained) for example in examples]
+        for code, i in self._checks.examples(documents, lambda i: examples[i].origin):
+            self._out.mark(code, example_rows[i])
+        for example, index in zip(examples, example_rows):
+            trained = int(example.trained[: self._settings.max_length].sum())
+            self._lengths.append(len(example.tokens))
+            self._length_rows.append(index)
+            self._out.truncated += len(example.tokens) > self._settings.max_length
             if not trained:
-                out.dropped += 1
+                self._out.dropped += 1
                 continue
-            kept = min(len(example.tokens), settings.max_length)
-            cut.append(kept)
+            kept = min(len(example.tokens), self._settings.max_length)
+            self._cut.append(kept)
+            source = self._source(index)
             source.used += 1
             source.tokens += kept
             source.trained += trained
 
-    def made_of(row: Row) -> list[Example]:
-        made = examples_of(row, tokenizer, settings.vocab_size, settings.train_on, settings.objective)
-        return [example for _, example in made]
-
-    def evaluate(rows: Rows, chunk: list[Row], places: list[int]) -> None:
-        for row, place in zip(chunk, places):
-            if rows.sources[rows.source_of(place)].name.startswith(TASK):  # scored by generating
+    def check_evaluated(self, rows: Rows, indices: Sequence[int], chunk: Sequence[Row]) -> None:
+        """Evaluation rows that have no part in the loss are reported."""
+        self._out.heldout += len(chunk)
+        for index, row in zip(indices, chunk):
+            if rows.sources[rows.source_of(index)].name.startswith(TASK):  # scored by generating, without a loss
                 continue
-            try:
-                kept = any(example.trained[: settings.max_length].any() for example in made_of(row))
-            except NothingTrained:
-                kept = False
-            except UserError as error:
-                found.refused(str(error), row.origin)
+            examples = self._examples_of(row)
+            if examples is None:
                 continue
-            evaluated["tokenized"] += 1
-            evaluated["kept"] += kept
+            kept = any(example.trained[: self._settings.max_length].any() for example in examples)
+            self._eval_tokenized += 1
+            self._eval_kept += kept
             if not kept:
-                found.add("eval_untrained", row.origin)
+                self._checks.findings.add("eval_untrained", row.origin)
 
-    look("train", train, checks.spread(len(train), max_rows or len(train)))
-    for rows in heldout:
-        firsts["eval"].append(len(looked["eval"]))
-        look("eval", rows, checks.spread(len(rows), max_rows or len(rows)))
-    if evaluated["tokenized"] and not evaluated["kept"]:
-        found.add("eval_empty")
-    out.picked = sum(source.picked for source in out.sources)
-    out.looked_at = sum(source.looked_at for source in out.sources)
-    out.used = sum(source.used for source in out.sources)
-    out.tokens = sum(source.tokens for source in out.sources)
-    out.trained = sum(source.trained for source in out.sources)
-    out.lengths, out.cut = np.array(lengths, np.int32), np.array(cut, np.int32)
-    _whole_set(found, out, train, length_places)
-    out.findings = found.finish()
-    out.copies, out.near_copies = found.copies, found.near_copies
-    for code, positions in found.marked.items():
-        for position in positions:
-            _mark(out.marked, code, looked["train"][position])
-    return out
+    def finish(self) -> Survey:
+        out, findings = self._out, self._checks.findings
+        out.lengths, out.cut = np.array(self._lengths, np.int32), np.array(self._cut, np.int32)
+        if self._eval_tokenized and not self._eval_kept:
+            findings.add("eval_empty")
+        if not out.looked_at and not out.refused:
+            findings.add("empty")
+        if out.dropped > MAX_DROPPED * max(1, out.dropped + len(out.cut)):
+            findings.add("dropped", count=out.dropped)
+        if len(out.sources) > 1:
+            self._checks.mixture([source.name for source in out.sources], shares(out.sources))
+        for i in checks.unusual_lengths(out.lengths).tolist():
+            index = self._length_rows[i]
+            findings.add("length", self._train.origin(index), f"{out.lengths[i]} tokens")
+            out.mark("length", index)
+        out.findings = self._checks.finish()
+        out.copies, out.near_copies = self._checks.copies, self._checks.near_copies
+        for code, positions in self._checks.marked.items():
+            for position in positions:
+                out.mark(code, self._seen["train"].indices[position])
+        return out
 
+    def _source(self, index: int) -> SourceCount:
+        return self._out.sources[self._train.source_of(index)]
 
-def _whole_set(found: checks.Checks, out: Survey, train: Sequence[Row], length_places: Sequence[int]) -> None:
-    if not out.looked_at and not out.refused:
-        found.add("empty")
-    if out.dropped > MAX_DROPPED * max(1, out.dropped + len(out.cut)):
-        found.add("dropped", count=out.dropped)
-    if len(out.sources) > 1:
-        found.mixture([source.name for source in out.sources], shares(out.sources))
-    for i in checks.unusual_lengths(out.lengths).tolist():
-        found.add("length", train[length_places[i]].origin, f"{out.lengths[i]} tokens")
-        _mark(out.marked, "length", length_places[i])
+    def _examples_of(self, row: Row) -> list[Example] | None:
+        """[] where nothing of the row is trained; None where it is refused, which becomes a finding."""
+        settings = self._settings
+        try:
+            named = examples_of(row, self._tokenizer, settings.vocab_size, settings.train_on, settings.objective)
+        except NothingTrained:
+            return []
+        except UserError as error:
+            self._checks.refused(str(error), row.origin)
+            return None
+        return [example for _, example in named]
 
 
 def shares(sources: Sequence[SourceCount]) -> list[float]:
     """The share of an epoch's rows that each source gives."""
-    # Of the candidates, as many as of those that were asked for.
+    # What holds for the rows that were picked is taken to hold for all rows of the source.
     weighted = [s.weight * s.rows * s.looked_at / max(1, s.picked) for s in sources]
-    return [one / (sum(weighted) or 1) for one in weighted]
+    return [rows / (sum(weighted) or 1) for rows in weighted]
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What training is going to do. Numbers of tokens and rows are of a whole epoch.
+    """What training is going to do.
 
     Attributes:
-      tokens: not counting padding.
-      rows: packed ones of max_length tokens; without packing one for each example.
-      efficiency: share of the places in rows that hold a token.
+      tokens: of an epoch, without padding.
+      rows: of an epoch: packed ones of max_length tokens; without packing one for each example.
+      efficiency: share of the positions in rows that hold a token.
       steps: of the whole run.
     """
 
@@ -279,26 +313,20 @@ class Epoch:
     steps: int
 
 
-def epoch_of(found: Survey, settings: Settings) -> Epoch:
-    """The plan that follows from the rows looked at, scaled up to all of them."""
-    if not len(found.cut):
+def epoch_of(survey: Survey, settings: SurveySettings) -> Epoch:
+    """What follows for training from the rows looked at, scaled up to all rows."""
+    if not len(survey.cut):
         return Epoch(0, 0, 0.0, 0)
     if settings.packing:
-        rows = packing.count_rows(packing.patterns(np.bincount(found.cut), settings.max_length))
-        places = rows * settings.max_length
-    else:  # each is padded to the next length of a batch, or a little more: its batch shares one
-        rows, steps = len(found.cut), np.array(buckets.choose(found.cut, settings.max_length))
-        places = int(steps[np.searchsorted(steps, found.cut)].sum())
-    efficiency = float(found.cut.sum() / places)
-    # Weighted sources count as often as they occur in an epoch; what was not looked at is like what was.
-    scale = [source.weight * source.rows / max(1, source.picked) for source in found.sources]
-    tokens = sum(source.tokens * factor for source, factor in zip(found.sources, scale))
-    all_rows = math.ceil(rows * tokens / max(1, found.tokens))
+        rows = packing.count_rows(packing.patterns(np.bincount(survey.cut), settings.max_length))
+        positions = rows * settings.max_length
+    else:  # an example is padded to the next of the batches' lengths, or a little more: all of a batch share one
+        rows, lengths = len(survey.cut), np.array(buckets.choose(survey.cut, settings.max_length))
+        positions = int(lengths[np.searchsorted(lengths, survey.cut)].sum())
+    efficiency = float(survey.cut.sum() / positions)
+    # A source counts as often as its weight says, and rows not looked at are taken to be like the others.
+    scale = [source.weight * source.rows / max(1, source.picked) for source in survey.sources]
+    tokens = sum(source.tokens * factor for source, factor in zip(survey.sources, scale))
+    all_rows = math.ceil(rows * tokens / max(1, survey.tokens))
     steps = settings.steps or math.ceil(all_rows * settings.epochs / settings.batch_size)
     return Epoch(round(tokens), all_rows, efficiency, steps)
-
-
-def _mark(marked: dict[str, list[int]], code: str, place: int) -> None:
-    places = marked.setdefault(code, [])
-    if len(places) < 200 and place not in places[-1:]:
-        places.append(place)

@@ -11,10 +11,12 @@ from rich.text import Text
 
 from ftjax.data.audit.findings import ERROR
 from ftjax.inspection.pieces import Piece, plain, visible
-from ftjax.inspection.survey import Epoch, Settings, Survey, shares
+from ftjax.inspection.survey import Epoch, Survey, SurveySettings, shares
 
 _BAR = 40  # characters
-_STYLES = {True: "black on green", False: "default"}
+_STYLES = {True: "black on green", False: "default"}  # of trained and other tokens
+
+Speed = tuple[float, str]  # tokens per second, and where the figure is from
 
 
 def console(file: TextIO | None = None) -> Console:
@@ -25,34 +27,34 @@ def console(file: TextIO | None = None) -> Console:
     return out
 
 
-def summary(out: Console, found: Survey, epoch: Epoch, settings: Settings, speed: tuple[float, str] | None) -> None:
-    """The tables. speed: tokens per second, and where the figure is from."""
-    if found.picked < found.rows:
-        out.print(f"Looked at {found.picked:,} of {found.rows:,} rows, evenly spread; --max_rows=0 looks at all.")
+def summary(out: Console, survey: Survey, epoch: Epoch, settings: SurveySettings, speed: Speed | None) -> None:
+    """Prints the sources, the facts and the histogram of lengths."""
+    if survey.picked < survey.rows:
+        out.print(f"Looked at {survey.picked:,} of {survey.rows:,} rows, evenly spread; --max_rows=0 looks at all.")
     table = Table(box=None, padding=(0, 2), title="sources", title_justify="left", title_style="bold")
     for name in ("", "rows", "weight", "of an epoch", "used", "tokens", "trained"):
         table.add_column(name, justify="left" if not name else "right")
-    for source, share in zip(found.sources, shares(found.sources)):
+    for source, share in zip(survey.sources, shares(survey.sources)):
         trained = f"{source.trained / max(1, source.tokens):.1%}"
         numbers = (f"{source.rows:,}", f"{source.weight:g}", f"{share:.1%}", f"{source.used:,}", f"{source.tokens:,}")
         table.add_row(Text(source.name), *numbers, trained)
     out.print(table)
     out.print()
-    for name, text in facts_of(found, epoch, settings, speed).items():
+    for name, text in facts_of(survey, epoch, settings, speed).items():
         out.print(Text(f"{name:<20}", "bold") + Text(text), soft_wrap=True)
     out.print()
     out.print(Text("tokens of an example, before it is cut", "bold"))
-    for low, high, count, longest in histogram(found.lengths, settings.max_length):
+    for low, high, count, longest in histogram(survey.lengths):
         bar = "█" * round(_BAR * count / longest) or ("▏" if count else "")
         cut = "  <- max_length" if low <= settings.max_length < high else ""
         out.print(f"{low:>7,} - {high - 1:<7,} {bar:<{_BAR}} {count:,}{cut}", markup=False)
     out.print()
 
 
-def histogram(lengths: np.ndarray, mark: int, bins: int = 14) -> list[tuple[int, int, int, int]]:
-    """(from, to, how many, the most of any bin) for each bin; equal widths, such that `mark` begins none in the middle.
+def histogram(lengths: np.ndarray, bins: int = 14) -> list[tuple[int, int, int, int]]:
+    """(from, to, count, largest count of any bin) for each bin, of equal widths.
 
-    A few very long rows do not squeeze the rest: beyond twice the 95th percentile all is one bin.
+    A few very long rows do not squeeze the others: the last bin holds all beyond twice the 95th percentile.
     """
     if not len(lengths):
         return []
@@ -61,34 +63,35 @@ def histogram(lengths: np.ndarray, mark: int, bins: int = 14) -> list[tuple[int,
     edges = np.arange(0, top + width + 1, width)
     counts = np.histogram(np.minimum(lengths, edges[-1] - 1), edges)[0].tolist()
     stops = [*edges[1:-1].tolist(), max(int(edges[-1]), int(lengths.max()) + 1)]
-    found = [(int(low), stop, count, max(counts)) for low, stop, count in zip(edges, stops, counts)]
-    first = next(i for i, (_, _, count, _) in enumerate(found) if count)
-    return found[max(0, first - 1) :]
+    filled = [(int(low), stop, count, max(counts)) for low, stop, count in zip(edges, stops, counts)]
+    first = next(i for i, count in enumerate(counts) if count)
+    return filled[max(0, first - 1) :]  # the empty bins before the shortest length but one are left out
 
 
-def facts_of(found: Survey, epoch: Epoch, settings: Settings, speed: tuple[float, str] | None) -> dict[str, str]:
-    looked = max(1, found.looked_at)
+def facts_of(survey: Survey, epoch: Epoch, settings: SurveySettings, speed: Speed | None) -> dict[str, str]:
+    """{name of a figure: the figure in words}."""
+    looked_at = max(1, survey.looked_at)
     facts = {
-        "rows": f"{found.picked:,} looked at, {found.looked_at:,} of them to train on, which give {found.used:,} "
-        f"examples; {found.refused:,} refused, {found.dropped:,} without a trained token",
-        "evaluation rows": f"{found.heldout:,}",
-        "duplicates": f"{found.copies:,} exact ({found.copies / looked:.1%}), {found.near_copies:,} near "
-        f"({found.near_copies / looked:.1%})",
-        "truncated": f"{found.truncated:,} ({found.truncated / max(1, len(found.lengths)):.1%}) at max_length "
+        "rows": f"{survey.picked:,} looked at, {survey.looked_at:,} of them to train on, which give {survey.used:,} "
+        f"examples; {survey.refused:,} refused, {survey.dropped:,} without a trained token",
+        "evaluation rows": f"{survey.heldout:,}",
+        "duplicates": f"{survey.copies:,} exact ({survey.copies / looked_at:.1%}), {survey.near_copies:,} near "
+        f"({survey.near_copies / looked_at:.1%})",
+        "truncated": f"{survey.truncated:,} ({survey.truncated / max(1, len(survey.lengths)):.1%}) at max_length "
         f"{settings.max_length:,}",
     }
-    if not len(found.cut):
+    if not len(survey.cut):
         return facts
     quartiles = "  ".join(
         f"{name} {value:,.0f}"
         for name, value in zip(
-            ("shortest", "median", "90 %", "99 %", "longest"), np.percentile(found.lengths, (0, 50, 90, 99, 100))
+            ("shortest", "median", "90 %", "99 %", "longest"), np.percentile(survey.lengths, (0, 50, 90, 99, 100))
         )
     )
     packed = f"packed {epoch.efficiency:.1%} full" if settings.packing else f"padded, about {epoch.efficiency:.1%} full"
     facts |= {
         "tokens": quartiles,
-        "trained on": f"{found.trained:,} of {found.tokens:,} tokens ({found.trained / found.tokens:.1%})",
+        "trained on": f"{survey.trained:,} of {survey.tokens:,} tokens ({survey.trained / survey.tokens:.1%})",
         "an epoch": f"{epoch.tokens:,} tokens in {epoch.rows:,} rows of up to {settings.max_length:,}, {packed}",
         "steps": f"{epoch.steps:,} of {settings.batch_size} rows, "
         + (
@@ -108,7 +111,7 @@ def facts_of(found: Survey, epoch: Epoch, settings: Settings, speed: tuple[float
     return facts
 
 
-def _epochs(epoch: Epoch, settings: Settings) -> float:
+def _epochs(epoch: Epoch, settings: SurveySettings) -> float:
     return epoch.steps * settings.batch_size / max(1, epoch.rows)
 
 
@@ -130,13 +133,13 @@ def row(out: Console, origin: str, examples: Sequence[tuple[str, list[Piece]]], 
         out.print()
 
 
-def verdict(out: Console, found: Survey) -> None:
-    """All findings, then what they amount to."""
-    for finding in found.findings:
+def verdict(out: Console, survey: Survey) -> None:
+    """Prints all findings, then whether training would start."""
+    for finding in survey.findings:
         style = "bold red" if finding.severity == ERROR else "yellow"
         out.print(Text(f"{finding.severity}: ", style) + Text(f"{finding.message} [{finding.code}]"), soft_wrap=True)
-    errors = sum(finding.severity == ERROR for finding in found.findings)
-    warnings = len(found.findings) - errors
+    errors = sum(finding.severity == ERROR for finding in survey.findings)
+    warnings = len(survey.findings) - errors
     if errors:
         out.print(
             f"{_count(errors, 'error')} and {_count(warnings, 'warning')}: training would stop before its first step"

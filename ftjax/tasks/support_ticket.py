@@ -30,16 +30,16 @@ def test_examples(n: int | None = None, seed: int = 0) -> list[dict]:  # noqa: P
 def score(completion: str, example: dict) -> float:
     """1.0 where `completion` is exactly the expected JSON object, in any layout and key order, else 0.0.
 
-    Nothing but whitespace may stand around the object, and no key may occur twice; 2.0 or "2" is not 2.
+    Only white space may surround the object, and no key may occur twice; 2.0 and "2" are not 2.
     """
     expected = json.loads(example["messages"][-1]["content"])
     try:
-        got = strict_json.loads(completion)
+        ticket = strict_json.loads(completion)
     except (ValueError, RecursionError):
         return 0.0
-    if type(got) is not dict or got != expected:
+    if type(ticket) is not dict or ticket != expected:
         return 0.0
-    return float(all(type(got[key]) is type(expected[key]) for key in expected))
+    return float(all(type(ticket[key]) is type(expected[key]) for key in expected))
 
 
 def _examples(phrases: Phrases, n: int, seed: str, *, test: bool) -> list[dict]:
@@ -70,16 +70,16 @@ def _draw_order(rng: random.Random, used: set[int], *, test: bool) -> int:
 def _example(rng: random.Random, phrases: Phrases, issue: str, sentence: str, order: int) -> dict:
     customer, (singular, plural) = rng.choice(phrases.names), rng.choice(phrases.items)
     quantity = rng.randrange(1, len(QUANTITY_WORDS))
-    item = singular if quantity == 1 else plural
+    single = quantity == 1
+    item = singular if single else plural
     article = "an" if item[0] in "aeiou" else "a"
     counts = [str(quantity), QUANTITY_WORDS[quantity]] if quantity > 1 else [article, article, "one", "1"]
     what = f"{rng.choice(counts)} {item}"
     number = rng.choice(ORDER_FORMS).format(order)
-    one = quantity == 1
     body = sentence.format(
         **{"what": what, "What": _capital(what), "order": number, "Order": _capital(number)},
-        **{"it": "it" if one else "they", "them": "it" if one else "them"},
-        **{"was": "was" if one else "were", "has": "has" if one else "have"},
+        **{"it": "it" if single else "they", "them": "it" if single else "them"},
+        **{"was": "was" if single else "were", "has": "has" if single else "have"},
     )
     message = rng.choice(phrases.frames).format(body=body, name=customer)
     ticket = dict(zip(KEYS, (str(order), customer, item, quantity, issue)))

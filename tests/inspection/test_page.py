@@ -14,10 +14,10 @@ from ftjax.data.format.example import Row
 from ftjax.data.tokens import chat
 from ftjax.inspection import page
 from ftjax.inspection.pieces import pieces
-from ftjax.inspection.survey import Epoch, Settings, SourceCount, Survey
+from ftjax.inspection.survey import Epoch, SourceCount, Survey, SurveySettings
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & {{ROWS}} \u2028 <!-- 日本 🙂"
-SETTINGS = Settings(64, 4, True, "assistant", 400, 0, 1.0)
+SETTINGS = SurveySettings(64, 4, True, "assistant", 400, 0, 1.0)
 
 
 class Reader(HTMLParser):
@@ -58,12 +58,10 @@ def rows_of(tokenizer, texts):
 
 def survey(name="rows.jsonl"):
     findings = Findings()
-    findings.add("error", "leak", f"as {EVIL}", "mend it", EVIL)
+    findings.add("leak", EVIL, what=f"as {EVIL}")
     lengths = np.array([3, 5, 60, 90, 12], np.int32)
     source = SourceCount(name, 1.0, 5, 5, 5, 5, 100, 40)
-    found = Survey([source], 5, lengths=lengths, cut=lengths, tokens=100, trained=40)
-    found.findings = findings.all()
-    return found
+    return Survey([source], lengths=lengths, cut=lengths, findings=findings.all())
 
 
 @pytest.fixture(scope="module")

@@ -22,3 +22,10 @@ def openai(call, **more):
 
 def muted(*messages):
     return [{**message, "weight": 0} for message in messages]
+
+
+def by_answer(fields):
+    """A chat record as one for each trained assistant turn, which ends it; the turns before have weight 0."""
+    messages = fields["messages"]
+    answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight") != 0]
+    return [{**fields, "messages": [*muted(*messages[:i]), messages[i]]} for i in answers]

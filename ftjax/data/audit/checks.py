@@ -1,22 +1,22 @@
 """Checks of a data set before it is trained on: errors that would make training vain, and warnings to look at.
 
 `Checks` is fed rows and examples in one pass, keeps a few bytes of each (hashes, lengths; signatures for near
-duplicates), and says at the end what it found. `at_start` is what training runs; `ftjax.inspect_data` runs all.
+duplicates), and then compares the rows with each other. Training runs `at_start`; `ftjax.inspect_data` runs all.
 """
 
 import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ftjax.data.audit import duplicates, private
-from ftjax.data.audit.findings import Finding, Findings
-from ftjax.data.audit.kinds import KINDS, NEAR, SMALL_SHARE
-from ftjax.data.audit.parts import own_text, parts, trained_text
+from ftjax.data.audit.findings import FINDING_KINDS, NEAR, SMALL_SHARE, Finding, Findings
+from ftjax.data.audit.parts import Parts, own_text, parts, trained_text
 from ftjax.data.format.example import Row
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 START_ROWS = 50_000  # that `at_start` reads at most, evenly over the set
 ALL_ROWS = 1_000  # up to which it reads all of them
+MAX_MARKED = 200  # rows whose index is kept, for each code
 _CHUNK = 512
-_MARKED = 200
 _REFUSAL = re.compile("AI language model")
 
 
@@ -37,7 +37,7 @@ class TokenFacts:
       ends: ids at which generation stops.
       bos, pad: ids, or None.
       max_length: where examples are cut.
-      special: the special tokens, as they are written. A tokenizer makes them of any text that holds them.
+      special: the special tokens as text. A tokenizer turns any text that holds one into the control token.
     """
 
     ends: frozenset[int]
@@ -55,22 +55,38 @@ class TokenFacts:
 
 @dataclass
 class Side:
-    """Rows of training or evaluation, as the comparisons need them. `origin(i)` names the i-th row that was added."""
+    """What is kept of the rows of training or evaluation to compare them. `origin(i)` is that of the i-th row added."""
 
     origin: Callable[[int], str]
     prompts: array = field(default_factory=lambda: array("Q"))  # hash of the prompt; 0 for rows without one
-    answers: array = field(default_factory=lambda: array("Q"))  # of the answer
-    wholes: array = field(default_factory=lambda: array("Q"))  # of all, the verdicts included
-    copies: array = field(default_factory=lambda: array("Q"))  # of all as it stands
+    answers: array = field(default_factory=lambda: array("Q"))  # of the answers
+    contents: array = field(default_factory=lambda: array("Q"))  # of prompt, answers and verdicts, but for white space
+    copies: array = field(default_factory=lambda: array("Q"))  # of all that training sees, white space included
     judged: list[tuple[int, int, bool]] = field(default_factory=list)  # (row, hash of prompt and answer, called good)
     signatures: duplicates.Signatures = field(default_factory=duplicates.Signatures)
 
+    def __len__(self) -> int:
+        return len(self.contents)
+
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return tuple(np.array(one, np.uint64) for one in (self.prompts, self.answers, self.wholes))
+        return tuple(np.array(hashes, np.uint64) for hashes in (self.prompts, self.answers, self.contents))
+
+    def add(self, row: Row, own: Parts, near: bool) -> None:
+        prompt = duplicates.word_hash(own.prompt) if own.prompt else 0
+        answers = [duplicates.word_hash(answer) for answer in own.answers]
+        for answer, good in zip(answers, own.verdicts):
+            self.judged.append((len(self), duplicates.combined_hash(prompt, answer), good))
+        self.prompts.append(prompt)
+        self.answers.append(duplicates.combined_hash(*answers))
+        self.contents.append(duplicates.combined_hash(prompt, *answers, *own.verdicts))
+        # Python's own hash is quick, and differs between processes: these are only compared in this one.
+        self.copies.append(hash(own) & 0xFFFFFFFFFFFFFFFF)
+        if near:
+            self.signatures.add(own_text(row.fields))
 
 
 class Checks:
-    """All checks over one pass. Call `row` for every row, `example` for every example, then `finish`.
+    """All checks over one pass. Call `rows` with all rows, `examples` with all examples, then `finish`.
 
     Args:
       facts: of the tokenizer and the cut.
@@ -82,52 +98,42 @@ class Checks:
         self._facts, self._near = facts, near
         self.sides = {name: Side(origin) for name, origin in origins.items()}
         self.findings = Findings()
-        self.marked: dict[str, list[int]] = {}  # code -> training rows, by their place, of what is between rows
+        self.marked: dict[str, list[int]] = {}  # code -> indices of training rows, for findings between rows
         self.copies = self.near_copies = 0
         self._end_trained = False
         self._examples = 0
         longest_first = sorted(facts.special, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # which nothing matches
-        size = max([0, *facts.ends]) + 2
-        self._is_end = np.zeros(size, bool)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
+        self._is_end = np.zeros(max([0, *facts.ends]) + 2, bool)  # the last entry stands for all ids beyond
         self._is_end[list(facts.ends)] = True
 
-    def add(self, code: str, place: str = "", detail: str = "", count: int = 1, what: str = "") -> None:
-        severity, usual, mend = KINDS[code]
-        self.findings.add(severity, code, what or usual, mend, place, detail, count)
-
     def rows(self, rows: Sequence[Row], side: str = "train") -> list[tuple[str, int]]:
-        """Checks what a chunk of rows says; returns (code, place in the chunk) of what is wrong with each alone."""
-        into, found, texts = self.sides[side], [], []
-        for which, row in enumerate(rows):
-            own = parts(row.fields)
-            found += [(code, which, "") for code in _wrong(row.fields, own)]
-            texts.append("\n".join((own.prompt, *own.answers)))
-            prompt = duplicates.key(own.prompt) if own.prompt else 0
-            answers = [duplicates.key(answer) for answer in own.answers]
-            for answer, good in zip(answers, own.verdicts):
-                into.judged.append((len(into.wholes), duplicates.combined(prompt, answer), good))
-            into.prompts.append(prompt)
-            into.answers.append(duplicates.combined(*answers))
-            into.wholes.append(duplicates.combined(prompt, *answers, *own.verdicts))
-            into.copies.append(hash(own) & 0xFFFFFFFFFFFFFFFF)  # Python's own: quick, and compared in this process only
-            if self._near:
-                into.signatures.add(own_text(row.fields))
-        # One text for all of them: a search costs little more than on one row.
-        starts = np.cumsum([0, *(len(text) + 1 for text in texts)]).tolist()
+        """Checks the text of a chunk of rows; returns (code, index in the chunk) of faults within one row."""
+        row_parts = [parts(row.fields) for row in rows]
+        faults = []
+        for i, (row, own) in enumerate(zip(rows, row_parts)):
+            faults += [(code, i, "") for code in _malformed(row.fields, own)]
+            self.sides[side].add(row, own, self._near)
+        faults += self._text_faults(rows, ["\n".join((own.prompt, *own.answers)) for own in row_parts])
+        details = {(code, i): detail for code, i, detail in reversed(faults)}  # a row counts once for each code
+        for code, i in sorted(details, key=itemgetter(1)):
+            self.findings.add(code, rows[i].origin, details[code, i])
+        return list(details)
+
+    def _text_faults(self, rows: Sequence[Row], texts: Sequence[str]) -> Iterator[tuple[str, int, str]]:
+        """(code, index of the row, detail) of each fault in the rows' texts."""
+        # All rows as one text: a search over it costs little more than a search over one row.
         text = "\n".join(texts)
-        at = [(f"private_{kind}", place, hidden) for kind, place, hidden in private.find(text)]
-        at += [("garbled", place, "") for place in private.garbled(text)]
-        at += [("refusal", match.start(), "") for match in _REFUSAL.finditer(text)]
-        at += [("special_in_prompt", match.start(), match[0]) for match in self._special.finditer(text)]
-        found += [(code, bisect_right(starts, place) - 1, detail) for code, place, detail in at]
-        for i, (code, which, _) in enumerate(found):
-            if code == "special_in_prompt" and (learned := self._special.search(trained_text(rows[which].fields))):
-                found[i] = ("special_in_text", which, learned[0])
-        unique = {(code, which): detail for code, which, detail in reversed(found)}  # a row counts once for each kind
-        for code, which in sorted(unique, key=lambda one: one[1]):
-            self.add(code, rows[which].origin, unique[code, which])
-        return list(unique)
+        starts = np.cumsum([0, *(len(row_text) + 1 for row_text in texts)]).tolist()
+        faults = [(f"private_{name}", offset, masked) for name, offset, masked in private.matches(text)]
+        faults += [("garbled", offset, "") for offset in private.garbled(text)]
+        faults += [("refusal", match.start(), "") for match in _REFUSAL.finditer(text)]
+        faults += [("special_in_prompt", match.start(), match[0]) for match in self._special.finditer(text)]
+        for code, offset, detail in faults:
+            i = bisect_right(starts, offset) - 1
+            if code == "special_in_prompt" and (learned := self._special.search(trained_text(rows[i].fields))):
+                code, detail = "special_in_text", learned[0]
+            yield code, i, detail
 
     def examples(
         self,
@@ -135,138 +141,128 @@ class Checks:
         origin: Callable[[int], str],
         whole: bool = True,
     ) -> list[tuple[str, int]]:
-        """Checks the tokens of a chunk of examples; returns (code, place in the chunk).
+        """Checks the tokens of a chunk of examples; returns (code, index in the chunk).
 
         Args:
           documents: (tokens, trained) of each, see `Example`.
           origin: of the i-th of them.
-          whole: they are not cut yet, so that what the cut does to them can be told.
+          whole: they are not cut yet, so what the cut will do to them is reported.
         """
-        facts, found = self._facts, []
-        tokens = np.concatenate([one for one, _ in documents])
-        trained = np.concatenate([one for _, one in documents])
-        lengths = np.array([len(one) for one, _ in documents])
+        facts, faults = self._facts, []
+        tokens = np.concatenate([tokens for tokens, _ in documents])
+        trained = np.concatenate([trained for _, trained in documents])
+        lengths = np.array([len(tokens) for tokens, _ in documents])
         starts = np.cumsum(lengths) - lengths
-        place = np.arange(len(tokens)) - np.repeat(starts, lengths)  # in its document
-        kept = trained & (place < facts.max_length)
+        position = np.arange(len(tokens)) - np.repeat(starts, lengths)  # of each token in its document
+        kept = trained & (position < facts.max_length)
         is_end = self._is_end[np.minimum(tokens, len(self._is_end) - 1)]
         self._end_trained |= bool((kept & is_end).any())
         self._examples += len(documents)
+
+        def document_of(token: int) -> int:
+            return int(np.searchsorted(starts, token, side="right")) - 1
+
         # An end token just after trained ones, itself not trained. After another end token it is decoration.
-        masked = np.flatnonzero(trained[:-1] & ~is_end[:-1] & ~trained[1:] & is_end[1:] & (place[1:] > 0)) + 1
-        for at in masked.tolist():
-            which = int(np.searchsorted(starts, at, side="right")) - 1
-            found.append(("pad_is_end" if tokens[at] == facts.pad else "end_masked", which))
+        masked = trained[:-1] & ~is_end[:-1] & ~trained[1:] & is_end[1:] & (position[1:] > 0)
+        for token in (np.flatnonzero(masked) + 1).tolist():
+            faults.append(("pad_is_end" if tokens[token] == facts.pad else "end_masked", document_of(token)))
         if facts.bos is not None:
-            second = np.flatnonzero((place[1:] == 1) & (tokens[1:] == facts.bos) & (tokens[:-1] == facts.bos)) + 1
-            found += [("double_bos", int(np.searchsorted(starts, at, side="right")) - 1) for at in second]
+            second = (position[1:] == 1) & (tokens[1:] == facts.bos) & (tokens[:-1] == facts.bos)
+            faults += [("double_bos", document_of(token)) for token in np.flatnonzero(second) + 1]
         if whole:
-            some = np.logical_or.reduceat(kept, starts)
-            found += [("untrained", which) for which in np.flatnonzero(~some).tolist()]
-            found += [("truncated", which) for which in np.flatnonzero(lengths > facts.max_length).tolist()]
-        found = list(dict.fromkeys(found))
-        for code, which in found:
-            if self.findings.wants_place(code, KINDS[code][1]):
-                self.add(code, origin(which))
-            else:
-                self.add(code)
-        return found
+            has_trained = np.logical_or.reduceat(kept, starts)
+            faults += [("untrained", i) for i in np.flatnonzero(~has_trained).tolist()]
+            faults += [("truncated", i) for i in np.flatnonzero(lengths > facts.max_length).tolist()]
+        faults = list(dict.fromkeys(faults))
+        for code, i in faults:
+            # Asking for an origin may read a row, so only those that will be shown are asked for.
+            self.findings.add(code, origin(i) if self.findings.wants_place(code) else "")
+        return faults
 
     def refused(self, message: str, origin: str, allowed: bool = False) -> None:
-        """A row that reading or tokenizing refused, with the message that it gave; a warning where that is allowed."""
+        """A row that reading or tokenizing refused with this message; a warning where such rows are allowed."""
         what = message.removeprefix(origin).removeprefix(":").strip()
-        self.add("skipped" if allowed else "refused", origin, what=what)
+        self.findings.add("skipped" if allowed else "refused", origin, what=what)
 
     def mixture(self, names: Sequence[str], shares: Sequence[float]) -> None:
-        """Finds sources that give too small a share of an epoch."""
+        """Reports sources that give too small a share of an epoch."""
         for name, share in zip(names, shares):
             if share < SMALL_SHARE:
-                self.add("mixture", name, f"{share:.2%}")
+                self.findings.add("mixture", name, f"{share:.2%}")
 
     def finish(self) -> list[Finding]:
-        """What was found in the rows themselves and between them, errors first."""
+        """All findings, errors first, those between rows included."""
         if self._examples and not self._end_trained and self._facts.ends:
-            self.add("end_untrained")
+            self.findings.add("end_untrained")
         self._compare()
         return self.findings.all()
 
     def _compare(self) -> None:
         train = self.sides["train"]
-        prompts, _, wholes = train.arrays()
+        prompts, _, contents = train.arrays()
+        rows = np.arange(len(train))
         first = duplicates.first_of_equal(np.array(train.copies, np.uint64))
-        copies = np.flatnonzero(first != np.arange(len(wholes)))
+        copies, originals = np.flatnonzero(first != rows), np.flatnonzero(first == rows)
         for i in copies.tolist():
-            self._pair("duplicate", train, i, train, int(first[i]))
-        alone = np.flatnonzero(first == np.arange(len(wholes)))
-        said = np.flatnonzero(duplicates.first_of_equal(wholes) == np.arange(len(wholes)))
-        self._contradictions(train, prompts, said)
-        near = np.zeros(len(wholes), bool)
+            self._add_pair("duplicate", train, i, train, int(first[i]))
+        self._contradictions(train, prompts, np.flatnonzero(duplicates.first_of_equal(contents) == rows))
+        near = []
         signatures = train.signatures.take()
-        if self._near and len(alone) > 1:
-            # Copies hang together with their first row; those are told already.
-            parents = duplicates.clusters(len(wholes), duplicates.near_pairs(signatures, NEAR))
-            for i in alone[parents[alone] != alone].tolist():
-                near[i] = True
-                self._pair("near_duplicate", train, i, train, int(parents[i]))
-        self.copies, self.near_copies = len(copies), int(near.sum())
-        if "eval" in self.sides and len(self.sides["eval"].wholes):
+        if self._near and len(originals) > 1:
+            # An exact copy is in the cluster of its original; it has been reported already, so only originals count.
+            clusters = duplicates.clusters(len(train), duplicates.near_pairs(signatures, NEAR))
+            near = originals[clusters[originals] != originals].tolist()
+            for i in near:
+                self._add_pair("near_duplicate", train, i, train, int(clusters[i]))
+        self.copies, self.near_copies = len(copies), len(near)
+        if "eval" in self.sides and len(self.sides["eval"]):
             self._leaks(train, self.sides["eval"], signatures)
 
-    def _contradictions(self, train: Side, prompts: np.ndarray, alone: np.ndarray) -> None:
-        if train.judged:  # many pairs or labeled answers to a prompt are usual; that they disagree is not
+    def _contradictions(self, train: Side, prompts: np.ndarray, unique: np.ndarray) -> None:
+        """Rows with one prompt that disagree. unique: indices of the rows whose contents no earlier row has."""
+        if train.judged:  # several pairs or labeled answers to a prompt are usual; that they disagree is not
             good = {key: row for row, key, verdict in train.judged if verdict}
             for row, key, verdict in train.judged:
                 if not verdict and key in good and good[key] != row:
-                    self._pair("contradicted_label", train, row, train, good[key])
+                    self._add_pair("contradicted_label", train, row, train, good[key])
             return
-        asked = alone[prompts[alone] != 0]
+        asked = unique[prompts[unique] != 0]
         first = duplicates.first_of_equal(prompts[asked])
         for i in np.flatnonzero(first != np.arange(len(asked))).tolist():
-            self._pair("contradiction", train, int(asked[i]), train, int(asked[first[i]]))
+            self._add_pair("contradiction", train, int(asked[i]), train, int(asked[first[i]]))
 
     def _leaks(self, train: Side, held: Side, signatures: np.ndarray) -> None:
-        (prompts, answers, wholes), (held_prompts, _, held_wholes) = train.arrays(), held.arrays()
-        order = np.argsort(wholes, kind="stable")
-        exact = _index_in(wholes, order, held_wholes)
-        order = np.argsort(prompts, kind="stable")
-        asked = np.where(held_prompts != 0, _index_in(prompts, order, held_prompts), -1)
-        several = np.zeros(len(wholes), bool)  # trained prompts with several answers
-        firsts = duplicates.first_of_equal(prompts)
-        differs = answers != answers[firsts]
-        several[firsts[differs]] = True
-        near = np.full(len(exact), -1)
-        if self._near and len(wholes):
+        """Rows of the evaluation that are trained on: whole, with their prompt, or nearly. signatures: of `train`."""
+        (prompts, answers, contents), (held_prompts, _, held_contents) = train.arrays(), held.arrays()
+        same_row = duplicates.index_in(held_contents, contents)
+        same_prompt = np.where(held_prompts != 0, duplicates.index_in(held_prompts, prompts), -1)
+        first = duplicates.first_of_equal(prompts)
+        several = np.zeros(len(train), bool)  # set for the first row of each trained prompt that has several answers
+        several[first[answers != answers[first]]] = True
+        near = np.full(len(held), -1)
+        if self._near and len(train):
             for ours, theirs in duplicates.near_across(held.signatures.take(), signatures, NEAR):
                 near[ours] = theirs
-        for i in range(len(exact)):
-            prompt_code = "leak_sampled" if several[firsts[asked[i]]] else "leak_prompt"
-            for code, at in (("leak", exact[i]), (prompt_code, asked[i]), ("leak_near", near[i])):
-                if at >= 0:
-                    self._pair(code, held, i, train, int(at))
+        for i in range(len(held)):
+            prompt_code = "leak_sampled" if several[first[same_prompt[i]]] else "leak_prompt"
+            for code, trained in (("leak", same_row[i]), (prompt_code, same_prompt[i]), ("leak_near", near[i])):
+                if trained >= 0:
+                    self._add_pair(code, held, i, train, int(trained))
                     break
 
-    def _pair(self, code: str, side: Side, index: int, other: Side, other_index: int) -> None:
-        if side is self.sides["train"] and len(self.marked.setdefault(code, [])) < _MARKED:
+    def _add_pair(self, code: str, side: Side, index: int, other: Side, other_index: int) -> None:
+        if side is self.sides["train"] and len(self.marked.setdefault(code, [])) < MAX_MARKED:
             self.marked[code].append(index)
-        # Looking an origin up may read a row, so only for those that will be shown.
-        if self.findings.wants_place(code, KINDS[code][1]):
-            self.add(code, side.origin(index), f"as {other.origin(other_index)}")
+        if self.findings.wants_place(code):
+            self.findings.add(code, side.origin(index), f"as {other.origin(other_index)}")
         else:
-            self.add(code)
-
-
-def finding(code: str, what: str) -> Finding:
-    """One finding about the whole set, in words of its own."""
-    alone = Findings()
-    severity, _, mend = KINDS[code]
-    alone.add(severity, code, what, mend)
-    return alone.all()[0]
+            self.findings.add(code)
 
 
 def unusual_lengths(lengths: np.ndarray) -> np.ndarray:
     """Indices of lengths far from the others: more than six median deviations from the median, by their logarithm.
 
-    None where there are fewer than 50, of which nothing can be said.
+    Fewer than 50 lengths are too few to judge: no indices.
     """
     if len(lengths) < 50:
         return np.zeros(0, int)
@@ -278,16 +274,16 @@ def unusual_lengths(lengths: np.ndarray) -> np.ndarray:
 def at_start(examples: "Examples", heldout: Sequence[Sequence[Row]], facts: TokenFacts) -> list[Finding]:
     """The checks that are cheap enough for the start of every run: all but near duplicates and unusual lengths.
 
-    They cost less than 5 % of tokenizing the examples: the text of at most START_ROWS rows is read again, of more than
-    ALL_ROWS every third one, evenly spread over the set; what is evaluated on is read up to START_ROWS.
+    They cost less than 5 % of tokenizing the examples. Evenly spread over the set, the text of every third row is read
+    again, but of no more than START_ROWS and of no fewer than ALL_ROWS; evaluation rows are read up to START_ROWS.
 
     Args:
-      examples: what is trained on, as it is cut.
+      examples: those that are trained on, cut already.
       heldout: rows that are evaluated on.
     """
     rows = RowsOf(examples)
     picked = spread(len(rows), min(START_ROWS, max(ALL_ROWS, len(rows) // 3)))
-    held = [(some, i) for some in heldout for i in spread(len(some), START_ROWS).tolist()]
+    held = [(held_rows, i) for held_rows in heldout for i in spread(len(held_rows), START_ROWS).tolist()]
     origins = {
         "train": lambda i: rows[int(picked[i])].origin,
         "eval": lambda i: held[i][0][held[i][1]].origin,
@@ -296,22 +292,23 @@ def at_start(examples: "Examples", heldout: Sequence[Sequence[Row]], facts: Toke
     for chunk in _chunks(picked.tolist()):
         checks.rows([rows[i] for i in chunk])
     for chunk in _chunks(held):
-        checks.rows([some[i] for some, i in chunk], "eval")
+        checks.rows([held_rows[i] for held_rows, i in chunk], "eval")
     for chunk in _chunks(spread(len(examples), START_ROWS).tolist()):
         owners = [(i, document) for i in chunk for document in examples.documents_of(i)]
         documents = [document for _, document in owners]
         checks.examples(documents, lambda i, owners=owners: rows[owners[i][0]].origin, whole=False)
     if cut := examples.report["truncated"]:
-        checks.add("truncated", count=cut, what=f"{cut:,} rows are {KINDS['truncated'][1]}")
+        what = f"{cut:,} rows are {FINDING_KINDS['truncated'].what}"
+        checks.findings.add("truncated", count=cut, what=what)
     if len(examples.weights) > 1:
-        names = [one["source"] for one in examples.report["per_source"]]
-        given = np.bincount(examples.source_ids, minlength=len(examples.weights)) * np.array(examples.weights)
-        checks.mixture(names, given[: len(names)] / given.sum())
+        names = [source["source"] for source in examples.report["per_source"]]
+        rows_given = np.bincount(examples.source_ids, minlength=len(examples.weights)) * np.array(examples.weights)
+        checks.mixture(names, rows_given[: len(names)] / rows_given.sum())
     return checks.finish()
 
 
 class RowsOf(Sequence[Row]):
-    """The rows that examples were made of, read again when they are asked for."""
+    """The rows that examples were made of, each read again when it is asked for."""
 
     def __init__(self, examples: "Examples"):
         self._examples = examples
@@ -334,22 +331,19 @@ def _chunks(items: Sequence) -> Iterable[Sequence]:
     return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
 
 
-def _wrong(fields: dict, own) -> Iterable[str]:
+def _malformed(fields: dict, own: Parts) -> Iterable[str]:
+    """Codes of what is wrong with the structure of a row."""
     for name in ("messages", "completion", "chosen", "rejected"):
         turns = fields.get(name)
         if isinstance(turns, list):
-            said = [m for m in turns if m["role"] == "assistant" and not m.get("tool_calls")]
-            if any(not m.get("content") or (isinstance(m["content"], str) and m["content"].isspace()) for m in said):
+            said = [turn for turn in turns if turn["role"] == "assistant" and not turn.get("tool_calls")]
+            if any(_is_empty(turn.get("content")) for turn in said):
                 yield "empty_turn"
     if not all(answer.strip() for answer in own.answers):
         yield "no_answer"
-    if len(own.answers) == 2 and duplicates.key(own.answers[0]) == duplicates.key(own.answers[1]):
+    if len(own.answers) == 2 and duplicates.word_hash(own.answers[0]) == duplicates.word_hash(own.answers[1]):
         yield "same_pair"
 
 
-def _index_in(keys: np.ndarray, order: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """int64 [len(wanted)]: where each stands in `keys`, -1 where it does not; `order` sorts `keys`."""
-    if not len(keys):
-        return np.full(len(wanted), -1)
-    at = np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)
-    return np.where(keys[order][at] == wanted, order[at], -1)
+def _is_empty(content: object) -> bool:
+    return not content or (isinstance(content, str) and content.isspace())

@@ -1,7 +1,7 @@
-"""Rows of files chosen, split, mixed and converted, into new JSONL files: what `ftjax.curate` does.
+"""What `ftjax.curate` does: rows of files chosen, split, mixed and converted, into new JSONL files.
 
-Records pass through as they stand in their file, with every field they have; only `convert` writes others. Nothing here
-holds more than a few bytes of each row in memory (signatures of near duplicates are in a temporary file).
+Rows are written as they stand in their file, with every field they have, except by `convert`. Nothing here holds more
+than a few bytes of each row in memory (signatures of near duplicates are in a temporary file).
 """
 
 import contextlib
@@ -21,25 +21,28 @@ import numpy as np
 from ftjax import atomic
 from ftjax.data.audit import duplicates, private, quality
 from ftjax.data.audit.parts import own_text, parts
+from ftjax.data.batch.permutation import permutation
 from ftjax.data.format.example import Row
 from ftjax.data.read.holdout import prompt_key
 from ftjax.data.read.rows import Rows
 from ftjax.errors import SourceError, UserError
 
-_PLACES = 3
+_PLACES = 3  # that are shown for each reason
+# A test of a row: None where the row is good, else the reason to drop it and a detail.
+Test = Callable[[Row], tuple[str, str] | None]
 
 
 class Record(NamedTuple):
-    """A record as it stands in its file, its place among all rows of the inputs, and the row that it is."""
+    """A row of the inputs."""
 
-    index: int
-    fields: dict
-    row: Row
+    index: int  # among all rows of the inputs
+    fields: dict  # as they stand in the file
+    row: Row  # after the checks of its format
 
 
 @dataclass
 class Drops:
-    """What was left out: how often for each reason, and the first places. `file`: where they are written, or None."""
+    """How many rows were dropped for each reason, and the first places. `file`: where they are written, or None."""
 
     file: "Output | None" = None
     reasons: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
@@ -57,24 +60,16 @@ class Drops:
 
 
 def records(rows: Rows, drops: Drops) -> Iterator[Record]:
-    """All records of the inputs in order; those that cannot be read or fit no format are dropped, with the reason."""
+    """All rows of the inputs in order; those that cannot be read or fit no format are dropped, with the reason."""
     for index in range(len(rows)):
         try:
             row = rows[index]
-            yield Record(index, raw(rows, index), row)
+            yield Record(index, rows.raw(index), row)
         except SourceError:
             raise
         except UserError as error:
             origin = str(error).split(": ", 1)[0]
             drops.add(origin, "cannot be read", str(error).removeprefix(origin).strip(": "))
-
-
-def raw(rows: Rows, index: int) -> dict:
-    """The fields of a record as they stand in its file."""
-    at = rows.source_of(index)
-    source = rows.sources[at]
-    local = index - sum(count for _, count in rows.per_source[:at])
-    return source.records[int(source.chosen[local])]
 
 
 class Output:
@@ -86,10 +81,8 @@ class Output:
 
     def __init__(self, path: Path, inputs: Sequence[Path] = (), overwrite: bool = False):
         self.path, self.count = Path(path), 0
-        if any(self.path.resolve() == one.resolve() or _same(self.path, one) for one in inputs):
-            raise UserError(
-                f"{path}: is one of the inputs; name another file, curation never writes onto what it reads"
-            )
+        if any(self.path.resolve() == path.resolve() or _same_file(self.path, path) for path in inputs):
+            raise UserError(f"{path}: is one of the inputs, which are never overwritten; name another file")
         if self.path.exists() and not overwrite:
             raise UserError(f"{path} exists; name another file or give --overwrite")
         if self.path.is_dir():
@@ -100,11 +93,13 @@ class Output:
             temporary = self._files.enter_context(atomic.new_file(self.path))
             self._raw = self._files.enter_context(temporary.open("wb"))
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); name a file in another directory"
+            ) from error
         self._file = gzip.GzipFile("", "wb", 6, self._raw, mtime=0) if self.path.suffix == ".gz" else self._raw
 
     def write(self, fields: dict) -> None:
-        """Dates and decimal numbers of a table are written as text; UserError for what JSON has no form for."""
+        """One row. Dates and decimal numbers of a table become text; UserError for a value that JSON cannot hold."""
         text = json.dumps(fields, ensure_ascii=False, default=_as_json)
         if not _encodes(text):  # half of a surrogate pair, which JSON can only spell as \\ud800
             text = json.dumps(fields, default=_as_json)
@@ -123,7 +118,7 @@ class Output:
         self._files.__exit__(*error)
 
 
-def _same(path: Path, other: Path) -> bool:
+def _same_file(path: Path, other: Path) -> bool:
     return path.exists() and other.exists() and path.samefile(other)
 
 
@@ -141,7 +136,7 @@ def _as_json(value: object) -> str:
     if isinstance(value, decimal.Decimal | datetime.timedelta):
         return str(value)
     raise UserError(
-        f"a row has a field of {type(value).__name__}, which JSON cannot hold; leave it out of the table, or write it "
+        f"a row has a field of {type(value).__name__}, which JSON cannot hold; remove it from the table, or write it "
         "as text"
     )
 
@@ -149,13 +144,14 @@ def _as_json(value: object) -> str:
 def dedup(
     rows: Rows, out: Output, drops: Drops, near: bool, threshold: float, by_prompt: bool, against: Rows | None
 ) -> Drops:
-    """Keeps the first of rows that are alike, and none that is like a row of `against`; returns what of `against`
-    cannot be read.
+    """Keeps the first of rows that are alike, and none that is like a row of `against`.
 
     Args:
-      near: compare by `duplicates.signature`, alike being a similarity of `threshold`; else by a hash of the whole row,
-        white space included.
-      by_prompt: only compare what is asked (rows of text: all of it).
+      near: rows are alike whose signatures have a similarity of `threshold` or more (`duplicates.signature`); else
+        those that are equal, white space included.
+      by_prompt: only compare the prompts (of rows of text, all of it).
+
+    Returns: the rows of `against` that cannot be read.
     """
 
     def text(row: Row) -> tuple[str, ...]:
@@ -164,47 +160,43 @@ def dedup(
             return (own.prompt,)
         return (own_text(row.fields),) if near else own.texts()
 
-    places, marks = _measured(rows, text, near, drops)
+    indices, keys = _comparison_keys(rows, text, near, drops)
     unread = Drops()
-    others, other_marks = (
-        (np.zeros(0, np.int64), marks[:0]) if against is None else _measured(against, text, near, unread)
-    )
+    other_indices, other_keys = np.zeros(0, np.int64), keys[:0]
+    if against is not None:
+        other_indices, other_keys = _comparison_keys(against, text, near, unread)
     if near:
-        first = duplicates.clusters(len(places), duplicates.near_pairs(marks, threshold))
-        like = np.full(len(places), -1)
-        for ours, theirs in duplicates.near_across(marks, other_marks, threshold):
+        first = duplicates.clusters(len(indices), duplicates.near_pairs(keys, threshold))
+        like = np.full(len(indices), -1)
+        for ours, theirs in duplicates.near_across(keys, other_keys, threshold):
             like[ours] = theirs
     else:
-        first = duplicates.first_of_equal(marks)
-        like = _found_in(marks, other_marks)
-    what = f"nearly as an earlier row (similarity {threshold:g} or more)" if near else "as an earlier row"
-    for k, place in enumerate(places.tolist()):
-        origin = rows[place].origin
+        first = duplicates.first_of_equal(keys)
+        like = duplicates.index_in(keys, other_keys)
+    reason = f"nearly as an earlier row (similarity {threshold:g} or more)" if near else "as an earlier row"
+    for k, index in enumerate(indices.tolist()):
+        origin = rows[index].origin
         if like[k] >= 0:
-            drops.add(origin, "in --against", f"as {against[int(others[like[k]])].origin}", raw(rows, place))
+            drops.add(origin, "in --against", f"as {against[int(other_indices[like[k]])].origin}", rows.raw(index))
         elif first[k] != k:
-            drops.add(origin, what, f"as {rows[int(places[first[k]])].origin}", raw(rows, place))
+            drops.add(origin, reason, f"as {rows[int(indices[first[k]])].origin}", rows.raw(index))
         else:
-            out.write(raw(rows, place))
+            out.write(rows.raw(index))
     return unread
 
 
-def filter_rows(
-    rows: Rows, out: Output, drops: Drops, tests: Sequence[Callable[[Row], tuple[str, str] | None]]
-) -> None:
-    """Keeps the rows that no test gives a (reason, detail) for."""
+def filter_rows(rows: Rows, out: Output, drops: Drops, tests: Sequence[Test]) -> None:
+    """Keeps the rows that pass all tests."""
     for record in records(rows, drops):
-        reason = next((found for test in tests if (found := test(record.row))), None)
-        if reason:
-            drops.add(record.row.origin, *reason, record.fields)
+        failure = next((failure for test in tests if (failure := test(record.row))), None)
+        if failure:
+            drops.add(record.row.origin, *failure, record.fields)
         else:
             out.write(record.fields)
 
 
-def length_test(
-    low: float, high: float, unit: str, count: Callable[[Row], int]
-) -> Callable[[Row], tuple[str, str] | None]:
-    """Of rows whose `count`, in `unit`, is not from low to high."""
+def length_test(low: float, high: float, unit: str, count: Callable[[Row], int]) -> Test:
+    """Fails rows whose `count`, in `unit`, is not from low to high."""
 
     def test(row: Row) -> tuple[str, str] | None:
         n = count(row)
@@ -215,8 +207,8 @@ def length_test(
     return test
 
 
-def quality_test(limits: dict[str, float]) -> Callable[[Row], tuple[str, str] | None]:
-    """Of rows one of whose answers breaks a rule of `quality`."""
+def quality_test(limits: dict[str, float]) -> Test:
+    """Fails rows of which an answer breaks a rule of `quality`."""
 
     def test(row: Row) -> tuple[str, str] | None:
         for answer in parts(row.fields).answers:
@@ -229,17 +221,18 @@ def quality_test(limits: dict[str, float]) -> Callable[[Row], tuple[str, str] | 
 
 
 def private_test(row: Row) -> tuple[str, str] | None:
-    """Of rows with what looks private; it is never written out in the table."""
+    """Fails rows with a string that looks private; the detail shows it masked."""
     own = parts(row.fields)
-    for kind, _, hidden in private.find("\n".join((own.prompt, *own.answers))):
-        return f"private: {private.KINDS[kind]}", hidden
+    for name, _, masked in private.matches("\n".join((own.prompt, *own.answers))):
+        return f"private: {private.PATTERNS[name]}", masked
     return None
 
 
 def garbled_test(row: Row) -> tuple[str, str] | None:
+    """Fails rows with text that was decoded wrongly."""
     own = parts(row.fields)
-    place = next(private.garbled("\n".join((own.prompt, *own.answers))), None)
-    return None if place is None else ("garbled characters", f"character {place}")
+    offset = next(private.garbled("\n".join((own.prompt, *own.answers))), None)
+    return None if offset is None else ("garbled characters", f"character {offset}")
 
 
 def characters(row: Row) -> int:
@@ -256,39 +249,40 @@ def split(rows: Rows, outs: Sequence[Output], shares: Sequence[float], drops: Dr
     for record in records(rows, drops):
         digest = hashlib.blake2b(prompt_key(record.row.fields).encode(errors="surrogatepass"), digest_size=8)
         digest.update(f"split {seed}".encode())
-        at = int(np.searchsorted(ends, int.from_bytes(digest.digest(), "big") / 2.0**64, side="right"))
-        outs[0 if at == len(shares) else at + 1].write(record.fields)
+        share = int(np.searchsorted(ends, int.from_bytes(digest.digest(), "big") / 2.0**64, side="right"))
+        outs[0 if share == len(shares) else share + 1].write(record.fields)
 
 
 def mix(rows: Rows, out: Output, drops: Drops, weights: Sequence[float], total: int | None, seed: int) -> list[int]:
     """Rows of each input in proportion to its weight, shuffled; returns how many of each.
 
-    total: rows to write; None: as many as can be without repeating a row. An input that has too few gives its rows
-    several times.
+    Args:
+      total: rows to write; None: as many as possible without repeating a row. An input that has too few gives its rows
+        several times.
     """
     by_source: list[list[int]] = [[] for _ in rows.sources]
     for record in records(rows, drops):
         by_source[rows.source_of(record.index)].append(record.index)
-    for (name, _), found in zip(rows.per_source, by_source):
-        if not found:
+    for (name, _), indices in zip(rows.per_source, by_source):
+        if not indices:
             raise UserError(f"{name}: has no row that can be read; leave it out of the mixture")
     whole = sum(weights)
     if total is None:
-        total = int(min(len(found) / weight for found, weight in zip(by_source, weights)) * whole + 1e-9)
+        total = int(min(len(indices) / weight for indices, weight in zip(by_source, weights)) * whole + 1e-9)
     ends = np.round(np.cumsum(weights) / whole * total).astype(int)
     quotas = np.diff(ends, prepend=0).tolist()
-    chosen = [_draw(found, quota, seed, k) for k, (found, quota) in enumerate(zip(by_source, quotas))]
-    together = np.concatenate(chosen)
-    for place in together[_order(len(together), seed, len(chosen))].tolist():
-        out.write(raw(rows, place))
+    drawn = [_draw(indices, quota, seed, k) for k, (indices, quota) in enumerate(zip(by_source, quotas))]
+    mixed = np.concatenate(drawn)
+    for index in mixed[permutation(len(mixed), seed, len(drawn))].tolist():
+        out.write(rows.raw(index))
     return quotas
 
 
 def sample(rows: Rows, count: int, seed: int, drops: Drops) -> Iterator[Record]:
-    """`count` rows of all (all, where there are fewer), drawn by the seed, in their order."""
+    """`count` of the rows (all, where there are fewer), drawn by the seed, in their order."""
     readable = np.array([record.index for record in records(rows, drops)], np.int64)
-    for place in np.sort(readable[_order(len(readable), seed, 0)[:count]]).tolist():
-        yield Record(place, raw(rows, place), rows[place])
+    for index in np.sort(readable[permutation(len(readable), seed, 0)[:count]]).tolist():
+        yield Record(index, rows.raw(index), rows[index])
 
 
 def as_text(record: Record) -> str:
@@ -299,45 +293,31 @@ def as_text(record: Record) -> str:
             prefix = "" if name == "messages" else f"{name} "
             for turn in value:
                 lines.append(f"--- {prefix}{turn['role']}")
-                said = turn.get("content")
-                lines.append(said if isinstance(said, str) else json.dumps(turn, ensure_ascii=False))
+                content = turn.get("content")
+                lines.append(content if isinstance(content, str) else json.dumps(turn, ensure_ascii=False))
         else:
             lines += [f"--- {name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
     return "\n".join(lines) + "\n\n"
 
 
-def _measured(
+def _comparison_keys(
     rows: Rows, text: Callable[[Row], tuple[str, ...]], near: bool, drops: Drops
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The places of all rows that can be read, int64 [n], and their hashes, uint64 [n], or signatures."""
-    places, keys, signatures = array("q"), array("Q"), duplicates.Signatures()
+    """int64 [n], the indices of all rows that can be read, and what `text` gives of each: uint64 [n], its hash, or
+    uint32 [n, SLOTS], its signature, where near."""
+    indices, hashes, signatures = array("q"), array("Q"), duplicates.Signatures()
     for record in records(rows, drops):
-        said = text(record.row)
-        places.append(record.index)
+        texts = text(record.row)
+        indices.append(record.index)
         if near:
-            signatures.add(said[0])
+            signatures.add(texts[0])
         else:
-            keys.append(duplicates.exact(*said))
-    return np.array(places, np.int64), signatures.take() if near else np.array(keys, np.uint64)
+            hashes.append(duplicates.exact_hash(*texts))
+    return np.array(indices, np.int64), signatures.take() if near else np.array(hashes, np.uint64)
 
 
-def _found_in(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """int64: where each key stands among the others, -1 where it does not."""
-    if not len(others):
-        return np.full(len(keys), -1)
-    order = np.argsort(others, kind="stable")
-    ranked = np.asarray(others)[order]
-    at = np.minimum(np.searchsorted(ranked, keys), len(ranked) - 1)
-    return np.where(ranked[at] == keys, order[at], -1)
-
-
-def _draw(places: Sequence[int], quota: int, seed: int, stream: int) -> np.ndarray:
-    """`quota` of the places: all as often as whole times go, then some of them once more."""
-    times, rest = divmod(quota, len(places))
-    found = np.array(places, np.int64)
-    return np.concatenate([np.tile(found, times), found[_order(len(found), seed, 1000 + stream)[:rest]]])
-
-
-def _order(n: int, seed: int, stream: int) -> np.ndarray:
-    """A permutation by (seed, stream) that stays the same in later versions of NumPy: sorted raw bits."""
-    return np.argsort(np.random.PCG64(np.random.SeedSequence([seed, stream])).random_raw(n), kind="stable")
+def _draw(indices: Sequence[int], quota: int, seed: int, stream: int) -> np.ndarray:
+    """`quota` of the indices: all of them quota // n times, and a random part of them once more."""
+    times, rest = divmod(quota, len(indices))
+    rows = np.array(indices, np.int64)
+    return np.concatenate([np.tile(rows, times), rows[permutation(len(rows), seed, 1000 + stream)[:rest]]])

@@ -1,11 +1,155 @@
-"""What checks of data find: each kind once, with how often it occurs and the first places."""
+"""What the checks of data report: each kind of finding once, with how often it occurs and its first places."""
 
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ftjax.data.audit import private
 
 ERROR, WARNING = "error", "warning"
-_PLACES = 3
-_VARIES = re.compile(r"\d+|'[^']*'")  # what may differ between two findings of one kind
+NEAR = 0.8  # similarity from which two rows count as near duplicates
+MAX_DROPPED = 0.05  # share of the rows that may have no trained token; as `tokenize.tokenize`
+SMALL_SHARE = 0.01  # of the rows: a source that gives less is lost in the mixture
+_PLACES = 3  # that a message names
+_VARIES = re.compile(r"\d+|'[^']*'")  # numbers and quotations: messages that differ in nothing else are one finding
+
+
+class Kind(NamedTuple):
+    """What the findings of one code have in common."""
+
+    severity: str  # ERROR or WARNING
+    what: str  # is wrong; "" where each finding has words of its own
+    fix: str
+
+
+# code -> what its findings have in common
+FINDING_KINDS: dict[str, Kind] = {
+    "refused": Kind(ERROR, "", "or allow some with config.data.max_bad_rows"),
+    "skipped": Kind(WARNING, "", "it is skipped, as config.data.max_bad_rows allows"),
+    "empty": Kind(ERROR, "no rows", "fill the source or name another"),
+    "few": Kind(
+        ERROR,
+        "an epoch does not fill one batch",
+        "set config.data.batch_size to what an epoch has, or less, or add data",
+    ),
+    "dropped": Kind(
+        ERROR,
+        f"more than {MAX_DROPPED:.0%} of the rows have no trained token within config.data.max_length",
+        "raise config.data.max_length, shorten the prompts or remove the rows",
+    ),
+    "untrained": Kind(
+        WARNING,
+        "no trained token within config.data.max_length, so the row is dropped",
+        "raise config.data.max_length, shorten the prompt or remove the row",
+    ),
+    "double_bos": Kind(ERROR, "starts with two BOS tokens", "remove it from the text or from the chat template"),
+    "end_untrained": Kind(
+        ERROR,
+        "no end token is trained in the whole set, so the model would never learn to stop",
+        "end the turns in the chat template with the end token that config.json and generation_config.json name; where "
+        "rows are cut, raise config.data.max_length",
+    ),
+    "end_masked": Kind(
+        ERROR,
+        "an answer is trained, but not the end token after it",
+        "let the template's {% generation %} block hold the end token",
+    ),
+    "pad_is_end": Kind(
+        ERROR,
+        "the padding token is also the end token and is masked with the padding, so the model would not learn to stop",
+        "give the tokenizer a padding token of its own",
+    ),
+    "empty_turn": Kind(ERROR, "an empty assistant turn", "write the answer or remove the turn"),
+    "no_answer": Kind(ERROR, "a prompt without an answer", "write the answer or remove the row"),
+    "same_pair": Kind(ERROR, "the chosen and the rejected answer are the same", "correct the pair or remove the row"),
+    "leak": Kind(
+        ERROR,
+        "rows of the evaluation are also trained on (same prompt, same answer)",
+        "remove them from one side (python -m ftjax.curate split keeps prompts apart), or hold rows out with "
+        "config.data.holdout",
+    ),
+    "leak_prompt": Kind(
+        ERROR,
+        "prompts of the evaluation are also trained on, with another answer",
+        "remove them from one side; python -m ftjax.curate split keeps all answers to a prompt together",
+    ),
+    "leak_near": Kind(
+        WARNING,
+        "rows of the evaluation have a near copy in training",
+        "look at the pairs; python -m ftjax.curate dedup --method near removes them before splitting",
+    ),
+    "contradiction": Kind(
+        WARNING,
+        "the same prompt has several answers",
+        "keep the right one, if they contradict each other; for samples of one question it is meant",
+    ),
+    "leak_sampled": Kind(
+        WARNING,
+        "prompts of the evaluation are also trained on, with several answers",
+        "if these are not samples of one question, remove them from one side",
+    ),
+    "contradicted_label": Kind(
+        WARNING,
+        "the same answer to the same prompt is called good here and bad there",
+        "keep one of the rows",
+    ),
+    "duplicate": Kind(WARNING, "exact copies of an earlier row", "python -m ftjax.curate dedup removes them"),
+    "near_duplicate": Kind(
+        WARNING,
+        f"nearly the same as an earlier row (similarity {NEAR:g} or more)",
+        "python -m ftjax.curate dedup --method near removes them",
+    ),
+    "truncated": Kind(
+        WARNING,
+        "longer than config.data.max_length and cut on the right: the end of the answer, and its end token, are lost",
+        "raise config.data.max_length or shorten the rows",
+    ),
+    "length": Kind(
+        WARNING,
+        "a length far from all others",
+        "look at them: empty or run-together rows are often mistakes of a conversion",
+    ),
+    "garbled": Kind(
+        WARNING,
+        "replacement or control characters, or text decoded with the wrong encoding",
+        "read the original again as UTF-8",
+    ),
+    "special_in_text": Kind(
+        ERROR,
+        "a special token of the tokenizer stands in the text of an answer, and would be learned as the control token "
+        "that it is",
+        "take it out of the text; the chat template writes those that belong there",
+    ),
+    "special_in_prompt": Kind(
+        WARNING,
+        "a special token of the tokenizer stands in the text, and is read as the control token that it is",
+        "take it out, unless the text was rendered with a chat template on purpose",
+    ),
+    "eval_untrained": Kind(
+        WARNING,
+        "an evaluation row has no trained token within config.data.max_length, and no part in the loss",
+        "raise config.data.max_length, shorten the prompt or remove the row",
+    ),
+    "eval_empty": Kind(
+        ERROR,
+        "no evaluation row has a trained token within config.data.max_length",
+        "raise config.data.max_length, give an answer weight 1, or name other rows",
+    ),
+    "refusal": Kind(
+        WARNING,
+        "an answer that speaks of itself as an AI language model",
+        "remove the row unless the model is to speak so",
+    ),
+    "mixture": Kind(
+        WARNING,
+        f"a source gives less than {SMALL_SHARE:.0%} of an epoch's rows",
+        "raise its weight, or leave it out",
+    ),
+}
+FINDING_KINDS |= {
+    f"private_{pattern}": Kind(WARNING, f"what looks like {what}", "remove or replace them if they are real")
+    for pattern, what in private.PATTERNS.items()
+}
 
 
 @dataclass(frozen=True)
@@ -13,10 +157,10 @@ class Finding:
     """One kind of trouble in a data set.
 
     Attributes:
-      severity: "error" (training on it would be in vain, or its evaluation) or "warning".
-      code: its short name, a key of `checks.KINDS`.
+      severity: "error" (training on the data, or its evaluation, would be in vain) or "warning".
+      code: a key of FINDING_KINDS.
       origin: the first place, "file.jsonl:12"; "" where it concerns the whole set.
-      message: what is wrong, how often, where (at most three places) and the mend; one line.
+      message: what is wrong, how often, where (at most three places) and what to do; one line.
       count: how many rows it concerns.
       places: the first three.
     """
@@ -34,12 +178,23 @@ class Finding:
 
 @dataclass
 class _Group:
-    severity: str
     code: str
     what: str
-    mend: str
     count: int = 0
     places: list[str] = field(default_factory=list)
+
+    def finding(self) -> Finding:
+        where = ", ".join(self.places)
+        if len(self.places) == 1 and self.count == 1:
+            text = f"{where}: {self.what}"
+        elif self.places:
+            more = ", ..." if self.count > len(self.places) else ""
+            text = f"{self.count:,} rows: {self.what}: {where}{more}"
+        else:
+            text = self.what
+        origin = self.places[0].split(" (")[0] if self.places else ""
+        kind = FINDING_KINDS[self.code]
+        return Finding(kind.severity, self.code, origin, f"{text}; {kind.fix}", self.count, tuple(self.places))
 
 
 class Findings:
@@ -48,36 +203,38 @@ class Findings:
     def __init__(self):
         self._groups: dict[tuple[str, str], _Group] = {}
 
-    def add(self, severity: str, code: str, what: str, mend: str, place: str = "", detail: str = "", count: int = 1):
-        """One more row of the kind (code, what); `detail` is said of the places that are kept ("as rows.jsonl:3")."""
-        group = self._groups.setdefault(_key(code, what), _Group(severity, code, what, mend))
+    def add(self, code: str, place: str = "", detail: str = "", count: int = 1, what: str = "") -> None:
+        """One more row (or `count` rows) with a finding.
+
+        Args:
+          code: a key of FINDING_KINDS.
+          place: where it is, "file.jsonl:12"; "" for the whole set.
+          detail: is shown behind the place, "as rows.jsonl:3".
+          what: what is wrong, instead of the words of the kind.
+        """
+        what = what or FINDING_KINDS[code].what
+        group = self._groups.setdefault(_key(code, what), _Group(code, what))
         group.count += count
         if place and len(group.places) < _PLACES:
             group.places.append(f"{place} ({detail})" if detail else place)
 
-    def wants_place(self, code: str, what: str) -> bool:
-        """Whether the place of one more of this kind would be kept."""
-        group = self._groups.get(_key(code, what))
+    def wants_place(self, code: str) -> bool:
+        """Whether the place of one more finding in the words of its kind would be kept."""
+        group = self._groups.get(_key(code, FINDING_KINDS[code].what))
         return group is None or len(group.places) < _PLACES
 
     def all(self) -> list[Finding]:
         """Errors first, then warnings, each in the order in which they were first met."""
-        groups = sorted(self._groups.values(), key=lambda group: group.severity != ERROR)
-        return [_finding(group) for group in groups]
+        findings = [group.finding() for group in self._groups.values()]
+        return sorted(findings, key=lambda finding: finding.severity != ERROR)
+
+
+def finding(code: str, what: str) -> Finding:
+    """One finding about the whole set, in words of its own."""
+    findings = Findings()
+    findings.add(code, what=what)
+    return findings.all()[0]
 
 
 def _key(code: str, what: str) -> tuple[str, str]:
     return code, _VARIES.sub("#", what)
-
-
-def _finding(group: _Group) -> Finding:
-    where = ", ".join(group.places)
-    if len(group.places) == 1 and group.count == 1:
-        text = f"{where}: {group.what}"
-    elif group.places:
-        more = ", ..." if group.count > len(group.places) else ""
-        text = f"{group.count:,} rows: {group.what}: {where}{more}"
-    else:
-        text = group.what
-    first = group.places[0].split(" (")[0] if group.places else ""
-    return Finding(group.severity, group.code, first, f"{text}; {group.mend}", group.count, tuple(group.places))

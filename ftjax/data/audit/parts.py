@@ -1,14 +1,15 @@
-"""What a row asks and what it answers, as plain text: that by which rows are compared, whatever their format."""
+"""Format-independent prompt and answer text of rows, for deduplication and leak checks."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ftjax.data.format.conversation import REASONING
 
 
 class Parts(NamedTuple):
-    """
+    """The texts of a row.
+
     Attributes:
       prompt: all that comes before the answer, roles and tools included; "" for a row of text.
       answers: the answer; two for a preference, the chosen one first.
@@ -23,7 +24,7 @@ class Parts(NamedTuple):
     muted: str = ""
 
     def texts(self) -> tuple[str, ...]:
-        """All of it: rows with the same ones are the same to training."""
+        """All parts as strings. Rows for which they are equal are the same to training."""
         return (self.prompt, *self.answers, *map(str, self.verdicts), self.muted)
 
 
@@ -33,9 +34,9 @@ def parts(fields: dict) -> Parts:
         return Parts("", (fields["text"],))
     if "messages" in fields:
         messages = fields["messages"]
-        said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        last = said[-1] if said else len(messages)
-        muted = ",".join([str(k) for k, i in enumerate(said, 1) if messages[i].get("weight") == 0])
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        last = answers[-1] if answers else len(messages)
+        muted = ",".join([str(k) for k, i in enumerate(answers, 1) if messages[i].get("weight") == 0])
         prompt = conversation(messages[:last]) + _tools(fields)
         return Parts(prompt, (conversation(messages[last:]),), muted=muted)
     prompt = conversation(fields["prompt"]) + _tools(fields)
@@ -46,18 +47,18 @@ def parts(fields: dict) -> Parts:
 
 
 def conversation(messages: str | Sequence[dict]) -> str:
-    """Turns as "role: content" lines. A string is one user turn's, so that both spellings of a prompt are equal."""
+    """Turns as "role: content" lines. One turn without a role, so that a prompt is equal as a string and as a turn."""
     if isinstance(messages, str):
         return messages
-    if len(messages) == 1 and (said := content(messages[0])) == messages[0].get("content"):
-        return said
+    if len(messages) == 1 and (text := content(messages[0])) == messages[0].get("content"):
+        return text
     return "\n".join([f"{message['role']}: {content(message)}" for message in messages])
 
 
 def content(message: dict) -> str:
-    """What a message says, its thoughts before and its tool calls as JSON after it."""
+    """The text of a message, after its thoughts and before its tool calls as JSON."""
     text = message.get("content")
-    if len(message) == 2 and isinstance(text, str):  # role and content, as most are
+    if len(message) == 2 and isinstance(text, str):  # nothing but role and content, the usual message
         return text
     text = text if isinstance(text, str) else "" if text is None else json.dumps(text, ensure_ascii=False)
     calls = message.get("tool_calls")
@@ -72,26 +73,26 @@ def _tools(fields: dict) -> str:
 
 
 def own_text(fields: dict) -> str:
-    """What the row itself says, without the system prompts that whole data sets share: for finding near duplicates."""
+    """The text of a row without its system prompts, which whole data sets share: for finding near duplicates."""
     if "text" in fields:
         return fields["text"]
-    found = []
-    for name in ("messages", "prompt", "completion", "chosen", "rejected"):
-        value = fields.get(name)
-        if isinstance(value, str):
-            found.append(value)
-        elif value:
-            found += [content(message) for message in value if message["role"] not in ("system", "developer")]
-    return "\n".join(found)
+    names = ("messages", "prompt", "completion", "chosen", "rejected")
+    return _joined(fields, names, lambda turn: turn["role"] not in ("system", "developer"))
 
 
 def trained_text(fields: dict) -> str:
-    """What the answers of a row say, turns of weight 0 left out; "" for a text, which may be rendered already."""
-    found = []
-    for name in ("messages", "completion", "chosen", "rejected"):
+    """The text of a row's answers, turns of weight 0 left out; "" for a row of text, which may be rendered already."""
+    names = ("messages", "completion", "chosen", "rejected")
+    return _joined(fields, names, lambda turn: turn["role"] == "assistant" and turn.get("weight") != 0)
+
+
+def _joined(fields: dict, names: Sequence[str], keeps: Callable[[dict], bool]) -> str:
+    """The strings under the named fields and the contents of the turns that are kept, on lines of their own."""
+    texts = []
+    for name in names:
         value = fields.get(name)
         if isinstance(value, str):
-            found.append(value)
+            texts.append(value)
         elif value:
-            found += [content(one) for one in value if one["role"] == "assistant" and one.get("weight") != 0]
-    return "\n".join(found)
+            texts += [content(turn) for turn in value if keeps(turn)]
+    return "\n".join(texts)

@@ -1,17 +1,28 @@
 """Strings that look like personal data or secrets, and text that was decoded wrongly.
 
-Shapes with a checksum are verified (cards by Luhn, IBANs by ISO 7064 mod 97), addresses that belong to nobody are left
-out (RFC 2606's example domains, private and reserved IP ranges). What is found is never shown whole.
+Numbers with a checksum are verified (cards by Luhn, IBANs by ISO 7064 mod 97); addresses that belong to nobody are left
+out (RFC 2606's example domains, private and reserved IP ranges). No match is ever shown whole.
 """
 
 import ipaddress
 import re
 from collections.abc import Iterator
 
-# Where a number below can be: seven or more digits and what may stand between them. Most texts have none.
+# name -> what its matches are, in words
+PATTERNS = {
+    "email": "e-mail addresses",
+    "phone": "telephone numbers",
+    "card": "payment card numbers",
+    "iban": "bank accounts (IBAN)",
+    "ip": "public IP addresses",
+    "ssn": "US social security numbers",
+    "key": "API keys or private keys",
+}
+# Where one of the numbers below can be: seven or more digits and their separators. Most texts have none, and this one
+# search is much quicker than five.
 _NUMBER = re.compile(r"\d[\d .()/-]{5,}\d")
-_MARGIN = 40  # characters around it that may belong to the number: a "+", an IBAN's letters
-_DOMAIN = re.compile(r"@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}")  # begins with a literal, so that searching is quick
+_MARGIN = 40  # characters around the digits that may belong to the number: a "+", an IBAN's letters
+_DOMAIN = re.compile(r"@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}")  # starts with a literal, which makes the search quick
 _LOCAL = re.compile(r"[A-Za-z0-9._%+-]+$")
 _NOBODYS = re.compile(r"@(?:[\w.-]+\.)?(?:example\.(?:com|org|net)|[\w.-]+\.(?:example|test|invalid|localhost))$", re.I)
 _CARD = re.compile(  # in one piece, in fours, or as American Express writes them
@@ -25,20 +36,9 @@ _PHONE = re.compile(
     r"|\(\d{3}\) ?\d{3}-\d{4}|\d{3}-\d{3}-\d{4})(?![\w-])"  # (555) 123-4567, 555-123-4567
 )
 _KEY_STARTS = (
-    "sk-",
-    "AKIA",
-    "ghp_",
-    "gho_",
-    "ghs_",
-    "github_pat_",
-    "xoxb-",
-    "xoxp-",
-    "AIza",
-    "hf_",
-    "glpat-",
-    "eyJ",
+    "sk-", "AKIA", "ghp_", "gho_", "ghs_", "github_pat_", "xoxb-", "xoxp-", "AIza", "hf_", "glpat-", "eyJ",
     "PRIVATE KEY",
-)
+)  # fmt: skip
 _KEY = re.compile(
     r"(?<![\w-])(?:sk-[\w-]{20,}|AKIA[0-9A-Z]{16}|gh[pos]_[A-Za-z0-9]{36,}|github_pat_\w{40,}|xox[bp]-[\w-]{20,}"
     r"|AIza[\w-]{35}|hf_[A-Za-z]{30,}|glpat-[\w-]{20,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
@@ -51,8 +51,8 @@ _GARBLED = re.compile(
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")  # tab, line breaks and the terminal's escape are common
 
 
-def find(text: str) -> Iterator[tuple[str, int, str]]:
-    """(kind, its place in the text, the string masked) of all that looks private; kinds are the keys of KINDS."""
+def matches(text: str) -> Iterator[tuple[str, int, str]]:
+    """(key of PATTERNS, offset in the text, the string masked) of each string that looks private."""
     if "@" in text:
         for domain in _DOMAIN.finditer(text):
             local = _LOCAL.search(text, max(0, domain.start() - 64), domain.start())
@@ -60,8 +60,8 @@ def find(text: str) -> Iterator[tuple[str, int, str]]:
                 yield "email", local.start(), masked(local.group() + domain.group())
     for start in _KEY_STARTS:
         if start in text:
-            for found in _KEY.finditer(text):
-                yield "key", found.start(), masked(found.group())
+            for match in _KEY.finditer(text):
+                yield "key", match.start(), masked(match.group())
             break
     for start, stop in _around_numbers(text):
         yield from _numbers(text[start:stop], start)
@@ -70,36 +70,24 @@ def find(text: str) -> Iterator[tuple[str, int, str]]:
 def _around_numbers(text: str) -> Iterator[tuple[int, int]]:
     """The stretches of text that hold the numbers, with a margin, not overlapping."""
     start = stop = -1
-    for found in _NUMBER.finditer(text):
-        if start >= 0 and found.start() - _MARGIN > stop:
+    for match in _NUMBER.finditer(text):
+        if start >= 0 and match.start() - _MARGIN > stop:
             yield start, stop
             start = -1
-        start = max(0, found.start() - _MARGIN) if start < 0 else start
-        stop = found.end() + _MARGIN
+        start = max(0, match.start() - _MARGIN) if start < 0 else start
+        stop = match.end() + _MARGIN
     if start >= 0:
         yield start, stop
 
 
 def _numbers(text: str, offset: int) -> Iterator[tuple[str, int, str]]:
     taken: list[tuple[int, int]] = []
-    kinds = (("iban", _IBAN, _is_iban), ("card", _CARD, _is_card), ("ip", _IP, _is_public))
-    for kind, pattern, holds in (*kinds, ("ssn", _SSN, bool), ("phone", _PHONE, _is_phone)):
+    for name, pattern, is_valid in _NUMBERS:
         for match in pattern.finditer(text):
             apart = all(match.end() <= start or stop <= match.start() for start, stop in taken)
-            if apart and holds(match.group()):
+            if apart and is_valid(match.group()):
                 taken.append(match.span())
-                yield kind, offset + match.start(), masked(match.group())
-
-
-KINDS = {
-    "email": "e-mail addresses",
-    "phone": "telephone numbers",
-    "card": "payment card numbers",
-    "iban": "bank accounts (IBAN)",
-    "ip": "public IP addresses",
-    "ssn": "US social security numbers",
-    "key": "API keys or private keys",
-}
+                yield name, offset + match.start(), masked(match.group())
 
 
 def masked(secret: str) -> str:
@@ -108,12 +96,12 @@ def masked(secret: str) -> str:
 
 
 def garbled(text: str) -> Iterator[int]:
-    """Places of replacement or control characters, and of UTF-8 that was read as another encoding."""
+    """Offsets of replacement or control characters, and of UTF-8 that was read as another encoding."""
     if not text.isascii():
-        for found in _GARBLED.finditer(text):
-            yield found.start()
-    for found in _CONTROL.finditer(text):
-        yield found.start()
+        for match in _GARBLED.finditer(text):
+            yield match.start()
+    for match in _CONTROL.finditer(text):
+        yield match.start()
 
 
 def _is_public(text: str) -> bool:
@@ -136,3 +124,13 @@ def _is_card(text: str) -> bool:
 def _is_iban(text: str) -> bool:
     plain = text.replace(" ", "")
     return 15 <= len(plain) <= 34 and int("".join(str(int(char, 36)) for char in plain[4:] + plain[:4])) % 97 == 1
+
+
+# (key of PATTERNS, pattern, check of a match), the strictest first: what one has matched, no later one may overlap.
+_NUMBERS = (
+    ("iban", _IBAN, _is_iban),
+    ("card", _CARD, _is_card),
+    ("ip", _IP, _is_public),
+    ("ssn", _SSN, bool),
+    ("phone", _PHONE, _is_phone),
+)

@@ -2,8 +2,8 @@
 
 The rules and limits are those of Gopher's filters (Rae et al. 2021, "Scaling Language Models", appendix A.1.1: all but
 `words`, `stop words` and the paragraph rules) and C4's repeated sentences (Raffel et al. 2020, section 2.2) as
-`repeated_sentences`. They were made for web pages; here they judge what a row answers, and only where it is long enough
-to be judged (MIN_WORDS), so that "4" stays a good answer.
+`repeated_sentences`. They were made for web pages; here they judge the answers of rows, but no answer of fewer than
+MIN_WORDS words, so that "4" stays a good answer.
 """
 
 import re
@@ -14,7 +14,7 @@ MIN_WORDS = 20
 _BULLETS = ("•", "●", "‣", "▪", "–", "-", "*")
 _ELLIPSIS = ("...", "…")
 _SENTENCE = re.compile(r"(?<=[.!?。！？])\s*")
-# Scripts that put no spaces between words: rules that count words say nothing there.
+# Scripts that put no spaces between words, for which rules that count words mean nothing.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 
 # name -> (the limit, "max" or "min", what it measures)
@@ -37,20 +37,20 @@ RULES: dict[str, tuple[float, str, str]] = {
 
 
 def faults(text: str, limits: dict[str, float]) -> list[tuple[str, float]]:
-    """(rule, its value) for each of `limits` that the text breaks; none for a text too short to be judged."""
+    """(rule, measured value) for each of the `limits` that the text breaks; [] for a text too short to be judged."""
     words = text.split()
     spaced = len(_UNSPACED.findall(text)) <= 0.3 * len(text)
     if len(words) < MIN_WORDS and (spaced or len(text) < 5 * MIN_WORDS):
         return []
-    found = []
+    broken = []
     for name, limit in limits.items():
         measure, of_words = _MEASURES[name]
         if of_words and not spaced:
             continue
         value = measure(text, words)
         if value > limit if RULES[name][1] == "max" else value < limit:
-            found.append((name, value))
-    return found
+            broken.append((name, value))
+    return broken
 
 
 def _lines(text: str) -> list[str]:
@@ -62,7 +62,7 @@ def _repeated(parts: Sequence[str]) -> float:
 
 
 def _repeated_chars(parts: Sequence[str]) -> float:
-    """Characters of the parts that stood there before, over those of all."""
+    """Share of the characters that are in repetitions of an earlier part."""
     counts = Counter(parts)
     total = sum(map(len, parts))
     return sum((count - 1) * len(part) for part, count in counts.items()) / total if total else 0.0
@@ -72,19 +72,19 @@ def _top_ngram(words: Sequence[str], n: int) -> float:
     grams = Counter(zip(*(words[i:] for i in range(n))))
     if not grams:
         return 0.0
-    gram, count = max(grams.items(), key=lambda one: (one[1], sum(map(len, one[0]))))
+    gram, count = max(grams.items(), key=lambda item: (item[1], sum(map(len, item[0]))))
     return count * sum(map(len, gram)) / sum(map(len, words)) if count > 1 else 0.0
 
 
 def _repeated_ngrams(words: Sequence[str], n: int) -> float:
-    """Characters covered by n words in a row that occur more than once, each counted once."""
+    """Share of the characters in n words in a row that occur more than once, each character counted once."""
     grams = list(zip(*(words[i:] for i in range(n))))
     counts = Counter(grams)
     covered = bytearray(len(words))
     for i, gram in enumerate(grams):
         if counts[gram] > 1:
             covered[i : i + n] = b"\x01" * n
-    return sum(len(word) for word, hit in zip(words, covered) if hit) / sum(map(len, words)) if words else 0.0
+    return sum(len(word) for word, inside in zip(words, covered) if inside) / sum(map(len, words)) if words else 0.0
 
 
 def _share(parts: Sequence[str], holds: Callable[[str], bool]) -> float:
@@ -95,7 +95,7 @@ def _mean_word(text: str, words: Sequence[str]) -> float:
     return sum(map(len, words)) / len(words)
 
 
-# name -> (the measure of (text, words), whether it needs words that are separated by spaces)
+# name -> (measure of (text, words), whether it needs words that are separated by spaces)
 _MEASURES: dict[str, tuple[Callable[[str, Sequence[str]], float], bool]] = {
     "repeated_lines": (lambda text, words: _repeated(_lines(text)), False),
     "repeated_line_chars": (lambda text, words: _repeated_chars(_lines(text)), False),

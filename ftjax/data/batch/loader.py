@@ -11,6 +11,7 @@ import numpy as np
 
 from ftjax.data.batch import buckets, packing
 from ftjax.data.batch.packing import Plan
+from ftjax.data.batch.permutation import permutation
 from ftjax.data.tokens.examples import Examples
 from ftjax.errors import UserError
 
@@ -167,12 +168,12 @@ class Loader:
     def _make(self, epoch: int) -> Plan:
         chosen = self._chosen(epoch)
         if self.shuffle:
-            chosen = chosen[_shuffled(len(chosen), self.seed, epoch)]
+            chosen = chosen[permutation(len(chosen), self.seed, epoch)]
         if self.packing:
-            return self._packed(chosen, lambda n: _shuffled(n, self.seed, epoch, 0, 1))
+            return self._packed(chosen, lambda n: permutation(n, self.seed, epoch, 0, 1))
         first = -self._first_row(epoch) % self.batch_size  # so many rows fill up a batch that the last epoch began
         order = buckets.arrange(
-            chosen, self.examples.lengths, self.batch_size, first, lambda n: _shuffled(n, self.seed, epoch, 0, 1)
+            chosen, self.examples.lengths, self.batch_size, first, lambda n: permutation(n, self.seed, epoch, 0, 1)
         )
         return _singles(order)
 
@@ -196,7 +197,7 @@ class Loader:
                 turn, begin = divmod(start, n)
                 end = min(n, begin + stop - start)
                 whole = end - begin == n
-                parts.append(examples if whole else examples[_shuffled(n, self.seed, turn, at + 1)[begin:end]])
+                parts.append(examples if whole else examples[permutation(n, self.seed, turn, at + 1)[begin:end]])
                 start += end - begin
         return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 
@@ -210,15 +211,6 @@ class Loader:
             row -= rows
             epoch += 1
         return epoch, row
-
-
-def _shuffled(n: int, *key: int) -> np.ndarray:
-    """A permutation of n, a function of the key alone.
-
-    NumPy promises that raw bits stay the same in later versions, not that permutations do. 64 bits all but never tie,
-    and a stable sort settles it where they do.
-    """
-    return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
 
 
 def _singles(order: np.ndarray) -> Plan:

@@ -1,9 +1,9 @@
-"""Conversations as rows carry them -> plain messages that a chat template takes, and the checks of both.
+"""Conversations as rows hold them -> plain messages that a chat template takes, and the checks of both.
 
-A message is {"role", "content", and where they are there "tool_calls", "tool_call_id", "name", "weight",
-"reasoning_content", ...}: `content` is always a string ("" beside tool calls that had none), `weight` 0 or 1,
-`arguments` of a call a dict, as transformers documents for chat templates. What else a template may read is kept as it
-was; keys without a value are dropped.
+A message has "role" and "content", and may have "tool_calls", "tool_call_id", "name", "weight", "reasoning_content" and
+other keys: `content` is always a string ("" beside tool calls that had none), `weight` 0 or 1, `arguments` of a call a
+dict, as transformers documents for chat templates. Other keys are kept as they are, in case a template reads them; keys
+without a value are dropped.
 """
 
 import math
@@ -12,18 +12,18 @@ from ftjax import strict_json
 from ftjax.errors import UserError
 
 _CHECKED = ("role", "content", "tool_calls", "function_call", "weight")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that thoughts go by; one is used
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys under which data sets keep thoughts
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def conversation(messages: object, origin: str, needs_assistant: bool = True) -> list[dict]:
-    """The messages of a row, checked and made plain.
+    """The messages of a row, checked, in the form that the module describes.
 
     Content in parts ([{"type": "text", "text": ...}]) becomes one string, OpenAI's older `function_call` and the role
     `function` become a tool call and a tool message, arguments in JSON become dicts.
 
     Args:
-      needs_assistant: an assistant turn must be there, and must not be the first. False for a prompt or an answer.
+      needs_assistant: there must be an assistant turn, and it must not be the first. False for a prompt or an answer.
 
     Raises:
       UserError: with the origin and the number of the message (from 0).
@@ -43,7 +43,7 @@ def conversation(messages: object, origin: str, needs_assistant: bool = True) ->
 
 
 def check_string(value: object, what: str) -> None:
-    """`UserError` where a value is no text that a tokenizer takes."""
+    """`UserError` where a value is not a string that a tokenizer takes."""
     if isinstance(value, bytes):
         raise UserError(f"{what} is bytes that are not UTF-8 text; convert the data set")
     if not isinstance(value, str):
@@ -55,32 +55,32 @@ def check_string(value: object, what: str) -> None:
 
 
 def check_filled(value: object, what: str) -> None:
-    """`check_string`, and some of it is not white space."""
+    """`check_string`, and `UserError` where nothing but white space is in it."""
     check_string(value, what)
     if not value.strip():
         raise UserError(f"{what} is empty; fill it in or remove the row")
 
 
 def tool_list(tools: object, origin: str) -> list[dict]:
-    """The tools of a row as a list of {"type": "function", "function": {"name", ...}}; they may come as JSON text.
+    """The tools of a row as a list of {"type": "function", "function": {"name", ...}}.
 
-    A tool may also be a bare {"name", "description", "parameters"}, and each may be JSON text of its own.
+    The list and each tool may be given as JSON text, and a tool as a bare {"name", "description", "parameters"}.
     """
     tools = from_json(tools, f"{origin}: tools")
     if not isinstance(tools, list):
         raise UserError(f"{origin}: tools is a {type(tools).__name__}; write it as a list of JSON schemas")
-    found = []
-    for i, given in enumerate(tools):
+    schemas = []
+    for i, tool in enumerate(tools):
         where = f"{origin}: tools[{i}]"
-        tool = from_json(given, where)
+        tool = from_json(tool, where)
         if isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str):
             tool = {"type": "function", "function": tool}
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise UserError(f'{where} has no name; write it as {{"type": "function", "function": {{"name": ...}}}}')
         _check_json(tool, where)
-        found.append(tool)
-    return found
+        schemas.append(tool)
+    return schemas
 
 
 def tool_calls(calls: object, where: str) -> list[dict]:
@@ -99,18 +99,20 @@ def _call(call: object, where: str) -> dict:
     arguments = function.get("arguments")
     arguments = {} if arguments is None or arguments == "" else from_json(arguments, f"{where}: arguments")
     if not isinstance(arguments, dict):
-        raise UserError(f"{where}: arguments are a JSON {type(arguments).__name__}; write an object of their names")
+        raise UserError(
+            f"{where}: arguments are a JSON {type(arguments).__name__}; write an object of names and values"
+        )
     _check_json(arguments, f"{where}: arguments")
     _check_json(function["name"], f"{where}: name")
-    ours = ("type", "function", "name", "arguments")
-    rest = {key: value for key, value in call.items() if key not in ours and value is not None and _is_json(value)}
+    known = ("type", "function", "name", "arguments")
+    rest = {key: value for key, value in call.items() if key not in known and value is not None and _is_json(value)}
     return {**rest, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _message(message: object, where: str) -> dict:
     if not isinstance(message, dict):
         raise UserError(f"{where} is a {type(message).__name__}; write it as {{role, content}}")
-    # A data set's own notes (times, scores) stand beside what a template reads; what is not JSON no template can read.
+    # Data sets add notes of their own (times, scores). Those that are not JSON are dropped: no template can read them.
     plain = {key: value for key, value in message.items() if value is not None and (key in _CHECKED or _is_json(value))}
     if plain.get("role") == "function":
         plain["role"] = "tool"
@@ -123,7 +125,7 @@ def _message(message: object, where: str) -> dict:
         raise UserError(f"{where} has tool_calls, but its role is {role!r}; only an assistant calls tools")
     if calls:
         plain["tool_calls"] = tool_calls(calls, where)
-        plain.setdefault("content", "")  # templates add it to strings, so it must be one
+        plain.setdefault("content", "")  # templates add it to strings, so it must not be missing
     plain["content"] = _text(plain.get("content"), f"{where} ({role}): content")
     if plain.get("weight") not in (None, 0, 1):
         raise UserError(f"{where} has the weight {plain['weight']!r}; use 0 (no loss) or 1")
@@ -143,7 +145,7 @@ def _text(content: object, what: str) -> str:
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "text":
-                raise UserError(f"{what} has a part of type {kind!r}; only parts of text can be trained on")
+                raise UserError(f"{what} has a part of type {kind!r}; only parts of type 'text' can be trained on")
             check_string(part.get("text"), what)
         content = "".join(part["text"] for part in content)
     check_string(content, what)
@@ -151,9 +153,10 @@ def _text(content: object, what: str) -> str:
 
 
 def _check_answers_a_call(before: list[dict], message: dict, where: str) -> None:
-    """A tool message follows the assistant turn that called it, perhaps after other tools' messages."""
+    """`UserError` where a tool message does not follow the assistant turn that called it. Other tools' messages may
+    stand between the two."""
     turn = next((earlier for earlier in reversed(before) if earlier["role"] != "tool"), None)
-    if turn is None or turn["role"] != "assistant":  # whose call may also be written in its content
+    if turn is None or turn["role"] != "assistant":  # a turn without tool_calls may have its call in the content
         after = f"after a {turn['role']} message" if turn else "without a call"
         raise UserError(f"{where} is a tool message {after}; put the assistant turn that calls the tool before it")
     known = [call["id"] for call in turn.get("tool_calls", ()) if "id" in call]
@@ -165,7 +168,7 @@ def _check_answers_a_call(before: list[dict], message: dict, where: str) -> None
 
 
 def from_json(value: object, what: str) -> object:
-    """A value that may have been written as JSON text."""
+    """The value itself, or the one that it spells if it is JSON text."""
     if not isinstance(value, str):
         return value
     try:
@@ -175,14 +178,14 @@ def from_json(value: object, what: str) -> object:
 
 
 def _check_json(value: object, what: str) -> None:
-    """Nested dicts, lists, strings that can be encoded, finite numbers, true, false and null."""
+    """`UserError` for anything but nested dicts, lists, strings that can be encoded, finite numbers, booleans, None."""
     if isinstance(value, dict):
-        for key, one in value.items():
+        for key, item in value.items():
             check_string(key, f"{what}: the key {key!r}")
-            _check_json(one, what)
+            _check_json(item, what)
     elif isinstance(value, list):
-        for one in value:
-            _check_json(one, what)
+        for item in value:
+            _check_json(item, what)
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{what} has the number {value}, which is not JSON; write it as a string")
     elif value is not None and not isinstance(value, bool | int | float):

@@ -1,4 +1,4 @@
-"""The two records that data passes through: a `Row` as it was read, an `Example` as the model sees it."""
+"""The two forms of data on its way: a `Row` as it is read, an `Example` as the model sees it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data set, with the fields of its format and the place that messages about it name.
+    """One row of a data set.
 
     Attributes:
-      fields: those of one of the formats in `formats.FORMATS`; after `formats.check_row`, one of its five
-        records.
-      origin: "file.jsonl:12", "tfds:name[3]" or "task:name[3]".
+      fields: of one of the formats in `formats.FORMATS`; after `formats.check_row`, one of the five records.
+      origin: where it is, for messages: "file.jsonl:12", "tfds:name[3]" or "task:name[3]".
     """
 
     fields: dict

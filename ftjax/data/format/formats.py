@@ -1,7 +1,7 @@
 """The formats of rows: which fields each has, how it is detected, and how it becomes one of five records.
 
-A format is one entry of `FORMATS`: its fields and the function that checks them and writes the record. The records,
-told apart by `kind_of`:
+A format is one entry of `FORMATS`: its fields and the function that checks them and makes the record. The kinds of
+records, which `kind_of` names:
 
     text               {"text": str}
     chat               {"messages": [message], "tools"?: [schema]}
@@ -11,7 +11,7 @@ told apart by `kind_of`:
 
 Messages are those of `conversation`. A record is a row of its own format too, so checking it again changes nothing.
 
-Where a row fits several formats, one may be the whole of which the other is a part (`WHOLE_OF`); then it is taken. Else
+Where a row fits several formats and the fields of one contain those of the others (`WHOLE_OF`), it has that one. Else
 `format` must say which is meant.
 """
 
@@ -20,14 +20,11 @@ from collections.abc import Callable
 from ftjax.data.format import pairs, sharegpt
 from ftjax.data.format.conversation import check_filled, conversation, tool_list
 from ftjax.data.format.example import Row
-from ftjax.data.format.writing import WRITERS, write_as
 from ftjax.errors import UserError, did_you_mean
-
-__all__ = ["FORMATS", "WRITERS", "by_answer", "check_row", "detect", "kind_of", "write_as"]
 
 
 def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
-    """Detects the format (unless it is named), checks the fields and writes the record of its kind.
+    """Detects the format (unless it is named), checks the fields and makes the record.
 
     Raises:
       UserError: with the origin, what is wrong and what to do.
@@ -36,10 +33,9 @@ def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
         fitting = detect(fields)
         if len(fitting) > 1:
             raise UserError(f"{origin}: fits the formats {' and '.join(fitting)}; set `format` to the one you mean")
-        if fitting == ["prompt_completion"] and "label" in fields:  # a bad answer may be meant
+        if fitting == ["prompt_completion"] and "label" in fields:  # it may be a bad answer, not to be learned
             raise UserError(
-                f"{origin}: label is empty; write true or false, or set `format` to 'prompt_completion' where it does "
-                "not count"
+                f"{origin}: label is empty; write true or false, or set `format` to 'prompt_completion' to ignore it"
             )
     else:
         if format not in FORMATS:
@@ -57,7 +53,7 @@ def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
 
 
 def detect(fields: dict) -> list[str]:
-    """The formats that a row may be meant in: one, or none, or several where nothing in it says which."""
+    """The formats that a row may have: one, none, or several where its fields do not decide between them."""
     fitting = [name for name, (keys, _) in FORMATS.items() if _has(fields, keys)]
     parts = {part for name in fitting for part in WHOLE_OF.get(name, ())}
     return [name for name in fitting if name not in parts]
@@ -72,20 +68,6 @@ def kind_of(fields: dict) -> str:
     if "chosen" in fields:
         return "preference"
     return "unpaired" if "label" in fields else "prompt_completion"
-
-
-def by_answer(fields: dict) -> list[dict]:
-    """A chat record as one for each trained assistant turn, which ends it; the turns before have weight 0.
-
-    So a template that rewrites earlier turns (Qwen 3's and GPT-OSS's drop their thoughts) can still be trained on every
-    answer as a model is asked for it. Records of other kinds come back as they are.
-    """
-    if kind_of(fields) != "chat":
-        return [fields]
-    messages = fields["messages"]
-    answers = [i for i, one in enumerate(messages) if one["role"] == "assistant" and one.get("weight") != 0]
-    before = [{**one, "weight": 0} for one in messages]
-    return [{**fields, "messages": [*before[:i], messages[i]]} for i in answers]
 
 
 def _text(fields: dict, origin: str) -> dict:
@@ -110,7 +92,7 @@ def _prompt_completion(fields: dict, origin: str) -> dict:
     for key in ("prompt", "completion"):
         check_filled(fields[key], f"{origin}: {key}")
     extra = tools_of(fields, origin)
-    if extra or fields.get("system"):  # which only a conversation can hold
+    if extra or fields.get("system"):  # strings cannot hold these, a conversation can
         messages = [*pairs.system_turn(fields, origin), {"role": "user", "content": prompt}]
         answer = {"role": "assistant", "content": completion}
         return {"messages": [{**message, "weight": 0} for message in messages] + [answer], **extra}
@@ -156,7 +138,7 @@ def _unpaired(fields: dict, origin: str) -> dict:
     return {**pairs.unpaired(fields, origin), **tools_of(fields, origin)}
 
 
-# name -> the fields it needs; what checks the others and writes the record.
+# name -> the fields that it needs, and the function (fields, origin) that checks all fields and makes the record.
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], dict]]] = {
     "messages": (("messages",), _chat),
     "prompt_completion": (("prompt", "completion"), _prompt_completion),
@@ -169,8 +151,8 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], dict]]] = {
     "text": (("text",), _text),
 }
 
-# A row of the format on the left has the fields of those on the right as parts of it. Alpaca's own data set carries
-# its rows once more as rendered `text`.
+# Rows of the format on the left also have the fields of those on the right. Alpaca's own data set holds each row once
+# more as rendered `text`.
 WHOLE_OF = {
     "kto": ("prompt_completion",),
     "sharegpt_preference": ("sharegpt", "preference"),

@@ -1,4 +1,4 @@
-"""Rows with a prompt and answers to it: preference pairs, answers with a label, and the prompts of Alpaca rows."""
+"""Rows with a prompt and answers: preference pairs, answers with a label, and the prompts of Alpaca rows."""
 
 import math
 
@@ -9,21 +9,21 @@ from ftjax.errors import UserError
 def preference(fields: dict, origin: str) -> dict:
     """{"prompt", "chosen", "rejected", "margin"?} of a preference row, the first three as lists of messages.
 
-    `chosen` and `rejected` are answers (strings or messages) to `prompt`; or, where both are conversations that start
-    with a turn of the user or the system, whole ones, whose longest common start is the prompt (one message is left to
-    each answer, even where the two are the same: whether such a pair is worth anything is not decided here). A `prompt`
-    string beside whole conversations must be their first user turn.
+    `chosen` and `rejected` are answers (strings or messages) to `prompt`, or both are whole conversations, which start
+    with a turn of the user or the system. Of these the longest common start is the prompt; at least one message is left
+    to each answer, also where the two are the same, which the checks of the data report. A `prompt` string beside whole
+    conversations must be their first user turn.
     """
     chosen, rejected = (_answer(fields[side], f"{origin}: {side}") for side in ("chosen", "rejected"))
     prompt = _prompt(fields, origin)
     whole = [side for side in (chosen, rejected) if side[0]["role"] in ("system", "developer", "user")]
     if len(whole) == 1:
-        raise UserError(f"{origin}: only one of chosen and rejected starts with the prompt; write both in one way")
+        raise UserError(f"{origin}: only one of chosen and rejected starts with the prompt; write both in the same way")
     if whole:
         if prompt and isinstance(fields.get("prompt"), list):
             raise UserError(f"{origin}: chosen and rejected repeat the prompt's turns; leave them in `prompt` only")
         if prompt and any(_first_user(side) != prompt[-1]["content"] for side in (chosen, rejected)):
-            raise UserError(f"{origin}: `prompt` is not the first user turn of chosen and rejected; drop it")
+            raise UserError(f"{origin}: `prompt` is not the first user turn of chosen and rejected; remove it")
         length = _common_length(chosen, rejected)
         if length == 0:
             raise UserError(f"{origin}: chosen and rejected have no first turn in common; they must share the prompt")
@@ -43,7 +43,7 @@ def preference(fields: dict, origin: str) -> dict:
 
 
 def unpaired(fields: dict, origin: str) -> dict:
-    """{"prompt", "completion", "label"} of a row of KTO."""
+    """{"prompt", "completion", "label"} of a KTO row."""
     label = fields["label"]
     if not isinstance(label, bool):
         raise UserError(
@@ -117,7 +117,7 @@ def _common_length(chosen: list[dict], rejected: list[dict]) -> int:
 
 
 def _said(message: dict) -> list:
-    """What makes two turns the same, whatever else the data set notes beside them."""
+    """The keys in which equal turns must agree; data sets may add others."""
     return [message.get(key) for key in ("role", "content", "tool_calls")]
 
 

@@ -4,7 +4,7 @@ from ftjax.data.format.conversation import check_string, conversation, from_json
 from ftjax.data.format.pairs import system_turn
 from ftjax.errors import UserError
 
-# As LLaMA-Factory's and OpenHermes' data sets spell them.
+# speaker -> role, as LLaMA-Factory's and OpenHermes' data sets spell the speakers
 ROLE_OF = {
     "system": "system",
     "human": "user",
@@ -21,14 +21,14 @@ ROLE_OF = {
 
 
 def messages(fields: dict, origin: str, needs_assistant: bool = True) -> list[dict]:
-    """The messages of `conversations`, after those of `system` where the row has that field.
+    """The messages of `conversations`, after that of the field `system` where there is one.
 
-    The turns may also be {role, content} messages: some data sets call those `conversations`.
+    The turns may also be {role, content} messages, which some data sets have under that name.
     """
     turns = fields["conversations"]
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{origin}: conversations must be a non-empty list of {{from, value}} objects")
-    turns = [turn(one, f"{origin}: message {i}") for i, one in enumerate(turns)]
+    turns = [turn(given, f"{origin}: message {i}") for i, given in enumerate(turns)]
     system = system_turn(fields, origin)
     if system and turns[0].get("role") == "system":
         if turns[0].get("content") != system[0]["content"]:
@@ -38,23 +38,23 @@ def messages(fields: dict, origin: str, needs_assistant: bool = True) -> list[di
 
 
 def answer(given: object, what: str) -> list[dict]:
-    """One {from, value} turn, or a list of them, as messages; a string is what the assistant said."""
+    """One {from, value} turn, or a list of them, as messages; a string is an assistant turn."""
     if isinstance(given, str):
         return [{"role": "assistant", "content": given}]
-    return [turn(one, what) for one in (given if isinstance(given, list) else [given])]
+    return [turn(item, what) for item in (given if isinstance(given, list) else [given])]
 
 
 def turn(given: object, where: str) -> dict:
     """A message of a {from, value} turn; a {role, content} message as it is."""
     if not isinstance(given, dict) or ("from" not in given and "role" not in given):
-        raise UserError(f"{where} is not {{from, value}}; write it so")
+        raise UserError(f"{where} is not a turn; write it as {{from, value}}")
     if given.get("from") is None:
         return given
     speaker, value = given["from"], given.get("value")
     if not isinstance(speaker, str) or speaker.lower() not in ROLE_OF:
         raise UserError(f"{where} is from {speaker!r}; use one of {', '.join(ROLE_OF)}")
     check_string(value, f"{where} ({speaker}): value")
-    rest = {key: one for key, one in given.items() if key not in ("from", "value")}
+    rest = {key: item for key, item in given.items() if key not in ("from", "value")}
     if speaker.lower() == "function_call":
         return {**rest, "role": "assistant", "tool_calls": _calls(value, where)}
     return {**rest, "role": ROLE_OF[speaker.lower()], "content": value}

@@ -18,17 +18,17 @@ def directory(kind: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be made ({error.strerror}); set FTJAX_CACHE to a place to write to") from error
+        raise UserError(f"{path}: cannot be made ({error.strerror}); set FTJAX_CACHE to another directory") from error
     return path
 
 
 def file(kind: str, name: str, write: Callable[[Path], None]) -> Path:
-    """The file `name`, written once: `write` fills a temporary file beside it, which is then renamed.
+    """The path of the file `name`, written once: `write` fills a temporary file beside it, which is then renamed.
 
-    Several processes may ask for one name at a time: each writes its own, and the last one stays.
+    Several processes may write one name at the same time: each renames its own file, and the last one stays.
 
     Raises:
-      UserError: the place is full or cannot be written to. What else `write` raises passes. Nothing remains of it.
+      UserError: the disk is full or cannot be written to. Other errors of `write` pass. Nothing remains of it.
     """
     path = directory(kind) / name
     if path.exists():
@@ -38,5 +38,5 @@ def file(kind: str, name: str, write: Callable[[Path], None]) -> Path:
             write(temporary)
     except OSError as error:
         what = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({what}); make room or set FTJAX_CACHE to another place") from error
+        raise UserError(f"{path}: cannot be written ({what}); make room or set FTJAX_CACHE to another disk") from error
     return path

@@ -4,58 +4,46 @@ import csv
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 
 from ftjax import strict_json
 from ftjax.data.read import spans
 from ftjax.data.read.files import DataFile
-from ftjax.data.read.spans import Spans
+from ftjax.data.read.spans import Index, TextRows
 from ftjax.errors import UserError
 
-# Columns that formats want as lists, and those where they take a list of messages in the place of a string.
+# Columns that formats want as lists, and those where a list of messages may stand instead of a string.
 _LISTS = {"messages", "conversations", "history", "tools"}
 _MESSAGES = {"prompt", "completion", "chosen", "rejected"}
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
-class Csv:
-    """The records of a CSV file as dicts of strings, by the names in its first record. `Records` of `rows`.
+def open_csv(file: DataFile) -> TextRows:
+    """The records of a CSV or TSV file as dicts of strings, by the names in its first record.
 
-    Cells that formats want as something else become that: lists of messages and tools from JSON, `label` from
+    Cells that formats want as something else are converted: lists of messages and tools from JSON, `label` from
     true/false/1/0, `margin` from a number; empty ones in these columns are absent, and an empty `label` is None. Holds
     16 bytes a row.
     """
+    options = {"delimiter": "\t" if file.kind == "tsv" else ",", "strict": True}
+    header, index = _index(file, options)
+    return TextRows(file, index, partial(_parse_record, header, options))
 
-    def __init__(self, file: DataFile):
-        delimiter = "\t" if file.kind == "tsv" else ","
-        self._parse = {"delimiter": delimiter, "strict": True}
-        self._header, found = _index(file, self._parse)
-        self._spans = Spans(file, *found)
 
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    def origin(self, i: int) -> str:
-        return self._spans.place(i)
-
-    def __getitem__(self, i: int) -> dict:
-        origin = self.origin(i)
-        text = self._spans.text(i, origin)
-        csv.field_size_limit(spans.MAX_ROW_BYTES)  # of the whole process, and by default too little for a document
-        cells = next(csv.reader((line + "\n" for line in text.split("\n")), **self._parse))
-        if len(cells) != len(self._header):
-            raise UserError(
-                f"{origin}: has {len(cells)} cells, and the header {len(self._header)} ({', '.join(self._header)}); "
-                "quote cells that hold separators"
-            )
-        fields = {name: _value(name, cell, origin) for name, cell in zip(self._header, cells, strict=True)}
-        return {name: value for name, value in fields.items() if value is not None or name == "label"}
-
-    def digest(self) -> str:
-        return self._spans.digest
+def _parse_record(header: Sequence[str], options: Mapping, text: str, origin: str) -> dict:
+    csv.field_size_limit(spans.MAX_ROW_BYTES)  # of the whole process, and by default too little for a document
+    cells = next(csv.reader((line + "\n" for line in text.split("\n")), **options))
+    if len(cells) != len(header):
+        raise UserError(
+            f"{origin}: has {len(cells)} cells, and the header {len(header)} ({', '.join(header)}); "
+            "quote cells that hold separators"
+        )
+    fields = {name: _value(name, cell, origin) for name, cell in zip(header, cells, strict=True)}
+    return {name: value for name, value in fields.items() if value is not None or name == "label"}
 
 
 def _value(name: str, cell: str, origin: str) -> object:
@@ -75,25 +63,31 @@ def _value(name: str, cell: str, origin: str) -> object:
         try:
             return float(cell) if cell else None
         except ValueError:
-            raise UserError(f"{origin}: margin is {cell!r}, not a number; mend the cell") from None
+            raise UserError(f"{origin}: margin is {cell!r}, not a number; correct the cell") from None
     return cell
 
 
 def _is_messages(value: object) -> bool:
     """Whether JSON in a cell is a message or a list of them, and not an answer that happens to be JSON."""
     messages = value if isinstance(value, list) else [value]
-    return bool(messages) and all(isinstance(one, dict) and ("role" in one or "from" in one) for one in messages)
+    return bool(messages) and all(
+        isinstance(message, dict) and ("role" in message or "from" in message) for message in messages
+    )
 
 
 class _Lines:
-    """The lines of a file as text with a byte a character, and how much of it has been given out.
+    """The lines of a file for `csv.reader`, which does not say how far it has read: this does.
 
-    Latin-1 keeps bytes apart, and separators, quotes and line ends are the same in it as in UTF-8. What is not UTF-8
-    shows when the row is read.
+    Latin-1 gives each byte its character, and has separators, quotes and line ends where UTF-8 has them. What is not
+    UTF-8 shows when the row is read.
+
+    Attributes:
+      offset: bytes of the lines given so far; count: of these lines.
+      digest: sha256 of the blocks read so far.
     """
 
     def __init__(self, file: DataFile):
-        self._file, self.offset, self.number, self.digest = file, 0, 0, hashlib.sha256()
+        self._file, self.offset, self.count, self.digest = file, 0, 0, hashlib.sha256()
 
     def __iter__(self) -> Iterator[str]:
         tail = b""
@@ -104,38 +98,40 @@ class _Lines:
                 for line in lines:
                     yield self._give(line + b"\n")
                 if len(tail) > spans.MAX_ROW_BYTES:
-                    raise spans.too_long(f"{self._file.name}:{self.number + 1}")
+                    raise spans.too_long(f"{self._file.name}:{self.count + 1}")
         if tail:
             yield self._give(tail)
 
     def _give(self, line: bytes) -> str:
         self.offset += len(line)
-        self.number += 1
+        self.count += 1
         return line.decode("latin-1")
 
 
-def _index(file: DataFile, parse: dict) -> tuple[list[str], tuple[np.ndarray, np.ndarray, str]]:
-    """The names of the columns, and the starts, lines and digest that `Spans` takes."""
+def _index(file: DataFile, options: dict) -> tuple[list[str], Index]:
+    """The names of the columns, and the index of the records."""
     csv.field_size_limit(spans.MAX_ROW_BYTES)
     lines = _Lines(file)
-    starts, numbers = array("q"), array("q")
-    header, start, number = None, 0, 1
+    starts, line_numbers = array("q"), array("q")
+    header, start, line = None, 0, 1  # start, line: of the record that is read next
     try:
-        for cells in csv.reader(lines, **parse):
+        for cells in csv.reader(lines, **options):
             if header is None and cells:
                 header = [cell.encode("latin-1").decode(errors="replace").strip() for cell in cells]
-                _check_header(header, f"{file.name}:{number}", parse["delimiter"])
+                _check_header(header, f"{file.name}:{line}", options["delimiter"])
             elif cells:
                 starts.append(start)
-                numbers.append(number)
-            start, number = lines.offset, lines.number + 1
+                line_numbers.append(line)
+            start, line = lines.offset, lines.count + 1
     except csv.Error as error:
         raise UserError(
-            f"{file.name}:{number}: not well-formed CSV in the record that starts here ({error}); quote cells with "
+            f"{file.name}:{line}: not well-formed CSV in the record that starts here ({error}); quote cells with "
             'separators, quotes or line ends in them, and write quotes in them twice ("")'
         ) from None
     starts.append(start)
-    return header or [], (np.frombuffer(starts, np.int64), np.frombuffer(numbers, np.int64), lines.digest.hexdigest())
+    return header or [], Index(
+        np.frombuffer(starts, np.int64), np.frombuffer(line_numbers, np.int64), lines.digest.hexdigest()
+    )
 
 
 def _check_header(header: list[str], origin: str, delimiter: str) -> None:
@@ -145,7 +141,7 @@ def _check_header(header: list[str], origin: str, delimiter: str) -> None:
         )
     if not all(header):
         raise UserError(f"{origin}: column {header.index('') + 1} has no name; the first line must name every column")
-    if twice := next((name for name in header if header.count(name) > 1), None):
-        raise UserError(f"{origin}: two columns are called {twice!r}; the first line must name every column, once")
+    if repeated := next((name for name in header if header.count(name) > 1), None):
+        raise UserError(f"{origin}: two columns are called {repeated!r}; the first line must name every column, once")
     if "\ufffd" in "".join(header):
         raise UserError(f"{origin}: the header is not UTF-8; convert the file to UTF-8")

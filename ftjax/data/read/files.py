@@ -1,7 +1,7 @@
-"""Paths, globs and URLs of data files -> local files that can be read at any place: fetched and unpacked if need be.
+"""Paths, globs and URLs of data files -> local files that can be read at any offset: fetched and unpacked if need be.
 
 A file that is compressed or not on this machine is written once into the cache (`cache`), under a name made of its
-place, size and time of change, and is read from there: rows are asked for in any order, which neither allows.
+path, size and time of change, and is read from there: rows are read in any order, which neither allows.
 """
 
 import bz2
@@ -25,20 +25,23 @@ from typing import BinaryIO, NamedTuple
 from ftjax.data.read import cache
 from ftjax.errors import SourceError, UserError
 
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+# ending -> kind of file
+FILE_KINDS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+}  # fmt: skip
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 BLOCK = 4 * 2**20
-# What file systems tell of a file that changes with its contents; where they tell none, it is fetched every time.
+# Keys of fsspec's file information that change with the contents. A file that has none of them is fetched every time.
 _STAMPS = {"mtime", "created", "updated", "LastModified", "last_modified", "ETag", "etag", "generation", "md5Hash"}
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file as its owner named it, and where it lies ready to be read.
+    """A file under the name that the user gave, and the local path from which it can be read.
 
     Attributes:
       name: path or URL, for messages.
-      kind: a value of KINDS.
+      kind: a value of FILE_KINDS.
       path: local, not compressed.
     """
 
@@ -47,45 +50,47 @@ class DataFile:
     path: Path
 
 
-class _Found(NamedTuple):
+class _Listed(NamedTuple):
+    """A file that exists, not fetched and not unpacked yet."""
+
     name: str
     open: Callable[[], AbstractContextManager[BinaryIO]]
-    path: Path | None  # where it is on this machine
-    stamp: str | None  # another one when the contents change; None: there is nothing to tell that
+    path: Path | None  # None: it is not on this machine
+    stamp: str | None  # changes when the contents change; None: nothing is known that does
 
 
-def find(source: str) -> list[DataFile]:
+def resolve(source: str) -> list[DataFile]:
     """The files that a path, glob or URL (of any fsspec file system) names, sorted by name and ready to be read.
 
     Raises:
       UserError: none, a directory, an unknown ending, one that cannot be read, a package that is missing.
     """
-    found = _remote(source) if "://" in source else _local(source)
-    endings = [_ending(file.name) for file in found]
+    listed = _remote(source) if "://" in source else _local(source)
+    endings = [_ending(file.name) for file in listed]
     return [
         DataFile(file.name, kind, _unpacked(file, compression) if compression or not file.path else file.path)
-        for file, (kind, compression) in zip(found, endings, strict=True)
+        for file, (kind, compression) in zip(listed, endings, strict=True)
     ]
 
 
-def local(name: str) -> Path:
-    """Where the content of one file lies on this machine, fetched into the cache if it does not; still packed."""
-    found = _remote(name)[0] if "://" in name else _local_file(name)
-    return found.path or _unpacked(found, "")
+def local_path(name: str) -> Path:
+    """The local path of one file, which is fetched into the cache if it is not on this machine; never unpacked."""
+    file = _remote(name)[0] if "://" in name else _local_file(name)
+    return file.path or _unpacked(file, "")
 
 
-def opened(file: DataFile) -> BinaryIO:
-    """Its content, to be read from the start; UserError where that is not allowed."""
+def content(file: DataFile) -> Iterator[bytes]:
+    """The bytes of a file in blocks of 4 MiB or less; SourceError where they cannot be read."""
     try:
-        return open(file.path, "rb")
+        with open(file.path, "rb") as stream:
+            yield from _blocks(stream, file.name)
     except OSError as error:
         raise unreadable(file.name, error) from error
 
 
-def blocks(file: BinaryIO, name: str) -> Iterator[bytes]:
-    """The contents in blocks of 4 MiB or less; UserError where they cannot be read."""
+def _blocks(stream: BinaryIO, name: str) -> Iterator[bytes]:
     try:
-        while block := file.read(BLOCK):
+        while block := stream.read(BLOCK):
             yield block
     except (EOFError, zlib.error, lzma.LZMAError, *_errors()) as error:
         if isinstance(error, OSError) and error.errno:
@@ -94,7 +99,7 @@ def blocks(file: BinaryIO, name: str) -> Iterator[bytes]:
 
 
 class _Handle:
-    """A file kept open for `os.pread`, which any number of threads and forks may share; closed when nobody uses it."""
+    """A file descriptor for `os.pread`, which any number of threads and forks may share; closed with the last user."""
 
     def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -105,7 +110,7 @@ class _Handle:
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of change (ns), by which a file that was changed under a run is noticed; SourceError if absent."""
+    """Size and time of change (ns), so that a change during a run is noticed; SourceError where there is no file."""
     try:
         status = path.stat()
     except OSError as error:
@@ -114,18 +119,19 @@ def stamp(path: Path) -> tuple[int, int]:
 
 
 def identity(path: Path) -> list:
-    """What is another for another file in the same place, of the same size and time of change too: for caches."""
+    """Cache key that changes when the file is replaced, even at equal size and time of change."""
     status = path.stat()
     return [os.fsdecode(path.resolve()), *stamp(path), status.st_ctime_ns, status.st_ino]
 
 
 @lru_cache(maxsize=64)
 def _handle(path: Path, expected: tuple[int, int]) -> _Handle:
+    """`expected` is only part of the cache key: a file with another stamp gets a handle of its own."""
     return _Handle(path)
 
 
 def read_part(path: Path, expected: tuple[int, int], start: int, stop: int) -> bytes:
-    """Bytes start to stop of a file whose `stamp` was `expected` when start and stop were found."""
+    """Bytes start to stop of a file; SourceError if its `stamp` is not `expected`, that of its index."""
     try:
         handle = _handle(path, expected)
         part, status = os.pread(handle.descriptor, stop - start, start), os.fstat(handle.descriptor)
@@ -141,10 +147,10 @@ def unreadable(name: str, error: Exception) -> SourceError:
     return SourceError(f"{name}: cannot be read ({what}); check the file and its permissions")
 
 
-def _local(source: str) -> list[_Found]:
+def _local(source: str) -> list[_Listed]:
     # A path that exists is itself, even where its name has brackets, stars or a tilde.
     path = source if os.path.exists(source) else os.path.expanduser(source)
-    # ** may find a file by several ways.
+    # A set, because a pattern with several ** may match a file more than once.
     paths = [path] if os.path.exists(path) else sorted(set(glob.glob(path, recursive=True)))
     if not paths:
         raise UserError(f"{source}: no such file; check the path or glob (relative to {Path.cwd()})")
@@ -157,14 +163,14 @@ def _local(source: str) -> list[_Found]:
     return [_local_file(path) for path in paths]
 
 
-def _local_file(path: str) -> _Found:
+def _local_file(path: str) -> _Listed:
     if not os.path.exists(path):
         path = os.path.expanduser(path)
     stamp(Path(path))  # SourceError where it is absent
-    return _Found(path, lambda: open(path, "rb"), Path(path), json.dumps(identity(Path(path))))
+    return _Listed(path, lambda: open(path, "rb"), Path(path), json.dumps(identity(Path(path))))
 
 
-def _remote(source: str) -> list[_Found]:
+def _remote(source: str) -> list[_Listed]:
     import fsspec
     from fsspec.implementations.local import LocalFileSystem
 
@@ -179,54 +185,54 @@ def _remote(source: str) -> list[_Found]:
         return _local(path)
     try:
         try:
-            infos = {path: system.info(path)}  # not isfile, for which no connection is no file
+            infos = {path: system.info(path)}  # not isfile, which takes a lost connection for a missing file
         except FileNotFoundError:
-            # Each on its own: a listing may tell less of a file, which would then be fetched under another name.
+            # One call for each file: a listing may hold fewer keys, and the file would be cached under another name.
             infos = {path: system.info(path) for path in system.glob(path)} if glob.has_magic(path) else {}
     except _errors() as error:
         raise UserError(f"{source}: cannot be listed ({error}); check the URL, your access and the network") from error
     if not infos:
         raise UserError(f"{source}: no such file; check the URL or glob, and your access to it")
-    if place := next((place for place, info in infos.items() if info["type"] == "directory"), None):
-        name = system.unstrip_protocol(place).rstrip("/")
+    if directory := next((path for path, info in infos.items() if info["type"] == "directory"), None):
+        name = system.unstrip_protocol(directory).rstrip("/")
         raise UserError(f"{name}: is a directory; name the files, for example {name}/*.jsonl")
     return [_remote_file(system, path, infos[path]) for path in sorted(infos)]
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What reading may raise: also that of Arrow (ValueError) and of the file systems that are in use."""
+    """What reading may raise: OSError, ValueError (Arrow), and the errors of the file systems that are in use."""
     names = {"aiohttp": "ClientError", "gcsfs.retry": "HttpError", "google.auth.exceptions": "GoogleAuthError"}
     imported = {name: sys.modules[name] for name in names if name in sys.modules}
     return (OSError, ValueError, *(getattr(module, names[name]) for name, module in imported.items()))
 
 
-def _remote_file(system, path: str, info: dict) -> _Found:
+def _remote_file(system, path: str, info: dict) -> _Listed:
     name = system.unstrip_protocol(path)
-    told = [f"{key}={info[key]}" for key in sorted({"size", *_STAMPS} & info.keys()) if info[key] is not None]
-    known = json.dumps([name, told]) if len(told) > 1 or "size" not in info else None
-    return _Found(name, lambda: system.open(path, "rb"), None, known)
+    facts = {key: info[key] for key in sorted({"size", *_STAMPS} & info.keys()) if info[key] is not None}
+    stamped = facts.keys() & _STAMPS  # the size alone does not show a change
+    stamp = json.dumps([name, [f"{key}={value}" for key, value in facts.items()]]) if stamped else None
+    return _Listed(name, lambda: system.open(path, "rb"), None, stamp)
 
 
 def _ending(name: str) -> tuple[str, str]:
-    """The kind of a file and its compression ("" for none) by its name."""
+    """The kind of a file and its compression ("" for none), by its name."""
     path = Path(name.lower())
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
-    kind = KINDS.get(Path(path.stem).suffix if compression else path.suffix)
+    kind = FILE_KINDS.get(Path(path.stem).suffix if compression else path.suffix)
     if kind is None:
-        known = ", ".join(KINDS)
-        raise UserError(f"{name}: not a kind of file that is read: {known}, each also with {', '.join(COMPRESSIONS)}")
+        known = ", ".join(FILE_KINDS)
+        raise UserError(f"{name}: unknown ending; rows are read from {known}, each also with {', '.join(COMPRESSIONS)}")
     return kind, compression
 
 
-def _unpacked(file: _Found, compression: str) -> Path:
+def _unpacked(file: _Listed, compression: str) -> Path:
     def write(path: Path) -> None:
         try:
             opened = file.open()
         except _errors() as error:
             raise unreadable(file.name, error) from error
         with opened as packed, _decompress(packed, compression) as plain, open(path, "wb") as out:
-            for block in blocks(plain, file.name):
-                out.write(block)
+            out.writelines(_blocks(plain, file.name))
 
     key = hashlib.blake2b((file.stamp or f"{file.name} {uuid.uuid4()}").encode(), digest_size=16).hexdigest()
     return cache.file("files", key, write)
@@ -251,7 +257,7 @@ def _decompress(file: BinaryIO, compression: str) -> Iterator[BinaryIO]:
 class _Streams:
     """The contents of bzip2 or xz streams, one after the other, perhaps with zeros between them (padding of xz).
 
-    Unlike `bz2.open` and `lzma.open`, which take whatever follows the first stream and is none for the end.
+    `bz2.open` and `lzma.open` take damage after the first stream for the end of the file, and so lose rows silently.
     """
 
     def __init__(self, file: BinaryIO, start: Callable):
@@ -259,14 +265,14 @@ class _Streams:
 
     def read(self, size: int) -> bytes:
         while True:
-            given = b""
+            packed = b""
             if self._stream.eof:
-                given = self._stream.unused_data
-                while not (given := given.lstrip(b"\0")):
-                    if not (given := self._file.read(BLOCK)):
+                packed = self._stream.unused_data
+                while not (packed := packed.lstrip(b"\0")):
+                    if not (packed := self._file.read(BLOCK)):
                         return b""
                 self._stream = self._start()
-            elif self._stream.needs_input and not (given := self._file.read(BLOCK)):
+            elif self._stream.needs_input and not (packed := self._file.read(BLOCK)):
                 raise EOFError("it ends within the compressed data")
-            if found := self._stream.decompress(given, size):
-                return found
+            if plain := self._stream.decompress(packed, size):
+                return plain

@@ -11,8 +11,10 @@ from ftjax.data.read.plain import plain_row
 from ftjax.errors import SourceError, UserError
 
 
-def open_split(source: str, split: str) -> "HuggingFace":
-    """The rows of one whole split. Code of a data set is never run: those that consist of a script are refused.
+class HuggingFace:
+    """The rows of one whole split as plain values; row 3 is "hf:name[3]". `Records` of `rows`.
+
+    The code of a data set is never run: those that consist of a script are refused.
 
     Args:
       source: `hf:NAME` or `hf:NAME:CONFIG` on the hub, or `hf:DIR`: what `save_to_disk` wrote, or a directory of
@@ -22,11 +24,6 @@ def open_split(source: str, split: str) -> "HuggingFace":
     Raises:
       UserError: no such data set, config or split; no connection; the package `datasets` is missing.
     """
-    return HuggingFace(source, split)
-
-
-class HuggingFace:
-    """The rows of a split as plain strings, numbers, lists and dicts; row 3 is "hf:name[3]". `Records` of `rows`."""
 
     def __init__(self, source: str, split: str):
         self._source, self._split = source, split
@@ -41,18 +38,17 @@ class HuggingFace:
         return f"{self._source}[{i}]"
 
     def __getitem__(self, i: int) -> dict:
-        # As it lies in the table: images and sound stay bytes, and no package is needed to open them.
+        # The raw values of the table: images and sound stay bytes, and no package is needed to decode them.
         return plain_row(_open(self._source, self._split)[i].to_pylist()[0])
 
     def digest(self) -> str:
-        """Of the tables that hold the split, and of which of their rows it is."""
+        """Of the tables that hold the split and of its length and columns."""
         data = _open(self._source, self._split)
         digest = hashlib.sha256(f"{len(data)} {data.column_names}".encode())
         for cached in data.cache_files:
             file = DataFile(cached["filename"], "", Path(cached["filename"]))
-            with files.opened(file) as stream:
-                for block in files.blocks(stream, file.name):
-                    digest.update(block)
+            for block in files.content(file):
+                digest.update(block)
         return digest.hexdigest()
 
 

@@ -4,14 +4,14 @@ import hashlib
 import json
 import unicodedata
 
-_SILENT = ("system", "developer", "assistant")  # roles that ask nothing
+_NOT_ASKING = ("system", "developer", "assistant")  # roles whose messages ask nothing
 
 
 def held_out(fields: dict, share: float) -> bool:
     """Whether a row is among the `share` of all prompts that is held out.
 
-    Rows with one prompt are on one side, whatever their answers, their source and their format. What is held out with a
-    smaller share is held out with a larger one too.
+    Rows with one prompt are on one side, whatever their answers, their source and their format. A row that is held out
+    with a smaller share is held out with a larger one too.
 
     Args:
       fields: one of the five records that `formats.check_row` gives.
@@ -22,22 +22,22 @@ def held_out(fields: dict, share: float) -> bool:
 
 
 def prompt_key(fields: dict) -> str:
-    """What stands before the first answer, with case, white space and Unicode forms evened out.
+    """The messages before the first answer, with case, white space and Unicode forms evened out.
 
-    Before the first, not the last: of two conversations that start alike, the longer holds the shorter. What an
-    assistant says before anyone asked is part of the prompt; where nobody asks, a system prompt does. A text has none;
-    it is its own key, so that copies of it stay together.
+    Before the first and not the last answer, because of two conversations that start alike the longer one holds the
+    shorter. What an assistant says before anyone asked is part of the prompt; where nobody asks, the system prompt is
+    the prompt. A text has none and is its own key, so that copies of it stay together.
     """
     if "text" in fields:
         return _even(fields["text"])
     messages = fields.get("messages", fields.get("prompt"))
-    if isinstance(messages, str):  # as a chat with one user turn, which may stand in another source
+    if isinstance(messages, str):  # the same key as a chat with one user turn, which another source may have
         messages = [{"role": "user", "content": messages}]
-    parts, asked = [], not any(message["role"] not in _SILENT for message in messages)
+    parts, asked = [], not any(message["role"] not in _NOT_ASKING for message in messages)
     for message in messages:
         if message["role"] == "assistant" and parts and asked:
             break
-        asked = asked or message["role"] not in _SILENT
+        asked = asked or message["role"] not in _NOT_ASKING
         content = message.get("content") or ""
         parts.append(f"{message['role']}:{_even(content if isinstance(content, str) else json.dumps(content))}")
     return "\n".join(parts)

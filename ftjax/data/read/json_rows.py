@@ -10,47 +10,24 @@ import numpy as np
 
 from ftjax.data.read import files, spans
 from ftjax.data.read.files import DataFile
-from ftjax.data.read.jsonl import Jsonl
-from ftjax.data.read.spans import Spans, parse_object
+from ftjax.data.read.jsonl import open_jsonl
+from ftjax.data.read.spans import Index, TextRows, parse_object
 from ftjax.errors import UserError
 
 MAX_FILE_BYTES = 2 * 2**30
 _SPACE = re.compile(r"[ \t\r\n]*")
 # Lists under these names are part of a row, not the list of rows.
 _FIELDS = {"messages", "conversations", "history", "tools", "prompt", "completion", "chosen", "rejected"}
-# Numbers are only passed over here; what they are is looked at when the row is read.
+# The index only needs to know where values end; their numbers are parsed when the row is read.
 _DECODER = json.JSONDecoder(parse_int=len, parse_float=len)
 
 
-class Json:
-    """The objects of a list in a JSON file. `Records` of `rows`.
-
-    Opening holds the text of the file (at most 2 GiB) for as long as it takes; then 16 bytes a row remain.
-    """
-
-    def __init__(self, file: DataFile, found: tuple[np.ndarray, np.ndarray, str]):
-        self._spans = Spans(file, *found)
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    def origin(self, i: int) -> str:
-        """file:line[i], since a line may hold several."""
-        return f"{self._spans.place(i)}[{i}]"
-
-    def __getitem__(self, i: int) -> dict:
-        origin = self.origin(i)
-        return parse_object(self._spans.text(i, origin).rstrip(" \t\r\n,"), origin)
-
-    def digest(self) -> str:
-        return self._spans.digest
-
-
-def open_json(file: DataFile) -> Json | Jsonl:
+def open_json(file: DataFile) -> TextRows:
     """The rows of a .json file.
 
     It is a list of them, or an object with the list under "data" or as the only list in it; or objects one after the
-    other, which are read as JSON Lines.
+    other, which are read as JSON Lines. Opening holds the text of the file (at most 2 GiB) while it lasts; then 16
+    bytes a row remain.
 
     Raises:
       UserError: none of these, with the line; larger than 2 GiB.
@@ -62,31 +39,10 @@ def open_json(file: DataFile) -> Json | Jsonl:
         )
     raw = b"".join(spans.content(file))
     digest = hashlib.sha256(raw).hexdigest()
-    text = raw.decode("latin-1")  # a byte a character: places in the text are places in the file
+    text = raw.decode("latin-1")  # a character for each byte, so offsets in the text are offsets in the file
     del raw
-    start = _skip(text, 0)
     try:
-        if text.startswith("[", start):
-            elements, end = _list(text, start)
-            if (rest := _skip(text, end)) < len(text):
-                _refuse(text, rest, "Extra data")
-        elif text.startswith("{", start):
-            lists, twice, end = _members(text, start)
-            rows = {name: found for name, found in lists.items() if name not in _FIELDS}
-            if _skip(text, end) < len(text) or lists.keys() & _FIELDS:
-                return Jsonl(file)
-            if twice is not None:
-                raise UserError(f"{file.name}: two members are called {twice!r}; keep one of them")
-            if "data" not in rows and len(rows) != 1:
-                raise UserError(
-                    f"{file.name}: an object with {'several lists' if rows else 'no list'} in it "
-                    f"({', '.join(rows) or 'of rows'}); name the list of rows 'data', or write JSON Lines"
-                )
-            elements = rows["data"] if "data" in rows else next(iter(rows.values()))
-        elif start == len(text):
-            elements = array("q", [0])  # Spans says that it is empty
-        else:
-            _refuse(text, start, "Expecting a list or an object")
+        offsets = _row_offsets(text, file.name)
     except json.JSONDecodeError as error:
         line = text.count("\n", 0, error.pos) + 1
         raise UserError(
@@ -95,69 +51,101 @@ def open_json(file: DataFile) -> Json | Jsonl:
         ) from None
     except RecursionError:
         raise UserError(f"{file.name}: nested too deeply; flatten its rows") from None
-    starts = np.frombuffer(elements, np.int64)
-    return Json(file, (starts, _line_numbers(text, starts[:-1]), digest))
+    if offsets is None:
+        return open_jsonl(file)
+    starts = np.frombuffer(offsets, np.int64)
+    index = Index(starts, _line_numbers(text, starts[:-1]), digest)
+    return TextRows(file, index, _parse_element, shared_lines=True)
+
+
+def _parse_element(text: str, origin: str) -> dict:
+    return parse_object(text.rstrip(" \t\r\n,"), origin)
+
+
+def _row_offsets(text: str, name: str) -> array | None:
+    """The offsets of the rows and of the end of the last one; None where the file is to be read as JSON Lines."""
+    start = _skip_space(text, 0)
+    if text.startswith("[", start):
+        offsets, end = _list(text, start)
+        if (rest := _skip_space(text, end)) < len(text):
+            _refuse(text, rest, "Extra data")
+        return offsets
+    if start == len(text):
+        return array("q", [0])  # no row, which TextRows refuses
+    if not text.startswith("{", start):
+        _refuse(text, start, "Expecting a list or an object")
+    lists, repeated, end = _lists_of_object(text, start)
+    if _skip_space(text, end) < len(text) or lists.keys() & _FIELDS:  # more than one object, or one that is a row
+        return None
+    if repeated is not None:
+        raise UserError(f"{name}: two members are called {repeated!r}; keep one of them")
+    if "data" not in lists and len(lists) != 1:
+        raise UserError(
+            f"{name}: an object with {'several lists' if lists else 'no list'} in it "
+            f"({', '.join(lists) or 'of rows'}); name the list of rows 'data', or write JSON Lines"
+        )
+    return lists["data"] if "data" in lists else next(iter(lists.values()))
 
 
 def _list(text: str, start: int) -> tuple[array, int]:
-    """Where the elements of the list at `start` begin and the last one ends, and where the list ends."""
-    starts, at = array("q"), _skip(text, start + 1)
-    if text.startswith("]", at):
-        return array("q", [at]), at + 1
+    """The offsets of the elements of the list at `start` and of the end of the last one; where the list ends."""
+    offsets, position = array("q"), _skip_space(text, start + 1)
+    if text.startswith("]", position):
+        return array("q", [position]), position + 1
     while True:
-        starts.append(at)
-        _, end = _DECODER.raw_decode(text, at)
-        at = _skip(text, end)
-        if text.startswith("]", at):
-            starts.append(end)
-            return starts, at + 1
-        at = _comma(text, at)
+        offsets.append(position)
+        _, end = _DECODER.raw_decode(text, position)
+        position = _skip_space(text, end)
+        if text.startswith("]", position):
+            offsets.append(end)
+            return offsets, position + 1
+        position = _skip_comma(text, position)
 
 
-def _members(text: str, start: int) -> tuple[dict[str, array], str | None, int]:
-    """The lists among the members of the object at `start`, as `_list` gives them, a name that two members have, and
+def _lists_of_object(text: str, start: int) -> tuple[dict[str, array], str | None, int]:
+    """The lists among the members of the object at `start`, each as `_list` gives it; a name that two members have;
     where the object ends."""
-    lists, names, twice, at = {}, set(), None, _skip(text, start + 1)
-    if text.startswith("}", at):
-        return lists, twice, at + 1
+    lists, names, repeated, position = {}, set(), None, _skip_space(text, start + 1)
+    if text.startswith("}", position):
+        return lists, repeated, position + 1
     while True:
-        if not text.startswith('"', at):
-            _refuse(text, at, "Expecting property name enclosed in double quotes")
-        name, at = _DECODER.raw_decode(text, at)
-        twice = name if name in names else twice
+        if not text.startswith('"', position):
+            _refuse(text, position, "Expecting property name enclosed in double quotes")
+        name, position = _DECODER.raw_decode(text, position)
+        repeated = name if name in names else repeated
         names.add(name)
-        at = _skip(text, at)
-        if not text.startswith(":", at):
-            _refuse(text, at, "Expecting ':' delimiter")
-        at = _skip(text, at + 1)
-        if text.startswith("[", at):
-            lists[name], at = _list(text, at)
+        position = _skip_space(text, position)
+        if not text.startswith(":", position):
+            _refuse(text, position, "Expecting ':' delimiter")
+        position = _skip_space(text, position + 1)
+        if text.startswith("[", position):
+            lists[name], position = _list(text, position)
         else:
-            _, at = _DECODER.raw_decode(text, at)
-        at = _skip(text, at)
-        if text.startswith("}", at):
-            return lists, twice, at + 1
-        at = _comma(text, at)
+            _, position = _DECODER.raw_decode(text, position)
+        position = _skip_space(text, position)
+        if text.startswith("}", position):
+            return lists, repeated, position + 1
+        position = _skip_comma(text, position)
 
 
-def _comma(text: str, at: int) -> int:
-    if not text.startswith(",", at):
-        _refuse(text, at, "Expecting ',' delimiter")
-    return _skip(text, at + 1)
+def _skip_comma(text: str, position: int) -> int:
+    if not text.startswith(",", position):
+        _refuse(text, position, "Expecting ',' delimiter")
+    return _skip_space(text, position + 1)
 
 
-def _skip(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()
+def _skip_space(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()
 
 
-def _refuse(text: str, at: int, what: str) -> NoReturn:
-    raise json.JSONDecodeError(what, text, at)
+def _refuse(text: str, position: int, message: str) -> NoReturn:
+    raise json.JSONDecodeError(message, text, position)
 
 
-def _line_numbers(text: str, starts: np.ndarray) -> np.ndarray:
-    """int64 [n]: the line, from 1, of each place in the text."""
-    numbers, line, before = np.empty(len(starts), np.int64), 1, 0
-    for i, start in enumerate(starts.tolist()):
-        line += text.count("\n", before, start)
-        numbers[i], before = line, start
-    return numbers
+def _line_numbers(text: str, offsets: np.ndarray) -> np.ndarray:
+    """int64 [n]: the line, from 1, of each of the rising offsets."""
+    lines, line, previous = np.empty(len(offsets), np.int64), 1, 0
+    for i, offset in enumerate(offsets.tolist()):
+        line += text.count("\n", previous, offset)
+        lines[i], previous = line, offset
+    return lines

@@ -1,28 +1,28 @@
-"""Values as data set libraries give them -> the values that JSON has."""
+"""The values that data set libraries give -> the values that JSON has."""
 
 import numpy as np
 
-# Fields with lists of messages, which may stand in `input` too.
+# Fields with lists of messages; OpenAI's preference format has one inside its field `input`.
 _MESSAGES = {"messages", "conversations", "prompt", "completion", "chosen", "rejected"}
 _MESSAGES |= {"preferred_output", "non_preferred_output"}
 
 
 def plain_row(row: dict) -> dict:
-    """A row with its values as `plain` gives them, without those that are None but for `label`, which may be missing
-    by mistake."""
-    named = {key: value for key, value in row.items() if value is not None or key == "label"}
-    return {key: plain(value, key in _MESSAGES, key == "input") for key, value in named.items()}
+    """A row with its values as `plain` gives them, without those that are None. `label` stays: an empty one may be a
+    mistake, which the checks of the formats report."""
+    filled = {key: value for key, value in row.items() if value is not None or key == "label"}
+    return {key: plain(value, key in _MESSAGES, key == "input") for key, value in filled.items()}
 
 
 def plain(value: object, messages: bool = False, holds_messages: bool = False):
-    """Strings, numbers, lists and dicts, without the members that are None, and lists of messages as such.
+    """Strings, numbers, lists and dicts, without the members that are None; lists of messages as lists of objects.
 
-    A table gives every message all fields that any message has, with None for what was not there.
+    A table gives every message all fields that any message has, with None for those that it lacks.
 
     Args:
-      messages: the value may be a list of messages. Elsewhere objects stay what they are: the arguments of a call may
-        look like one.
-      holds_messages: its members may be.
+      messages: the value may be a list of messages stored as one object of lists. Elsewhere such objects stay what they
+        are: the arguments of a tool call may look like one.
+      holds_messages: the same of its members.
     """
     if isinstance(value, bytes):
         try:
@@ -34,16 +34,17 @@ def plain(value: object, messages: bool = False, holds_messages: bool = False):
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, dict):
-        found = {
+        members = {
             key: plain(item, holds_messages and key in _MESSAGES) for key, item in value.items() if item is not None
         }
-        # TFDS, and Hugging Face where it was told so, store a list of messages as one object of lists; turn it back.
-        if messages and (_is_turned(found, "role") or _is_turned(found, "from")):
-            return [plain(dict(zip(found, items, strict=True))) for items in zip(*found.values(), strict=True)]
-        return found
+        # TFDS, and Hugging Face's feature `Sequence`, store a list of messages as one object of lists; turn it back.
+        if messages and (_is_columns(members, "role") or _is_columns(members, "from")):
+            return [plain(dict(zip(members, items, strict=True))) for items in zip(*members.values(), strict=True)]
+        return members
     return value
 
 
-def _is_turned(value: dict, name: str) -> bool:
+def _is_columns(value: dict, name: str) -> bool:
+    """Whether an object consists of lists of one length, one of them called `name`."""
     lengths = {len(item) if isinstance(item, list) else None for item in value.values()}
     return name in value and len(lengths) == 1 and None not in lengths

@@ -1,12 +1,12 @@
 """The rows of all sources of a run as one sequence: read, parsed and checked when they are asked for.
 
-Opening finds where the rows are, and no more. Whoever passes over all rows before step 1 (tokenization) must do it so,
-in any processes and any order, for a bad row is only found by parsing it:
+Opening only makes an index of the rows; a bad row is found when it is parsed. So the pass over all rows before step 1
+(tokenization) has this form, in any number of processes and in any order:
 
     bad = BadRows(rows)
     for i in range(len(rows)):          # or ranges of i in worker processes: `rows` can be pickled
         try:
-            row = rows.check(i)         # None: the row belongs to the other side of data.holdout
+            row = rows.check(i)         # None: the row is on the other side of data.holdout
         except SourceError:             # the file was changed or is gone: never a bad row
             raise
         except UserError as error:
@@ -15,8 +15,8 @@ in any processes and any order, for a bad row is only found by parsing it:
         ...
     bad.report(used)                    # logs what was skipped; raises for a source of which no row is left
 
-Iterating over `rows` is exactly that in this process. `rows.digest()` names the contents and everything here that
-decides which rows are used, for a cache of what was made of them.
+Iterating over `rows` does exactly that in this process. `rows.digest()` is a cache key for what was made of the rows:
+it covers their contents and everything here that decides which of them are used.
 """
 
 import hashlib
@@ -38,18 +38,18 @@ log = logging.getLogger(__name__)
 
 
 class Records(Protocol):
-    """What is read from one place, as it stands there: random access, from any thread, and picklable."""
+    """The rows of a file or data set as they are stored there: random access, from any thread, and picklable."""
 
     def __len__(self) -> int: ...
 
     def origin(self, i: int) -> str:
-        """The place that messages name: "file.jsonl:12"."""
+        """Where record i is, for messages: "file.jsonl:12"."""
 
     def __getitem__(self, i: int) -> dict:
         """The fields of record i as plain values; UserError that starts with its origin where it is damaged."""
 
     def digest(self) -> str:
-        """Hex digest of the contents, whatever their place, compression or time."""
+        """Hex digest of the contents, which does not depend on path, compression or time."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Source:
 
     Attributes:
       name: the entry's `source`, and its `split` where it has one.
-      records: all that is there.
-      chosen: the records that `split` and `limit` leave, rising: a range, or int64 [n].
+      records: all of the file or data set.
+      chosen: indices of the records that `split` and `limit` leave, rising: a range, or int64 [n].
       format: a key of `formats.FORMATS`, or None to detect it row by row.
       weight: how many times an epoch has each row (0.5: every second row).
     """
@@ -74,14 +74,13 @@ class Source:
         return len(self.chosen)
 
     def origin(self, i: int) -> str:
-        return self.records.origin(self._record(i))
+        return self.records.origin(int(self.chosen[i]))
+
+    def raw(self, i: int) -> dict:
+        return self.records[int(self.chosen[i])]
 
     def row(self, i: int) -> Row:
-        record = self._record(i)
-        return check_row(self.records[record], self.records.origin(record), self.format)
-
-    def _record(self, i: int) -> int:
-        return int(self.chosen[i])
+        return check_row(self.raw(i), self.origin(i), self.format)
 
     def digest(self) -> str:
         digest = hashlib.sha256(json.dumps([self.records.digest(), self.format]).encode())
@@ -93,10 +92,10 @@ class Source:
 
 
 class Rows(Sequence[Row]):
-    """Rows of several sources, one after the other. See the module for how to pass over them.
+    """Rows of several sources, one after the other. The module's docstring says how to pass over them.
 
-    `len` and `[i]` count every candidate: rows that turn out bad, and those of the other side of the hold-out, have an
-    index too. Only iteration leaves these out.
+    `len` and `[i]` count every candidate: bad rows and those of the other side of the hold-out have an index too. Only
+    iteration leaves them out.
 
     Attributes:
       sources: as opened, in the order of the entries.
@@ -122,30 +121,36 @@ class Rows(Sequence[Row]):
         return [source.weight for source in self.sources]
 
     def source_of(self, i: int) -> int:
-        """The place in `sources` and `per_source` of the source of row i."""
+        """The index in `sources` and `per_source` of the source of row i."""
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
         return int(np.searchsorted(self._ends, i, side="right"))
 
     def origin(self, i: int) -> str:
         """The origin of row i, without reading it."""
-        source, at = self._find(i)
-        return source.origin(at)
+        source, local = self._locate(i)
+        return source.origin(local)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, i: int) -> Row:
         """Row i, parsed and checked; UserError with its origin where it is bad. No slices."""
-        source, at = self._find(i)
-        return source.row(at)
+        source, local = self._locate(i)
+        return source.row(local)
 
-    def _find(self, i: int) -> tuple[Source, int]:
-        at = self.source_of(i)
-        return self.sources[at], i - int(self._ends[at]) + len(self.sources[at])
+    def raw(self, i: int) -> dict:
+        """The fields of row i as they are stored, before any format is detected or checked."""
+        source, local = self._locate(i)
+        return source.raw(local)
+
+    def _locate(self, i: int) -> tuple[Source, int]:
+        number = self.source_of(i)
+        source = self.sources[number]
+        return source, i - int(self._ends[number]) + len(source)
 
     def check(self, i: int) -> Row | None:
-        """Row i, or None where it belongs to the other side of the hold-out; UserError where it is bad."""
+        """Row i, or None where it is on the other side of the hold-out; UserError where it is bad."""
         row = self[i]
         if self.holdout and held_out(row.fields, self.holdout) != self.heldout_side:
             return None
@@ -170,16 +175,16 @@ class Rows(Sequence[Row]):
     def digest(self) -> str:
         """Hex digest of all that decides the rows and their order: contents, formats, splits, limits, the hold-out.
 
-        max_bad_rows is among it: what was made with rows skipped is not for a run that allows none. Weights are not:
-        they decide the order of an epoch, not the rows.
+        max_bad_rows is part of it: a run that allows no bad rows must not use what was made while skipping some.
+        Weights are not: they decide the order of an epoch, not its rows.
         """
         return self._digest
 
     @cached_property
     def _digest(self) -> str:
-        parts = [source.digest() for source in self.sources]
+        contents = [source.digest() for source in self.sources]
         options = [self.max_bad_rows, self.holdout, self.heldout_side if self.holdout else False]
-        return hashlib.sha256(json.dumps([parts, options]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([contents, options]).encode()).hexdigest()
 
 
 class BadRows:
@@ -187,33 +192,36 @@ class BadRows:
 
     def __init__(self, rows: Rows):
         self._rows = rows
-        self._messages: dict[int, tuple[int, str]] = {}  # source -> how many, the message of the first
+        self._skipped: dict[int, tuple[int, str]] = {}  # source -> how many, and the message of the first
 
     def skip(self, i: int, message: str, error: UserError | None = None) -> None:
-        """Row i is bad, as `message` says. Raises UserError (`error` itself where none may be) above max_bad_rows."""
-        allowed, at = self._rows.max_bad_rows, self._rows.source_of(i)
+        """Counts row i as bad. Above max_bad_rows raises UserError: `error` itself where no bad row is allowed."""
+        allowed, source = self._rows.max_bad_rows, self._rows.source_of(i)
         if allowed == 0:
             raise error or UserError(message)
-        count, first = self._messages.get(at, (0, message))
-        self._messages[at] = (count + 1, first)
+        count, first = self._skipped.get(source, (0, message))
+        self._skipped[source] = (count + 1, first)
         if count + 1 > allowed:
             raise UserError(
-                f"more than {allowed} bad rows; mend them or raise max_bad_rows. First: {first}; last: {message}"
+                f"more than {allowed} bad rows; fix them or raise max_bad_rows. First: {first}; last: {message}"
             ) from error
 
     def report(self, used: Sequence[int] | np.ndarray) -> None:
-        """Logs what was skipped. `used`: how many rows of each source were good and on this side of the hold-out.
+        """Logs what was skipped.
+
+        Args:
+          used: how many rows of each source were good and on this side of the hold-out.
 
         Raises:
           UserError: all rows of a source are bad, or no row at all is on this side of the hold-out.
         """
         self.refuse(used)
-        tell(self._rows, used, self._messages)
+        log_skipped(self._rows, used, self._skipped)
 
     def refuse(self, used: Sequence[int] | np.ndarray) -> None:
-        """As `report`, which logs something too."""
-        for at, (count, first) in sorted(self._messages.items()):
-            name, total = self._rows.per_source[at]
+        """Like `report`, without logging."""
+        for source, (count, first) in sorted(self._skipped.items()):
+            name, total = self._rows.per_source[source]
             if count == total:
                 raise UserError(f"{name}: no rows are left of {total}, all are bad; first: {first}")
         if not sum(used):
@@ -224,19 +232,19 @@ class BadRows:
             )
 
 
-def tell(rows: Rows, used: Sequence[int] | np.ndarray, bad: Mapping[int, tuple[int, str]]) -> None:
-    """Logs what was skipped, and the sources that the hold-out leaves whole.
+def log_skipped(rows: Rows, used: Sequence[int] | np.ndarray, bad: Mapping[int, tuple[int, str]]) -> None:
+    """Logs what was skipped, and each source of which the hold-out takes all rows or none.
 
     Args:
       used: how many rows of each source were good and on this side of the hold-out.
-      bad: source -> how many of its rows were bad, and what is wrong with the first.
+      bad: source -> how many of its rows were bad, and the message of the first.
     """
-    for at, (name, total) in enumerate(rows.per_source):
-        count, first = bad.get(at, (0, ""))
+    for source, (name, total) in enumerate(rows.per_source):
+        count, first = bad.get(source, (0, ""))
         if count:
             text = "%s: skipped %d bad rows of %d (at most %d allowed); first: %s"
             log.warning(text, name, count, total, rows.max_bad_rows, first)
         good = total - count
-        if rows.holdout and not rows.heldout_side and good and used[at] in (0, good):
+        if rows.holdout and not rows.heldout_side and good and used[source] in (0, good):
             text = "%s: data.holdout = %g holds out %s of its %d rows; rows of one prompt stay together"
-            log.warning(text, name, rows.holdout, "none" if used[at] else f"all {good}", good)
+            log.warning(text, name, rows.holdout, "none" if used[source] else f"all {good}", good)

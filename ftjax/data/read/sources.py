@@ -1,4 +1,4 @@
-"""The entries of data.train and data.eval, opened: files, TFDS and Hugging Face data sets and tasks as one sequence."""
+"""The entries of data.train and data.eval, opened as one sequence: files, TFDS and Hugging Face data sets, tasks."""
 
 import bisect
 import hashlib
@@ -9,11 +9,12 @@ from itertools import accumulate
 
 from ftjax.data.format.formats import FORMATS, check_row
 from ftjax.data.read import files, splits
-from ftjax.data.read.csv_rows import Csv
+from ftjax.data.read.csv_rows import open_csv
 from ftjax.data.read.files import DataFile
-from ftjax.data.read.json_rows import Json, open_json
-from ftjax.data.read.jsonl import Jsonl
+from ftjax.data.read.json_rows import open_json
+from ftjax.data.read.jsonl import open_jsonl
 from ftjax.data.read.rows import Records, Rows, Source
+from ftjax.data.read.spans import TextRows
 from ftjax.data.read.tables import Parquet
 from ftjax.errors import UserError
 from ftjax.tasks import registry
@@ -21,11 +22,12 @@ from ftjax.tasks import registry
 log = logging.getLogger(__name__)
 
 TASK = "task:"
-KINDS: dict[str, Callable[[DataFile], Records]] = {
-    "jsonl": Jsonl,
+# kind of file (see `files.FILE_KINDS`) -> what opens its rows
+OPENERS: dict[str, Callable[[DataFile], Records]] = {
+    "jsonl": open_jsonl,
     "json": open_json,
-    "csv": Csv,
-    "tsv": Csv,
+    "csv": open_csv,
+    "tsv": open_csv,
     "parquet": Parquet,
 }
 
@@ -33,44 +35,44 @@ KINDS: dict[str, Callable[[DataFile], Records]] = {
 def read_sources(
     entries: Iterable[dict], max_bad_rows: int = 0, holdout: float = 0.0, heldout_side: bool = False
 ) -> Rows:
-    """The rows of all entries, in their order; `rows` says how to pass over them.
+    """The rows of all entries, in their order; `ftjax.data.read.rows` says how to pass over them.
 
     Args:
       entries: {"source", "format"?, "split"?, "weight"?, "limit"?}; see docs/data.md.
       max_bad_rows: how many bad rows of each entry may be skipped.
       holdout: the share of the rows that is held out (`holdout.held_out`).
-      heldout_side: take the rows that are held out, instead of the others.
+      heldout_side: give the rows that are held out, instead of the others.
 
     Raises:
-      UserError: nothing is there, or it cannot be opened; an unknown format, task or split. What is wrong with a single
-        row shows when it is asked for.
+      UserError: a source is missing, empty or cannot be opened; an unknown format, task or split. A bad row is only
+        found when it is read.
     """
     opened = [_open(entry) for entry in entries]
-    if not heldout_side:  # else said already, of the training side
-        _tell_twice(opened)
+    if not heldout_side:  # the training side of these entries has warned already
+        _warn_duplicate_sources(opened)
     return Rows(opened, max_bad_rows, holdout, heldout_side)
 
 
-def _tell_twice(opened: Sequence[Source]) -> None:
-    """Warns of entries that are the same files, or copies of them, by digests that opening has made."""
-    names = {}
+def _warn_duplicate_sources(opened: Sequence[Source]) -> None:
+    """Warns of entries that are the same files or copies of them. Only of files, whose digests opening has made."""
+    names_by_digest = {}
     for source in opened:
-        if isinstance(source.records, Csv | Json | Jsonl | Parquet | Joined):
-            names.setdefault(source.digest(), []).append(source.name)
-    for same in names.values():
-        if len(same) > 1:
+        if isinstance(source.records, TextRows | Parquet | Joined):
+            names_by_digest.setdefault(source.digest(), []).append(source.name)
+    for names in names_by_digest.values():
+        if len(names) > 1:
             log.warning(
-                "%s hold the same rows, which count twice; leave one out, or set its weight", " and ".join(same)
+                "%s hold the same rows, which count twice; leave one out, or set its weight", " and ".join(names)
             )
 
 
 def _open(entry: dict) -> Source:
     source, format = entry["source"], entry.get("format")
     if format is not None and format not in FORMATS:
-        check_row({}, source, format)  # which says so: now, not once for every row
-    split = splits.parse(entry.get("split", "train"), source)
+        check_row({}, source, format)  # raises now, not once for every row
+    split = splits.parse_split(entry.get("split", "train"), source)
     records = _records(source, split.name)
-    chosen = splits.choose(len(records), split, entry.get("limit"), source)
+    chosen = splits.select(len(records), split, entry.get("limit"), source)
     name = f"{source} {entry['split']}" if "split" in entry else source
     return Source(name, records, chosen, format, float(entry.get("weight", 1.0)))
 
@@ -83,21 +85,21 @@ def _records(source: str, split: str) -> Records:
     if source.startswith("tfds:"):
         from ftjax.data.read import tfds_source
 
-        return tfds_source.open_split(source, split)
-    if source.startswith("hf:") and not source.startswith("hf://"):  # that is a URL of files
+        return tfds_source.Tfds(source, split)
+    if source.startswith("hf:") and not source.startswith("hf://"):  # hf:// is a URL of files
         from ftjax.data.read import hf_source
 
-        return hf_source.open_split(source, split)
+        return hf_source.HuggingFace(source, split)
     if split != "train":
         raise UserError(
             f"{source}: a file has no split {split!r}; name another file, or a slice of this one: 'train[:90%]'"
         )
-    parts = [KINDS[file.kind](file) for file in files.find(source)]
+    parts = [OPENERS[file.kind](file) for file in files.resolve(source)]
     return parts[0] if len(parts) == 1 else Joined(parts)
 
 
 class Given:
-    """Rows that are there already, as dicts; row 3 of "task:tickets" has the origin "task:tickets[3]". `Records`."""
+    """Rows in memory, as dicts; row 3 of "task:tickets" has the origin "task:tickets[3]". `Records`."""
 
     def __init__(self, dicts: Sequence[dict], source: str):
         self._dicts, self._source = dicts, source
@@ -127,16 +129,17 @@ class Joined:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def _find(self, i: int) -> tuple[Records, int]:
-        at = bisect.bisect_right(self._ends, i)
-        return self._parts[at], i - (self._ends[at] - len(self._parts[at]))
+    def _locate(self, i: int) -> tuple[Records, int]:
+        number = bisect.bisect_right(self._ends, i)
+        part = self._parts[number]
+        return part, i - (self._ends[number] - len(part))
 
     def origin(self, i: int) -> str:
-        part, i = self._find(i)
+        part, i = self._locate(i)
         return part.origin(i)
 
     def __getitem__(self, i: int) -> dict:
-        part, i = self._find(i)
+        part, i = self._locate(i)
         return part[i]
 
     def digest(self) -> str:

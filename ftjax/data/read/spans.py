@@ -1,9 +1,10 @@
-"""Rows that are pieces of a text file: read one by one from where an index says they are."""
+"""Rows that are spans of a text file: an index says where each is, and it is read and parsed when it is asked for."""
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,40 +17,60 @@ MAX_ROW_BYTES = 64 * 2**20
 _BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-class Spans:
+class Index(NamedTuple):
     """Where the rows of a text file are: 8 bytes a row, and 8 more where rows and lines are not the same.
 
     Attributes:
-      name: of the file, for messages.
-      starts: int64 [n + 1], bytes; row i ends where the next begins, with what is between them.
-      lines: int64 [n], the line on which each begins, from 1; None where row i is line i + 1.
-      digest: hex, of the whole file.
+      starts: int64 [n + 1], byte offsets; row i ends where row i + 1 starts, separators included.
+      lines: int64 [n], the line on which each row starts, from 1; None where row i is line i + 1.
+      digest: sha256 (hex) of the whole file.
     """
 
-    def __init__(self, file: DataFile, starts: np.ndarray, lines: np.ndarray | None, digest: str):
-        self.name, self.starts, self.lines, self.digest = file.name, starts, lines, digest
-        self._path, self._stamp = file.path, files.stamp(file.path)
-        if not len(self):
+    starts: np.ndarray
+    lines: np.ndarray | None
+    digest: str
+
+
+class TextRows:
+    """The rows of a text file. `Records` of `rows`.
+
+    Args:
+      file: to read them from.
+      index: of the rows.
+      parse: makes the fields of a row from its text and its origin; UserError where it is malformed.
+      shared_lines: several rows may be on one line, so the origin of row 3 is "a.json:1[3]" and not "a.jsonl:4".
+    """
+
+    def __init__(
+        self, file: DataFile, index: Index, parse: Callable[[str, str], dict], shared_lines: bool = False
+    ) -> None:
+        if len(index.starts) < 2:
             raise UserError(f"{file.name}: the file has no rows; fill it or leave it out")
+        self._name, self._path, self._stamp = file.name, file.path, files.stamp(file.path)
+        self._index, self._parse, self._shared_lines = index, parse, shared_lines
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self._index.starts) - 1
 
-    def place(self, i: int) -> str:
-        """file:line"""
-        return f"{self.name}:{i + 1 if self.lines is None else self.lines[i]}"
+    def origin(self, i: int) -> str:
+        line = i + 1 if self._index.lines is None else self._index.lines[i]
+        return f"{self._name}:{line}[{i}]" if self._shared_lines else f"{self._name}:{line}"
 
-    def text(self, i: int, origin: str) -> str:
-        """What is there; UserError where it is not UTF-8, or too long, which is then not held."""
-        start, stop = int(self.starts[i]), int(self.starts[i + 1])
+    def __getitem__(self, i: int) -> dict:
+        origin = self.origin(i)
+        start, stop = int(self._index.starts[i]), int(self._index.starts[i + 1])
         if stop - start > MAX_ROW_BYTES:
             raise too_long(origin)
+        raw = files.read_part(self._path, self._stamp, start, stop)
         try:
-            return files.read_part(self._path, self._stamp, start, stop).decode()
+            text = raw.decode()
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{origin}: not UTF-8 at byte {error.start} of the row; convert the file to UTF-8"
-            ) from None
+            message = f"{origin}: not UTF-8 at byte {error.start} of the row; convert the file to UTF-8"
+            raise UserError(message) from None
+        return self._parse(text, origin)
+
+    def digest(self) -> str:
+        return self._index.digest
 
 
 def too_long(origin: str) -> UserError:
@@ -58,7 +79,7 @@ def too_long(origin: str) -> UserError:
 
 def content(file: DataFile) -> Iterator[bytes]:
     """The blocks of a text file; UserError where it cannot be read or starts with a byte order mark."""
-    with files.opened(file) as stream, closing(files.blocks(stream, file.name)) as blocks:
+    with closing(files.content(file)) as blocks:
         for number, block in enumerate(blocks):
             if number == 0 and block.startswith(_BOMS):
                 raise UserError(

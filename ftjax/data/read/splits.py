@@ -12,15 +12,15 @@ _BOUND = r"(-?\d+(?:\.\d+)?%?)?"
 _SPLIT = re.compile(rf"([\w.+-]*)(?:\[{_BOUND}:{_BOUND}\])?")
 
 
-class Split(NamedTuple):
-    """The name of a split and the bounds of a slice of it, as they were written: "", "10", "-10%"."""
+class SplitSlice(NamedTuple):
+    """The name of a split and the bounds of a slice of it, as the user wrote them: "", "10", "-10%"."""
 
     name: str
     start: str = ""
     stop: str = ""
 
     def range(self, n: int) -> range:
-        """The records of this slice of n. ValueError for a bound beyond them, which tfds and datasets refuse too."""
+        """The indices of this slice of n records. ValueError for a bound beyond them, as in tfds and datasets."""
         start, stop = _bound(self.start, n), _bound(self.stop, n)
         if any(bound is not None and abs(bound) > n for bound in (start, stop)):
             raise ValueError
@@ -30,20 +30,21 @@ class Split(NamedTuple):
         return f"{self.name}[{self.start}:{self.stop}]"
 
 
-def parse(split: str, source: str) -> Split:
+def parse_split(split: str, source: str) -> SplitSlice:
     """`train`, `train[:90%]`, `train[100:200]`, or `[-10%:]` for a slice of train; UserError for anything else."""
-    found = _SPLIT.fullmatch(split.replace(" ", ""))
-    bounds = [bound or "" for bound in found.groups()[1:]] if found else []
-    if not found or not split.strip() or any("." in bound and not bound.endswith("%") for bound in bounds):
+    match = _SPLIT.fullmatch(split.replace(" ", ""))
+    bounds = [bound or "" for bound in match.groups()[1:]] if match else []
+    if not match or not split.strip() or any("." in bound and not bound.endswith("%") for bound in bounds):
         raise UserError(f"{source}: {split!r} is no split; write 'train', 'train[:90%]', 'train[100:200]' or '[-10%:]'")
-    return Split(found[1] or "train", *bounds)
+    return SplitSlice(match[1] or "train", *bounds)
 
 
-def choose(n: int, split: Split, limit: int | None, source: str) -> Sequence[int] | np.ndarray:
-    """The records, rising, of `split` out of n, and of those at most `limit`: a range, or int64 where `limit` cuts.
+def select(n: int, split: SplitSlice, limit: int | None, source: str) -> Sequence[int] | np.ndarray:
+    """Indices, rising, of the records of `split` out of n, at most `limit` of them: a range, or int64 where it cuts.
 
-    The limit takes those with the lowest hash of their index in the whole source: spread over all of it, the same ones
-    in every run and however the source is spelled, and the smaller of two limits is part of the larger.
+    The limit takes the records whose index in the whole source has the lowest hash: they are spread over all of it,
+    the same in every run and for every spelling of the source, and a smaller limit takes a part of what a larger one
+    takes.
 
     Raises:
       UserError: nothing is left.
@@ -56,7 +57,7 @@ def choose(n: int, split: Split, limit: int | None, source: str) -> Sequence[int
         raise UserError(f"{source}: the split {split} holds none of its {n} rows; give other bounds")
     if limit is not None and limit < len(bounds):
         hashes = _hash(np.arange(bounds.start, bounds.stop, dtype=np.uint64))
-        highest = np.partition(hashes, limit - 1)[limit - 1]  # no two are equal: the hash is one to one
+        highest = np.partition(hashes, limit - 1)[limit - 1]  # the hash is one to one, so no two are equal
         return np.flatnonzero(hashes <= highest) + bounds.start
     return bounds
 
@@ -68,7 +69,7 @@ def _bound(bound: str, n: int) -> int | None:
         return int(bound)
     if abs(percent := float(bound[:-1])) > 100:
         raise ValueError
-    # Round to the nearest row, and from the start, so that [:90%] meets both [90%:] and [-10%:].
+    # Rounded to the nearest row, counted from the start: [:90%] ends where [90%:] and [-10%:] begin.
     return round((percent + 100 * bound.startswith("-")) * n / 100)
 
 

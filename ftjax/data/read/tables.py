@@ -1,7 +1,7 @@
 """Parquet files: written once into the cache as uncompressed Arrow, of which any row can be read without the others.
 
-A row group can hold a million rows, and Parquet only gives it whole. The Arrow file is mapped into memory, so that all
-processes on a machine share what they read of it.
+A row group can hold a million rows, and Parquet only gives it whole. The Arrow file is mapped into memory, so all
+processes on a machine share the pages that they read.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 BATCH_ROWS = 4096
-_DIGEST = b"ftjax.training.digest"
+_DIGEST = b"ftjax.digest"  # key of the schema's metadata in the cached file
 
 
 class Parquet:
@@ -37,8 +37,8 @@ class Parquet:
         if not sum(len(batch) for batch in batches):
             raise UserError(f"{file.name}: the file has no rows; fill it or leave it out")
         names = batches[0].schema.names
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UserError(f"{file.name}: two columns are called {twice!r}; name each once")
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{file.name}: two columns are called {repeated!r}; name each once")
         self._ends = np.cumsum([len(batch) for batch in batches])
         self._digest = batches[0].schema.metadata[_DIGEST].decode()
 
@@ -49,10 +49,10 @@ class Parquet:
         return f"{self._name}[{i}]"
 
     def __getitem__(self, i: int) -> dict:
-        at = int(np.searchsorted(self._ends, i, side="right"))
-        batch = _batches(self._path, self._stamp)[at]
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        batch = _batches(self._path, self._stamp)[number]
         try:
-            row = batch.slice(i - (int(self._ends[at]) - len(batch)), 1).to_pylist()[0]
+            row = batch.slice(i - (int(self._ends[number]) - len(batch)), 1).to_pylist()[0]
         except ValueError as error:  # a string column that is not UTF-8, among others
             raise UserError(f"{self.origin(i)}: cannot be read ({error}); write the row again") from error
         return plain_row(row)
@@ -63,7 +63,7 @@ class Parquet:
 
 @lru_cache(maxsize=64)
 def _batches(path: Path, expected: tuple[int, int]) -> list["pyarrow.RecordBatch"]:
-    """The batches of an Arrow file, mapped and not read; their rows may be read by any number of threads."""
+    """The batches of an Arrow file, mapped and not yet read; any number of threads may read their rows."""
     import pyarrow
 
     if files.stamp(path) != expected:
@@ -80,12 +80,11 @@ def _convert(file: DataFile, path: Path) -> None:
     import pyarrow.parquet
 
     digest = hashlib.sha256()
-    with files.opened(file) as stream:
-        for block in files.blocks(stream, file.name):
-            digest.update(block)
+    for block in files.content(file):
+        digest.update(block)
     try:
-        # A buffer, or the whole row group is read before the first batch of it.
-        source = pyarrow.OSFile(os.fsencode(file.path))  # as bytes: a name may be no UTF-8
+        # With a buffer and without pre_buffer, or a whole row group is read before its first batch.
+        source = pyarrow.OSFile(os.fsencode(file.path))  # as bytes: a name need not be UTF-8
         parquet = pyarrow.parquet.ParquetFile(source, buffer_size=2**20, pre_buffer=False)
         schema = parquet.schema_arrow.with_metadata({_DIGEST: digest.hexdigest().encode()})
     except (ValueError, OSError) as error:

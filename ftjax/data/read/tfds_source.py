@@ -1,7 +1,7 @@
 """Rows of TensorFlow Datasets, by random access and without tensorflow: array_record through tfds, TFRecord here.
 
-TFRecord files are records after records, each with its length before it, and what tfds writes into them is the same
-`tf.train.Example` as in array_record files: an index of the lengths and the parser of tfds are all that is needed.
+A TFRecord file is a sequence of records, each after its length, and tfds writes the same `tf.train.Example` into them
+as into array_record files: an index of the lengths and the parser of tfds are all that is needed.
 """
 
 import contextlib
@@ -22,22 +22,18 @@ from ftjax.data.read.plain import plain_row
 from ftjax.errors import SourceError, UserError
 
 
-def open_split(source: str, split: str) -> "Tfds":
-    """The rows of one whole split.
+class Tfds:
+    """The rows of one whole split as plain values; row 3 is "tfds:name[3]". `Records` of `rows`.
 
     Args:
       source: `tfds:NAME`, `tfds:NAME:/data_dir`, or `tfds:DIR` where DIR is a prepared data set: the directory that
-        holds its dataset_info.json. The data must be in array_record or TFRecord files (or be prepared in the first).
+        holds its dataset_info.json. The data must be in array_record or TFRecord files; a data set that is not prepared
+        yet is prepared in the first.
       split: its name; tfds also knows "all" and sums, "train+test".
 
     Raises:
       UserError: no such data set, split or directory, data in another format, a package that is missing.
     """
-    return Tfds(source, split)
-
-
-class Tfds:
-    """The rows of a split as plain strings, numbers, lists and dicts; row 3 is "tfds:name[3]". `Records` of `rows`."""
 
     def __init__(self, source: str, split: str):
         self._source, self._split = source, split
@@ -63,16 +59,18 @@ class Tfds:
         digest = hashlib.sha256()
         for part in _parts(_builder(self._source, self._split), self._split):
             digest.update(f"{part.skip} {part.take} ".encode())
-            file = DataFile(part.filename, "", files.local(part.filename))
-            with files.opened(file) as stream:
-                for block in files.blocks(stream, file.name):
-                    digest.update(block)
+            file = DataFile(part.filename, "", files.local_path(part.filename))
+            for block in files.content(file):
+                digest.update(block)
         return digest.hexdigest()
 
 
 @lru_cache(maxsize=16)
 def _open(source: str, split: str, process: int) -> tuple[Sequence, Callable[[object, str], dict]]:
-    """The records of a split and what makes fields of one. By process: array_record readers do not survive a fork."""
+    """The records of a split, and a function (record, origin) -> fields.
+
+    `process` is only part of the cache key: array_record readers do not survive a fork.
+    """
     builder = _builder(source, split)
     with _explained(source, split):
         if builder.info.file_format is not None and builder.info.file_format.value == "tfrecord":
@@ -111,12 +109,12 @@ def _parts(builder, split: str) -> list:
 def _explained(source: str, split: str) -> Iterator[None]:
     try:
         yield
-    # What tfds raises for an unknown name or split; an unprepared, unreadable or unknown directory; a data set whose
-    # preparation needs a package or the network that is not there.
+    # tfds raises these for an unknown name or split, for an unprepared, unreadable or unknown directory, and for a data
+    # set whose preparation needs a package that is missing, or the network.
     except (ValueError, KeyError, OSError, RuntimeError, AssertionError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        lacks = "tensorflow" in lines[0].lower() and isinstance(error, ImportError)
-        extra = "Install tensorflow, which only this needs: pip install 'ftjax[tfds-tf]'. " if lacks else ""
+        lacks_tensorflow = "tensorflow" in lines[0].lower() and isinstance(error, ImportError)
+        extra = "Install tensorflow, which only this needs: pip install 'ftjax[tfds-tf]'. " if lacks_tensorflow else ""
         raise SourceError(
             f"{source}: tfds cannot open the split {split!r}: {lines[0]} {extra}Check the name and the split, and "
             "prepare the data with file_format='array_record'; then name it as tfds:NAME, tfds:NAME:/data_dir or "
@@ -134,17 +132,17 @@ def _parse(features, record: bytes, origin: str) -> dict:
 
 
 class TfRecords(Sequence[bytes]):
-    """The records of TFRecord files by their place.
+    """The records of TFRecord files by their index.
 
     The format: uint64 length, its CRC, the record, its CRC (little endian). The lengths must lead exactly to the end of
-    the file; the CRCs are not looked at.
+    the file; the CRCs are not checked.
     """
 
     def __init__(self, parts: Sequence[tuple[str, int, int]]):
         """parts: the file, how many records to skip and how many to take."""
         self._files = []
         for name, skip, take in parts:
-            path = files.local(name)
+            path = files.local_path(name)
             starts = _record_starts(path, name)
             if skip + take > len(starts) - 1:
                 raise SourceError(
@@ -157,23 +155,23 @@ class TfRecords(Sequence[bytes]):
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, i: int) -> bytes:
-        at = int(np.searchsorted(self._ends, i, side="right"))
-        path, stamp, starts = self._files[at]
-        i -= int(self._ends[at]) - (len(starts) - 1)
+        file = int(np.searchsorted(self._ends, i, side="right"))
+        path, stamp, starts = self._files[file]
+        i -= int(self._ends[file]) - (len(starts) - 1)
         return files.read_part(path, stamp, int(starts[i]) + 12, int(starts[i + 1]) - 4)
 
 
 def _record_starts(path: Path, name: str) -> np.ndarray:
-    """int64 [n + 1]: where each record begins, its length first, and where the file ends."""
-    starts, at = array("q"), 0
+    """int64 [n + 1]: the offset at which each record starts with its length, and the end of the file."""
+    starts, position = array("q"), 0
     size = path.stat().st_size
     if size == 0:
         return np.zeros(1, np.int64)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while at + 16 <= size:
-            starts.append(at)
-            at += 16 + struct.unpack_from("<Q", data, at)[0]
-    if at != size:
+        while position + 16 <= size:
+            starts.append(position)
+            position += 16 + struct.unpack_from("<Q", data, position)[0]
+    if position != size:
         raise SourceError(f"{name}: not a TFRecord file, cut off or damaged; prepare or copy the data set again")
-    starts.append(at)
+    starts.append(position)
     return np.frombuffer(starts, np.int64)

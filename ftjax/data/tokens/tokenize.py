@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ftjax.data.read import cache
-from ftjax.data.read.rows import BadRows, Rows, tell
+from ftjax.data.read.rows import BadRows, Rows, log_skipped
 from ftjax.data.tokens import chat, examples, kinds, processes
 from ftjax.data.tokens.examples import Examples, Part
 from ftjax.errors import SourceError, UserError
@@ -215,7 +215,7 @@ def _report(rows: Rows, header: dict) -> dict:
         counted | {"source": name} for counted, (name, _) in zip(report["per_source"], rows.per_source, strict=True)
     ]
     bad = {at: (report["per_source"][at]["bad_rows"], f"{rows.origin(i)}{rest}") for at, i, rest in header["first_bad"]}
-    tell(rows, [one["rows"] for one in report["per_source"]], bad)
+    log_skipped(rows, [one["rows"] for one in report["per_source"]], bad)
     return report
 
 

@@ -50,7 +50,7 @@ def test_good_rows_have_no_findings():
 
 LONG = "Tell me all about the blue lamp and the red lamp, please, dear helper"
 FIRST = good_rows()[0]["messages"][0]["content"]
-# code -> rows, severity, the first place, what the message tells beside it.
+# code -> rows, severity, the first place, what the message says beside it.
 ANSWERS = {
     "duplicate": ([*good_rows(), good_rows()[1]], WARNING, 5, "train.jsonl:2"),
     "near_duplicate": (
@@ -177,8 +177,8 @@ def test_a_special_token_in_the_text_is_an_error_where_it_is_trained_and_a_warni
 def test_ten_thousand_equal_findings_are_one_line_with_three_places():
     findings = Findings()
     for i in range(10_000):
-        findings.add(ERROR, "refused", f"message {i} is an empty assistant turn", "mend it", f"rows.jsonl:{i + 1}")
-    findings.add(WARNING, "other", "something else", "look")
+        findings.add("refused", f"rows.jsonl:{i + 1}", what=f"message {i} is an empty assistant turn")
+    findings.add("refusal")
     first, second = findings.all()
     assert (first.count, len(first.places)) == (10_000, 3)
     assert str(first).count("\n") == 0

@@ -38,24 +38,24 @@ def test_signatures_estimate_the_jaccard_similarity_without_bias(record_figure):
     record_figure("bias", np.mean(errors))
     record_figure("standard deviation", np.std(errors))
     assert abs(np.mean(errors)) < 0.01
-    assert np.std(errors) < 0.5 / np.sqrt(duplicates.PLACES) * 1.2
+    assert np.std(errors) < 0.5 / np.sqrt(duplicates.SLOTS) * 1.2
 
 
 def test_case_and_white_space_make_no_difference_and_short_texts_have_signatures():
     a, b = duplicates.signature("Hello  World, again"), duplicates.signature("hello\nworld, again ")
     assert (a == b).all()
     for text in ("", "a", "1234567", "12345678"):
-        assert duplicates.signature(text).shape == (duplicates.PLACES,)
+        assert duplicates.signature(text).shape == (duplicates.SLOTS,)
     assert duplicates.similarity(duplicates.signature("a"), duplicates.signature("b")) < 0.1
 
 
 def test_keys_tell_where_one_text_ends_and_ignore_runs_of_white_space():
-    assert duplicates.key("a b") == duplicates.key(" a \n b")
-    assert duplicates.key("ab", "c") != duplicates.key("a", "bc")
-    assert duplicates.combined(1, 2) != duplicates.combined(2, 1)
+    assert duplicates.word_hash("a b") == duplicates.word_hash(" a \n b")
+    assert duplicates.word_hash("ab", "c") != duplicates.word_hash("a", "bc")
+    assert duplicates.combined_hash(1, 2) != duplicates.combined_hash(2, 1)
     rng = np.random.default_rng(0)
     pairs = [tuple(rng.integers(0, 2**63, 2).tolist()) for _ in range(20_000)]
-    assert len({duplicates.combined(*pair) for pair in pairs}) == len(set(pairs))
+    assert len({duplicates.combined_hash(*pair) for pair in pairs}) == len(set(pairs))
 
 
 def test_near_duplicates_are_found_and_different_texts_are_not(record_figure):
@@ -97,6 +97,15 @@ def test_the_first_of_equal_keys_is_the_earliest():
     assert duplicates.first_of_equal(keys[:0]).tolist() == []
 
 
+def test_an_index_in_other_keys_is_that_of_the_first_equal_one():
+    rng = np.random.default_rng(5)
+    wanted, keys = (rng.integers(0, 90, count).astype(np.uint64) for count in (200, 100))
+    others = keys.tolist()
+    expected = [others.index(key) if key in others else -1 for key in wanted.tolist()]
+    assert duplicates.index_in(wanted, keys).tolist() == expected
+    assert duplicates.index_in(wanted, keys[:0]).tolist() == [-1] * 200
+
+
 def test_signatures_are_made_several_times_faster_than_datasketchs(record_figure):
     sample = texts(200)
 
@@ -131,10 +140,10 @@ def test_signatures_are_the_same_in_memory_and_in_a_file(monkeypatch):
         for text in sample:
             kept.add(text)
         np.testing.assert_array_equal(kept.take(), expected)
-    assert duplicates.Signatures().take().shape == (0, duplicates.PLACES)
+    assert duplicates.Signatures().take().shape == (0, duplicates.SLOTS)
 
 
 def test_exact_keys_tell_all_texts_apart_that_differ():
-    assert duplicates.exact("a b", "c") == duplicates.exact("a b", "c")
+    assert duplicates.exact_hash("a b", "c") == duplicates.exact_hash("a b", "c")
     others = [("a  b", "c"), ("a b ", "c"), ("a b", "c", ""), ("a ", "bc"), ("a b\x1fc",), ("", "a b", "c")]
-    assert len({duplicates.exact(*texts) for texts in [("a b", "c"), *others]}) == 1 + len(others)
+    assert len({duplicates.exact_hash(*texts) for texts in [("a b", "c"), *others]}) == 1 + len(others)

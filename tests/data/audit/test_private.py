@@ -24,7 +24,7 @@ NOT_THERE = [
 @pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind, all_ in THERE.items() for text in all_])
 def test_private_strings_are_found_where_they_are_and_masked(kind, text):
     surrounded = "Some words before.\n" + text + "\nand some after, 12 of them."
-    found = list(private.find(surrounded))
+    found = list(private.matches(surrounded))
     assert [one for one, _, _ in found] == [kind]
     _, place, hidden = found[0]
     assert surrounded[place : place + 2] == hidden[:2]
@@ -35,12 +35,12 @@ def test_private_strings_are_found_where_they_are_and_masked(kind, text):
 
 @pytest.mark.parametrize("text", NOT_THERE)
 def test_what_only_looks_alike_is_left_alone(text):
-    assert list(private.find(text)) == []
+    assert list(private.matches(text)) == []
 
 
 def test_many_in_one_text_are_all_found():
     text = "\n".join(one for all_ in THERE.values() for one in all_)
-    kinds = [kind for kind, _, _ in private.find(text)]
+    kinds = [kind for kind, _, _ in private.matches(text)]
     assert {kind: kinds.count(kind) for kind in THERE} == {kind: len(all_) for kind, all_ in THERE.items()}
 
 

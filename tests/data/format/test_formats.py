@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.format_rows import ANSWER, CALL, CALLING, CHAT, OTHER, PAIR, RESULT, SCHEMA, SYSTEM, USER, muted, openai
 
-from ftjax.data.format import formats
+from ftjax.data.format import formats, writing
 from ftjax.errors import UserError
 
 # name -> a row, the record that it becomes, its format.
@@ -314,7 +314,7 @@ REFUSED = {
         {"chosen": [USER, ANSWER], "rejected": [{**USER, "content": "Hey"}, ANSWER]},
         "no first turn in common",
     ),
-    "another prompt": ({**PAIR, "prompt": "Hey", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, "drop it"),
+    "another prompt": ({**PAIR, "prompt": "Hey", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, "remove it"),
     "prompt twice": ({"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, "repeat the prompt"),
     "endless margin": ({**PAIR, "margin": float("inf")}, "margin is inf; write a finite number"),
     "margin in words": ({**PAIR, "margin": "big"}, "margin is 'big'"),
@@ -343,7 +343,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("row", "message"), REFUSED.values(), ids=REFUSED)
-def test_bad_rows_are_refused_by_name_with_the_mend(row, message):
+def test_bad_rows_are_refused_by_name_with_the_fix(row, message):
     with pytest.raises(UserError, match=f"(?s)^f:1: .*{message}"):
         formats.check_row(row, "f:1")
 
@@ -357,15 +357,6 @@ def test_format_decides_where_a_row_fits_several():
         formats.check_row(both, "f:1", "alpaca")
     with pytest.raises(UserError, match=r"'share_gpt' is unknown; .*did you mean 'sharegpt'"):
         formats.check_row(both, "f:1", "share_gpt")
-
-
-def test_a_conversation_splits_into_one_row_for_each_trained_answer():
-    messages = [SYSTEM, USER, ANSWER, USER, {**ANSWER, "weight": 0}, USER, OTHER, USER]
-    assert formats.by_answer({"messages": messages, "tools": [SCHEMA]}) == [
-        {"messages": [*muted(SYSTEM, USER), ANSWER], "tools": [SCHEMA]},
-        {"messages": [*muted(SYSTEM, USER, ANSWER, USER, ANSWER, USER), OTHER], "tools": [SCHEMA]},
-    ]
-    assert formats.by_answer(PAIR) == [PAIR]
 
 
 JUNK = [
@@ -426,9 +417,9 @@ def test_damaged_rows_are_refused_or_give_a_record_that_stays_as_it_is(record_fi
             continue
         assert formats.kind_of(record) in {"text", "chat", "prompt_completion", "preference", "unpaired"}
         assert formats.check_row(record, "f:1").fields == record
-        for name in formats.WRITERS:
+        for name in writing.WRITERS:
             with contextlib.suppress(UserError):
-                json.dumps(formats.write_as(record, name), allow_nan=False)
+                json.dumps(writing.write_as(record, name), allow_nan=False)
     record_figure("refused", refused)
     assert 5_000 < refused < 19_000
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from support.format_rows import ANSWER, CALLING, CHAT, OTHER, PAIR, RESULT, SCHEMA, SYSTEM, USER, muted
 
-from ftjax.data.format import formats
+from ftjax.data.format import formats, writing
 from ftjax.errors import UserError
 
 IDLESS = {"messages": [SYSTEM, USER, CALLING, RESULT, ANSWER], "tools": [SCHEMA]}
@@ -25,21 +25,21 @@ WRITTEN = [
 @pytest.mark.parametrize(("record", "names"), WRITTEN)
 def test_what_is_written_in_a_format_is_read_back_as_the_same_record(record, names):
     for name in names:
-        row = json.loads(json.dumps(formats.write_as(record, name)))
+        row = json.loads(json.dumps(writing.write_as(record, name)))
         read = formats.check_row(row, "f:1").fields
         if name == "prompt_completion" and isinstance(row["prompt"], str):
             read = {"messages": [{"role": "user", "content": row["prompt"]}, {**ANSWER, "content": row["completion"]}]}
-            record = formats.check_row(formats.write_as(record, "messages"), "f:1").fields
+            record = formats.check_row(writing.write_as(record, "messages"), "f:1").fields
             record = {"messages": [{k: v for k, v in m.items() if k != "weight"} for m in record["messages"]]}
         assert read == record, name
 
 
 def test_openai_rows_have_arguments_in_json():
-    row = formats.write_as(IDLESS, "openai")
+    row = writing.write_as(IDLESS, "openai")
     assert row["messages"][2]["tool_calls"][0]["function"]["arguments"] == '{"city": "Rome", "days": [1, 2]}'
 
 
-NO_PLACE = [
+REFUSED = [
     (CHAT, "preference", "a chosen and a rejected answer"),
     (PAIR, "messages", "a preference pair"),
     ({"text": "a"}, "sharegpt", "plain text"),
@@ -54,9 +54,9 @@ NO_PLACE = [
 ]
 
 
-@pytest.mark.parametrize(("record", "name", "what"), NO_PLACE)
+@pytest.mark.parametrize(("record", "name", "what"), REFUSED)
 def test_what_a_format_cannot_hold_is_refused(record, name, what):
-    with pytest.raises(UserError, match=f"the format {name} has no place for .*{what}"):
-        formats.write_as(record, name)
+    with pytest.raises(UserError, match=f"the format {name} cannot hold .*{what}"):
+        writing.write_as(record, name)
     with pytest.raises(UserError, match=r"'alpacca' cannot be written; did you mean 'alpaca'.*known: .*messages"):
-        formats.write_as(record, "alpacca")
+        writing.write_as(record, "alpacca")

@@ -40,7 +40,7 @@ def two(tmp_path):
     return a, b
 
 
-def test_sources_follow_one_another_and_are_told_apart(two):
+def test_sources_follow_one_another_and_are_kept_apart(two):
     rows = read(*two)
     assert texts(rows) == [f"a{i}" for i in range(5)] + [f"b{i}" for i in range(3)]
     assert texts(rows[i] for i in (6, 0, 7, 4)) == ["b1", "a0", "b2", "a4"]
@@ -70,7 +70,7 @@ def test_bad_rows_are_skipped_as_far_as_allowed_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert [row.origin for row in read(path, max_bad_rows=3)] == [f"{path}:1", f"{path}:4"]
     assert f"{path}: skipped 3 bad rows of 5 (at most 3 allowed); first: {path}:2: not JSON" in caplog.text
-    with pytest.raises(UserError, match=r"more than 2 bad rows; mend them .*bad.jsonl:2: .*bad.jsonl:5: "):
+    with pytest.raises(UserError, match=r"more than 2 bad rows; fix them .*bad.jsonl:2: .*bad.jsonl:5: "):
         list(read(path, max_bad_rows=2))
     with pytest.raises(UserError, match=r"^\S*bad.jsonl:2: "):
         list(read(path))
@@ -171,7 +171,7 @@ def test_a_file_that_changes_is_never_counted_as_bad_rows(tmp_path, chatml):
         list(rows)
     with pytest.raises(SourceError, match="was changed after this run began"):
         list(curation.records(rows, curation.Drops()))
-    settings = survey.Settings(64, 2, True, "assistant", len(chatml), 0, 1.0, max_bad_rows=5)
+    settings = survey.SurveySettings(64, 2, True, "assistant", len(chatml), 0, 1.0, max_bad_rows=5)
     with pytest.raises(SourceError, match="was changed after this run began"):
         survey.survey(rows, [], chatml, [], settings)
     os.unlink(path)

@@ -11,7 +11,7 @@ from ftjax.errors import UserError
 
 
 def chosen(split, n, limit=None, source="s"):
-    return list(splits.choose(n, splits.parse(split, source), limit, source))
+    return list(splits.select(n, splits.parse_split(split, source), limit, source))
 
 
 @pytest.mark.parametrize("n", [7, 10, 101, 1000])
@@ -35,8 +35,8 @@ def test_slices_are_those_of_tfds(split, n):
 
 
 def test_a_slice_without_a_name_is_of_train():
-    assert splits.parse("[-10%:]", "s") == splits.Split("train", "-10%", "")
-    assert splits.parse("train+test[5:]", "s") == splits.Split("train+test", "5", "")
+    assert splits.parse_split("[-10%:]", "s") == splits.SplitSlice("train", "-10%", "")
+    assert splits.parse_split("train+test[5:]", "s") == splits.SplitSlice("train+test", "5", "")
     assert chosen("[:12.5%]", 80) == list(range(10))
 
 
@@ -46,7 +46,7 @@ def test_complementary_slices_meet_and_do_not_overlap():
             for end in (f"[{percent}%:]", f"[{percent - 100}%:]"):  # of tfds, which rounds before it subtracts
                 both = []
                 for split in (f"[:{percent}%]", end):
-                    both += splits.parse(split, "s").range(n)
+                    both += splits.parse_split(split, "s").range(n)
                 assert both == list(range(n)), end
 
 
@@ -60,7 +60,7 @@ def test_more_than_all_rows_is_refused(split):
 @pytest.mark.parametrize("split", ["", "train[", "train[5]", "train[:90]%", "train[:1.5]", "train[a:b]", "a b[", "x%"])
 def test_what_is_no_split_is_refused(split):
     with pytest.raises(UserError, match=r"^s: .* is no split; write 'train', 'train\[:90%\]'"):
-        splits.parse(split, "s")
+        splits.parse_split(split, "s")
 
 
 def test_a_slice_that_holds_nothing_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support.families import FAMILIES, random_conversation
 from support.family_templates import DEEPSEEK_R1, QWEN_2_5
+from support.format_rows import by_answer
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from ftjax.data.format import formats
@@ -324,7 +325,7 @@ def test_every_answer_can_be_trained_row_by_row_where_the_template_rewrites_earl
         for _ in range(10):
             messages, tools = random_conversation(rng, family)
             given = formats.check_row(row(messages, tools).fields, "f:1").fields
-            records = formats.by_answer(given)
+            records = by_answer(given)
             found = [trained_text(chat.tokenize(Row(one, "f:1"), tokenizer), tokenizer) for one in records]
             assert found == [[family.says(messages[i], True)] for i in assistants(messages)]
 
