@@ -66,6 +66,7 @@ def export_peft(workdir: Path, step: int | None, out: Path, vllm_rank: int | Non
     vllm_rank: the largest rank of a vLLM that is to read it, see `ftjax.weights.peft.vllm`; None: peft alone reads it.
     """
     run, base, variables, step = assemble.load_run(workdir, step)
+    _refuse_heads(variables, "peft")
     if "lora" not in variables:
         raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
     config = continued.effective(run, base.model.spec)
@@ -92,6 +93,7 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
     Every process of a run on several calls it alike; `out` must then be on a disk that they share.
     """
     config, base, variables, step = assemble.load_run(workdir, step)
+    _refuse_heads(variables, format)
     config = continued.effective(config, base.model.spec)
     if format == "merged" and "lora" not in variables:
         raise UserError("this run has no adapter to merge (config.adapter.kind='none'); use --format hf")
@@ -184,6 +186,16 @@ def _whole(base: Base, variables: Tree) -> tuple[DecoderSpec, Tree]:
         spec = dataclasses.replace(spec, tie_word_embeddings=False)
         params = params | {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
     return spec, params
+
+
+def _refuse_heads(variables: Tree, format: str) -> None:
+    """UserError for a run with parameters that no format has a place for: an export drops nothing silently."""
+    written = {"params", "lora", "quant"}
+    if heads := list(tree.flatten({name: part for name, part in variables.items() if name not in written})):
+        raise UserError(
+            f"this run has a head ({', '.join(heads)}), which --format {format} cannot hold, nor can any other format; "
+            "use the run itself (--workdir), whose checkpoints hold it"
+        )
 
 
 def _write_directory(directory: Path, base: Base, variables: Tree, dtype: str) -> None:

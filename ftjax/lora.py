@@ -138,14 +138,6 @@ def init_adapters(abstract: Tree, seed: int, scaling: float | Mapping[str, float
     return tree.unflatten(jax.jit(make, out_shardings={path: leaf.sharding for path, leaf in leaves.items()})())
 
 
-def with_scale(matrices: Tree, scaling: float) -> Tree:
-    """Completes a tree of `lora_a` and `lora_b` alone (an adapter read from disk) with its `lora_scale` leaves."""
-    leaves = tree.flatten(matrices)
-    for path in [path for path in leaves if path.endswith("/lora_a")]:
-        leaves[path.replace("/lora_a", "/lora_scale")] = jnp.full(leaves[path].shape[:-2], scaling, jnp.float32)
-    return tree.unflatten(leaves)
-
-
 def with_magnitudes(kernel: Callable[[str], jax.Array], adapters: Tree) -> Tree:
     """Sets every `lora_magnitude` to the norms of the columns of W + scale A B, so that DoRA starts as its base.
 

@@ -1,5 +1,6 @@
 """What a run leaves goes into peft, transformers and ftjax.generate, and says the same everywhere."""
 
+import functools
 import json
 import runpy
 
@@ -410,3 +411,20 @@ def test_mistakes_are_told(root):
         printed = finish(command(*arguments), 2)
         assert words in printed
         assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("format", export.FORMATS)
+def test_no_format_drops_a_head(root, tmp_path, monkeypatch, format):
+    load = assemble.load_run
+
+    def with_head(workdir, step):
+        config, base, variables, step = load(workdir, step)
+        return config, base, variables | {"heads": {"score": np.zeros(8, np.float32)}}, step
+
+    monkeypatch.setattr(assemble, "load_run", with_head)
+    out = tmp_path / "out.gguf"
+    write = export.export_peft if format == "peft" else functools.partial(export.export_model, format=format)
+    options = {} if format == "peft" else {"dtype": None, "gguf_type": "f16"}
+    with pytest.raises(UserError, match=rf"has a head \(heads/score\), which --format {format} cannot hold"):
+        write(root / "run", None, out=out, **options)
+    assert not list(tmp_path.iterdir())

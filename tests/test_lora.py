@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.model_dirs import with_scale
 from support.tiny import batch_of, documents, logits, numpy_params, one_device, spec
 
 from ftjax import lora, tree
@@ -69,7 +70,7 @@ def test_fresh_values_depend_on_seed_and_path_only():
 def test_with_scale_completes_an_adapter_from_disk():
     adapters = with_random_b(adapters_for(["q_proj", "lm_head"]))
     _, matrices = tree.partition(adapters, is_scale)
-    complete = lora.with_scale(matrices, lora.scale(RANK, ALPHA, False))
+    complete = with_scale(matrices, lora.scale(RANK, ALPHA, False))
     assert tree.flatten(complete).keys() == tree.flatten(adapters).keys()
     assert jax.tree.all(jax.tree.map(np.array_equal, complete, adapters))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.family_configs import CONFIGS
+from support.model_dirs import write_merged
 from support.runs import write_model, write_rows, write_run
 from support.tiny import batch_of, documents, logits, numpy_params, one_device
 
@@ -19,7 +20,6 @@ from ftjax.models.families import spec_from_config
 from ftjax.objectives.sft import make_sft
 from ftjax.train import train
 from ftjax.training import metrics
-from ftjax.weights.hf.write import write_merged
 from ftjax.weights.source import open_source
 
 BATCH = batch_of([documents(1, [9, 8])], 20)

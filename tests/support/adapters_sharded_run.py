@@ -17,9 +17,9 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.params import abstract_params
 from ftjax.objectives.sft import make_sft
-from ftjax.weights.hf.write import write_merged
 from support.adapted import assembled, moved
 from support.family_configs import CONFIGS
+from support.model_dirs import write_merged
 from support.tiny import batch_of, documents, numpy_params
 
 MESHES = {

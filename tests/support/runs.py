@@ -13,8 +13,8 @@ import numpy as np
 
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
-from ftjax.weights.hf.write import write_merged
 from support.chat_templates import CHATML, make_tokenizer
+from support.model_dirs import write_merged
 from support.tiny import CONFIG as MODEL
 from support.tiny import numpy_params
 

@@ -22,8 +22,9 @@ from ftjax.errors import UserError  # noqa: E402
 from ftjax.models.decoder import Decoder  # noqa: E402
 from ftjax.models.params import abstract_params, logical_axes  # noqa: E402
 from ftjax.weights.hf.together import new_directory_together  # noqa: E402
-from ftjax.weights.hf.write import write_merged, write_model  # noqa: E402
+from ftjax.weights.hf.write import write_model  # noqa: E402
 from ftjax.weights.peft.adapter import BaseFacts, write_adapter  # noqa: E402
+from support.model_dirs import write_merged  # noqa: E402
 from support.together_parts import CONFIG, RANK, adapters, card, params, save_tokenizer, spec  # noqa: E402
 
 distributed.LIMIT_SECONDS = 60  # an error in this file must not take ten minutes to show

@@ -3,7 +3,7 @@
 import functools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ftjax.models.spec import DecoderSpec
 from ftjax.weights.hf.files import inside, read_json
 from ftjax.weights.hf.keys import hf_names
 from ftjax.weights.hf.safetensors_write import Tensor, shards, write_safetensors
-from ftjax.weights.hf.together import gather, new_directory_together
+from ftjax.weights.hf.together import gather
 
 # Other places for what is written here, and things that do not hold for the weights that are written.
 _DROPPED = ("torch_dtype", "_name_or_path", "auto_map", "quantization_config")
@@ -44,27 +44,6 @@ _SAMPLING = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-
-
-def write_merged(
-    out: Path,
-    params: dict[str, Any],
-    spec: DecoderSpec,
-    config: dict[str, Any],
-    save_tokenizer: Callable[[Path], None],
-    dtype: Any = None,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """A new directory `out` with a whole model: `write_model`, and the tokenizer that `save_tokenizer` saves there.
-
-    All is written to a temporary sibling, which is renamed. Raises what `write_model` does, and UserError when `out`
-    exists and is not an empty directory.
-    """
-    with new_directory_together(out) as directory:
-        write_model(directory, params, spec, config, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        with together(f"writing {directory}"):
-            if jax.process_index() == 0:
-                save_tokenizer(directory)
 
 
 def write_model(

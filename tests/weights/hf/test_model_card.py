@@ -81,6 +81,8 @@ def test_a_full_fine_tune_is_not_called_lora(tmp_path):
         ),
         ("# X\nlicense: mit\n", {}),
         ("---\nlicense:\n- mit\n---\n", {}),
+        ("---\nlicense: [mit\n---\n", {}),
+        ("---\n- license\n---\n", {}),
         (None, {}),
     ],
 )

@@ -9,13 +9,13 @@ import torch
 from safetensors import safe_open
 from support.family_configs import CONFIGS
 from support.llama_dirs import no_tokenizer
+from support.model_dirs import write_merged
 from support.torch_models import torch_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ftjax import tree
 from ftjax.models.families import FAMILIES, spec_from_config
 from ftjax.weights.hf.keys import hf_names
-from ftjax.weights.hf.write import write_merged
 from ftjax.weights.load import load_params
 from ftjax.weights.source import open_source
 

@@ -8,12 +8,13 @@ import sys
 import jax.numpy as jnp
 import pytest
 from support import PYTHONPATH, SUPPORT
+from support.model_dirs import write_merged
 from support.runs import write_model as write_base
 from support.several import free_port
 from support.together_parts import CONFIG, adapters, card, params, save_tokenizer, spec
 
 from ftjax.atomic import new_directory
-from ftjax.weights.hf.write import write_merged, write_model
+from ftjax.weights.hf.write import write_model
 from ftjax.weights.peft.adapter import BaseFacts, write_adapter
 
 

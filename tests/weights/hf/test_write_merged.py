@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from support.chat_templates import CHATML, make_tokenizer
 from support.llama_dirs import abstract, as_numpy, assert_same_bits, llama, no_tokenizer
+from support.model_dirs import with_scale, write_merged
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ftjax import lora, tree
@@ -42,7 +43,7 @@ def small(tmp_path):
 def test_transformers_loads_the_same_bits(tmp_path, tied, dtype, limit):
     model, params, spec, config = loaded(tmp_path / "original", tied, dtype)
     out = tmp_path / "out"
-    write.write_merged(out, params, spec, config, no_tokenizer, max_shard_bytes=limit)
+    write_merged(out, params, spec, config, no_tokenizer, max_shard_bytes=limit)
     again, report = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert not any(report.values()), report
     state, expected = again.state_dict(), model.state_dict()
@@ -63,7 +64,7 @@ def test_transformers_loads_the_same_bits(tmp_path, tied, dtype, limit):
 def test_numpy_parameters_and_a_cast(tmp_path, small):
     _, params, spec, config = small
     arrays = jax.tree.map(np.asarray, params)
-    write.write_merged(tmp_path / "out", arrays, spec, config, no_tokenizer, dtype=jnp.bfloat16)
+    write_merged(tmp_path / "out", arrays, spec, config, no_tokenizer, dtype=jnp.bfloat16)
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
     again = load_params(open_source(tmp_path / "out"), spec, abstract(spec, jnp.bfloat16))
     for path, leaf in tree.flatten(again).items():
@@ -73,7 +74,7 @@ def test_numpy_parameters_and_a_cast(tmp_path, small):
 def test_every_end_token_reaches_generation(tmp_path, small):
     _, params, spec, config = small
     config = config | {"eos_token_id": [2, 7], "auto_map": {"AutoConfig": "x.X"}, "torch_dtype": "float64"}
-    write.write_merged(tmp_path / "out", params, spec, config, no_tokenizer)
+    write_merged(tmp_path / "out", params, spec, config, no_tokenizer)
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (generation.bos_token_id, generation.eos_token_id) == (1, [2, 7])
     written = json.loads((tmp_path / "out/config.json").read_text())
@@ -87,10 +88,10 @@ def test_an_existing_directory_is_left_alone(tmp_path, small):
     out.mkdir()
     (out / "mine").write_text("precious")
     with pytest.raises(UserError, match="exists and is not an empty directory"):
-        write.write_merged(out, params, spec, config, no_tokenizer)
+        write_merged(out, params, spec, config, no_tokenizer)
     assert [file.name for file in out.iterdir()] == ["mine"]
     (out / "mine").unlink()
-    write.write_merged(out, params, spec, config, no_tokenizer)
+    write_merged(out, params, spec, config, no_tokenizer)
     assert (out / "model.safetensors").exists()
 
 
@@ -102,7 +103,7 @@ def test_a_failure_leaves_nothing(tmp_path, small):
     _, params, spec, config = small
     before = set(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match="no tokenizer"):
-        write.write_merged(tmp_path / "out", params, spec, config, fails)
+        write_merged(tmp_path / "out", params, spec, config, fails)
     assert set(tmp_path.iterdir()) == before
 
 
@@ -118,7 +119,7 @@ def test_a_bit_that_flips_on_the_way_to_disk_is_noticed(tmp_path, small, monkeyp
 
     monkeypatch.setattr(safetensors_write, "_verify", flip)
     with pytest.raises(OSError, match="does not read back as it was written"):
-        write.write_merged(tmp_path / "out", params, spec, config, no_tokenizer)
+        write_merged(tmp_path / "out", params, spec, config, no_tokenizer)
     assert not (tmp_path / "out").exists()
 
 
@@ -130,7 +131,7 @@ def random_adapters(params, spec):
         module = path.removesuffix("/kernel")
         out[f"{module}/lora_a"] = rng.standard_normal((*stack, rows, 3)).astype(np.float32)
         out[f"{module}/lora_b"] = rng.standard_normal((*stack, 3, columns)).astype(np.float32)
-    return lora.with_scale(tree.unflatten(out), 0.25)
+    return with_scale(tree.unflatten(out), 0.25)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -164,14 +165,14 @@ def test_only_one_tensor_at_a_time_comes_from_the_devices(tmp_path, small, monke
         return gather(leaf, place)
 
     monkeypatch.setattr(write, "gather", watched)
-    write.write_merged(tmp_path / "out", params, spec, config, no_tokenizer)
+    write_merged(tmp_path / "out", params, spec, config, no_tokenizer)
     assert len(shapes) == 2 * 9 + 2  # two layers of nine tensors, the embedding and the last norm
     assert max(len(shape) for shape in shapes) == 2
 
 
 def test_the_data_are_aligned_and_without_gaps(tmp_path, small):
     _, params, spec, config = small
-    write.write_merged(tmp_path / "out", params, spec, config, no_tokenizer)
+    write_merged(tmp_path / "out", params, spec, config, no_tokenizer)
     raw = (tmp_path / "out/model.safetensors").read_bytes()
     length = int.from_bytes(raw[:8], "little")
     assert length % 8 == 0
@@ -185,7 +186,7 @@ def test_nan_is_not_exported(tmp_path, small):
     _, params, spec, config = small
     params["norm"]["scale"] = params["norm"]["scale"].at[3].set(jnp.nan)
     with pytest.raises(UserError, match=r"model\.norm\.weight: 1 of 32 values are NaN"):
-        write.write_merged(tmp_path / "out", params, spec, config, no_tokenizer)
+        write_merged(tmp_path / "out", params, spec, config, no_tokenizer)
     assert not (tmp_path / "out").exists()
 
 
@@ -235,5 +236,5 @@ def test_the_bases_own_tokenizer_files_come_along(tmp_path):
 def test_a_config_of_another_model_is_refused(tmp_path, small):
     _, params, spec, config = small
     with pytest.raises(ValueError, match="the config to write describes"):
-        write.write_merged(tmp_path / "out", params, spec, config | {"rms_norm_eps": 0.5}, no_tokenizer)
+        write_merged(tmp_path / "out", params, spec, config | {"rms_norm_eps": 0.5}, no_tokenizer)
     assert not (tmp_path / "out").exists()

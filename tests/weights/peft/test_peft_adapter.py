@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from support.llama_dirs import assert_same_bits, llama
+from support.model_dirs import with_scale
 from support.tiny import spec
 
 from ftjax import lora, tree
@@ -42,7 +43,7 @@ def adapters(modules=tuple(SHAPES)):
 
 
 def write(out, matrices, alpha=6, rslora=False, of=None, **more):
-    complete = lora.with_scale(matrices, lora.scale(RANK, alpha, rslora))
+    complete = with_scale(matrices, lora.scale(RANK, alpha, rslora))
     write_adapter(out, complete, of or spec(), BaseFacts("org/base", "0123"), rslora, **more)
 
 

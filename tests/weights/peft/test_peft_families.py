@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.family_configs import CONFIGS, MORE_CONFIGS
+from support.model_dirs import with_scale
 from support.tiny import batch_of, documents, logits, one_device
 from support.torch_models import torch_model
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
@@ -43,7 +44,7 @@ BASE = BaseFacts("base", "0123")
 
 
 def write(out, matrices, spec, **more):
-    write_adapter(out, lora.with_scale(matrices, ALPHA / RANK), spec, BASE, **more)
+    write_adapter(out, with_scale(matrices, ALPHA / RANK), spec, BASE, **more)
 
 
 def read(directory, spec):
@@ -80,7 +81,7 @@ class Case:
         batch = batch_of([[(TOKENS, np.ones(len(TOKENS), bool))]], len(TOKENS))
         variables = {"params": self.params}
         if adapters is not None:
-            variables["lora"] = lora.with_scale(adapters, ALPHA / RANK)
+            variables["lora"] = with_scale(adapters, ALPHA / RANK)
         return logits(self.decoder, variables, batch)[0]
 
 
@@ -192,7 +193,7 @@ def test_the_language_model_of_a_multimodal_one(tmp_path, record_figure):
     again, _ = read(tmp_path / "out", case.spec)
     jax.tree.map(np.testing.assert_array_equal, again, ours)
     # With an alpha of its own for q_proj, of which the vision tower has one too, and the last norm trained whole.
-    leaves, params = tree.flatten(lora.with_scale(ours, ALPHA / RANK)), tree.flatten(case.params)
+    leaves, params = tree.flatten(with_scale(ours, ALPHA / RANK)), tree.flatten(case.params)
     leaves["layers/self_attn/q_proj/lora_scale"] = leaves["layers/self_attn/q_proj/lora_scale"] * 2
     params["norm/scale"] = params["norm/scale"] + 0.25
     saved = {"norm/scale": params["norm/scale"]}
