@@ -105,7 +105,7 @@ def describe(config: ConfigDict, spec: DecoderSpec, devices: list[jax.Device]) -
     batch = _abstract_batch(config, mesh)
     rows, length = config.data.batch_size, config.data.max_length
     needed = flops.count(spec, abstract, is_trained, rows, length)
-    reaches = [flops.visible_pairs(length, window) / length for window in flops.windows(spec)]
+    reaches = [flops.visible_pairs(length, window) / length for window in spec.layer_windows]
     return Program(spec, mesh, step, state, frozen, batch, needed, reaches)
 
 
