@@ -39,7 +39,7 @@ from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.distributed import is_first, together
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import is_eval
-from ftjax.models.families import spec_from_config, text_config
+from ftjax.models.families import is_multimodal, spec_from_config, text_config
 from ftjax.models.spec import DecoderSpec
 from ftjax.training import metrics
 from ftjax.tree import Tree
@@ -79,7 +79,7 @@ def export_peft(workdir: Path, step: int | None, out: Path, vllm_rank: int | Non
         assemble.base_facts(config, base),
         rslora=config.adapter.rslora and vllm_rank is None,  # with it the only scale, 1, is no round alpha
         saved={path: params[path] for path in whole},
-        multimodal=base.reader.config.get("model_type") == "gemma3",
+        multimodal=is_multimodal(base.reader.config),
         card=model_card(out.name, "peft", config, step, base.path, evaluation(workdir, step)),
     )
     if config.quantize.base != "none" and is_first():

@@ -5,7 +5,6 @@ default is LoRA on Llama 3.1 8B. Where that does not fit, cut it down with --lay
 --config.a.b=value. Prints JSON; docs/performance.md says what the figures are.
 """
 
-import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -226,8 +225,7 @@ def cut(spec: DecoderSpec, layers: int) -> DecoderSpec:
     """The model with its first layers only."""
     if not 1 <= layers <= spec.num_hidden_layers:
         raise UserError(f"--layers {layers}: the model has {spec.num_hidden_layers}")
-    per_layer = {name: getattr(spec, name)[:layers] for name in ("layer_ropes", "layer_windows", "attention_scales")}
-    return dataclasses.replace(spec, num_hidden_layers=layers, **per_layer)
+    return spec.of_layers(range(layers))
 
 
 def main(argv: list[str]) -> int:

@@ -1,9 +1,12 @@
 """The key/value cache of incremental decoding: a pytree that goes in and comes out, never module state."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from ftjax.models.groups import Stack, nested
 from ftjax.models.spec import DecoderSpec
 
 
@@ -14,8 +17,10 @@ class Cache:
     Rows of different prompt lengths are padded on the left; a padded slot keeps segment id 0 and is never attended to.
     """
 
-    keys: jax.Array  # [layers, batch, slots, kv_heads, head_dim], the compute dtype, RoPE applied
-    values: jax.Array  # as keys
+    # [layers, batch, slots, kv_heads, head_dim] of each stack of layers (groups.nested), in the compute dtype, RoPE
+    # applied. An array for each: slices of one for all would be copied for every token.
+    keys: Any
+    values: Any  # as keys
     positions: jax.Array  # int32 [batch, slots]
     segment_ids: jax.Array  # int32 [batch, slots], 0 where nothing may be attended to
     length: jax.Array  # int32 scalar
@@ -24,10 +29,14 @@ class Cache:
 
 def init_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype, reach: jax.Array | None = None) -> Cache:
     """An empty cache; a row becomes at most `reach` tokens long, by default `slots`."""
-    shape = (spec.num_hidden_layers, batch, slots, spec.num_key_value_heads, spec.head_dim)
+
+    def zeros(stack: Stack) -> jax.Array:
+        heads, head_dim = stack.spec.num_key_value_heads, stack.spec.head_dim
+        return jnp.zeros((len(stack.layers), batch, slots, heads, head_dim), dtype)
+
     return Cache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys=nested(spec, zeros),
+        values=nested(spec, zeros),
         positions=jnp.zeros((batch, slots), jnp.int32),
         segment_ids=jnp.zeros((batch, slots), jnp.int32),
         length=jnp.zeros((), jnp.int32),

@@ -1,7 +1,8 @@
-"""The decoder: embedding, one scanned stack of blocks, final norm, head."""
+"""The decoder: embedding, scanned stacks of blocks (groups.py says which), final norm, head."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.attention import attention
 from ftjax.models.cache import Cache, write
+from ftjax.models.groups import Group, Stack, groups, nested
 from ftjax.models.kernels import attend, choose
 from ftjax.models.layers import Embedding, LayerNorm, Linear, RMSNorm
 from ftjax.models.mlp import MLP, Mixture
@@ -149,6 +151,24 @@ class Block(nn.Module):
         return constrain(x, "batch", "length", "width"), new
 
 
+class InOrder(nn.Module):
+    """Unlike layers or groups of layers, one after the other, each under its own name; to be called as a Block is.
+
+    parts: (name, what makes the module of that name) of each.
+    """
+
+    parts: tuple[tuple[str, Callable[..., nn.Module]], ...]
+
+    @nn.compact
+    def __call__(self, x, caches, layers, context):
+        """caches, layers: a tuple with what each part takes. Returns x and a tuple of what each returns beside it."""
+        out = []
+        for (name, make), cache, layer in zip(self.parts, caches, layers, strict=True):
+            x, new = make(name=name)(x, cache, layer, context)
+            out.append(new)
+        return x, tuple(out)
+
+
 class Decoder(nn.Module):
     """A decoder-only language model.
 
@@ -172,20 +192,18 @@ class Decoder(nn.Module):
         policy = REMAT_POLICIES[self.remat]
         # Inside a scan XLA cannot undo the rematerialization, so its guard against that would only cost time.
         block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0, "quant": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, 0, nn.broadcast),
-            length=spec.num_hidden_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(spec, *dtypes, self.attention, MLP_BLOCK if self._saves_memory() else None)
+        shared = (*dtypes, self.attention, MLP_BLOCK if self._saves_memory() else None)
+        scans = [(group.name, functools.partial(_scan, group, block, shared)) for group in groups(spec)]
+        self.layers = scans[0][1]() if len(scans) == 1 else InOrder(tuple(scans))
         self.norm = _norm(spec, *dtypes, None)
         if not spec.tie_word_embeddings:
             self.lm_head = Linear(spec.vocab_size, ("embed", "vocab"), *dtypes, out_dtype=jnp.float32)
 
     def _saves_memory(self) -> bool:
-        """Where kernels are trained too, blocks would sum their gradients in turn, and over the devices each time."""
+        """Whether the MLP goes over a row in blocks: where memory is short, and only where kernels are frozen.
+
+        Of trained kernels each block would have a gradient of its own, to be summed over the devices each time.
+        """
         return self.remat in ("full", "offload") and bool(self.variables.get("lora"))
 
     def __call__(
@@ -206,27 +224,28 @@ class Decoder(nn.Module):
         if cache is None:
             tables = _tables(spec, positions, lambda: sequence_lengths(positions, segment_ids))
             context = Context(positions, segment_ids, positions, segment_ids, None, tables)
-            x, _ = self.layers(x, None, _per_layer(spec), context)
+            x, _ = self.layers(x, nested(spec, lambda stack: None), nested(spec, _per_layer), context)
             return self.norm(x), None
         start = cache.length
         key_positions = write(cache.positions, positions, start)
         key_segments = write(cache.segment_ids, segment_ids, start)
         tables = _tables(spec, positions, lambda: cache.reach[:, None])
         context = Context(positions, segment_ids, key_positions, key_segments, start, tables)
-        x, (keys, values) = self.layers(x, (cache.keys, cache.values), _per_layer(spec), context)
+        pairs = jax.tree.map(lambda keys, values: (keys, values), cache.keys, cache.values)
+        x, new = self.layers(x, pairs, nested(spec, _per_layer), context)
         cache = cache.replace(
-            keys=write(cache.keys, keys, start, axis=2),
-            values=write(cache.values, values, start, axis=2),
+            keys=jax.tree.map(lambda old, new: write(old, new[0], start, axis=2), cache.keys, new),
+            values=jax.tree.map(lambda old, new: write(old, new[1], start, axis=2), cache.values, new),
             positions=key_positions,
             segment_ids=key_segments,
             length=start + tokens.shape[1],
         )
         return self.norm(x), cache
 
-    def unembed(self, hidden: jax.Array, numbers: jax.Array | None = None) -> jax.Array:
-        """Hidden states [..., D] -> float32 logits [..., vocab]; numbers: int32 [...], as in layers.Linear."""
+    def unembed(self, hidden: jax.Array, token_index: jax.Array | None = None) -> jax.Array:
+        """Hidden states [..., D] -> float32 logits [..., vocab]; token_index: int32 [...], as in layers.Linear."""
         spec = self.spec
-        logits = self.embed_tokens.attend(hidden) if spec.tie_word_embeddings else self.lm_head(hidden, numbers)
+        logits = self.embed_tokens.attend(hidden) if spec.tie_word_embeddings else self.lm_head(hidden, token_index)
         if spec.logit_scale != 1.0:
             logits = logits * spec.logit_scale
         if spec.logit_softcap is not None:
@@ -248,8 +267,31 @@ def _norm(spec: DecoderSpec, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str
     return kind(spec.norm_eps, dtype, param_dtype, name=name)
 
 
-def _per_layer(spec: DecoderSpec) -> dict[str, jax.Array]:
-    """Arrays [layers] of what the layers differ in; what is the same in all of them is static instead."""
+def _scan(group: Group, block: type[nn.Module], shared: tuple[Any, ...], name: str | None = None) -> nn.Module:
+    """The layers of a group as one module, to be called as a Block is: its parameters, and what it takes and returns
+    for each layer, have the group's rounds in front.
+
+    block: Block, or what remats it; each layer of a period is rematerialized on its own. shared: its further arguments.
+    """
+    if len(group.stacks) == 1:
+        body, arguments = block, (group.stacks[0].spec, *shared)
+    else:
+        parts = ((stack.name, functools.partial(block, stack.spec, *shared)) for stack in group.stacks)
+        body, arguments = InOrder, (tuple(parts),)
+    scan = nn.scan(
+        body,
+        variable_axes={"params": 0, "lora": 0, "quant": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, 0, nn.broadcast),
+        length=len(group.stacks[0].layers),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scan(*arguments, name=name)
+
+
+def _per_layer(stack: Stack) -> dict[str, jax.Array]:
+    """Arrays [layers] of what the layers of a stack differ in; what is the same in all of them is static instead."""
+    spec = stack.spec
     out = {
         "rope": _rope_table(spec),
         "window": [NO_WINDOW if window is None else window for window in spec.layer_windows],

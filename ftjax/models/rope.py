@@ -17,7 +17,7 @@ def rope_parameters(config: dict[str, Any], default_theta: float = 10_000.0) -> 
     """One dict with `rope_type`, `rope_theta`, `partial_rotary_factor` and what the type needs, of old and new configs.
 
     Transformers 5 writes `rope_parameters`; before it were `rope_theta`, `rope_scaling` and `partial_rotary_factor`
-    at the top, with `type` for `rope_type` and, in Phi-3, "su" for "longrope".
+    at the top, with `type` for `rope_type` and, in the first files with LongRoPE's factors, "su" or "yarn" for it.
     """
     # Who adds `rope_scaling` to a newer file, as Qwen's model cards say, means it.
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -26,17 +26,12 @@ def rope_parameters(config: dict[str, Any], default_theta: float = 10_000.0) -> 
     found = dict(given)
     kind = found.pop("type", "default")
     kind = found.get("rope_type") or kind
-    if kind == "su" or (kind == "yarn" and config["model_type"] == "phi3"):
+    if kind == "su" or (kind == "yarn" and "short_factor" in found):
         kind = "longrope"
     found["rope_type"] = kind
     for name, default in (("rope_theta", default_theta), ("partial_rotary_factor", 1.0)):
         if found.get(name) is None:
             found[name] = default if config.get(name) is None else config[name]
-    if found["partial_rotary_factor"] != 1 and config["model_type"] != "phi3":
-        raise UserError(
-            f"config.json: partial_rotary_factor={str(found['partial_rotary_factor'])[:80]} of a "
-            f"{config['model_type']!r} model is not supported"
-        )
     if kind in ("llama3", "longrope", "yarn"):
         original = config.get("original_max_position_embeddings")  # where Phi-3 has it, and there it has the last word
         original = original or found.get("original_max_position_embeddings") or config["max_position_embeddings"]

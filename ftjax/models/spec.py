@@ -1,6 +1,8 @@
 """What a decoder is, without saying how it is computed: the description that every family's config reduces to."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,18 @@ class Experts:
     per_token: int
     normalize: bool  # whether the chosen experts' weights are made to sum to 1
     bias: bool = False  # of the router and of the experts
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of layer in a decoder of unlike layers, as `DecoderSpec.layer_kinds` lists them.
+
+    A kind is whatever makes parameters of other names or shapes, or another program: layers of one kind can be stacked
+    and scanned. Numbers that a scan can carry (windows, ropes, scales) make no kind; they are tuples by layer.
+    """
+
+    name: str  # in the paths of parameters, and so in patterns that users write: a word, such as "dense"
+    changes: tuple[tuple[str, Any], ...] = ()  # the fields of the DecoderSpec that are others in these layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,3 +90,19 @@ class DecoderSpec:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+
+    # unlike layers (groups.py), set by `with_kinds`
+    layer_kinds: tuple[Kind, ...] = ()  # the kind of each layer; (): all are as the other fields say
+
+    def of_layers(self, layers: Sequence[int]) -> "DecoderSpec":
+        """The decoder that has these layers alone; if they are of one kind, in the fields and not as a kind."""
+        tuples = ("layer_ropes", "layer_windows", "attention_scales", "layer_kinds")
+        own = {name: tuple(getattr(self, name)[layer] for layer in layers) for name in tuples if getattr(self, name)}
+        kinds = own.pop("layer_kinds", ())
+        return dataclasses.replace(self, num_hidden_layers=len(layers), layer_kinds=(), **own).with_kinds(kinds)
+
+    def with_kinds(self, kinds: Sequence[Kind]) -> "DecoderSpec":
+        """This decoder with a kind for each layer. Equal decoders are equal specs: a single kind becomes the fields."""
+        if len(set(kinds)) == 1:
+            return dataclasses.replace(self, layer_kinds=(), **dict(kinds[0].changes))
+        return dataclasses.replace(self, layer_kinds=tuple(kinds))

@@ -12,6 +12,7 @@ from ftjax import config as configs
 from ftjax import tree
 from ftjax.assemble import Program
 from ftjax.errors import UserError
+from ftjax.models.groups import stacks
 from ftjax.models.spec import DecoderSpec
 from ftjax.planning import compiled, flops
 from ftjax.planning.chips import GIB
@@ -175,7 +176,7 @@ def estimate(config: ConfigDict, program: Program, topology: Topology) -> tuple[
     trained = sum(compiled.bytes_on_chip(leaf) for leaf in jax.tree.leaves(program.state.trainable))
     tokens = config.data.batch_size * config.data.max_length / config.accumulate / (mesh["data"] * mesh["fsdp"])
     width = 2.0 * tokens * spec.hidden_size
-    inner = spec.intermediate_size * (spec.experts.per_token if spec.experts else 1) / spec.hidden_size / mesh["tensor"]
+    inner = _inner(spec) / spec.hidden_size / mesh["tensor"]
     per_layer = {"full": 1.0, "dots": 6.0 + 2 * inner, "none": 12.0 + 4 * inner, "offload": 0.1}[config.model.remat]
     activations = width * per_layer * spec.num_hidden_layers
     size = arguments + trained + activations + width * (12.0 + 4 * inner)
@@ -193,3 +194,9 @@ def estimate(config: ConfigDict, program: Program, topology: Topology) -> tuple[
     between = 4 * 2 * width * config.accumulate * spec.num_hidden_layers * (mesh["tensor"] - 1) / mesh["tensor"]
     links = chip.link * len([side for side in topology.sides if side > 1])
     return max(compute, (gathered + between) / max(links, chip.link)), size
+
+
+def _inner(spec: DecoderSpec) -> float:
+    """Columns of an MLP, or of the experts that a token goes to, on the average of all layers."""
+    parts = [(stack.spec, len(stack.layers) / spec.num_hidden_layers) for stack in stacks(spec)]
+    return sum(of.intermediate_size * (of.experts.per_token if of.experts else 1) * share for of, share in parts)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ftjax import tree
 from ftjax.assemble import Program
 from ftjax.data.tokens.kinds import ROW_KINDS
+from ftjax.models.groups import stack_of, stacks
 from ftjax.models.spec import DecoderSpec
 from ftjax.planning.chips import CHIPS
 from ftjax.tree import Tree
@@ -37,8 +38,7 @@ def count(spec: DecoderSpec, variables: Tree, is_trained, rows: int, length: int
     tokens = rows * length
     weights = {path: size * _share(path, spec) for path, size in products(spec, variables).items()}
     trained = sum(size for path, size in weights.items() if is_trained(path))
-    pairs = sum(visible_pairs(length, window) for window in windows(spec))
-    attention = 4.0 * rows * pairs * spec.num_attention_heads * spec.head_dim
+    attention = 4.0 * rows * sum(_pair_elements(stack.spec, length) for stack in stacks(spec))
     forward = 2.0 * tokens * sum(weights.values())
     alone = sum(size for path, size in weights.items() if not path.startswith("lora/"))
     beside = 2.0 * tokens * alone + attention if reference else 0.0
@@ -56,7 +56,7 @@ def of_step(program: Program) -> Flops:
 def reaches(program: Program) -> list[float]:
     """Keys that a query of each layer sees, on average over a document."""
     _, length = _documents(program)
-    return [visible_pairs(length, window) / length for window in windows(program.model.spec)]
+    return [visible_pairs(length, window) / length for window in program.model.spec.layer_windows]
 
 
 def seconds_per_token(program: Program) -> float | None:
@@ -95,8 +95,10 @@ def visible_pairs(length: int, window: int | None) -> float:
     return reach * (reach + 1) / 2 + (length - reach) * reach
 
 
-def windows(spec: DecoderSpec) -> tuple[int | None, ...]:
-    return spec.layer_windows or (None,) * spec.num_hidden_layers
+def _pair_elements(spec: DecoderSpec, length: int) -> float:
+    """Of all layers of a stack: pairs of a query and a key that it sees, times the elements of all heads."""
+    pairs = sum(visible_pairs(length, window) for window in spec.layer_windows)
+    return pairs * spec.num_attention_heads * spec.head_dim
 
 
 def _unpacked(leaf) -> int:
@@ -106,4 +108,6 @@ def _unpacked(leaf) -> int:
 
 def _share(path: str, spec: DecoderSpec) -> float:
     """Of a stack of experts each token is multiplied by a few."""
-    return spec.experts.per_token / spec.experts.count if spec.experts and "/experts/" in path else 1.0
+    stack = stack_of(spec, path.partition("/")[2])
+    experts = stack.spec.experts if stack and "/experts/" in path else None
+    return experts.per_token / experts.count if experts else 1.0

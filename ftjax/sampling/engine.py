@@ -152,8 +152,8 @@ def _prefill(
         return jnp.pad(x, [(0, max_new_tokens if i == axis else 0) for i in range(x.ndim)])
 
     cache = cache.replace(
-        keys=extend(cache.keys, 2),
-        values=extend(cache.values, 2),
+        keys=jax.tree.map(lambda keys: extend(keys, 2), cache.keys),
+        values=jax.tree.map(lambda values: extend(values, 2), cache.values),
         positions=extend(cache.positions, 1),
         segment_ids=extend(cache.segment_ids, 1),
     )
@@ -201,7 +201,8 @@ def _lay_out(state: _State) -> _State:
     kv_axes = ("layers", "batch", "length", "kv_heads", None)
     return state.replace(
         cache=cache.replace(
-            keys=sharding.constrain(cache.keys, *kv_axes), values=sharding.constrain(cache.values, *kv_axes)
+            keys=jax.tree.map(lambda keys: sharding.constrain(keys, *kv_axes), cache.keys),
+            values=jax.tree.map(lambda values: sharding.constrain(values, *kv_axes), cache.values),
         ),
         tokens=sharding.constrain(state.tokens, None, None),
         done=sharding.constrain(state.done, None),

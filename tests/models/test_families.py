@@ -12,9 +12,34 @@ from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import FAMILIES, spec_from_config, text_config
 from ftjax.models.params import shapes
-from ftjax.models.published import PUBLISHED
+from ftjax.models.published import configs
 
 ALL_CONFIGS = CONFIGS | MORE_CONFIGS
+PUBLISHED = configs()
+# How many parameters their owners count.
+COUNTS = {
+    "Llama-2-7b": 6_738_415_616,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.3-70B": 70_553_706_496,
+    "Llama-3.1-70B": 70_553_706_496,
+    "Llama-3.1-405B": 405_853_388_800,
+    "SmolLM3-3B": 3_075_098_624,
+    "Mistral-7B-v0.1": 7_241_732_096,
+    "Mixtral-8x7B": 46_702_792_704,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-27b": 27_009_346_304,
+    "Phi-3-mini-128k": 3_821_079_552,
+    "Phi-4-mini": 3_836_021_760,
+    "OLMo-2-1124-7B": 7_298_617_344,
+    "granite-3.1-2b": 2_533_531_648,
+    "gpt2": 124_439_808,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
+}
 
 
 def completed(config):
@@ -40,28 +65,28 @@ def test_what_a_config_leaves_out_is_what_transformers_fills_in(family):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_released_models_have_the_parameters_that_their_owners_count(name):
-    config, published = PUBLISHED[name]
-    assert sum(math.prod(shape) for shape in shapes(Decoder(spec_from_config(config))).values()) == published
+    found = shapes(Decoder(spec_from_config(PUBLISHED[name])))
+    assert sum(math.prod(shape) for shape in found.values()) == COUNTS[name]
 
 
 def test_layers_of_released_models_differ_where_they_should():
     def windows(name):
-        return spec_from_config(PUBLISHED[name][0]).layer_windows
+        return spec_from_config(PUBLISHED[name]).layer_windows
 
     assert windows("gemma-2-9b")[:4] == (4096, None, 4096, None)
     assert windows("gemma-3-1b")[:7] == (512, 512, 512, 512, 512, None, 512)
     assert windows("gpt-oss-20b")[:3] == (128, None, 128)
     assert windows("Mistral-7B-v0.1") == (4096,) * 32
     assert set(windows("Qwen2.5-7B")) == {None}
-    gemma3 = spec_from_config(PUBLISHED["gemma-3-1b"][0])
+    gemma3 = spec_from_config(PUBLISHED["gemma-3-1b"])
     assert gemma3.layer_ropes[:7] == (1, 1, 1, 1, 1, 0, 1)
     assert gemma3.ropes[0].frequencies[1] < gemma3.ropes[1].frequencies[1]
-    smollm3 = spec_from_config(PUBLISHED["SmolLM3-3B"][0])
+    smollm3 = spec_from_config(PUBLISHED["SmolLM3-3B"])
     assert smollm3.layer_ropes[:8] == (0, 0, 0, None) * 2
 
 
 def test_the_language_model_of_a_multimodal_gemma3():
-    text = PUBLISHED["gemma-3-1b"][0]
+    text = PUBLISHED["gemma-3-1b"]
     inner = {name: value for name, value in text.items() if name != "model_type"}
     config = {"model_type": "gemma3", "text_config": inner, "vision_config": {}, "eos_token_id": [1, 106]}
     assert spec_from_config(config) == spec_from_config(text)
@@ -93,7 +118,7 @@ def test_what_is_said_twice_counts_as_transformers_has_it():
     assert spec_from_config(flat | {"rope_scaling": None}) == spec_from_config(
         CONFIGS["gemma3"] | {"rope_scaling": None}
     )
-    text = {name: value for name, value in PUBLISHED["gemma-3-1b"][0].items() if name != "model_type"}
+    text = {name: value for name, value in PUBLISHED["gemma-3-1b"].items() if name != "model_type"}
     config = {"model_type": "gemma3", "text_config": text, "tie_word_embeddings": False}
     assert spec_from_config(config).tie_word_embeddings is False
     assert text_config(config)["tie_word_embeddings"] is False
@@ -111,7 +136,7 @@ def test_what_is_said_twice_counts_as_transformers_has_it():
 
 
 def test_the_first_spelling_of_longrope():
-    config, _ = PUBLISHED["Phi-3-mini-128k"]
+    config = PUBLISHED["Phi-3-mini-128k"]
     old = config | {"rope_scaling": config["rope_scaling"] | {"type": "su"}}
     assert spec_from_config(old) == spec_from_config(config)
     assert spec_from_config(config).ropes[0].long_after == 4096
@@ -160,7 +185,10 @@ def test_the_first_spelling_of_longrope():
         (CONFIGS["gemma2"], {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         (CONFIGS["gemma2"], {"layer_types": ["full_attention"]}, "has to name 3 layers"),
         (CONFIGS["gpt2"], {"add_cross_attention": True}, "add_cross_attention"),
-        (CONFIGS["qwen3_moe"], {"mlp_only_layers": [0]}, "dense layers among the mixtures"),
+        (CONFIGS["qwen3_moe"], {"mlp_only_layers": ["0"]}, "mlp_only_layers=['0'] is not a list of numbers"),
+        (CONFIGS["qwen3_moe"], {"decoder_sparse_step": 0}, "decoder_sparse_step=0 is not a positive whole number"),
+        (CONFIGS["phi3"], {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'phi3' model needs 'short_factor'"),
+        (CONFIGS["gemma3"], {"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "=0.5"),
         (CONFIGS["qwen3_moe"], {"num_experts_per_tok": 6}, "6 experts per token of only 5"),
         (CONFIGS["mistral"], {"sliding_window": -1}, "sliding_window=-1"),
     ],

@@ -10,13 +10,13 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ftjax.models.families import spec_from_config
-from ftjax.models.published import PUBLISHED
+from ftjax.models.published import configs
 from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
 from ftjax.models.spec import Rope
 
 SCALED = {
     name: config
-    for name, config in (CONFIGS | MORE_CONFIGS | {name: config for name, (config, _) in PUBLISHED.items()}).items()
+    for name, config in (CONFIGS | MORE_CONFIGS | configs()).items()
     if (config.get("rope_scaling") or config.get("rope_parameters")) and config["model_type"] != "gemma3_text"
 }
 

@@ -28,6 +28,13 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 8}
 _LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+_MOE = {
+    "head_dim": 12,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "norm_topk_prob": True,
+}
 
 
 def _config(model_type: str, **fields) -> dict:
@@ -94,9 +101,9 @@ CONFIGS = {
     ),
     "qwen2": _config("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": _config("qwen3", head_dim=12, attention_bias=True, tie_word_embeddings=True),
-    "qwen3_moe": _config(
-        "qwen3_moe", head_dim=12, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True
-    ),
+    "qwen3_moe": _config("qwen3_moe", **_MOE),
+    "qwen3_moe, a dense layer first": _config("qwen3_moe", mlp_only_layers=[0], **_MOE),
+    "qwen3_moe, every second layer": _config("qwen3_moe", decoder_sparse_step=2, num_hidden_layers=4, **_MOE),
     "smollm3": _config("smollm3", no_rope_layer_interval=2, use_sliding_window=True, sliding_window=5, mlp_bias=True),
 }
 
@@ -171,6 +178,16 @@ MORE_CONFIGS = {
         use_sliding_window=True,
         sliding_window=5,
         attention_bias=True,
+    ),
+    # Runs, and a period that is one group of several.
+    "qwen3_moe, dense layers here and there": _config(
+        "qwen3_moe",
+        num_hidden_layers=9,
+        mlp_only_layers=[1, 2, 5, 7],
+        use_sliding_window=True,
+        sliding_window=5,
+        tie_word_embeddings=True,
+        **_MOE,
     ),
     "smollm3, no positions at all": _config("smollm3", no_rope_layers=[0, 0, 0]),
     "smollm3, untied, bias": _config(

@@ -18,11 +18,18 @@ class Family(NamedTuple):
     as_stored: tuple[str, ...] = ()  # paths of kernels that Hugging Face stores as [in, out], like ours
     read_as: tuple[tuple[str, str], ...] = ()  # (prefix in some files, what it stands for)
     ignored: str | None = None  # a regular expression for tensors in the files that the decoder has no use for
+    language_model: str | None = None  # of a multimodal model: the `model_type` of the `text_config` in its config
 
 
 FAMILIES: dict[str, Family] = {
     "gemma2": Family(gemma.gemma2, "Gemma2ForCausalLM"),
-    "gemma3": Family(gemma.gemma3, "Gemma3ForCausalLM", read_as=gemma.GEMMA3_READ_AS, ignored=gemma.GEMMA3_IGNORED),
+    "gemma3": Family(
+        gemma.gemma3,
+        "Gemma3ForConditionalGeneration",
+        read_as=gemma.GEMMA3_READ_AS,
+        ignored=gemma.GEMMA3_IGNORED,
+        language_model="gemma3_text",
+    ),
     "gemma3_text": Family(gemma.gemma3, "Gemma3ForCausalLM"),
     "gpt2": Family(gpt2.gpt2, "GPT2LMHeadModel", gpt2.NAMES, gpt2.AS_STORED, gpt2.READ_AS, gpt2.IGNORED),
     "gpt_oss": Family(gpt_oss.gpt_oss, "GptOssForCausalLM", gpt_oss.NAMES, gpt_oss.AS_STORED),
@@ -47,16 +54,33 @@ def family_of(config: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
+def is_multimodal(config: dict[str, Any]) -> bool:
+    return family_of(config).language_model is not None
+
+
+def inside_multimodal(spec: DecoderSpec) -> bool:
+    """Whether this may be the language model inside a multimodal one."""
+    return spec.family in {family.language_model for family in FAMILIES.values()}
+
+
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of the language model alone: of a multimodal model its `text_config`, else `config` itself."""
-    if config.get("model_type") != "gemma3":
+    """The config of the language model alone: of a multimodal model its `text_config`, else `config` itself.
+
+    The multimodal model's own word on token ids and tied embeddings counts.
+    """
+    if not is_multimodal(config):
         return config
+    if not isinstance(config.get("text_config"), dict):
+        raise UserError(f"config.json of a {config['model_type']!r} model lacks 'text_config'")
+    name = family_of(config).language_model
     ids = {name: value for name, value in config.items() if name.endswith("_token_id") and "image" not in name}
-    return ids | gemma.language_model(config) | {"architectures": ["Gemma3ForCausalLM"]}
+    tied = {name: config[name] for name in ("tie_word_embeddings",) if config.get(name) is not None}
+    return ids | config["text_config"] | tied | {"model_type": name, "architectures": [FAMILIES[name].architecture]}
 
 
 def spec_from_config(config: dict[str, Any]) -> DecoderSpec:
     """Raises UserError, by name, for an architecture or an option that is not ported, and for missing or odd sizes."""
+    config = text_config(config)
     spec = family_of(config).spec(config)
     if spec.num_attention_heads % spec.num_key_value_heads:
         raise UserError(

@@ -6,6 +6,7 @@ from typing import Any
 from ftjax.errors import UserError
 from ftjax.models.layers import ACTIVATIONS
 from ftjax.models.rope import make_rope, rope_parameters
+from ftjax.models.spec import Rope
 
 # Or a corrupt config would make lists as long as it pleases.
 MAX_LAYERS = 10_000
@@ -83,14 +84,28 @@ def layer_count(config: dict[str, Any], name: str = "num_hidden_layers") -> int:
     return layers
 
 
-def decoder_fields(config: dict[str, Any], default_theta: float = 10_000.0) -> dict[str, Any]:
-    """Arguments of DecoderSpec for a model whose config has Llama's field names; the families change what differs."""
+def rope(
+    config: dict[str, Any], head_dim: int, positions: int, default_theta: float = 10_000.0, partial: bool = False
+) -> Rope:
+    """What the config says of RoPE. partial: whether this family turns a part of a head where the config says so."""
+    parameters = rope_parameters(config, default_theta)
+    if parameters["partial_rotary_factor"] != 1 and not partial:
+        refuse(config | parameters, "partial_rotary_factor", harmless=1)
+    return make_rope(parameters, head_dim, positions)
+
+
+def decoder_fields(
+    config: dict[str, Any], default_theta: float = 10_000.0, partial_rotary: bool = False
+) -> dict[str, Any]:
+    """Arguments of DecoderSpec for a model whose config has Llama's field names; the families change what differs.
+
+    default_theta: RoPE's base where the config has none; partial_rotary: see `rope`.
+    """
     heads, layers = size(config, "num_attention_heads"), layer_count(config)
     head_dim = size(config, "head_dim", max(1, size(config, "hidden_size") // heads))
     if head_dim > MAX_HEAD_DIM or head_dim % 2:
         raise UserError(f"config.json: heads of {head_dim} dimensions, not of an even number up to {MAX_HEAD_DIM}")
     positions = size(config, "max_position_embeddings", 2048)
-    rope = make_rope(rope_parameters(config, default_theta), head_dim, positions)
     return {
         "family": config["model_type"],
         "vocab_size": size(config, "vocab_size"),
@@ -103,7 +118,7 @@ def decoder_fields(config: dict[str, Any], default_theta: float = 10_000.0) -> d
         "max_position_embeddings": positions,
         "norm_eps": positive(config, "rms_norm_eps", 1e-6),
         "tie_word_embeddings": flag(config, "tie_word_embeddings"),
-        "ropes": (rope,),
+        "ropes": (rope(config, head_dim, positions, default_theta, partial_rotary),),
         "layer_ropes": (0,) * layers,
         "layer_windows": (None,) * layers,
         "attention_scales": (head_dim**-0.5,) * layers,

@@ -10,10 +10,10 @@ from ftjax.models.families.fields import (
     optional,
     positive,
     refuse,
+    rope,
     size,
     windows,
 )
-from ftjax.models.rope import make_rope, rope_parameters
 from ftjax.models.spec import DecoderSpec
 
 _DEFAULTS = {
@@ -43,9 +43,6 @@ def gemma2(config: dict[str, Any]) -> DecoderSpec:
 
 
 def gemma3(config: dict[str, Any]) -> DecoderSpec:
-    """Of `gemma3_text`, and of the `text_config` inside a multimodal `gemma3`."""
-    if config["model_type"] == "gemma3":
-        config = language_model(config)
     config = _DEFAULTS | {"max_position_embeddings": 131_072, "vocab_size": 262_208} | config
     ropes = _ropes(config)
     config = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
@@ -53,21 +50,13 @@ def gemma3(config: dict[str, Any]) -> DecoderSpec:
     named = [config | {"rope_parameters": one} for one in ropes]
     refuse(config, "attn_logit_softcapping", harmless=None)  # transformers ignores it in Gemma 3
     head_dim, positions = fields["head_dim"], fields["max_position_embeddings"]
-    fields["ropes"] = tuple(make_rope(rope_parameters(one), head_dim, positions) for one in named)
+    fields["ropes"] = tuple(rope(one, head_dim, positions) for one in named)
     fields["layer_ropes"] = tuple(int(window is not None) for window in fields["layer_windows"])
     return DecoderSpec(
         **fields,
         qk_norm="head",
         logit_softcap=optional(config, "final_logit_softcapping"),
     )
-
-
-def language_model(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of the language model inside a multimodal `gemma3`, whose own word on tied embeddings counts."""
-    if not isinstance(config.get("text_config"), dict):
-        raise UserError("config.json of a 'gemma3' model lacks 'text_config'")
-    tied = {name: config[name] for name in ("tie_word_embeddings",) if config.get(name) is not None}
-    return config["text_config"] | tied | {"model_type": "gemma3_text"}
 
 
 def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:

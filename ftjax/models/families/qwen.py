@@ -5,7 +5,7 @@ from typing import Any
 
 from ftjax.errors import UserError
 from ftjax.models.families.fields import decoder_fields, flag, layer_types, shorten, size, windows
-from ftjax.models.spec import DecoderSpec, Experts
+from ftjax.models.spec import DecoderSpec, Experts, Kind
 
 MOE_NAMES = {
     "layers/mlp/router/kernel": "model.layers.{}.mlp.gate.weight",
@@ -30,11 +30,6 @@ def qwen3(config: dict[str, Any]) -> DecoderSpec:
 
 def qwen3_moe(config: dict[str, Any]) -> DecoderSpec:
     config = {"max_position_embeddings": 32_768, "num_key_value_heads": 4} | config
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        raise UserError(
-            "config.json: a qwen3_moe model with dense layers among the mixtures (mlp_only_layers, "
-            "decoder_sparse_step) is not supported"
-        )
     fields = decoder_fields(config | {"intermediate_size": size(config, "moe_intermediate_size", 768)})
     experts = Experts(
         count=size(config, "num_experts", size(config, "num_local_experts", 128)),
@@ -42,7 +37,14 @@ def qwen3_moe(config: dict[str, Any]) -> DecoderSpec:
         normalize=flag(config, "norm_topk_prob"),
     )
     spec = DecoderSpec(**fields, qk_norm="head", experts=experts)
-    return dataclasses.replace(spec, layer_windows=_windows(config, spec, 0))
+    spec = dataclasses.replace(spec, layer_windows=_windows(config, spec, 0))
+    dense = Kind("dense", (("intermediate_size", size(config, "intermediate_size", 6144)), ("experts", None)))
+    step, layers = size(config, "decoder_sparse_step", 1), range(spec.num_hidden_layers)
+    named = config.get("mlp_only_layers") or []
+    if not isinstance(named, list) or not all(type(layer) is int for layer in named):
+        raise UserError(f"config.json: mlp_only_layers={shorten(named)} is not a list of numbers of layers")
+    is_dense = [layer in set(named) or (layer + 1) % step != 0 for layer in layers]
+    return spec.with_kinds([dense if one else Kind("sparse") for one in is_dense])
 
 
 def _windows(config: dict[str, Any], spec: DecoderSpec, first: Any) -> tuple[int | None, ...]:

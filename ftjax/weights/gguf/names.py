@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
     path: str  # of our parameter
     key: Key
-    layer: tuple[int, ...]  # (layer,), or () for a parameter outside the layers
+    layer: tuple[int, ...]  # (layer in its stack,), or () for a parameter outside the layers
     heads: int | None  # rows of each of so many heads are interleaved (`half_split`)
     plus_one: bool  # a scale that is stored plus one
     flipped: bool  # Hugging Face stores it as [in, out]
@@ -54,7 +54,7 @@ def gguf_places(spec: DecoderSpec, architecture: str) -> dict[str, Place]:
         template = key.template.replace("experts.{}.", "experts.")
         module, leaf = path.split("/")[-2:]
         for layer in itertools.product(*map(range, key.stack[:1])):
-            name = table.get_name(template.format(*layer), try_suffixes=(".weight", ".bias"))
+            name = table.get_name(key.numbered(template, layer), try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise UserError(f"architecture {architecture!r} of GGUF has no place for {key.template}")
             places[name] = Place(

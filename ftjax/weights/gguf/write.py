@@ -28,7 +28,7 @@ KINDS = {
     "q8_0": (_Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 # Matrices that stay float32, as in llama.cpp's converter. Vectors (norms, biases) do anyway.
-_ALWAYS_F32 = ("layers/mlp/router/kernel", "embed_positions/embedding")
+_ALWAYS_F32 = ("/router/kernel", "embed_positions/embedding")
 
 
 def write_gguf(
@@ -85,7 +85,7 @@ def write_gguf(
 
 
 def _kind(place: Place, kind: str) -> GGMLQuantizationType:
-    if len(place.shape) == 1 or place.path in _ALWAYS_F32:
+    if len(place.shape) == 1 or place.path.endswith(_ALWAYS_F32):
         return _F32
     chosen, _ = KINDS[kind]
     values, _ = GGML_QUANT_SIZES[chosen]
@@ -162,7 +162,7 @@ def _tensors(
         values = np.asarray(leaves[place.path][place.layer])
         if place.path.endswith("/kernel"):
             values = np.ascontiguousarray(values.swapaxes(-1, -2))
-        described = f"{place.key.template.format(*place.layer, '*')} ({name})"
+        described = f"{place.key.numbered(place.key.template, (*place.layer, '*'))} ({name})"
         yield name, _packed(values, kinds[name], place.plus_one, described), place
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import FAMILIES
+from ftjax.models.groups import LAYERS, stack_of
 from ftjax.models.params import shapes
 from ftjax.models.spec import DecoderSpec
 
@@ -22,20 +23,26 @@ class Key:
 
     `template` has a `{}` for each of our leading dimensions, `stack`, that the files split into tensors: the layer,
     and the expert where each has its own. `shape` is that of one Hugging Face tensor: [out, in] for a linear layer,
-    which `transposed` says ours ([in, out]) is the transpose of.
+    which `transposed` says ours ([in, out]) is the transpose of. `layers` has Hugging Face's number of each layer in
+    our stack; () outside the layers.
     """
 
     template: str
     shape: tuple[int, ...]
     stack: tuple[int, ...] = ()
     transposed: bool = False
+    layers: tuple[int, ...] = ()
 
     def places(self) -> list[tuple[int, ...]]:
         """The indices into our leading dimensions, one per Hugging Face tensor, in order: [()] where there are none."""
         return list(itertools.product(*map(range, self.stack)))
 
+    def numbered(self, template: str, place: tuple[int, ...]) -> str:
+        """`template`, which has a {} for each leading dimension, for one place, with Hugging Face's layer number."""
+        return template.format(*((self.layers[place[0]], *place[1:]) if self.layers else place))
+
     def name(self, place: tuple[int, ...]) -> str:
-        return self.template.format(*place)
+        return self.numbered(self.template, place)
 
     def names(self) -> list[str]:
         """The Hugging Face names, in the order of `places`."""
@@ -51,15 +58,18 @@ class Key:
 def hf_names(spec: DecoderSpec) -> dict[str, Key]:
     """{path of a parameter: its Key}, "layers/mlp/up_proj/kernel" -> "model.layers.{}.mlp.up_proj.weight".
 
-    The shapes are those that the decoder itself declares; the names are Llama's but for what the family says.
+    The shapes are those that the decoder itself declares; the names are Llama's but for what the family says, of a
+    parameter in any stack of layers under the name that it has where layers are alike.
     """
     family = FAMILIES[spec.family]
     keys = {}
     for path, shape in shapes(Decoder(spec)).items():
-        template = family.names.get(path) or _llama_name(path)
+        of = stack_of(spec, path)
+        plain = LAYERS + path.removeprefix(of.path) if of else path
+        template = family.names.get(plain) or _llama_name(plain)
         stack, inner = shape[: template.count("{}")], shape[template.count("{}") :]
-        transposed = path.endswith("/kernel") and path not in family.as_stored
-        keys[path] = Key(template, inner[::-1] if transposed else inner, stack, transposed)
+        transposed = path.endswith("/kernel") and plain not in family.as_stored
+        keys[path] = Key(template, inner[::-1] if transposed else inner, stack, transposed, of.layers if of else ())
     return keys
 
 

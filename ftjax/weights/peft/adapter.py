@@ -17,6 +17,7 @@ import numpy as np
 from ftjax import lora, tree
 from ftjax.distributed import together
 from ftjax.errors import UserError
+from ftjax.models.families import inside_multimodal
 from ftjax.models.spec import DecoderSpec
 from ftjax.tree import Tree
 from ftjax.weights.hf.files import inside, read_json
@@ -223,7 +224,7 @@ class StoredAdapter:
                     missing = self.rank(module) - rank
                     pad = {"lora_a": [(0, 0), (0, missing)], "lora_b": [(0, missing), (0, 0)]}.get(part, [(0, 0)])
                     lora_leaves.setdefault(f"{module}/{part}", []).append(np.pad(self._read(name).T, pad))
-                name = peft_keys.module_name(key, self.multimodal).format(*place)
+                name = key.numbered(peft_keys.module_name(key, self.multimodal), place)
                 alpha = peft_config.by_pattern(settings.alpha_pattern, name, settings.alpha)
                 scale = np.float32(lora.scale(rank, alpha, settings.rslora))
                 lora_leaves.setdefault(f"{module}/lora_scale", []).append(scale)
@@ -273,22 +274,20 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
         also = "; adapter_model.bin is a pickle and never opened" if (path / "adapter_model.bin").exists() else ""
         raise UserError(f"{file}: no such file{also}; save the adapter as safetensors (peft's default)")
     stored = SafetensorsFile(file)
-    multimodal = spec.family == "gemma3_text" and any(".language_model." in name for name in stored.names())
+    multimodal = inside_multimodal(spec) and any(".language_model." in name for name in stored.names())
     expected: dict[str, tuple[int, ...]] = {}
     modules, ranks, copies, names = {}, {}, {}, []
     for module, key in keys.items():
         template = peft_keys.module_name(key, multimodal)
-        of_layers = [
-            peft_config.by_pattern(settings.rank_pattern, template.format(*place), settings.rank)
-            for place in key.places()
-        ]
+        layers = _layers(key, multimodal)
+        of_layers = [peft_config.by_pattern(settings.rank_pattern, name, settings.rank) for name in layers]
         own = {}
         for place, rank in zip(key.places(), of_layers):
             own |= dict(peft_keys.parts(module, key, place, rank, settings.dora, multimodal).values())
-        if not own.keys() & stored.names() and not peft_config.is_target(template, config):
+        if not own.keys() & stored.names() and not peft_config.is_target(layers[0], config):
             continue
         modules[module], ranks[module], expected = key, of_layers, expected | own
-        names += [template.format(*place) for place in key.places()]
+        names += layers
         if module in (EMBEDDING, HEAD) and (copy := f"{PREFIX}{template}.base_layer.weight") in stored.names():
             copies[copy], expected[copy] = key.name(()), key.shape
     saved = _saved(settings, spec, multimodal)
@@ -325,19 +324,24 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     return adapter
 
 
+def _layers(key: Key, multimodal: bool) -> list[str]:
+    """transformers' names of a parameter's module in each layer, in the order of `key.places()`."""
+    return [key.numbered(peft_keys.module_name(key, multimodal), place) for place in key.places()]
+
+
 def _saved(settings: Settings, spec: DecoderSpec, multimodal: bool) -> dict[str, Key]:
     """The parameters that modules_to_save names, as peft does: by the end of their module's name, with no dot asked."""
     found = {
         path: key
         for path, key in hf_names(spec).items()
-        if any(peft_keys.module_name(key, multimodal).endswith(name) for name in settings.modules_to_save)
+        if any(_layers(key, multimodal)[0].endswith(name) for name in settings.modules_to_save)
     }
     _refuse_experts(list(found))
     return found
 
 
 def _unused(settings: Settings, spec: DecoderSpec, saved: dict[str, Key], multimodal: bool) -> list[str]:
-    modules = {peft_keys.module_name(key, multimodal) for key in saved.values()}
+    modules = {name for key in saved.values() for name in _layers(key, multimodal)}
     if spec.tie_word_embeddings and f"{EMBEDDING}/embedding" in saved:
         modules.add(HEAD)
     return [name for name in settings.modules_to_save if not any(module.endswith(name) for module in modules)]

@@ -132,14 +132,18 @@ def _patterns(
     """The commonest value (the largest of several), and {peft's pattern: value} of the others."""
     counts = collections.Counter(value for of_layers in values.values() for value in of_layers)
     common = max(counts, key=lambda value: (counts[value], value))
-    found = {}
-    for module, of_layers in values.items():
-        if len(set(of_layers)) == 1:
-            found[peft_keys.pattern(module, spec, multimodal)] = of_layers[0]
-        else:
+    found, alike = {}, collections.defaultdict(list)
+    for module in values:  # peft knows no stacks of layers: what has one name in several of them is one there
+        alike[keys[module].template].append(module)
+    for modules in alike.values():
+        own = {value for module in modules for value in values[module]}
+        if len(own) == 1:
+            found |= dict.fromkeys(peft_keys.patterns(modules, spec, multimodal), own.pop())
+            continue
+        for module in modules:
             places = keys[module].places()
             names = [peft_keys.pattern_of_layer(keys[module], place, multimodal) for place in places]
-            found |= dict(zip(names, of_layers, strict=True))
+            found |= dict(zip(names, values[module], strict=True))
     return common, {name: value for name, value in found.items() if value != common}
 
 
@@ -203,15 +207,14 @@ def unmatched(patterns: Mapping[str, float], names: Iterable[str]) -> list[str]:
 
 
 def is_target(name: str, config: dict[str, Any]) -> bool:
-    """Whether a list of target_modules names the layers `name`, which has {} for their number.
+    """Whether a list of target_modules names the module `name`, one layer's for all of its stack.
 
     A regular expression (a string) is left to the keys.
     """
     targets = config.get("target_modules")
     if not isinstance(targets, list) or config.get("exclude_modules"):
         return False
-    first = name.format(0)  # where one layer is adapted, all must be
-    return any(isinstance(target, str) and f".{first}".endswith(f".{target}") for target in targets)
+    return any(isinstance(target, str) and f".{name}".endswith(f".{target}") for target in targets)
 
 
 def _all_layers(config: dict[str, Any], spec: DecoderSpec) -> bool:

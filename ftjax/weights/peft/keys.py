@@ -43,7 +43,7 @@ def parts(
 
     A is [r, in] and B [out, r], whether the layer itself is stored as [out, in] or, as GPT-2's are, as [in, out].
     """
-    name = PREFIX + module_name(key, multimodal).format(*place)
+    name = PREFIX + key.numbered(module_name(key, multimodal), place)
     if module == EMBEDDING:
         rows, width = key.shape
         names = (f"{name}.lora_embedding_A", f"{name}.lora_embedding_B")
@@ -56,7 +56,7 @@ def parts(
 
 def whole_name(key: Key, place: tuple[int, ...], multimodal: bool) -> str:
     """The name of a fully trained tensor, as peft saves what is in modules_to_save."""
-    return PREFIX + tensor_name(key, multimodal).format(*place)
+    return PREFIX + key.numbered(tensor_name(key, multimodal), place)
 
 
 def target_modules(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> list[str]:
@@ -64,33 +64,28 @@ def target_modules(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) 
 
     peft takes a name for every module that is it or ends with a dot and it. So a name is as short as it can be:
     "q_proj", but "attn.c_proj" where GPT-2's other c_proj is not adapted. A multimodal model has a vision tower with
-    such names too, and gets whole names, one for each layer.
+    such names too, and gets whole names, one for each layer; so do layers of one stack alone, where those of another
+    have the same names.
     """
-    names = _names(spec, multimodal)
-    if multimodal:
-        return _each_layer(modules, names)
-    return sorted({_suffix(names[module][0], _others(modules, names), dotted=True) for module in modules})
+    return _listed(modules, spec, multimodal, dotted=True)
 
 
 def modules_to_save(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> list[str]:
     """Likewise for modules_to_save, where peft takes "norm" for "input_layernorm", too: no dot is asked for."""
-    names = _names(spec, multimodal)
-    if multimodal:
-        return _each_layer(modules, names)
-    return sorted({_suffix(names[module][0], _others(modules, names), dotted=False) for module in modules})
+    return _listed(modules, spec, multimodal, dotted=False)
 
 
-def pattern(module: str, spec: DecoderSpec, multimodal: bool) -> str:
-    """A key of rank_pattern for `module` in all layers; peft takes it as a regular expression of the name's end."""
+def patterns(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> list[str]:
+    """Keys of rank_pattern for `modules` in all their layers; to peft each is a regular expression of a name's end."""
+    if not multimodal:
+        return [re.escape(name) for name in _listed(modules, spec, multimodal, dotted=True)]
     names = _names(spec, multimodal)
-    if multimodal:
-        return re.escape(names[module][0]).replace(r"\{\}", r"\d+")
-    return re.escape(_suffix(names[module][0], _others([module], names), dotted=True))
+    return sorted({re.escape(names[module][0]).replace(r"\{\}", r"\d+") for module in modules})
 
 
 def pattern_of_layer(key: Key, place: tuple[int, ...], multimodal: bool) -> str:
     """A key of rank_pattern for one layer alone."""
-    return re.escape(module_name(key, multimodal).format(*place))
+    return re.escape(key.numbered(module_name(key, multimodal), place))
 
 
 def _names(spec: DecoderSpec, multimodal: bool) -> dict[str, tuple[str, Key]]:
@@ -98,14 +93,16 @@ def _names(spec: DecoderSpec, multimodal: bool) -> dict[str, tuple[str, Key]]:
     return {path.rpartition("/")[0]: (module_name(key, multimodal), key) for path, key in hf_names(spec).items()}
 
 
-def _others(modules: Iterable[str], names: dict[str, tuple[str, Key]]) -> set[str]:
-    ours = {names[module][0] for module in modules}
-    return {name for name, _ in names.values()} - ours
-
-
-def _each_layer(modules: Iterable[str], names: dict[str, tuple[str, Key]]) -> list[str]:
-    found = [names[module] for module in modules]
-    return sorted(name.format(*place) for name, key in found for place in key.places())
+def _listed(modules: Iterable[str], spec: DecoderSpec, multimodal: bool, dotted: bool) -> list[str]:
+    """Names that mean these modules and no others: short ones where they can be told apart so, else of each layer."""
+    modules, names = set(modules), _names(spec, multimodal)
+    others = {name for module, (name, _) in names.items() if module not in modules}
+    found = set()
+    for module in modules:
+        name, key = names[module]
+        whole = multimodal or name in others
+        found |= {key.numbered(name, place) for place in key.places()} if whole else {_suffix(name, others, dotted)}
+    return sorted(found)
 
 
 def _suffix(name: str, others: set[str], dotted: bool) -> str:
