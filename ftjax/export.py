@@ -39,6 +39,7 @@ from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.distributed import is_first, together
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import is_eval
+from ftjax.method import learning_rate
 from ftjax.models.families import is_multimodal, spec_from_config, text_config
 from ftjax.models.spec import DecoderSpec
 from ftjax.training import metrics
@@ -69,7 +70,7 @@ def export_peft(workdir: Path, step: int | None, out: Path, vllm_rank: int | Non
     _refuse_heads(variables, "peft")
     if "lora" not in variables:
         raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
-    config = continued.effective(run, base.model.spec)
+    config = _effective(run, base)
     params, whole = tree.flatten(variables["params"]), assemble.trained_whole(run, base)
     adapters = variables["lora"] if vllm_rank is None else uniform(variables["lora"], whole, vllm_rank)
     write_adapter(
@@ -94,7 +95,7 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
     """
     config, base, variables, step = assemble.load_run(workdir, step)
     _refuse_heads(variables, format)
-    config = continued.effective(config, base.model.spec)
+    config = _effective(config, base)
     if format == "merged" and "lora" not in variables:
         raise UserError("this run has no adapter to merge (config.adapter.kind='none'); use --format hf")
     if format == "gguf" and distributed.count() > 1:
@@ -186,6 +187,13 @@ def _whole(base: Base, variables: Tree) -> tuple[DecoderSpec, Tree]:
         spec = dataclasses.replace(spec, tie_word_embeddings=False)
         params = params | {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
     return spec, params
+
+
+def _effective(config: ConfigDict, base: Base) -> ConfigDict:
+    """The config with what the run really had in the place of what it took from elsewhere."""
+    effective = continued.effective(config, base.model.spec)
+    effective.optimizer.learning_rate = learning_rate(config)
+    return effective
 
 
 def _refuse_heads(variables: Tree, format: str) -> None:

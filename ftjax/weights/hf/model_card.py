@@ -27,8 +27,9 @@ def model_card(
 ) -> str:
     """Markdown with YAML front matter as the Hub reads it.
 
-    library: "transformers" or "peft". base: where the base model is; its own card, if it has one, gives the license,
-    and nothing else does. evaluation: the last `eval_*` metrics of the run. parity: `parity.json`, where there is one.
+    library: "transformers" or "peft". config: as it was used, so with the learning rate where it leaves that to the
+    method. base: where the base model is; its own card, if it has one, gives the license, and nothing else does.
+    evaluation: the last `eval_*` metrics of the run. parity: `parity.json`, where there is one.
     """
     source, sources = config.model.source, configs.sources(config, "train")
     notes = list((parity or {}).get("notes", ()))
@@ -59,7 +60,7 @@ def model_card(
         config=config,
         sources=[(shown(entry["source"]), text) for entry, text in zip(sources, options)],
         step=step,
-        learning_rate=configs.learning_rate(config),
+        learning_rate=config.optimizer.learning_rate,
         evaluation=evaluation,
         parity=parity,
     )

@@ -1,0 +1,137 @@
+"""Preference runs end to end: the same commands, loop, checkpoints and exports as any other method."""
+
+import json
+import math
+import signal
+
+import jax
+import numpy as np
+import pytest
+from support.pairs import begun, config_of, write_pairs
+from support.runs import command, finish, signal_at_step, write_model
+from support.tiny import one_device
+
+from ftjax import assemble, tree
+from ftjax.errors import UserError
+from ftjax.training import metrics
+from ftjax.training.loop import place_batch
+
+CONFIG = """
+from ftjax import config as configs
+
+def get_config():
+    config = configs.defaults()
+    config.model.source = {model!r}
+    config.model.dtype = config.model.param_dtype = "float32"
+    config.adapter.rank = 4
+    config.data.train = ({train!r},)
+    config.data.holdout = 0.2
+    config.data.max_length = 48
+    config.data.batch_size = 4
+    config.objective.name = "dpo"
+    config.mesh.fsdp = 1
+    config.optimizer.learning_rate = 1e-2
+    config.steps = 12
+    config.log_every = 1
+    config.eval_every = 6
+    config.checkpoint_every = 4
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("dpo")
+    write_model(root / "model")
+    write_pairs(root / "pairs.jsonl", 60)
+    (root / "run.py").write_text(CONFIG.format(model=str(root / "model"), train=str(root / "pairs.jsonl")))
+    return root
+
+
+def train(root, name, *changes):
+    return command("ftjax.train", "--config", str(root / "run.py"), "--workdir", str(root / name), *changes)
+
+
+def records_of(workdir):
+    timed = ("step_time", "tokens_per_second", "data_wait")
+    return [{k: v for k, v in record.items() if k not in timed} for record in metrics.read(workdir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def run(root):
+    printed = finish(train(root, "run"))
+    return root / "run", printed
+
+
+def test_it_starts_at_ln_2_and_learns_what_is_preferred(run):
+    workdir, printed = run
+    records = records_of(workdir)
+    first = next(record for record in records if record.get("step") == 1)
+    last = records[-1]
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert first["rewards/margins"] == first["rewards/accuracies"] == 0
+    assert {"logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "grad_norm"} <= first.keys()
+    assert last["eval_loss"] < 0.6
+    assert last["eval_rewards/accuracies"] > 0.8
+    assert "reference    the base, without its adapter" in printed
+    assert "4 rows of 96 tokens" in printed  # two documents of 48
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bits_and_metrics(root, run):
+    process = train(root, "killed")
+    signal_at_step(process, root / "killed", 6, signal.SIGKILL)
+    process.communicate()
+    finish(train(root, "killed"))
+    assert records_of(root / "killed") == records_of(run[0])
+    ours, theirs = (assemble.load_run(root / name)[2] for name in ("killed", "run"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_the_adapter_is_exported_and_the_run_is_used_like_any_other(root, run):
+    workdir, _ = run
+    finish(command("ftjax.export", "--workdir", str(workdir), "--format", "peft", "--out", str(root / "adapter")))
+    assert json.loads((root / "adapter/adapter_config.json").read_text())["r"] == 4
+    assert "dpo" in (root / "adapter/README.md").read_text()
+    finish(command("ftjax.generate", "--workdir", str(workdir), "--prompt", "The red lamp", "--max_new_tokens=4"))
+
+
+def test_padding_gives_the_loss_of_packing(root):
+    """One pair to a row, or several: the same pairs weigh the same."""
+    losses = []
+    for packing in (True, False):
+        config = config_of(root, **{"data.packing": packing, "data.batch_size": 4 if packing else 48})
+        program, start, loader = begun(config)
+        # An epoch of either holds every pair once; padding adds rows without any.
+        total = np.zeros(2)
+        objective = jax.jit(lambda variables, batch: program.objective(variables, batch, None))  # noqa: B023
+        moved = jax.tree.map(lambda leaf: leaf + 0.05, start.state.trainable)
+        with jax.set_mesh(one_device()):
+            for batch in eval_batches(loader):
+                loss = objective(tree.combine(moved, start.frozen), place(batch))
+                total += float(loss.sum), float(loss.weight)
+        losses.append(total)
+    assert losses[0][1] == losses[1][1] == 60
+    np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-6)
+
+
+def eval_batches(loader):
+    loader.shuffle = False
+    return loader.eval_batches()
+
+
+def place(batch):
+    return {key: value[0] for key, value in place_batch(one_device(), batch, 1).items()}
+
+
+def test_what_a_method_has_no_use_for_is_refused(root):
+    with pytest.raises(UserError, match=r"objective.beta: objective.name='sft' does not use it; dpo does"):
+        begun(config_of(root, **{"objective.name": "sft", "objective.beta": 0.2}))
+    with pytest.raises(UserError, match=r"data.train_on: objective.name='dpo' does not use it"):
+        begun(config_of(root, **{"data.train_on": "all"}))
+    with pytest.raises(UserError, match=r"objective.name='dop' is no method; did you mean 'dpo'"):
+        begun(config_of(root, **{"objective.name": "dop"}))
+    with pytest.raises(UserError, match=r"pairs.jsonl:1: is a preference pair, which this objective does not train on"):
+        begun(config_of(root, **{"objective.name": "sft"}))
+    (root / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(UserError, match=r"chats.jsonl:1: is a row of prompt_completion; a preference needs"):
+        begun(config_of(root, **{"data.train": (str(root / "chats.jsonl"),)}))
