@@ -39,10 +39,7 @@ def write(path: Path, survey: Survey, epoch: Epoch, settings: SurveySettings, ro
 def render(survey: Survey, epoch: Epoch, settings: SurveySettings, rows: Sequence[PageRow]) -> str:
     """The page as text; at most MAX_ROWS of the rows, evenly spread."""
     shown = rows if len(rows) <= MAX_ROWS else [rows[i * len(rows) // MAX_ROWS] for i in range(MAX_ROWS)]
-    embedded = {
-        "sources": [source.name for source in survey.sources],
-        "rows": [_row(row) for row in shown],
-    }
+    embedded = {"sources": [source.name for source in survey.sources], "rows": [_row(row) for row in shown]}
     note = (
         f"This page holds {len(shown):,} of {survey.rows:,} rows: the first with each finding, and others evenly "
         f"spread; of a long example the first {MAX_PIECES:,} tokens."

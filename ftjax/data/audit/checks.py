@@ -136,10 +136,7 @@ class Checks:
             yield code, i, detail
 
     def examples(
-        self,
-        documents: Sequence[tuple[np.ndarray, np.ndarray]],
-        origin: Callable[[int], str],
-        whole: bool = True,
+        self, documents: Sequence[tuple[np.ndarray, np.ndarray]], origin: Callable[[int], str], whole: bool = True
     ) -> list[tuple[str, int]]:
         """Checks the tokens of a chunk of examples; returns (code, index in the chunk).
 
@@ -284,10 +281,7 @@ def at_start(examples: "Examples", heldout: Sequence[Sequence[Row]], facts: Toke
     rows = RowsOf(examples)
     picked = spread(len(rows), min(START_ROWS, max(ALL_ROWS, len(rows) // 3)))
     held = [(held_rows, i) for held_rows in heldout for i in spread(len(held_rows), START_ROWS).tolist()]
-    origins = {
-        "train": lambda i: rows[int(picked[i])].origin,
-        "eval": lambda i: held[i][0][held[i][1]].origin,
-    }
+    origins = {"train": lambda i: rows[int(picked[i])].origin, "eval": lambda i: held[i][0][held[i][1]].origin}
     checks = Checks(facts, origins, near=False)
     for chunk in _chunks(picked.tolist()):
         checks.rows([rows[i] for i in chunk])

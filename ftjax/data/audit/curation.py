@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import decimal
 import gzip
-import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from ftjax.data.audit import duplicates, private, quality
 from ftjax.data.audit.parts import own_text, parts
 from ftjax.data.batch.permutation import permutation
 from ftjax.data.format.example import Row
-from ftjax.data.read.holdout import prompt_key
+from ftjax.data.read.holdout import prompt_hash
 from ftjax.data.read.rows import Rows
 from ftjax.errors import SourceError, UserError
 
@@ -245,12 +244,10 @@ def split(rows: Rows, outs: Sequence[Output], shares: Sequence[float], drops: Dr
     Args:
       shares: of each output but the first, which gets the rest; together less than 1.
     """
-    ends = np.cumsum(shares)
+    ends, outs = np.cumsum(shares), [*outs[1:], outs[0]]  # the rest is beyond the last end
     for record in records(rows, drops):
-        digest = hashlib.blake2b(prompt_key(record.row.fields).encode(errors="surrogatepass"), digest_size=8)
-        digest.update(f"split {seed}".encode())
-        share = int(np.searchsorted(ends, int.from_bytes(digest.digest(), "big") / 2.0**64, side="right"))
-        outs[0 if share == len(shares) else share + 1].write(record.fields)
+        position = prompt_hash(record.row.fields, f"split {seed}") / 2.0**64
+        outs[int(np.searchsorted(ends, position, side="right"))].write(record.fields)
 
 
 def mix(rows: Rows, out: Output, drops: Drops, weights: Sequence[float], total: int | None, seed: int) -> list[int]:

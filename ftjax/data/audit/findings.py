@@ -89,9 +89,7 @@ FINDING_KINDS: dict[str, Kind] = {
         "if these are not samples of one question, remove them from one side",
     ),
     "contradicted_label": Kind(
-        WARNING,
-        "the same answer to the same prompt is called good here and bad there",
-        "keep one of the rows",
+        WARNING, "the same answer to the same prompt is called good here and bad there", "keep one of the rows"
     ),
     "duplicate": Kind(WARNING, "exact copies of an earlier row", "python -m ftjax.curate dedup removes them"),
     "near_duplicate": Kind(
@@ -141,9 +139,7 @@ FINDING_KINDS: dict[str, Kind] = {
         "remove the row unless the model is to speak so",
     ),
     "mixture": Kind(
-        WARNING,
-        f"a source gives less than {SMALL_SHARE:.0%} of an epoch's rows",
-        "raise its weight, or leave it out",
+        WARNING, f"a source gives less than {SMALL_SHARE:.0%} of an epoch's rows", "raise its weight, or leave it out"
     ),
 }
 FINDING_KINDS |= {

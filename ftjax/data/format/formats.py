@@ -153,11 +153,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], dict]]] = {
 
 # Rows of the format on the left also have the fields of those on the right. Alpaca's own data set holds each row once
 # more as rendered `text`.
-WHOLE_OF = {
-    "kto": ("prompt_completion",),
-    "sharegpt_preference": ("sharegpt", "preference"),
-    "alpaca": ("text",),
-}
+WHOLE_OF = {"kto": ("prompt_completion",), "sharegpt_preference": ("sharegpt", "preference"), "alpaca": ("text",)}
 
 
 def _has(fields: dict, keys: tuple[str, ...]) -> bool:

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -75,63 +75,54 @@ def _is_messages(value: object) -> bool:
     )
 
 
-class _Lines:
-    """The lines of a file for `csv.reader`, which does not say how far it has read: this does.
-
-    Latin-1 gives each byte its character, and has separators, quotes and line ends where UTF-8 has them. What is not
-    UTF-8 shows when the row is read.
-
-    Attributes:
-      offset: bytes of the lines given so far; count: of these lines.
-      digest: sha256 of the blocks read so far.
-    """
-
-    def __init__(self, file: DataFile):
-        self._file, self.offset, self.count, self.digest = file, 0, 0, hashlib.sha256()
-
-    def __iter__(self) -> Iterator[str]:
-        tail = b""
-        with closing(spans.content(self._file)) as blocks:
-            for block in blocks:
-                self.digest.update(block)
-                *lines, tail = (tail + block).split(b"\n")
-                for line in lines:
-                    yield self._give(line + b"\n")
-                if len(tail) > spans.MAX_ROW_BYTES:
-                    raise spans.too_long(f"{self._file.name}:{self.count + 1}")
-        if tail:
-            yield self._give(tail)
-
-    def _give(self, line: bytes) -> str:
-        self.offset += len(line)
-        self.count += 1
-        return line.decode("latin-1")
-
-
 def _index(file: DataFile, options: dict) -> tuple[list[str], Index]:
     """The names of the columns, and the index of the records."""
     csv.field_size_limit(spans.MAX_ROW_BYTES)
-    lines = _Lines(file)
-    starts, line_numbers = array("q"), array("q")
+    digest, starts, line_numbers = hashlib.sha256(), array("q"), array("q")
+    offset = count = 0  # bytes and lines that csv.reader, which does not say how far it has read, has taken
+
+    def lines() -> Iterator[str]:
+        nonlocal offset, count
+        for line in _byte_lines(file, digest.update):
+            offset += len(line)
+            count += 1
+            # Latin-1 gives each byte its character, and has separators, quotes and line ends where UTF-8 has them. What
+            # is not UTF-8 shows when the row is read.
+            yield line.decode("latin-1")
+
     header, start, line = None, 0, 1  # start, line: of the record that is read next
     try:
-        for cells in csv.reader(lines, **options):
+        for cells in csv.reader(lines(), **options):
             if header is None and cells:
                 header = [cell.encode("latin-1").decode(errors="replace").strip() for cell in cells]
                 _check_header(header, f"{file.name}:{line}", options["delimiter"])
             elif cells:
                 starts.append(start)
                 line_numbers.append(line)
-            start, line = lines.offset, lines.count + 1
+            start, line = offset, count + 1
     except csv.Error as error:
         raise UserError(
             f"{file.name}:{line}: not well-formed CSV in the record that starts here ({error}); quote cells with "
             'separators, quotes or line ends in them, and write quotes in them twice ("")'
         ) from None
     starts.append(start)
-    return header or [], Index(
-        np.frombuffer(starts, np.int64), np.frombuffer(line_numbers, np.int64), lines.digest.hexdigest()
-    )
+    index = Index(np.frombuffer(starts, np.int64), np.frombuffer(line_numbers, np.int64), digest.hexdigest())
+    return header or [], index
+
+
+def _byte_lines(file: DataFile, update: Callable[[bytes], None]) -> Iterator[bytes]:
+    """The lines of a file with their ends. `update` gets every block."""
+    tail, count = b"", 0
+    with closing(spans.content(file)) as blocks:
+        for block in blocks:
+            update(block)
+            *lines, tail = (tail + block).split(b"\n")
+            count += len(lines)
+            yield from (line + b"\n" for line in lines)
+            if len(tail) > spans.MAX_ROW_BYTES:
+                raise spans.too_long(f"{file.name}:{count + 1}")
+    if tail:
+        yield tail
 
 
 def _check_header(header: list[str], origin: str, delimiter: str) -> None:

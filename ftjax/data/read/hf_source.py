@@ -62,7 +62,7 @@ def _open(source: str, split: str):
     rest = source.removeprefix("hf:")
     name, _, config = (rest, "", "") if os.path.isdir(rest) else rest.partition(":")
     try:
-        if os.path.isdir(name) and _is_saved(Path(name)):
+        if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):  # as save_to_disk writes
             data = datasets.load_from_disk(name)
             if isinstance(data, datasets.DatasetDict):
                 if split not in data:
@@ -81,8 +81,3 @@ def _open(source: str, split: str):
             "needs a login); a data set that was downloaded before is read without a connection"
         ) from error
     return data.with_format("arrow")
-
-
-def _is_saved(path: Path) -> bool:
-    """Whether `save_to_disk` wrote it."""
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()

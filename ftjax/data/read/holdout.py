@@ -17,8 +17,13 @@ def held_out(fields: dict, share: float) -> bool:
       fields: one of the five records that `formats.check_row` gives.
       share: from 0 (none) to 1 (all).
     """
-    digest = hashlib.blake2b(prompt_key(fields).encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2.0**64
+    return prompt_hash(fields) < share * 2.0**64
+
+
+def prompt_hash(fields: dict, salt: str = "") -> int:
+    """64-bit hash of the prompt of a record; another salt gives an independent one."""
+    text = prompt_key(fields) + salt
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
 
 def prompt_key(fields: dict) -> str:

@@ -51,9 +51,8 @@ def _index(blocks: Iterable[bytes]) -> Index:
         if lines is not None:
             lines.append(lines_before + 1)
     starts.append(block_start)
-    return Index(
-        np.frombuffer(starts, np.int64), None if lines is None else np.frombuffer(lines, np.int64), digest.hexdigest()
-    )
+    line_numbers = None if lines is None else np.frombuffer(lines, np.int64)
+    return Index(np.frombuffer(starts, np.int64), line_numbers, digest.hexdigest())
 
 
 def _is_blank(block: bytes, start: int, stop: int) -> bool:

@@ -4,13 +4,12 @@ import bisect
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 from ftjax.data.format.formats import FORMATS, check_row
 from ftjax.data.read import files, splits
 from ftjax.data.read.csv_rows import open_csv
-from ftjax.data.read.files import DataFile
 from ftjax.data.read.json_rows import open_json
 from ftjax.data.read.jsonl import open_jsonl
 from ftjax.data.read.rows import Records, Rows, Source
@@ -23,13 +22,7 @@ log = logging.getLogger(__name__)
 
 TASK = "task:"
 # kind of file (see `files.FILE_KINDS`) -> what opens its rows
-OPENERS: dict[str, Callable[[DataFile], Records]] = {
-    "jsonl": open_jsonl,
-    "json": open_json,
-    "csv": open_csv,
-    "tsv": open_csv,
-    "parquet": Parquet,
-}
+OPENERS = {"jsonl": open_jsonl, "json": open_json, "csv": open_csv, "tsv": open_csv, "parquet": Parquet}
 
 
 def read_sources(
