@@ -35,7 +35,7 @@ def check_invariance(out, record_figure):
         assert case["same start"], name
         assert len(case["losses"]) == 20
         assert max(case["losses"]) - min(case["losses"]) > 0.01, "the batches differ"
-        least = 1e-3 if ", lora, " in name else 1e-4  # about the sum of the 20 learning rates
+        least = 1e-4 if ", none, " in name else 1e-3  # about the sum of the 20 learning rates
         assert min(case["movement"].values()) > least / 2, "every parameter is trained"
     worst_loss = max(case["loss difference"] for case in out.values())
     worst_parameter = max(case["parameter difference"] for case in out.values())
@@ -46,7 +46,7 @@ def check_invariance(out, record_figure):
 
 
 def test_twenty_steps_are_the_same_however_they_are_split(quick, record_figure):
-    assert len(quick) == 11
+    assert len(quick) == 14
     check_invariance(dict(quick), record_figure)
 
 
@@ -78,7 +78,7 @@ def test_moments_are_sharded_like_their_parameters(quick):
 
 def test_only_adapters_are_trainable_and_only_the_rest_is_frozen(quick):
     for name, case in cases(quick).items():
-        if ", lora, " in name:
+        if ", none, " not in name:
             assert {path.split("/")[-1] for path in case["trainable"]} == {"lora_a", "lora_b"}
             assert {path.split("/")[-1] for path in case["frozen"]} == {"kernel", "scale", "embedding", "lora_scale"}
         else:

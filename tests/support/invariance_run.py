@@ -18,6 +18,7 @@ from ftjax import lora, sharding, tree
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.params import abstract_params, logical_axes, random_params
+from ftjax.objectives.dpo import make_dpo
 from ftjax.objectives.sft import make_sft
 from ftjax.training.optim import make_optimizer, make_schedule
 from ftjax.training.state import abstract_state, init_state
@@ -28,7 +29,7 @@ STEPS = 20
 OPTIMIZER = ConfigDict(
     {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip_norm": 1.0, "loraplus_ratio": 1.0}
 )
-RATES = {"lora": 2e-4, "none": 2e-5}
+RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3}  # dpo: adapters trained on pairs, whose first losses are all ln 2
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64}
 SPECS = {
     "dense": spec(**SIZES),
@@ -70,6 +71,9 @@ QUICK = [
     ("dense", "none", "fsdp=4 x tensor=2", 2, False, "none"),
     ("mixture", "lora", "1", 1, True, "none"),
     ("mixture", "lora", "fsdp=2 x context=2 x expert=2", 4, True, "none"),
+    ("dense", "dpo", "1", 1, True, "none"),
+    ("dense", "dpo", "fsdp=4 x tensor=2", 4, False, "full"),
+    ("dense", "dpo", "fsdp=2 x tensor=2 x context=2", 2, True, "none"),
 ]
 
 
@@ -87,14 +91,19 @@ def grid():
                 yield model, kind, mesh, accumulate, packed, REMATS[(index + index // 6) % 3]
 
 
-def batches(accumulate, packed):
-    """20 batches of 64 documents of 4 to 12 tokens: 32 rows of two, or 64 of one; [accumulate, rows, length]."""
+def batches(kind, accumulate, packed):
+    """20 batches of 64 documents of 4 to 12 tokens: 32 rows of two, or 64 of one; [accumulate, rows, length].
+
+    For dpo every two documents are a pair: 16 rows of two pairs, or 32 of one.
+    """
+    unit = 2 if kind == "dpo" else 1
     for step in range(STEPS):
         lengths = np.random.default_rng(step).integers(4, 13, 64)
         docs = documents(100 + step, lengths.tolist(), vocab=97)
         docs = docs[:40] if step % 4 == 3 else docs
-        rows = [docs[i : i + 2] for i in range(0, 64, 2)] if packed else [docs[i : i + 1] for i in range(64)]
-        batch = batch_of(rows, 24 if packed else 16)
+        each = 2 * unit if packed else unit
+        rows = [docs[i : i + each] for i in range(0, 64, each)]
+        batch = batch_of(rows, 12 * each if each > 1 else 16)
         yield {name: array.reshape(accumulate, -1, array.shape[1]) for name, array in batch.items()}
 
 
@@ -103,7 +112,7 @@ def variables_on(mesh, model, kind):
     abstract, axes = abstract_params(model, mesh), logical_axes(model)
     base = tree.flatten(numpy_params(model))
     variables = {"params": tree.unflatten({p: sharding.place(mesh, axes[p], leaf) for p, leaf in base.items()})}
-    if kind == "lora":
+    if kind != "none":
         targets = lora.find_targets("all-linear", lora.linear_kernels(tree.flatten(abstract)))
         adapters = lora.abstract_adapters(abstract, axes, targets, rank=8, mesh=mesh)
         variables["lora"] = lora.init_adapters(adapters, 11, lora.scale(8, 16, False))
@@ -122,10 +131,11 @@ def train(name, kind, mesh, accumulate, packed, remat):
     state = init_state(optimizer, trainable, abstract)
     start = {path: np.array(leaf) for path, leaf in tree.flatten(trainable).items()}
     first = jax.tree.leaves(state)
-    step = make_step(make_sft(model), optimizer, schedule, abstract, seed=0)
+    objective = make_dpo(model, ConfigDict({"beta": 0.1})) if kind == "dpo" else make_sft(model)
+    step = make_step(objective, optimizer, schedule, abstract, seed=0)
     losses = []
     with jax.set_mesh(mesh):
-        for batch in batches(accumulate, packed):
+        for batch in batches(kind, accumulate, packed):
             placed = {name: sharding.place(mesh, (None, "batch", "length"), leaf) for name, leaf in batch.items()}
             state, metrics = step(state, frozen, placed)
             losses.append(float(metrics["loss"]))
