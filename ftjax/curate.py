@@ -32,8 +32,8 @@ from ftjax.data.format.example import Row
 from ftjax.data.format.writing import WRITERS, write_as
 from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import read_sources
+from ftjax.data.tokens.kinds import ROW_KINDS, kind_of
 from ftjax.errors import UserError, did_you_mean
-from ftjax.inspection.pieces import examples_of
 from ftjax.inspection.terminal import console
 from ftjax.weights.source import locate
 
@@ -61,7 +61,8 @@ def filter_rows(rows: Rows, out: Output, drops: Drops, args: argparse.Namespace)
         tokenizer = tokenizers.load(locate(args.tokenizer))
 
         def count(row: Row) -> int:
-            return max(len(example.tokens) for _, example in examples_of(row, tokenizer, None, "assistant"))
+            documents = ROW_KINDS[kind_of(row)].tokenize(row, tokenizer, None, "assistant")
+            return max(len(document.tokens) for document in documents.values())
 
         tests.append(curation.length_test(args.min_tokens, args.max_tokens or infinity, "tokens", count))
     if args.garbled:

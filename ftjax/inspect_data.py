@@ -34,10 +34,11 @@ from ftjax.data.audit import checks
 from ftjax.data.audit.findings import finding
 from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import TASK, read_sources
+from ftjax.data.tokens.kinds import ROW_KINDS, kind_of
 from ftjax.errors import SourceError, UserError
 from ftjax.inspection import page, terminal
-from ftjax.inspection.pieces import Piece, examples_of, pieces
-from ftjax.inspection.survey import Epoch, Survey, SurveySettings, epoch_of, survey
+from ftjax.inspection.pieces import Piece, pieces
+from ftjax.inspection.survey import Epoch, Survey, epoch_of, survey
 from ftjax.training import metrics
 
 _PAGE_ROWS = 1500
@@ -46,21 +47,10 @@ _PAGE_ROWS = 1500
 def inspect(config: ConfigDict, options: dict) -> int:
     """Surveys the data of a config and shows it; returns the exit status. options: the flags by name."""
     configs.validate(config)
-    data, base = config.data, assemble.open_base(config.model)
-    vocab_size = base.model.spec.vocab_size
-    settings = SurveySettings(
-        data.max_length,
-        data.batch_size,
-        data.packing,
-        data.train_on,
-        vocab_size,
-        config.steps,
-        config.epochs,
-        data.max_bad_rows,
-        config.objective.name,
-    )
+    base = assemble.open_base(config.model)
+    spec = assemble.data_spec(config, base.model.spec)
     speed = speed_of(options["tokens_per_second"], options["workdir"])
-    train = read_sources(configs.sources(config, "train"), data.max_bad_rows, data.holdout)
+    train = read_sources(configs.sources(config, "train"), spec.max_bad_rows, spec.holdout)
     heldout = evaluation_rows(config)
     out = terminal.console()
     with Progress(console=out, disable=not out.is_terminal, transient=True) as bar:
@@ -70,15 +60,15 @@ def inspect(config: ConfigDict, options: dict) -> int:
             heldout,
             base.tokenizer,
             base.end_tokens,
-            settings,
+            spec,
             options["max_rows"],
             lambda done: bar.update(task, completed=done),
         )
-    epoch = epoch_of(result, settings)
-    if 0 < epoch.rows < settings.batch_size:
-        few = f"an epoch has {epoch.rows} rows and does not fill one batch of {settings.batch_size}"
+    epoch = epoch_of(result, spec, config.steps, config.epochs)
+    if 0 < epoch.rows < spec.batch_size:
+        few = f"an epoch has {epoch.rows} rows and does not fill one batch of {spec.batch_size}"
         result.findings.insert(0, finding("few", few))
-    terminal.summary(out, result, epoch, settings, speed)
+    terminal.summary(out, result, epoch, spec, speed)
 
     def shown(index: int) -> tuple[str, list[tuple[str, list[Piece]]]] | None:
         """The origin of a training row and its named examples in pieces; None where it is not trained on."""
@@ -86,13 +76,13 @@ def inspect(config: ConfigDict, options: dict) -> int:
             row = train.check(index)
             if row is None:
                 return None
-            examples = examples_of(row, base.tokenizer, vocab_size, data.train_on)
+            kind = ROW_KINDS[kind_of(row)]
+            documents = kind.tokenize(row, base.tokenizer, spec.vocab_size, spec.train_on)
         except SourceError:
             raise
         except UserError:
             return None  # reported among the findings
-        named_pieces = [(name, pieces(example.tokens, example.trained, base.tokenizer)) for name, example in examples]
-        return row.origin, named_pieces
+        return row.origin, [(name, pieces(*document, base.tokenizer)) for name, document in documents.items()]
 
     codes = {}
     for code, indices in result.marked.items():
@@ -103,7 +93,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
             terminal.row(out, *row, codes.get(index, []))
     terminal.verdict(out, result)
     if options["html"]:
-        page.write(Path(options["html"]), result, epoch, settings, page_rows(train, codes, shown))
+        page.write(Path(options["html"]), result, epoch, spec, page_rows(train, codes, shown))
         out.print(f"the page is {options['html']}", markup=False)
     if options["json"]:
         text = json.dumps(report(result, epoch), indent=2, ensure_ascii=False)

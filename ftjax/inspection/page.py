@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ftjax.atomic import write_text
+from ftjax.data.pipeline import DataSpec
 from ftjax.inspection.pieces import Piece
-from ftjax.inspection.survey import Epoch, Survey, SurveySettings, shares
+from ftjax.inspection.survey import Epoch, Survey, shares
 from ftjax.inspection.terminal import facts_of, histogram
 
 MAX_ROWS = 3000
@@ -31,12 +32,12 @@ class PageRow(NamedTuple):
     examples: Sequence[tuple[str, list[Piece]]]
 
 
-def write(path: Path, survey: Survey, epoch: Epoch, settings: SurveySettings, rows: Sequence[PageRow]) -> None:
+def write(path: Path, survey: Survey, epoch: Epoch, spec: DataSpec, rows: Sequence[PageRow]) -> None:
     """Writes the page, whole or not at all."""
-    write_text(path, render(survey, epoch, settings, rows))
+    write_text(path, render(survey, epoch, spec, rows))
 
 
-def render(survey: Survey, epoch: Epoch, settings: SurveySettings, rows: Sequence[PageRow]) -> str:
+def render(survey: Survey, epoch: Epoch, spec: DataSpec, rows: Sequence[PageRow]) -> str:
     """The page as text; at most MAX_ROWS of the rows, evenly spread."""
     shown = rows if len(rows) <= MAX_ROWS else [rows[i * len(rows) // MAX_ROWS] for i in range(MAX_ROWS)]
     embedded = {"sources": [source.name for source in survey.sources], "rows": [_row(row) for row in shown]}
@@ -47,7 +48,7 @@ def render(survey: Survey, epoch: Epoch, settings: SurveySettings, rows: Sequenc
     parts = {
         "FACTS": "".join(
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
-            for name, text in facts_of(survey, epoch, settings, None).items()
+            for name, text in facts_of(survey, epoch, spec, None).items()
         ),
         "SOURCES": "".join(
             f"<tr><td>{html.escape(source.name)}</td><td>{source.rows:,}</td><td>{source.weight:g}</td>"
@@ -60,7 +61,7 @@ def render(survey: Survey, epoch: Epoch, settings: SurveySettings, rows: Sequenc
             for finding in survey.findings
         )
         or "<li>none</li>",
-        "HISTOGRAM": svg(survey, settings.max_length),
+        "HISTOGRAM": svg(survey, spec.max_length),
         "NOTE": html.escape(note),
         "ROWS": embed(embedded),
     }

@@ -5,10 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.data.format import formats
-from ftjax.data.format.example import Example, Row
-from ftjax.data.tokens import chat
-
 WHITE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
@@ -26,28 +22,6 @@ class Piece(NamedTuple):
     trained: bool
     special: str
     tokens: int
-
-
-def examples_of(
-    row: Row, tokenizer, vocab_size: int | None, train_on: str, objective: str | None = None
-) -> list[tuple[str, Example]]:
-    """The examples of a row with their names: one called "", or "chosen" and "rejected".
-
-    Args:
-      objective: config.objective.name, of which only rows that it trains on have examples; None: rows of any kind do.
-
-    Raises:
-      UserError: what `chat.tokenize` raises.
-    """
-    kind = formats.kind_of(formats.check_row(row.fields, row.origin).fields)
-    if objective == "sft":
-        return [("", chat.tokenize(row, tokenizer, vocab_size, train_on))]
-    if kind == "preference":
-        return list(zip(("chosen", "rejected"), chat.tokenize_preference(row, tokenizer, vocab_size)))
-    if kind == "unpaired":
-        name = "good" if row.fields["label"] else "bad"
-        return [(name, chat.tokenize_unpaired(row, tokenizer, vocab_size))]
-    return [("", chat.tokenize(row, tokenizer, vocab_size, train_on))]
 
 
 def pieces(tokens: Sequence[int], trained: np.ndarray, tokenizer) -> list[Piece]:

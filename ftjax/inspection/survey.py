@@ -11,29 +11,15 @@ import numpy as np
 from ftjax.data.audit import checks
 from ftjax.data.audit.findings import ERROR, MAX_DROPPED, Finding
 from ftjax.data.batch import buckets, packing
-from ftjax.data.format.example import Example, Row
+from ftjax.data.format.example import Row
+from ftjax.data.pipeline import DataSpec
 from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import TASK
 from ftjax.data.tokens.chat import NothingTrained
+from ftjax.data.tokens.kinds import ROW_KINDS, Documents, cut
 from ftjax.errors import SourceError, UserError
-from ftjax.inspection.pieces import examples_of
 
 _CHUNK = 256
-
-
-@dataclass(frozen=True)
-class SurveySettings:
-    """The keys of config.data (and a few others) that decide what is trained on."""
-
-    max_length: int
-    batch_size: int
-    packing: bool
-    train_on: str
-    vocab_size: int
-    steps: int
-    epochs: float
-    max_bad_rows: int = 0
-    objective: str = "sft"
 
 
 @dataclass
@@ -68,9 +54,10 @@ class Survey:
     Attributes:
       sources: of the training rows, in the order of the config.
       heldout: evaluation rows that were looked at.
-      dropped: rows and examples without a trained token; truncated: examples; refused: rows.
+      dropped, truncated, refused: rows; those dropped have no trained token.
       copies, near_copies: rows that are like an earlier one.
-      lengths: int32 [n], tokens of each example before the cut; cut: after it, without those dropped.
+      lengths: int32 [n], tokens of each document before the cut.
+      cut: int32 [m], tokens of each example after it, without those dropped.
       findings: errors first.
       marked: {code: indices of training rows}, the first few of each.
     """
@@ -104,7 +91,7 @@ def survey(
     heldout: Sequence[Rows],
     tokenizer,
     ends: Sequence[int],
-    settings: SurveySettings,
+    spec: DataSpec,
     max_rows: int = 0,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Survey:
@@ -117,12 +104,10 @@ def survey(
       max_rows: look at no more rows than this, evenly spread over the set; 0: all of them.
       advance: is called with the number of rows that are done.
     """
-    surveyor = _Surveyor(train, tokenizer, ends, settings)
+    surveyor = _Surveyor(train, tokenizer, ends, spec)
     for indices, rows in surveyor.read("train", train, max_rows, advance):
         surveyor.check_rows("train", train, indices, rows)
-        examples, example_rows = surveyor.tokenize(indices, rows)
-        if examples:
-            surveyor.check_examples(examples, example_rows)
+        surveyor.check_documents(surveyor.tokenize(indices, rows))
     for rows_of_set in heldout:
         for indices, rows in surveyor.read("eval", rows_of_set, max_rows, advance):
             surveyor.check_rows("eval", rows_of_set, indices, rows)
@@ -150,10 +135,10 @@ class _Seen:
 class _Surveyor:
     """The state of the pass. Its methods stand in the order in which rows go through them."""
 
-    def __init__(self, train: Rows, tokenizer, ends: Sequence[int], settings: SurveySettings):
-        self._train, self._tokenizer, self._settings = train, tokenizer, settings
+    def __init__(self, train: Rows, tokenizer, ends: Sequence[int], spec: DataSpec):
+        self._train, self._tokenizer, self._spec = train, tokenizer, spec
         self._seen = {"train": _Seen(), "eval": _Seen()}
-        facts = checks.TokenFacts.of(tokenizer, ends, settings.max_length)
+        facts = checks.TokenFacts.of(tokenizer, ends, spec.max_length)
         self._checks = checks.Checks(facts, {side: seen.origin for side, seen in self._seen.items()})
         counts = zip(train.per_source, train.weights)
         self._out = Survey([SourceCount(name, weight, count) for (name, count), weight in counts])
@@ -178,7 +163,7 @@ class _Surveyor:
                 if not rows.heldout_side:
                     source, message = rows.source_of(i), str(error)
                     bad[source] += 1
-                    allowed = bad[source] <= self._settings.max_bad_rows
+                    allowed = bad[source] <= self._spec.max_bad_rows
                     self._checks.refused(message, message.split(": ", 1)[0], allowed)
                     self._out.refused += side == "train"
                 continue
@@ -199,41 +184,47 @@ class _Surveyor:
             if side == "train":
                 self._out.mark(code, indices[i])
 
-    def tokenize(self, indices: Sequence[int], chunk: Sequence[Row]) -> tuple[list[Example], list[int]]:
-        """The examples of training rows, not cut, and the index of the row of each."""
-        examples, example_rows = [], []
+    def tokenize(self, indices: Sequence[int], chunk: Sequence[Row]) -> list[tuple[int, Row, Documents]]:
+        """Training rows with their index and their documents, which are not cut."""
+        tokenized = []
         for index, row in zip(indices, chunk):
             self._source(index).looked_at += 1
-            row_examples = self._examples_of(row)
-            if row_examples is None:
-                self._out.refused += 1
-                self._out.mark("refused", index)
-            elif not row_examples:
+            documents = self._documents_of(row)
+            if documents is None:
+                self._refused(index)
+            elif not documents:
                 self._out.dropped += 1
                 self._checks.findings.add("untrained", row.origin, "weight 0")
                 self._out.mark("untrained", index)
             else:
-                examples += row_examples
-                example_rows += [index] * len(row_examples)
-        return examples, example_rows
+                tokenized.append((index, row, documents))
+        return tokenized
 
-    def check_examples(self, examples: Sequence[Example], example_rows: Sequence[int]) -> None:
-        documents = [(example.tokens, example.trained) for example in examples]
-        for code, i in self._checks.examples(documents, lambda i: examples[i].origin):
-            self._out.mark(code, example_rows[i])
-        for example, index in zip(examples, example_rows):
-            trained = int(example.trained[: self._settings.max_length].sum())
-            self._lengths.append(len(example.tokens))
-            self._length_rows.append(index)
-            self._out.truncated += len(example.tokens) > self._settings.max_length
+    def check_documents(self, tokenized: Sequence[tuple[int, Row, Documents]]) -> None:
+        """Checks the documents of a chunk, and counts them as they are cut."""
+        owners = [(index, row, document) for index, row, documents in tokenized for document in documents.values()]
+        if owners:
+            for code, i in self._checks.examples([document for *_, document in owners], lambda i: owners[i][1].origin):
+                self._out.mark(code, owners[i][0])
+        for index, row, documents in tokenized:
+            longest = max(len(document.tokens) for document in documents.values())
+            self._lengths.extend(len(document.tokens) for document in documents.values())
+            self._length_rows.extend([index] * len(documents))
+            self._out.truncated += longest > self._spec.max_length
+            try:
+                example = cut(documents, self._spec.max_length, row.origin)
+            except UserError as error:
+                self._checks.refused(str(error), row.origin)
+                self._refused(index)
+                continue
+            trained = int(example.trained.sum())
             if not trained:
                 self._out.dropped += 1
                 continue
-            kept = min(len(example.tokens), self._settings.max_length)
-            self._cut.append(kept)
+            self._cut.append(len(example.tokens))
             source = self._source(index)
             source.used += 1
-            source.tokens += kept
+            source.tokens += len(example.tokens)
             source.trained += trained
 
     def check_evaluated(self, rows: Rows, indices: Sequence[int], chunk: Sequence[Row]) -> None:
@@ -242,10 +233,10 @@ class _Surveyor:
         for index, row in zip(indices, chunk):
             if rows.sources[rows.source_of(index)].name.startswith(TASK):  # scored by generating, without a loss
                 continue
-            examples = self._examples_of(row)
-            if examples is None:
+            documents = self._documents_of(row)
+            if documents is None:
                 continue
-            kept = any(example.trained[: self._settings.max_length].any() for example in examples)
+            kept = any(document.trained[: self._spec.max_length].any() for document in documents.values())
             self._eval_tokenized += 1
             self._eval_kept += kept
             if not kept:
@@ -276,17 +267,20 @@ class _Surveyor:
     def _source(self, index: int) -> SourceCount:
         return self._out.sources[self._train.source_of(index)]
 
-    def _examples_of(self, row: Row) -> list[Example] | None:
-        """[] where nothing of the row is trained; None where it is refused, which becomes a finding."""
-        settings = self._settings
+    def _refused(self, index: int) -> None:
+        self._out.refused += 1
+        self._out.mark("refused", index)
+
+    def _documents_of(self, row: Row) -> Documents | None:
+        """{} where nothing of the row is trained; None where it is refused, which becomes a finding."""
+        spec = self._spec
         try:
-            named = examples_of(row, self._tokenizer, settings.vocab_size, settings.train_on, settings.objective)
+            return ROW_KINDS[spec.kind].tokenize(row, self._tokenizer, spec.vocab_size, spec.train_on)
         except NothingTrained:
-            return []
+            return {}
         except UserError as error:
             self._checks.refused(str(error), row.origin)
             return None
-        return [example for _, example in named]
 
 
 def shares(sources: Sequence[SourceCount]) -> list[float]:
@@ -302,31 +296,32 @@ class Epoch:
 
     Attributes:
       tokens: of an epoch, without padding.
-      rows: of an epoch: packed ones of max_length tokens; without packing one for each example.
+      rows: of an epoch: packed ones of `DataSpec.row_length` tokens; without packing one for each example.
       efficiency: share of the positions in rows that hold a token.
-      steps: of the whole run.
+      steps, epochs: of the whole run.
     """
 
     tokens: int
     rows: int
     efficiency: float
     steps: int
+    epochs: float
 
 
-def epoch_of(survey: Survey, settings: SurveySettings) -> Epoch:
-    """What follows for training from the rows looked at, scaled up to all rows."""
+def epoch_of(survey: Survey, spec: DataSpec, steps: int, epochs: float) -> Epoch:
+    """What follows for training from the rows looked at, scaled up to all rows; steps 0: as many as `epochs` need."""
     if not len(survey.cut):
-        return Epoch(0, 0, 0.0, 0)
-    if settings.packing:
-        rows = packing.count_rows(packing.patterns(np.bincount(survey.cut), settings.max_length))
-        positions = rows * settings.max_length
+        return Epoch(0, 0, 0.0, 0, 0.0)
+    if spec.packing:
+        rows = packing.count_rows(packing.patterns(np.bincount(survey.cut), spec.row_length))
+        positions = rows * spec.row_length
     else:  # an example is padded to the next of the batches' lengths, or a little more: all of a batch share one
-        rows, lengths = len(survey.cut), np.array(buckets.choose(survey.cut, settings.max_length))
+        rows, lengths = len(survey.cut), np.array(buckets.choose(survey.cut, spec.row_length))
         positions = int(lengths[np.searchsorted(lengths, survey.cut)].sum())
     efficiency = float(survey.cut.sum() / positions)
     # A source counts as often as its weight says, and rows not looked at are taken to be like the others.
     scale = [source.weight * source.rows / max(1, source.picked) for source in survey.sources]
     tokens = sum(source.tokens * factor for source, factor in zip(survey.sources, scale))
     all_rows = math.ceil(rows * tokens / max(1, survey.tokens))
-    steps = settings.steps or math.ceil(all_rows * settings.epochs / settings.batch_size)
-    return Epoch(round(tokens), all_rows, efficiency, steps)
+    total = steps or math.ceil(all_rows * epochs / spec.batch_size)
+    return Epoch(round(tokens), all_rows, efficiency, total, total * spec.batch_size / max(1, all_rows))

@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ftjax.data.audit.findings import ERROR
+from ftjax.data.pipeline import DataSpec
 from ftjax.inspection.pieces import Piece, plain, visible
-from ftjax.inspection.survey import Epoch, Survey, SurveySettings, shares
+from ftjax.inspection.survey import Epoch, Survey, shares
 
 _BAR = 40  # characters
 _STYLES = {True: "black on green", False: "default"}  # of trained and other tokens
@@ -27,7 +28,7 @@ def console(file: TextIO | None = None) -> Console:
     return out
 
 
-def summary(out: Console, survey: Survey, epoch: Epoch, settings: SurveySettings, speed: Speed | None) -> None:
+def summary(out: Console, survey: Survey, epoch: Epoch, spec: DataSpec, speed: Speed | None) -> None:
     """Prints the sources, the facts and the histogram of lengths."""
     if survey.picked < survey.rows:
         out.print(f"Looked at {survey.picked:,} of {survey.rows:,} rows, evenly spread; --max_rows=0 looks at all.")
@@ -40,13 +41,13 @@ def summary(out: Console, survey: Survey, epoch: Epoch, settings: SurveySettings
         table.add_row(Text(source.name), *numbers, trained)
     out.print(table)
     out.print()
-    for name, text in facts_of(survey, epoch, settings, speed).items():
+    for name, text in facts_of(survey, epoch, spec, speed).items():
         out.print(Text(f"{name:<20}", "bold") + Text(text), soft_wrap=True)
     out.print()
     out.print(Text("tokens of an example, before it is cut", "bold"))
     for low, high, count, longest in histogram(survey.lengths):
         bar = "█" * round(_BAR * count / longest) or ("▏" if count else "")
-        cut = "  <- max_length" if low <= settings.max_length < high else ""
+        cut = "  <- max_length" if low <= spec.max_length < high else ""
         out.print(f"{low:>7,} - {high - 1:<7,} {bar:<{_BAR}} {count:,}{cut}", markup=False)
     out.print()
 
@@ -68,7 +69,7 @@ def histogram(lengths: np.ndarray, bins: int = 14) -> list[tuple[int, int, int, 
     return filled[max(0, first - 1) :]  # the empty bins before the shortest length but one are left out
 
 
-def facts_of(survey: Survey, epoch: Epoch, settings: SurveySettings, speed: Speed | None) -> dict[str, str]:
+def facts_of(survey: Survey, epoch: Epoch, spec: DataSpec, speed: Speed | None) -> dict[str, str]:
     """{name of a figure: the figure in words}."""
     looked_at = max(1, survey.looked_at)
     facts = {
@@ -78,7 +79,7 @@ def facts_of(survey: Survey, epoch: Epoch, settings: SurveySettings, speed: Spee
         "duplicates": f"{survey.copies:,} exact ({survey.copies / looked_at:.1%}), {survey.near_copies:,} near "
         f"({survey.near_copies / looked_at:.1%})",
         "truncated": f"{survey.truncated:,} ({survey.truncated / max(1, len(survey.lengths)):.1%}) at max_length "
-        f"{settings.max_length:,}",
+        f"{spec.max_length:,}",
     }
     if not len(survey.cut):
         return facts
@@ -88,31 +89,22 @@ def facts_of(survey: Survey, epoch: Epoch, settings: SurveySettings, speed: Spee
             ("shortest", "median", "90 %", "99 %", "longest"), np.percentile(survey.lengths, (0, 50, 90, 99, 100))
         )
     )
-    packed = f"packed {epoch.efficiency:.1%} full" if settings.packing else f"padded, about {epoch.efficiency:.1%} full"
+    packed = f"packed {epoch.efficiency:.1%} full" if spec.packing else f"padded, about {epoch.efficiency:.1%} full"
     facts |= {
         "tokens": quartiles,
         "trained on": f"{survey.trained:,} of {survey.tokens:,} tokens ({survey.trained / survey.tokens:.1%})",
-        "an epoch": f"{epoch.tokens:,} tokens in {epoch.rows:,} rows of up to {settings.max_length:,}, {packed}",
-        "steps": f"{epoch.steps:,} of {settings.batch_size} rows, "
-        + (
-            f"as config.steps says ({_epochs(epoch, settings):.2f} epochs)"
-            if settings.steps
-            else f"for {settings.epochs:g} epoch(s)"
-        ),
+        "an epoch": f"{epoch.tokens:,} tokens in {epoch.rows:,} rows of up to {spec.row_length:,}, {packed}",
+        "steps": f"{epoch.steps:,} of {spec.batch_size} rows ({epoch.epochs:.2f} epochs)",
         "time": "unknown: give --tokens_per_second, or --workdir of a run on the same machine",
     }
     if speed:
         per_epoch = datetime.timedelta(seconds=round(epoch.tokens / speed[0]))
-        whole = datetime.timedelta(seconds=round(epoch.tokens * _epochs(epoch, settings) / speed[0]))
+        whole = datetime.timedelta(seconds=round(epoch.tokens * epoch.epochs / speed[0]))
         facts["time"] = (
             f"{per_epoch} an epoch, {whole} for all steps, at {speed[0]:,.0f} tokens/s ({speed[1]}); without "
             "compilation, evaluation and checkpoints"
         )
     return facts
-
-
-def _epochs(epoch: Epoch, settings: SurveySettings) -> float:
-    return epoch.steps * settings.batch_size / max(1, epoch.rows)
 
 
 def row(out: Console, origin: str, examples: Sequence[tuple[str, list[Piece]]], codes: Sequence[str]) -> None:

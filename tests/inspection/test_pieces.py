@@ -7,7 +7,8 @@ from support.chat_templates import CHATML, HEADERS
 from ftjax.data.format.example import Row
 from ftjax.data.format.formats import check_row
 from ftjax.data.tokens import chat
-from ftjax.inspection.pieces import examples_of, pieces, plain
+from ftjax.data.tokens.kinds import ROW_KINDS, kind_of
+from ftjax.inspection.pieces import pieces, plain
 
 TEXT = "Where is my order? 日本 🙂 \ufffd caf\u00e9\n\ttab"
 
@@ -64,6 +65,10 @@ def test_without_color_trained_tokens_stand_in_brackets(make_tokenizer):
 def test_a_preference_shows_both_answers_and_an_unpaired_row_its_label(make_tokenizer):
     tokenizer = make_tokenizer(CHATML)
     pair = check_row({"prompt": "q", "chosen": "good", "rejected": "bad"}, "x:1")
-    assert [name for name, _ in examples_of(pair, tokenizer, None, "assistant")] == ["chosen", "rejected"]
+    assert list(documents_of(pair, tokenizer)) == ["chosen", "rejected"]
     label = check_row({"prompt": "q", "completion": "a", "label": False}, "x:1")
-    assert [name for name, _ in examples_of(label, tokenizer, None, "assistant")] == ["bad"]
+    assert list(documents_of(label, tokenizer)) == ["bad"]
+
+
+def documents_of(row, tokenizer):
+    return ROW_KINDS[kind_of(row)].tokenize(row, tokenizer, None, "assistant")

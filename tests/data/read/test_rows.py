@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ftjax.data.audit import curation
+from ftjax.data.pipeline import DataSpec
 from ftjax.data.read import files
 from ftjax.data.read.rows import BadRows
 from ftjax.data.read.sources import read_sources
@@ -171,7 +172,7 @@ def test_a_file_that_changes_is_never_counted_as_bad_rows(tmp_path, chatml):
         list(rows)
     with pytest.raises(SourceError, match="was changed after this run began"):
         list(curation.records(rows, curation.Drops()))
-    settings = survey.SurveySettings(64, 2, True, "assistant", len(chatml), 0, 1.0, max_bad_rows=5)
+    settings = DataSpec("conversation", 64, 2, True, "assistant", len(chatml), max_bad_rows=5)
     with pytest.raises(SourceError, match="was changed after this run began"):
         survey.survey(rows, [], chatml, [], settings)
     os.unlink(path)
