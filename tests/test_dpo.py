@@ -77,6 +77,18 @@ def test_it_starts_at_ln_2_and_learns_what_is_preferred(run):
     assert "4 rows of 96 tokens" in printed  # two documents of 48
 
 
+def test_inspection_shows_pairs_as_training_sees_them(root):
+    """Both answers, rows of two documents, and what would stop the run."""
+    printed = finish(command("ftjax.inspect_data", "--config", str(root / "run.py"), "--rows=1"))
+    assert "pairs.jsonl:1 chosen:" in printed
+    assert "pairs.jsonl:1 rejected:" in printed
+    assert "rows of up to 96" in printed
+    printed = finish(
+        command("ftjax.inspect_data", "--config", str(root / "run.py"), "--config.data.max_length=25"), status=2
+    )
+    assert "has no token of its answer within data.max_length" in printed
+
+
 def test_killed_and_resumed_it_ends_with_the_same_bits_and_metrics(root, run):
     process = train(root, "killed")
     signal_at_step(process, root / "killed", 6, signal.SIGKILL)
