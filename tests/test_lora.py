@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.family_configs import CONFIGS
 from support.model_dirs import with_scale
 from support.tiny import batch_of, documents, logits, numpy_params, one_device, spec
 
 from ftjax import lora, tree
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
 from ftjax.models.params import abstract_params, logical_axes
 
 MODEL = Decoder(spec(tie_word_embeddings=False))
@@ -130,3 +132,26 @@ def test_a_rank_that_does_not_fit_is_refused(rank, targets):
     with pytest.raises(UserError, match=rf"adapter.rank={rank} does not fit layers/.*/kernel.*; use 1 to \d+"):
         adapters_for(targets, rank=rank)
     assert adapters_for(["k_proj"], rank=limit)
+
+
+def test_targets_and_patterns_in_unlike_layers():
+    """A name means every stack's; a pattern may mean one."""
+    paths = list(logical_axes(Decoder(spec_from_config(CONFIGS["qwen3_moe, a dense layer first"]))))
+    adaptable = lora.adaptable(paths)
+    every = lora.find_targets("all-linear", adaptable)
+    assert [path for path in every if "q_proj" in path] == [
+        "layers/dense_0/self_attn/q_proj/kernel",
+        "layers/sparse_1/self_attn/q_proj/kernel",
+    ]
+    assert [path for path in every if "/mlp/" in path] == [
+        f"layers/dense_0/mlp/{name}_proj/kernel" for name in ("down", "gate", "up")
+    ]
+    assert lora.find_targets(["up_proj"], adaptable) == [
+        "layers/dense_0/mlp/up_proj/kernel",
+        "layers/sparse_1/mlp/experts/up_proj/kernel",
+    ]
+    assert lora.find_targets("dense_.*up_proj", adaptable) == ["layers/dense_0/mlp/up_proj/kernel"]
+    ranks = lora.by_pattern(8, [("self_attn", 4), ("sparse_1/", 2)], every, "adapter.rank_pattern")
+    assert ranks["layers/dense_0/self_attn/o_proj/kernel"] == 4
+    assert ranks["layers/sparse_1/self_attn/o_proj/kernel"] == 2
+    assert ranks["layers/dense_0/mlp/up_proj/kernel"] == 8

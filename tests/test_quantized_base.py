@@ -51,7 +51,7 @@ class Case:
         return assemble.load_variables(config, self.base, abstract), is_trained
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "mixtral")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "mixtral", "qwen3_moe, a dense layer first")]
 
 
 @pytest.fixture(scope="module", params=["llama", *SLOW])

@@ -14,19 +14,19 @@ def adapt(
     product: Callable[[jax.Array], jax.Array],
     kernel: Callable[[jnp.dtype], jax.Array],
     rng: jax.Array | None,
-    numbers: jax.Array | None = None,
+    token_index: jax.Array | None = None,
 ) -> jax.Array:
     """x [..., in], y = x W [..., out] -> y + scale (x A) B; x W and W are to be had from `product(x)`, `kernel(dtype)`.
 
     lora: `lora_a` [in, r], `lora_b` [r, out], `lora_scale` scalar; with DoRA `lora_magnitude` [out], the norms that the
     columns of W + scale A B are given; with dropout `lora_dropout`, a scalar rate that counts where there is an rng.
-    numbers: int32 [...], of each row of x, where x is a part of something larger: what is dropped is decided by rng and
-    number, so it does not depend on how the whole is cut.
+    token_index: int32 [...], of each token of x in the whole batch, where x is a part of that: what is dropped is
+    decided by rng and index, so that it does not depend on how the batch is cut.
     """
     dropped, base = x, y
     if rng is not None and "lora_dropout" in lora:
         keep = 1 - lora["lora_dropout"]
-        dropped = jnp.where(_kept(rng, keep, x, numbers), x / keep.astype(x.dtype), 0)
+        dropped = jnp.where(_kept(rng, keep, x, token_index), x / keep.astype(x.dtype), 0)
     scaled_b = lora["lora_b"] * lora["lora_scale"]
     update = low_rank(dropped, lora["lora_a"].astype(x.dtype), scaled_b.astype(x.dtype))
     if "lora_magnitude" not in lora:
@@ -39,12 +39,12 @@ def adapt(
     return y + (factor - 1) * base + factor * update
 
 
-def _kept(rng: jax.Array, keep: jax.Array, x: jax.Array, numbers: jax.Array | None) -> jax.Array:
-    """bool [..., in]: each row's own draw."""
+def _kept(rng: jax.Array, keep: jax.Array, x: jax.Array, token_index: jax.Array | None) -> jax.Array:
+    """bool [..., in]: what is kept, each token's own draw."""
     rows = x.shape[:-1]
-    numbers = jnp.arange(math.prod(rows)) if numbers is None else numbers.reshape(-1)
-    draw = jax.vmap(lambda number: jax.random.bernoulli(jax.random.fold_in(rng, number), keep, x.shape[-1:]))
-    return draw(numbers).reshape(x.shape)
+    token_index = jnp.arange(math.prod(rows)) if token_index is None else token_index.reshape(-1)
+    draw = jax.vmap(lambda index: jax.random.bernoulli(jax.random.fold_in(rng, index), keep, x.shape[-1:]))
+    return draw(token_index).reshape(x.shape)
 
 
 def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -56,10 +56,11 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, numbers: jax.Array | None = None, rng: jax.Array | None = None) -> jax.Array:
-        """x [..., in] -> [..., features]
+    def __call__(self, x: jax.Array, token_index: jax.Array | None = None, rng: jax.Array | None = None) -> jax.Array:
+        """x [..., in], of any float dtype -> [..., features], in `out_dtype` or else `dtype`.
 
-        For the dropout of an adapter, see adapter.py: the numbers of x's rows, and a key other than this layer's own.
+        token_index int32 [...] and rng, a PRNG key, are for the dropout of an adapter, see `adapter.adapt`; without rng
+        it is this layer's own, of the "dropout" stream.
         """
         if packed := packed_kernel(self):
             kernel = functools.partial(quant.dequantize, packed)
@@ -75,7 +76,7 @@ class Linear(nn.Module):
         if lora := self.variables.get("lora"):
             if rng is None and self.has_rng("dropout"):
                 rng = self.make_rng("dropout")
-            y = adapt(lora, x, y, product, kernel, rng, numbers)
+            y = adapt(lora, x, y, product, kernel, rng, token_index)
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],))
             y = y + self.param("bias", bias_init, (self.features,), self.param_dtype).astype(y.dtype)

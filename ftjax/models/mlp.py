@@ -1,6 +1,7 @@
 """What stands between two attentions: the gated or plain MLP, and the mixture of experts."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -18,8 +19,8 @@ PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")  # by which 
 class MLP(nn.Module):
     """SwiGLU and its kin (Shazeer 2020), or the plain MLP of GPT-2.
 
-    block: of each row that many tokens at a time, None for all at once. The backward pass then holds the inner
-    activations, which are the widest there are, of a block only. The kernels are gathered once for all blocks.
+    block: how many tokens of each row go through at a time, None for all. The inner activations are the widest there
+    are; with blocks the backward pass holds those of one block only.
     """
 
     spec: DecoderSpec
@@ -29,46 +30,55 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] in `dtype` -> [B, T, D]"""
         rows, length, _ = x.shape
-        numbers = jnp.arange(rows * length, dtype=jnp.int32).reshape(rows, length)
-        # Drawn here, because flax gives a loop other keys.
+        token_index = jnp.arange(rows * length, dtype=jnp.int32).reshape(rows, length)
+        # The key of the dropout is drawn here, outside the loop, because flax would give a loop's body another one:
+        # the same tokens would be dropped only where the rows are cut alike.
         rng = self.make_rng("dropout") if self.has_rng("dropout") else None
         if not self._in_blocks(length):
-            return self._project(x, numbers, rng)
+            return self._project(x, token_index, rng)
 
         def over_blocks(mlp, *blocks):
-            one = nn.remat(lambda mlp, _, x, numbers: (None, mlp._project(x, numbers, rng)), prevent_cse=False)
+            body = nn.remat(lambda mlp, _, x, index: (None, mlp._project(x, index, rng)), prevent_cse=False)
             shared = {"variable_broadcast": ("params", "lora"), "split_rngs": {"params": False, "dropout": False}}
-            return nn.scan(one, **shared, in_axes=1, out_axes=1)(mlp, None, *blocks)[1]
+            return nn.scan(body, **shared, in_axes=1, out_axes=1)(mlp, None, *blocks)[1]
 
-        blocks = (each.reshape(rows, -1, self.block, *each.shape[2:]) for each in (x, numbers))
+        blocks = (each.reshape(rows, -1, self.block, *each.shape[2:]) for each in (x, token_index))
+        # A kernel that is split over devices is gathered here, once; inside the loop it would be for every block.
         out = nn.map_variables(over_blocks, "params", self._gathered)(self, *blocks)
         return out.reshape(x.shape)
 
     def _in_blocks(self, length: int) -> bool:
+        """Whether rows of `length` tokens go through in blocks: where these divide them, and cost no time beside."""
         if self.block is None or length <= self.block or length % self.block:
             return False
-        # Quantized kernels and the norms of DoRA's would be made again in each block.
+        # Quantized kernels would be made whole, and DoRA's norms computed, in each block again.
         adapters = self.variables.get("lora", {}).values()
         if "quant" in self.variables or any("lora_magnitude" in adapter for adapter in adapters):
             return False
+        # A block of a row that is split over devices would be on some of them, and the others would wait.
         mesh = jax.sharding.get_abstract_mesh()
         return mesh.empty or partition_spec(("length",), (length,), mesh)[0] is None
 
-    def _project(self, x: jax.Array, numbers: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """x [B, T, D], numbers int32 [B, T] of its tokens in the whole batch -> [B, T, D]"""
+    def _project(self, x: jax.Array, token_index: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """x [B, T, D] in `dtype`; token_index int32 [B, T], of each token in the whole batch; rng a PRNG key.
+
+        Returns [B, T, D]. With index and key an adapter's dropout is the same in blocks as all at once.
+        """
         spec = self.spec
 
         def linear(name, features, axes, x):
             layer = Linear(features, axes, self.dtype, self.param_dtype, use_bias=spec.mlp_bias, name=name)
+            # Without a key of its own each projection would drop the same inputs as the others.
             own = None if rng is None else jax.random.fold_in(rng, PROJECTIONS.index(name))
-            return layer(x, numbers, own)
+            return layer(x, token_index, own)
 
         inner = _inner(spec, lambda name, features: linear(name, features, ("embed", "mlp"), x))
         return linear("down_proj", spec.hidden_size, ("mlp", "embed"), inner)
 
     def _gathered(self, variables):
-        """The kernels as products use them: in their dtype, whole along the model's width."""
+        """The kernels as products use them: in `dtype`, whole along the model's width."""
 
         def gathered(path, leaf):
             *_, module, name = (key.key for key in path)
@@ -87,8 +97,10 @@ class Mixture(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] in `dtype` -> [B, T, D]"""
         experts, dtypes = self.spec.experts, (self.dtype, self.param_dtype)
         axes, bias = ("embed", None), experts.bias
+        # Its logits stay in float32: rounded to bfloat16, experts of nearly the same score would change places.
         router = Linear(experts.count, axes, *dtypes, out_dtype=jnp.float32, use_bias=bias, name="router")
         weights, chosen = _route(router(x), experts.per_token, experts.normalize)
         return Experts(self.spec, *dtypes, name="experts")(x, weights, chosen)
@@ -103,7 +115,7 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
-        """x [B, T, D]; weights float32 and chosen int32 [B, T, per_token] -> [B, T, D]."""
+        """x [B, T, D] in `dtype`; weights float32 and chosen int32 [B, T, per_token] -> [B, T, D]."""
         spec, count = self.spec, self.spec.experts.count
         hidden, inner = spec.hidden_size, spec.intermediate_size
         sizes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner)}
@@ -126,7 +138,8 @@ class Experts(nn.Module):
         if not any(quant.is_packed(stack) for stack in stacks.values()):
             return _over_mesh(spec, x, weights, chosen, stacks, axes)
 
-        # The backward pass makes quantized kernels whole once more instead of keeping them.
+        # The backward pass makes quantized kernels whole once more instead of keeping them: in bfloat16 they take two
+        # (int8) or four times (NF4) what they do packed, and they are most of the model.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def dequantized(x, weights, stacks):
             whole = {name: _whole(stack, self.dtype) for name, stack in stacks.items()}
@@ -166,6 +179,7 @@ class Stack(nn.Module):
 
 
 def _whole(stack: dict[str, jax.Array], dtype: jnp.dtype) -> dict[str, jax.Array]:
+    """What Stack gave, with a kernel [experts, in, out] in `dtype` for its packed arrays."""
     if not quant.is_packed(stack):
         return stack
     others = {name: stack[name] for name in ("bias", "lora_a", "lora_b") if name in stack}
@@ -173,8 +187,18 @@ def _whole(stack: dict[str, jax.Array], dtype: jnp.dtype) -> dict[str, jax.Array
     return {"kernel": quant.dequantize(packed, dtype)} | others
 
 
-def _over_mesh(spec, x, weights, chosen, stacks, axes) -> jax.Array:
+def _over_mesh(
+    spec: DecoderSpec,
+    x: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    stacks: dict[str, dict[str, jax.Array]],
+    axes: dict[str, dict[str, tuple[str | None, ...]]],
+) -> jax.Array:
     """`_mixture` on each device's own experts and columns, of the tokens that share them, and the sum.
+
+    x [B, T, D]; weights float32 and chosen int32 [B, T, per_token]; stacks: {projection: {array's name: array}}, of all
+    experts, none packed; axes: the logical axes of each of these arrays. Returns [B, T, D] in x's dtype.
 
     Devices along `expert` hold different tokens and different experts. Each gets all their tokens and returns its share
     of each to the token's owner: a gather and a scattered sum. That drops no token, and moves no more than an exchange
@@ -188,15 +212,17 @@ def _over_mesh(spec, x, weights, chosen, stacks, axes) -> jax.Array:
         name: {leaf: partition_spec(axes[name][leaf], array.shape, mesh) for leaf, array in stack.items()}
         for name, stack in stacks.items()
     }
+    # Mesh axes, None where nothing is split: of the experts, and of the columns inside each (the rows of down_proj).
     expert_axis, column_axis, _ = placed["down_proj"]["kernel"]
     rows = tokens[0] if isinstance(tokens[0], tuple) else (tokens[0],)
+    # Where the devices of `expert` have the same tokens (too few rows to split), sums alone put the shares together.
     exchanged = expert_axis if expert_axis in rows else None
     summed = tuple(axis for axis in (expert_axis, column_axis) if axis and axis != exchanged)
 
     def local(x, weights, chosen, stacks):
         if exchanged:
             x, weights, chosen = (jax.lax.all_gather(each, exchanged, tiled=True) for each in (x, weights, chosen))
-        here = stacks["down_proj"]["kernel"].shape[0]
+        here = stacks["down_proj"]["kernel"].shape[0]  # experts on this device
         first = jax.lax.axis_index(expert_axis) * here if expert_axis else 0
         if column_axis and "bias" in stacks["down_proj"]:  # which every part of the columns would add
             alone = jax.lax.axis_index(column_axis) == 0
@@ -210,20 +236,27 @@ def _over_mesh(spec, x, weights, chosen, stacks, axes) -> jax.Array:
     return jax.shard_map(local, in_specs=inputs, out_specs=tokens, check_vma=False)(x, weights, chosen, stacks)
 
 
-def _mixture(spec, x, weights, chosen, stacks) -> jax.Array:
+def _mixture(
+    spec: DecoderSpec, x: jax.Array, weights: jax.Array, chosen: jax.Array, stacks: dict[str, dict[str, jax.Array]]
+) -> jax.Array:
     """The share of these experts in the mixture; `chosen` counts from the first of them, others are outside 0 .. n - 1.
 
-    Tokens are sorted by expert, so that each expert multiplies blocks of its own rows.
+    x [B, T, D]; weights float32 and chosen int32 [B, T, per_token]; stacks as in `_over_mesh`, n experts in each.
+    Returns [B, T, D] in x's dtype.
+
+    Tokens are sorted by expert, so that each expert multiplies blocks of its own rows: as many products as tokens have
+    experts, with shapes that do not depend on what the router says, and without a capacity that could be exceeded.
     """
     count, per_token = stacks["down_proj"]["kernel"].shape[0], chosen.shape[-1]
     flat = x.reshape(-1, x.shape[-1])
-    owners = chosen.reshape(-1)
-    owners = jnp.where((owners >= 0) & (owners < count), owners, count)  # the others come last
+    owners = chosen.reshape(-1)  # [B * T * per_token]: a token is there once for each of its experts
+    owners = jnp.where((owners >= 0) & (owners < count), owners, count)  # the others come last, and no expert has them
     order = jnp.argsort(owners, stable=True)
     rows, owners = flat[order // per_token], owners[order]
-    sizes = jnp.bincount(owners, length=count + 1)[:count].astype(jnp.int32)
+    sizes = jnp.bincount(owners, length=count + 1)[:count].astype(jnp.int32)  # rows of each expert
 
-    def project(name, rows):
+    def project(name: str, rows: jax.Array) -> jax.Array:
+        """rows [B * T * per_token, in], sorted -> [B * T * per_token, out]"""
         stack = stacks[name]
         out = grouped_matmul(rows, stack["kernel"], sizes)
         if "lora_a" in stack:
@@ -231,6 +264,7 @@ def _mixture(spec, x, weights, chosen, stacks) -> jax.Array:
         return out + stack["bias"][owners] if "bias" in stack else out
 
     out = project("down_proj", _inner(spec, lambda name, _: project(name, rows)))
+    # Rows of no expert here may hold anything after the products. The second sort is the inverse of the first.
     out = jnp.where(owners[:, None] < count, out, 0)[jnp.argsort(order)]
     out = out.reshape(flat.shape[0], per_token, -1)
     weights = weights.reshape(-1, per_token).astype(out.dtype)
@@ -240,7 +274,8 @@ def _mixture(spec, x, weights, chosen, stacks) -> jax.Array:
 def _route(logits: jax.Array, per_token: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
     """float32 logits [..., experts] -> (weights float32 [..., per_token], experts int32 [..., per_token]).
 
-    A softmax over the chosen logits alone is the softmax over all of them, made to sum to 1.
+    normalize: whether a token's weights sum to 1. A softmax over the chosen logits alone is the softmax over all of
+    them made to sum to 1, and cheaper.
     """
     if normalize:
         top, chosen = jax.lax.top_k(logits, per_token)
@@ -248,8 +283,11 @@ def _route(logits: jax.Array, per_token: int, normalize: bool) -> tuple[jax.Arra
     return jax.lax.top_k(jax.nn.softmax(logits, axis=-1), per_token)
 
 
-def _inner(spec: DecoderSpec, project) -> jax.Array:
-    """The activations between the two projections; project(name, features) makes and applies one."""
+def _inner(spec: DecoderSpec, project: Callable[[str, int], jax.Array]) -> jax.Array:
+    """The activations between the two projections, [..., intermediate_size] in the dtype that `project` gives.
+
+    project(name, features) makes and applies one projection of the layer's input: [..., features].
+    """
     features = spec.intermediate_size
     if spec.gate is None:
         return ACTIVATIONS[spec.hidden_act](project("up_proj", features))

@@ -21,11 +21,11 @@ from ftjax.sharding import partition_spec
 BLOCK = 2**25  # logits of a device at a time: 128 MiB in float32
 COLUMNS = 8192  # of the vocabulary at a time, where the head has to be gathered
 TOKENS = 512  # in a block, at most, where it has not: blocks without a trained token are skipped
-LOWEST = -1e30  # finite, so that differences of it are
+LOWEST = -1e30  # finite, because the difference of two infinities is NaN
 
 
 class Chunks(NamedTuple):
-    """How the logits are cut: columns of the vocabulary, and tokens in a block."""
+    """How the logits are cut: columns of the vocabulary, and tokens in a block. The product is what is held of them."""
 
     columns: int
     tokens: int
@@ -40,7 +40,11 @@ class Split(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of each token [blocks, tokens], float32, over the columns so far."""
+    """Of each token, over the columns so far: [blocks, tokens] each, of one block [tokens]; float32 but for `best`.
+
+    The softmax over columns that come one chunk after another (Milakov and Gimelshein 2018): sums are relative to the
+    highest logit yet, and rescaled when a higher one comes, so that no exponential overflows.
+    """
 
     highest: jax.Array
     exponentials: jax.Array  # sum of exp(logit - highest)
@@ -81,11 +85,18 @@ def per_token(
     wanted: jax.Array,
     rng: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(loss, correct, entropy), float32 [B, T] each, of the positions that are `wanted`; what the others have is 0."""
+    """(loss, correct, entropy), float32 [B, T] each, of the positions that are `wanted`; what the others have is 0.
+
+    head {path: array}; hidden [B, T, D]; targets int32 [B, T]; wanted bool [B, T]; rng a PRNG key or None.
+
+    The gradient is written out, because JAX's own would keep the logits of every chunk. What is kept is the log of the
+    sum of exponentials [B, T], from which a chunk's probabilities follow alone.
+    """
     return _per_token_forward(unembed, chunks, head, hidden, targets, wanted, rng)[0]
 
 
 def _per_token_forward(unembed, chunks, head, hidden, targets, wanted, rng):
+    """(what `per_token` returns, what its backward pass needs)"""
     mesh, split, specs, by_token = _placed(head, hidden)
 
     def local(head, hidden, targets, wanted, rng, numbers):
@@ -101,6 +112,9 @@ def _per_token_forward(unembed, chunks, head, hidden, targets, wanted, rng):
 
 
 def _per_token_backward(unembed, chunks, saved, gradients):
+    """gradients: float32 [B, T] of loss, correct and entropy, of which the first alone counts. Returns one for each
+    argument of `per_token` that can have one, None for the others.
+    """
     head, hidden, *_ = saved
     mesh, split, specs, by_token = _placed(head, hidden)
 
@@ -111,6 +125,7 @@ def _per_token_backward(unembed, chunks, saved, gradients):
     if mesh is not None:
         inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), *(by_token(2),) * 3)
         local = jax.shard_map(local, in_specs=inputs, out_specs=(specs, by_token(3)), check_vma=False)
+    # `correct` and `entropy` are metrics: their gradients are dropped, and so no loss may be made of them.
     d_head, d_hidden = local(*saved, gradients[0], _numbers(hidden))
     return d_head, d_hidden, None, None, None
 
@@ -119,12 +134,18 @@ per_token.defvjp(_per_token_forward, _per_token_backward)
 
 
 def _numbers(hidden: jax.Array) -> jax.Array:
-    """int32 [B, T]: of each token in the whole batch, which no device knows of its own part."""
+    """int32 [B, T]: the index of each token in the whole batch, by which the dropout of an adapter on the head draws.
+
+    Made before `shard_map`, inside which a device would count its own tokens from 0.
+    """
     return jnp.arange(math.prod(hidden.shape[:2]), dtype=jnp.int32).reshape(hidden.shape[:2])
 
 
-def _placed(head, hidden):
-    """(the mesh or None, what it splits, the spec of each array of the head, rank -> the spec of arrays by token)."""
+def _placed(head: Head, hidden: jax.Array):
+    """(the mesh or None, what it splits, the spec of each array of the head, rank -> the spec of arrays by token).
+
+    hidden [B, T, D] and head, {path: array}, are whole here, outside `shard_map`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return None, Split((), (), ()), None, None
@@ -155,7 +176,11 @@ def _columns(head: Head) -> int:
 
 
 def _blocks(wanted: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """int32 [blocks, size]: the positions, those that are wanted first; and bool, whether one is there and wanted."""
+    """bool [B, T] -> int32 [blocks, size]: the positions, those that are wanted first; and bool [blocks, size], whether
+    one is there and wanted.
+
+    So the tokens that are not trained on, prompts and padding, fill whole blocks, which are then skipped.
+    """
     flat = wanted.reshape(-1)
     order = jnp.argsort(~flat, stable=True)
     fill = (0, -flat.size % size)
@@ -179,7 +204,11 @@ def _part(head: Head, columns: int, start: jax.Array, split: Split, dtype: jnp.d
 
 
 def _starts(head: Head, columns: int) -> tuple[jax.Array, jax.Array]:
-    """int32 [chunks]: where each begins, and the first column that the one before it did not have."""
+    """int32 [chunks]: where each begins, and the first column that the one before it did not have.
+
+    Chunks are all of one size, as a scan wants them, so the last one begins early where they do not divide the
+    vocabulary; the columns that it has again are masked.
+    """
     here = _columns(head)
     fresh = jnp.arange(0, here, columns, dtype=jnp.int32)
     return jnp.minimum(fresh, here - columns), fresh
@@ -191,7 +220,11 @@ def _first_column(head: Head, split: Split) -> jax.Array | int:
 
 
 def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, numbers):
-    """This device's ((loss, correct, entropy), log of the sum of exponentials), each [B, T]."""
+    """This device's ((loss, correct, entropy), log of the sum of exponentials), float32 [B, T] each.
+
+    cut: Chunks; split: Split; head: this device's part; hidden [B, T, D], targets int32 [B, T], wanted bool [B, T] and
+    numbers int32 [B, T], of its own tokens; rng as in `per_token`.
+    """
     order, real = _blocks(wanted, cut.tokens)
     rows, numbers = hidden.reshape(-1, hidden.shape[-1]), numbers.reshape(-1)
     targets = targets.reshape(-1)[order] - _first_column(head, split)
@@ -202,6 +235,7 @@ def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, numbers):
         ids = start + jnp.arange(cut.columns)
 
         def add(sums, positions, target):
+            """sums of one block; positions and target int32 [tokens]"""
             logits = unembed(part, rows[positions], rng, numbers[positions])
             logits = jnp.where(ids >= fresh, logits, LOWEST)
             best = jnp.argmax(logits, axis=-1)
@@ -209,7 +243,7 @@ def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, numbers):
             highest = jnp.maximum(sums.highest, top)
             shifted = logits - highest[:, None]
             exponentials = jnp.exp(shifted)
-            moved = sums.highest - highest
+            moved = sums.highest - highest  # 0, or negative where this chunk has a higher logit
             scale = jnp.exp(moved)
             at = jnp.clip(target - start, 0, cut.columns - 1)
             its = jnp.take_along_axis(logits, at[:, None], axis=-1)[:, 0]
@@ -217,18 +251,22 @@ def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, numbers):
             return Sums(
                 highest,
                 sums.exponentials * scale + exponentials.sum(axis=-1),
+                # sum of e (l - m') where m' = m - moved: each old term e (l - m) gains e moved, then all are rescaled.
                 (sums.moments + moved * sums.exponentials) * scale + jnp.sum(exponentials * shifted, axis=-1),
                 jnp.where(met, its, sums.target),
+                # Not of equals: the lower column stays, as argmax over all of them has it.
                 jnp.where(top > sums.highest, start + best.astype(jnp.int32), sums.best),
             )
 
         def over_tokens(_, block):
             sums, positions, target, there = block
+            # A conditional, not a mask: a block without a wanted token costs no product.
             new = jax.lax.cond(jnp.any(there), add, lambda sums, *_: sums, sums, positions, target)
             return None, new
 
         return jax.lax.scan(over_tokens, None, (sums, order, targets, real))[1], None
 
+    # Columns outside, tokens inside: a chunk of a split head is gathered once, not once for each block.
     zeros = jnp.zeros(order.shape, jnp.float32)
     first = Sums(zeros + LOWEST, zeros, zeros, zeros + LOWEST, jnp.zeros(order.shape, jnp.int32))
     sums, _ = jax.lax.scan(over_columns, first, _starts(head, cut.columns))
@@ -241,7 +279,11 @@ def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, numbers):
 
 
 def _over_vocabulary(sums: Sums, targets: jax.Array, split: Split):
-    """(highest, exponentials, moments, target, whether the best is the target) over the devices that share columns."""
+    """(highest, exponentials, moments, target, whether the best is the target) over the devices that share columns.
+
+    sums: this device's, [blocks, tokens] each; targets int32 [blocks, tokens], counted from its first column. The same
+    rescaling as between chunks; a device whose columns lack the target has LOWEST there, which the maximum passes over.
+    """
     if not split.vocabulary:
         return *sums[:4], sums.best == targets
     highest = jax.lax.pmax(sums.highest, split.vocabulary)
@@ -258,7 +300,10 @@ def _over_vocabulary(sums: Sums, targets: jax.Array, split: Split):
 
 
 def _back(values: jax.Array, order: jax.Array, real: jax.Array, like: jax.Array) -> jax.Array:
-    """[blocks, tokens, ...] in `order` -> [B, T, ...]; what fills the last block up is dropped."""
+    """values [blocks, tokens, ...] in `order`, int32 [blocks, tokens] -> [B, T, ...], the first two sides of `like`.
+
+    What fills the last block up is dropped.
+    """
     count = math.prod(like.shape)
     flat = values.reshape(-1, *values.shape[2:])[:count]
     out = jnp.zeros_like(flat).at[order.reshape(-1)[:count]].set(flat, unique_indices=True)
@@ -266,7 +311,10 @@ def _back(values: jax.Array, order: jax.Array, real: jax.Array, like: jax.Array)
 
 
 def _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms, gradient, numbers):
-    """This device's (gradient of its part of the head, of hidden [B, T, D])."""
+    """This device's (gradient of its part of the head, {path: array} in the head's dtypes, and of hidden [B, T, D]).
+
+    As `_forward`, with log_norms, its second result, and gradient, that of the losses, float32 [B, T] both.
+    """
     order, real = _blocks(wanted, cut.tokens)
     width = hidden.shape[-1]
     rows, numbers = hidden.reshape(-1, width), numbers.reshape(-1)
@@ -282,6 +330,7 @@ def _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms
         def add(d_part, d_block, positions, target, log_norm, gradient):
             its = numbers[positions]
             logits, pull = jax.vjp(lambda part, rows: unembed(part, rows, rng, its), part, rows[positions])
+            # d loss / d logits is the softmax less 1 at the target; what this token's loss counts is a factor.
             probabilities = jnp.exp(logits - log_norm[:, None])
             d_logits = (probabilities - (ids == target[:, None])) * gradient[:, None]
             d_logits = jnp.where(ids >= fresh, d_logits, 0)
@@ -299,10 +348,11 @@ def _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms
         d_part, d_rows = jax.lax.scan(over_tokens, zeros, blocks)
         return (_add_part(d_head, d_part, start, split, hidden.dtype), d_rows), None
 
+    # In float32: of thousands of blocks that are summed, bfloat16 would round the later ones away.
     d_head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
     d_rows = jnp.zeros((*order.shape, width), jnp.float32)
     (d_head, d_rows), _ = jax.lax.scan(over_columns, (d_head, d_rows), _starts(head, cut.columns))
-    if split.vocabulary:
+    if split.vocabulary:  # each device had its own columns' share of what hidden is to change by
         d_rows = jax.lax.psum(d_rows, split.vocabulary)
     d_head = {path: _of_shared(path, leaf, split).astype(head[path].dtype) for path, leaf in d_head.items()}
     return d_head, _back(d_rows, order, real, wanted).astype(hidden.dtype)

@@ -1,9 +1,45 @@
 """The count of a model's FLOPs against products counted one by one."""
 
-from ftjax.planning import flops
+import dataclasses
+
+import pytest
+from support.family_configs import CONFIGS
+from support.tiny import one_device
+
+from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
+from ftjax.models.params import abstract_params
+from ftjax.planning import advice, flops
 
 
 def test_pairs_of_a_row_counted_one_by_one():
     for length, window in [(7, None), (7, 3), (7, 7), (7, 100), (1, 1)]:
         pairs = sum(1 for q in range(length) for k in range(q + 1) if window is None or q - k < window)
         assert flops.visible_pairs(length, window) == pairs
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe, a dense layer first", "qwen3_moe, every second layer"])
+def test_unlike_layers_are_counted_one_by_one(name):
+    spec = spec_from_config(CONFIGS[name])
+    spec = dataclasses.replace(spec, layer_windows=(None, 4, *(None,) * (spec.num_hidden_layers - 2)))
+
+    def count(spec):
+        variables = {"params": abstract_params(Decoder(spec), one_device())}
+        return flops.count(spec, variables, lambda path: True, rows=2, length=16)
+
+    layers = [spec.of_layers([layer]) for layer in range(spec.num_hidden_layers)]
+    assert {layer.experts is None for layer in layers} == {True, False}
+    whole, alone = count(spec), [count(layer) for layer in layers]
+    head = 2.0 * 2 * 16 * spec.hidden_size * spec.vocab_size
+    assert whole.forward - head == pytest.approx(sum(one.forward - head for one in alone))
+    assert whole.attention == pytest.approx(sum(one.attention for one in alone))
+    # Each layer: attention's four kernels, and three of an MLP or of the experts that a token goes to, and the router.
+    for layer, one in zip(layers, alone):
+        heads = 2 * (spec.num_attention_heads + spec.num_key_value_heads) * spec.head_dim * spec.hidden_size
+        inner = layer.intermediate_size * (layer.experts.per_token if layer.experts else 1)
+        router = layer.experts.count * spec.hidden_size if layer.experts else 0
+        assert one.forward - head == pytest.approx(2 * 2 * 16 * (heads + 3 * inner * spec.hidden_size + router))
+    assert advice._inner(spec) == pytest.approx(
+        sum(layer.intermediate_size * (layer.experts.per_token if layer.experts else 1) for layer in layers)
+        / spec.num_hidden_layers
+    )

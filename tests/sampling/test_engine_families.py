@@ -1,4 +1,4 @@
-"""Greedy text of models with windows, two ropes, sinks and experts, learned positions: the tokens of transformers."""
+"""Greedy text of models with windows, ropes, sinks, experts, unlike layers, learned positions: transformers' tokens."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from ftjax.weights.source import open_source
 NEW = 12
 
 
-@pytest.fixture(scope="module", params=["gemma3", "gpt_oss", "phi3", "gpt2"])
+@pytest.fixture(scope="module", params=["gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer"])
 def case(request, tmp_path_factory):
     """(torch's model, ours, its variables)"""
     path = tmp_path_factory.mktemp("model")

@@ -7,6 +7,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,6 +202,7 @@ class StoredAdapter:
     settings: Settings
     modules: dict[str, Key]  # what is adapted
     ranks: dict[str, list[int]]  # of each layer of a module
+    layers: dict[str, list[str]]  # and its name, by which peft's patterns find it
     saved: dict[str, Key]  # parameters that were trained whole
     multimodal: bool
     copies: dict[str, str]  # tensors of the base that are there again: {their names: Hugging Face's}
@@ -218,14 +220,13 @@ class StoredAdapter:
         lora_leaves: dict[str, list[np.ndarray]] = {}
         settings = self.settings
         for module, key in self.modules.items():
-            for place, rank in zip(key.places(), self.ranks[module], strict=True):
+            for place, rank, layer in zip(key.places(), self.ranks[module], self.layers[module], strict=True):
                 own = peft_keys.parts(module, key, place, rank, settings.dora, self.multimodal)
                 for part, (name, _) in own.items():
                     missing = self.rank(module) - rank
                     pad = {"lora_a": [(0, 0), (0, missing)], "lora_b": [(0, missing), (0, 0)]}.get(part, [(0, 0)])
                     lora_leaves.setdefault(f"{module}/{part}", []).append(np.pad(self._read(name).T, pad))
-                name = key.numbered(peft_keys.module_name(key, self.multimodal), place)
-                alpha = peft_config.by_pattern(settings.alpha_pattern, name, settings.alpha)
+                alpha = peft_config.by_pattern(settings.alpha_pattern, layer, settings.alpha)
                 scale = np.float32(lora.scale(rank, alpha, settings.rslora))
                 lora_leaves.setdefault(f"{module}/lora_scale", []).append(scale)
         out = {}
@@ -276,18 +277,18 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     stored = SafetensorsFile(file)
     multimodal = inside_multimodal(spec) and any(".language_model." in name for name in stored.names())
     expected: dict[str, tuple[int, ...]] = {}
-    modules, ranks, copies, names = {}, {}, {}, []
+    modules, ranks, layers, copies = {}, {}, {}, {}
+    parameters = peft_keys.as_parameters(keys, spec) if config.get("target_parameters") else set()
     for module, key in keys.items():
         template = peft_keys.module_name(key, multimodal)
-        layers = _layers(key, multimodal)
-        of_layers = [peft_config.by_pattern(settings.rank_pattern, name, settings.rank) for name in layers]
+        names = [f"{name}.weight" if module in parameters else name for name in peft_keys.layer_names(key, multimodal)]
+        of_layers = [peft_config.by_pattern(settings.rank_pattern, name, settings.rank) for name in names]
         own = {}
         for place, rank in zip(key.places(), of_layers):
             own |= dict(peft_keys.parts(module, key, place, rank, settings.dora, multimodal).values())
-        if not own.keys() & stored.names() and not peft_config.is_target(layers[0], config):
+        if not own.keys() & stored.names() and not peft_config.is_target(names[0], config):
             continue
-        modules[module], ranks[module], expected = key, of_layers, expected | own
-        names += layers
+        modules[module], ranks[module], layers[module], expected = key, of_layers, names, expected | own
         if module in (EMBEDDING, HEAD) and (copy := f"{PREFIX}{template}.base_layer.weight") in stored.names():
             copies[copy], expected[copy] = key.name(()), key.shape
     saved = _saved(settings, spec, multimodal)
@@ -297,7 +298,7 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
         expected[f"{PREFIX}{HEAD}.weight"] = keys[EMBEDDING].shape
     problems = _problems(stored, expected)
     for name in ("rank_pattern", "alpha_pattern"):
-        unused = peft_config.unmatched(getattr(settings, name), names)
+        unused = peft_config.unmatched(getattr(settings, name), itertools.chain(*layers.values()))
         problems += [f"not used: {name} {one!r}" for one in unused]
     problems += [f"not used: modules_to_save {one!r}" for one in _unused(settings, spec, saved, multimodal)]
     if not modules:
@@ -312,7 +313,7 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
             + "\nUse the base that it was trained on, and an adapter of the linear layers in every layer; a tied head "
             "is trained as modules_to_save with ensure_weight_tying."
         )
-    adapter = StoredAdapter(path, config, settings, modules, ranks, saved, multimodal, copies, stored)
+    adapter = StoredAdapter(path, config, settings, modules, ranks, layers, saved, multimodal, copies, stored)
     head = f"{PREFIX}{HEAD}.weight"
     if f"{EMBEDDING}/embedding" in saved and spec.tie_word_embeddings:
         embedding = peft_keys.whole_name(saved[f"{EMBEDDING}/embedding"], (), multimodal)
@@ -324,24 +325,19 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     return adapter
 
 
-def _layers(key: Key, multimodal: bool) -> list[str]:
-    """transformers' names of a parameter's module in each layer, in the order of `key.places()`."""
-    return [key.numbered(peft_keys.module_name(key, multimodal), place) for place in key.places()]
-
-
 def _saved(settings: Settings, spec: DecoderSpec, multimodal: bool) -> dict[str, Key]:
     """The parameters that modules_to_save names, as peft does: by the end of their module's name, with no dot asked."""
     found = {
         path: key
         for path, key in hf_names(spec).items()
-        if any(_layers(key, multimodal)[0].endswith(name) for name in settings.modules_to_save)
+        if any(peft_keys.layer_names(key, multimodal)[0].endswith(name) for name in settings.modules_to_save)
     }
     _refuse_experts(list(found))
     return found
 
 
 def _unused(settings: Settings, spec: DecoderSpec, saved: dict[str, Key], multimodal: bool) -> list[str]:
-    modules = {name for key in saved.values() for name in _layers(key, multimodal)}
+    modules = {name for key in saved.values() for name in peft_keys.layer_names(key, multimodal)}
     if spec.tie_word_embeddings and f"{EMBEDDING}/embedding" in saved:
         modules.add(HEAD)
     return [name for name in settings.modules_to_save if not any(module.endswith(name) for module in modules)]

@@ -45,6 +45,7 @@ _READ = {  # by `settings_of`
     "modules_to_save",
     "r",
     "rank_pattern",
+    "target_parameters",
     "use_dora",
     "use_rslora",
 }
@@ -95,12 +96,17 @@ def adapter_config(
     alpha, alpha_pattern = _patterns(alphas, keys, spec, multimodal)
     names = peft_keys.modules_to_save(saved, spec, multimodal) if saved else []
     tied = spec.tie_word_embeddings and EMBEDDING in saved
+    parameters = peft_keys.target_parameters(layers, spec, multimodal)
+    if parameters and dora:
+        raise UserError(
+            f"{parameters[0]}: peft has no DoRA of dense layers beside a mixture; use --format merged or hf"
+        )
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0 if parameters else dropout,  # which peft has not for parameters; a new run has its own
         "bias": "none",
         "use_rslora": rslora,
         "use_dora": dora,
@@ -114,6 +120,7 @@ def adapter_config(
         "init_lora_weights": True,
         # peft's name for a base layer stored as [in, out]; the adapter's own matrices are as ever.
         "fan_in_fan_out": peft_keys.is_conv1d({module: keys[module] for module in layers}),
+        **({"target_parameters": parameters} if parameters else {}),
         **({"ensure_weight_tying": True} if tied else {}),  # left out where older versions of peft can do without
     }
 
@@ -141,8 +148,7 @@ def _patterns(
             found |= dict.fromkeys(peft_keys.patterns(modules, spec, multimodal), own.pop())
             continue
         for module in modules:
-            places = keys[module].places()
-            names = [peft_keys.pattern_of_layer(keys[module], place, multimodal) for place in places]
+            names = peft_keys.patterns_of_layers(module, spec, multimodal)
             found |= dict(zip(names, values[module], strict=True))
     return common, {name: value for name, value in found.items() if value != common}
 
@@ -157,6 +163,8 @@ def settings_of(path: Path, config: dict[str, Any], spec: DecoderSpec, conv1d: b
     problems = [f"{name}={config.get(name)!r}" for name in _REQUIRED if not _allowed(name, config)]
     known = _HARMLESS | _READ | _REQUIRED.keys()
     problems += [f"{name}={value!r}" for name, value in sorted(config.items()) if name not in known and value]
+    if not _only_dense(config.get("target_parameters"), spec):
+        problems.append(f"target_parameters={config['target_parameters']!r}")
     if not _all_layers(config, spec):
         problems += [f"layers_to_transform={config['layers_to_transform']!r} (every layer must be adapted)"]
     if problems:
@@ -207,14 +215,25 @@ def unmatched(patterns: Mapping[str, float], names: Iterable[str]) -> list[str]:
 
 
 def is_target(name: str, config: dict[str, Any]) -> bool:
-    """Whether a list of target_modules names the module `name`, one layer's for all of its stack.
+    """Whether a list of target_modules, or of target_parameters, names this module or parameter.
 
-    A regular expression (a string) is left to the keys.
+    One layer's name stands for all of its stack. A regular expression (a string) is left to the keys.
     """
-    targets = config.get("target_modules")
+    targets = config.get("target_parameters" if name.endswith(".weight") else "target_modules")
     if not isinstance(targets, list) or config.get("exclude_modules"):
         return False
     return any(isinstance(target, str) and f".{name}".endswith(f".{target}") for target in targets)
+
+
+def _only_dense(targets: Any, spec: DecoderSpec) -> bool:
+    """Whether target_parameters names nothing but what is written there, too."""
+    adaptable = peft_keys.adaptable(spec)
+    keys = [adaptable[module] for module in peft_keys.as_parameters(adaptable, spec)]
+    names = [f".{name}.weight" for key in keys for name in peft_keys.layer_names(key, False)]
+    return not targets or (
+        isinstance(targets, list)
+        and all(isinstance(one, str) and any(name.endswith(f".{one}") for name in names) for one in targets)
+    )
 
 
 def _all_layers(config: dict[str, Any], spec: DecoderSpec) -> bool:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 
 from ftjax.lora import linear_kernels
+from ftjax.models.groups import stacks
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.hf.keys import Key, hf_names
 
@@ -22,6 +23,16 @@ def adaptable(spec: DecoderSpec) -> dict[str, Key]:
 def is_conv1d(modules: dict[str, Key]) -> bool:
     """Whether linear layers are stored as [in, out] (GPT-2), which peft notes as fan_in_fan_out."""
     return not all(key.transposed for module, key in modules.items() if module != EMBEDDING)
+
+
+def as_parameters(modules: Iterable[str], spec: DecoderSpec) -> set[str]:
+    """Those of `modules` that peft can only be told of as parameters: MLPs of dense layers beside a mixture.
+
+    With transformers 5, peft takes any name that ends with "up_proj" for a part of a mixture's experts, which are one
+    parameter there. Named by its weight in target_parameters a dense layer is left alone; its tensors are the same.
+    """
+    mixture = any(stack.spec.experts for stack in stacks(spec))
+    return {module for module in modules if mixture and "/mlp/" in module}
 
 
 def tensor_name(key: Key, multimodal: bool) -> str:
@@ -65,9 +76,15 @@ def target_modules(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) 
     peft takes a name for every module that is it or ends with a dot and it. So a name is as short as it can be:
     "q_proj", but "attn.c_proj" where GPT-2's other c_proj is not adapted. A multimodal model has a vision tower with
     such names too, and gets whole names, one for each layer; so do layers of one stack alone, where those of another
-    have the same names.
+    have the same names. Without those of `target_parameters`.
     """
+    modules = set(modules) - as_parameters(modules, spec)
     return _listed(modules, spec, multimodal, dotted=True)
+
+
+def target_parameters(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> list[str]:
+    """Likewise the weights of those in `as_parameters`."""
+    return [f"{name}.weight" for name in _listed(as_parameters(modules, spec), spec, multimodal, dotted=True)]
 
 
 def modules_to_save(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> list[str]:
@@ -76,16 +93,26 @@ def modules_to_save(modules: Iterable[str], spec: DecoderSpec, multimodal: bool)
 
 
 def patterns(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> list[str]:
-    """Keys of rank_pattern for `modules` in all their layers; to peft each is a regular expression of a name's end."""
+    """Keys of rank_pattern for `modules` of one name in all their layers.
+
+    To peft each is a regular expression of the end of a name, which is a parameter's for those in `as_parameters`.
+    """
+    end = r"\.weight" if as_parameters(modules, spec) else ""
     if not multimodal:
-        return [re.escape(name) for name in _listed(modules, spec, multimodal, dotted=True)]
+        return [re.escape(name) + end for name in _listed(modules, spec, multimodal, dotted=True)]
     names = _names(spec, multimodal)
     return sorted({re.escape(names[module][0]).replace(r"\{\}", r"\d+") for module in modules})
 
 
-def pattern_of_layer(key: Key, place: tuple[int, ...], multimodal: bool) -> str:
-    """A key of rank_pattern for one layer alone."""
-    return re.escape(key.numbered(module_name(key, multimodal), place))
+def patterns_of_layers(module: str, spec: DecoderSpec, multimodal: bool) -> list[str]:
+    """Keys of rank_pattern for each layer alone, in the order of the module's layers."""
+    end, key = r"\.weight" if as_parameters([module], spec) else "", adaptable(spec)[module]
+    return [re.escape(name) + end for name in layer_names(key, multimodal)]
+
+
+def layer_names(key: Key, multimodal: bool) -> list[str]:
+    """transformers' names of a parameter's module in each layer, in the order of `key.places()`."""
+    return [key.numbered(module_name(key, multimodal), place) for place in key.places()]
 
 
 def _names(spec: DecoderSpec, multimodal: bool) -> dict[str, tuple[str, Key]]:

@@ -245,6 +245,7 @@ INEXPRESSIBLE = {
     "scales of GPT-2": (CONFIGS["gpt2"], "no word for its attention_scales"),
     "activation": (CONFIGS["llama"] | {"hidden_act": "gelu"}, "no word for its hidden_act 'gelu'"),
     "router": (CONFIGS["qwen3_moe"] | {"norm_topk_prob": False}, "no word for its experts"),
+    "dense layers": (CONFIGS["qwen3_moe, a dense layer first"], "'qwen3moe' of GGUF has no place for model.layers"),
     "other Llama 3 limits": (
         CONFIGS["llama"] | {"rope_parameters": CONFIGS["llama 3.1, biases, odd heads"]["rope_parameters"]
                             | {"high_freq_factor": 3.0, "original_max_position_embeddings": 64}},

@@ -36,6 +36,11 @@ NAMES = {
     "gpt2": ["c_attn", "c_fc", "c_proj"],
     "gemma3": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
     "mixtral": ["k_proj", "o_proj", "q_proj", "v_proj"],
+    "qwen3_moe, a dense layer first": ["k_proj", "o_proj", "q_proj", "v_proj"],
+}
+# What peft would take for experts by the name of its module.
+PARAMETERS = {
+    "qwen3_moe, a dense layer first": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
 }
 TOKENS = documents(0, [12])[0][0]
 
@@ -111,6 +116,7 @@ def test_peft_computes_what_we_do_from_what_we_write(case, tmp_path, record_figu
     write(tmp_path / "out", case.ours, case.spec)
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["target_modules"] == NAMES[case.name]
+    assert config.get("target_parameters") == PARAMETERS.get(case.name)
     assert config["fan_in_fan_out"] is (case.name == "gpt2")
     model = PeftModel.from_pretrained(fresh(case), tmp_path / "out")
     assert len(adapted_layers(model)) == case.layers
@@ -122,8 +128,11 @@ def test_peft_computes_what_we_do_from_what_we_write(case, tmp_path, record_figu
 
 def test_we_compute_what_peft_does_from_what_it_writes(case, tmp_path, record_figure):
     # Of a mixture peft's own "all-linear" takes the experts too, which are refused here.
-    targets = NAMES["mixtral"] if case.name == "mixtral" else "all-linear"
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+    targets = NAMES[case.name] if case.spec.experts else "all-linear"
+    parameters = PARAMETERS.get(case.name)
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=targets, target_parameters=parameters, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(fresh(case), config).eval()
     torch.manual_seed(1)
     with torch.no_grad():

@@ -33,6 +33,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
+    # Of patterns of parameters peft says that they are ignored, and follows them.
+    pytest.mark.filterwarnings(r"ignore:The following rank_pattern keys .* ignored. .'mlp.*weight':RuntimeWarning"),
 ]
 
 TOKENS = documents(0, [12])[0][0]
@@ -125,6 +127,28 @@ OURS = {
         "gpt2",
         {"rank": 3, "rslora": True, "rank_pattern": (("self_attn/o_proj", 5),)},
         {"r": 3, "rank_pattern": {r"attn\.c_proj": 5}},
+    ),
+    "patterns of unlike layers": (
+        "qwen3_moe, a dense layer first",
+        {"rank": 3, "alpha": 6.0, "rank_pattern": (("dense_0", 2),), "alpha_pattern": (("o_proj", 1.5),)},
+        {
+            "r": 3,
+            "rank_pattern": {
+                **{rf"model\.layers\.0\.self_attn\.{name}_proj": 2 for name in "qkvo"},
+                **{rf"mlp\.{name}_proj\.weight": 2 for name in ("gate", "up", "down")},
+            },
+            "alpha_pattern": {"o_proj": 1.5},
+            "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"],
+            "target_parameters": [f"mlp.{name}_proj.weight" for name in ("down", "gate", "up")],
+        },
+    ),
+    "some of unlike layers": (
+        "qwen3_moe, every second layer",
+        {"rank": 3, "targets": "sparse_1/self_attn/[qv]_proj", "modules_to_save": ("input_layernorm", "norm")},
+        {
+            "target_modules": [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (1, 3) for name in "qv"],
+            "modules_to_save": ["input_layernorm", "model.norm"],
+        },
     ),
     "tied embedding": ("llama", {"rank": 3, "targets": "embed_tokens,q_proj"}, {"modules_to_save": None}),
     "scaled embedding": ("gemma3", {"rank": 3, "targets": "embed_tokens"}, {"target_modules": ["embed_tokens"]}),
@@ -249,6 +273,14 @@ THEIRS = {
     "whole tied embedding": (
         "llama",
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "unlike layers": (
+        "qwen3_moe, every second layer",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.up_proj.weight"],
+            "alpha_pattern": {r"layers\.2\.self_attn\.q_proj": 8},
+        },
     ),
     "every layer by number": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [0, 1, 2]}),
 }
