@@ -1,4 +1,4 @@
-"""What every command line shares: flags, and mistakes told in one message instead of a traceback."""
+"""What every command line shares: flags, and mistakes reported in one message instead of a traceback."""
 
 import logging
 import re
@@ -43,7 +43,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 1, f"error: {error}"
     if isinstance(error, UserError):
         return EXIT_MISTAKE, f"error: {error}"
-    if isinstance(error, OSError):  # a full disk, a file that went away: nothing that a traceback would explain
+    if isinstance(error, OSError):  # a full disk, a file that went away: a traceback would explain nothing
         return 1, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "interrupted"
@@ -53,7 +53,7 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 def config_of(flag: flags.FlagHolder) -> ConfigDict:
-    """The value of a config-file flag; UserError where it was not given or its file does not load."""
+    """The value of a config-file flag; UserError where it is missing or its file does not load."""
     if not flag.present:
         raise UserError("--config is missing; for example --config configs/quickstart.py")
     try:
@@ -88,8 +88,8 @@ _CAST = re.compile(
 
 def _mistyped(key: str, value: str, given: str, wanted: str) -> str:
     if wanted == "tuple" and given != "list":
-        one = repr(value) if given == "str" else "{...}" if given.endswith(("dict", "ConfigDict")) else value.strip()
-        return f"{key} must be a tuple, also where it holds only one; write ({one},)"
+        entry = repr(value) if given == "str" else "{...}" if given.endswith(("dict", "ConfigDict")) else value.strip()
+        return f"{key} must be a tuple, also where it holds only one; write ({entry},)"
     return f"{key} must be of the type {wanted}, and {' '.join(value.split())!r} is of {given.rsplit('.', 1)[-1]}"
 
 

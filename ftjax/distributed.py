@@ -1,14 +1,14 @@
-"""Several processes that run one program: how they find each other, meet, tell each other things, and end together.
+"""Several processes that run one program: how they find each other, synchronize, exchange text, and end together.
 
-A run on one machine is one process; then nothing here costs anything, and nobody is waited for. On several hosts every
-one of them starts the same command. `connected` makes them one run, before any device is used. From then on:
+A run on one machine is one process; everything here then returns at once. On several hosts the same command is started
+on each. `connected` joins the processes to one run, before any device is used. From then on:
 
-- what they do in step goes through `Meetings`, all of which have a time limit;
-- an error in one of them, told to the others, ends all, with its exit status and its message;
-- one that is killed or lost is missed within the heartbeat's time limit, and JAX then ends the others.
+- whatever they do in step goes through `Meetings`, every one of which has a time limit;
+- an error in one process is reported to the others and ends all of them, with its exit status and its message;
+- a process that is killed or lost is noticed within the heartbeat's time limit, and JAX then ends the others.
 
-JAX offers the client of its coordination service in no public place, nor its description of a cluster before
-`jax.distributed.initialize`: both are used here, and nowhere else.
+The client of JAX's coordination service and its cluster detection before `jax.distributed.initialize` are not public;
+they are used in this module only. What is public, a barrier across devices, hangs when one process has failed.
 """
 
 import contextlib
@@ -32,34 +32,34 @@ from ftjax import cli
 from ftjax.errors import TransientError, UserError
 
 LIMIT_SECONDS = 600.0  # how long one process waits for another
-LOADING_SECONDS = 6 * 3600.0  # and for the one that is slowest to tokenize or to read the weights
+LOADING_SECONDS = 6 * 3600.0  # the same where processes tokenize or read weights, each at its own speed
 
-_OVER = "ftjax/over"  # the key that tells that the run has ended, and how
+_OVER = "ftjax/over"  # the key whose value says that the run has ended, and how
 _ENDED_WELL = "well"
-_GOODBYE_SECONDS = 5.0  # how long the first process, without which no other can go on, waits for them to leave
+_GOODBYE_SECONDS = 5.0  # process 0 serves the keys and barriers, so it leaves last, after at most this long
 
 
 class Cluster(NamedTuple):
-    """Where this process stands among those of the run."""
+    """The processes of a run, and which of them this one is."""
 
     coordinator: str  # HOST:PORT of process 0
     processes: int
     process: int
-    devices: tuple[int, ...] | None = None  # the host's devices that are this process's; None: all
+    devices: tuple[int, ...] | None = None  # local ids of the devices that this process uses; None: all
 
 
 def count() -> int:
-    """How many processes the run has. (`jax.process_count` asks the same of the devices, and so starts them.)"""
+    """The number of processes. (`jax.process_count` would start the devices, which must come after `connected`.)"""
     return distributed.global_state.num_processes if distributed.global_state.client is not None else 1
 
 
 def index() -> int:
-    """Which of them this one is."""
+    """The number of this process, from 0."""
     return distributed.global_state.process_id if distributed.global_state.client is not None else 0
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks for all."""
+    """Whether this is process 0, which alone writes files and prints."""
     return index() == 0
 
 
@@ -71,21 +71,21 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", None, "on several hosts: HOST:PORT of process 0 (or FTJAX_COORDINATOR)")
     flags.DEFINE_integer("processes", None, "on several hosts: how many processes (or FTJAX_PROCESSES)", lower_bound=1)
     flags.DEFINE_integer("process", None, "on several hosts: which one this is (or FTJAX_PROCESS)", lower_bound=0)
-    flags.DEFINE_integer("heartbeat_timeout", 60, "seconds after which a silent process is lost", lower_bound=5)
+    flags.DEFINE_integer("heartbeat_timeout", 60, "seconds after which a silent process counts as lost", lower_bound=5)
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all processes at the start", lower_bound=1)
 
 
-def find(coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> Cluster | None:
+def find_cluster(coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> Cluster | None:
     """The run that this process is a part of, None where it is alone.
 
-    What is not given is read from FTJAX_COORDINATOR, FTJAX_PROCESSES and FTJAX_PROCESS, then found as JAX finds it: on
-    TPU pods, under SLURM, Open MPI and in GKE's JobSets. timeout: seconds to wait for the coordinator's name.
-    Raises UserError for a description that is incomplete or contradicts itself.
+    Arguments that are None are read from FTJAX_COORDINATOR, FTJAX_PROCESSES and FTJAX_PROCESS. Where nothing is set,
+    the cluster is detected as JAX does: on TPU pods, under SLURM, Open MPI and in GKE's JobSets.
+    timeout: seconds to wait for the coordinator's name. Raises UserError for an incomplete or contradictory cluster.
     """
     coordinator = coordinator or os.environ.get("FTJAX_COORDINATOR")
     processes = _number("FTJAX_PROCESSES") if processes is None else processes
     if process is None:
-        # Who names the coordinator need not number the processes where the scheduler does.
+        # Where the coordinator is given, the process number may still come from the scheduler.
         names = ["FTJAX_PROCESS", *(["JOB_COMPLETION_INDEX", "SLURM_PROCID"] if coordinator or processes else [])]
         process = next((number for name in names if (number := _number(name)) is not None), None)
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
@@ -111,29 +111,30 @@ def _number(name: str) -> int | None:
 
 
 def _detected(timeout: int) -> Cluster | None:
-    kinds = {kind.name: kind for kind in ClusterEnv._cluster_types}
+    environments = {environment.name: environment for environment in ClusterEnv._cluster_types}
     names = ["ompi", "slurm", "gketpu", "gcetpu"]
-    # JAX asks the cluster's API server with this package; a Job's pods have the index, any other pod is alone.
+    # JAX asks Kubernetes' API server with this package. Pods outside of an indexed Job lack the variable and are alone.
     if "JOB_COMPLETION_INDEX" in os.environ and importlib.util.find_spec("kubernetes"):
         names.append("k8s")
     for name in names:
-        kind = kinds[name]
+        environment = environments[name]
         try:
-            if not kind.is_env_present():
+            if not environment.is_env_present():
                 continue
-            processes = kind.get_process_count()
-        except OSError:  # a TPU that is no Google Cloud VM has no metadata server; `check` sees whether that was wrong
+            processes = environment.get_process_count()
+        except OSError:  # no metadata server, as on a TPU outside Google Cloud; `check` later notices a missed cluster
             continue
         if processes == 1:
             return None
         port = os.environ.get("JAX_COORDINATOR_PORT")
-        coordinator = kind.get_coordinator_address(timeout_secs=timeout, override_coordinator_port=port)
-        return Cluster(coordinator, processes, kind.get_process_id(), _devices(name, kind.get_local_process_id()))
+        coordinator = environment.get_coordinator_address(timeout_secs=timeout, override_coordinator_port=port)
+        devices = _devices(name, environment.get_local_process_id())
+        return Cluster(coordinator, processes, environment.get_process_id(), devices)
     return None
 
 
 def _devices(name: str, local: int | None) -> tuple[int, ...] | None:
-    """JAX's rule is one GPU a process, which is wrong where one process has the node, or sees only its own GPU."""
+    """JAX gives each process one GPU, which is wrong for the only process of a node, or one that sees only its GPU."""
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
     alone = name == "slurm" and all(part.partition("(")[0] == "1" for part in tasks.split(","))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -144,14 +145,14 @@ def _devices(name: str, local: int | None) -> tuple[int, ...] | None:
 
 @contextlib.contextmanager
 def connected(values: flags.FlagValues) -> Iterator[None]:
-    """The body of a command line, as one of several processes where there are several; see `find`.
+    """Runs the body of a command line as one of several processes where there are several; see `find_cluster`.
 
-    An error in the block, of whatever kind, then ends all processes at once, wherever they are: with several of them
-    this does not return from an error, but ends this process with the exit status that `cli.run` would give.
+    With several processes, an error of any kind in the block ends all of them at once: this then does not return, but
+    ends this process with the exit status that `cli.run` would give.
 
-    When not all processes come within --start_timeout, this ends the process as a UserError would.
+    When not all processes come within --start_timeout, this ends the process with status 1 and a message.
     """
-    cluster = find(values.coordinator, values.processes, values.process, values.start_timeout)
+    cluster = find_cluster(values.coordinator, values.processes, values.process, values.start_timeout)
     if cluster is None:
         yield
         return
@@ -171,13 +172,13 @@ def connected(values: flags.FlagValues) -> Iterator[None]:
 
 def refuse_several(what: str) -> None:
     """UserError where this process was started as one of several."""
-    cluster = find(None, None, None, timeout=10)
+    cluster = find_cluster(None, None, None, timeout=10)
     if cluster is not None:
         raise UserError(f"{what} runs in one process, and this is one of {cluster.processes}; start it on one host")
 
 
 def check() -> None:
-    """UserError when the devices know of processes that `connected` did not find; to be called once they are in use."""
+    """UserError when the devices belong to more processes than `connected` found; call it once devices are in use."""
     if jax.process_count() != count():
         raise UserError(
             f"the devices are those of {jax.process_count()} processes and this run has {count()}; on a TPU pod, start "
@@ -186,9 +187,9 @@ def check() -> None:
 
 
 def _connect(cluster: Cluster, start_timeout: int, heartbeat_timeout: int) -> None:
-    # Gloo is what lets CPU devices of several processes compute together; other devices do not look at this.
+    # CPU devices of several processes need Gloo to compute together; other devices ignore the setting.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # When its own limit is over, JAX aborts the process from within; ours comes first, and says what to do.
+    # At JAX's own time limit its C++ code aborts the process. This timer fires first, with a message that helps.
     limit = threading.Timer(start_timeout, _give_up, [cluster, start_timeout])
     limit.daemon = True
     limit.start()
@@ -216,7 +217,7 @@ def _give_up(cluster: Cluster, seconds: int) -> None:
         f"within {seconds} seconds. Start the same command on every host, each with its own number, and let them reach "
         "that port"
     )
-    os._exit(1)  # as for TransientError; the main thread is in JAX, which nothing interrupts
+    os._exit(1)  # the status of a TransientError; the main thread is inside JAX, where no exception reaches it
 
 
 # How they end
@@ -233,16 +234,16 @@ def _ending_all(client: Any, failing: threading.Event) -> Iterator[None]:
             failing.set()
             status, text = cli.explain(sys.exception())
             _say(text)
-            told = json.dumps({"process": index(), "status": status, "text": text})
-            with contextlib.suppress(JaxRuntimeError):  # another was first, or there is nobody left to be told
-                client.key_value_set(_OVER, told)
+            failure = json.dumps({"process": index(), "status": status, "text": text})
+            with contextlib.suppress(JaxRuntimeError):  # another process failed first, or the coordinator is gone
+                client.key_value_set(_OVER, failure)
             _leave(client, status)
 
 
 def _watch(client: Any, failing: threading.Event) -> None:
-    """Waits, in a thread of its own, for the end of the run, and ends this process if it was a failure elsewhere.
+    """Waits, in its own thread, for the end of the run, and ends this process if another one failed.
 
-    The main thread may be waiting for the one that failed, inside of a computation that nothing can interrupt.
+    The main thread cannot do that: it may be inside a computation, waiting for the failed process without end.
     """
     while True:
         try:
@@ -253,28 +254,28 @@ def _watch(client: Any, failing: threading.Event) -> None:
                 return  # the coordinator is gone: JAX ends this process
     if over == _ENDED_WELL or failing.is_set():
         return
-    told = json.loads(over)
-    _say(f"ended with process {told['process']}, which said:\n{told['text']}")
-    _leave(client, told["status"])
+    failure = json.loads(over)
+    _say(f"ended with process {failure['process']}, which said:\n{failure['text']}")
+    _leave(client, failure["status"])
 
 
 def _leave(client: Any, status: int) -> None:
-    """Ends this process; the first one, which is the coordinator, a little after the others."""
+    """Ends this process; process 0, the coordinator, after the others, or JAX would report its loss as their error."""
     with contextlib.suppress(JaxRuntimeError):
         client.key_value_set(f"ftjax/left/{index()}", "", allow_overwrite=True)
         deadline = time.monotonic() + _GOODBYE_SECONDS
         while is_first() and time.monotonic() < deadline and len(client.key_value_dir_get("ftjax/left/")) < count():
             time.sleep(0.05)
         if is_first():
-            time.sleep(0.2)  # between the last word of the last one and its end
+            time.sleep(0.2)  # the last process has written its key and needs a moment to exit
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    # Not `sys.exit`: at the interpreter's end JAX would wait for processes that are gone, or stuck.
+    # Not `sys.exit`: JAX's exit handlers would wait for processes that are gone or stuck.
     os._exit(status)
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # whoever read it may be gone, and the end must come all the same
+    with contextlib.suppress(OSError):  # the reader of a pipe may be gone; the process must still end
         print(text, file=sys.stderr, flush=True)
 
 
@@ -282,9 +283,10 @@ def _say(text: str) -> None:
 
 
 class Meetings:
-    """Meetings under one name: all processes go through the same ones in the same order, each in one thread.
+    """Barriers and exchanges of text, under one name: all processes go through them in the same order, in one thread.
 
-    A second thread needs a name of its own. With a single process nothing here does anything.
+    Each is numbered, which is how the processes' calls find each other; so a second thread needs another name. With a
+    single process nothing is waited for.
     """
 
     def __init__(self, name: str):
@@ -293,9 +295,9 @@ class Meetings:
 
     @contextlib.contextmanager
     def together(self, what: str, limit: float | None = None) -> Iterator[None]:
-        """The processes end this block together: its failure in one of them is an OSError in all others.
+        """A barrier at the end of the block: a failure in one process is an OSError in all others.
 
-        Raises OSError, too, when one has not come within `limit` seconds (by default LIMIT_SECONDS).
+        Raises OSError also when a process has not come within `limit` seconds (by default LIMIT_SECONDS).
         """
         failed = True
         try:
@@ -303,15 +305,15 @@ class Meetings:
             failed = False
         finally:
             if count() > 1:
-                # A process that failed tells the others, whose error it is to raise; its own is already on the way.
+                # A process that failed reports it and goes on with its own error; the others raise one.
                 others = self._meet(what, failed, limit)
                 if others and not failed:
                     raise OSError(f"{what}: failed in process {', '.join(others)}; its own message says why")
 
     def tell(self, text: str | None, limit: float | None = None) -> str:
-        """What the first process has in `text`, in every process (the others' own `text` does not matter).
+        """Broadcasts: returns process 0's `text` in every process (the others' own `text` is ignored).
 
-        Raises OSError when it has not come within `limit` seconds.
+        Raises OSError when it has not arrived within `limit` seconds.
         """
         if count() == 1:
             return text
@@ -322,10 +324,10 @@ class Meetings:
         try:
             return client.blocking_key_value_get(name, _milliseconds(limit))
         except JaxRuntimeError as error:
-            raise OSError(f"process 0 did not tell what the others wait for ({error})") from error
+            raise OSError(f"process 0 did not send what the others wait for ({error})") from error
 
     def collect(self, text: str, limit: float | None = None) -> list[str]:
-        """In the first process the `text` of each, in order; in the others []. Raises OSError as `together` does."""
+        """Gathers: in process 0 the `text` of each process, in order; elsewhere []. Raises OSError as `together`."""
         if count() == 1:
             return [text]
         client, name = self._next("collect")
@@ -336,11 +338,11 @@ class Meetings:
             texts = [client.blocking_key_value_get(f"{name}/{i}", _milliseconds(limit)) for i in range(count())]
             client.key_value_delete(f"{name}/")
         except JaxRuntimeError as error:
-            raise OSError(f"not every process told the first what it waits for ({error})") from error
+            raise OSError(f"not every process sent what process 0 waits for ({error})") from error
         return texts
 
     def _meet(self, what: str, failed: bool, limit: float | None) -> list[str]:
-        """The processes that have failed; OSError when not all come in time, unless this one has its own error."""
+        """The numbers of the processes that failed; OSError when not all come in time, unless this one failed."""
         client, name = self._next("together")
         try:
             if failed:
@@ -361,5 +363,5 @@ def _milliseconds(limit: float | None) -> int:
     return int((LIMIT_SECONDS if limit is None else limit) * 1000)
 
 
-_MAIN = Meetings("main")  # of the main thread
+_MAIN = Meetings("main")  # the main thread's
 together, tell, collect = _MAIN.together, _MAIN.tell, _MAIN.collect

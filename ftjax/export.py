@@ -5,16 +5,15 @@
     python -m ftjax.export --workdir runs/quickstart --format hf     --out model       the model, however it was trained
     python -m ftjax.export --workdir runs/quickstart --format gguf   --out model.gguf  for llama.cpp, Ollama, ...
 
-`merged` and `hf` write a whole Hugging Face model: `hf` of any run (a fine-tuned one as it is, an adapter merged),
-`merged` only of a run with an adapter, so that it cannot be mistaken. They are stored as the base's own files are
-(a bfloat16 model stays one), or a GGUF base as the run holds it; --dtype float32 keeps every bit that training of the
-whole model made.
+`merged` and `hf` write a whole Hugging Face model: `hf` of any run (a fully fine-tuned model as it is, an adapter
+merged), `merged` only of a run with an adapter. The dtype is that of the base's files (bfloat16 stays bfloat16), or of
+the run where the base is a GGUF; --dtype float32 keeps every bit that was trained.
 
 What is written is read back and compared before it takes its name; an --out that exists is never overwritten. Whole
 models are also loaded again and given prompts, in float32; parity.json in the directory (MODEL.gguf.parity.json beside
-a GGUF) says how far their logits are from the run's, and an export that is further than its type explains fails. That
-takes as much memory as the run's weights, or the export's if those are larger (a GGUF is loaded as float32), and the
-logits; the run's own weights are let go before.
+a GGUF) says how far their logits are from the run's, and the export fails if they differ by more than the stored type
+explains. The run's weights are released before, so this needs memory for the larger of the two (a GGUF is loaded as
+float32) and for the logits.
 """
 
 import collections
@@ -45,7 +44,7 @@ from ftjax.models.spec import DecoderSpec
 from ftjax.training import metrics
 from ftjax.tree import Tree
 from ftjax.weights.gguf.tokenizer_write import check_same, to_metadata
-from ftjax.weights.gguf.write import KINDS, write_gguf
+from ftjax.weights.gguf.write import GGUF_TYPES, write_gguf
 from ftjax.weights.hf.files import read_json
 from ftjax.weights.hf.keys import FLOATS
 from ftjax.weights.hf.model_card import model_card, shown
@@ -57,14 +56,14 @@ from ftjax.weights.peft.vllm import MAX_RANK, uniform
 from ftjax.weights.source import Reader
 
 FORMATS = ("peft", "merged", "hf", "gguf")
-_GGUF_STORES = {"f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}  # in the words of `parity.LIMITS`
-assert _GGUF_STORES.keys() == KINDS.keys()
+_GGUF_STORES = {"f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}  # keys of `parity.LIMITS`
+assert _GGUF_STORES.keys() == GGUF_TYPES.keys()
 
 
 def export_peft(workdir: Path, step: int | None, out: Path, vllm_rank: int | None = None) -> int:
-    """The adapter alone; returns its step. Raises UserError for a run that trained the base itself.
+    """Writes the adapter alone; returns its step. Raises UserError for a run that trained the base itself.
 
-    vllm_rank: the largest rank of a vLLM that is to read it, see `ftjax.weights.peft.vllm`; None: peft alone reads it.
+    vllm_rank: the largest rank of the vLLM that is to read it (see `ftjax.weights.peft.vllm`); None: it is for peft.
     """
     run, base, variables, step = assemble.load_run(workdir, step)
     _refuse_heads(variables, "peft")
@@ -78,7 +77,8 @@ def export_peft(workdir: Path, step: int | None, out: Path, vllm_rank: int | Non
         adapters,
         base.model.spec,
         assemble.base_facts(config, base),
-        rslora=config.adapter.rslora and vllm_rank is None,  # with it the only scale, 1, is no round alpha
+        # For vLLM all scales are 1, for which rsLoRA has no round alpha.
+        rslora=config.adapter.rslora and vllm_rank is None,
         saved={path: params[path] for path in whole},
         multimodal=is_multimodal(base.reader.config),
         card=model_card(out.name, "peft", config, step, base.path, evaluation(workdir, step)),
@@ -89,9 +89,9 @@ def export_peft(workdir: Path, step: int | None, out: Path, vllm_rank: int | Non
 
 
 def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype: str | None, gguf_type: str) -> int:
-    """The whole model (`merged`, `hf` or `gguf`) with its parity.json; returns its step.
+    """Writes the whole model (`merged`, `hf` or `gguf`) with its parity.json; returns its step.
 
-    Every process of a run on several calls it alike; `out` must then be on a disk that they share.
+    All processes of a run call it alike; `out` must be on a disk that they share.
     """
     config, base, variables, step = assemble.load_run(workdir, step)
     _refuse_heads(variables, format)
@@ -103,12 +103,12 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
     mesh = jax.tree.leaves(variables)[0].sharding.mesh
     texts = parity.prompts(base.tokenizer, workdir / "samples.jsonl", base.model.spec.max_position_embeddings)
     expected = parity.logits(base.model, variables, texts, mesh)
-    without = None
+    base_difference = None
     if "lora" in variables:
         plain = {name: part for name, part in variables.items() if name != "lora"}
-        without = parity.differences(expected, parity.logits(base.model, plain, texts, mesh))
+        base_difference = parity.differences(expected, parity.logits(base.model, plain, texts, mesh))
 
-    # A directory of its own for a GGUF, too: it and its parity.json appear when both are right.
+    # A GGUF gets a temporary directory too, so that it and its parity.json appear only when both are complete.
     target = out.with_name(f".{out.name}.export") if format == "gguf" else out
     notes = _notes(config, base, variables)
     with new_directory_together(target) as directory:
@@ -119,13 +119,13 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
         else:
             stored = dtype or stored_dtype(base.reader, config.model.param_dtype)
             _write_directory(written, base, variables, stored)
-        del variables  # before what was written is loaded in its place
-        found = parity.differences(expected, parity.logits(*parity.reload(written, mesh), texts, mesh))
-        parity.check(found, stored)
+        del variables  # releases the run's weights before the export's are loaded
+        difference = parity.differences(expected, parity.logits(*parity.reload(written, mesh), texts, mesh))
+        parity.check(difference, stored)
         about = {"run": workdir.resolve().name, "step": step, "format": format, "base_model": shown(base.source)}
         if notes:
             about["notes"] = notes
-        report = parity.report(texts, stored, found, without, **about)
+        report = parity.report(texts, stored, difference, base_difference, **about)
         with together(f"writing {directory}"):
             if is_first():
                 write_json(directory / "parity.json", report)
@@ -139,12 +139,12 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
             os.replace(target / "parity.json", f"{out}.parity.json")
         finally:
             shutil.rmtree(target)
-    _say(report, notes)
+    _print_report(report, notes)
     return step
 
 
 def stored_dtype(reader: Reader, param_dtype: str) -> str:
-    """What most of the base is stored in; `param_dtype` where that is a GGUF, whose types no other format has."""
+    """The dtype of most of the base's values; `param_dtype` for a GGUF, whose types no other format has."""
     if reader.path.suffix == ".gguf":
         return param_dtype
     size = collections.Counter()
@@ -154,14 +154,14 @@ def stored_dtype(reader: Reader, param_dtype: str) -> str:
 
 
 def evaluation(workdir: Path, step: int) -> dict[str, float]:
-    """The last evaluation of the run that is not after `step`."""
+    """The `eval_*` metrics of the run's last evaluation at or before `step`."""
     records = filter(is_eval, metrics.read(workdir / "metrics.jsonl"))
     records = [record for record in records if record["step"] <= step]
     return {name: value for name, value in records[-1].items() if name.startswith("eval_")} if records else {}
 
 
 def _notes(config: ConfigDict, base: Base, variables: Tree) -> list[str]:
-    """What merging did that the file's name does not say; for the terminal, parity.json and the card."""
+    """Effects of merging that a user should know; for the terminal, parity.json and the card."""
     notes = []
     if "quant" in variables:
         notes.append(
@@ -181,7 +181,7 @@ def _must_untie(spec: DecoderSpec, variables: Tree) -> bool:
 
 
 def _whole(base: Base, variables: Tree) -> tuple[DecoderSpec, Tree]:
-    """The spec and the parameters, nothing quantized, that the adapters are to be merged into."""
+    """(spec, dequantized parameters) that the adapters are to be merged into."""
     spec, params = base.model.spec, assemble.whole_params(variables, base.model.param_dtype)
     if _must_untie(spec, variables):
         spec = dataclasses.replace(spec, tie_word_embeddings=False)
@@ -197,7 +197,7 @@ def _effective(config: ConfigDict, base: Base) -> ConfigDict:
 
 
 def _refuse_heads(variables: Tree, format: str) -> None:
-    """UserError for a run with parameters that no format has a place for: an export drops nothing silently."""
+    """UserError for a run with parameters that no format can hold: an export never drops any silently."""
     written = {"params", "lora", "quant"}
     if heads := list(tree.flatten({name: part for name, part in variables.items() if name not in written})):
         raise UserError(
@@ -243,15 +243,15 @@ def _write_gguf(out: Path, base: Base, variables: Tree, kind: str, name: str) ->
 
 
 def _check_tokenizer(directory: Path, texts: list[parity.Prompt], workdir: Path) -> None:
-    """UserError unless the tokenizer that was written makes the same tokens."""
+    """UserError unless the tokenizer that was written gives the same tokens as the run's."""
     positions = spec_from_config(read_json(directory / "config.json")).max_position_embeddings
     again = parity.prompts(tokenizers.load(directory), workdir / "samples.jsonl", positions)
     for before, after in zip(texts, again, strict=True):
         if not np.array_equal(before.tokens, after.tokens):
-            raise UserError(f"{directory}: the tokenizer that was written makes other tokens of {before.text!r}")
+            raise UserError(f"{directory}: the tokenizer that was written gives other tokens for {before.text!r}")
 
 
-def _say(report: dict[str, Any], notes: list[str]) -> None:
+def _print_report(report: dict[str, Any], notes: list[str]) -> None:
     if not is_first():
         return
     for note in notes:
@@ -260,10 +260,10 @@ def _say(report: dict[str, Any], notes: list[str]) -> None:
         f"against the run, on {len(report['prompts'])} prompts: logits differ by "
         f"{report['max_abs_logit_difference']:.2g} at most, {report['mean_abs_logit_difference']:.2g} in the mean; "
         f"mean KL {report['mean_kl']:.2g}; the likeliest token is the same at {report['top1_agreement']:.1%} of "
-        f"{report['positions']} places"
+        f"{report['positions']} positions"
     )
-    without = report["base_without_adapter"]
-    if without and report["relative_difference"] > without["relative_difference"] / 2:
+    base_difference = report["base_without_adapter"]
+    if base_difference and report["relative_difference"] > base_difference["relative_difference"] / 2:
         print(
             f"warning: {report['stored_as']} changes this model about as much as its adapter does; "
             "use --dtype float32, or --format peft"
@@ -271,7 +271,7 @@ def _say(report: dict[str, Any], notes: list[str]) -> None:
 
 
 def check(format: str, out: Path, dtype: str | None, gguf_type: str | None) -> None:
-    """Raises UserError for what can be known to be wrong before minutes of loading; None: the flag was not given."""
+    """Raises UserError for mistakes that need no loading to be noticed; None: the flag was not given."""
     if dtype and format not in ("merged", "hf"):
         raise UserError("--dtype goes with --format merged or hf; an adapter is float32, a GGUF has --gguf_type")
     if gguf_type and format != "gguf":
@@ -305,12 +305,12 @@ if __name__ == "__main__":
     sys.argv[0] = "ftjax.export"  # absl shows in --help the flags defined under this name
     FLAGS = flags.FLAGS
     flags.DEFINE_string("workdir", None, "a run of ftjax.train")
-    flags.DEFINE_enum("format", None, FORMATS, "what to write: an adapter, a merged or any whole model, or a GGUF")
+    flags.DEFINE_enum("format", None, FORMATS, "an adapter, a merged model, any whole model, or a GGUF")
     flags.DEFINE_string("out", None, "the directory, or the .gguf file, to make")
     flags.DEFINE_integer("step", None, "the run's checkpoint to use (default: the newest)")
     flags.DEFINE_enum("dtype", None, configs.DTYPES, "of a merged or whole model (default: that of the base's files)")
-    flags.DEFINE_boolean("vllm", False, "an adapter that vLLM reads, too: plain LoRA of one rank, or refused")
+    flags.DEFINE_boolean("vllm", False, "an adapter for vLLM: plain LoRA of one rank, or refused")
     flags.DEFINE_integer("vllm_rank", MAX_RANK, "the --max-lora-rank that vLLM is started with", lower_bound=1)
     distributed.define_flags()
-    flags.DEFINE_enum("gguf_type", None, sorted(KINDS), "of the matrices in a GGUF (default: f16)")
+    flags.DEFINE_enum("gguf_type", None, sorted(GGUF_TYPES), "type of the matrices in a GGUF (default: f16)")
     cli.run(main)

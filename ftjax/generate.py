@@ -5,11 +5,11 @@
     python -m ftjax.generate --workdir runs/quickstart --chat           a conversation; an empty line ends it
     python -m ftjax.generate --model M --adapter tickets=A,haiku=B --use haiku --chat
 
-Of several adapters over one base, --use names the first one; in a conversation, "/adapter tickets" goes over to
-another and "/adapter none" to the base alone.
+With several adapters, --use names the one to begin with; in a conversation, "/adapter tickets" changes to another one
+and "/adapter none" to the base alone.
 
-The prompt is put into the model's chat template where it has one; --raw gives it to the model as it is. Generation
-stops at every end token that the model names. --temperature 0 (the default) is greedy.
+The prompt is put into the model's chat template where it has one; --raw leaves it as it is. Generation stops at any of
+the model's end tokens. --temperature 0 (the default) is greedy.
 """
 
 import re
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
 
 from ftjax import assemble, cli, distributed, sharding, tree
 from ftjax import config as configs
@@ -34,13 +35,13 @@ from ftjax.tree import Tree
 from ftjax.weights.load import load_params
 from ftjax.weights.peft.adapter import StoredAdapter, open_adapter
 
-NONE = "none"  # the name by which the base alone is used
+NONE = "none"  # the name of the base without an adapter
 
 
 def load_model(source: str, adapters: Mapping[str, str], dtype: str) -> tuple[Base, dict[str, Tree]]:
-    """(base, {name: variables}) over this machine's devices, of a pretrained model and PEFT directories {name: where}.
+    """(base, {name: variables}) over this machine's devices, of a model and PEFT adapters {name: directory}.
 
-    The base is there once, whatever the number of adapters, and under the name NONE by itself. Raises UserError for an
+    The adapters share the base's arrays; the name NONE has the base alone. Raises UserError for an
     adapter that does not fit it or was trained on another base.
     """
     config = configs.defaults()
@@ -52,7 +53,9 @@ def load_model(source: str, adapters: Mapping[str, str], dtype: str) -> tuple[Ba
         adapter.check_base(facts, base.reader)
     mesh = sharding.make_mesh({"fsdp": -1})
     params = load_params(base.reader, base.model.spec, abstract_params(base.model, mesh))
-    return base, {NONE: {"params": params}} | {name: _adapted(params, one, mesh) for name, one in stored.items()}
+    return base, {NONE: {"params": params}} | {
+        name: _adapted(params, adapter, mesh) for name, adapter in stored.items()
+    }
 
 
 def _adapted(params: Tree, stored: StoredAdapter, mesh: Mesh) -> Tree:
@@ -67,20 +70,21 @@ def parse_adapters(text: str) -> dict[str, str]:
     """{name: directory} of "DIR", whose name is then "adapter", or "name=DIR,other=DIR2"."""
     if not re.match(r"[\w-]+=", text):
         return {"adapter": text}
-    found: dict[str, str] = {}
+    directories: dict[str, str] = {}
     for part in text.split(","):
-        name, _, where = part.partition("=")
-        if not re.fullmatch(r"[\w-]+", name) or not where:
+        name, _, directory = part.partition("=")
+        if not re.fullmatch(r"[\w-]+", name) or not directory:
             raise UserError(f"--adapter: {part!r} is not NAME=DIRECTORY, with commas between several")
-        if name in found or name == NONE:
+        if name in directories or name == NONE:
             raise UserError(f"--adapter: the name {name!r} is " + ("the base's own" if name == NONE else "there twice"))
-        found[name] = where
-    return found
+        directories[name] = directory
+    return directories
 
 
-def choose(name: str | None, names: Iterable[str]) -> str:
-    """Which of the names to begin with; the only adapter there is need not be named."""
-    names, adapters = list(names), [one for one in names if one != NONE]
+def initial_adapter(name: str | None, names: Iterable[str]) -> str:
+    """The value of --use, which a single adapter does without; UserError if it is missing or unknown."""
+    names = list(names)
+    adapters = [adapter for adapter in names if adapter != NONE]
     if name is None and len(adapters) > 1:
         raise UserError(f"--use: say which of {', '.join(names)}")
     name = name or (adapters[0] if adapters else NONE)
@@ -89,8 +93,8 @@ def choose(name: str | None, names: Iterable[str]) -> str:
     return name
 
 
-def pieces(tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of the tokens as it becomes certain: a character split over several tokens comes out whole."""
+def stream_text(tokenizer: PreTrainedTokenizerFast, tokens: Iterator[int]) -> Iterator[str]:
+    """The text of the tokens in parts, each as soon as it is complete: a character may need several tokens."""
     ids, shown = [], ""
     for token in tokens:
         ids.append(token)
@@ -119,19 +123,19 @@ def main(argv: list[str]) -> int:
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
     adapters = parse_adapters(FLAGS.adapter) if FLAGS.adapter else {}
     if FLAGS.model:
-        in_use = choose(FLAGS.use, [NONE, *adapters])
+        in_use = initial_adapter(FLAGS.use, [NONE, *adapters])
         base, variables = load_model(FLAGS.model, adapters, FLAGS.dtype)
     else:
         in_use = "run"
-        _, base, its, _ = assemble.load_run(Path(FLAGS.workdir), FLAGS.step)
-        variables = {in_use: its}
+        _, base, trained, _ = assemble.load_run(Path(FLAGS.workdir), FLAGS.step)
+        variables = {in_use: trained}
 
     def answer(prompt: np.ndarray) -> str:
         tokens = stream(base.model, variables[in_use], prompt, FLAGS.max_new_tokens, base.end_tokens, sampling)
         text = ""
-        for piece in pieces(base.tokenizer, tokens):
-            print(piece, end="", flush=True)
-            text += piece
+        for part in stream_text(base.tokenizer, tokens):
+            print(part, end="", flush=True)
+            text += part
         print()
         return text
 
@@ -142,7 +146,7 @@ def main(argv: list[str]) -> int:
         print(f"[{in_use}]" if name in variables else f"[there is no {name!r}; there are {', '.join(variables)}]")
 
     if FLAGS.system and not base.tokenizer.chat_template:
-        raise UserError("--system needs a chat template, which this model has not; put the text into --prompt")
+        raise UserError("--system needs a chat template, which this model lacks; put the text into --prompt")
     system = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
     if FLAGS.chat:
         _chat(base, system, answer, switch)
@@ -155,7 +159,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _chat(base: Base, messages: list[dict], answer: Callable, switch: Callable[[str], None]) -> None:
+def _chat(base: Base, messages: list[dict], answer: Callable[[np.ndarray], str], switch: Callable[[str], None]) -> None:
+    """A conversation on the terminal, which begins with `messages`; an empty line ends it."""
     if not base.tokenizer.chat_template:
         raise UserError("this model has no chat template; use --prompt")
     while True:
@@ -169,9 +174,9 @@ def _chat(base: Base, messages: list[dict], answer: Callable, switch: Callable[[
             switch(text.removeprefix("/adapter").strip())
             continue
         turn = [*messages, {"role": "user", "content": text}]
-        said = answer(render_prompt(turn, base.tokenizer))
-        if said.strip():  # a template has no way to render an empty answer
-            messages = [*turn, {"role": "assistant", "content": said}]
+        reply = answer(render_prompt(turn, base.tokenizer))
+        if reply.strip():  # a template has no way to render an empty answer
+            messages = [*turn, {"role": "assistant", "content": reply}]
 
 
 if __name__ == "__main__":
@@ -184,12 +189,12 @@ if __name__ == "__main__":
     flags.DEFINE_integer("step", None, "the run's checkpoint to use (default: the newest)")
     flags.DEFINE_string("prompt", None, "what to answer")
     flags.DEFINE_string("system", None, "a system message before it")
-    flags.DEFINE_boolean("chat", False, "talk: one line from you, one answer, and so on")
-    flags.DEFINE_boolean("raw", False, "the prompt as it is, without the chat template")
-    flags.DEFINE_integer("max_new_tokens", 256, "where to stop at the latest", lower_bound=1)
+    flags.DEFINE_boolean("chat", False, "a conversation: one line from you, one answer, and so on")
+    flags.DEFINE_boolean("raw", False, "use the prompt as it is, without the chat template")
+    flags.DEFINE_integer("max_new_tokens", 256, "the most tokens of an answer", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "0: always the likeliest token; 1: draw as the model says")
-    flags.DEFINE_integer("top_k", 0, "draw from the so many likeliest tokens; 0: from all")
+    flags.DEFINE_integer("top_k", 0, "draw from this many likeliest tokens; 0: from all")
     flags.DEFINE_float("top_p", 1.0, "draw from the likeliest tokens that together have this probability")
-    flags.DEFINE_integer("seed", 0, "of the draws")
-    flags.DEFINE_enum("dtype", "float32", configs.DTYPES, "of weights and computation, with --model")
+    flags.DEFINE_integer("seed", 0, "seed of the draws")
+    flags.DEFINE_enum("dtype", "float32", configs.DTYPES, "dtype of weights and computation, with --model")
     cli.run(main)

@@ -1,8 +1,8 @@
-"""Does an export say what the run says? The same prompts through both, in float32, and how far the logits are apart.
+"""Does an export compute what the run computes? Both get the same prompts in float32, and their logits are compared.
 
-The run goes first, with its adapter beside the base as in training; then what was written, read from the disk again by
-the readers that anybody's model goes through. So the difference is that of merging and of the stored type, nothing
-else. One model at a time is on the devices: the first one's logits wait on the host (256,000 words: about 400 MB).
+First the run, with its adapter beside the base as in training; then the exported files, read from the disk by the same
+readers as any model. So the difference is that of merging and of the stored type, nothing else. One model at a time is
+on the devices; the run's logits wait on the host (about 400 MB for a vocabulary of 256,000).
 """
 
 import functools
@@ -35,14 +35,15 @@ TEXTS = (
     "Übersetze ins Englische: Der Zug fährt um neun Uhr ab.",
     'Complete this: {"name": "Ada", "born":',
 )
-MAX_TOKENS = 96  # of one prompt
+MAX_TOKENS = 96  # in one prompt
 MAX_SAMPLES = 3
 _PACKAGES = ("ftjax", "jax", "jaxlib", "flax", "numpy", "safetensors", "transformers", "tokenizers", "gguf")
 
-# The largest `relative_difference` of each stored type that an export may have. Rounding all weights of SmolLM2-135M
-# (30 layers) makes 0.0012 in float16, 0.0066 in bfloat16 and 0.033 in Q8_0; merging in float32 about 1e-6. A limit is
-# ten times that and more, since some models amplify and a mixture may choose another expert. One wrong tensor in a
-# middle layer of that model makes 0.32 (an MLP lost), 0.40 (two layers' kernels exchanged) or 0.82 (a norm lost).
+# The largest `relative_difference` that an export in each stored type may have. For SmolLM2-135M (30 layers), rounding
+# all weights gives 0.0012 in float16, 0.0066 in bfloat16 and 0.033 in Q8_0; merging in float32 about 1e-6. The limits
+# are at least ten times that, since some models amplify differences and a mixture of experts may choose another expert.
+# One wrong tensor in a middle layer of that model gives 0.32 (no MLP), 0.40 (kernels of two layers exchanged) or 0.82
+# (no norm).
 LIMITS = {"float64": 1e-3, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.15, "q8_0": 0.3}
 
 
@@ -52,9 +53,9 @@ class Prompt(NamedTuple):
 
 
 def prompts(tokenizer: PreTrainedTokenizerFast, samples: Path, max_length: int) -> list[Prompt]:
-    """TEXTS, and up to MAX_SAMPLES of what the run completed in its evaluations (`samples.jsonl`), answers included.
+    """TEXTS, and up to MAX_SAMPLES completions of the run's evaluations (`samples.jsonl`), each after its prompt.
 
-    Each in the chat template where there is one, cut to MAX_TOKENS and the model's own max_length.
+    All are in the chat template, where there is one, and cut to MAX_TOKENS and the model's own max_length.
     """
     out = []
     for text, answer in [(text, "") for text in TEXTS] + _samples(samples):
@@ -73,29 +74,29 @@ def _samples(path: Path) -> list[tuple[str, str]]:
 
 
 def logits(model: Decoder, variables: Tree, texts: list[Prompt], mesh: Mesh) -> list[np.ndarray]:
-    """float32 [n, vocab] for each prompt, computed in float32 whatever the model's dtype; alike in all processes."""
+    """float32 [tokens, vocab] for each prompt, in float32 whatever the model's dtype; the same in all processes."""
     model = model.clone(dtype=jnp.float32, remat="none")
     lengths = np.array([len(prompt.tokens) for prompt in texts])
     tokens = np.zeros((len(texts), lengths.max()), np.int32)
     for row, prompt in zip(tokens, texts):
         row[: len(prompt.tokens)] = prompt.tokens
-    places = np.arange(tokens.shape[1], dtype=np.int32)
-    inside = places < lengths[:, None]
+    positions = np.arange(tokens.shape[1], dtype=np.int32)
+    is_token = positions < lengths[:, None]  # the rest is padding
     whole = sharding.replicated(mesh)
-    # TPUs and GPUs would else multiply float32 in passes of less.
+    # By default TPUs and GPUs multiply float32 in lower precision.
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         forward = jax.jit(lambda variables, *batch: model.apply(variables, *batch)[0], out_shardings=whole)
         unembed = jax.jit(
             lambda variables, hidden: model.apply(variables, hidden, method=model.unembed), out_shardings=whole
         )
-        hidden = forward(variables, tokens, np.where(inside, places, 0), inside.astype(np.int32))
+        hidden = forward(variables, tokens, np.where(is_token, positions, 0), is_token.astype(np.int32))
         # One prompt at a time: logits are much wider than anything else.
         rows = (np.asarray(unembed(variables, row)) for row in np.asarray(hidden))
         return [row[:length].copy() for row, length in zip(rows, lengths)]
 
 
 def reload(path: Path, mesh: Mesh) -> tuple[Decoder, Tree]:
-    """The model in a directory or a .gguf file, in the type that it is stored in, and its variables on `mesh`."""
+    """(model, variables on `mesh`) of a directory or a .gguf file, with parameters in their stored type."""
     reader = open_source(path)
     spec = spec_from_config(reader.config)
     dtype = functools.reduce(jnp.promote_types, sorted({reader.dtype(name).name for name in reader.names()}))
@@ -103,15 +104,15 @@ def reload(path: Path, mesh: Mesh) -> tuple[Decoder, Tree]:
     return model, {"params": load_params(reader, spec, abstract_params(model, mesh))}
 
 
-def differences(expected: list[np.ndarray], found: list[np.ndarray]) -> dict[str, float]:
-    """How far `found` is from `expected`, each a list of float32 [n, vocab], over all positions.
+def differences(expected: list[np.ndarray], actual: list[np.ndarray]) -> dict[str, float]:
+    """How far `actual` is from `expected`, each a list of float32 [tokens, vocab], over all positions.
 
-    KL(expected || found) is in nats per position. `relative_difference`: the root mean square of the difference over
-    that of the expected logits, each less its mean over the vocabulary, which no softmax sees.
+    KL(expected || actual) is in nats per position. `relative_difference`: the root mean square of the difference over
+    that of the expected logits, both less their mean over the vocabulary, which does not change a softmax.
     """
     total = {"max": 0.0, "sum": 0.0, "same": 0, "off": 0.0, "size": 0.0, "count": 0}
     kl = []
-    for ours, theirs in ((a.astype(np.float64), b) for a, b in zip(np.concatenate(expected), np.concatenate(found))):
+    for ours, theirs in ((a.astype(np.float64), b) for a, b in zip(np.concatenate(expected), np.concatenate(actual))):
         gap = np.abs(theirs - ours)
         total["max"] = np.maximum(total["max"], gap.max())  # NaN stays NaN
         total["sum"] += gap.sum()
@@ -132,9 +133,9 @@ def differences(expected: list[np.ndarray], found: list[np.ndarray]) -> dict[str
 
 
 def report(
-    texts: list[Prompt], stored: str, found: dict[str, float], base: dict[str, float] | None, **about: Any
+    texts: list[Prompt], stored: str, difference: dict[str, float], base: dict[str, float] | None, **about: Any
 ) -> dict[str, Any]:
-    """The content of parity.json. `stored`: one of LIMITS; `base`: the differences of the base from the run."""
+    """The content of parity.json. stored: a key of LIMITS; difference, base: `differences` of export and base."""
     versions = {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     device = jax.devices()[0]
     return {
@@ -144,21 +145,22 @@ def report(
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "versions": versions,
         "positions": sum(len(prompt.tokens) for prompt in texts),
-        **found,
+        **difference,
         "limit_of_relative_difference": LIMITS[stored],
         "base_without_adapter": base,
         "prompts": [{"text": prompt.text, "tokens": prompt.tokens.tolist()} for prompt in texts],
     }
 
 
-def check(found: dict[str, float], stored: str) -> None:
-    """Raises UserError when an export is further from its run than its stored type explains."""
+def check(difference: dict[str, float], stored: str) -> None:
+    """Raises UserError when an export differs from its run by more than its stored type explains."""
     limit = LIMITS[stored]
-    if not found["relative_difference"] <= limit:  # NaN included
+    if not difference["relative_difference"] <= limit:  # NaN included
         raise UserError(
-            f"the export does not say what the run says: its logits are {found['relative_difference']:.2g} of their "
-            f"size apart ({found['max_abs_logit_difference']:.3g} at most, KL {found['mean_kl']:.2g}), where {stored} "
-            f"explains {limit:g}; nothing was written. Try --dtype float32, and report this if that fails as well"
+            f"the export does not say what the run says: its logits differ by {difference['relative_difference']:.2g} "
+            f"of their size (by {difference['max_abs_logit_difference']:.3g} at most, KL {difference['mean_kl']:.2g}), "
+            f"where {stored} explains {limit:g}; nothing was written. Try --dtype float32, and report this if that "
+            "fails as well"
         )
 
 

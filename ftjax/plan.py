@@ -1,7 +1,8 @@
 """python -m ftjax.plan --config configs/X.py --topology v5e:4x4 [--config.a.b=value ...] [--search] [--json FILE]
 
-Whether a run fits a TPU slice, and how fast it can be: compiles the real training step for the slice, which need not be
-there, without reading weights or data. Where it does not fit, what would is tried; --search tries what may be faster.
+Whether a run fits a TPU slice, and how fast it can be: compiles the real training step for the slice, which need not
+exist, without reading weights or data. If it does not fit, changes that may fit are tried; --search tries changes that
+may be faster.
 Exit status: 0 it fits, 1 it does not, 2 a mistake in what was asked.
 """
 
@@ -29,7 +30,7 @@ EXIT_DOES_NOT_FIT = 1
 
 
 def model_spec(source: str) -> DecoderSpec:
-    """From a directory, a file or the cache of the Hub; of well-known models also without any file."""
+    """The spec of a directory, a file or a model in the Hub's cache; of well-known models also without any file."""
     if not Path(source).expanduser().exists() and (known := published.find(source)):
         return spec_from_config(known)
     path = locate(source)
@@ -38,30 +39,32 @@ def model_spec(source: str) -> DecoderSpec:
     return spec_from_config(open_source(path).config)
 
 
-def plan(config: ConfigDict, where: str, display: Display, out: Path | None = None, search: bool = False) -> int:
-    """Prints the plan of `config` on the topology `where`, and writes it to `out`; returns the exit status."""
+def plan(
+    config: ConfigDict, topology_name: str, display: Display, out: Path | None = None, search: bool = False
+) -> int:
+    """Prints the plan of `config` on a topology such as "v5e:4x4", and writes it to `out`; returns the exit status."""
     configs.validate(config, data=False)
-    slice_ = topology.parse(where)
+    slice_ = topology.parse(topology_name)
     spec = model_spec(config.model.source)
     devices = topology.devices(slice_)
     program = compiled.describe(config, spec, devices)
     display.say(f"compiling for {slice_}")
-    found = compiled.plan(program, slice_)
-    report = table.as_json(config, slice_, program, found)
+    result = compiled.plan(program, slice_)
+    report = table.as_json(config, slice_, program, result)
     display.table(f"ftjax.plan {config.model.source}", table.rows(report, slice_))
     display.say("\n".join(["assuming", *(f"  {line}" for line in ASSUMPTIONS)]))
-    if search or not found.fits:
+    if search or not result.fits:
         if search:
             tried = advice.search(config, spec, slice_, devices, display.say)
         else:
             tried = advice.try_all(advice.remedies(config, slice_), spec, slice_, devices, display.say)
         report["tried"] = table.tried(tried, config, slice_)
         display.table("what may be faster" if search else "what would fit", table.tried_rows(report["tried"]))
-        if not found.fits and not any(entry["fits"] for entry in report["tried"]):
+        if not result.fits and not any(entry["fits"] for entry in report["tried"]):
             display.say("none of these fits: take more chips, or chips with more memory")
     if out is not None:
         write_text(out, json.dumps(report, indent=2) + "\n")
-    return 0 if found.fits else EXIT_DOES_NOT_FIT
+    return 0 if result.fits else EXIT_DOES_NOT_FIT
 
 
 def main(argv: list[str]) -> int:

@@ -1,7 +1,7 @@
-"""Times the real training step on whatever devices there are: python scripts/bench_step.py [--config configs/X.py]
+"""Times the real training step on the devices of this machine: python scripts/bench_step.py [--config configs/X.py]
 
-The model has the shapes of the config's model and random weights, made where they belong: nothing is downloaded. The
-default is LoRA on Llama 3.1 8B. Where that does not fit, cut it down with --layers, --batch and --length, or by any
+The model has the shapes of the config's model and random weights, made on the devices: nothing is downloaded. The
+default is LoRA on Llama 3.1 8B. If that does not fit, reduce it with --layers, --batch and --length, or with any
 --config.a.b=value. Prints JSON; docs/performance.md says what the figures are.
 """
 
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ from ftjax.tree import Tree
 
 ROOT = Path(__file__).parent.parent
 
-# Dense bfloat16 FLOP/s of a device, by what its name begins with: the makers' data sheets. TPUs: ftjax.planning.chips.
+# Dense bfloat16 FLOP/s of a GPU, by the beginning of its name, from the makers' data sheets; TPUs: planning.chips.
 GPU_PEAKS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 80GB HBM3": 989.4e12,
@@ -48,9 +49,9 @@ GPU_PEAKS = {
 
 
 def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, peak: float | None) -> dict:
-    """Compiles and runs the step; what came out as JSON values, times in seconds and memory in bytes.
+    """Compiles and runs the step; returns the results as JSON values, times in seconds and memory in bytes.
 
-    peak: FLOP/s of a device; None: that of its kind, and no MFU where that is not known.
+    peak: FLOP/s of a device; None: that of its kind, and no MFU if it is unknown.
     """
     program = compiled.describe(config, spec, jax.devices())
     with jax.set_mesh(program.mesh):
@@ -68,13 +69,13 @@ def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, pe
             jax.block_until_ready((state, metrics))
             times.append(time.perf_counter() - started)
         started = time.perf_counter()
-        for _ in range(steps):  # as training does it: the next step is given before the last one is waited for
+        for _ in range(steps):  # as in training, which dispatches a step before the last one has finished
             state, metrics = step(state, frozen, batch)
         jax.block_until_ready((state, metrics))
         back_to_back = (time.perf_counter() - started) / steps
     loss = float(metrics["loss"])
     if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss}: these figures would be of no training step")
+        raise UserError(f"the loss is {loss}: these figures would not be those of a training step")
 
     device = jax.devices()[0]
     peak = peak or peak_of(device.device_kind)
@@ -111,9 +112,9 @@ def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, pe
 
 
 def arrays(program: Program, dropout: float) -> tuple[TrainState, Tree, dict[str, jax.Array]]:
-    """Arrays for the shapes of `program`, each made on the devices where it belongs.
+    """(state, frozen variables, batch) for the shapes of `program`, each array made on its own devices.
 
-    Weights are random, because zeros take less power and so less time; the optimizer begins with zeros, as AdamW does.
+    Weights are random, because zeros need less power and so less time; the optimizer begins with zeros, as AdamW does.
     """
     rest = TrainState(program.state.step, {}, program.state.opt_state)
     zeros = filled({path: (leaf, 0.0) for path, leaf in enumerate(jax.tree.leaves(rest))})
@@ -132,21 +133,21 @@ def arrays(program: Program, dropout: float) -> tuple[TrainState, Tree, dict[str
 
 
 def parameters(program: Program) -> int:
-    """How many the base has, those that a quantized kernel stands for included."""
+    """The number of the base's parameters; a quantized kernel counts with its unquantized size."""
     every = tree.combine(program.state.trainable, program.frozen)
     return tree.count(every["params"]) + quant.count(every.get("quant", {}))
 
 
 def constant(path: str, leaf: jax.ShapeDtypeStruct, dropout: float) -> float | None:
-    """What all elements of a parameter are; None: they are random."""
-    if path.startswith("quant/"):  # the codes are random, and their scales not
+    """The value of all elements of a parameter; None: they are random."""
+    if path.startswith("quant/"):  # the codes are random, their scales constant
         return None if jnp.issubdtype(leaf.dtype, jnp.integer) else 1e-3
     values = {"scale": 1.0, "bias": 0.0, "sinks": 0.0, "lora_b": 0.0, "lora_scale": 2.0, "lora_dropout": dropout}
     return (values | {"lora_magnitude": 1.0}).get(path.rpartition("/")[2])
 
 
-def filled(wanted: dict) -> dict:
-    """{path: (shape, value)} -> {path: array}."""
+def filled(wanted: dict[Any, tuple[jax.ShapeDtypeStruct, float]]) -> dict[Any, jax.Array]:
+    """{path: (abstract array, value)} -> {path: array with that value}, compiled together."""
 
     def make():
         return {path: jnp.full(leaf.shape, value, leaf.dtype) for path, (leaf, value) in wanted.items()}
@@ -156,23 +157,23 @@ def filled(wanted: dict) -> dict:
 
 @functools.cache
 def random_like(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    """A function from a key to a parameter of a usual size; stacked ones layer by layer, which needs little memory."""
+    """A function from a PRNG key to a random parameter; a stacked one is made layer by layer, to need little memory."""
 
-    def one(key, shape):
+    def random(key, shape):
         if jnp.issubdtype(dtype, jnp.integer):
             return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), dtype)
         return jax.random.normal(key, shape, dtype) * 0.02
 
     def make(key):
         if len(shape) < 3:
-            return one(key, shape)
-        return jax.lax.map(lambda key: one(key, shape[1:]), jax.random.split(key, shape[0]))
+            return random(key, shape)
+        return jax.lax.map(lambda key: random(key, shape[1:]), jax.random.split(key, shape[0]))
 
     return jax.jit(make, out_shardings=sharding)
 
 
 def make_batch(program: Program) -> dict[str, jax.Array]:
-    """Rows of one document each, all of whose tokens are trained on: what `flops_per_step` counts."""
+    """Rows of one document each with all tokens trained on, which is what `flops_per_step` counts."""
     shape = program.batch["tokens"].shape
     rng = np.random.default_rng(0)
     ids = rng.integers(0, program.model.spec.vocab_size, (*shape[:-1], shape[-1] + 1), np.int32)
@@ -190,6 +191,7 @@ def make_batch(program: Program) -> dict[str, jax.Array]:
 
 
 def peak_of(kind: str) -> float | None:
+    """bfloat16 FLOP/s of a device of this `device_kind`; None if it is unknown."""
     known = {chip.devices: chip.flops for chip in chips.CHIPS.values()}
     if kind in known:
         return known[kind]
@@ -197,10 +199,10 @@ def peak_of(kind: str) -> float | None:
 
 
 def memory(step: jax.stages.Compiled) -> dict[str, int | None]:
-    """Bytes on a device: the allocator's peak and limit (backends that keep count), and the compiler's own figures."""
+    """Bytes on a device: the allocator's peak and limit, where the backend has them, and the compiler's figures."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     analysis = step.memory_analysis()
-    peaks = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
+    peaks = [counts["peak_bytes_in_use"] for counts in stats if "peak_bytes_in_use" in counts]
     return {
         "peak": max(peaks) if peaks else None,
         "limit": stats[0].get("bytes_limit"),
@@ -210,15 +212,15 @@ def memory(step: jax.stages.Compiled) -> dict[str, int | None]:
 
 
 def versions(device: jax.Device) -> dict[str, str]:
-    found = {"python": platform.python_version(), "platform": str(device.client.platform_version).split("\n")[0]}
+    out = {"python": platform.python_version(), "platform": str(device.client.platform_version).split("\n")[0]}
     for name in ("ftjax", "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "nvidia-cudnn-cu12"):
         try:
-            found[name] = importlib.metadata.version(name)
+            out[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False)
-    return found | ({"commit": commit.stdout.strip()} if commit.returncode == 0 else {})
+    return out | ({"commit": commit.stdout.strip()} if commit.returncode == 0 else {})
 
 
 def cut(spec: DecoderSpec, layers: int) -> DecoderSpec:
@@ -251,9 +253,9 @@ if __name__ == "__main__":
     sys.argv[0] = "bench_step.py"  # absl shows in --help the flags defined under this name
     distributed.define_flags()
     _CONFIG = config_flags.DEFINE_config_file(
-        "config", str(ROOT / "configs/llama3_1_8b_lora.py"), help_string="whose step is timed"
+        "config", str(ROOT / "configs/llama3_1_8b_lora.py"), help_string="the config whose step is timed"
     )
-    _LAYERS = flags.DEFINE_integer("layers", None, "only so many of the model's layers", lower_bound=1)
+    _LAYERS = flags.DEFINE_integer("layers", None, "how many of the model's layers to keep", lower_bound=1)
     _BATCH = flags.DEFINE_integer("batch", None, "config.data.batch_size: rows over all devices", lower_bound=1)
     _LENGTH = flags.DEFINE_integer("length", None, "config.data.max_length: tokens in a row", lower_bound=2)
     _WARMUP = flags.DEFINE_integer("warmup", 3, "steps before the clock starts", lower_bound=1)

@@ -6,7 +6,7 @@ import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
 from ftjax import distributed
-from ftjax.distributed import Cluster, find
+from ftjax.distributed import Cluster, find_cluster
 from ftjax.errors import UserError
 
 SLURM = {
@@ -35,7 +35,7 @@ def environment(monkeypatch):
 
 
 def nobody_said():
-    return find(None, None, None, timeout=1)
+    return find_cluster(None, None, None, timeout=1)
 
 
 def test_a_process_alone_is_no_cluster(environment):
@@ -45,10 +45,10 @@ def test_a_process_alone_is_no_cluster(environment):
 
 def test_flags_and_variables_say_the_same_and_flags_come_first(environment):
     wanted = Cluster("10.0.0.1:8482", 4, 3)
-    assert find("10.0.0.1:8482", 4, 3, timeout=1) == wanted
+    assert find_cluster("10.0.0.1:8482", 4, 3, timeout=1) == wanted
     environment(FTJAX_COORDINATOR="10.0.0.1:8482", FTJAX_PROCESSES="4", FTJAX_PROCESS="3")
     assert nobody_said() == wanted
-    assert find(None, None, 2, timeout=1) == Cluster("10.0.0.1:8482", 4, 2)
+    assert find_cluster(None, None, 2, timeout=1) == Cluster("10.0.0.1:8482", 4, 2)
     environment(FTJAX_PROCESSES="1")
     assert nobody_said() is None
 
@@ -73,7 +73,7 @@ def test_the_scheduler_numbers_processes_whose_coordinator_is_given(environment,
 )
 def test_a_description_that_is_not_whole_is_refused(environment, given, message):
     with pytest.raises(UserError, match=message):
-        find(*given, timeout=1)
+        find_cluster(*given, timeout=1)
 
 
 def test_a_variable_that_is_no_number_is_refused(environment):

@@ -374,13 +374,13 @@ def test_names_that_cannot_be_are_refused(text, words):
 
 
 def test_of_several_adapters_one_is_chosen_by_name():
-    assert generate.choose(None, ["none"]) == "none"
-    assert generate.choose(None, ["none", "a"]) == "a"
-    assert generate.choose("none", ["none", "a"]) == "none"
+    assert generate.initial_adapter(None, ["none"]) == "none"
+    assert generate.initial_adapter(None, ["none", "a"]) == "a"
+    assert generate.initial_adapter("none", ["none", "a"]) == "none"
     with pytest.raises(UserError, match="say which of none, a, b"):
-        generate.choose(None, ["none", "a", "b"])
+        generate.initial_adapter(None, ["none", "a", "b"])
     with pytest.raises(UserError, match="no adapter 'c'; there are none, a"):
-        generate.choose("c", ["none", "a"])
+        generate.initial_adapter("c", ["none", "a"])
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What a training step will need and how fast it can be, from compiling it for devices that are not there."""
+"""How much memory a training step needs and how fast it can be, from compiling it for devices that need not exist."""

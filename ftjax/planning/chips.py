@@ -1,4 +1,4 @@
-"""What each kind of TPU chip can do: the published figures that a plan is reckoned with."""
+"""The published figures of each kind of TPU chip, from which a plan is computed."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class Chip:
     dcn: float  # bytes/s out of a chip to another slice
     wraps: int  # a side of the topology is a ring where its length is a multiple of this, a line otherwise
     accelerator: str  # TPU_ACCELERATOR_TYPE of a slice, without the number of its cores
-    cores: int  # that are counted in that number, for each chip
+    cores: int  # of each chip, as counted in that number
     config: str = "default"  # libtpu's chip_config_name: one device per chip
 
 
@@ -42,7 +42,8 @@ CHIPS = {
 }
 
 
-def find(name: str) -> Chip:
+def chip_named(name: str) -> Chip:
+    """The chip of a topology's name, such as "v5e"; UserError for an unknown one."""
     if name not in CHIPS:
         raise UserError(f"no TPU {name!r}; there are {', '.join(CHIPS)}")
     return CHIPS[name]

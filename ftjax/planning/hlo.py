@@ -1,15 +1,16 @@
-"""Reads the text of an optimized HLO module: its computations, how often each runs, and what their operations move.
+"""Reads the text of an optimized HLO module: its computations, their instructions, and how often each runs.
 
 The compiler's own cost analysis counts the body of a loop once. Here every computation is weighted by the trip counts
-of the loops around it, which are found by running the loop's own counter (`Module.trips`).
+of the loops around it, which come from running the loop's own counter (`Module.trips`).
 """
 
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+# Bytes of an element; below 1 where several share a byte.
 BYTES = {
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2", "f8e4m3b11fnuz", "f8e8m0fnu"), 1),
     **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2),
@@ -21,7 +22,7 @@ BYTES = {
     "token": 0,
     "opaque": 0,
 }
-MOST_TRIPS = 1_000_000
+MOST_TRIPS = 1_000_000  # of a loop whose counter is run
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -46,17 +47,20 @@ class Array:
 
 @dataclass
 class Instruction:
+    """An operation of a computation: `%NAME = SHAPE OPCODE(OPERANDS), ATTRIBUTES`."""
+
     name: str
     opcode: str
     arrays: tuple[Array, ...]  # of its result; several for a tuple
     operands: tuple[str, ...]
     rest: str  # the attributes, as text
-    literal: str  # what stands between the brackets
+    literal: str  # the text between the brackets: operands, or the value of a constant
     is_root: bool
 
     def attribute(self, pattern: str) -> str | None:
-        found = re.search(pattern, self.rest)
-        return found[1] if found else None
+        """The group that `pattern` captures in the attributes; None where it does not occur."""
+        match = re.search(pattern, self.rest)
+        return match[1] if match else None
 
     @functools.cached_property
     def called(self) -> dict[str, str]:
@@ -74,48 +78,48 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        return next(one for one in self.instructions.values() if one.is_root)
+        return next(instruction for instruction in self.instructions.values() if instruction.is_root)
 
     def parameter(self, number: int) -> Instruction:
-        every = self.instructions.values()
-        return next(one for one in every if one.opcode == "parameter" and one.literal == str(number))
+        parameters = (i for i in self.instructions.values() if i.opcode == "parameter")
+        return next(parameter for parameter in parameters if parameter.literal == str(number))
 
 
-class Unknown(Exception):
-    """A loop's counter that this reader cannot follow."""
+class UnknownCount(Exception):
+    """A loop whose counter this reader cannot compute."""
 
 
 @dataclass
 class Module:
     computations: dict[str, Computation]
     entry: str
-    unknown_loops: list[str] = field(default_factory=list)  # counted once, for want of a trip count
+    unknown_loops: list[str] = field(default_factory=list)  # loops without a known trip count, counted once
 
     def walk(self) -> Iterator[tuple[Instruction, Computation, int]]:
-        """Every instruction outside fusions, with its computation and how often it runs; of branches the costlier.
+        """(instruction, its computation, how often it runs), for every instruction and those in what it calls.
 
-        Branches of a conditional all count once: one of them is the real one and the others are nearly empty where
-        this project has them (chunks of a batch without trained tokens).
+        All branches of a conditional count, though one runs: in this project's programs the others are nearly empty
+        (chunks of a batch without trained tokens).
         """
         yield from self._walk(self.entry, 1)
 
     def _walk(self, name: str, times: int) -> Iterator[tuple[Instruction, Computation, int]]:
         computation = self.computations[name]
-        for one in computation.instructions.values():
-            yield one, computation, times
-            if one.opcode == "while":
-                yield from self._walk(one.called["body"], times * self.trips(one, computation))
-            elif one.opcode in ("call", "conditional", "async-start") or one.opcode == "fusion":
-                for called in one.called.values():
+        for instruction in computation.instructions.values():
+            yield instruction, computation, times
+            if instruction.opcode == "while":
+                yield from self._walk(instruction.called["body"], times * self.trips(instruction, computation))
+            elif instruction.opcode in ("call", "conditional", "async-start") or instruction.opcode == "fusion":
+                for called in instruction.called.values():
                     yield from self._walk(called, times)
 
     def trips(self, loop: Instruction, outside: Computation) -> int:
-        """How often a loop runs: stated by the compiler, or by running its counter."""
+        """How often a loop runs: as the compiler states it, or else by running its counter; 1 if that fails."""
         if stated := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(stated)
         try:
             return self._count(loop, outside)
-        except Unknown:
+        except UnknownCount:
             if loop.name not in self.unknown_loops:
                 self.unknown_loops.append(loop.name)
             return 1
@@ -124,77 +128,77 @@ class Module:
         condition, body = self.computations[loop.called["condition"]], self.computations[loop.called["body"]]
         start = outside.instructions[loop.operands[0]]
         if start.opcode != "tuple":
-            raise Unknown
-        state: dict[int, int] = {}  # the elements of the loop's tuple that were looked at
+            raise UnknownCount
+        state: dict[int, int] = {}  # {index in the loop's tuple: value}, of the elements that the condition needs
 
         def element(index: int) -> int:
             if index not in state:
                 state[index] = self._scalar(outside, start.operands[index], _no_parameter)
             return state[index]
 
-        def of_parameter(one: Instruction, computation: Computation) -> int:
-            if one.opcode != "get-tuple-element":
-                raise Unknown
-            return element(int(one.attribute(r"index=(\d+)")))
+        def argument_value(instruction: Instruction, computation: Computation) -> int:
+            if instruction.opcode != "get-tuple-element":
+                raise UnknownCount
+            return element(int(instruction.attribute(r"index=(\d+)")))
 
         trips = 0
-        while self._scalar(condition, condition.root.name, of_parameter):
+        while self._scalar(condition, condition.root.name, argument_value):
             trips += 1
             if trips > MOST_TRIPS:
-                raise Unknown
-            # Those that the condition read move on; what they need in turn is read as it is now.
-            update = {index: self._scalar(body, body.root.operands[index], of_parameter) for index in list(state)}
+                raise UnknownCount
+            # The body computes the next values; elements that these need in turn join the state with their value now.
+            update = {index: self._scalar(body, body.root.operands[index], argument_value) for index in list(state)}
             if update == state:
-                raise Unknown
+                raise UnknownCount
             while missing := [index for index in state if index not in update]:
-                update |= {index: self._scalar(body, body.root.operands[index], of_parameter) for index in missing}
+                update |= {index: self._scalar(body, body.root.operands[index], argument_value) for index in missing}
             state = update
         return trips
 
-    def _scalar(self, computation: Computation, name: str, of_parameter) -> int:
-        """The value of an integer scalar; `of_parameter` gives those that come from outside."""
-        one = computation.instructions[name]
-        if one.opcode == "constant":
-            if one.literal in ("true", "false"):
-                return int(one.literal == "true")
-            if not re.fullmatch(r"-?\d+", one.literal):
-                raise Unknown
-            return int(one.literal)
-        if one.opcode == "parameter" or one.opcode == "get-tuple-element":
-            return of_parameter(one, computation)
-        values = [self._scalar(computation, operand, of_parameter) for operand in one.operands]
-        if one.opcode == "fusion":
-            inner = self.computations[one.called["calls"]]
+    def _scalar(self, computation: Computation, name: str, argument_value: Callable) -> int:
+        """The value of an integer scalar; `argument_value` (instruction, computation) gives those of arguments."""
+        instruction = computation.instructions[name]
+        if instruction.opcode == "constant":
+            if instruction.literal in ("true", "false"):
+                return int(instruction.literal == "true")
+            if not re.fullmatch(r"-?\d+", instruction.literal):
+                raise UnknownCount
+            return int(instruction.literal)
+        if instruction.opcode == "parameter" or instruction.opcode == "get-tuple-element":
+            return argument_value(instruction, computation)
+        values = [self._scalar(computation, operand, argument_value) for operand in instruction.operands]
+        if instruction.opcode == "fusion":
+            inner = self.computations[instruction.called["calls"]]
             return self._scalar(inner, inner.root.name, lambda parameter, _: values[int(parameter.literal)])
-        if one.opcode in ("copy", "bitcast", "convert", "reshape"):
+        if instruction.opcode in ("copy", "bitcast", "convert", "reshape"):
             return values[0]
-        if one.opcode == "compare":
+        if instruction.opcode == "compare":
             left, right = values
-            direction = one.attribute(r"direction=(\w+)")
+            direction = instruction.attribute(r"direction=(\w+)")
             results = {"LT": left < right, "LE": left <= right, "GT": left > right, "GE": left >= right}
             return int((results | {"EQ": left == right, "NE": left != right})[direction])
-        if one.opcode in ("add", "subtract", "multiply") and len(values) == 2:
+        if instruction.opcode in ("add", "subtract", "multiply") and len(values) == 2:
             left, right = values
-            return {"add": left + right, "subtract": left - right, "multiply": left * right}[one.opcode]
-        raise Unknown
+            return {"add": left + right, "subtract": left - right, "multiply": left * right}[instruction.opcode]
+        raise UnknownCount
 
 
-def _no_parameter(one: Instruction, computation: Computation) -> int:
-    """A loop's first counter that is itself an argument of the computation around the loop."""
-    raise Unknown
+def _no_parameter(instruction: Instruction, computation: Computation) -> int:
+    """For a counter that begins with an argument of the computation around the loop: its value is not known."""
+    raise UnknownCount
 
 
 def parse(text: str) -> Module:
-    """The module that `jax.stages.Compiled.as_text()` gives."""
+    """The module of `jax.stages.Compiled.as_text()`."""
     computations, entry, current = {}, None, None
     for line in text.splitlines():
         if not line or line.startswith("HloModule"):
             continue
         if line == "}":
             current = None
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            one = _instruction(found[2], found[3], bool(found[1]))
-            current.instructions[one.name] = one
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            instruction = _instruction(match[2], match[3], bool(match[1]))
+            current.instructions[instruction.name] = instruction
         elif header := _HEADER.match(line):
             current = computations[header[1]] = Computation(header[1])
             if line.startswith("ENTRY"):
@@ -214,7 +218,7 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
 
 
 def _shape(text: str) -> tuple[str, str]:
-    """The result's shape in front of the operation, and what follows it."""
+    """(the result's shape, which comes first, the rest of the text)"""
     if text.startswith("("):
         inside, rest = _until_bracket(text[1:])
         return inside, rest.lstrip()
@@ -223,7 +227,7 @@ def _shape(text: str) -> tuple[str, str]:
 
 
 def _until_bracket(text: str) -> tuple[str, str]:
-    """What stands before the bracket that closes one already open, and what after it; quoted text is passed over."""
+    """(the text before the bracket that closes an open one, the text after it); brackets in quotes do not count."""
     depth, quoted = 1, False
     for index, character in enumerate(text):
         if character == '"' and (index == 0 or text[index - 1] != "\\"):
@@ -234,14 +238,15 @@ def _until_bracket(text: str) -> tuple[str, str]:
             depth -= 1
             if depth == 0:
                 return text[:index], text[index + 1 :]
-    raise ValueError(f"HLO with an open bracket: {text[:80]}")
+    raise ValueError(f"HLO with a bracket that is not closed: {text[:80]}")
 
 
 def arrays_of(shape: str) -> tuple[Array, ...]:
-    found = []
+    """The arrays of a shape as HLO writes it: one, or those of a tuple."""
+    arrays = []
     for dtype, sides, layout in _ARRAY.findall(shape):
         if dtype in BYTES:
             space = re.search(r"S\((\d+)\)", layout or "")
             sides = tuple(int(side) for side in sides.split(",")) if sides else ()
-            found.append(Array(dtype, sides, int(space[1]) if space else 0))
-    return tuple(found)
+            arrays.append(Array(dtype, sides, int(space[1]) if space else 0))
+    return tuple(arrays)

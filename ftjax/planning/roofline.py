@@ -9,7 +9,7 @@ from ftjax.planning.traffic import Collective
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds for one chip and step, each as if nothing else took time."""
+    """The seconds of each resource, for one chip and step, as if nothing else took time."""
 
     compute: float
     memory: float
@@ -17,20 +17,23 @@ class Roofline:
     dcn: float
 
     @property
+    def terms(self) -> dict[str, float]:
+        return {"compute": self.compute, "HBM": self.memory, "ICI": self.ici, "DCN": self.dcn}
+
+    @property
     def step(self) -> float:
-        return max(self.compute, self.memory, self.ici, self.dcn)
+        return max(self.terms.values())
 
     @property
     def bound(self) -> str:
-        terms = {"compute": self.compute, "HBM": self.memory, "ICI": self.ici, "DCN": self.dcn}
-        return max(terms, key=terms.__getitem__)
+        return max(self.terms, key=self.terms.__getitem__)
 
 
 def roofline(topology: Topology, flops: float, moved: float, collectives: list[Collective]) -> Roofline:
     """flops, moved: of one chip, recomputation included; moved in bytes of HBM."""
     chip = topology.chip
-    ici = sum(one.ici / bandwidth(topology, one.rings) for one in collectives if one.ici)
-    dcn = sum(one.dcn for one in collectives) / chip.dcn
+    ici = sum(collective.ici / bandwidth(topology, collective.rings) for collective in collectives if collective.ici)
+    dcn = sum(collective.dcn for collective in collectives) / chip.dcn
     return Roofline(flops / chip.flops, moved / chip.hbm_bandwidth, ici, dcn)
 
 
@@ -58,6 +61,6 @@ ASSUMPTIONS = (
     "ICI: one-way link bandwidth, both directions where the torus closes, over the dimensions that a mesh axis spans",
     "DCN: each chip has its share of its host's network, which sends and receives at the same time",
     "overlap: the four are hidden behind each other perfectly, so the step takes as long as the longest of them",
-    "tokens: every place of every row holds a token, each row one document (packing needs less attention)",
+    "tokens: every position of every row holds a token, each row one document (packing needs less attention)",
     "not counted: the input pipeline, checkpoints, latencies, and the optimizer's arithmetic",
 )

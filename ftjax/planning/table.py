@@ -1,5 +1,6 @@
 """A plan as a person reads it, and as JSON."""
 
+import dataclasses
 from collections import defaultdict
 from typing import Any
 
@@ -34,26 +35,11 @@ def as_json(config: ConfigDict, topology: Topology, program: Program, plan: Plan
     memory, limits = plan.memory, plan.roofline
     tokens = config.data.batch_size * config.data.max_length
     out |= {
-        "memory": {
-            "parameters": memory.parameters,
-            "adapters": memory.adapters,
-            "optimizer": memory.optimizer,
-            "batch": memory.batch,
-            "temporaries": memory.temporaries,
-            "output": memory.output,
-            "host": memory.host,
-            "total": memory.total,
-        },
+        "memory": dataclasses.asdict(memory) | {"total": memory.total},
         "flops": plan.executed,
         "hbm_bytes": plan.moved,
         "collectives": collective_bytes(plan),
-        "seconds": {
-            "compute": limits.compute,
-            "HBM": limits.memory,
-            "ICI": limits.ici,
-            "DCN": limits.dcn,
-            "step": limits.step,
-        },
+        "seconds": limits.terms | {"step": limits.step},
         "bound": limits.bound,
         "tokens_per_second_per_chip": tokens / topology.chips / limits.step,
         "mfu_at_most": plan.flops.total / topology.chips / chip.flops / limits.step,
@@ -64,13 +50,13 @@ def as_json(config: ConfigDict, topology: Topology, program: Program, plan: Plan
 
 
 def collective_bytes(plan: Plan) -> list[dict[str, Any]]:
-    """Of each kind over each mesh axis: how many, and the bytes that they bring to a chip."""
+    """For each kind over each mesh axis: how many, and the bytes that they bring to a chip."""
     sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
-    for one in plan.collectives:
-        entry = sums[one.kind, one.axes]
-        entry[0] += one.times
-        entry[1] += one.ici
-        entry[2] += one.dcn
+    for collective in plan.collectives:
+        entry = sums[collective.kind, collective.axes]
+        entry[0] += collective.times
+        entry[1] += collective.ici
+        entry[2] += collective.dcn
     rows = sorted(sums.items(), key=lambda item: -sum(item[1][1:]))
     return [
         {"kind": kind, "axes": list(axes), "times": times, "ici": ici, "dcn": dcn}
@@ -104,42 +90,44 @@ def rows(report: dict[str, Any], topology: Topology) -> dict[str, str]:
         f"{report['flops'] / 1e12:,.1f} TFLOP, of them {report['model_flops'] / report['chips'] / 1e12:,.1f} needed"
     )
     out["HBM traffic"] = f"{report['hbm_bytes'] / GIB:,.1f} GiB"
-    for one in report["collectives"]:
-        if one["ici"] + one["dcn"] > 2**20:
-            over = " x ".join(one["axes"])
-            parts = [f"{one[name] / GIB:,.3f} GiB over {name.upper()}" for name in ("ici", "dcn") if one[name]]
-            out[f"  {one['kind']} {over}"] = ", ".join(parts)
+    for collective in report["collectives"]:
+        if collective["ici"] + collective["dcn"] > 2**20:
+            over = " x ".join(collective["axes"])
+            sizes = {name.upper(): collective[name] for name in ("ici", "dcn")}
+            parts = [f"{size / GIB:,.3f} GiB over {name}" for name, size in sizes.items() if size]
+            out[f"  {collective['kind']} {over}"] = ", ".join(parts)
     out["least time"] = ", ".join(
         f"{name} {1000 * s:,.0f} ms" for name, s in report["seconds"].items() if name != "step"
     )
     out["step at least"] = f"{1000 * report['seconds']['step']:,.0f} ms, bound by {report['bound']}"
     out["tokens/s and chip"] = f"{report['tokens_per_second_per_chip']:,.0f} at most"
     out["MFU"] = f"{100 * report['mfu_at_most']:.0f}% at most"
-    if topology.slices > 1 and not any(one["dcn"] for one in report["collectives"]):
-        out["DCN"] = "what goes between slices was not found in the program and is not counted"
+    if topology.slices > 1 and not any(collective["dcn"] for collective in report["collectives"]):
+        out["DCN"] = "no transfer between slices was found in the program, so none is counted"
     if report["unknown_loops"]:
         out["loops counted once"] = ", ".join(report["unknown_loops"])
     return out
 
 
-def tried(settings: list[Tried], config: ConfigDict, topology: Topology) -> list[dict[str, Any]]:
-    """Each setting that was tried and what came of it; those that fit first, by their time."""
+def tried(attempts: list[Tried], config: ConfigDict, topology: Topology) -> list[dict[str, Any]]:
+    """Each setting that was tried with its outcome; those that fit come first, the fastest of them first."""
     out = []
-    for one in settings:
-        entry: dict[str, Any] = {"changes": list(one.candidate.changes), "fits": False}
-        if one.plan is None:
-            entry["reason"] = one.reason
+    for attempt in attempts:
+        entry: dict[str, Any] = {"changes": list(attempt.candidate.changes), "fits": False}
+        if attempt.plan is None:
+            entry["reason"] = attempt.reason
         else:
-            entry |= {"fits": one.plan.fits, "lacking": max(one.plan.lacking, 0.0)}
-            if one.plan.roofline is not None:
-                entry["total"] = one.plan.memory.total
-                entry["seconds"] = one.plan.roofline.step
-                entry["bound"] = one.plan.roofline.bound
+            entry |= {"fits": attempt.plan.fits, "lacking": max(attempt.plan.lacking, 0.0)}
+            if attempt.plan.roofline is not None:
+                entry["total"] = attempt.plan.memory.total
+                entry["seconds"] = attempt.plan.roofline.step
+                entry["bound"] = attempt.plan.roofline.bound
         out.append(entry)
     return sorted(out, key=lambda entry: (not entry["fits"], entry.get("seconds", 0.0)))
 
 
 def tried_rows(entries: list[dict[str, Any]]) -> dict[str, str]:
+    """{changes as flags: outcome as text}, from `tried`."""
     out = {}
     for entry in entries:
         if "reason" in entry:

@@ -1,4 +1,4 @@
-"""Devices of a TPU slice that is not there: libtpu describes it, and compiles for it."""
+"""Devices of a TPU slice that need not exist: libtpu describes it, and compiles for it."""
 
 import math
 import os
@@ -29,17 +29,17 @@ class Topology:
         return "x".join(map(str, self.sides))
 
     def __str__(self) -> str:
-        one = f"{self.chip.name}:{self.shape}"
-        return one if self.slices == 1 else f"{self.slices}x {one}"
+        slice_name = f"{self.chip.name}:{self.shape}"
+        return slice_name if self.slices == 1 else f"{self.slices}x {slice_name}"
 
 
 def parse(text: str) -> Topology:
     """`v5e:4x4`, `v5p:2x2x2`; several slices as `2x v5e:4x4` or `v5e:4x4*2`. Raises UserError."""
-    found = re.fullmatch(r"(?:(\d+) *x +)?(v\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text.strip())
-    if not found or (found[1] and found[4]):
+    match = re.fullmatch(r"(?:(\d+) *x +)?(v\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text.strip())
+    if not match or (match[1] and match[4]):
         raise UserError(f"--topology {text!r}: write it as v5e:4x4, v5p:2x2x2, or for two slices 2x v5e:4x4")
-    chip, sides = chips.find(found[2]), tuple(map(int, found[3].split("x")))
-    slices = int(found[1] or found[4] or 1)
+    chip, sides = chips.chip_named(match[2]), tuple(map(int, match[3].split("x")))
+    slices = int(match[1] or match[4] or 1)
     if len(sides) != chip.dimensions or not all(sides) or not slices:
         example = "x".join(["4"] * chip.dimensions)
         raise UserError(
@@ -61,12 +61,12 @@ def describe_to_libtpu(topology: Topology) -> None:
         "TPU_WORKER_ID": "0",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")  # warnings about this machine, which is no TPU
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")  # libtpu warns that this machine is no TPU
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 
 
 def devices(topology: Topology) -> list[jax.Device]:
-    """The slice's devices, for compiling only. Raises UserError without libtpu, or for a grid that cannot be had."""
+    """The slice's devices, for compiling only. Raises UserError without libtpu, and for a slice that does not exist."""
     from jax.experimental import topologies
 
     try:
@@ -78,12 +78,12 @@ def devices(topology: Topology) -> list[jax.Device]:
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     try:
-        found = topologies.get_topology_desc(f"{topology.chip.name}:{topology.shape}", "tpu", **options).devices
+        described = topologies.get_topology_desc(f"{topology.chip.name}:{topology.shape}", "tpu", **options).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise UserError(f"--topology {topology}: libtpu knows no such slice ({str(error).splitlines()[0]})") from error
-    if len(found) != topology.chips or found[0].device_kind != topology.chip.devices:
-        raise UserError(f"--topology {topology}: libtpu gives {len(found)} devices of kind {found[0].device_kind}")
-    return found
+    if len(described) != topology.chips or described[0].device_kind != topology.chip.devices:
+        raise UserError(f"--topology {topology}: libtpu gives {len(described)} x {described[0].device_kind}")
+    return described
 
 
 def slice_of(device: jax.Device) -> int:

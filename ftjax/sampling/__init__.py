@@ -1,1 +1,1 @@
-"""Text from a decoder: how the next token is chosen, and the loop that chooses one after the other."""
+"""Text from a decoder: how the next token is chosen, and the loop that generates many."""

@@ -9,9 +9,8 @@ import numpy as np
 from ftjax.errors import UserError
 from ftjax.weights.gguf.read import GGUFReader
 from ftjax.weights.hf.mxfp4 import unpacked
-from ftjax.weights.hf.safetensors import SafetensorsReader
+from ftjax.weights.hf.safetensors import PICKLES, SafetensorsReader
 
-_UNPICKLED = (".bin", ".pt", ".pth", ".pkl", ".npy")
 # Weights, configs, tokenizers and chat templates; nothing that holds code or pickles, nor second copies of
 # the weights.
 _ALLOWED = [
@@ -22,7 +21,7 @@ _ALLOWED = [
     "spiece.model",
     "merges.txt",
     "vocab.txt",
-    "README.md",  # for the license in the card of an export
+    "README.md",  # for the license in an export's model card
 ]
 _IGNORED = ["*/*", "consolidated*.safetensors"]
 
@@ -40,7 +39,7 @@ class Reader(Protocol):
     def dtype(self, name: str) -> np.dtype: ...
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """The part of a tensor that `index` selects: one slice per leading dimension, () for all of it."""
+        """The part of a tensor that `index` selects: a slice per leading dimension, () for the whole tensor."""
         ...
 
 
@@ -48,7 +47,7 @@ def open_source(path: Path) -> Reader:
     """The reader for what `locate` returned: a `.gguf` file or a Hugging Face directory.
 
     The files are validated here and tensors read later. Raises UserError for malformed files, unknown formats and
-    quantized weights (but for MXFP4, which is read as bfloat16).
+    quantized weights (except MXFP4, which is read as bfloat16).
     """
     if path.suffix == ".gguf":
         return GGUFReader(path)
@@ -67,7 +66,7 @@ def locate(source: str) -> Path:
     if source.startswith("package:"):
         return _in_package(source.removeprefix("package:"))
     path = Path(source).expanduser()
-    if path.suffix in _UNPICKLED:
+    if path.suffix in (*PICKLES, ".npy"):
         raise UserError(
             f"{source}: {path.suffix} files can run code when opened and never are; convert the model to "
             "safetensors first (`save_pretrained` of transformers does) and give the directory"
@@ -99,22 +98,22 @@ def _in_package(name: str) -> Path:
     roots = [Path(root) for root in spec.submodule_search_locations or []]
     files = sorted(file for root in roots for file in root.rglob("*.gguf"))
     if len(files) != 1:
-        found = ", ".join(str(file) for file in files) or "none"
-        raise UserError(f"package:{name}: needs exactly one .gguf file inside, found {found}; give the path of a file")
+        names = ", ".join(str(file) for file in files) or "none"
+        raise UserError(f"package:{name}: needs exactly one .gguf file inside, found {names}; give the path of a file")
     return files[0]
 
 
 def _download(name: str) -> Path:
-    # Imported here because it takes most of a second and local models do without.
+    # Imported here because that takes most of a second, and local models do not need it.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError  # of whichever HTTP library it uses
+    from huggingface_hub.errors import HFValidationError, HTTPError  # the error of the HTTP library in use
 
     try:
         return Path(snapshot_download(name, allow_patterns=_ALLOWED, ignore_patterns=_IGNORED))
     except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"model.source {name!r}: no such local path, and not to be had from the Hugging Face Hub "
+            f"model.source {name!r}: no such local path, and it cannot be downloaded from the Hugging Face Hub "
             f"({reason}); check the spelling and the network, log in with `hf auth login` if access is "
             "restricted, or give a local directory"
         ) from error

@@ -123,10 +123,10 @@ def test_decoding_ends_when_every_row_has_stopped(ours, prompts):
     chosen = generate(model, variables, prompts[:1], NEW, (), GREEDY)[0].tokens
     later = next(i for i in range(1, NEW) if chosen[i] not in chosen[:i])
     for last in (0, later):
-        ends = engine._ends(model, [chosen[last]])
+        ends = engine._stop_mask(model, [chosen[last]])
         # Two of the three rows are dummies, and are not waited for.
         state = engine._start(model, variables, prompts, np.array([0]), 3, NEW, ends, GREEDY)
-        assert int(engine._decode(model, GREEDY, variables, state, ends, np.int32(NEW)).count) == last + 1
+        assert int(engine._decode(model, GREEDY, variables, state, np.int32(NEW)).count) == last + 1
         assert rows(generate(model, variables, prompts[:1], NEW, (chosen[last],), GREEDY)) == [chosen[:last].tolist()]
 
 

@@ -22,7 +22,7 @@ sys.exit(int(os.environ["FAKE_STATUS"].split(",")[int(task)]))
 
 FIND = """
 from ftjax import distributed
-print("found", distributed.find(None, None, None, 1), flush=True)
+print("found", distributed.find_cluster(None, None, None, 1), flush=True)
 """
 
 

@@ -30,7 +30,7 @@ from support.together_parts import CONFIG, RANK, adapters, card, params, save_to
 distributed.LIMIT_SECONDS = 60  # an error in this file must not take ten minutes to show
 MESH = sharding.make_mesh({"fsdp": 4, "tensor": 2})
 SPEC = spec()
-told = {}
+outcomes = {}
 
 
 def placed(leaves, abstract):
@@ -43,13 +43,13 @@ def placed(leaves, abstract):
 
 
 @contextlib.contextmanager
-def telling(what):
+def recorded(what):
     """Keeps the error of the block, and how long it took to come."""
     start = time.monotonic()
     try:
         yield
     except (OSError, RuntimeError, UserError) as error:
-        told[what] = [type(error).__name__, str(error), time.monotonic() - start]
+        outcomes[what] = [type(error).__name__, str(error), time.monotonic() - start]
 
 
 model = Decoder(SPEC)
@@ -58,7 +58,7 @@ weights = placed(params(), abstract)
 targets = lora.find_targets("all-linear", lora.linear_kernels(tree.flatten(abstract)))
 abstract_lora = lora.abstract_adapters(abstract, logical_axes(model), targets, RANK, MESH)
 variables = placed(adapters(), abstract_lora)
-told["addressable"] = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(weights))
+outcomes["addressable"] = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(weights))
 
 with new_directory_together(ROOT / "model") as directory:
     write_model(directory, weights, SPEC, CONFIG, adapters=variables, dtype=jax.numpy.bfloat16, max_shard_bytes=9_000)
@@ -79,19 +79,19 @@ with jax.set_mesh(MESH):
 assemble.load_run = lambda workdir, step: (config, base, run, 3)
 export.export_model(ROOT / "run", None, "merged", ROOT / "exported", None, "f16")
 
-with telling("writing fails"):
+with recorded("writing fails"):
 
     def fails(path):
         raise OSError("the disk is full")
 
     write_merged(ROOT / "failed", weights, SPEC, CONFIG, fails)
-with telling("NaN"):
+with recorded("NaN"):
     bad = tree.flatten(weights) | {"norm/scale": jax.jit(lambda x: x * np.nan)(tree.flatten(weights)["norm/scale"])}
     write_merged(ROOT / "failed", tree.unflatten(bad), SPEC, CONFIG, save_tokenizer)
-with telling("the other fails"), new_directory_together(ROOT / "failed"), together("looking"):
+with recorded("the other fails"), new_directory_together(ROOT / "failed"), together("looking"):
     if NUMBER == 1:
         raise RuntimeError("cannot see it")
-with telling("one is late"), new_directory_together(ROOT / "failed"), together("looking", limit=1):
+with recorded("one is late"), new_directory_together(ROOT / "failed"), together("looking", limit=1):
     if NUMBER == 1:
         time.sleep(3)
-(ROOT / f"told-{NUMBER}.json").write_text(json.dumps(told))
+(ROOT / f"outcomes-{NUMBER}.json").write_text(json.dumps(outcomes))

@@ -106,7 +106,7 @@ def test_hub_ids_fetch_neither_pickles_nor_code(source, tmp_path, monkeypatch):
 def test_hub_ids_that_cannot_be_had(source, monkeypatch, tmp_path):
     """HF_HUB_OFFLINE is set in conftest.py, so this is the library's own error."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="not to be had from the Hugging Face Hub"):
+    with pytest.raises(UserError, match="cannot be downloaded from the Hugging Face Hub"):
         locate(source)
 
 

@@ -1,8 +1,8 @@
 """The Hugging Face config that a GGUF file's metadata imply, and the metadata of a config: one pair per architecture.
 
-What llama.cpp computes from a file is what the config has to say, so its fixed choices are written out here (the
-scale of Gemma's attention, the period of its windows, Qwen3's router). What an architecture of GGUF has no word for
-never reaches a file: `gguf_write` compares the decoder that a file describes with the one to be written.
+The config has to describe what llama.cpp computes from a file, so llama.cpp's fixed choices are written out here (the
+scale of Gemma's attention, the period of its windows, Qwen3's router). A model with settings that an architecture has
+no key for is never written: `gguf.write` compares the decoder that a file describes with the one to be written.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,9 +18,9 @@ from ftjax.models.spec import DecoderSpec
 from ftjax.weights.gguf.header import Fields, Tensor, shorten
 from ftjax.weights.gguf.rope import longrope_metadata, read_longrope, read_rope, rope_metadata
 
-_LOCAL_THETA, _GEMMA3_PERIOD = 10_000.0, 6  # of Gemma 3, where a file does not say
-_DEFAULT_THETA = {"gemma3_text": 1e6, "mixtral": 1e6}  # of Hugging Face configs that do not say; of others 10,000
-# Layers of the Gemmas of 27 billion parameters, whose attention llama.cpp scales by the width of the model.
+_LOCAL_THETA, _GEMMA3_PERIOD = 10_000.0, 6  # Gemma 3's, for files without the keys
+_DEFAULT_THETA = {"gemma3_text": 1e6, "mixtral": 1e6}  # for Hugging Face configs without one; else 10,000
+# Layers of the 27B Gemmas, by which llama.cpp knows that their attention is scaled by the width of the model.
 _LARGE_GEMMA = {"gemma2": 46, "gemma3": 62}
 
 
@@ -66,7 +66,7 @@ def _token_ids(file: Fields, vocab: int) -> dict[str, Any]:
 
 
 def _decoder(file: Fields) -> dict[str, Any]:
-    """What every architecture but GPT-2 has, under Llama's names; no RoPE yet."""
+    """The settings common to every architecture but GPT-2, under Llama's names, without RoPE."""
     heads, width = file.whole("attention.head_count"), file.whole("embedding_length")
     head_dim = file.whole("attention.key_length", file.whole("rope.dimension_count", width // heads or 1))
     if file.whole("attention.value_length", head_dim) != head_dim or head_dim % 2:
@@ -86,7 +86,7 @@ def _decoder(file: Fields) -> dict[str, Any]:
 
 
 def _llama(file: Fields) -> dict[str, Any]:
-    """Llama, and Mistral and Mixtral, which come under the same name."""
+    """Llama, and Mistral and Mixtral, whose files have the same architecture."""
     config = _decoder(file)
     config |= {
         "model_type": "llama",
@@ -124,7 +124,7 @@ def _qwen3_moe(file: Fields) -> dict[str, Any]:
         "moe_intermediate_size": width,
         "num_experts": file.whole("expert_count"),
         "num_experts_per_tok": file.whole("expert_used_count"),
-        "norm_topk_prob": True,  # not in the files: llama.cpp always does so
+        "norm_topk_prob": True,  # not in the files: llama.cpp always normalizes
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }
@@ -181,7 +181,7 @@ def _gpt2(file: Fields) -> dict[str, Any]:
 
 def _decoder_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     parameters = rope_parameters(dict(config), _DEFAULT_THETA.get(spec.family, 10_000.0))
-    if "full_attention" in parameters:  # Gemma 3, of which it is the one that GGUF describes
+    if "full_attention" in parameters:  # Gemma 3 has two ropes; these keys describe the one of full attention
         parameters = parameters["full_attention"]
     rope, tensors = rope_metadata(parameters, spec.head_dim)
     metadata = {
@@ -241,10 +241,10 @@ def _gpt2_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dict[s
 class Architecture(NamedTuple):
     """One `general.architecture` of GGUF."""
 
-    read: Callable[[Fields], dict[str, Any]]  # the config, less what every architecture has
+    read: Callable[[Fields], dict[str, Any]]  # the config, without the keys that `hf_config` adds
     # (spec, config) -> ({key without the architecture: value}, {name: further tensor})
     metadata: Callable[[DecoderSpec, Mapping[str, Any]], tuple[dict[str, Any], dict[str, np.ndarray]]]
-    families: tuple[str, ...]  # which `model_type`s are written as this
+    families: tuple[str, ...]  # the `model_type`s that are written as this
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -260,7 +260,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_of(family: str) -> str:
-    """The GGUF architecture that a `model_type` is written as; UserError where there is none, with the list."""
+    """The GGUF architecture that a `model_type` is written as; UserError, with a list, if there is none."""
     for name, architecture in ARCHITECTURES.items():
         if family in architecture.families:
             return name

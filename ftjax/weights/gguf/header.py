@@ -1,7 +1,12 @@
 """The header of a GGUF file: its key/value metadata, and where its tensors lie.
 
 The `gguf` library's own reader spends 2 s making a NumPy view of every token of a 50k vocabulary, so the header is
-parsed here, after https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The weights and the tokenizer share it.
+parsed here, after https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Both the weights and the tokenizer are
+read from it.
+
+The layout, little-endian: "GGUF", version (uint32), number of tensors and of keys (uint64 each); the keys, each a
+string, a type (uint32) and a value; for each tensor its name, number of dimensions, sides, type and offset; padding to
+`general.alignment`; the tensors. A string is its length in bytes (uint64) and its UTF-8.
 """
 
 import math
@@ -17,41 +22,44 @@ from gguf.quants import dequantize
 
 from ftjax.errors import UserError
 
+# The types of values in the metadata, by number, as `struct` names them.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_LARGEST = 2**31 - 1
+_MAX_INT = 2**31 - 1
 
 
 class Tensor(NamedTuple):
-    shape: tuple[int, ...]
+    """A tensor of the file; `raw` becomes float32 [*shape] by `gguf.quants.dequantize`."""
+
+    shape: tuple[int, ...]  # the slowest dimension first, the reverse of GGUF's order
     kind: GGMLQuantizationType
     raw: np.ndarray  # uint8[..., bytes of a row], mapped from the file
 
 
-def parse(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """({key: value}, {GGUF name: tensor}) of a file; nothing beyond the header is read.
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """({key: value}, {GGUF name: tensor}) of a file; the tensors' values are mapped into memory, not read.
 
     Raises UserError for a file that is damaged, big-endian, one part of several, or of an unknown quantization.
     """
     try:
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return _Header(data).parse()
+        return _Header(data).read()
     except (OSError, ValueError, struct.error) as error:
         raise UserError(f"{path}: not a valid GGUF file ({error}); download it again") from error
 
 
 class _Header:
-    """A cursor over the header; every read is checked against the end of the file."""
+    """A position in the header; every read is checked against the end of the file."""
 
     def __init__(self, data: mmap.mmap):
         self.data = data
-        self.at = 0
+        self.position = 0
 
-    def parse(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.data[:4] != b"GGUF":
             raise ValueError("does not begin with GGUF")
-        self.at = 4
+        self.position = 4
         version, tensors, keys = self.numbers("IQQ")
         if version not in (2, 3):
             raise ValueError(f"version {version} of the format, known are 2 and 3, little-endian")
@@ -68,10 +76,11 @@ class _Header:
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment is {alignment!r}, not a power of two")
-        start = -(-self.at // alignment) * alignment
+        start = -(-self.position // alignment) * alignment
         named = {name: self.tensor(name, start + offset, shape, kind) for name, shape, kind, offset in infos}
         if len(named) != len(infos):
             raise ValueError("two tensors of the same name")
+        # `gguf` lacks dequantization for some types; found out here, before the first tensor is read.
         for kind in {tensor.kind for tensor in named.values()}:
             try:
                 dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
@@ -81,17 +90,17 @@ class _Header:
 
     def numbers(self, layout: str) -> tuple[Any, ...]:
         layout = f"<{layout}"
-        found = struct.unpack_from(layout, self.data, self.at)
-        self.at += struct.calcsize(layout)
-        return found
+        values = struct.unpack_from(layout, self.data, self.position)
+        self.position += struct.calcsize(layout)
+        return values
 
     def string(self) -> str:
-        (length,) = struct.unpack_from("<Q", self.data, self.at)
-        begin = self.at + 8
-        if begin + length > len(self.data):
+        (length,) = struct.unpack_from("<Q", self.data, self.position)
+        begin = self.position + 8
+        if begin + length > len(self.data):  # a slice of the map would end early without an error
             raise ValueError("ends inside its header")
-        self.at = begin + length
-        return self.data[begin : self.at].decode()
+        self.position = begin + length
+        return self.data[begin : self.position].decode()
 
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
@@ -140,7 +149,7 @@ class Fields:
     def whole(self, key: str, default: int | None = None) -> int:
         """A positive whole number below 2^31."""
         value = self.metadata.get(f"{self.architecture}.{key}", default)
-        if type(value) is not int or not 0 < value <= _LARGEST:
+        if type(value) is not int or not 0 < value <= _MAX_INT:
             raise self.error(f"{self.architecture}.{key} is {shorten(value)}, not a positive whole number")
         return value
 
@@ -163,11 +172,12 @@ class Fields:
     def vector(self, name: str, size: int) -> np.ndarray:
         """float32 [size], a small tensor."""
         if name not in self.tensors or self.tensors[name].shape != (size,):
-            found = list(self.tensors[name].shape) if name in self.tensors else "missing"
-            raise self.error(f"{name} is {found}, by the metadata it has the shape [{size}]")
+            shape = list(self.tensors[name].shape) if name in self.tensors else "missing"
+            raise self.error(f"{name} is {shape}, by the metadata it has the shape [{size}]")
         return dequantize(self.tensors[name].raw, self.tensors[name].kind)
 
     def refuse(self, *keys: str) -> None:
+        """UserError where the file has one of these keys."""
         for key in keys:
             if self.has(key):
                 raise self.error(f"{self.architecture}.{key} is not supported")
@@ -177,6 +187,6 @@ class Fields:
 
 
 def shorten(value: Any) -> str:
-    """As in a message."""
+    """`repr(value)` for a message, cut to 80 characters: a value may be a whole vocabulary."""
     text = repr(value)
     return text if len(text) < 80 else f"{text[:80]}..."

@@ -9,22 +9,22 @@ from gguf.quants import dequantize
 from ftjax.errors import UserError
 from ftjax.models.families import spec_from_config
 from ftjax.weights.gguf.config import hf_config
-from ftjax.weights.gguf.header import Tensor, parse
+from ftjax.weights.gguf.header import Tensor, read_header
 from ftjax.weights.gguf.names import Place, gguf_places, half_split
 
-# Tensors that the config speaks of.
+# Tensors whose values are in the config.
 _COMPUTED = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 
 class _Stored(NamedTuple):
-    """A Hugging Face tensor as the file has it; of an expert, its part of the tensor of all."""
+    """A Hugging Face tensor as the file has it; an expert's is a slice of the tensor of all experts."""
 
     tensor: Tensor
     place: Place | None  # None: Hugging Face has no name for it
 
 
 class GGUFReader:
-    """One GGUF file of a model. Raises UserError when it is malformed or holds what is not supported.
+    """One GGUF file of a model. Raises UserError when it is malformed or not supported.
 
     `metadata` holds every key of the file (tokens and merges as lists of str, chat template included);
     `config` is the Hugging Face config made from it. `shape`, `dtype` and `read` raise KeyError for a name
@@ -33,7 +33,7 @@ class GGUFReader:
 
     def __init__(self, path: Path):
         self.path = path
-        self.metadata, tensors = parse(path)
+        self.metadata, tensors = read_header(path)
         self.config = hf_config(path, self.metadata, tensors)
         try:
             spec = spec_from_config(self.config)

@@ -14,7 +14,7 @@ _OTHER_SCALING = ("attn_factor", "alpha", "yarn_attn_factor", "yarn_ext_factor",
 
 
 def read_rope(file: Fields, head_dim: int) -> dict[str, Any]:
-    """`rope_parameters` of a file whose heads are turned whole."""
+    """`rope_parameters` of a file in which RoPE rotates whole heads."""
     if file.whole("rope.dimension_count", head_dim) != head_dim:
         raise file.error("RoPE on a part of a head is not supported")
     file.refuse(*(f"rope.scaling.{key}" for key in _OTHER_SCALING), "rope.scale_linear")
@@ -38,7 +38,7 @@ def read_rope(file: Fields, head_dim: int) -> dict[str, Any]:
 
 
 def llama3_factors(parameters: Mapping[str, Any], head_dim: int) -> np.ndarray:
-    """float32 [head_dim / 2]: what Llama 3.1's scaling divides each frequency by, in llama.cpp's arithmetic."""
+    """float32 [head_dim / 2]: the divisor of each frequency in Llama 3.1's scaling, in llama.cpp's arithmetic."""
     factor, low, high = (float(parameters[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = np.float32(1) / np.float32(parameters["rope_theta"]) ** exponents
@@ -48,10 +48,10 @@ def llama3_factors(parameters: Mapping[str, Any], head_dim: int) -> np.ndarray:
 
 
 def _from_factors(file: Fields, theta: float, factors: np.ndarray) -> dict[str, Any]:
-    """The `llama3` parameters behind a file's divisors, which are all that it holds of them.
+    """The `llama3` parameters that a file's divisors were made from; the file holds nothing else of them.
 
     The largest divisor is `factor`; `low_freq_factor` and `high_freq_factor` are 1 and 4 in every Llama there is, so
-    that only the original context is open, and a context half or twice as long gives quite other divisors.
+    only the original context is unknown, and one half or twice as long gives clearly different divisors.
     """
     if (factors == 1).all():
         return {"rope_theta": theta, "rope_type": "default"}
@@ -66,7 +66,7 @@ def _from_factors(file: Fields, theta: float, factors: np.ndarray) -> dict[str, 
 
 
 def rope_metadata(parameters: Mapping[str, Any], head_dim: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """({key: value}, {tensor: values}) of `rope_parameters`; what has no key is left out."""
+    """({key: value}, {tensor: values}) of `rope_parameters`; settings without a key are left out."""
     metadata: dict[str, Any] = {
         "rope.freq_base": float(parameters["rope_theta"]),
         "rope.dimension_count": int(head_dim * parameters.get("partial_rotary_factor", 1.0)),
@@ -85,19 +85,19 @@ def rope_metadata(parameters: Mapping[str, Any], head_dim: int) -> tuple[dict[st
 
 
 def read_longrope(file: Fields, head_dim: int, max_position_embeddings: int) -> dict[str, Any]:
-    """`rope_parameters` of a Phi-3 file, whose heads may be turned in part; LongRoPE's divisors are tensors."""
-    turned = file.whole("rope.dimension_count", head_dim)
-    if turned > head_dim or turned % 2:
-        raise file.error(f"RoPE on {turned} dimensions of {head_dim} is not possible")
+    """`rope_parameters` of a Phi-3 file, which may rotate a part of each head; LongRoPE's divisors are tensors."""
+    rotated = file.whole("rope.dimension_count", head_dim)
+    if rotated > head_dim or rotated % 2:
+        raise file.error(f"RoPE on {rotated} dimensions of {head_dim} is not possible")
     parameters = {
         "rope_theta": file.real("rope.freq_base", 10_000.0),
         "rope_type": "default",
-        "partial_rotary_factor": turned / head_dim,
+        "partial_rotary_factor": rotated / head_dim,
     }
     if not any(name in file.tensors for name in _LONGROPE.values()):
         file.refuse("rope.scaling.type", "rope.scaling.factor")
         return parameters
-    parameters |= {ours: file.vector(name, turned // 2).tolist() for ours, name in _LONGROPE.items()}
+    parameters |= {ours: file.vector(name, rotated // 2).tolist() for ours, name in _LONGROPE.items()}
     original = file.whole("rope.scaling.original_context_length")
     parameters |= {"rope_type": "longrope", "original_max_position_embeddings": original}
     scale, factor = file.optional("rope.scaling.attn_factor"), max_position_embeddings / original
@@ -108,7 +108,7 @@ def read_longrope(file: Fields, head_dim: int, max_position_embeddings: int) -> 
 
 
 def longrope_metadata(parameters: Mapping[str, Any], scale: float) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """As `rope_metadata`, what LongRoPE adds; `scale` is of cosine and sine."""
+    """The keys and tensors of LongRoPE, to be added to those of `rope_metadata`; `scale` multiplies cosine and sine."""
     original = parameters["original_max_position_embeddings"]
     metadata = {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": scale}
     return metadata, {name: np.asarray(parameters[ours], np.float32) for ours, name in _LONGROPE.items()}

@@ -10,16 +10,26 @@ from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from ftjax.errors import UserError
-from ftjax.weights.gguf.header import parse
+from ftjax.weights.gguf.header import read_header
 
 
-class Split(NamedTuple):
-    """How one value of `tokenizer.ggml.pre` cuts text into pieces before the merges."""
+class PreTokenization(NamedTuple):
+    """How a value of `tokenizer.ggml.pre` splits text into pieces, inside which the merges are made."""
 
     steps: tuple[pre_tokenizers.PreTokenizer, ...]
     normalizer: normalizers.Normalizer | None = None
-    ignore_merges: bool = False  # a piece that is a whole vocabulary entry is taken without merging
-    add_bos: bool = False  # where the file does not say
+    ignore_merges: bool = False  # a piece that is in the vocabulary is one token, whatever the merges
+    add_bos: bool = False  # the default for files without `add_bos_token`
+
+    def backend(
+        self, vocab: Mapping[str, int] | None = None, merges: Sequence[tuple[str, str]] | None = None
+    ) -> Tokenizer:
+        """A byte-level BPE that splits text in this way; without a decoder and added tokens."""
+        backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=self.ignore_merges))
+        if self.normalizer:
+            backend.normalizer = self.normalizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence(list(self.steps))
+        return backend
 
 
 def _regex_split(pattern: str) -> tuple[pre_tokenizers.PreTokenizer, ...]:
@@ -43,27 +53,32 @@ _O200K = (  # words end where small letters are followed by capitals
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*ENDS"
     r"|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The splits of the models' own tokenizer.json files, by the name that llama.cpp's converter gives them.
-SPLITS = {
-    "gpt-2": Split((_GPT2,)),
-    "llama-bpe": Split(_LLAMA3, ignore_merges=True, add_bos=True),
-    "dbrx": Split(_LLAMA3),
-    "smaug-bpe": Split(_LLAMA3),
-    "qwen2": Split(_regex_split(_CL100K.replace("DIGITS", "")), normalizer=normalizers.NFC()),
-    "smollm": Split(_DIGITS_APART),
-    "refact": Split(_DIGITS_APART),
-    "starcoder": Split(_DIGITS_APART),
-    "tekken": Split(_regex_split(_O200K.replace("ENDS", "").replace("DIGITS", "")), ignore_merges=True, add_bos=True),
-    "gpt-4o": Split(_regex_split(_O200K.replace("ENDS", f"{_ENDS}?").replace("DIGITS", "{1,3}"))),
+# As in the models' own tokenizer.json files, by the name that llama.cpp's converter gives them.
+PRE_TOKENIZATIONS = {
+    "gpt-2": PreTokenization((_GPT2,)),
+    "llama-bpe": PreTokenization(_LLAMA3, ignore_merges=True, add_bos=True),
+    "dbrx": PreTokenization(_LLAMA3),
+    "smaug-bpe": PreTokenization(_LLAMA3),
+    "qwen2": PreTokenization(_regex_split(_CL100K.replace("DIGITS", "")), normalizer=normalizers.NFC()),
+    "smollm": PreTokenization(_DIGITS_APART),
+    "refact": PreTokenization(_DIGITS_APART),
+    "starcoder": PreTokenization(_DIGITS_APART),
+    "tekken": PreTokenization(
+        _regex_split(_O200K.replace("ENDS", "").replace("DIGITS", "")), ignore_merges=True, add_bos=True
+    ),
+    "gpt-4o": PreTokenization(_regex_split(_O200K.replace("ENDS", f"{_ENDS}?").replace("DIGITS", "{1,3}"))),
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types of the GGUF specification
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # Hugging Face's names -> GGUF's
-_LONGEST_PIECE = 1000  # characters; the time to find a piece's halves grows with the square
+_LONGEST_PIECE = 1000  # characters; finding the two halves of a piece takes time that grows with the square
 
 
 def from_gguf(path: Path) -> PreTrainedTokenizerFast:
-    """UserError for a kind of tokenizer that is not supported, by name, and for a damaged file."""
-    metadata = parse(path)[0]
+    """The tokenizer in a GGUF file.
+
+    Raises UserError for a kind of tokenizer that is not supported, by name, and for a damaged file.
+    """
+    metadata = read_header(path)[0]
     meta = {k.removeprefix("tokenizer."): v for k, v in metadata.items() if k.startswith("tokenizer.")}
     kind = meta.get("ggml.model")
     tokens, types = _array(path, meta, "tokens", str), _array(path, meta, "token_type", int)
@@ -84,9 +99,12 @@ def from_gguf(path: Path) -> PreTrainedTokenizerFast:
     for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
         add = backend.add_special_tokens if special else backend.add_tokens
         add([AddedToken(t, normalized=False, special=special) for t, kind in zip(tokens, types) if kind == wanted])
+    template = meta.get("chat_template")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{path}: tokenizer.chat_template is not a text: the file is damaged")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=_template(path, meta),
+        chat_template=template,
         add_bos_token=_flag(path, meta, "add_bos_token", add_bos),
         add_eos_token=_flag(path, meta, "add_eos_token", False),
         clean_up_tokenization_spaces=False,
@@ -95,21 +113,17 @@ def from_gguf(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _byte_level(path: Path, meta: Mapping[str, Any], tokens: list[str]) -> tuple[Tokenizer, bool]:
-    """(tokenizer without added tokens, whether it begins with a BOS by default)"""
+    """(tokenizer without added tokens, whether it adds a BOS token where the file does not say)"""
     pre = meta.get("ggml.pre")
-    if not isinstance(pre, str) or pre not in SPLITS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZATIONS:
         raise UserError(
-            f"{path}: tokenizer.ggml.pre is {pre!r}, known are {', '.join(sorted(SPLITS))}; "
+            f"{path}: tokenizer.ggml.pre is {pre!r}, known are {', '.join(sorted(PRE_TOKENIZATIONS))}; "
             "use the model's Hugging Face directory with tokenizer.json"
         )
-    split, vocab = SPLITS[pre], _vocab(path, tokens)
-    merges = _pairs(path, _array(path, meta, "merges", str), vocab)
-    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=split.ignore_merges))
-    if split.normalizer:
-        backend.normalizer = split.normalizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(list(split.steps))
+    vocab = _vocab(path, tokens)
+    backend = PRE_TOKENIZATIONS[pre].backend(vocab, _pairs(path, _array(path, meta, "merges", str), vocab))
     backend.decoder = decoders.ByteLevel()
-    return backend, split.add_bos
+    return backend, PRE_TOKENIZATIONS[pre].add_bos
 
 
 def _sentencepiece(
@@ -125,7 +139,7 @@ def _sentencepiece(
         raise UserError(f"{path}: the scores are not one number for each of {len(tokens)} tokens: the file is damaged")
     if (longest := max(map(len, tokens), default=0)) > _LONGEST_PIECE:
         raise UserError(f"{path}: a token of {longest} characters: the file is damaged")
-    # Gemma's runs of spaces are matched whole by llama.cpp, and spelled so; they are merged like any piece elsewhere.
+    # llama.cpp matches Gemma's runs of spaces as whole tokens, spelled with spaces; elsewhere they are ordinary pieces.
     runs = [gemma and len(token) > 1 and not token.strip(" ") for token in tokens]
     tokens = ["▁" * len(token) if run else token for token, run in zip(tokens, runs)]
     types = [NORMAL if run else kind for kind, run in zip(types, runs)]
@@ -141,12 +155,12 @@ def _sentencepiece(
 
 
 def spm_merges(tokens: Sequence[str], scores: Sequence[float], gemma: bool) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, the best token first: what SentencePiece merges.
+    """Every way to make a token of two others, the best token first, as SentencePiece merges them.
 
     The scores of Gemma's files do not follow the order of its merges; the order of its tokens does.
     """
-    best = {token: -place for place, token in enumerate(tokens)} if gemma else dict(zip(tokens, scores))
-    return generate_merges({token: place for place, token in enumerate(tokens)}, best)
+    best = {token: -i for i, token in enumerate(tokens)} if gemma else dict(zip(tokens, scores))
+    return generate_merges({token: i for i, token in enumerate(tokens)}, best)
 
 
 def _roles(path: Path, meta: Mapping[str, Any], tokens: list[str], defaults: dict[str, int]) -> dict[str, str | None]:
@@ -176,13 +190,6 @@ def _flag(path: Path, meta: Mapping[str, Any], key: str, default: bool) -> bool:
     return value
 
 
-def _template(path: Path, meta: Mapping[str, Any]) -> str | None:
-    value = meta.get("chat_template")
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{path}: tokenizer.chat_template is not a text: the file is damaged")
-    return value
-
-
 def _vocab(path: Path, tokens: list[str]) -> dict[str, int]:
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
@@ -191,11 +198,11 @@ def _vocab(path: Path, tokens: list[str]) -> dict[str, int]:
 
 
 def _pairs(path: Path, merges: list[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Merges as pairs, each checked here because the library's own error does not name the file."""
+    """Merges as pairs, checked here because the library's own error does not name the file."""
     pairs = []
     for line, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
         if not left or not right or not {left, right, left + right} <= vocab.keys():
-            raise UserError(f"{path}: merge {line} ({merge!r}) is not about tokens of the file: the file is damaged")
+            raise UserError(f"{path}: merge {line} ({merge!r}) is not of tokens in the file: the file is damaged")
         pairs.append((left, right))
     return pairs

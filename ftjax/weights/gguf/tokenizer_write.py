@@ -1,4 +1,4 @@
-"""A tokenizer as the metadata of a GGUF file, and whether a file gives the same tokens."""
+"""A tokenizer as the metadata of a GGUF file, and a check that the file gives the same tokens."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ftjax.errors import UserError
@@ -15,19 +15,18 @@ from ftjax.weights.gguf.tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,
+    PRE_TOKENIZATIONS,
     ROLES,
-    SPLITS,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    Split,
     from_gguf,
     spm_merges,
 )
 
-_MEND = "export the Hugging Face format instead, whose tokenizer.json says all of it"
+_ADVICE = "export the Hugging Face format instead, whose tokenizer.json holds everything"
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
-_MOST_ADDED = 500  # added tokens that are tried one by one
+_MOST_ADDED = 500  # the most added tokens that are tried one by one
 _SAMPLES = (
     "Hello, world! It's 12345 and 3.14; we'll can't WON'T y2k CamelCase HTTPServer snake_case",
     "  two spaces\tand a tab,\n\n a newline \r\n   and more   \n",
@@ -48,26 +47,26 @@ def to_metadata(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -
     `config` is the model's: `vocab_size` (rows of the embedding that no token belongs to become [PADn]), `model_type`,
     and the token ids that the tokenizer does not name itself, further end tokens among them.
 
-    UserError for a tokenizer that is neither byte-level BPE with a split that GGUF has a name for nor BPE in the manner
-    of SentencePiece; `check_same` finds what is left.
+    UserError for a tokenizer that is neither byte-level BPE with a pre-tokenizer that GGUF has a name for nor BPE as in
+    SentencePiece; `check_same` notices other differences.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
     if model["type"] != "BPE":
-        raise UserError(f"a tokenizer of type {model['type']} has no place in a GGUF file; {_MEND}")
+        raise UserError(f"a tokenizer of type {model['type']} cannot be written to a GGUF file; {_ADVICE}")
     by_id = {i: token for token, i in tokenizer.get_vocab().items()}
     rows = config["vocab_size"]
     if max(by_id) >= rows:
         raise UserError(f"the tokenizer has token ids up to {max(by_id)}, the embedding only {rows} rows")
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(rows)]
     if len(set(tokens)) != rows:
-        raise UserError(f"the tokenizer has tokens like [PAD0], which GGUF keeps for unused rows; {_MEND}")
+        raise UserError(f"the tokenizer has tokens like [PAD0], which are GGUF's names of unused rows; {_ADVICE}")
     added = {entry["id"]: entry for entry in described["added_tokens"]}
     for entry in added.values():
         if entry["lstrip"] or entry["rstrip"] or entry["single_word"]:
             raise UserError(
                 f"the added token {entry['content']!r} takes spaces around it or stands alone only, which a GGUF file "
-                f"cannot say; {_MEND}"
+                f"cannot say; {_ADVICE}"
             )
     types = [_type(i, added, by_id, model) for i in range(rows)]
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
@@ -80,7 +79,7 @@ def to_metadata(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -
 
 
 def check_same(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """UserError, with the text, where the tokenizer in the GGUF file `path` gives other ids than `tokenizer`.
+    """UserError, with the text, if the tokenizer in the GGUF file `path` gives other ids than `tokenizer`.
 
     Compared on prose, code, numbers, spaces and scripts, with special tokens and without, on every added token (500 at
     most) inside a text, and on a chat.
@@ -94,7 +93,7 @@ def check_same(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
             if ours != theirs:
                 raise UserError(
                     f"a GGUF file cannot hold this tokenizer: {text!r} is {tokenizer.convert_ids_to_tokens(ours)}, of "
-                    f"the file {read.convert_ids_to_tokens(theirs)}; {_MEND}"
+                    f"the file {read.convert_ids_to_tokens(theirs)}; {_ADVICE}"
                 )
 
 
@@ -152,32 +151,24 @@ def _templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def _pre(backend: Tokenizer) -> str:
-    """Which of SPLITS the tokenizer cuts by."""
+    """The key of PRE_TOKENIZATIONS by which the tokenizer splits text."""
     wanted = _described(backend)
-    for name, split in SPLITS.items():
-        if _described(_of_split(split)) == wanted:
+    for name, pre_tokenization in PRE_TOKENIZATIONS.items():
+        if _described(pre_tokenization.backend()) == wanted:
             return name
     raise UserError(
-        "this tokenizer cuts text in a way for which GGUF files have no name here (known are "
-        f"{', '.join(sorted(SPLITS))}); {_MEND}"
+        "this tokenizer splits text in a way for which GGUF files have no name here (known are "
+        f"{', '.join(sorted(PRE_TOKENIZATIONS))}); {_ADVICE}"
     )
 
 
-def _of_split(split: Split) -> Tokenizer:
-    backend = Tokenizer(models.BPE(ignore_merges=split.ignore_merges))
-    if split.normalizer:
-        backend.normalizer = split.normalizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(list(split.steps))
-    return backend
-
-
 def _described(backend: Tokenizer) -> tuple:
-    """What decides into which pieces a text falls: normalizers, pre-tokenizers and the BPE's own switches."""
+    """All that decides into which pieces a text is split: normalizers, pre-tokenizers and the BPE's own switches."""
     described = json.loads(backend.to_str())
     model = described["model"]
     switches = bool(model.get("ignore_merges")), *(model.get(name) or "" for name in _AFFIXES)
     steps = _flat(described["normalizer"], "normalizers"), _flat(described["pre_tokenizer"], "pretokenizers")
-    # Offsets are not ids.
+    # `trim_offsets` changes character offsets, which nothing here uses, and no ids.
     return switches, [[{k: v for k, v in step.items() if k != "trim_offsets"} for step in part] for part in steps]
 
 
@@ -202,22 +193,22 @@ def _sentencepiece(
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
     scores = [
-        0.0 if kind in (BYTE, CONTROL, UNKNOWN) else -float(ranks.get(token, len(merges) + place))
-        for place, (token, kind) in enumerate(zip(tokens, types))
+        0.0 if kind in (BYTE, CONTROL, UNKNOWN) else -float(ranks.get(token, len(merges) + i))
+        for i, (token, kind) in enumerate(zip(tokens, types))
     ]
     added = {token for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED, UNKNOWN)}
     # A merge that makes an added token never happens: the token is taken out of the text first.
-    found = [p for p in spm_merges(tokens, scores, gemma) if "".join(p) not in added]
-    wanted = [p for p in merges if "".join(p) not in added]
-    pieces = [list(dict.fromkeys("".join(pair) for pair in pairs)) for pairs in (found, wanted)]
-    if set(found) != set(wanted) or pieces[0] != pieces[1]:
+    implied = [pair for pair in spm_merges(tokens, scores, gemma) if "".join(pair) not in added]
+    actual = [pair for pair in merges if "".join(pair) not in added]
+    pieces = [list(dict.fromkeys("".join(pair) for pair in pairs)) for pairs in (implied, actual)]
+    if set(implied) != set(actual) or pieces[0] != pieces[1]:
         raise UserError(
             "the merges of this tokenizer are not those that SentencePiece would make of its vocabulary, which is all "
-            f"that a GGUF file holds of them; {_MEND}"
+            f"that a GGUF file holds of them; {_ADVICE}"
         )
     steps = [step["type"] for step in _flat(described["normalizer"], "normalizers")]
-    split = _flat(described["pre_tokenizer"], "pretokenizers")
-    metaspace = next((step["prepend_scheme"] for step in split if step["type"] == "Metaspace"), "never")
+    pre_steps = _flat(described["pre_tokenizer"], "pretokenizers")
+    metaspace = next((step["prepend_scheme"] for step in pre_steps if step["type"] == "Metaspace"), "never")
     respelled = [
         " " * len(token) if gemma and kind == USER_DEFINED and len(token) > 1 and not token.strip("▁") else token
         for token, kind in zip(tokens, types)

@@ -1,4 +1,4 @@
-"""Reading JSON that strangers wrote, and staying inside a directory."""
+"""Reading JSON from untrusted sources, and staying inside a directory."""
 
 import json
 from pathlib import Path, PurePosixPath
@@ -46,6 +46,6 @@ def inside(directory: Path, name: str) -> Path:
         target.exists()
     except (OSError, RuntimeError) as error:  # too long a name, symlinks in a circle
         raise UserError(f"{directory}: refers to {name!r}, which is not the name of a file ({error})") from error
-    if not any(target.is_relative_to(place) for place in allowed):
+    if not any(target.is_relative_to(parent) for parent in allowed):
         raise UserError(f"{directory / name}: a symlink that leads out of the directory, to {target}; copy the file in")
     return directory / name

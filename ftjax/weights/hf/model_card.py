@@ -1,4 +1,4 @@
-"""The README.md of what is exported: Hub metadata, how it was made, what it reached, how to load it."""
+"""The README.md of an export, from the template model_card.md: Hub metadata, use, training, evaluation."""
 
 import re
 from collections.abc import Mapping

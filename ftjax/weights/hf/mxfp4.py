@@ -1,7 +1,7 @@
-"""Checkpoints that are stored quantized: MXFP4 (OpenAI's GPT-OSS) is read as bfloat16, every other kind is refused.
+"""Quantized checkpoints: MXFP4 (OpenAI's GPT-OSS) is read as bfloat16, every other kind is refused.
 
 MXFP4 (OCP Microscaling Formats v1.0, 5.3.3 and 5.4.1): 32 numbers of 4 bits (E2M1), two to a byte, low half first,
-share one power of two (E8M0).
+are multiplied by one power of two (E8M0).
 """
 
 from pathlib import Path
@@ -18,12 +18,13 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 
 
 def unpacked(reader: SafetensorsReader) -> "SafetensorsReader | MXFP4Reader":
-    """`reader`, or one that reads its MXFP4 tensors as what they stand for. UserError, by name, for other kinds."""
+    """`reader`, or one that reads its MXFP4 tensors as bfloat16. UserError, by name, for other kinds."""
     for config in (reader.config, reader.config.get("text_config")):
-        found = config.get("quantization_config") if isinstance(config, dict) else None
-        if not found:
+        quantization = config.get("quantization_config") if isinstance(config, dict) else None
+        if not quantization:
             continue
-        method = found.get("quant_method", "of a kind that it does not name") if isinstance(found, dict) else found
+        is_dict = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "of a kind that it does not name") if is_dict else quantization
         if method != "mxfp4":
             raise UserError(
                 f"{reader.path}: the weights are quantized ({method}, by quantization_config in config.json), which is "
@@ -47,8 +48,10 @@ class MXFP4Reader:
         stored = reader.names()
         bases = (name.removesuffix(_BLOCKS) for name in stored if name.endswith(_BLOCKS))
         self._packed = {name: self._shape(name) for name in bases if name + _SCALES in stored}
-        if twice := sorted(self._packed.keys() & stored):
-            raise UserError(f"{self.path}: {', '.join(twice)}: there both in MXFP4 and otherwise; remove one of them")
+        if duplicates := sorted(self._packed.keys() & stored):
+            raise UserError(
+                f"{self.path}: {', '.join(duplicates)}: there both in MXFP4 and otherwise; remove one of them"
+            )
         self._names = stored - {name + part for name in self._packed for part in (_BLOCKS, _SCALES)} | set(self._packed)
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -90,7 +93,7 @@ def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def _pairs() -> np.ndarray:
-    """uint32 [scale * 256 + byte]: the two bfloat16 that a byte stands for, exactly, the low half's first."""
+    """uint32 [scale * 256 + byte]: the two bfloat16 values of a byte, exactly, the low half's first."""
     powers = np.ldexp(np.float32(1), np.arange(-127, 128))
     powers = np.append(powers, np.float32(np.nan))
     values = np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], axis=-1)

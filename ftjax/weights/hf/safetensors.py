@@ -22,7 +22,7 @@ from ftjax import strict_json
 from ftjax.errors import UserError
 from ftjax.weights.hf.files import MAX_JSON_BYTES, inside, read_json
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -37,22 +37,22 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-# What lies between two parts and is smaller than this is read along: another call would take longer, and storage hands
-# out larger pages.
+# Gaps between two parts up to this many bytes are read too: a second system call would take longer, and storage reads
+# whole pages of 4 KiB anyway.
 _GAP = 1024
-_IOV_MAX = 1024  # how many buffers one preadv fills, at most (Linux)
+_IOV_MAX = 1024  # the most buffers that one preadv call fills (Linux)
 
 
 class _Entry(NamedTuple):
-    """A tensor as the header has it."""
+    """A tensor's entry in the header."""
 
-    kind: str
+    kind: str  # a key of _DTYPES, or a type that is not supported
     shape: tuple[int, ...]
     begin: int  # in bytes after the header
 
 
 class SafetensorsFile:
-    """One open safetensors file; UserError when it is malformed. Reads only what `read` asks for."""
+    """One open safetensors file; UserError when it is malformed. Tensors are read by `read` alone."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -64,12 +64,12 @@ class SafetensorsFile:
             raise UserError(f"{path}: not a valid safetensors file ({error}); download or write it again") from error
 
     def _header(self) -> tuple[dict[str, _Entry], int]:
-        """Every tensor, and where in the file the first begins. Raises what `__init__` catches."""
+        """(entries by name, position of the first tensor's first byte). Raises what `__init__` catches."""
         length = int.from_bytes(os.pread(self._file, 8, 0), "little")
         if length > MAX_JSON_BYTES:
             raise ValueError(f"header too large: {length} bytes, over the limit of {MAX_JSON_BYTES}")
         with safe_open(self.path, framework="numpy"):
-            pass  # or it is malformed
+            pass  # opening validates: an error means that the file is malformed
         header = json.loads(os.pread(self._file, length, 8).decode(), object_pairs_hook=_entry)
         return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + length
 
@@ -100,9 +100,13 @@ class SafetensorsFile:
         return out
 
     def _fill(self, out: np.ndarray, offsets: np.ndarray, run: int) -> None:
-        """Reads `run` bytes at each of `offsets`, ascending, into `out`, one after the other."""
-        free = memoryview(out.reshape(-1).view(np.uint8))
-        between = memoryview(bytearray(_GAP))
+        """Reads `run` bytes at each of the ascending `offsets` into `out`, where they follow one another.
+
+        Runs with small gaps are collected for one `preadv`, which scatters the file's bytes over the buffers in order;
+        the gaps go to a buffer that nobody reads.
+        """
+        free = memoryview(out.reshape(-1).view(np.uint8))  # the part of `out` that is not yet assigned to a run
+        discarded = memoryview(bytearray(_GAP))
         buffers: list[memoryview] = []
         first = end = int(offsets[0])
         for offset in offsets.tolist():
@@ -110,13 +114,13 @@ class SafetensorsFile:
                 self._read_at(first, buffers)
                 buffers, first, end = [], offset, offset
             if offset > end:
-                buffers.append(between[: offset - end])
+                buffers.append(discarded[: offset - end])
             buffers.append(free[:run])
             free, end = free[run:], offset + run
         self._read_at(first, buffers)
 
     def _read_at(self, offset: int, buffers: list[memoryview]) -> None:
-        while buffers:
+        while buffers:  # preadv may return early, in the middle of a buffer
             count = os.preadv(self._file, buffers, offset)
             if not count:
                 raise UserError(f"{self.path}: has become shorter since it was opened; download it again")
@@ -128,16 +132,20 @@ class SafetensorsFile:
 
 
 def _entry(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
-    """An `object_pairs_hook` for headers: what describes a tensor becomes an _Entry, a fifth of the dict's size."""
-    found = strict_json.unique(pairs)
-    kind, shape, offsets = (found.get(field) for field in ("dtype", "shape", "data_offsets"))
+    """An `object_pairs_hook` for headers: a tensor's description becomes an _Entry, a fifth of the dict's size."""
+    fields = strict_json.unique(pairs)
+    kind, shape, offsets = (fields.get(name) for name in ("dtype", "shape", "data_offsets"))
     if isinstance(kind, str) and isinstance(shape, list) and isinstance(offsets, list):
         return _Entry(sys.intern(kind), tuple(shape), offsets[0])
-    return found
+    return fields
 
 
 def _runs(shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> tuple[np.ndarray, int]:
-    """Where in a row-major array of `shape` the part `bounds` lies: (int64 offsets of runs, length of each run)."""
+    """Where the part `bounds` of a row-major array of `shape` lies: (int64 offsets of runs, length of each run).
+
+    Both are in elements. Dimensions after the last one that is cut are read whole, so one run covers them and the
+    selected part of the cut dimension; each index of the dimensions before it begins a run of its own.
+    """
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     cut = max((i for i, (low, high) in enumerate(bounds) if high - low < shape[i]), default=-1)
     if cut < 0:
@@ -151,9 +159,8 @@ def _runs(shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> tuple[np.nda
 class SafetensorsReader:
     """A directory with config.json and model.safetensors, or shards named by model.safetensors.index.json.
 
-    `config` is the content of config.json, its `eos_token_id` joined by the further end tokens that
-    `generation_config.json` names. `shape`, `dtype` and `read` raise KeyError for a name that is not in
-    `names()`.
+    `config` is the content of config.json, with the end tokens of `generation_config.json` added to its `eos_token_id`.
+    `shape`, `dtype` and `read` raise KeyError for a name that is not in `names()`.
     """
 
     def __init__(self, path: Path):
@@ -173,8 +180,8 @@ class SafetensorsReader:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise UserError(f"{index}: lacks `weight_map`, an object of tensor names to file names; download it again")
-        if odd := [name for name in weight_map if not name.isprintable()]:
-            raise UserError(f"{index}: {odd[0]!r} is not the name of a tensor; download it again")
+        if unprintable := [name for name in weight_map if not name.isprintable()]:
+            raise UserError(f"{index}: {unprintable[0]!r} is not the name of a tensor; download it again")
         shards: dict[str, SafetensorsFile] = {}
         for shard in sorted(set(weight_map.values())):
             if not shard.endswith(".safetensors"):
@@ -204,7 +211,7 @@ class SafetensorsReader:
 
 
 def _with_all_end_tokens(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    # Chat models often name their end of turn in generation_config.json alone.
+    # Chat models often name their end-of-turn token in generation_config.json alone.
     further = inside(path, "generation_config.json")
     if not further.is_file():
         return config
@@ -216,9 +223,9 @@ def _with_all_end_tokens(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _no_weights(path: Path) -> UserError:
-    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES):
+    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in PICKLES):
         return UserError(
-            f"{path}: only has weights as pickles ({', '.join(pickles)}), which can run code and are never "
+            f"{path}: has weights only as pickles ({', '.join(pickles)}), which can run code and are never "
             "opened; convert them to safetensors first (`save_pretrained` of transformers does)"
         )
     return UserError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")

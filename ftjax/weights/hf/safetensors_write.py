@@ -13,19 +13,18 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from ftjax.distributed import together
+from ftjax.distributed import is_first, together
 from ftjax.weights.hf.keys import finite_cast
 from ftjax.weights.hf.safetensors import SafetensorsFile
 
-_KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor to write. `values` is called once, by every process alike; only the first one's result is used."""
+    """One tensor to write. `values` is called once, in every process; only process 0's result is used."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,30 +37,29 @@ class Tensor:
 
 
 def write_safetensors(path: Path, tensors: Sequence[Tensor]) -> None:
-    """Writes one file and reads it back, tensor by tensor. All processes call it; the first one writes.
+    """Writes one file and reads it back, tensor by tensor. All processes call it; process 0 writes.
 
-    Raises UserError for NaN, infinite or, after the cast, too large values, and OSError when what is read back is not
-    what was written.
+    Raises UserError for NaN, infinite or, after the cast, too large values, and OSError when a tensor reads back
+    differently.
     """
-    first = jax.process_index() == 0
     crcs = {}
     with contextlib.ExitStack() as stack:
         with together(f"opening {path}"):
-            file = stack.enter_context(path.open("wb")) if first else None
-            if first:
+            file = stack.enter_context(path.open("wb")) if is_first() else None
+            if is_first():
                 file.write(_header(tensors))
         for tensor in tensors:
             values = tensor.values()
             with together(f"writing {path}"):
-                if first:
+                if is_first():
                     raw = _raw(tensor, values)
                     crcs[tensor.name] = zlib.crc32(raw)
                     file.write(raw)
-            del values
+            del values  # before the next tensor is gathered
         with together(f"closing {path}"):
             stack.close()
     with together(f"reading {path} back"):
-        if first:
+        if is_first():
             _verify(path, tensors, crcs)
 
 
@@ -81,7 +79,7 @@ def _header(tensors: Sequence[Tensor]) -> bytes:
     header, start = {"__metadata__": {"format": "pt"}}, 0
     for tensor in tensors:
         end = start + tensor.nbytes
-        kind = _KINDS[tensor.dtype.name]
+        kind = _TYPES[tensor.dtype.name]
         header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -102,6 +100,6 @@ def _verify(path: Path, tensors: Sequence[Tensor], crcs: dict[str, int]) -> None
         raise OSError(f"{path}: holds other tensors than were written; check the disk")
     for tensor in tensors:
         values = stored.read(tensor.name)
-        right = (tensor.shape, tensor.dtype, crcs[tensor.name])
-        if (values.shape, values.dtype, zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8))) != right:
+        written = (tensor.shape, tensor.dtype, crcs[tensor.name])
+        if (values.shape, values.dtype, zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8))) != written:
             raise OSError(f"{path}: {tensor.name} does not read back as it was written; check the disk")

@@ -1,8 +1,8 @@
-"""Files that all processes of a run write together, the first of them holding the pen; see `ftjax.distributed`."""
+"""Files that all processes of a run write together: all gather values, process 0 writes; see `ftjax.distributed`."""
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -16,9 +16,9 @@ from ftjax.distributed import is_first, tell, together
 
 @contextlib.contextmanager
 def new_directory_together(out: Path) -> Iterator[Path]:
-    """`atomic.new_directory`, made and renamed by the first process; all processes get its temporary path.
+    """`atomic.new_directory`, made and renamed by process 0; all processes get its temporary path.
 
-    The others may only read there, and only what a `together` block has finished, on a disk that they share.
+    The others may only read there, on a disk that they share, and only files that a `together` block has finished.
     """
     with contextlib.ExitStack() as stack:
         directory = None
@@ -30,14 +30,14 @@ def new_directory_together(out: Path) -> Iterator[Path]:
             stack.close()
 
 
-def gather(leaf: jax.Array | np.ndarray, place: tuple[int, ...]) -> np.ndarray:
-    """leaf[place] on the host of the first process, zeros in the others; all must ask for the same, in the same order.
+def gather(leaf: jax.Array | np.ndarray, index: tuple[int, ...]) -> np.ndarray:
+    """leaf[index] on the host of process 0, zeros in the others; all must ask for the same, in the same order.
 
     Only this part of the array is gathered from the devices that hold it, never the whole.
     """
     if not isinstance(leaf, jax.Array):
-        return leaf[place]
-    part = _gather(leaf.sharding)(leaf, *map(np.int32, place))
+        return leaf[index]
+    part = _gather(leaf.sharding)(leaf, *map(np.int32, index))
     if not is_first():
         part.block_until_ready()  # at most one part at a time is on the devices
         return np.zeros(part.shape, part.dtype)
@@ -45,7 +45,7 @@ def gather(leaf: jax.Array | np.ndarray, place: tuple[int, ...]) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def _gather(sharding: jax.sharding.Sharding):
-    """Jitted once for all places, which are traced."""
+def _gather(sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+    """Compiled once for all indices, which are traced."""
     out = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    return jax.jit(lambda x, *place: jnp.asarray(x[place]), out_shardings=out)
+    return jax.jit(lambda x, *index: jnp.asarray(x[index]), out_shardings=out)

@@ -3,23 +3,23 @@
 import functools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from ftjax import lora, tree
-from ftjax.distributed import together
+from ftjax.distributed import is_first, together
 from ftjax.models.families import family_of, spec_from_config, text_config
 from ftjax.models.spec import DecoderSpec
+from ftjax.tree import Tree
 from ftjax.weights.hf.files import inside, read_json
 from ftjax.weights.hf.keys import hf_names
 from ftjax.weights.hf.safetensors_write import Tensor, shards, write_safetensors
 from ftjax.weights.hf.together import gather
 
-# Other places for what is written here, and things that do not hold for the weights that are written.
+# Keys of a base's config.json that are written under another name, or are wrong for the weights that are written.
 _DROPPED = ("torch_dtype", "_name_or_path", "auto_map", "quantization_config")
 # The base's own tokenizer files, none of which training changes. The chat template is the tokenizer's.
 _TOKENIZER_FILES = (
@@ -33,7 +33,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-# Settings of generation_config.json that only mean something where do_sample is true, and what leaves them off.
+# Settings of generation_config.json that have a meaning only with do_sample, and the values that switch them off.
 _SAMPLING = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -58,19 +58,20 @@ def write_model(
 ) -> None:
     """Writes config.json, generation_config.json and safetensors (sharded beyond the limit) into `directory`.
 
-    Every process calls it alike and the first one writes. Tensors are gathered, merged, cast, written and read back
-    one at a time (one layer's, one expert's), so no more than that is on the host beyond what the arrays take.
+    Every process calls it alike and process 0 writes. Tensors (one layer's, one expert's) are gathered, merged, cast,
+    written and read back one at a time, so the host needs no memory for more than one of them.
 
     params: the whole tree, of jax arrays on any devices or of NumPy arrays.
-    config: the Hugging Face config they were loaded with; of a multimodal one the language model's part is written.
+    config: the Hugging Face config they were loaded with; of a multimodal config the language model's part is written.
     adapters: the `lora` collection to merge, as `lora.merge` does it, in float32.
     generation: the base's generation_config.json; None: made from the token ids in `config`.
-    dtype: of what is written; None keeps each array's own.
+    dtype: of the tensors in the files; None keeps each array's own.
 
     Raises UserError for NaN, infinite or, after a cast, too large values; ValueError when the parts do not belong
-    together; OSError when what is read back is not what was written.
+    together; OSError when a tensor reads back differently.
     """
     config = _config(config, spec, np.dtype(dtype or tree.flatten(params)["embed_tokens/embedding"].dtype))
+    check_fit(tree.flatten(params), spec, config)
     runs = shards(_tensors(params, adapters, spec, dtype), max_shard_bytes)
     files = ["model.safetensors"]
     if len(runs) > 1:
@@ -78,7 +79,7 @@ def write_model(
     for file, tensors in zip(files, runs):
         write_safetensors(directory / file, tensors)
     with together(f"writing {directory}"):
-        if jax.process_index() == 0:
+        if is_first():
             if len(runs) > 1:
                 weight_map = {tensor.name: file for file, tensors in zip(files, runs) for tensor in tensors}
                 total = sum(tensor.nbytes for tensors in runs for tensor in tensors)
@@ -89,10 +90,10 @@ def write_model(
 
 
 def write_tokenizer(directory: Path, tokenizer: Any, base: Path) -> None:
-    """The tokenizer as transformers saves it, under the base's own files where `base` is a directory that has them.
+    """The tokenizer as transformers saves it, replaced by the base's own files where `base` is a directory with them.
 
-    So a tokenizer.model survives, which tokenizer.json replaces here but llama.cpp's converter asks for. `auto_map`,
-    which refers to code that is not written, is left out.
+    So tokenizer.model is kept, which transformers does not save but llama.cpp's converter needs. `auto_map` is left
+    out: it refers to code that is not written.
     """
     tokenizer.save_pretrained(directory)
     if not base.is_dir():
@@ -108,7 +109,7 @@ def write_tokenizer(directory: Path, tokenizer: Any, base: Path) -> None:
 
 
 def generation_config(config: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
-    """What generation_config.json is to say: the `base` model's own, with the token ids of `config`.
+    """The content of generation_config.json: the `base` model's own, with the token ids of `config`.
 
     transformers refuses to save sampling settings beside do_sample false, which some published models have; the
     settings are kept, and do_sample is made true for them.
@@ -117,11 +118,20 @@ def generation_config(config: dict[str, Any], base: dict[str, Any] | None) -> di
     if base is None:
         return ids
     out = {**base, **{key: value for key, value in ids.items() if key == "eos_token_id" or key not in base}}
-    if out.get("temperature") == 0:  # a way to say greedy that transformers does not know
+    if out.get("temperature") == 0:  # means greedy, which transformers says with do_sample
         return {key: value for key, value in out.items() if key not in _SAMPLING} | {"do_sample": False}
     if not out.get("do_sample") and any(out.get(key) not in (None, off) for key, off in _SAMPLING.items()):
         out["do_sample"] = True
     return out
+
+
+def by_module(adapters: Tree) -> dict[str, dict[str, Any]]:
+    """{"layers/mlp/up_proj": {"lora_a": its A, ...}} of the `lora` collection."""
+    modules: dict[str, dict[str, Any]] = {}
+    for path, leaf in tree.flatten(adapters).items():
+        module, _, part = path.rpartition("/")
+        modules.setdefault(module, {})[part] = leaf
+    return modules
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -132,38 +142,43 @@ def _config(config: dict[str, Any], spec: DecoderSpec, dtype: np.dtype) -> dict[
     config = {key: value for key, value in text_config(config).items() if key not in _DROPPED}
     config |= {"dtype": dtype.name, "tie_word_embeddings": spec.tie_word_embeddings}
     config.setdefault("architectures", [family_of(config).architecture])
+    return config
+
+
+def check_fit(leaves: Mapping[str, Any], spec: DecoderSpec, config: dict[str, Any]) -> None:
+    """ValueError unless the parameters {path: array} and the config to write are those of `spec`."""
+    if {path: leaf.shape for path, leaf in leaves.items()} != {p: key.our_shape for p, key in hf_names(spec).items()}:
+        raise ValueError(f"the parameters to write are not those of {spec}")
     if spec_from_config(config) != spec:
         raise ValueError(f"the config to write describes {spec_from_config(config)}, the parameters {spec}")
-    return config
 
 
 def _tensors(
     params: dict[str, Any], adapters: dict[str, Any] | None, spec: DecoderSpec, dtype: Any
 ) -> Sequence[Tensor]:
     """In the order of our paths, and inside one of its layers and experts."""
-    keys, leaves, parts = hf_names(spec), tree.flatten(params), {}
-    if {path: leaf.shape for path, leaf in leaves.items()} != {path: key.our_shape for path, key in keys.items()}:
-        raise ValueError(f"the parameters to write are not those of {spec}")
-    for path, leaf in tree.flatten(adapters or {}).items():
-        module, _, part = path.rpartition("/")
-        parts.setdefault(module, {})[part] = leaf
+    keys, leaves, parts = hf_names(spec), tree.flatten(params), by_module(adapters or {})
     adapted = {path for path in leaves if path.endswith(("/kernel", "/embedding")) and path.rpartition("/")[0] in parts}
     if len(adapted) != len(parts):
-        raise ValueError(f"adapters of what is not there: {sorted(parts)}")
+        raise ValueError(f"adapters of modules that are not there: {sorted(parts)}")
     out = []
     for path, leaf in leaves.items():
-        key, mine = keys[path], parts[path.rpartition("/")[0]] if path in adapted else {}
+        key, adapter = keys[path], parts[path.rpartition("/")[0]] if path in adapted else {}
         for place in key.places():
-            values = functools.partial(_values, path.rpartition("/")[2], leaf, mine, place, key.transposed)
+            name = path.rpartition("/")[2]
+            values = functools.partial(tensor_values, leaf, place, key.transposed, name, adapter)
             out.append(Tensor(key.name(place), key.shape, np.dtype(dtype or leaf.dtype), values))
     return out
 
 
-def _values(name: str, leaf: Any, adapter: dict[str, Any], place: tuple[int, ...], transposed: bool) -> np.ndarray:
+def tensor_values(
+    leaf: Any, place: tuple[int, ...], transposed: bool, name: str = "", adapter: Mapping[str, Any] | None = None
+) -> np.ndarray:
+    """leaf[place] as in the file, on process 0; merged with the adapter of the parameter `name`, if there is one."""
     values = gather(leaf, place)
     if adapter:
         parts = {part: gather(values, place) for part, values in adapter.items()}
-        if jax.process_index() == 0:
+        if is_first():
             merged = lora.merge({"layer": {name: values.astype(np.float32)}}, {"layer": parts})
             values = np.asarray(merged["layer"][name])
     return values.T if transposed else values

@@ -1,7 +1,7 @@
 """Adapters as PEFT directories: `adapter_config.json`, `adapter_model.safetensors`, and our own `ftjax_adapter.json`.
 
 `peft` itself loads with strict=False and is silent about keys that do not fit; here each one is an error.
-`ftjax_adapter.json` has a digest of the base, by which an adapter of another base of the same shapes is found out.
+`ftjax_adapter.json` has a digest of the base, by which an adapter of another base with the same shapes is noticed.
 """
 
 import dataclasses
@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from ftjax import lora, tree
-from ftjax.distributed import together
+from ftjax.distributed import is_first, together
 from ftjax.errors import UserError
 from ftjax.models.families import inside_multimodal
 from ftjax.models.spec import DecoderSpec
@@ -26,20 +25,20 @@ from ftjax.weights.hf.keys import FLOATS, Key, finite_cast, hf_names
 from ftjax.weights.hf.safetensors import SafetensorsFile
 from ftjax.weights.hf.safetensors_write import Tensor, write_safetensors
 from ftjax.weights.hf.together import gather, new_directory_together
-from ftjax.weights.hf.write import write_json
+from ftjax.weights.hf.write import by_module, tensor_values, write_json
 from ftjax.weights.load import stored_names
 from ftjax.weights.peft import config as peft_config
 from ftjax.weights.peft import keys as peft_keys
-from ftjax.weights.peft.config import Settings
+from ftjax.weights.peft.config import LoraSettings
 from ftjax.weights.peft.keys import EMBEDDING, HEAD, PREFIX
 from ftjax.weights.source import Reader
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "ftjax_adapter.json"
-_SAMPLE = 4096  # values of each tensor that go into the digest of a base, at most
+_SAMPLE = 4096  # the most values of a tensor that go into the digest of a base
 
 
 class BaseFacts(NamedTuple):
-    """What an adapter is told of its base; `digest` is that of `base_digest`."""
+    """The base of an adapter, as ftjax_adapter.json describes it; `digest` is from `base_digest`."""
 
     name: str
     digest: str
@@ -49,32 +48,32 @@ class BaseFacts(NamedTuple):
 def base_digest(reader: Reader, spec: DecoderSpec) -> str:
     """sha256 of the middle of every tensor of a model (of one expert in a layer), as float32.
 
-    A few kilobytes of each are read: enough to tell any two trainings apart. The same model in another precision is
-    another base by this.
+    A few kilobytes of each are read, enough to tell any two trainings apart. The same model in another precision has
+    another digest.
     """
-    found, stored = hashlib.sha256(), stored_names(reader)
+    sha256, stored = hashlib.sha256(), stored_names(reader)
     for key in hf_names(spec).values():
         for place in key.places():
             name = key.name(place)
-            if any(place[1:]) or name not in stored:  # what is missing is an error where the weights are loaded
+            if any(place[1:]) or name not in stored:  # loading the weights reports missing tensors
                 continue
             shape = reader.shape(stored[name])
             first = slice(shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else slice(0, _SAMPLE)
             values = reader.read(stored[name], (first,)).astype(np.float32).reshape(-1)[:_SAMPLE]
-            found.update(f"{name} {list(shape)}".encode() + np.ascontiguousarray(values, "<f4").tobytes())
-    return found.hexdigest()
+            sha256.update(f"{name} {list(shape)}".encode() + np.ascontiguousarray(values, "<f4").tobytes())
+    return sha256.hexdigest()
 
 
 def directory_digest(path: Path) -> str:
     """sha256 of an adapter's two files; UserError where one is absent."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):
         file = inside(Path(path), name)
         if not file.is_file():
             raise UserError(f"{file}: no such file; is {path} the directory of an adapter?")
         with file.open("rb") as opened:
-            found.update(hashlib.file_digest(opened, "sha256").digest())
-    return found.hexdigest()
+            sha256.update(hashlib.file_digest(opened, "sha256").digest())
+    return sha256.hexdigest()
 
 
 def write_adapter(
@@ -87,33 +86,33 @@ def write_adapter(
     multimodal: bool = False,
     card: str | None = None,
 ) -> None:
-    """Writes the `lora` collection as it is in the model (see `ftjax.lora`) as a PEFT adapter.
+    """Writes the `lora` collection (see `ftjax.lora`) as a PEFT adapter.
 
-    Every process calls it alike and the first one writes (see `together`). Ranks follow from the shapes, alphas from
-    `lora_scale`; rslora: by which formula. PiSSA's adapters become the difference from the base as it was, of twice the
-    rank. saved: {path: parameter} of the modules that were trained whole; they are written in their own dtype, float32
-    where training had them. multimodal: transformers has the base's language model inside another model (Gemma 3);
-    card: README.md. The directory is written beside `out`, read back, and renamed.
+    Every process calls it alike and process 0 writes (see `together`). The directory is written beside `out`, read
+    back, and renamed. Ranks follow from the shapes, alphas from `lora_scale` by the formula that `rslora` selects.
+    PiSSA's adapters become the difference from the original base, of twice the rank.
+
+    saved: {path: parameter} of the modules that were trained whole, written in their own dtype.
+    multimodal: whether transformers has the base's language model inside another model (Gemma 3).
+    card: the text of README.md.
 
     Raises UserError when `out` exists and is not empty, for NaN or infinite values, and for adapters of experts;
     ValueError when the adapters do not belong to `spec`.
     """
     keys, params = peft_keys.adaptable(spec), hf_names(spec)
-    modules: dict[str, dict[str, Any]] = {}
-    for path, leaf in tree.flatten(adapters).items():
-        module, _, part = path.rpartition("/")
-        modules.setdefault(module, {})[part] = leaf
+    modules = by_module(adapters)
     saved = dict(saved or {})
     _refuse_experts([*modules, *saved])
     if not modules or not keys.keys() >= modules.keys() or not params.keys() >= saved.keys():
-        raise ValueError(f"no adapters, or adapters of what has none: {sorted([*modules, *saved])}")
+        raise ValueError(f"no adapters, or adapters of modules that can have none: {sorted([*modules, *saved])}")
     dora = any("lora_magnitude" in parts for parts in modules.values())
     tensors, layers = [], {}
     for module, parts in modules.items():
         _check_parts(module, parts, keys[module], dora)
-        layers[module] = [(_rank(parts), float(gather(parts["lora_scale"], place))) for place in keys[module].places()]
+        rank = rank_of(parts)
+        layers[module] = [(rank, float(gather(parts["lora_scale"], place))) for place in keys[module].places()]
         for place in keys[module].places():
-            named = peft_keys.parts(module, keys[module], place, _rank(parts), dora, multimodal)
+            named = peft_keys.parts(module, keys[module], place, rank, dora, multimodal)
             for part, (name, shape) in named.items():
                 values = functools.partial(_part, parts, part, place)
                 tensors.append(Tensor(name, shape, np.dtype(parts[part].dtype), values))
@@ -121,7 +120,7 @@ def write_adapter(
         if leaf.shape != params[path].our_shape:
             raise ValueError(f"{path} has the shape {leaf.shape}, not {params[path].our_shape}")
         for place in params[path].places():
-            values = functools.partial(_whole, leaf, place, params[path].transposed)
+            values = functools.partial(tensor_values, leaf, place, params[path].transposed)
             name = peft_keys.whole_name(params[path], place, multimodal)
             tensors.append(Tensor(name, params[path].shape, np.dtype(leaf.dtype), values))
             if path == f"{EMBEDDING}/embedding" and spec.tie_word_embeddings:
@@ -135,7 +134,7 @@ def write_adapter(
         spec,
         rslora,
         dora,
-        _shortest(max(rates, default=0.0)),
+        float(str(np.float32(max(rates, default=0.0)))),  # its shortest decimal
         base.name,
         multimodal,
     )
@@ -143,7 +142,7 @@ def write_adapter(
     with new_directory_together(out) as directory:
         write_safetensors(directory / WEIGHTS, tensors)
         with together(f"writing {directory}"):
-            if jax.process_index() == 0:
+            if is_first():
                 write_json(directory / CONFIG, config)
                 write_json(directory / FACTS, facts)
                 if card is not None:
@@ -153,8 +152,8 @@ def write_adapter(
 def _refuse_experts(names: list[str]) -> None:
     if wrong := [name for name in names if "/experts/" in name or "/router/" in name]:
         raise UserError(
-            f"{wrong[0]}: adapters and copies of experts and routers are not written for peft or read, whose releases "
-            "differ in how they keep them; use --format merged or hf"
+            f"{wrong[0]}: adapters and copies of experts and routers are neither written for peft nor read, as its "
+            "releases store them differently; use --format merged or hf"
         )
 
 
@@ -170,12 +169,16 @@ def _check_parts(module: str, parts: Mapping[str, Any], key: Key, dora: bool) ->
         raise ValueError(f"{module}/{wrong[0]} has the shape {parts[wrong[0]].shape}, not that of the kernel's adapter")
 
 
-def _rank(parts: Mapping[str, Any]) -> int:
+def rank_of(parts: Mapping[str, Any]) -> int:
+    """The rank of an adapter on disk; PiSSA's, being a difference, has twice that of training."""
     return parts["lora_a"].shape[-1] * (2 if "lora_a0" in parts else 1)
 
 
 def _part(parts: Mapping[str, Any], part: str, place: tuple[int, ...]) -> np.ndarray:
-    """As in the file, [r, in] or [out, r]; with PiSSA's first values after the trained ones, to be subtracted."""
+    """One layer's part as in the file, [r, in] or [out, r].
+
+    A PiSSA adapter changed its base by the initial A0 B0, so it is A B - A0 B0, as one product of twice the rank.
+    """
     values = gather(parts[part], place)
     if part == "lora_a" and "lora_a0" in parts:
         values = np.concatenate([values, gather(parts["lora_a0"], place)], axis=1)
@@ -184,28 +187,19 @@ def _part(parts: Mapping[str, Any], part: str, place: tuple[int, ...]) -> np.nda
     return values.T
 
 
-def _whole(leaf: Any, place: tuple[int, ...], transposed: bool) -> np.ndarray:
-    return gather(leaf, place).T if transposed else gather(leaf, place)
-
-
-def _shortest(rate: float) -> float:
-    """The shortest number that is this float32."""
-    return float(str(np.float32(rate)))
-
-
 @dataclasses.dataclass(frozen=True)
 class StoredAdapter:
-    """A PEFT directory that fits a model, its tensors not yet read."""
+    """A PEFT directory that fits a model; `read` reads its tensors."""
 
     path: Path
     config: dict[str, Any]
-    settings: Settings
-    modules: dict[str, Key]  # what is adapted
-    ranks: dict[str, list[int]]  # of each layer of a module
-    layers: dict[str, list[str]]  # and its name, by which peft's patterns find it
+    settings: LoraSettings
+    modules: dict[str, Key]  # the adapted modules
+    ranks: dict[str, list[int]]  # {module: the rank in each of its layers}
+    layers: dict[str, list[str]]  # {module: the name of each layer, by which peft's patterns find it}
     saved: dict[str, Key]  # parameters that were trained whole
     multimodal: bool
-    copies: dict[str, str]  # tensors of the base that are there again: {their names: Hugging Face's}
+    copies: dict[str, str]  # copies of the base's tensors: {name here: Hugging Face's name}
     file: SafetensorsFile
 
     def rank(self, module: str) -> int:
@@ -214,15 +208,15 @@ class StoredAdapter:
     def read(self) -> tuple[Tree, dict[str, np.ndarray]]:
         """(the `lora` collection, {path: parameter trained whole}), float32.
 
-        Where peft's patterns give the layers of a module different ranks, the smaller are filled up with zeros in both
-        A and B: these have no gradient, since each one's is a product with the other, and so stay zero in training.
+        Where peft's patterns give the layers of a module different ranks, the smaller ones are padded with zeros in
+        both A and B. The gradient of each is a product with the other, so the padding stays zero in training.
         """
         lora_leaves: dict[str, list[np.ndarray]] = {}
         settings = self.settings
         for module, key in self.modules.items():
             for place, rank, layer in zip(key.places(), self.ranks[module], self.layers[module], strict=True):
-                own = peft_keys.parts(module, key, place, rank, settings.dora, self.multimodal)
-                for part, (name, _) in own.items():
+                tensors = peft_keys.parts(module, key, place, rank, settings.dora, self.multimodal)
+                for part, (name, _) in tensors.items():
                     missing = self.rank(module) - rank
                     pad = {"lora_a": [(0, 0), (0, missing)], "lora_b": [(0, missing), (0, 0)]}.get(part, [(0, 0)])
                     lora_leaves.setdefault(f"{module}/{part}", []).append(np.pad(self._read(name).T, pad))
@@ -235,13 +229,15 @@ class StoredAdapter:
             out[path] = np.stack(of_layers).reshape((*stack, *np.shape(of_layers[0])))
         saved = {}
         for path, key in self.saved.items():
-            read = [self._read(peft_keys.whole_name(key, place, self.multimodal)) for place in key.places()]
-            saved[path] = np.stack([one.T if key.transposed else one for one in read]).reshape(key.our_shape)
+            values = [self._read(peft_keys.whole_name(key, place, self.multimodal)) for place in key.places()]
+            saved[path] = np.stack([v.T if key.transposed else v for v in values]).reshape(key.our_shape)
         return tree.unflatten(out), saved
 
     def check_base(self, base: BaseFacts, reader: Reader) -> None:
-        """UserError where this adapter was trained on something else: by ftjax_adapter.json, or by the base's tensors
-        that peft keeps beside adapters of embeddings. Where neither is there, all that is known is that shapes fit.
+        """UserError if this adapter was trained on another base.
+
+        ftjax_adapter.json says so, or the copies of the base's tensors that peft keeps beside adapters of embeddings.
+        Without either, only the shapes are known to fit.
         """
         facts = read_json(inside(self.path, FACTS)) if inside(self.path, FACTS).is_file() else {}
         wrong = facts.get("base_sha256", base.digest) != base.digest
@@ -269,7 +265,7 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     """
     path = Path(path).expanduser()
     config, keys = read_json(inside(path, CONFIG)), peft_keys.adaptable(spec)
-    settings = peft_config.settings_of(path, config, spec, peft_keys.is_conv1d(keys))
+    settings = peft_config.read_settings(path, config, spec, peft_keys.is_conv1d(keys))
     file = inside(path, WEIGHTS)
     if not file.is_file():
         also = "; adapter_model.bin is a pickle and never opened" if (path / "adapter_model.bin").exists() else ""
@@ -283,12 +279,12 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
         template = peft_keys.module_name(key, multimodal)
         names = [f"{name}.weight" if module in parameters else name for name in peft_keys.layer_names(key, multimodal)]
         of_layers = [peft_config.by_pattern(settings.rank_pattern, name, settings.rank) for name in names]
-        own = {}
+        tensors = {}
         for place, rank in zip(key.places(), of_layers):
-            own |= dict(peft_keys.parts(module, key, place, rank, settings.dora, multimodal).values())
-        if not own.keys() & stored.names() and not peft_config.is_target(names[0], config):
+            tensors |= dict(peft_keys.parts(module, key, place, rank, settings.dora, multimodal).values())
+        if not tensors.keys() & stored.names() and not peft_config.is_target(names[0], config):
             continue
-        modules[module], ranks[module], layers[module], expected = key, of_layers, names, expected | own
+        modules[module], ranks[module], layers[module], expected = key, of_layers, names, expected | tensors
         if module in (EMBEDDING, HEAD) and (copy := f"{PREFIX}{template}.base_layer.weight") in stored.names():
             copies[copy], expected[copy] = key.name(()), key.shape
     saved = _saved(settings, spec, multimodal)
@@ -299,8 +295,8 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     problems = _problems(stored, expected)
     for name in ("rank_pattern", "alpha_pattern"):
         unused = peft_config.unmatched(getattr(settings, name), itertools.chain(*layers.values()))
-        problems += [f"not used: {name} {one!r}" for one in unused]
-    problems += [f"not used: modules_to_save {one!r}" for one in _unused(settings, spec, saved, multimodal)]
+        problems += [f"not used: {name} {pattern!r}" for pattern in unused]
+    problems += [f"not used: modules_to_save {name!r}" for name in _unused(settings, spec, saved, multimodal)]
     if not modules:
         problems.append("it adapts no layer of the model that can have an adapter here")
     if settings.dora and EMBEDDING in modules:
@@ -319,24 +315,24 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
         embedding = peft_keys.whole_name(saved[f"{EMBEDDING}/embedding"], (), multimodal)
         if not np.array_equal(stored.read(embedding), stored.read(head)):
             raise UserError(
-                f"{file}: it has trained the embedding and the output head apart, which are one in this model; train "
-                "it with ensure_weight_tying"
+                f"{file}: its embedding and output head were trained apart, which are one in this model; train it "
+                "with ensure_weight_tying"
             )
     return adapter
 
 
-def _saved(settings: Settings, spec: DecoderSpec, multimodal: bool) -> dict[str, Key]:
-    """The parameters that modules_to_save names, as peft does: by the end of their module's name, with no dot asked."""
-    found = {
+def _saved(settings: LoraSettings, spec: DecoderSpec, multimodal: bool) -> dict[str, Key]:
+    """The parameters that modules_to_save names, as in peft: by any end of their module's name, even within a word."""
+    saved = {
         path: key
         for path, key in hf_names(spec).items()
         if any(peft_keys.layer_names(key, multimodal)[0].endswith(name) for name in settings.modules_to_save)
     }
-    _refuse_experts(list(found))
-    return found
+    _refuse_experts(list(saved))
+    return saved
 
 
-def _unused(settings: Settings, spec: DecoderSpec, saved: dict[str, Key], multimodal: bool) -> list[str]:
+def _unused(settings: LoraSettings, spec: DecoderSpec, saved: dict[str, Key], multimodal: bool) -> list[str]:
     modules = {name for key in saved.values() for name in peft_keys.layer_names(key, multimodal)}
     if spec.tie_word_embeddings and f"{EMBEDDING}/embedding" in saved:
         modules.add(HEAD)

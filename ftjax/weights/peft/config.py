@@ -1,9 +1,9 @@
-"""`adapter_config.json` of a PEFT adapter: what is written there, and what of it is understood."""
+"""`adapter_config.json` of a PEFT adapter: writing it, and reading the settings that are supported."""
 
 import collections
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ from ftjax.weights.hf.keys import Key
 from ftjax.weights.peft import keys as peft_keys
 from ftjax.weights.peft.keys import EMBEDDING, HEAD
 
-# Settings that change nothing about the result of a trained adapter, and what the others must be. A setting that is in
-# neither is refused when it is set: a newer peft may mean something by it.
+# Settings that do not change what a trained adapter computes. A setting in none of these three tables is refused when
+# it has a value: it may come from a newer peft and change the result.
 _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -35,7 +35,7 @@ _HARMLESS = {
     "target_modules",
     "task_type",
 }
-_READ = {  # by `settings_of`
+_READ = {  # by `read_settings`
     "alpha_pattern",
     "ensure_weight_tying",
     "layers_pattern",
@@ -49,7 +49,7 @@ _READ = {  # by `settings_of`
     "use_dora",
     "use_rslora",
 }
-_REQUIRED = {
+_REQUIRED = {  # {name: the values that are supported}
     "peft_type": ("LORA",),
     "bias": ("none",),
     # Others (pissa, olora, corda, loftq, ...) change the base weights that the adapter is added to.
@@ -57,7 +57,9 @@ _REQUIRED = {
 }
 
 
-class Settings(NamedTuple):
+class LoraSettings(NamedTuple):
+    """What adapter_config.json says about an adapter's computation."""
+
     rank: int
     alpha: float
     rslora: bool
@@ -81,7 +83,9 @@ def adapter_config(
     base_name: str,
     multimodal: bool,
 ) -> dict[str, Any]:
-    """layers: {module: the (rank, scale) of each of its layers}; saved: the modules that were trained whole.
+    """The content of adapter_config.json.
+
+    layers: {module: the (rank, scale) of each of its layers}; saved: the modules that were trained whole.
 
     The commonest rank and alpha are `r` and `lora_alpha`; the others go to the patterns.
     """
@@ -118,10 +122,10 @@ def adapter_config(
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "init_lora_weights": True,
-        # peft's name for a base layer stored as [in, out]; the adapter's own matrices are as ever.
+        # peft's name for a base layer stored as [in, out]; it changes nothing about the adapter's own matrices.
         "fan_in_fan_out": peft_keys.is_conv1d({module: keys[module] for module in layers}),
         **({"target_parameters": parameters} if parameters else {}),
-        **({"ensure_weight_tying": True} if tied else {}),  # left out where older versions of peft can do without
+        **({"ensure_weight_tying": True} if tied else {}),  # only where needed: older versions of peft lack it
     }
 
 
@@ -129,34 +133,36 @@ def _alpha(rank: int, scale: float, rslora: bool) -> float:
     """The shortest number that gives `scale`, a float32, exactly."""
     value = float(scale) * (math.sqrt(rank) if rslora else rank)
     candidates = (float(f"{value:.{digits}g}") for digits in range(1, 18))
-    found = next((one for one in candidates if np.float32(lora.scale(rank, one, rslora)) == np.float32(scale)), value)
-    return int(found) if found == int(found) else found
+    exact = (alpha for alpha in candidates if np.float32(lora.scale(rank, alpha, rslora)) == np.float32(scale))
+    alpha = next(exact, value)
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _patterns(
     values: Mapping[str, list[float]], keys: Mapping[str, Key], spec: DecoderSpec, multimodal: bool
 ) -> tuple[float, dict[str, float]]:
-    """The commonest value (the largest of several), and {peft's pattern: value} of the others."""
+    """(the commonest value, or the largest of equally common ones; {peft's pattern: value} of the others)"""
     counts = collections.Counter(value for of_layers in values.values() for value in of_layers)
     common = max(counts, key=lambda value: (counts[value], value))
-    found, alike = {}, collections.defaultdict(list)
+    patterns, alike = {}, collections.defaultdict(list)
     for module in values:  # peft knows no stacks of layers: what has one name in several of them is one there
         alike[keys[module].template].append(module)
     for modules in alike.values():
         own = {value for module in modules for value in values[module]}
         if len(own) == 1:
-            found |= dict.fromkeys(peft_keys.patterns(modules, spec, multimodal), own.pop())
+            patterns |= dict.fromkeys(peft_keys.patterns(modules, spec, multimodal), own.pop())
             continue
         for module in modules:
             names = peft_keys.patterns_of_layers(module, spec, multimodal)
-            found |= dict(zip(names, values[module], strict=True))
-    return common, {name: value for name, value in found.items() if value != common}
+            patterns |= dict(zip(names, values[module], strict=True))
+    return common, {name: value for name, value in patterns.items() if value != common}
 
 
-def settings_of(path: Path, config: dict[str, Any], spec: DecoderSpec, conv1d: bool) -> Settings:
-    """What adapter_config.json says. UserError, by name, for what is not supported or not of its type.
+def read_settings(path: Path, config: dict[str, Any], spec: DecoderSpec, conv1d: bool) -> LoraSettings:
+    """The settings in `config`, the content of path/adapter_config.json.
 
-    conv1d: the model stores linear layers as [in, out], which peft notes in the adapter and which is right here.
+    conv1d: whether the model stores linear layers as [in, out]; then the adapter may say so, as fan_in_fan_out.
+    Raises UserError, with the setting's name, for values that are not supported or of the wrong type.
     """
     file = f"{path}/adapter_config.json"
     config = {key: value for key, value in config.items() if not (conv1d and key == "fan_in_fan_out")}
@@ -170,16 +176,16 @@ def settings_of(path: Path, config: dict[str, Any], spec: DecoderSpec, conv1d: b
     if problems:
         raise UserError(
             f"{file}: settings that are not supported: {', '.join(problems)}; save a plain LoRA adapter "
-            "(PiSSA and its like: with path_initial_model_for_weight_conversion), or merge it into its base with peft "
+            "(PiSSA and the like: with path_initial_model_for_weight_conversion), or merge it into its base with peft "
             "and use that as the model"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not _positive_whole(rank):
+    if not _is_positive_int(rank):
         raise UserError(f"{file}: r is {rank!r}, not a positive whole number")
-    if not _number(alpha):
+    if not _is_number(alpha):
         raise UserError(f"{file}: lora_alpha is {alpha!r}, not a number")
     dropout = config.get("lora_dropout") or 0.0
-    if not _number(dropout) or not 0 <= dropout < 1:
+    if not _is_number(dropout) or not 0 <= dropout < 1:
         raise UserError(f"{file}: lora_dropout is {dropout!r}, not a rate")
     flags = {}
     for name in ("use_rslora", "use_dora", "ensure_weight_tying"):
@@ -189,14 +195,14 @@ def settings_of(path: Path, config: dict[str, Any], spec: DecoderSpec, conv1d: b
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise UserError(f"{file}: modules_to_save is {saved!r}, not a list of names")
-    return Settings(
+    return LoraSettings(
         rank=rank,
         alpha=alpha,
         rslora=flags["use_rslora"],
         dora=flags["use_dora"],
         dropout=dropout,
-        rank_pattern=_pattern_dict(file, config, "rank_pattern", _positive_whole),
-        alpha_pattern=_pattern_dict(file, config, "alpha_pattern", _number),
+        rank_pattern=_pattern_dict(file, config, "rank_pattern", _is_positive_int),
+        alpha_pattern=_pattern_dict(file, config, "alpha_pattern", _is_number),
         modules_to_save=saved,
         ensure_weight_tying=flags["ensure_weight_tying"],
         base_name=config.get("base_model_name_or_path"),
@@ -204,12 +210,12 @@ def settings_of(path: Path, config: dict[str, Any], spec: DecoderSpec, conv1d: b
 
 
 def by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """The value of the first pattern that fits the end of a module's `name`, as peft's get_pattern_key has it."""
+    """The value of the first pattern that matches the end of a module's `name`, as in peft's get_pattern_key."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def unmatched(patterns: Mapping[str, float], names: Iterable[str]) -> list[str]:
-    """The patterns that fit none of the `names`."""
+    """The patterns that match none of the `names`."""
     names = list(names)
     return [key for key in patterns if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
 
@@ -232,7 +238,7 @@ def _only_dense(targets: Any, spec: DecoderSpec) -> bool:
     names = [f".{name}.weight" for key in keys for name in peft_keys.layer_names(key, False)]
     return not targets or (
         isinstance(targets, list)
-        and all(isinstance(one, str) and any(name.endswith(f".{one}") for name in names) for one in targets)
+        and all(isinstance(target, str) and any(name.endswith(f".{target}") for name in names) for target in targets)
     )
 
 
@@ -245,26 +251,26 @@ def _all_layers(config: dict[str, Any], spec: DecoderSpec) -> bool:
 
 
 def _allowed(name: str, config: dict[str, Any]) -> bool:
-    # peft's own defaults stand for what older files leave out; the type of an adapter has none. 1 is not True here.
+    # Settings that older files leave out have peft's defaults; peft_type has none. The type counts: 1 is not True here.
     value = config.get(name, None if name == "peft_type" else _REQUIRED[name][0])
     return any(value == choice and type(value) is type(choice) for choice in _REQUIRED[name])
 
 
-def _positive_whole(value: Any) -> bool:
+def _is_positive_int(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _pattern_dict(file: str, config: dict[str, Any], name: str, holds: Any) -> dict[str, Any]:
-    found = config.get(name) or {}
-    if not isinstance(found, dict) or not all(holds(value) for value in found.values()):
-        raise UserError(f"{file}: {name} is {found!r}, not an object of patterns and numbers")
-    for key in found:
+def _pattern_dict(file: str, config: dict[str, Any], name: str, is_valid: Callable[[Any], bool]) -> dict[str, Any]:
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict) or not all(is_valid(value) for value in patterns.values()):
+        raise UserError(f"{file}: {name} is {patterns!r}, not an object of patterns and numbers")
+    for pattern in patterns:
         try:
-            re.compile(key)
+            re.compile(pattern)
         except re.error as error:
-            raise UserError(f"{file}: {name} has {key!r}, which is not a regular expression: {error}") from error
-    return found
+            raise UserError(f"{file}: {name} has {pattern!r}, which is not a regular expression: {error}") from error
+    return patterns

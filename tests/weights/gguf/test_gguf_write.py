@@ -63,7 +63,7 @@ class Model:
 
     def write(self, kind: str = "bf16", file: str = "model.gguf", **changes) -> Path:
         arguments = {
-            "params": self.params, "spec": self.spec, "config": self.config, "kind": kind, "tokenizer": TOKENIZER,
+            "params": self.params, "spec": self.spec, "config": self.config, "gguf_type": kind, "tokenizer": TOKENIZER,
             "check_tokenizer": lambda path: None, "name": "small",
         } | changes  # fmt: skip
         write_gguf(self.directory / file, **arguments)
@@ -297,7 +297,12 @@ def test_only_a_whole_verified_file_appears(models, tmp_path, monkeypatch):
     model = models["llama"]
 
     def write(out, **changes):
-        arguments = {"kind": "f16", "tokenizer": TOKENIZER, "check_tokenizer": lambda path: None, "name": "x"} | changes
+        arguments = {
+            "gguf_type": "f16",
+            "tokenizer": TOKENIZER,
+            "check_tokenizer": lambda path: None,
+            "name": "x",
+        } | changes
         write_gguf(out, model.params, model.spec, model.config, **arguments)
 
     def refuse(path):
@@ -308,8 +313,8 @@ def test_only_a_whole_verified_file_appears(models, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="another tokenizer"):
         write(out, check_tokenizer=refuse)
     assert not list(out.parent.iterdir())
-    with pytest.raises(UserError, match="no GGUF kind 'q4_0'; there are: f16, bf16, q8_0"):
-        write(out, kind="q4_0")
+    with pytest.raises(UserError, match="no GGUF type 'q4_0'; there are: f16, bf16, q8_0"):
+        write(out, gguf_type="q4_0")
 
     honest = gguf_write.GGUFWriter.write_tensor_data
 

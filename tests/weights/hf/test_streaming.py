@@ -167,10 +167,10 @@ def tensors():
 
 
 @pytest.mark.parametrize("memory", ["_InHostMemory", "_InDeviceMemory"])
-@pytest.mark.parametrize("piece", [1, 100, 56 * 7, 10**6])
-def test_pieces_of_any_size(tensors, monkeypatch, memory, piece):
-    """7 divides the 56 rows; 100 leaves pieces of different sizes."""
-    monkeypatch.setattr(streaming, "PIECE", piece)
+@pytest.mark.parametrize("block", [1, 100, 56 * 7, 10**6])
+def test_blocks_of_any_size(tensors, monkeypatch, memory, block):
+    """7 divides the 56 rows; 100 leaves blocks of different sizes."""
+    monkeypatch.setattr(streaming, "BLOCK_VALUES", block)
     monkeypatch.setattr(streaming, "_target", getattr(streaming, memory))
     whole, read, count = tensors
     leaf = jax.ShapeDtypeStruct(whole.shape, jnp.float32)

@@ -56,13 +56,13 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def told(root):
-    return [json.loads((root / f"told-{number}.json").read_text()) for number in range(2)]
+def outcomes(root):
+    return [json.loads((root / f"outcomes-{number}.json").read_text()) for number in range(2)]
 
 
 @pytest.mark.parametrize("name", ["model", "whole", "adapter"])
-def test_two_processes_write_the_bytes_that_one_does(root, told, name):
-    assert not told[0]["addressable"]  # else one process would have held it all
+def test_two_processes_write_the_bytes_that_one_does(root, outcomes, name):
+    assert not outcomes[0]["addressable"]  # else one process would have held it all
     expected = {path.name: path.read_bytes() for path in (root / "one" / name).iterdir()}
     found = {path.name: path.read_bytes() for path in (root / name).iterdir()}
     assert found.keys() == expected.keys()
@@ -81,7 +81,7 @@ def test_the_export_of_two_processes_is_that_of_the_run(root, record_figure):
     assert names < {path.name for path in (root / "exported").iterdir()}
 
 
-def test_a_failure_of_one_is_an_error_in_both(told):
+def test_a_failure_of_one_is_an_error_in_both(outcomes):
     """The one that fails says what it is, the other that it was not itself; neither waits for long."""
     for what, first, second in (
         ("writing fails", "the disk is full", "failed in process 0"),
@@ -89,11 +89,11 @@ def test_a_failure_of_one_is_an_error_in_both(told):
         ("the other fails", "failed in process 1", "cannot see it"),
         ("one is late", "not all processes came within 1 seconds", "came within"),
     ):
-        assert first in told[0][what][1]
-        assert second in told[1][what][1]
-        assert max(told[0][what][2], told[1][what][2]) < 20
+        assert first in outcomes[0][what][1]
+        assert second in outcomes[1][what][1]
+        assert max(outcomes[0][what][2], outcomes[1][what][2]) < 20
 
 
 def test_nothing_half_written_remains(root):
     names = {path.name for path in root.iterdir()}
-    assert names == {"model", "whole", "adapter", "one", "base", "exported", "told-0.json", "told-1.json"}
+    assert names == {"model", "whole", "adapter", "one", "base", "exported", "outcomes-0.json", "outcomes-1.json"}
