@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from support import xla_flags
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftjax.errors import UserError
@@ -253,7 +254,7 @@ print("same tokens")
 
 
 def test_a_mesh_generates_the_tokens_of_one_device():
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", MESH_PROGRAM], env=os.environ | flags, capture_output=True, text=True
     )
