@@ -32,6 +32,14 @@ def pytest_configure(config):
         config.add_cleanup(lambda: shutil.rmtree(compiled, ignore_errors=True))
 
 
+# Begun first: what takes half a minute and more. Whatever worker is left with the last file then ends soon.
+LONG_FILES = ("test_train", "test_several", "test_export", "test_family_parity", "test_invariance", "test_engine")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_the_tests(tmp_path_factory):
     """What is fetched, unpacked or tokenized in tests goes into a directory of theirs, subprocesses included."""
