@@ -92,7 +92,7 @@ def test_greedy_tokens_are_those_of_transformers(torch_model, ours, prompts):
     assert all(c.tokens.dtype == np.int32 and len(c.tokens) == NEW and not c.stopped for c in completions)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [pytest.param(GREEDY, marks=pytest.mark.slow), DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("batch_size", [1, 100])
 def test_a_rows_tokens_do_not_depend_on_the_batch_it_is_in(ours, prompts, sampling, batch_size):
     in_threes = rows(generate(*ours, prompts, NEW, (), sampling, batch_size=3))
