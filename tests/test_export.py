@@ -403,7 +403,7 @@ def test_what_does_not_go_together_is_refused_before_loading(root, format, name,
     [
         (["ftjax.export", "--format=pfet", "--out=x"], "pfet"),
         (["ftjax.generate", "--model=x", "--prompt=x"], "either --workdir"),
-        (["ftjax.generate", "--prompt=x", "--step=3"], "no step 3"),
+        pytest.param(["ftjax.generate", "--prompt=x", "--step=3"], "no step 3", marks=pytest.mark.slow),
         pytest.param(["ftjax.export", "--format=merged", f"--out={__file__}"], "exists", marks=pytest.mark.slow),
         pytest.param(["ftjax.generate", "--prompt=x", "--top_p=2"], "top_p", marks=pytest.mark.slow),
     ],
