@@ -9,5 +9,5 @@ if [ "${1:-}" = --all ]; then
     shift
     set -- -m "slow or not slow" "$@"
 fi
-# Files side by side: most of the time is compilation, which uses one core.
-exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
+# Files side by side, in the order of tests/conftest.py: most of the time is compilation, which uses one core.
+exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"

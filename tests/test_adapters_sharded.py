@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from support import PYTHONPATH, SUPPORT
+from support import PYTHONPATH, SUPPORT, xla_flags
 
 
 def run(*names):
     # Compiling is nearly all of the time, and what is compared does not depend on how hard LLVM tries.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = xla_flags(8, "--xla_backend_optimization_level=0")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": PYTHONPATH}
     command = [sys.executable, "-W", "error", str(SUPPORT / "adapters_sharded_run.py"), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)

@@ -9,12 +9,11 @@ import subprocess
 import sys
 
 import pytest
-from support import PYTHONPATH, SUPPORT
+from support import PYTHONPATH, SUPPORT, xla_flags
 
 
-def run(cases, *xla_flags, limit=600):
-    flags = " ".join(["--xla_force_host_platform_device_count=8", *xla_flags])
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": PYTHONPATH}
+def run(cases, *flags, limit=600):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8, *flags), "PYTHONPATH": PYTHONPATH}
     command = [sys.executable, "-W", "error", str(SUPPORT / "invariance_run.py"), cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=limit)
     assert done.returncode == 0, done.stderr

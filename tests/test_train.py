@@ -72,15 +72,16 @@ def test_it_learns_and_says_what_it_does(uninterrupted):
     assert expected | {"packing_efficiency", "step"} <= records(workdir)[-2].keys()
 
 
-def test_a_finished_run_is_left_as_it_is(root, uninterrupted):
+def test_a_finished_run_is_left_as_it_is(root, uninterrupted, capsys):
     workdir, _ = uninterrupted
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"}
-    assert "finished" in finish(train(root, workdir))
+    assert train_here(root, workdir, {}) == 0
+    assert "finished" in capsys.readouterr().out
     after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"}
     assert after == before
 
 
-@pytest.mark.parametrize("step", [2, 17])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 17])
 def test_killed_and_resumed_it_ends_with_the_same_bits(root, uninterrupted, step):
     workdir = root / f"killed-at-{step}"
     process = train(root, workdir)
@@ -91,13 +92,14 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(root, uninterrupted, step
     assert_same_run(workdir, uninterrupted[0])
 
 
-def test_sigterm_saves_and_ends_with_75(root, uninterrupted):
+def test_sigterm_saves_and_ends_with_75(root, uninterrupted, capsys):
     workdir = root / "terminated"
     process = train(root, workdir)
     signal_at_step(process, workdir, 10, signal.SIGTERM)
     assert "saved step" in finish(process, 75)
     assert int(adapters(workdir)[0]) >= 10
-    assert "resuming after step" in finish(train(root, workdir))
+    assert train_here(root, workdir, {}) == 0
+    assert "resuming after step" in capsys.readouterr().out
     assert_same_run(workdir, uninterrupted[0])
 
 
@@ -149,11 +151,11 @@ def test_resumed_on_another_mesh_it_sees_the_same_batches(root, uninterrupted):
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-def test_full_fine_tuning_of_chosen_parameters(root):
+def test_full_fine_tuning_of_chosen_parameters(root, capsys):
     workdir = root / "full"
-    chosen = [r"--config.adapter.trainable=layers/mlp|^norm/", "--config.adapter.kind=none", "--config.steps=4"]
-    printed = finish(train(root, workdir, *chosen))
-    assert "none; trained are parameters matching" in printed
+    chosen = {"adapter.trainable": "layers/mlp|^norm/", "adapter.kind": "none", "steps": 4}
+    assert train_here(root, workdir, chosen) == 0
+    assert "none; trained are parameters matching" in capsys.readouterr().out
     config, base, variables, _ = assemble.load_run(workdir)
     start = assemble.load_variables(config, base, {"params": _abstract(base)})
     changed = {
@@ -176,9 +178,8 @@ def _abstract(base):
 def test_a_changed_config_or_data_is_refused_on_resume(root, uninterrupted):
     workdir = root / "changed"
     shutil.copytree(uninterrupted[0], workdir)
-    printed = finish(train(root, workdir, "--config.adapter.rank=8", "--config.seed=3"), 2)
-    assert "adapter.rank: 4 -> 8" in printed
-    assert "seed: 0 -> 3" in printed
+    with pytest.raises(UserError, match=r"(?s)adapter\.rank: 4 -> 8.*seed: 0 -> 3"):
+        train_here(root, workdir, {"adapter.rank": 8, "seed": 3})
     lines = (root / "train.jsonl").read_text().splitlines()
     (root / "train.jsonl").write_text("\n".join(lines[:-1] + lines[:1]) + "\n")
     for path in sorted((workdir / "checkpoints").iterdir())[-1:]:  # not finished any more
@@ -203,14 +204,22 @@ AT_THE_COMMAND_LINE = {
 }
 
 
-@pytest.mark.parametrize("name", AT_THE_COMMAND_LINE)
+@pytest.mark.parametrize(
+    "name",
+    ["a misspelt key", "a misspelt flag"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("a wrong type", "a NaN learning rate")],
+)
 def test_a_mistake_ends_with_status_2_and_one_message(root, tmp_path, name):
     overrides, words = AT_THE_COMMAND_LINE[name]
     assert_refused(finish(train(root, tmp_path / "run", *overrides), 2), words)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("text", [None, "import nothing_like_it", "def get_config(: pass", "x"])
+@pytest.mark.parametrize(
+    "text",
+    [None, "def get_config(: pass"]
+    + [pytest.param(text, marks=pytest.mark.slow) for text in ("import nothing_like_it", "x")],
+)
 def test_a_config_file_that_does_not_load_is_told_in_one_message(tmp_path, text):
     if text is not None:
         (tmp_path / "odd.py").write_text(text)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from support import PYTHONPATH, SUPPORT
+from support import PYTHONPATH, SUPPORT, xla_flags
 from support.tiny import spec
 
 from ftjax import sharding
@@ -101,7 +101,7 @@ def run_apart(script, **environment):
 
 def test_meshes_split_heads_and_rows_and_change_nothing(record_figure):
     """Whole groups and parts of one over tensor; parts of a row over context, which see keys of the others."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = xla_flags(8, "--xla_backend_optimization_level=0")
     for name, difference in run_apart("kernels_run.py", XLA_FLAGS=flags).items():
         record_figure(name, difference)
         assert difference < 2e-6, name

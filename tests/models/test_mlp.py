@@ -17,10 +17,11 @@ NAMES = ("mixtral", "qwen3_moe", "gpt_oss", "mixtral, one expert", "qwen3_moe, n
 
 @pytest.fixture(scope="module", params=NAMES)
 def case(request):
-    """(spec, the module, its parameters in the first layer)"""
+    """(spec, (variables, x) -> what the module computes, its parameters in the first layer)"""
     spec = spec_from_config((CONFIGS | MORE_CONFIGS)[request.param])
     layers = numpy_params(Decoder(spec))["layers"]["mlp"]
-    return spec, Mixture(spec, jnp.float32, jnp.float32), jax.tree.map(lambda leaf: leaf[0], layers)
+    module = Mixture(spec, jnp.float32, jnp.float32)
+    return spec, jax.jit(module.apply), jax.tree.map(lambda leaf: leaf[0], layers)
 
 
 def naive(spec, params, x):
@@ -51,9 +52,9 @@ def naive(spec, params, x):
 
 
 def test_equals_the_loop(case, record_figure):
-    spec, module, params = case
+    spec, apply, params = case
     x = np.random.default_rng(0).standard_normal((2, 11, spec.hidden_size))
-    ours = np.asarray(module.apply({"params": params}, jnp.asarray(x, jnp.float32)))
+    ours = np.asarray(apply({"params": params}, jnp.asarray(x, jnp.float32)))
     expected = naive(spec, params, x.reshape(-1, spec.hidden_size)).reshape(x.shape)
     record_figure("difference", np.abs(ours - expected).max())
     assert np.abs(expected).max() > 0.5
@@ -62,10 +63,10 @@ def test_equals_the_loop(case, record_figure):
 
 def test_a_token_does_not_depend_on_the_tokens_beside_it(case):
     """However many want the same expert, none is dropped."""
-    spec, module, params = case
+    spec, apply, params = case
     x = np.random.default_rng(1).standard_normal((1, 1, spec.hidden_size)).astype(np.float32)
-    alone = module.apply({"params": params}, x)
-    crowd = module.apply({"params": params}, np.repeat(x, 40, axis=1))
+    alone = apply({"params": params}, x)
+    crowd = apply({"params": params}, np.repeat(x, 40, axis=1))
     np.testing.assert_allclose(crowd, np.repeat(alone, 40, axis=1), atol=1e-6)
 
 
@@ -98,9 +99,9 @@ def adapted_in_float64(params, adapters):
 
 
 def test_every_expert_has_its_own_adapter(case, adapters, record_figure):
-    spec, module, params = case
+    spec, apply, params = case
     x = np.random.default_rng(3).standard_normal((2, 11, spec.hidden_size))
-    ours = np.asarray(module.apply({"params": params, "lora": adapters}, jnp.asarray(x, jnp.float32)))
+    ours = np.asarray(apply({"params": params, "lora": adapters}, jnp.asarray(x, jnp.float32)))
     flat = x.reshape(-1, spec.hidden_size)
     expected = naive(spec, adapted_in_float64(params, adapters), flat).reshape(x.shape)
     assert np.abs(expected - naive(spec, params, flat).reshape(x.shape)).max() > 0.5, "the adapters do something"
@@ -109,24 +110,24 @@ def test_every_expert_has_its_own_adapter(case, adapters, record_figure):
 
 
 def test_adapters_of_experts_merge_into_their_kernels(case, adapters, record_figure):
-    spec, module, params = case
+    spec, apply, params = case
     merged = lora.merge(params, adapters)
     for name, stack in adapted_in_float64(params, adapters)["experts"].items():
         np.testing.assert_allclose(merged["experts"][name]["kernel"], stack["kernel"], rtol=0, atol=1e-5)
     x = np.random.default_rng(3).standard_normal((2, 11, spec.hidden_size)).astype(np.float32)
-    adapted = module.apply({"params": params, "lora": adapters}, x)
-    difference = np.abs(module.apply({"params": merged}, x) - adapted).max() / np.abs(adapted).max()
+    adapted = apply({"params": params, "lora": adapters}, x)
+    difference = np.abs(apply({"params": merged}, x) - adapted).max() / np.abs(adapted).max()
     record_figure("difference, relative to the largest value", difference)
     assert difference < 1e-5
 
 
 def test_the_gradients_of_an_experts_adapter_are_those_of_its_kernel(case, adapters, record_figure):
     """dL/dA = scale dL/dW B^T and dL/dB = scale A^T dL/dW, with the dL/dW of merged kernels; 0 for unused experts."""
-    spec, module, params = case
+    spec, apply, params = case
     x = jnp.asarray(np.random.default_rng(4).standard_normal((1, 2, spec.hidden_size)), jnp.float32)
 
     def total(variables):
-        return jnp.sum(jnp.sin(module.apply(variables, x)))
+        return jnp.sum(jnp.sin(apply(variables, x)))
 
     gradient = jax.jit(jax.grad(total))
     of_kernels = gradient({"params": lora.merge(params, adapters)})["params"]["experts"]

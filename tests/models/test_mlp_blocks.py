@@ -40,7 +40,7 @@ def in_blocks(model, params, adapters, batch):
     return run(adapters), loops
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_blocks_change_neither_loss_nor_gradients_nor_what_dropout_drops(adapted, rows, monkeypatch, record_figure):
     monkeypatch.setattr(decoder, "MLP_BLOCK", BLOCK)
     batch = batch_of([[document] for document in documents(2, [LENGTH] * rows)], LENGTH)

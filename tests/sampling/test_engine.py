@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from support import xla_flags
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftjax.errors import UserError
@@ -91,7 +92,7 @@ def test_greedy_tokens_are_those_of_transformers(torch_model, ours, prompts):
     assert all(c.tokens.dtype == np.int32 and len(c.tokens) == NEW and not c.stopped for c in completions)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [pytest.param(GREEDY, marks=pytest.mark.slow), DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("batch_size", [1, 100])
 def test_a_rows_tokens_do_not_depend_on_the_batch_it_is_in(ours, prompts, sampling, batch_size):
     in_threes = rows(generate(*ours, prompts, NEW, (), sampling, batch_size=3))
@@ -253,7 +254,7 @@ print("same tokens")
 
 
 def test_a_mesh_generates_the_tokens_of_one_device():
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", MESH_PROGRAM], env=os.environ | flags, capture_output=True, text=True
     )

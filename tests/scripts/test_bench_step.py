@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import xla_flags
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = {
@@ -28,7 +29,7 @@ ROWS, LENGTH, STEPS = 4, 32, 3
 
 def bench(directory, *words, status=0):
     (directory / "config.json").write_text(json.dumps(TINY))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(2)}
     command = [sys.executable, str(ROOT / "scripts/bench_step.py"), f"--config.model.source={directory}", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == status, done.stderr

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT, SUPPORT
+from support import ROOT, SUPPORT, xla_flags
 from support.runs import at_step, write_run
 
 from ftjax.training import metrics
@@ -32,9 +32,7 @@ def test_a_run_is_requeued_when_its_time_is_over_and_goes_on_to_its_end(tmp_path
         "PATH": f"{bin}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+        "XLA_FLAGS": xla_flags(1),
         "FAKE": str(tmp_path),
         "FAKE_TASKS": "2",
         "FAKE_NODES": "2",

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -13,12 +12,12 @@ import numpy as np
 
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
+from support import xla_flags
 from support.chat_templates import CHATML, make_tokenizer
 from support.model_dirs import write_merged
 from support.tiny import CONFIG as MODEL
 from support.tiny import numpy_params
 
-COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 CONFIG = """
 from ftjax import config as configs
 
@@ -80,12 +79,9 @@ def command(*arguments: str, devices: int = 1, talks: bool = False) -> subproces
     """python -m ftjax.COMMAND ..., on so many virtual CPU devices; output is kept, and input given where it `talks`."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         # ml_collections loads config files by a deprecated method; everything else is an error.
         "PYTHONWARNINGS": "error,ignore:the load_module:DeprecationWarning",
-        # The same small programs are compiled by every process; one compilation serves them all.
-        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     }
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     command = [sys.executable, "-m", *arguments]

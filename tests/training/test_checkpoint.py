@@ -101,7 +101,7 @@ def test_values_are_those_at_the_call_although_the_state_is_donated_at_once(tmp_
 
 _MESH_SCRIPT = """
 import os, sys
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from ftjax.training.checkpoint import Checkpoints

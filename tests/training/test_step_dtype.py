@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from support import PYTHONPATH, SUPPORT
+from support import PYTHONPATH, SUPPORT, xla_flags
 
 # bfloat16 has 8 bits: rounding to it changes a number by at most 2^-9 of itself.
 ROUNDING = 2**-9
@@ -17,7 +17,7 @@ def found():
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": PYTHONPATH,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": xla_flags(8),
     }
     script = SUPPORT / "step_run.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=env)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from support import xla_flags
 from support.family_configs import CONFIGS
 from support.llama_dirs import abstract, assert_is_model, assert_same_bits, llama
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel
@@ -279,7 +280,7 @@ print("equal")
 
 def test_eight_devices_read_their_slices_once(tmp_path):
     llama(tied=False).save_pretrained(tmp_path)
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | {"XLA_FLAGS": xla_flags(8)}
     done = subprocess.run([sys.executable, "-c", SHARDED, tmp_path], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "equal\n"

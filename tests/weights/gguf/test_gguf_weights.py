@@ -385,7 +385,11 @@ def quiet():
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3moe", "gemma2", "gemma3", "phi3", "gpt2"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", "qwen3moe", "gemma3", "gpt2"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "gemma2", "phi3")],
+)
 def test_wrong_metadata_are_never_more_than_a_user_error(tmp_path, architecture):
     """Every key with every kind of wrong value: the file opens, or is refused with its name."""
     refused = 0

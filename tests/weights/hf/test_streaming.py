@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from support import PYTHONPATH, SUPPORT
+from support import PYTHONPATH, SUPPORT, xla_flags
 from support.tiny import CONFIG
 
 from ftjax.models.families import spec_from_config
@@ -54,7 +54,7 @@ def run(cases: list, processes: int = 1) -> list[list[dict]]:
         port = probe.getsockname()[1]
     env = os.environ | {
         "PYTHONPATH": PYTHONPATH,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+        "XLA_FLAGS": xla_flags(8 // processes),
     }
     script = SUPPORT / "streaming_run.py"
     started = [

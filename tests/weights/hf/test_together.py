@@ -7,7 +7,7 @@ import sys
 
 import jax.numpy as jnp
 import pytest
-from support import PYTHONPATH, SUPPORT
+from support import PYTHONPATH, SUPPORT, xla_flags
 from support.model_dirs import write_merged
 from support.runs import write_model as write_base
 from support.several import free_port
@@ -25,7 +25,7 @@ def root(tmp_path_factory):
     write_base(root / "base")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": xla_flags(4),
         "PYTHONPATH": PYTHONPATH,
     }
     port = str(free_port())
