@@ -2,6 +2,7 @@
 run: everything of it but the data."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -86,6 +87,15 @@ class Program(NamedTuple):
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
     step: Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
+
+    @property
+    def row_length(self) -> int:
+        return self.batch["tokens"].shape[-1]
+
+    @property
+    def tokens(self) -> int:
+        """Slots of a batch, over all devices and micro-batches."""
+        return math.prod(self.batch["tokens"].shape)
 
 
 def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) -> Program:

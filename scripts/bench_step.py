@@ -79,11 +79,11 @@ def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, pe
 
     device = jax.devices()[0]
     peak = peak or peak_of(device.device_kind)
-    tokens = config.data.batch_size * config.data.max_length
+    tokens = program.tokens
     median, count = statistics.median(times), jax.device_count()
     needed = flops.of_step(program).total
     attention = kernels.choose(
-        config.model.attention, spec, jnp.dtype(config.model.dtype), config.data.max_length, program.mesh
+        config.model.attention, spec, jnp.dtype(config.model.dtype), program.row_length, program.mesh
     )
     return {
         "model": config.model.source,
@@ -93,7 +93,7 @@ def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, pe
         "quantized": config.quantize.base,
         "rows": config.data.batch_size,
         "micro_batches": config.accumulate,
-        "length": config.data.max_length,
+        "length": program.row_length,
         "remat": config.model.remat,
         "attention": attention.name + (f" ({attention.reason})" if attention.reason else ""),
         "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},

@@ -174,7 +174,7 @@ def estimate(config: ConfigDict, program: Program, topology: Topology) -> tuple[
     leaves = [*jax.tree.leaves(program.state), *jax.tree.leaves(program.frozen)]
     arguments = sum(compiled.bytes_on_chip(leaf) for leaf in leaves)
     trained = sum(compiled.bytes_on_chip(leaf) for leaf in jax.tree.leaves(program.state.trainable))
-    tokens = config.data.batch_size * config.data.max_length / config.accumulate / (mesh["data"] * mesh["fsdp"])
+    tokens = program.tokens / config.accumulate / (mesh["data"] * mesh["fsdp"])
     width = 2.0 * tokens * spec.hidden_size
     inner = _inner(spec) / spec.hidden_size / mesh["tensor"]
     per_layer = {"full": 1.0, "dots": 6.0 + 2 * inner, "none": 12.0 + 4 * inner, "offload": 0.1}[config.model.remat]

@@ -65,13 +65,13 @@ def seconds_per_token(program: Program) -> float | None:
     peaks = [chip.flops for chip in CHIPS.values() if chip.devices == kind]
     if not peaks:
         return None
-    return of_step(program).total / math.prod(program.batch["tokens"].shape) / (peaks[0] * program.mesh.size)
+    return of_step(program).total / program.tokens / (peaks[0] * program.mesh.size)
 
 
 def _documents(program: Program) -> tuple[int, int]:
     """How many documents a row holds at least, and the tokens of each."""
     documents = ROW_KINDS[program.method.rows].documents
-    return documents, program.batch["tokens"].shape[-1] // documents
+    return documents, program.row_length // documents
 
 
 def products(spec: DecoderSpec, variables: Tree) -> dict[str, int]:

@@ -24,7 +24,7 @@ def as_json(config: ConfigDict, topology: Topology, program: Program, plan: Plan
         "remat": config.model.remat,
         "accumulate": config.accumulate,
         "rows": config.data.batch_size,
-        "length": config.data.max_length,
+        "length": program.row_length,
         "fits": plan.fits,
         "hbm_usable": chip.usable,
         "lacking": max(plan.lacking, 0.0),
@@ -33,7 +33,7 @@ def as_json(config: ConfigDict, topology: Topology, program: Program, plan: Plan
     if plan.memory is None:
         return out
     memory, limits = plan.memory, plan.roofline
-    tokens = config.data.batch_size * config.data.max_length
+    tokens = program.tokens
     out |= {
         "memory": dataclasses.asdict(memory) | {"total": memory.total},
         "flops": plan.executed,
