@@ -6,20 +6,28 @@ method by name.
 """
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
+from ftjax.data.batch.loader import Loader
 from ftjax.data.batch.packing import BATCH
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.dpo import make_dpo
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.sft import make_sft
+from ftjax.training.source import FileSource, Source
 from ftjax.training.state import Kept
+from ftjax.tree import Tree
+
+
+def from_files(program, frozen: Tree, loader: Loader, rows: Sequence[int] | None, stop: int) -> Source:
+    """The batches of the loader, as they are."""
+    return FileSource(loader, rows, stop)
 
 
 class Method(NamedTuple):
@@ -34,6 +42,8 @@ class Method(NamedTuple):
       head: the scalar head that it adds (`models.heads`), "" for none.
       batch: the arrays [rows, length] of its batches.
       kept: what it keeps from step to step beside the weights, such as a controller or a moving average.
+      source: (assemble.Program, frozen variables, loader of its rows, the rows of a batch that this process fills, the
+        number of steps) -> where its batches come from.
     """
 
     objective: Callable[[Decoder, ConfigDict], Objective]
@@ -44,6 +54,7 @@ class Method(NamedTuple):
     head: str = ""
     batch: Mapping[str, type[np.generic]] = types.MappingProxyType(BATCH)
     kept: Kept | None = None
+    source: Callable[..., Source] = from_files
 
 
 METHODS = {

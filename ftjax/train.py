@@ -29,7 +29,6 @@ from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.display import Display
 from ftjax.training.loop import Cadence, Loop, Records, place_batch, run
 from ftjax.training.preemption import Preempted, Preemption
-from ftjax.training.source import FileSource
 from ftjax.training.state import TrainState
 from ftjax.tree import Tree
 from ftjax.weights.peft import continued
@@ -102,7 +101,7 @@ def _train(
         seconds = flops.seconds_per_token(program)
         loop = Loop(
             step,
-            FileSource(train_loader, rows, total_steps),
+            program.method.source(program, start.frozen, train_loader, rows, total_steps),
             evaluate if configs.evaluates(config) else None,
             Cadence(total_steps, config.log_every, config.checkpoint_every, config.eval_every, config.evaluate.before),
             Records(checkpoints, writer, display, meta, best_metric(config)[0], seconds),
