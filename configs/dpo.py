@@ -1,0 +1,16 @@
+"""Preferences, with DPO: set --config.model.source and --config.data.train.
+
+Where supervised tuning made an adapter (python -m ftjax.export --format peft), go on from it: --config.adapter.source.
+"""
+
+from ml_collections import ConfigDict
+
+from ftjax import config as configs
+
+
+def get_config() -> ConfigDict:
+    config = configs.defaults()
+    config.objective.name = "dpo"
+    config.data.batch_size = 8  # rows of two documents: twice the tokens of a conversation's
+    config.data.holdout = 0.05
+    return config

@@ -1,0 +1,46 @@
+"""The page on methods: its table is that of the code, and its commands run one after the other."""
+
+import re
+import shlex
+
+import pytest
+from support import ROOT
+from support.pairs import write_pairs
+from support.runs import command, finish, write_model, write_rows
+
+from ftjax import config as configs
+from ftjax.method import METHODS
+from ftjax.training import metrics
+
+PAGE = (ROOT / "docs/methods.md").read_text()
+COMMANDS = [shlex.split(line)[2:] for line in re.findall(r"^ {4}(python -m ftjax.+)$", PAGE, re.MULTILINE)]
+SMALL = ("--config.data.batch_size=4", "--config.data.max_length=64", "--config.steps=2", "--config.mesh.fsdp=1")
+SMALL += ("--config.data.checks=off", "--config.adapter.rank=4", "--config.model.dtype=float32", "--config.log_every=1")
+
+
+def test_the_table_has_every_method_with_its_settings_and_learning_rates():
+    rows = {}
+    for name, settings, rates in re.findall(r"^\| `(\w+)` \| .* \| (.*) \| ([\de-]+, [\de-]+) \|$", PAGE, re.MULTILINE):
+        rows[name] = (re.findall(r"`(\w+)` \(([\d.]+)\)", settings), *map(float, rates.split(", ")))
+    defaults = configs.defaults().objective
+    for name, method in METHODS.items():
+        rates = method.learning_rates["lora"], method.learning_rates["none"]
+        assert rows.pop(name) == ([(key, str(defaults[key])) for key in method.settings], *rates)
+    assert not rows
+
+
+@pytest.mark.slow
+def test_supervised_tuning_then_preferences(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", 60)
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    for arguments in COMMANDS:
+        arguments = [word.replace("MODEL", "model").replace("configs/", f"{ROOT}/configs/") for word in arguments]
+        small = SMALL if arguments[0] == "ftjax.train" else ()
+        if "--config.adapter.source=runs/sft-adapter" in arguments:
+            small = [word for word in small if "adapter.rank" not in word]  # the adapter says that itself
+        finish(command(*arguments, *small))
+    first = metrics.read(tmp_path / "runs/dpo/metrics.jsonl")[1]
+    assert first["rewards/margins"] == 0
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
