@@ -12,5 +12,4 @@ def get_config() -> ConfigDict:
     config = configs.defaults()
     config.objective.name = "dpo"
     config.data.batch_size = 8  # rows of two documents: twice the tokens of a conversation's
-    config.data.holdout = 0.05
     return config
