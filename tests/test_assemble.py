@@ -2,13 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from support.pairs import config_of
+from support.runs import write_model, write_rows
 from support.tiny import one_device, spec
 
+from ftjax import assemble, train, tree
 from ftjax import config as configs
-from ftjax import tree
 from ftjax.assemble import abstract_variables
 from ftjax.models.decoder import Decoder
+from ftjax.weights import load
 
 
 def variables(**changes):
@@ -43,3 +47,44 @@ def test_targets_by_name_and_by_pattern(targets):
     trained, _ = variables(**{"adapter.rank": 4, "adapter.targets": targets})
     assert {path.split("/")[3] for path in trained} == {"q_proj", "v_proj"}
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in trained.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "read"),
+    [
+        ({"adapter.kind": "none"}, set()),
+        ({"adapter.kind": "none", "adapter.trainable": "norm"}, {"kernel", "embedding"}),
+    ],
+)
+def test_a_run_is_loaded_without_its_optimizer_and_without_the_weights_it_has_trained(
+    changes, read, tmp_path, monkeypatch
+):
+    """What was trained comes from the checkpoint alone, and only the rest from the base."""
+    write_model(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", 20)
+    rows = {"data.train": (str(tmp_path / "rows.jsonl"),), "data.checks": "off", "objective.name": "sft", "steps": 2}
+    assert train.train(config_of(tmp_path, **rows, **changes), tmp_path / "run") == 0
+    asked, restored = [], []
+    array, restore = load._array, assemble.Checkpoints.restore
+
+    def spied(self, abstract, step, **options):
+        restored.append(abstract)
+        return restore(self, abstract, step, **options)
+
+    monkeypatch.setattr(
+        load, "_array", lambda reader, stored, key, leaf: asked.append(key) or array(reader, stored, key, leaf)
+    )
+    monkeypatch.setattr(assemble.Checkpoints, "restore", spied)
+    config, base, variables, _ = assemble.load_run(tmp_path / "run")
+    assert [part.keys() for part in restored] == [{"trainable"}]
+    trained = set(tree.flatten(restored[0]["trainable"]))
+    assert {path.rpartition("/")[2] for path in set(tree.flatten(variables)) - trained} == read
+    assert len(asked) == len(tree.flatten(variables)) - len(trained)
+    # It is the trained model: every parameter is there, and those that were trained have moved.
+    start = tree.flatten(
+        assemble.load_variables(config, base, assemble.abstract_variables(config, base.model, one_device())[0])
+    )
+    loaded = tree.flatten(variables)
+    assert loaded.keys() == start.keys()
+    for path, leaf in start.items():
+        assert np.array_equal(loaded[path], leaf) == (path not in trained), path

@@ -28,6 +28,8 @@ def quick():
 
 def check_invariance(out, record_figure):
     assert out.pop("same random parameters")
+    assert out.pop("same head")
+    assert out.pop("head") == ["fsdp", None]
     for name, case in out.items():
         record_figure(f"{name}: loss, relative", case["loss difference"])
         record_figure(f"{name}: parameters", case["parameter difference"])
@@ -45,19 +47,19 @@ def check_invariance(out, record_figure):
 
 
 def test_twenty_steps_are_the_same_however_they_are_split(quick, record_figure):
-    assert len(quick) == 14
+    assert len(quick) == 16
     check_invariance(dict(quick), record_figure)
 
 
 @pytest.mark.slow
 def test_every_combination_of_mesh_accumulation_and_packing(record_figure):
     out = run("full", "--xla_backend_optimization_level=0", limit=7200)
-    assert len(out) == 1 + (11 + 5) * 3 * 2 + (11 + 5) * 2
+    assert len(out) == 3 + (11 + 5) * 3 * 2 + (11 + 5) * 2
     check_invariance(out, record_figure)
 
 
 def cases(quick):
-    return {name: case for name, case in quick.items() if name != "same random parameters"}
+    return {name: case for name, case in quick.items() if isinstance(case, dict)}
 
 
 def test_one_compilation_donated_state_untouched_base(quick):

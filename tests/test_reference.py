@@ -9,8 +9,9 @@ from support.pairs import begun, config_of, write_pairs
 from support.runs import write_model
 from support.tiny import one_device
 
-from ftjax import assemble, tree
+from ftjax import assemble, train, tree
 from ftjax.objectives.reference import REFERENCE, policy_and_reference
+from ftjax.training import metrics
 from ftjax.training.loop import place_batch
 from ftjax.weights.peft.adapter import write_adapter
 
@@ -88,3 +89,17 @@ def test_an_adapter_gone_on_from_is_its_own_reference_and_not_the_base(root):
         without = {name: part for name, part in start.frozen.items() if name != REFERENCE}
         loss = jax.jit(program.objective)(tree.combine(start.state.trainable, without), batch, None)
     assert abs(float(loss.metrics["rewards/margins"][0])) > 0.1
+
+
+@pytest.mark.parametrize("name", ["gone on from", pytest.param("full", marks=pytest.mark.slow)])
+def test_a_resumed_run_has_the_reference_it_began_with(name, root, tmp_path):
+    changes = {key: str(root / "sft") if value == "SFT" else value for key, value in KINDS[name][0].items()}
+    cadence = {"log_every": 1, "checkpoint_every": 2, "data.checks": "off"}
+    assert train.train(config_of(root, **changes, **cadence), tmp_path / "run") == 0
+    whole = metrics.read(tmp_path / "run/metrics.jsonl")
+    assert train.train(config_of(root, **changes, **cadence, **{"checkpoint.resume_step": 2}), tmp_path / "run") == 0
+    for before, after in zip(whole, metrics.read(tmp_path / "run/metrics.jsonl"), strict=True):
+        assert {key: after[key] for key in ("loss", "rewards/margins", "logps/chosen")} == {
+            key: before[key] for key in ("loss", "rewards/margins", "logps/chosen")
+        }
+    assert whole[-1]["rewards/margins"] > whole[0]["rewards/margins"] == 0

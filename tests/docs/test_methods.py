@@ -19,8 +19,8 @@ SMALL += ("--config.data.checks=off", "--config.adapter.rank=4", "--config.model
 
 
 def test_the_table_has_every_method_with_its_settings_and_learning_rates():
-    rows = {}
-    for name, settings, rates in re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\| ([\de-]+, [\de-]+) \|$", PAGE, re.MULTILINE):
+    rows, line = {}, r"^\| `(\w+)` \|[^|]*\|([^|]*)\| ([\de-]+, [\de-]+) \|$"
+    for name, settings, rates in re.findall(line, PAGE, re.MULTILINE):
         rows[name] = (re.findall(r"`(\w+)` \(([\d.]+)\)", settings), *map(float, rates.split(", ")))
     defaults = configs.defaults().objective
     for name, method in METHODS.items():

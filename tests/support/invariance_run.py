@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from ftjax import lora, sharding, tree
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
+from ftjax.models.heads import abstract_head, init_heads
 from ftjax.models.params import abstract_params, logical_axes, random_params
 from ftjax.objectives.dpo import make_dpo
 from ftjax.objectives.sft import make_sft
@@ -173,10 +174,21 @@ def same_random_params(meshes):
     return all(jax.tree.all(jax.tree.map(np.array_equal, first, other)) for other in others)
 
 
+def head_on(mesh):
+    """A fresh scalar head on a mesh: its values, and how it is laid out there."""
+    kernel = init_heads(abstract_head("value", SPECS["dense"], mesh), 7)["value"]["kernel"]
+    return np.array(kernel), spec_of(kernel)
+
+
 def main(cases):
     sizes = MESHES | MIXTURE_MESHES
     meshes = {name: sharding.make_mesh(sizes[name], jax.devices()[: 8 if sizes[name] else 1]) for name in sizes}
-    references, out = {}, {"same random parameters": same_random_params([meshes["1"], meshes["fsdp=4 x tensor=2"]])}
+    (value, _), (split, where) = head_on(meshes["1"]), head_on(meshes["fsdp=4 x tensor=2"])
+    heads = {"same head": np.array_equal(value, split), "head": where}
+    references, out = (
+        {},
+        heads | {"same random parameters": same_random_params([meshes["1"], meshes["fsdp=4 x tensor=2"]])},
+    )
     for model, kind, mesh, accumulate, packed, remat in cases:
         losses, start, final, facts = train(model, kind, meshes[mesh], accumulate, packed, remat)
         reference_losses, reference_start, reference = references.setdefault((model, kind), (losses, start, final))

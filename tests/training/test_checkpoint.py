@@ -143,6 +143,20 @@ def test_another_mesh(tmp_path):
 # What does not fit is rejected (cases 22, 25)
 
 
+def test_a_part_of_a_state_is_read_alone_and_held_to_its_digests(tmp_path):
+    state = make_state(1)
+    save(tmp_path, 1)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        asked = {"lora": abstract(state)["lora"]}
+        _, loaded, _ = checkpoints.restore(asked, partial=True)
+        assert loaded.keys() == {"lora"}
+        assert_same(loaded, {"lora": state["lora"]})
+        with pytest.raises(UserError, match="not in this run"):  # the whole is asked for, and this is not all of it
+            checkpoints.restore(asked)
+        with pytest.raises(UserError, match="not in the checkpoint"):
+            checkpoints.restore({"others": asked["lora"]}, partial=True)
+
+
 def test_all_differences_in_one_message(tmp_path):
     save(tmp_path, 1)
     wanted = abstract(make_state())
