@@ -93,10 +93,11 @@ def test_rows_of_the_evaluation_and_of_other_objectives_are_told_as_training_tak
     assert "warning: 2 rows: an evaluation row has no trained token" in printed
     assert f"{tmp_path}/eval.jsonl:2, {tmp_path}/eval.jsonl:3" in printed
     write(tmp_path / "none.jsonl", [muted])
-    printed = inspect(run, f"--config.data.eval={tmp_path}/none.jsonl", "--rows=0", status=2)
-    assert "[eval_empty]" in printed
     write(tmp_path / "pairs.jsonl", [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}])
-    printed = inspect(run, f"--config.data.train=('{run}/train.jsonl','{tmp_path}/pairs.jsonl')", "--rows=0", status=2)
+    files = f"('{run}/train.jsonl','{tmp_path}/pairs.jsonl')"
+    evaluated = f"--config.data.eval={tmp_path}/none.jsonl"
+    printed = inspect(run, f"--config.data.train={files}", evaluated, "--rows=0", status=2)
+    assert "[eval_empty]" in printed
     assert "is a preference pair, which this objective does not train on" in printed
 
 

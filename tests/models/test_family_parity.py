@@ -63,13 +63,13 @@ class Case:
         return read(self.path / "gradients")[1]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        *(pytest.param(config, id=name) for name, config in CONFIGS.items()),
-        *(pytest.param(config, id=name, marks=pytest.mark.slow) for name, config in MORE_CONFIGS.items()),
-    ],
-)
+def configs(quick):
+    """Every config as a parameter; all but the `quick` ones are slow."""
+    every = (CONFIGS | MORE_CONFIGS).items()
+    return [pytest.param(value, id=name, marks=() if name in quick else pytest.mark.slow) for name, value in every]
+
+
+@pytest.fixture(scope="module", params=configs(quick=CONFIGS))
 def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp("case"))
 
@@ -150,6 +150,7 @@ def test_cached_decoding_equals_the_full_forward(case, record_figure):
     assert max(differences) < 1e-5
 
 
+@pytest.mark.parametrize("case", configs(quick=("llama", "gemma2", "gpt2", "gpt_oss", "mixtral")), indirect=True)
 def test_bfloat16_stays_close(case, record_figure):
     """Activations in bfloat16 move most logits of order 1 by less than a tenth (some tokens change their expert)."""
     batch = lay_out([documents(6, [12])])
