@@ -189,20 +189,17 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size, *dtypes)
         if spec.learned_positions:
             self.embed_positions = Embedding(spec.max_position_embeddings, spec.hidden_size, *dtypes, row_axis=None)
-        policy = REMAT_POLICIES[self.remat]
-        # Inside a scan XLA cannot undo the rematerialization, so its guard against that would only cost time.
-        block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
         shared = (*dtypes, self.attention, MLP_BLOCK if self._saves_memory() else None)
-        scans = [(group.name, functools.partial(_scan, group, block, shared)) for group in groups(spec)]
+        scans = [(group.name, functools.partial(_scan, group, shared, self.remat)) for group in groups(spec)]
         self.layers = scans[0][1]() if len(scans) == 1 else InOrder(tuple(scans))
         self.norm = _norm(spec, *dtypes, None)
         if not spec.tie_word_embeddings:
             self.lm_head = Linear(spec.vocab_size, ("embed", "vocab"), *dtypes, out_dtype=jnp.float32)
 
     def _saves_memory(self) -> bool:
-        """Whether the MLP goes over a row in blocks: where memory is short, and only where kernels are frozen.
+        """Whether the MLP goes over a row in blocks: where memory is short, and only when kernels are frozen.
 
-        Of trained kernels each block would have a gradient of its own, to be summed over the devices each time.
+        Otherwise each block would all-reduce kernel gradients.
         """
         return self.remat in ("full", "offload") and bool(self.variables.get("lora"))
 
@@ -267,12 +264,14 @@ def _norm(spec: DecoderSpec, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str
     return kind(spec.norm_eps, dtype, param_dtype, name=name)
 
 
-def _scan(group: Group, block: type[nn.Module], shared: tuple[Any, ...], name: str | None = None) -> nn.Module:
+def _scan(group: Group, shared: tuple[Any, ...], remat: str, name: str | None = None) -> nn.Module:
     """The layers of a group as one module, to be called as a Block is: its parameters, and what it takes and returns
-    for each layer, have the group's rounds in front.
-
-    block: Block, or what remats it; each layer of a period is rematerialized on its own. shared: its further arguments.
+    for each layer, have the group's rounds in front. shared: of a Block's arguments those after the spec.
     """
+    policy, rounds = REMAT_POLICIES[remat], len(group.stacks[0].layers)
+    # Inside a scan XLA cannot undo the rematerialization, so its guard against that would only cost time; but of one
+    # round it makes no loop. Each layer of a period is rematerialized on its own, so that one is held at a time.
+    block = nn.remat(Block, policy=policy, prevent_cse=rounds == 1) if policy else Block
     if len(group.stacks) == 1:
         body, arguments = block, (group.stacks[0].spec, *shared)
     else:
@@ -283,7 +282,7 @@ def _scan(group: Group, block: type[nn.Module], shared: tuple[Any, ...], name: s
         variable_axes={"params": 0, "lora": 0, "quant": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, 0, nn.broadcast),
-        length=len(group.stacks[0].layers),
+        length=rounds,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scan(*arguments, name=name)
