@@ -174,12 +174,6 @@ REFUSED = {
         HELLO,
         "0 spans for 1 assistant",
     ),
-    # Trimmed offsets leave a space at the end of a block without a token: the mask would run to the end of the row.
-    "markers around a trimmed space": (
-        {"template": marked("<|im_end|> "), "trim_offsets": True},
-        THOUGHT,
-        "1 spans for 2 assistant",
-    ),
     "doubled BOS": (
         {"template": HEADERS.replace("{{ bos_token }}", "{{ bos_token + bos_token }}"), "bos": "<s>", "eos": "<|eot|>"},
         HELLO,
@@ -218,6 +212,13 @@ REFUSED = {
 def test_refuses_with_the_row_and_the_mend(make_tokenizer, arguments, messages, message):
     with pytest.raises(UserError, match=f"(?s)chat.jsonl:7: .*{message}"):
         chat.tokenize(messages_row(messages), make_tokenizer(**arguments))
+
+
+def test_markers_around_a_space_that_has_no_token_end_with_the_turn(make_tokenizer):
+    """Trimmed offsets leave the space at the end of a block out: the mask must not run to the end of the row."""
+    tokenizer = make_tokenizer(marked("<|im_end|> "), trim_offsets=True)
+    example = chat.tokenize(messages_row(THOUGHT), tokenizer)
+    assert trained_text(example, tokenizer) == ["hm</think>Yes.<|im_end|>", "No.<|im_end|>"]
 
 
 def test_a_template_that_rewrites_earlier_turns_still_serves_the_last_answer(make_tokenizer):
