@@ -73,8 +73,8 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(config.get("text_config"), dict):
         raise UserError(f"config.json of a {config['model_type']!r} model lacks 'text_config'")
     name = family_of(config).language_model
-    ids = {name: value for name, value in config.items() if name.endswith("_token_id") and "image" not in name}
-    tied = {name: config[name] for name in ("tie_word_embeddings",) if config.get(name) is not None}
+    ids = {key: value for key, value in config.items() if key.endswith("_token_id") and "image" not in key}
+    tied = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
     return ids | config["text_config"] | tied | {"model_type": name, "architectures": [FAMILIES[name].architecture]}
 
 

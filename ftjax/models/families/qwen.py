@@ -43,8 +43,8 @@ def qwen3_moe(config: dict[str, Any]) -> DecoderSpec:
     named = config.get("mlp_only_layers") or []
     if not isinstance(named, list) or not all(type(layer) is int for layer in named):
         raise UserError(f"config.json: mlp_only_layers={shorten(named)} is not a list of numbers of layers")
-    is_dense = [layer in set(named) or (layer + 1) % step != 0 for layer in layers]
-    return spec.with_kinds([dense if one else Kind("sparse") for one in is_dense])
+    only_mlp, sparse = set(named), Kind("sparse")
+    return spec.with_kinds([dense if layer in only_mlp or (layer + 1) % step else sparse for layer in layers])
 
 
 def _windows(config: dict[str, Any], spec: DecoderSpec, first: Any) -> tuple[int | None, ...]:
