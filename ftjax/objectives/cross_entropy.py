@@ -31,7 +31,7 @@ class Chunks(NamedTuple):
     tokens: int
 
 
-class Split(NamedTuple):
+class HeadSplit(NamedTuple):
     """What is split over which mesh axes, () where nothing is."""
 
     width: tuple[str, ...]  # the model width of the head
@@ -99,15 +99,15 @@ def _per_token_forward(unembed, chunks, head, hidden, targets, wanted, rng):
     """(what `per_token` returns, what its backward pass needs)"""
     mesh, split, specs, by_token = _placed(head, hidden)
 
-    def local(head, hidden, targets, wanted, rng, numbers):
+    def local(head, hidden, targets, wanted, rng, token_index):
         cut = _cut(chunks, hidden, head, split)
-        return _forward(unembed, cut, split, head, hidden, targets, wanted, rng, numbers)
+        return _forward(unembed, cut, split, head, hidden, targets, wanted, rng, token_index)
 
     if mesh is not None:
         inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), by_token(2))
         outputs = ((by_token(2),) * 3, by_token(2))
         local = jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)
-    out, log_norms = local(head, hidden, targets, wanted, rng, _numbers(hidden))
+    out, log_norms = local(head, hidden, targets, wanted, rng, _token_index(hidden))
     return out, (head, hidden, targets, wanted, rng, log_norms)
 
 
@@ -118,22 +118,22 @@ def _per_token_backward(unembed, chunks, saved, gradients):
     head, hidden, *_ = saved
     mesh, split, specs, by_token = _placed(head, hidden)
 
-    def local(head, hidden, targets, wanted, rng, log_norms, gradient, numbers):
+    def local(head, hidden, targets, wanted, rng, log_norms, gradient, token_index):
         cut = _cut(chunks, hidden, head, split)
-        return _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms, gradient, numbers)
+        return _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms, gradient, token_index)
 
     if mesh is not None:
         inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), *(by_token(2),) * 3)
         local = jax.shard_map(local, in_specs=inputs, out_specs=(specs, by_token(3)), check_vma=False)
     # `correct` and `entropy` are metrics: their gradients are dropped, and so no loss may be made of them.
-    d_head, d_hidden = local(*saved, gradients[0], _numbers(hidden))
+    d_head, d_hidden = local(*saved, gradients[0], _token_index(hidden))
     return d_head, d_hidden, None, None, None
 
 
 per_token.defvjp(_per_token_forward, _per_token_backward)
 
 
-def _numbers(hidden: jax.Array) -> jax.Array:
+def _token_index(hidden: jax.Array) -> jax.Array:
     """int32 [B, T]: the index of each token in the whole batch, by which the dropout of an adapter on the head draws.
 
     Made before `shard_map`, inside which a device would count its own tokens from 0.
@@ -148,12 +148,14 @@ def _placed(head: Head, hidden: jax.Array):
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return None, Split((), (), ()), None, None
+        return None, HeadSplit((), (), ()), None, None
     rows, length, _ = partition_spec(("batch", "length", "width"), hidden.shape, mesh)
     specs = {path: partition_spec(heads.axes(path), leaf.shape, mesh) for path, leaf in head.items()}
     kernel = next(path for path in head if path.startswith("params/") and len(heads.axes(path)) == 2)
     vocabulary = specs[kernel][heads.axes(kernel).index("vocab")]
-    split = Split(_names(specs[kernel][heads.width_axis(kernel)]), _names(vocabulary), _names(rows) + _names(length))
+    split = HeadSplit(
+        _names(specs[kernel][heads.width_axis(kernel)]), _names(vocabulary), _names(rows) + _names(length)
+    )
     return mesh, split, specs, lambda rank: P(rows, length, *[None] * (rank - 2))
 
 
@@ -161,7 +163,7 @@ def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _cut(chunks: Chunks | None, hidden: jax.Array, head: Head, split: Split) -> Chunks:
+def _cut(chunks: Chunks | None, hidden: jax.Array, head: Head, split: HeadSplit) -> Chunks:
     """The given cut or the usual one, for this device's part of hidden [B, T, D] and of the head."""
     here, tokens = _columns(head), math.prod(hidden.shape[:2])
     if chunks is None:
@@ -187,7 +189,7 @@ def _blocks(wanted: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     return jnp.pad(order, fill).reshape(-1, size), jnp.pad(flat[order], fill).reshape(-1, size)
 
 
-def _part(head: Head, columns: int, start: jax.Array, split: Split, dtype: jnp.dtype) -> Head:
+def _part(head: Head, columns: int, start: jax.Array, split: HeadSplit, dtype: jnp.dtype) -> Head:
     """`columns` of the head from `start` on, whole along the model's width; of a matrix in the dtype of its product."""
     exact = any(path.endswith("/lora_magnitude") for path in head)  # DoRA takes norms of what is stored
     out = {}
@@ -214,19 +216,19 @@ def _starts(head: Head, columns: int) -> tuple[jax.Array, jax.Array]:
     return jnp.minimum(fresh, here - columns), fresh
 
 
-def _first_column(head: Head, split: Split) -> jax.Array | int:
+def _first_column(head: Head, split: HeadSplit) -> jax.Array | int:
     """Of this device's part of the vocabulary."""
     return jax.lax.axis_index(split.vocabulary) * _columns(head) if split.vocabulary else 0
 
 
-def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, numbers):
+def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, token_index):
     """This device's ((loss, correct, entropy), log of the sum of exponentials), float32 [B, T] each.
 
-    cut: Chunks; split: Split; head: this device's part; hidden [B, T, D], targets int32 [B, T], wanted bool [B, T] and
-    numbers int32 [B, T], of its own tokens; rng as in `per_token`.
+    cut: Chunks; split: HeadSplit; head: this device's part; hidden [B, T, D], targets int32 [B, T], wanted bool [B, T] and
+    token_index int32 [B, T], of its own tokens; rng as in `per_token`.
     """
     order, real = _blocks(wanted, cut.tokens)
-    rows, numbers = hidden.reshape(-1, hidden.shape[-1]), numbers.reshape(-1)
+    rows, token_index = hidden.reshape(-1, hidden.shape[-1]), token_index.reshape(-1)
     targets = targets.reshape(-1)[order] - _first_column(head, split)
 
     def over_columns(sums, chunk):
@@ -236,7 +238,7 @@ def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, numbers):
 
         def add(sums, positions, target):
             """sums of one block; positions and target int32 [tokens]"""
-            logits = unembed(part, rows[positions], rng, numbers[positions])
+            logits = unembed(part, rows[positions], rng, token_index[positions])
             logits = jnp.where(ids >= fresh, logits, LOWEST)
             best = jnp.argmax(logits, axis=-1)
             top = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
@@ -245,15 +247,15 @@ def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, numbers):
             exponentials = jnp.exp(shifted)
             moved = sums.highest - highest  # 0, or negative where this chunk has a higher logit
             scale = jnp.exp(moved)
-            at = jnp.clip(target - start, 0, cut.columns - 1)
-            its = jnp.take_along_axis(logits, at[:, None], axis=-1)[:, 0]
+            column = jnp.clip(target - start, 0, cut.columns - 1)
+            target_logit = jnp.take_along_axis(logits, column[:, None], axis=-1)[:, 0]
             met = (target >= fresh) & (target < start + cut.columns)
             return Sums(
                 highest,
                 sums.exponentials * scale + exponentials.sum(axis=-1),
                 # sum of e (l - m') where m' = m - moved: each old term e (l - m) gains e moved, then all are rescaled.
                 (sums.moments + moved * sums.exponentials) * scale + jnp.sum(exponentials * shifted, axis=-1),
-                jnp.where(met, its, sums.target),
+                jnp.where(met, target_logit, sums.target),
                 # Not of equals: the lower column stays, as argmax over all of them has it.
                 jnp.where(top > sums.highest, start + best.astype(jnp.int32), sums.best),
             )
@@ -278,7 +280,7 @@ def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, numbers):
     return tuple(_back(jnp.where(real, x, 0), order, real, wanted) for x in out), _back(log_norms, order, real, wanted)
 
 
-def _over_vocabulary(sums: Sums, targets: jax.Array, split: Split):
+def _over_vocabulary(sums: Sums, targets: jax.Array, split: HeadSplit):
     """(highest, exponentials, moments, target, whether the best is the target) over the devices that share columns.
 
     sums: this device's, [blocks, tokens] each; targets int32 [blocks, tokens], counted from its first column. The same
@@ -310,14 +312,14 @@ def _back(values: jax.Array, order: jax.Array, real: jax.Array, like: jax.Array)
     return out.reshape(*like.shape, *values.shape[2:])
 
 
-def _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms, gradient, numbers):
+def _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms, gradient, token_index):
     """This device's (gradient of its part of the head, {path: array} in the head's dtypes, and of hidden [B, T, D]).
 
     As `_forward`, with log_norms, its second result, and gradient, that of the losses, float32 [B, T] both.
     """
     order, real = _blocks(wanted, cut.tokens)
     width = hidden.shape[-1]
-    rows, numbers = hidden.reshape(-1, width), numbers.reshape(-1)
+    rows, token_index = hidden.reshape(-1, width), token_index.reshape(-1)
     targets = targets.reshape(-1)[order] - _first_column(head, split)
     log_norms, gradient = (jnp.where(real, x.reshape(-1)[order], 0) for x in (log_norms, gradient))
 
@@ -328,8 +330,8 @@ def _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms
         ids = start + jnp.arange(cut.columns)
 
         def add(d_part, d_block, positions, target, log_norm, gradient):
-            its = numbers[positions]
-            logits, pull = jax.vjp(lambda part, rows: unembed(part, rows, rng, its), part, rows[positions])
+            indices = token_index[positions]
+            logits, pull = jax.vjp(lambda part, rows: unembed(part, rows, rng, indices), part, rows[positions])
             # d loss / d logits is the softmax less 1 at the target; what this token's loss counts is a factor.
             probabilities = jnp.exp(logits - log_norm[:, None])
             d_logits = (probabilities - (ids == target[:, None])) * gradient[:, None]
@@ -358,7 +360,7 @@ def _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms
     return d_head, _back(d_rows, order, real, wanted).astype(hidden.dtype)
 
 
-def _add_part(d_head: Head, d_part: Head, start: jax.Array, split: Split, dtype: jnp.dtype) -> Head:
+def _add_part(d_head: Head, d_part: Head, start: jax.Array, split: HeadSplit, dtype: jnp.dtype) -> Head:
     """Sums a chunk's gradient over the devices that had other tokens, and adds it in its place."""
     others = tuple(axis for axis in split.tokens if axis not in split.width)
     # Devices that share the tokens but not the width computed the same, and would be summed as if they had not.
@@ -385,6 +387,6 @@ def _add_part(d_head: Head, d_part: Head, start: jax.Array, split: Split, dtype:
     return out
 
 
-def _of_shared(path: str, leaf: jax.Array, split: Split) -> jax.Array:
+def _of_shared(path: str, leaf: jax.Array, split: HeadSplit) -> jax.Array:
     """What is whole on devices that share the vocabulary got a part of its gradient on each."""
     return jax.lax.psum(leaf, split.vocabulary) if split.vocabulary and "vocab" not in heads.axes(path) else leaf

@@ -24,7 +24,7 @@ AXES: dict[str, tuple[str | None, ...]] = {
 }
 
 Head = dict[str, jax.Array]  # {path: array}
-# (part of a head, hidden [n, D], rng or None, int32 [n]: the tokens' numbers in the whole batch) -> logits
+# (part of a head, hidden [n, D], rng or None, token_index int32 [n]: each token's index in the whole batch) -> logits
 Unembed = Callable[[Head, jax.Array, jax.Array | None, jax.Array], jax.Array]
 
 
@@ -47,12 +47,12 @@ def head_of(model: Decoder, variables: Tree) -> Head:
 def make_unembed(model: Decoder) -> Unembed:
     """Logits for the columns of the vocabulary that a head has: it is the head of a model with a smaller vocabulary."""
 
-    def unembed(head: Head, hidden: jax.Array, rng: jax.Array | None, numbers: jax.Array) -> jax.Array:
+    def unembed(head: Head, hidden: jax.Array, rng: jax.Array | None, token_index: jax.Array) -> jax.Array:
         columns = next(
             leaf.shape[axes(path).index("vocab")] for path, leaf in head.items() if path.startswith("params/")
         )
         part = model.clone(spec=dataclasses.replace(model.spec, vocab_size=columns))
         rngs = None if rng is None else {"dropout": rng}
-        return part.apply(tree.unflatten(head), hidden, numbers, method=part.unembed, rngs=rngs)
+        return part.apply(tree.unflatten(head), hidden, token_index, method=part.unembed, rngs=rngs)
 
     return unembed
