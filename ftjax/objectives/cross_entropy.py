@@ -224,8 +224,8 @@ def _first_column(head: Head, split: HeadSplit) -> jax.Array | int:
 def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, token_index):
     """This device's ((loss, correct, entropy), log of the sum of exponentials), float32 [B, T] each.
 
-    cut: Chunks; split: HeadSplit; head: this device's part; hidden [B, T, D], targets int32 [B, T], wanted bool [B, T] and
-    token_index int32 [B, T], of its own tokens; rng as in `per_token`.
+    cut: Chunks; split: HeadSplit; head: this device's part; hidden [B, T, D], targets int32 [B, T], wanted bool [B, T]
+    and token_index int32 [B, T], of its own tokens; rng as in `per_token`.
     """
     order, real = _blocks(wanted, cut.tokens)
     rows, token_index = hidden.reshape(-1, hidden.shape[-1]), token_index.reshape(-1)
