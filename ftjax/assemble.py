@@ -309,9 +309,8 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[ConfigDict, Base, 
     continued.pin(config, workdir, fresh=False)
     mesh = sharding.make_mesh({"fsdp": -1})
     with jax.set_mesh(mesh):
-        abstract, is_trained = abstract_variables(config, base.model, mesh, method_of(config).head)
-        trainable, _ = tree.partition(abstract, is_trained)
+        run = program(config, base.model, mesh, total_steps=1)  # of which the optimizer is not used
         with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-            step, state, _ = checkpoints.restore({"trainable": trainable}, step, partial=True)
-        frozen = load_variables(config, base, abstract, lambda path: not is_trained(path))
+            step, state, _ = checkpoints.restore({"trainable": run.state.trainable}, step, partial=True)
+        frozen = load_variables(config, base, run.variables, lambda path: not run.is_trained(path))
         return config, base, tree.combine(state["trainable"], frozen), step

@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +10,7 @@ from support.runs import command, finish, write_run
 from support.tiny import CONFIG, spec
 
 from ftjax import config as configs
-from ftjax import sharding
-from ftjax import train as train_module
+from ftjax import preflight, sharding
 from ftjax.errors import UserError
 from ftjax.models.families import spec_from_config
 
@@ -24,7 +22,7 @@ def check(model, sizes, **changes):
     config.model.source = "some/model"
     config.update_from_flattened_dict({"data.max_length": 96, "data.batch_size": 8} | changes)
     mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES), sharding.MESH_AXES)
-    train_module._check_mesh(config, SimpleNamespace(model=SimpleNamespace(spec=model)), mesh)
+    preflight.check_mesh(config, model, mesh)
 
 
 @pytest.mark.parametrize(
