@@ -1,4 +1,4 @@
-"""Entries of data.train or data.eval -> loader: read, check, tokenize, pack. What training and inspection share."""
+"""Entries of data.train or data.eval -> loader: read, check, tokenize, pack. Shared by training and inspection."""
 
 import contextlib
 import dataclasses
@@ -24,19 +24,19 @@ Counter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """All that decides what a run is trained on, beside the rows and the tokenizer.
+    """All that decides what a run is trained on, apart from the rows and the tokenizer.
 
     Attributes:
       kind: what a row is, a key of `kinds.ROW_KINDS`.
-      max_length: tokens of a document, where it is cut.
+      max_length: the most tokens of a document; it is cut there.
       batch_size: rows of a batch, over all devices and micro-batches.
-      packing: several examples to a row, or one.
+      packing: several examples in a row, or one.
       train_on: the turns of a conversation that are trained, see `chat.tokenize`.
-      vocab_size: tokens must be below it.
+      vocab_size: every token id must be below it.
       seed: of the order of examples.
-      max_bad_rows: malformed rows to skip.
+      max_bad_rows: how many malformed rows of a source may be skipped.
       holdout: the share of the training rows that are held out for evaluation.
-      multiple: of what the lengths of batches are multiples where packing is off.
+      multiple: without packing, batch lengths are multiples of it.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class DataSpec:
 
     @property
     def row_length(self) -> int:
-        """Tokens of a row of a batch: one example always fits, so that no document is cut for another."""
+        """Tokens of a row of a batch: one example always fits, so no document is cut to make room for another."""
         return self.max_length * ROW_KINDS[self.kind].documents
 
 
@@ -66,7 +66,7 @@ def load(
 ) -> tuple[Loader, dict]:
     """The loader of the training rows of `entries` (see `sources.read_sources`), and `tokenize`'s report on them.
 
-    counter: shows how far tokenization has come (`Display.counter`).
+    counter: shows the progress of tokenization (`Display.counter`).
     """
     rows = _tokenized(entries, tokenizer, spec, spec.holdout, False, MAX_DROPPED, counter)
     return _loader(rows, spec, shuffle=True), rows.report
@@ -79,15 +79,23 @@ def load_heldout(
     spec: DataSpec,
     counter: Counter = _uncounted,
 ) -> Loader | None:
-    """The loader of all rows of `entries`, then of those of `train` that are held out; None where there are neither."""
+    """The loader of all rows of `entries`, then of those of `train` that are held out; None if there are neither."""
     sets = [_tokenized(entries, tokenizer, spec, 0.0, False, 1.0, counter)] if entries else []
     if spec.holdout:
-        # One long row would be more than the usual share of a small set: any number may be dropped.
+        # Any number may be dropped: in a small set one long row is more than the usual share.
         sets.append(_tokenized(train, tokenizer, spec, spec.holdout, True, 1.0, counter))
     return _loader(examples.join(sets), spec, shuffle=False) if sets else None
 
 
-def _tokenized(entries, tokenizer, spec: DataSpec, holdout, heldout_side, max_dropped, counter) -> examples.Examples:
+def _tokenized(
+    entries: Sequence[dict],
+    tokenizer: "PreTrainedTokenizerFast",
+    spec: DataSpec,
+    holdout: float,
+    heldout_side: bool,
+    max_dropped: float,
+    counter: Counter,
+) -> examples.Examples:
     rows = read_sources(entries, spec.max_bad_rows, holdout, heldout_side)
     with counter("tokenizing", len(rows)) as advance:
         tokenized = tokenize(
