@@ -12,19 +12,12 @@ WHITE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 class Piece(NamedTuple):
-    """One token, or several that together make one character.
-
-    Attributes:
-      text: the decoded text.
-      trained: whether it is predicted with loss.
-      special: "bos", "eos", "special" (any other special token) or "".
-      tokens: the number of tokens.
-    """
+    """One token, or several that together make one character."""
 
     text: str
-    trained: bool
-    special: str
-    tokens: int
+    trained: bool  # predicted with loss
+    special: str  # "bos", "eos", "special" (any other special token) or ""
+    tokens: int  # how many
 
 
 def pieces(tokens: Sequence[int], trained: np.ndarray, tokenizer: "Tokenizer") -> list[Piece]:

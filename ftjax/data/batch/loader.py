@@ -28,29 +28,19 @@ class Loader:
     With packing, rows have max_length tokens. Without it, a row is one example, examples of similar length share a
     batch, and all rows of a batch have the smallest of `lengths` that holds them.
 
-    Attributes:
-      examples: at least one, none longer than max_length.
-      batch_size: rows of a global batch: packed rows, or single examples without packing.
-      max_length: T, the most tokens of a row.
-      packing: put several examples into a row.
-      seed: not negative.
-      shuffle: False is for evaluation: each example once, whatever its weight; they need not fill a batch.
-      multiple: batch lengths without packing are multiples of it; it changes padding and nothing else.
-      lengths: all lengths that batches have.
-
     Raises:
       UserError: no examples; with shuffle, fewer rows in an epoch than batch_size.
       ValueError: an example longer than max_length (`tokenize.tokenize` cuts them), or an argument out of range.
     """
 
-    examples: Examples
-    batch_size: int
-    max_length: int
-    packing: bool
-    seed: int
-    shuffle: bool = True
-    multiple: int = 1
-    lengths: tuple[int, ...] = field(init=False)
+    examples: Examples  # at least one, none longer than max_length
+    batch_size: int  # rows of a global batch: packed rows, or single examples without packing
+    max_length: int  # T, the most tokens of a row
+    packing: bool  # put several examples into a row
+    seed: int  # not negative
+    shuffle: bool = True  # False is for evaluation: each example once, whatever its weight; they need not fill a batch
+    multiple: int = 1  # batch lengths without packing are multiples of it; it changes padding and nothing else
+    lengths: tuple[int, ...] = field(init=False)  # all lengths that batches have
     _rows: dict[int, int] = field(init=False, repr=False, default_factory=dict)  # rows of each epoch seen so far
     _plan: tuple[int, RowPlan | None] = field(init=False, repr=False, default=(-1, None))  # the last epoch used
 

@@ -9,9 +9,11 @@ examples takes no longer than ten thousand.
 import itertools
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
+
+from ftjax.data.tokens.examples import Examples
 
 # Part of the data's fingerprint. A change here or in the loader that gives other batches must increase it.
 ORDER_VERSION = 2
@@ -26,20 +28,12 @@ BATCH = {
 }
 
 
-class Source(Protocol):
-    """Examples by index (`ftjax.data.tokens.examples.Examples`)."""
-
-    def __len__(self) -> int: ...
-
-    def documents_of(self, index: int) -> Sequence[tuple[np.ndarray, np.ndarray]]: ...
-
-
+@dataclass(frozen=True)
 class RowPlan:
     """Which examples each row holds, as two arrays: row r holds order[starts[r] : starts[r + 1]]."""
 
-    def __init__(self, order: np.ndarray, starts: np.ndarray):
-        """order: int [n], indices of examples; starts: int64 [rows + 1], rising from 0 to n."""
-        self.order, self.starts = order, starts
+    order: np.ndarray  # int [n]: indices of examples
+    starts: np.ndarray  # int64 [rows + 1], rising from 0 to n
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -145,7 +139,7 @@ def _reorder(values: np.ndarray, starts: np.ndarray, row_order: np.ndarray) -> t
     return values[source], new_starts
 
 
-def fill(examples: Source, rows: Sequence[np.ndarray], T: int) -> dict[str, np.ndarray]:
+def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np.ndarray]:
     """The arrays of BATCH, [len(rows), T], for rows of example indices; an empty row is all zeros (padding).
 
     Each document is a segment of its own, and the documents of one example are adjacent: if examples are pairs,

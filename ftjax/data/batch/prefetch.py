@@ -1,6 +1,5 @@
 """Batches made ahead of the step, in a thread."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
@@ -18,9 +17,6 @@ class Prefetched(Generic[Batch]):
         with Prefetched(loader.batch) as batch_at:
             for step in range(start, stop):
                 batch = batch_at(step)
-
-    Attributes:
-      waited: how many seconds the last call took.
     """
 
     def __init__(self, batch_at: Callable[[int], Batch], depth: int = 2, stop: int | None = None):
@@ -30,10 +26,9 @@ class Prefetched(Generic[Batch]):
         self._batch_at, self._depth, self._stop = batch_at, depth, stop
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")  # one: batches are made in order
         self._ahead: dict[int, Future[Batch]] = {}
-        self.waited = 0.0
 
     def __call__(self, index: int) -> Batch:
-        began = time.perf_counter()
+
         end = index + 1 + self._depth
         wanted = [index, *range(index + 1, end if self._stop is None else min(end, self._stop))]
         for other in self._ahead.keys() - wanted:
@@ -41,10 +36,7 @@ class Prefetched(Generic[Batch]):
         for i in wanted:
             if i not in self._ahead:
                 self._ahead[i] = self._pool.submit(self._batch_at, i)
-        try:
-            return self._ahead.pop(index).result()
-        finally:
-            self.waited = time.perf_counter() - began
+        return self._ahead.pop(index).result()
 
     def __enter__(self) -> "Prefetched[Batch]":
         return self

@@ -13,7 +13,7 @@ from ftjax.data.format.conversation import conversation
 from ftjax.data.format.example import Example, Row
 from ftjax.data.tokens import masks
 from ftjax.data.tokens.masks import Span, encode
-from ftjax.data.tokens.rendering import render
+from ftjax.data.tokens.rendering import Messages, Tools, render
 from ftjax.errors import UserError
 
 if TYPE_CHECKING:  # importing transformers takes a second, and only annotations need it here
@@ -108,7 +108,7 @@ def tokenize_unpaired(row: Row, tokenizer: "Tokenizer", vocab_size: int | None =
     return _answer(fields["prompt"], fields["completion"], fields.get("tools"), row.origin, tokenizer, vocab_size)
 
 
-def render_prompt(messages: list[dict] | str, tokenizer: "Tokenizer", tools: list[dict] | None = None) -> np.ndarray:
+def render_prompt(messages: Messages | str, tokenizer: "Tokenizer", tools: Tools = None) -> np.ndarray:
     """int32 [n]: the tokens that a model is given to answer, exactly those that precede the answer in training.
 
     Args:
@@ -132,12 +132,7 @@ def _fields(row: Row) -> tuple[dict, str]:
 
 
 def _chat_example(
-    messages: list[dict],
-    tools: list[dict] | None,
-    origin: str,
-    tokenizer: "Tokenizer",
-    vocab_size: int | None,
-    train_on: str,
+    messages: Messages, tools: Tools, origin: str, tokenizer: "Tokenizer", vocab_size: int | None, train_on: str
 ) -> Example:
     ignored = [i for i, message in enumerate(messages) if message.get("weight") == 0]
     if train_on == "all":
@@ -154,12 +149,7 @@ def _chat_example(
 
 
 def _answer(
-    prompt: list[dict],
-    answer: list[dict],
-    tools: list[dict] | None,
-    origin: str,
-    tokenizer: "Tokenizer",
-    vocab_size: int | None,
+    prompt: Messages, answer: Messages, tools: Tools, origin: str, tokenizer: "Tokenizer", vocab_size: int | None
 ) -> Example:
     messages = [{**message, "weight": 0} for message in prompt] + answer
     return _chat_example(messages, tools, origin, tokenizer, vocab_size, "assistant")

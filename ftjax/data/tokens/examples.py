@@ -45,28 +45,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Examples:
-    """A sequence of `Example`; `documents_of(i)` gives the documents of one without reading its row.
-
-    Attributes:
-      lengths: int32 [N], the tokens of each example, all its documents together; never 0.
-      document_lengths: int32 [N, K], the tokens of each of its documents: a conversation is one, a pair two.
-      source_ids: int32 [N], which entry of the data each comes from; an index into `weights`.
-      weights: how often an epoch has the examples of each source.
-      digest: sha256 (hex) of all tokens, masks and lengths in their order, and of the tokenizer and its template.
-      report: what was counted while tokenizing (see `tokenize.tokenize`).
-      parts, part_ids, starts, rows: where the tokens of each example are, and which row it was.
-    """
+    """A sequence of `Example`; `documents_of(i)` gives the documents of one without reading its row."""
 
     parts: tuple[Part, ...]
-    part_ids: np.ndarray | None  # uint8 [N]; None if there is only one part
-    starts: np.ndarray  # int64 [N]
-    lengths: np.ndarray
-    document_lengths: np.ndarray
-    rows: np.ndarray  # int64 [N]
-    source_ids: np.ndarray
-    weights: tuple[float, ...]
-    digest: str
-    report: dict
+    part_ids: np.ndarray | None  # uint8 [N]: the part of each example; None if there is only one part
+    starts: np.ndarray  # int64 [N]: where its tokens begin in the part
+    lengths: np.ndarray  # int32 [N]: its tokens, all its documents together; never 0
+    document_lengths: np.ndarray  # int32 [N, K]: the tokens of each of its documents: a conversation is one, a pair two
+    rows: np.ndarray  # int64 [N]: its row in the part
+    source_ids: np.ndarray  # int32 [N]: which entry of the data it comes from; an index into `weights`
+    weights: tuple[float, ...]  # how often an epoch has the examples of each source
+    digest: str  # sha256 (hex) of all tokens, masks and lengths in their order, and of the tokenizer and its template
+    report: dict  # what was counted while tokenizing (see `tokenize.tokenize`)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -17,17 +17,11 @@ Documents = dict[str, Document]  # by the names that a person sees, in their ord
 
 
 class RowKind(NamedTuple):
-    """A kind of row.
+    """A kind of row."""
 
-    Attributes:
-      documents: how many documents an example has.
-      tokenize: (row, tokenizer, vocab_size, train_on) -> its documents, not cut.
-      what: the kind in words.
-    """
-
-    documents: int
-    tokenize: Callable[[Row, "Tokenizer", int | None, str], Documents]
-    what: str
+    documents: int  # how many an example has
+    tokenize: Callable[[Row, "Tokenizer", int | None, str], Documents]  # row, ..., vocab_size, train_on; not cut yet
+    what: str  # the kind in words
 
 
 def _conversation(row: Row, tokenizer: "Tokenizer", vocab_size: int | None, train_on: str) -> Documents:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ftjax.data.format.conversation import REASONING
-from ftjax.data.tokens.rendering import apply_template, render, template_of, traits
+from ftjax.data.tokens.rendering import Messages, Tools, apply_template, render, template_of, traits
 from ftjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _Turn = tuple[int, int, str]  # the span of a turn, and its text
 
 
 def turns(
-    messages: list[dict], wanted: list[int], tokenizer: "Tokenizer", origin: str, tools: list[dict] | None = None
+    messages: Messages, wanted: list[int], tokenizer: "Tokenizer", origin: str, tools: Tools = None
 ) -> tuple[list[int], list[Span]]:
     """Tokens of a conversation, and the span of each of its assistant turns in `wanted`.
 
@@ -42,7 +42,6 @@ def turns(
     Args:
       wanted: indices into `messages`, ascending.
       origin: file:line of the row, for messages.
-      tools: the JSON schemas of the functions that the model may call.
 
     Raises:
       UserError: a wanted turn whose tokens cannot be separated from the rest, that is rendered differently once the
@@ -57,7 +56,7 @@ def turns(
 
 
 def without(
-    messages: list[dict], left_out: list[int], tokenizer: "Tokenizer", origin: str, tools: list[dict] | None = None
+    messages: Messages, left_out: list[int], tokenizer: "Tokenizer", origin: str, tools: Tools = None
 ) -> tuple[list[int], list[Span]]:
     """Tokens of a conversation, and the spans of all of it but the messages `left_out` and their headers.
 
@@ -100,7 +99,7 @@ class _Rendered:
       traits: which tokens end turns, and which are borders.
     """
 
-    def __init__(self, messages: list[dict], tokenizer: "Tokenizer", origin: str, tools: list[dict] | None):
+    def __init__(self, messages: Messages, tokenizer: "Tokenizer", origin: str, tools: Tools):
         self.messages, self.tokenizer, self.origin, self.tools = messages, tokenizer, origin, tools
         self.template, self.traits = template_of(tokenizer, origin, tools), traits(tokenizer)
         self.text = render(messages, tokenizer, origin, tools)

@@ -13,6 +13,9 @@ from ftjax.errors import UserError
 if TYPE_CHECKING:  # importing transformers takes a second, and only annotations need it here
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
+Messages = list[dict]  # a conversation as `conversation.conversation` returns it
+Tools = list[dict] | None  # JSON schemas of the functions that the model may call
+
 # What a template raises that is written for other messages, or badly.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ZeroDivisionError)
 
@@ -29,15 +32,12 @@ _PINNED = (
 
 @dataclass(frozen=True)
 class Traits:
-    """The special tokens that matter for every row, collected once for a tokenizer.
+    """The special tokens that matter for every row, collected once for a tokenizer."""
 
-    Attributes:
-      ends: tokens that can end a turn: eos and every special token but BOS, padding and unknown.
-      borders: special tokens at which text is split before anything else happens to it: the tokens after one depend on
-        nothing before it, and those before it on nothing after it.
-    """
-
+    # Tokens that can end a turn: eos and every special token but BOS, padding and unknown.
     ends: frozenset[int]
+    # Special tokens at which text is split before anything else happens to it: the tokens after one depend on nothing
+    # before it, and those before it on nothing after it.
     borders: frozenset[int]
 
 
@@ -59,7 +59,7 @@ def _traits(tokenizer: "Tokenizer", _size: int, named: tuple[int | None, ...]) -
     return Traits(frozenset(ends), frozenset(borders))
 
 
-def template_of(tokenizer: "Tokenizer", origin: str, tools: list[dict] | None = None) -> str:
+def template_of(tokenizer: "Tokenizer", origin: str, tools: Tools = None) -> str:
     """The source of the template for a conversation; a tokenizer may have a separate one for tools.
 
     Instead of today's date it writes TODAY, so that the tokens of a row do not depend on the day.
@@ -78,19 +78,13 @@ def template_of(tokenizer: "Tokenizer", origin: str, tools: list[dict] | None = 
 
 
 def render(
-    messages: list[dict],
-    tokenizer: "Tokenizer",
-    origin: str,
-    tools: list[dict] | None = None,
-    generation_prompt: bool = False,
+    messages: Messages, tokenizer: "Tokenizer", origin: str, tools: Tools = None, generation_prompt: bool = False
 ) -> str:
     """The text of a conversation; with the generation prompt, it is what a model is given to answer."""
     return apply_template(messages, tokenizer, origin, tools, tokenize=False, add_generation_prompt=generation_prompt)
 
 
-def apply_template(
-    messages: list[dict], tokenizer: "Tokenizer", origin: str, tools: list[dict] | None, **options: Any
-) -> Any:
+def apply_template(messages: Messages, tokenizer: "Tokenizer", origin: str, tools: Tools, **options: Any) -> Any:
     """`tokenizer.apply_chat_template` with these options; UserError where the template refuses the conversation."""
     template = template_of(tokenizer, origin, tools)
     accepted = _for_template(messages, tokenizer, template)
@@ -103,7 +97,7 @@ def apply_template(
         ) from error
 
 
-def _for_template(messages: list[dict], tokenizer: "Tokenizer", template: str) -> list[dict]:
+def _for_template(messages: Messages, tokenizer: "Tokenizer", template: str) -> Messages:
     """Messages as this template takes them, without the keys that are ours.
 
     `developer` is OpenAI's later name for `system`; a template that does not know it gets `system`. Arguments of tool
@@ -133,7 +127,7 @@ def _wants_text(tokenizer: "Tokenizer", template: str) -> bool:
     ]
     tools = [{"type": "function", "function": {"name": "zebra", "description": "", "parameters": {}}}]
 
-    def text(messages: list[dict]) -> str:
+    def text(messages: Messages) -> str:
         try:
             return tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False)
         except TEMPLATE_ERRORS:

@@ -29,6 +29,8 @@ MANY_ROWS = 4000
 MAX_WORKERS = 32
 _DECIDING = ("format", "read", "tokens")  # the wings whose code decides the tokens of a row
 
+Progress = Callable[[int], None]  # called with the number of rows done
+
 
 class TokenRules(NamedTuple):
     """What decides the tokens of a row, apart from the tokenizer."""
@@ -40,31 +42,18 @@ class TokenRules(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """The result of one chunk of rows.
+    """The result of one chunk of rows, of which n are good; those with no trained token are dropped."""
 
-    Attributes:
-      stop: the end of the chunk.
-      tokens: int32, of all examples one after the other, each flagged with `examples.TRAINED` where it is trained.
-      rows: int64 [n], the index of each good row; n counts those that are dropped, too.
-      longest: int64 [n], the tokens of its longest document before the cut.
-      kept: int64 [n], the tokens of all its documents after the cut.
-      trained: int64 [n], how many of these are trained; a row with 0 is dropped, and not in `tokens`.
-      lengths: int64, the tokens of each document in `tokens`.
-      dropped: the origins of the first dropped rows.
-      bad: the index of each bad row, and what is wrong with it.
-      failed: an error that stops the run, such as a file that has changed; the rows after it are not tokenized.
-    """
-
-    stop: int
-    tokens: np.ndarray
-    rows: np.ndarray
-    longest: np.ndarray
-    kept: np.ndarray
-    trained: np.ndarray
-    lengths: np.ndarray
-    dropped: list[str]
-    bad: list[tuple[int, str]]
-    failed: str | None
+    stop: int  # the end of the chunk
+    tokens: np.ndarray  # int32: of all examples one after the other, trained ones flagged with `examples.TRAINED`
+    rows: np.ndarray  # int64 [n]: the index of each good row
+    longest: np.ndarray  # int64 [n]: the tokens of its longest document before the cut
+    kept: np.ndarray  # int64 [n]: the tokens of all its documents after the cut
+    trained: np.ndarray  # int64 [n]: how many of these are trained; 0 for a dropped row, which is not in `tokens`
+    lengths: np.ndarray  # int64: the tokens of each document in `tokens`
+    dropped: list[str]  # the origins of the first dropped rows
+    bad: list[tuple[int, str]]  # the index of each bad row, and what is wrong with it
+    failed: str | None  # an error that stops the run, such as a changed file; the rows after it are not tokenized
 
 
 def tokenize(
@@ -78,7 +67,7 @@ def tokenize(
     max_dropped: float = 0.05,
     workers: int | None = None,
     directory: Path | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Progress = lambda done: None,
 ) -> Examples:
     """The examples of all rows. Each document is cut to its first max_length tokens; a row with no trained token left
     is dropped.
@@ -162,12 +151,7 @@ def _tokenize(rows: Rows, tokenizer: "Tokenizer", rules: TokenRules, chunk: rang
 
 
 def _collect(
-    rows: Rows,
-    chunks: Iterator[Tokenized],
-    max_length: int,
-    max_dropped: float,
-    append: Append,
-    progress: Callable[[int], None],
+    rows: Rows, chunks: Iterator[Tokenized], max_length: int, max_dropped: float, append: Append, progress: Progress
 ) -> dict:
     """Appends the columns of all chunks. Returns the report of `tokenize`, and in it `first_bad`: for the first bad row
     of each source [index of the source, index of the row, message without the row's origin]."""
