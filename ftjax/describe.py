@@ -18,12 +18,7 @@ from ftjax.tree import Tree
 
 
 def run(
-    config: ConfigDict,
-    base: Base,
-    mesh: Mesh,
-    program: Program,
-    loader: Loader,
-    report: dict[str, int],
+    config: ConfigDict, base: Base, mesh: Mesh, program: Program, loader: Loader, report: dict[str, int]
 ) -> dict[str, str]:
     """What is about to run. report: that of `tokenize.tokenize`."""
     spec, adapter, data = base.model.spec, config.adapter, config.data

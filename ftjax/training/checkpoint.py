@@ -68,12 +68,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        keep: int = 3,
-        best_mode: Literal["max", "min"] = "min",
-        *,
-        read_only: bool = False,
+        self, directory: Path, keep: int = 3, best_mode: Literal["max", "min"] = "min", *, read_only: bool = False
     ):
         if keep < 1:
             raise UserError(f"checkpoints to keep: {keep} is less than 1, and the newest is always kept.")
@@ -85,10 +80,10 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future] | None = None
         name = f"checkpoints-{next(_opened)}"
-        self._here, self._behind = Meetings(name), Meetings(f"{name}-saving")  # of the caller's thread, of `_finish`
+        self._meetings, self._save_meetings = Meetings(name), Meetings(f"{name}-saving")  # one for each thread
         if not read_only:
             try:
-                with self._here.together(f"opening {self.directory}"):
+                with self._meetings.together(f"opening {self.directory}"):
                     if is_first():
                         self.directory.mkdir(parents=True, exist_ok=True)
                         self._clean()
@@ -119,8 +114,7 @@ class Checkpoints:
         if pending is None:
             return
         step, future = pending
-        error = future.exception()
-        if error is not None:
+        if (error := future.exception()) is not None:
             raise TransientError(
                 f"{self.directory}: saving step {step}, or removing older steps after it, failed: "
                 f"{type(error).__name__}: {error}. Free space or restore access, then run the same command again: it "
@@ -161,8 +155,8 @@ class Checkpoints:
         self._pending = step, self._writer.submit(self._finish, step, path, response, described, blocks)
 
     def _finish(self, step: int, path: Path, response: ocp.AsyncResponse[None], leaves: dict, blocks: list) -> None:
-        """The background half of a save."""
-        meet = self._behind
+        """The part of a save that runs in the background."""
+        meet = self._save_meetings
         try:
             parts = digest.parts(leaves, blocks)  # while Orbax is writing
             blocks.clear()
@@ -234,9 +228,14 @@ class Checkpoints:
         if not self._from_first(step in self._numbered()):
             raise UserError(f"{self.directory} holds no step {step}. Complete steps: {self._complete() or 'none'}.")
         path = self.directory / str(step)
-        record = self._record(step)
+        try:
+            record = digest.read(path)
+        except ValueError as error:
+            raise self._unusable(step, str(error)) from error
+        if record["step"] != step:
+            raise self._unusable(step, f"it was saved as step {record['step']}")
         mine = {name: record["files"][name] for name in _share(record["files"])}
-        gathered = self._here.collect(json.dumps(digest.wrong_files(path, mine)))
+        gathered = self._meetings.collect(json.dumps(digest.wrong_files(path, mine)))
         if wrong := self._from_first([name for names in map(json.loads, gathered) for name in names]):
             raise self._unusable(step, f"missing or damaged files: {', '.join(wrong)}")
         wanted = {name: digest.describe(leaf) for name, leaf in digest.flatten(abstract_state).items()}
@@ -257,7 +256,7 @@ class Checkpoints:
         if self._read_only:
             raise ValueError("these checkpoints were opened read-only")
         self.wait()
-        with self._here.together(f"going back to step {step}"):
+        with self._meetings.together(f"going back to step {step}"):
             for later, path in self._numbered().items() if is_first() else ():
                 if later > step:
                     aside = path.with_name(path.name + _ASIDE)
@@ -267,12 +266,12 @@ class Checkpoints:
 
     def _from_first(self, value: Any) -> Any:
         """The first process's `value`, because a shared disk may look different from each host."""
-        return json.loads(self._here.tell(json.dumps(value)))
+        return json.loads(self._meetings.tell(json.dumps(value)))
 
     def _wrong_leaves(self, saved: dict[str, dict], state: Any) -> list[str]:
         """Paths of the leaves of `state` that differ from what was saved."""
         leaves = digest.flatten(state)
-        parts = self._here.collect(json.dumps(digest.parts(leaves, digest.host_blocks(list(leaves.values())))))
+        parts = self._meetings.collect(json.dumps(digest.parts(leaves, digest.host_blocks(list(leaves.values())))))
         wrong = []
         if is_first():
             loaded = digest.of_leaves(leaves, [json.loads(text) for text in parts])
@@ -300,15 +299,6 @@ class Checkpoints:
             f"checkpoint step {step} in {self.directory} cannot be loaded: {why}. {fix}, or start a new run with "
             "another --workdir."
         )
-
-    def _record(self, step: int) -> dict[str, Any]:
-        try:
-            record = digest.read(self.directory / str(step))
-        except ValueError as error:
-            raise self._unusable(step, str(error)) from error
-        if record["step"] != step:
-            raise self._unusable(step, f"it was saved as step {record['step']}")
-        return record
 
     def _retire(self) -> None:
         """Remove all complete steps but the newest `keep` and the best."""

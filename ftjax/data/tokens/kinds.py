@@ -21,7 +21,6 @@ class RowKind(NamedTuple):
 
     documents: int  # how many an example has
     tokenize: Callable[[Row, "Tokenizer", int | None, str], Documents]  # row, ..., vocab_size, train_on; not cut yet
-    what: str  # the kind in words
 
 
 def _conversation(row: Row, tokenizer: "Tokenizer", vocab_size: int | None, train_on: str) -> Documents:
@@ -40,9 +39,9 @@ def _labeled(row: Row, tokenizer: "Tokenizer", vocab_size: int | None, train_on:
 
 
 ROW_KINDS = {
-    "conversation": RowKind(1, _conversation, "a text, a conversation, or a prompt with its completion"),
-    "pair": RowKind(2, _pair, "a prompt with a chosen and a rejected answer"),
-    "labeled": RowKind(1, _labeled, "a prompt with an answer that is called good or bad"),
+    "conversation": RowKind(1, _conversation),  # a text, a conversation, or a prompt with its completion
+    "pair": RowKind(2, _pair),  # a prompt with a chosen and a rejected answer
+    "labeled": RowKind(1, _labeled),  # a prompt with an answer that is called good or bad
 }
 
 
