@@ -1,4 +1,4 @@
-"""A run in words, for the tables at its start and end."""
+"""A run in words, for the tables that are shown at its start and end."""
 
 import shlex
 from pathlib import Path
@@ -18,20 +18,14 @@ from ftjax.tree import Tree
 
 
 def run(
-    config: ConfigDict,
-    base: Base,
-    mesh: Mesh,
-    program: Program,
-    loader: Loader,
-    report: dict[str, int],
+    config: ConfigDict, base: Base, mesh: Mesh, program: Program, loader: Loader, report: dict[str, int]
 ) -> dict[str, str]:
-    """What is about to run. report: what `tokenize.tokenize` counted."""
+    """What is about to run. report: that of `tokenize.tokenize`."""
     spec, adapter, data = base.model.spec, config.adapter, config.data
     abstract = program.variables
     trained, frozen = tree.partition(abstract, program.is_trained)
     packed = frozen.pop("quant", {})
-    stands_for = quant.count(packed)
-    total = tree.count(abstract["params"]) + stands_for
+    total = tree.count(abstract["params"]) + quant.count(packed)
     steps = config.steps or loader.batches_in(config.epochs)
     return {
         "model": f"{config.model.source}: {spec.family}, {spec.num_hidden_layers} layers, width {spec.hidden_size}, "
@@ -40,7 +34,7 @@ def run(
         "trained": _size(trained),
         "frozen": _size(frozen),
         **({"reference": _reference(program)} if program.method.reference else {}),
-        **({"quantized": _size(packed, stands_for) + f", {config.quantize.base}"} if packed else {}),
+        **({"quantized": f"{_size(packed, quant.count(packed))}, {config.quantize.base}"} if packed else {}),
         "mesh": _mesh(mesh, base, abstract["params"]),
         "attention": _attention(loader.max_length, base, mesh),
         "data": counted(report),
@@ -54,7 +48,7 @@ def run(
 
 
 def counted(report: dict[str, int]) -> str:
-    """What `tokenize.tokenize` counted."""
+    """The report of `tokenize.tokenize` in words."""
     bad = f", bad rows skipped {report['bad_rows']}" if report["bad_rows"] else ""
     return (
         f"{report['examples']:,} examples, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them trained; "
@@ -63,7 +57,7 @@ def counted(report: dict[str, int]) -> str:
 
 
 def result(workdir: Path, best: int | None) -> dict[str, str]:
-    """What has come out, and where it is."""
+    """The results of a run, and where they are."""
     evals = [record for record in metrics.read(workdir / "metrics.jsonl") if is_eval(record)]
     rows = {}
     for name in [name for name in evals[-1] if name != "step"] if evals else ():

@@ -1,14 +1,14 @@
 """Kernels stored in 8 or 4 bits: int8 per output channel, and NF4 in blocks with doubly quantized scales.
 
-A quantized kernel [..., in, out] is a dict of arrays in the `quant` collection, where the kernel itself would be in
-`params`. It stays packed; `dequantize` makes it whole inside the layer that uses it.
+A quantized kernel [..., in, out] is a dict of arrays in the `quant` collection, at the path that the kernel itself
+would have in `params`. It stays packed; `dequantize` unpacks it inside the layer that uses it.
 
     int8: `int8` int8 [..., in, out], `scale` float32 [..., out]
     nf4:  `nf4` uint8 [..., in / 2, out], `absmax` uint8 [..., in / 64, out],
           `absmax_scale` float32 [..., groups], `absmax_offset` float32 [..., 1]
 
-NF4 is that of QLoRA (Dettmers et al. 2023, section 3 and appendix E) with the numbers of its bitsandbytes: 0.516 bytes
-per parameter. Its blocks run along the input of each output channel, as they do there in a [out, in] weight.
+NF4 is that of QLoRA (Dettmers et al. 2023, section 3 and appendix E) with the constants of bitsandbytes: 0.516 bytes
+per parameter. Blocks run along the inputs of each output channel, as they do there in a [out, in] weight.
 """
 
 import functools
@@ -26,9 +26,9 @@ from ftjax.tree import Tree
 KINDS = ("int8", "nf4")
 BLOCK = 64  # weights that share an absmax
 GROUP = 256  # absmaxes that share a scale
-_TINY = np.float32(1.2e-38)  # in the place of 0 as a divisor; anything smaller is flushed to 0
+_TINY = np.float32(1.2e-38)  # a divisor instead of 0; anything smaller is flushed to 0
 
-# The quantiles of a normal distribution, one of them exactly zero.
+# The 16 codes: quantiles of a normal distribution, one of them exactly zero.
 # fmt: off
 NF4 = np.array([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -42,15 +42,15 @@ NF4 = np.array([
 def dynamic_code() -> np.ndarray:
     """float32 [256], sorted: the dynamic 8-bit code of the absmaxes (Dettmers 2016, "dynamic tree" quantization).
 
-    A sign, an exponent of ten, and the more bits of fraction the fewer the exponent takes.
+    A sign, an exponent of ten, and a fraction with the bits that the exponent leaves.
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        # From both ends with a step rounded to float32, as the original has it: linspace would differ in the last bit.
+        # From both ends with a step rounded to float32, like the original: linspace would differ in the last bit.
         count = 2**exponent
-        first, places = np.float32(0.1), np.arange(count + 1)
+        first, i = np.float32(0.1), np.arange(count + 1)
         step = np.float64((np.float32(1) - first) / np.float32(count))
-        bounds = np.where(places < (count + 1) // 2, first + step * places, 1 - step * (count - places))
+        bounds = np.where(i < (count + 1) // 2, first + step * i, 1 - step * (count - i))
         bounds = bounds.astype(np.float32)
         means = (bounds[:-1] + bounds[1:]) / np.float32(2)
         scaled = (np.float64(10.0) ** (exponent - 6)).astype(np.float32) * means
@@ -59,9 +59,9 @@ def dynamic_code() -> np.ndarray:
 
 
 def shapes(kind: str, kernel: tuple[int, ...], path: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """{name: (shape, dtype)} of the arrays that stand for a kernel of shape [..., in, out].
+    """{name: (shape, dtype)} of the arrays that replace a kernel of shape [..., in, out].
 
-    Raises UserError that names `path` where NF4's blocks do not divide the kernel.
+    Raises UserError that names `path` if `in` is not a multiple of NF4's block.
     """
     *lead, rows, columns = kernel
     if kind == "int8":
@@ -80,7 +80,7 @@ def shapes(kind: str, kernel: tuple[int, ...], path: str) -> dict[str, tuple[tup
 
 
 def axes(kind: str, kernel: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:
-    """The logical axes of those arrays, from the kernel's: what can be split is split as the kernel is."""
+    """{name: logical axes} of the same arrays, from the kernel's axes: what can be split is split like the kernel."""
     *lead, _, columns = kernel
     if kind == "int8":
         return {"int8": kernel, "scale": (*lead, columns)}
@@ -96,14 +96,14 @@ def abstract(
         module = path.rpartition("/")[0]
         logical = axes(kind, kernel_axes[path])
         for name, (shape, dtype) in shapes(kind, kernel, module).items():
-            where = sharding.named(mesh, logical[name], shape)
-            out[f"{module}/{name}"] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+            layout = sharding.named(mesh, logical[name], shape)
+            out[f"{module}/{name}"] = jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
     return tree.unflatten(out)
 
 
 @functools.partial(jax.jit, static_argnames="kind")
 def quantize(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:
-    """One kernel [in, out] in its arrays; rounded to the nearest value, in float32."""
+    """The arrays of one kernel [in, out], computed in float32 and rounded to the nearest code."""
     kernel = kernel.astype(jnp.float32)
     if kind == "int8":
         scale = jnp.max(jnp.abs(kernel), axis=0) / 127
@@ -128,7 +128,7 @@ def quantize(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:
 
 
 def dequantize(packed: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
-    """The kernel [..., in, out] that `packed` stands for, computed in float32."""
+    """The kernel [..., in, out] of the arrays `packed`, computed in float32."""
     if "int8" in packed:
         return (packed["int8"].astype(jnp.float32) * packed["scale"][..., None, :]).astype(dtype)
     *lead, blocks, columns = packed["absmax"].shape
@@ -146,14 +146,14 @@ def is_packed(names: Iterable[str]) -> bool:
 
 
 def count(packed: Tree) -> int:
-    """How many parameters the kernels of a `quant` collection have."""
+    """The number of parameters that a `quant` collection stands for."""
     per_code = {"int8": 1, "nf4": 2}
     leaves = ((path.rpartition("/")[2], leaf) for path, leaf in tree.flatten(packed).items())
     return sum(leaf.size * per_code[name] for name, leaf in leaves if name in per_code)
 
 
 def _nearest(values: jax.Array, code: np.ndarray) -> jax.Array:
-    """uint8: the index in the sorted `code` of what is nearest to each value; half-way goes down."""
+    """uint8: for each value the index of the nearest entry of the sorted `code`; a tie goes to the lower one."""
     middles = jnp.asarray((code[:-1] + code[1:]) / 2)
     if code.size > 16:
         return jnp.searchsorted(middles, values, side="left").astype(jnp.uint8)

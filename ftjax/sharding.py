@@ -1,4 +1,4 @@
-"""The mesh, and the one table that says which mesh axes a logical axis of a parameter or activation is split over.
+"""The mesh, and the one table from logical axes of parameters and activations to the mesh axes that split them.
 
 Models name their axes logically ("embed", "mlp", "batch"); nothing outside this file knows about mesh axes.
 """
@@ -20,7 +20,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "layers": (),
     "embed": ("fsdp", "context"),  # the model width, on the side of a kernel that is not split over tensor
-    "table": ("fsdp",),  # the width of an embedding: over one axis, so that what is found in it is exchanged at once
+    "table": ("fsdp",),  # the width of an embedding: over one axis, so that a look-up needs one exchange
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -29,17 +29,17 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
     "rank": (),
     # activations
-    "batch": ("data", "fsdp", "expert"),  # outside the mixtures the devices of `expert` take rows of their own too
-    "replica": ("data",),  # the rows of devices that hold one copy of an embedding together
+    "batch": ("data", "fsdp", "expert"),  # outside the mixtures the devices of `expert` have their own rows, too
+    "replica": ("data",),  # the rows of the devices that together hold one copy of an embedding
     "length": ("context",),
     "width": (),  # the model width of an activation: whole on every device, since batch already uses fsdp
 }
 
 
 def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; `sizes` gives each of `MESH_AXES` a size, at most one of them -1 (what is left).
+    """A mesh over all devices. `sizes` are of `MESH_AXES`, 1 by default; at most one is -1, for what is left.
 
-    Raises UserError when the product is not the number of devices.
+    Raises UserError if the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     if unknown := set(sizes) - set(MESH_AXES):
@@ -57,9 +57,9 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
 
 
 def _arranged(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
-    """The devices as an array of `shape`, neighbors in the network beside one another.
+    """The devices as an array of `shape`, with neighbors in the network next to each other.
 
-    TPU slices are joined by a slow network, so only `data`, which asks least of it, may go from slice to slice.
+    The network between TPU slices is slow, so only `data`, which needs it least, may span slices.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
@@ -75,10 +75,10 @@ def _arranged(shape: list[int], devices: list[jax.Device]) -> np.ndarray:
 
 
 def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Logical axes of one array -> PartitionSpec.
+    """The PartitionSpec of an array with these logical axes.
 
-    A dimension that its mesh axes do not divide stays whole (9 heads over tensor=2, an odd vocabulary): `undivided`
-    lists those so that a run can say so. One mesh axis used twice in an array, or an unknown logical axis, is an error.
+    A dimension that its mesh axes do not divide stays whole (9 heads over tensor=2, an odd vocabulary); `undivided`
+    lists those for the user. ValueError for a mesh axis used twice or an unknown logical axis.
     """
     entries, used = [], set()
     for axis, size in zip(axes, shape, strict=True):
@@ -93,7 +93,7 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: M
 
 
 def undivided(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> list[str]:
-    """The logical axes that `partition_spec` had to leave whole, as "vocab (49153 over 2)"."""
+    """The logical axes that `partition_spec` leaves whole, as "vocab (49153 over 2)"."""
     wanted = [(axis, size, math.prod(mesh.shape[name] for name in _rule(axis))) for axis, size in zip(axes, shape)]
     return [f"{axis} ({size} over {parts})" for axis, size, parts in wanted if size % parts]
 
@@ -103,23 +103,18 @@ def named(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> N
 
 
 def platform(mesh: AnyMesh) -> str:
-    """cpu, gpu or tpu: of the devices that a program is compiled for, which need not be this machine's."""
+    """cpu, gpu or tpu: the devices that a program is compiled for, which this machine may not have."""
     device = (mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh).abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def row_parts(mesh: AnyMesh) -> int:
-    """Over how many devices, or groups of them, the rows of a batch are split."""
+    """How many parts the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def on_host(sharding: NamedSharding) -> NamedSharding:
-    """The same parts, each in the memory of its device's host. UserError where the device cannot reach that."""
-    check_host_memory(sharding.mesh)
-    return sharding.with_memory_kind(HOST_MEMORY)
-
-
 def check_host_memory(mesh: Mesh) -> None:
+    """UserError if the devices cannot offload to their hosts' memory."""
     device = mesh.devices.flat[0]
     if HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
         raise UserError(
@@ -133,7 +128,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Pins an activation to its logical axes; does nothing outside `jax.set_mesh` (tests, single-device use)."""
+    """Shards an activation by its logical axes; does nothing outside `jax.set_mesh` (tests, one device)."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -147,7 +142,7 @@ def place(mesh: Mesh, axes: tuple[str | None, ...], array: np.ndarray) -> jax.Ar
 
 
 def local_rows(mesh: Mesh, rows: int, accumulate: int = 1) -> list[int] | None:
-    """Those of `rows` rows, in micro-batches one after the other, that this process's devices hold; None for all."""
+    """Which rows of a batch of `rows`, the micro-batches in order, this process's devices hold; None: all."""
     if jax.process_count() == 1:
         return None
     shape = (accumulate, rows // accumulate)

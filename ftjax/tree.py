@@ -21,20 +21,19 @@ def unflatten(leaves: dict[str, Any]) -> Tree:
 
 
 def partition(tree: Tree, chosen: Callable[[str], bool]) -> tuple[Tree, Tree]:
-    """Splits a tree by path into (chosen, rest); every leaf is in exactly one of the two.
+    """Splits a tree by path into (chosen, rest).
 
     >>> partition({"a": {"b": 1, "c": 2}}, lambda path: path == "a/b")
     ({'a': {'b': 1}}, {'a': {'c': 2}})
     """
-    leaves = flatten(tree)
-    return (
-        unflatten({path: leaf for path, leaf in leaves.items() if chosen(path)}),
-        unflatten({path: leaf for path, leaf in leaves.items() if not chosen(path)}),
-    )
+    picked, rest = {}, {}
+    for path, leaf in flatten(tree).items():
+        (picked if chosen(path) else rest)[path] = leaf
+    return unflatten(picked), unflatten(rest)
 
 
 def combine(a: Tree, b: Tree) -> Tree:
-    """The inverse of `partition`; a path present on both sides is an error."""
+    """The inverse of `partition`; ValueError for a path on both sides."""
     left, right = flatten(a), flatten(b)
     if both := left.keys() & right.keys():
         raise ValueError(f"paths on both sides: {sorted(both)[:5]}")
@@ -42,14 +41,14 @@ def combine(a: Tree, b: Tree) -> Tree:
 
 
 def matching(pattern: str, paths: list[str], key: str) -> list[str]:
-    """The paths that the regular expression `pattern` finds (`re.search`); none is an error that names config `key`."""
+    """The paths in which `re.search` finds `pattern`; if there are none, UserError that names the config `key`."""
     try:
-        found = [path for path in paths if re.search(pattern, path)]
+        matches = [path for path in paths if re.search(pattern, path)]
     except re.error as error:
         raise UserError(f"{key}={pattern!r} is not a regular expression: {error}") from error
-    if not found:
+    if not matches:
         raise UserError(f"{key}={pattern!r} matches no parameter. Parameters are named like: {', '.join(paths[:12])}")
-    return found
+    return matches
 
 
 def count(tree: Tree) -> int:

@@ -1,4 +1,4 @@
-"""What a config asks of adapters and cannot have: refused before anything is read, naming the key and the mend."""
+"""What a config asks of adapters and cannot have: refused before anything is read, naming the key and the fix."""
 
 import pytest
 from support.family_configs import CONFIGS

@@ -41,10 +41,10 @@ def test_nf4_is_that_of_bitsandbytes(shape, record_figure):
     state.absmax = torch.tensor(ours["absmax"].T.reshape(-1).copy())
     state.state2.absmax, state.offset = torch.tensor(ours["absmax_scale"]), torch.tensor(ours["absmax_offset"][0])
     expected = bnb.dequantize_4bit(packed, state).numpy().T
-    found = np.asarray(quant.dequantize(ours, jnp.float32))
-    relative = np.abs(found - expected) / np.maximum(np.abs(expected), 1e-9)
+    values = np.asarray(quant.dequantize(ours, jnp.float32))
+    relative = np.abs(values - expected) / np.maximum(np.abs(expected), 1e-9)
     record_figure("largest relative difference of values", relative.max())
-    np.testing.assert_allclose(found, expected, rtol=2.4e-7, atol=0)  # two units in the last place
+    np.testing.assert_allclose(values, expected, rtol=2.4e-7, atol=0)  # two units in the last place
 
 
 def check_absmax(values, ours, state, record_figure):
@@ -65,11 +65,11 @@ def check_absmax(values, ours, state, record_figure):
 @pytest.mark.parametrize("kind", quant.KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_arrays_have_the_shapes_that_are_told(kind, shape):
-    told = quant.shapes(kind, shape, "kernel")
+    described = quant.shapes(kind, shape, "kernel")
     made = {name: (array.shape, array.dtype) for name, array in quant.quantize(kernel(shape), kind).items()}
-    assert made == told
-    assert quant.axes(kind, ("embed", "mlp")).keys() == told.keys()
-    assert all(len(axes) == len(told[name][0]) for name, axes in quant.axes(kind, ("embed", "mlp")).items())
+    assert made == described
+    assert quant.axes(kind, ("embed", "mlp")).keys() == described.keys()
+    assert all(len(axes) == len(described[name][0]) for name, axes in quant.axes(kind, ("embed", "mlp")).items())
 
 
 def test_bytes_per_parameter(record_figure):

@@ -128,10 +128,7 @@ def test_slices_of_tpus_are_joined_by_data_only():
 
 
 def test_host_memory_is_asked_for_before_it_is_used():
-    made = sharding.make_mesh({}, jax.devices()[:1])
-    place = sharding.named(made, ("batch",), (8,))
-    assert sharding.on_host(place).memory_kind == "pinned_host"
-    assert sharding.on_host(place).spec == place.spec
+    sharding.check_host_memory(sharding.make_mesh({}, jax.devices()[:1]))
     memory = SimpleNamespace(kind="device")
     device = SimpleNamespace(platform="gpu", device_kind="Old GPU", addressable_memories=lambda: [memory])
     without = SimpleNamespace(devices=np.array([device], dtype=object))

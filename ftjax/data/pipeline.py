@@ -1,21 +1,22 @@
-"""Entries of data.train or data.eval -> loader: read, check, tokenize, pack. What training and inspection share."""
+"""Entries of data.train or data.eval -> loader: read, check, tokenize, pack. Shared by training and inspection."""
 
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from ftjax.data.audit.findings import MAX_DROPPED
 from ftjax.data.batch.loader import Loader
+from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import read_sources
-from ftjax.data.tokens import examples
+from ftjax.data.tokens.examples import Examples, join
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.data.tokens.tokenize import tokenize
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -24,71 +25,58 @@ Counter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """All that decides what a run is trained on, beside the rows and the tokenizer.
+    """All that decides what a run is trained on, apart from the rows and the tokenizer."""
 
-    Attributes:
-      kind: what a row is, a key of `kinds.ROW_KINDS`.
-      max_length: tokens of a document, where it is cut.
-      batch_size: rows of a batch, over all devices and micro-batches.
-      packing: several examples to a row, or one.
-      train_on: the turns of a conversation that are trained, see `chat.tokenize`.
-      vocab_size: tokens must be below it.
-      seed: of the order of examples.
-      max_bad_rows: malformed rows to skip.
-      holdout: the share of the training rows that are held out for evaluation.
-      multiple: of what the lengths of batches are multiples where packing is off.
-    """
-
-    kind: str
-    max_length: int
-    batch_size: int
-    packing: bool
-    train_on: str
-    vocab_size: int
-    seed: int = 0
-    max_bad_rows: int = 0
-    holdout: float = 0.0
-    multiple: int = 1
+    kind: str  # what a row is, a key of `kinds.ROW_KINDS`
+    max_length: int  # the most tokens of a document; it is cut there
+    batch_size: int  # rows of a batch, over all devices and micro-batches
+    packing: bool  # several examples in a row, or one
+    train_on: str  # the turns of a conversation that are trained, see `chat.tokenize`
+    vocab_size: int  # every token id must be below it
+    seed: int = 0  # of the order of examples
+    max_bad_rows: int = 0  # how many malformed rows of a source may be skipped
+    holdout: float = 0.0  # the share of the training rows that are held out for evaluation
+    multiple: int = 1  # without packing, batch lengths are multiples of it
 
     @property
     def row_length(self) -> int:
-        """Tokens of a row of a batch: one example always fits, so that no document is cut for another."""
+        """Tokens of a row of a batch: one example always fits, so no document is cut to make room for another."""
         return self.max_length * ROW_KINDS[self.kind].documents
 
 
-@contextlib.contextmanager
-def _uncounted(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda done: None
+def _uncounted(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return contextlib.nullcontext(lambda done: None)
 
 
 def load(
-    entries: Sequence[dict], tokenizer: "PreTrainedTokenizerFast", spec: DataSpec, counter: Counter = _uncounted
+    entries: Sequence[dict], tokenizer: "Tokenizer", spec: DataSpec, counter: Counter = _uncounted
 ) -> tuple[Loader, dict]:
     """The loader of the training rows of `entries` (see `sources.read_sources`), and `tokenize`'s report on them.
 
-    counter: shows how far tokenization has come (`Display.counter`).
+    counter: shows the progress of tokenization (`Display.counter`).
     """
-    rows = _tokenized(entries, tokenizer, spec, spec.holdout, False, MAX_DROPPED, counter)
-    return _loader(rows, spec, shuffle=True), rows.report
+    rows = read_sources(entries, spec.max_bad_rows, spec.holdout, heldout_side=False)
+    tokenized = _tokenized(rows, tokenizer, spec, MAX_DROPPED, counter)
+    return _loader(tokenized, spec, shuffle=True), tokenized.report
 
 
 def load_heldout(
     entries: Sequence[dict],
     train: Sequence[dict],
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: "Tokenizer",
     spec: DataSpec,
     counter: Counter = _uncounted,
 ) -> Loader | None:
-    """The loader of all rows of `entries`, then of those of `train` that are held out; None where there are neither."""
-    sets = [_tokenized(entries, tokenizer, spec, 0.0, False, 1.0, counter)] if entries else []
+    """The loader of all rows of `entries`, then of those of `train` that are held out; None if there are neither."""
+    sets = [read_sources(entries, spec.max_bad_rows)] if entries else []
     if spec.holdout:
-        # One long row would be more than the usual share of a small set: any number may be dropped.
-        sets.append(_tokenized(train, tokenizer, spec, spec.holdout, True, 1.0, counter))
-    return _loader(examples.join(sets), spec, shuffle=False) if sets else None
+        sets.append(read_sources(train, spec.max_bad_rows, spec.holdout, heldout_side=True))
+    # Any number may be dropped: in a small set one long row is more than the usual share.
+    tokenized = [_tokenized(rows, tokenizer, spec, 1.0, counter) for rows in sets]
+    return _loader(join(tokenized), spec, shuffle=False) if tokenized else None
 
 
-def _tokenized(entries, tokenizer, spec: DataSpec, holdout, heldout_side, max_dropped, counter) -> examples.Examples:
-    rows = read_sources(entries, spec.max_bad_rows, holdout, heldout_side)
+def _tokenized(rows: Rows, tokenizer: "Tokenizer", spec: DataSpec, max_dropped: float, counter: Counter) -> Examples:
     with counter("tokenizing", len(rows)) as advance:
         tokenized = tokenize(
             rows,
@@ -108,5 +96,5 @@ def _tokenized(entries, tokenizer, spec: DataSpec, holdout, heldout_side, max_dr
     return tokenized
 
 
-def _loader(rows: examples.Examples, spec: DataSpec, shuffle: bool) -> Loader:
-    return Loader(rows, spec.batch_size, spec.row_length, spec.packing, spec.seed, shuffle, spec.multiple)
+def _loader(examples: Examples, spec: DataSpec, shuffle: bool) -> Loader:
+    return Loader(examples, spec.batch_size, spec.row_length, spec.packing, spec.seed, shuffle, spec.multiple)

@@ -316,7 +316,7 @@ def epoch_of(survey: Survey, spec: DataSpec, steps: int, epochs: float) -> Epoch
         rows = packing.count_rows(packing.patterns(np.bincount(survey.cut), spec.row_length))
         positions = rows * spec.row_length
     else:  # an example is padded to the next of the batches' lengths, or a little more: all of a batch share one
-        rows, lengths = len(survey.cut), np.array(buckets.choose(survey.cut, spec.row_length))
+        rows, lengths = len(survey.cut), np.array(buckets.batch_lengths(survey.cut, spec.row_length))
         positions = int(lengths[np.searchsorted(lengths, survey.cut)].sum())
     efficiency = float(survey.cut.sum() / positions)
     # A source counts as often as its weight says, and rows not looked at are taken to be like the others.

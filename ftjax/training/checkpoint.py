@@ -1,20 +1,22 @@
 """Checkpoints of a run: a thin layer over Orbax v1 that adds digests, a strict restore and safe retention.
 
 A step is one directory, `checkpoints/<step>/`: `state/` (arrays), `meta/` (JSON: config, data position, fingerprint,
-tokens) and `digests.json`. It is written as `writing-<step>` and appears by one rename when all of it is there, so a
-process that is killed at any moment leaves either the whole step or none of it. Removal goes the same way: rename to
-`trash-<step>`, then delete.
+tokens) and `digests.json`. It is written as `writing-<step>` and renamed when it is complete, so a process that is
+killed at any moment leaves either the whole step or none of it. Removal is the same: rename to `trash-<step>`, then
+delete.
 
-Of several processes each writes the arrays that its devices hold and digests its share of the files; the first one
-joins the digests, renames and removes, and decides which step is meant. They meet before the rename and after it.
+With several processes, each writes the arrays that its devices hold and digests its share of the files. The first one
+joins the digests, renames, removes, and decides which step is loaded. All wait for each other before and after the
+rename.
 
-What Orbax offers and is not used: its own removal of steps tears them when interrupted, and `custom_metadata` is
+Two features of Orbax are not used: its removal of old steps leaves torn ones when interrupted, and `custom_metadata` is
 silently empty when its file is lost. See `ftjax.training.digest` for the crcs.
 """
 
 import itertools
 import json
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -35,12 +37,12 @@ _opened = itertools.count()  # names the meetings of each `Checkpoints`; the sam
 
 
 def _context(partial: bool = False) -> ocp.Context:
-    """Orbax's options; entered wherever Orbax is called, because they are local to a thread.
+    """Orbax's options, for a `with` around each call, because they are local to a thread.
 
     partial: leaves of a state that are not asked for stay on the disk.
     """
     registry = ocp.handlers.local_registry()
-    # Without a handler of its own a dict would become a tree of tensors.
+    # Without its own handler a dict would be stored as a tree of tensors.
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
     context = ocp.Context()
     context.checkpointables.registry = registry
@@ -51,27 +53,22 @@ def _context(partial: bool = False) -> ocp.Context:
 class Checkpoints:
     """The checkpoints in `directory`, the newest `keep` of them and the best one.
 
-    The best is the step whose `score` is the smallest or the largest; steps without one do not take part.
-    A writer must be the only one (`workdir.lock`): what an interrupted save left is removed when it opens.
-    `read_only` neither creates nor removes anything, and may look on while another process writes.
+    The best is the step whose `score` is the smallest or the largest, among those that have one.
+    There may be only one writer (`workdir.lock`), because opening removes what an interrupted save left.
+    `read_only` neither creates nor removes anything, and works while another process writes.
 
-    One save is written at a time, in the background. Its failure is raised, once, as TransientError by whichever method
-    is called next. Every method waits for it first.
+    One save is written at a time, in the background. Every method waits for it first; if it failed, the next method
+    that is called raises TransientError, once.
 
-    With several processes all of them call each method, `score` apart, alike and in the same order; what fails in one
-    of them fails in all.
+    With several processes all of them make the same calls in the same order, except `score`; what fails in one of them
+    fails in all.
 
     Raises:
       UserError: `directory` cannot be created.
     """
 
     def __init__(
-        self,
-        directory: Path,
-        keep: int = 3,
-        best_mode: Literal["max", "min"] = "min",
-        *,
-        read_only: bool = False,
+        self, directory: Path, keep: int = 3, best_mode: Literal["max", "min"] = "min", *, read_only: bool = False
     ):
         if keep < 1:
             raise UserError(f"checkpoints to keep: {keep} is less than 1, and the newest is always kept.")
@@ -83,10 +80,10 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future] | None = None
         name = f"checkpoints-{next(_opened)}"
-        self._here, self._behind = Meetings(name), Meetings(f"{name}-saving")  # of the caller's thread, of `_finish`
+        self._meetings, self._save_meetings = Meetings(name), Meetings(f"{name}-saving")  # one for each thread
         if not read_only:
             try:
-                with self._here.together(f"opening {self.directory}"):
+                with self._meetings.together(f"opening {self.directory}"):
                     if is_first():
                         self.directory.mkdir(parents=True, exist_ok=True)
                         self._clean()
@@ -105,7 +102,7 @@ class Checkpoints:
             error.add_note(f"and: {failed}")  # the error on its way out is the first cause; hide neither
 
     def close(self) -> None:
-        """Wait for the last save. A run that skips this has not saved its last step."""
+        """Wait for the last save; without this call a run may lose its last step."""
         try:
             self.wait()
         finally:
@@ -117,8 +114,7 @@ class Checkpoints:
         if pending is None:
             return
         step, future = pending
-        error = future.exception()
-        if error is not None:
+        if (error := future.exception()) is not None:
             raise TransientError(
                 f"{self.directory}: saving step {step}, or removing older steps after it, failed: "
                 f"{type(error).__name__}: {error}. Free space or restore access, then run the same command again: it "
@@ -132,8 +128,8 @@ class Checkpoints:
 
         Raises:
           TransientError: the save before this one failed.
-          ValueError, TypeError: not a step newer than all in the directory, not arrays, or not JSON (a tuple or an
-            integer key would come back as something else).
+          ValueError: opened read-only; `step` is not newer than all in the directory; an array has size 0.
+          TypeError: not arrays, or not JSON (a tuple or an integer key would come back as something else).
         """
         if self._read_only:
             raise ValueError("these checkpoints were opened read-only")
@@ -159,27 +155,27 @@ class Checkpoints:
         self._pending = step, self._writer.submit(self._finish, step, path, response, described, blocks)
 
     def _finish(self, step: int, path: Path, response: ocp.AsyncResponse[None], leaves: dict, blocks: list) -> None:
-        """The background half of a save."""
-        meet = self._behind
+        """The part of a save that runs in the background."""
+        meet = self._save_meetings
         try:
             parts = digest.parts(leaves, blocks)  # while Orbax is writing
             blocks.clear()
-            # What fails in this process alone is not told here: the others may wait for it at a barrier of Orbax's. It
-            # is raised by the next call, and then ends them all (`distributed.connected`).
+            # A failure in this process alone cannot be reported to the others here: they may be waiting at a barrier
+            # inside Orbax. The next call raises it, and that ends all processes (`distributed.connected`).
             response.result()
             with meet.together(f"writing step {step}"):
                 pass
             files = json.loads(meet.tell(json.dumps(digest.files_of(path)) if is_first() else None))
-            found = {name: digest.of_file(path / name) for name in _share(files)}
-            told = [json.loads(text) for text in meet.collect(json.dumps([parts, found]))]
+            crcs = {name: digest.of_file(path / name) for name in _share(files)}
+            gathered = [json.loads(text) for text in meet.collect(json.dumps([parts, crcs]))]
             with meet.together(f"committing step {step}"):
                 if is_first():
-                    crcs = {name: crc for _, of_one in told for name, crc in of_one.items()}
-                    digest.write(path, step, digest.of_leaves(leaves, [parts for parts, _ in told]), crcs)
+                    all_crcs = {name: crc for _, shared in gathered for name, crc in shared.items()}
+                    digest.write(path, step, digest.of_leaves(leaves, [parts for parts, _ in gathered]), all_crcs)
                     path.rename(self.directory / str(step))
         finally:
             if is_first():
-                self._clean()  # of a save that failed: a full disk must get its space back
+                self._clean()  # also after a failed save: a full disk must get its space back
         with meet.together(f"removing steps before {step}"):
             if is_first():
                 self._retire()
@@ -193,26 +189,25 @@ class Checkpoints:
         """The newest step, None if the directory holds none.
 
         Raises:
-          UserError: the newest step is not complete. Falling back to an older one, or to a start from nothing, is for
-            the user to ask for.
+          UserError: the newest step is not complete. Only the user may decide to use an older one or to start afresh.
         """
         self.wait()
         newest = max(self._numbered(), default=None)
-        newest, whole = self._of_first([newest, newest in self._complete()])
-        if newest is not None and not whole:
+        newest, complete = self._from_first([newest, newest in self._complete()])
+        if newest is not None and not complete:
             raise self._unusable(newest, f"it is incomplete, {digest.FILE} is missing")
         return newest
 
     def score(self, step: int, value: float) -> None:
-        """Tell how good a saved step is; NaN is never the best. Scores last as long as this object."""
+        """Record how good a saved step is; NaN is never the best. Scores last as long as this object."""
         self.wait()
         if value == value:
             self._scores[step] = value
 
     def best(self) -> int | None:
-        """The step with the best score (the earliest of equals), None if none has one."""
+        """The step with the best score (the earliest of equals), None if no step has a score."""
         self.wait()
-        return self._of_first(self._best(self._complete()))
+        return self._from_first(self._best(self._complete()))
 
     def restore(
         self, abstract_state: Any, step: int | None = None, *, partial: bool = False
@@ -224,18 +219,24 @@ class Checkpoints:
         dicts ({"trainable": ...}), and only that part is read into memory.
 
         Raises:
-          UserError: there is no such step; it is damaged; or it has other paths, shapes or dtypes (all are listed).
+          UserError: there is no such step; it is damaged; its paths, shapes or dtypes differ (all are listed).
         """
         step = self.latest() if step is None else step
         self.wait()
         if step is None:
             raise UserError(f"{self.directory} holds no checkpoint. Check --workdir, or train first.")
-        if not self._of_first(step in self._numbered()):
+        if not self._from_first(step in self._numbered()):
             raise UserError(f"{self.directory} holds no step {step}. Complete steps: {self._complete() or 'none'}.")
         path = self.directory / str(step)
-        record = self._record(step)
+        try:
+            record = digest.read(path)
+        except ValueError as error:
+            raise self._unusable(step, str(error)) from error
+        if record["step"] != step:
+            raise self._unusable(step, f"it was saved as step {record['step']}")
         mine = {name: record["files"][name] for name in _share(record["files"])}
-        if wrong := self._found_by_any(digest.wrong_files(path, mine)):
+        gathered = self._meetings.collect(json.dumps(digest.wrong_files(path, mine)))
+        if wrong := self._from_first([name for names in map(json.loads, gathered) for name in names]):
             raise self._unusable(step, f"missing or damaged files: {', '.join(wrong)}")
         wanted = {name: digest.describe(leaf) for name, leaf in digest.flatten(abstract_state).items()}
         saved = {name: leaf for name, leaf in record["leaves"].items() if name in wanted or not partial}
@@ -251,11 +252,11 @@ class Checkpoints:
         return step, loaded["state"], loaded["meta"]
 
     def rewind(self, step: int) -> None:
-        """Set all steps after `step` aside (`<n>.set-aside`, until they are overwritten), to go on from `step`."""
+        """Rename all later steps to `<n>.set-aside`, where they stay until overwritten, to continue from `step`."""
         if self._read_only:
             raise ValueError("these checkpoints were opened read-only")
         self.wait()
-        with self._here.together(f"going back to step {step}"):
+        with self._meetings.together(f"going back to step {step}"):
             for later, path in self._numbered().items() if is_first() else ():
                 if later > step:
                     aside = path.with_name(path.name + _ASIDE)
@@ -263,26 +264,22 @@ class Checkpoints:
                         self._remove(aside)
                     path.rename(aside)
 
-    def _of_first(self, found: Any) -> Any:
-        """What the first process has found: a disk that several hosts share may show each of them another moment."""
-        return json.loads(self._here.tell(json.dumps(found)))
-
-    def _found_by_any(self, names: list[str]) -> list[str]:
-        """The names that any process has found, in all of them."""
-        told = self._here.collect(json.dumps(names))
-        return json.loads(self._here.tell(json.dumps([name for text in told for name in json.loads(text)])))
+    def _from_first(self, value: Any) -> Any:
+        """The first process's `value`, because a shared disk may look different from each host."""
+        return json.loads(self._meetings.tell(json.dumps(value)))
 
     def _wrong_leaves(self, saved: dict[str, dict], state: Any) -> list[str]:
         """Paths of the leaves of `state` that differ from what was saved."""
         leaves = digest.flatten(state)
-        told = self._here.collect(json.dumps(digest.parts(leaves, digest.host_blocks(list(leaves.values())))))
-        if not told:
-            return json.loads(self._here.tell(None))
-        loaded = digest.of_leaves(leaves, [json.loads(text) for text in told])
-        return json.loads(self._here.tell(json.dumps([path for path in leaves if loaded[path] != saved.get(path)])))
+        parts = self._meetings.collect(json.dumps(digest.parts(leaves, digest.host_blocks(list(leaves.values())))))
+        wrong = []
+        if is_first():
+            loaded = digest.of_leaves(leaves, [json.loads(text) for text in parts])
+            wrong = [path for path in leaves if loaded[path] != saved.get(path)]
+        return self._from_first(wrong)
 
     def _numbered(self) -> dict[int, Path]:
-        """All that looks like a step, whole or not, ascending."""
+        """Every directory that looks like a step, complete or not, ascending."""
         if not self.directory.is_dir():
             return {}
         paths = [path for path in self.directory.iterdir() if path.name.isdecimal()]
@@ -293,24 +290,15 @@ class Checkpoints:
 
     def _unusable(self, step: int, why: str) -> UserError:
         others = [other for other in self._complete() if other != step]
-        mend = (
+        fix = (
             f"Use another step (one of {others}): --config.checkpoint.resume_step=N to train on, --step=N elsewhere"
             if others
             else "There is no other complete step: restore the directory from a copy"
         )
         return UserError(
-            f"checkpoint step {step} in {self.directory} cannot be loaded: {why}. {mend}, or start a new run with "
+            f"checkpoint step {step} in {self.directory} cannot be loaded: {why}. {fix}, or start a new run with "
             "another --workdir."
         )
-
-    def _record(self, step: int) -> dict[str, Any]:
-        try:
-            record = digest.read(self.directory / str(step))
-        except ValueError as error:
-            raise self._unusable(step, str(error)) from error
-        if record["step"] != step:
-            raise self._unusable(step, f"it was saved as step {record['step']}")
-        return record
 
     def _retire(self) -> None:
         """Remove all complete steps but the newest `keep` and the best."""
@@ -320,23 +308,23 @@ class Checkpoints:
                 self._remove(self.directory / str(step))
 
     def _best(self, steps: list[int]) -> int | None:
-        choose = {"max": max, "min": min}[self._best_mode]
-        return choose((step for step in steps if step in self._scores), key=self._scores.__getitem__, default=None)
+        extreme = {"max": max, "min": min}[self._best_mode]
+        return extreme((step for step in steps if step in self._scores), key=self._scores.__getitem__, default=None)
 
     def _remove(self, path: Path) -> None:
-        """Delete a directory such that no half of it ever stands under its name."""
+        """Delete a directory; after an interruption no half of it remains under its own name."""
         trash = path.with_name(_TRASH + path.name)
         path.rename(trash)
-        # A network disk keeps files that somebody still reads: what stays of it goes the next time.
+        # A network disk keeps files that are still being read; the next cleaning removes them.
         shutil.rmtree(trash, ignore_errors=True)
 
     def _clean(self) -> None:
-        """Remove what an interrupted save or removal left."""
+        """Remove the remains of interrupted saves and removals."""
         for path in self.directory.iterdir():
             if path.name.startswith((_WRITING, _TRASH)):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _share(names: Any) -> list[str]:
-    """Those of the files that this process digests."""
+def _share(names: Iterable[str]) -> list[str]:
+    """The files that this process digests."""
     return sorted(names)[distributed.index() :: distributed.count()]

@@ -1,9 +1,10 @@
-"""crc32 of an array's bytes from its blocks, wherever they are: each is digested alone, and what comes out is XORed.
+"""crc32 of an array's bytes from its blocks, which may lie on different hosts: each is digested alone, then XORed.
 
-A crc32 without its initial and final inversion is linear over GF(2): the remainder of the message, a polynomial, after
-division by the crc's own. So the remainder of a whole is the XOR of those of its runs of bytes, each multiplied by x^8
-for every byte that follows it. (Williams, "A painless guide to CRC error detection algorithms", 1993; zlib's
-`crc32_combine` does the same for two neighbors.) Polynomials are 32-bit numbers with x^0 in the highest bit.
+A crc32 without its initial and final inversion is linear over GF(2): it is the remainder of the message, taken as a
+polynomial, after division by the crc's polynomial. So the remainder of the whole is the XOR of the remainders of its
+runs of bytes, each multiplied by x^8 for every byte that follows the run. (Williams, "A painless guide to CRC error
+detection algorithms", 1993; zlib's `crc32_combine` does the same for two neighbors.) Polynomials are 32-bit numbers
+with x^0 in the highest bit.
 """
 
 import functools
@@ -19,10 +20,10 @@ _INVERTED = 0xFFFFFFFF
 
 
 def of_block(shape: tuple[int, ...], index: tuple[slice, ...], block: np.ndarray) -> int:
-    """What `block`, at `index` of an array of `shape`, adds to the crc32 of that array's bytes in C order."""
+    """What `block`, at `index` of an array of `shape`, contributes to the crc32 of the array's bytes in C order."""
     strides = [math.prod(shape[axis + 1 :]) * block.dtype.itemsize for axis in range(len(shape))]
     starts = [part.indices(size)[0] for part, size in zip(index, shape)]
-    # Axes that the block covers are contiguous, together with the one before them.
+    # The last axes, as far as the block covers them, are contiguous together with the axis before them: one run.
     first = len(shape)
     while first and block.shape[first - 1] == shape[first - 1]:
         first -= 1
@@ -38,7 +39,7 @@ def of_block(shape: tuple[int, ...], index: tuple[slice, ...], block: np.ndarray
 
 
 def of_whole(nbytes: int, parts: list[int]) -> str:
-    """The crc32, as 8 hex digits, of an array of `nbytes` whose blocks add `parts`; they must cover it once."""
+    """The crc32 in 8 hex digits of an array of `nbytes`, from what its blocks contribute; they must cover it once."""
     zeros = _times(_INVERTED, _power(nbytes)) ^ _INVERTED
     return f"{functools.reduce(int.__xor__, parts, zeros):08x}"
 
@@ -49,9 +50,12 @@ def _remainder(run: np.ndarray) -> int:
 
 
 def _joined(remainders: np.ndarray, stride: int) -> np.ndarray:
-    """uint32 [..., n] -> [...]: those of runs that begin `stride` bytes apart, of all up to the end of the last one."""
+    """uint32 [..., n] -> [...]: the remainder of n runs together, which begin `stride` bytes apart.
+
+    Neighbors are joined in pairs, so that NumPy joins many at once.
+    """
     while remainders.shape[-1] > 1:
-        if remainders.shape[-1] % 2:  # nothing before the first adds nothing
+        if remainders.shape[-1] % 2:  # a zero remainder before the first changes nothing
             remainders = np.concatenate([np.zeros_like(remainders[..., :1]), remainders], axis=-1)
         table = _table(stride)
         left, right = remainders[..., 0::2], remainders[..., 1::2]
@@ -63,12 +67,12 @@ def _joined(remainders: np.ndarray, stride: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=512)
 def _table(nbytes: int) -> np.ndarray:
-    """uint32 [4, 256]: what each byte of a remainder becomes when `nbytes` follow."""
+    """uint32 [4, 256]: what each byte of a remainder becomes when `nbytes` bytes follow."""
     power = _power(nbytes)
     table = np.zeros((4, 256), np.uint32)
     for bit in range(32):
-        byte, place = divmod(bit, 8)
-        size = 1 << place
+        byte, bit_of_byte = divmod(bit, 8)
+        size = 1 << bit_of_byte
         table[byte, size : 2 * size] = table[byte, :size] ^ np.uint32(_times(1 << bit, power))
     return table
 

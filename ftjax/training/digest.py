@@ -1,16 +1,17 @@
-"""Digests of a checkpoint's contents, because Orbax loads array data with a flipped bit without a word.
+"""Digests of a checkpoint's contents, because Orbax loads arrays with a flipped bit without an error.
 
 A step's record, `digests.json`, holds crc32s of two kinds:
 
-- of each leaf, taken from the arrays in memory: what comes back is what training had, whatever happened on the way. It
-  is that of the global array's bytes in C order, so it does not depend on how the array was sharded, nor over how many
-  processes, and still holds after a restore on another mesh. Each process digests its own blocks (`crc`), and
-  the first one joins what all of them have found.
-- of each file, compared before Orbax opens any: damage is then reported as the name of a file and not as whatever
-  exception it causes deep in a parser, with the noise of the tasks that it leaves behind.
+- of each leaf, taken from the arrays in memory: so what is restored is what training had, whatever happened between.
+  The bytes are those of the global array in C order, so the crc32 does not depend on the sharding or the number of
+  processes, and is valid after a restore on another mesh. Each process digests its own blocks (`crc`), and the first
+  one joins them.
+- of each file, compared before Orbax opens any: damage is then reported by the name of the file, and not as some
+  exception from deep in a parser.
 """
 
 import functools
+import itertools
 import json
 import zlib
 from pathlib import Path
@@ -42,36 +43,36 @@ def describe(leaf: Any) -> dict[str, Any]:
 def host_blocks(arrays: list[jax.Array]) -> list[_Blocks]:
     """Each array as (global index, host data) blocks; starts all transfers before waiting for one.
 
-    Those of all processes together cover the array once; this process has those that its devices hold.
+    This process returns the blocks that its devices hold; those of all processes together cover each array once.
 
     The host data is what `np.asarray(shard.data)` caches on the shard, so Orbax, which asks for the same, copies
     nothing a second time. A block may be a view of a CPU device's buffer: JAX does not donate a buffer that is
-    viewed, so it keeps its values whatever happens to the array.
+    viewed, so the block keeps its values whatever happens to the array.
     """
-    shards = [[shard for shard in array.addressable_shards if shard.replica_id == 0] for array in arrays]
-    for shard in (shard for of_array in shards for shard in of_array):
+    blocks = [[shard for shard in array.addressable_shards if shard.replica_id == 0] for array in arrays]
+    for shard in itertools.chain.from_iterable(blocks):
         shard.data.copy_to_host_async()
-    return [[(shard.index, np.asarray(shard.data)) for shard in of_array] for of_array in shards]
+    return [[(shard.index, np.asarray(shard.data)) for shard in shards] for shards in blocks]
 
 
 def parts(leaves: dict[str, Any], blocks: list[_Blocks]) -> list[int]:
-    """What this process's `blocks` add to the crc32 of each leaf, in order."""
+    """What this process's `blocks` contribute to the crc32 of each leaf, in order."""
     return [
-        functools.reduce(int.__xor__, (crc.of_block(leaf.shape, *block) for block in of_leaf), 0)
-        for leaf, of_leaf in zip(leaves.values(), blocks, strict=True)
+        functools.reduce(int.__xor__, (crc.of_block(leaf.shape, *block) for block in leaf_blocks), 0)
+        for leaf, leaf_blocks in zip(leaves.values(), blocks, strict=True)
     ]
 
 
-def of_leaves(leaves: dict[str, Any], of_processes: list[list[int]]) -> dict[str, dict]:
-    """{path: {shape, dtype, crc32}} from what `parts` found in each process."""
+def of_leaves(leaves: dict[str, Any], process_parts: list[list[int]]) -> dict[str, dict]:
+    """{path: {shape, dtype, crc32}} from the `parts` of all processes."""
     return {
-        path: {**describe(leaf), "crc32": crc.of_whole(leaf.size * leaf.dtype.itemsize, list(adding))}
-        for (path, leaf), *adding in zip(leaves.items(), *of_processes, strict=True)
+        path: {**describe(leaf), "crc32": crc.of_whole(leaf.size * leaf.dtype.itemsize, leaf_parts)}
+        for (path, leaf), *leaf_parts in zip(leaves.items(), *process_parts, strict=True)
     }
 
 
 def of_file(path: Path) -> str:
-    """crc32 of a file's content, as 8 hex digits."""
+    """crc32 of a file's content, in 8 hex digits."""
     value = 0
     with open(path, "rb") as file:
         while part := file.read(1 << 20):
@@ -80,12 +81,12 @@ def of_file(path: Path) -> str:
 
 
 def files_of(directory: Path) -> list[str]:
-    """The files of a step, in an order that is the same for all."""
+    """The files of a step, sorted."""
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
 def write(directory: Path, step: int, leaves: dict[str, dict], files: dict[str, str]) -> None:
-    """Write the record of a step: {"body": text, "crc32": of that text}. `files`: the crc32s of all its other files."""
+    """Write the record of a step: {"body": text, "crc32": of that text}. files: the crc32 of every other file."""
     body = json.dumps({"step": step, "leaves": leaves, "files": files})
     (directory / FILE).write_text(json.dumps({"body": body, "crc32": f"{zlib.crc32(body.encode()):08x}"}))
 
@@ -109,7 +110,7 @@ def read(directory: Path) -> dict[str, Any]:
 
 
 def wrong_files(directory: Path, files: dict[str, str]) -> list[str]:
-    """Those of `files` (from a record) that are missing, unreadable or changed. Further files are ignored."""
+    """Those of `files` (from a record) that are missing, unreadable or changed. Other files may exist."""
 
     def intact(name: str) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: tables, a progress bar; plain lines where there is no terminal."""
+"""What a person sees of a run: tables and a progress bar, or plain lines if the output is not a terminal."""
 
 import contextlib
 import datetime
@@ -12,8 +12,9 @@ from rich.text import Text
 
 
 class Display:
-    """One console for a run. `every`: on something that is no terminal, a line is printed for every so many steps.
+    """The console of a run.
 
+    every: how many steps apart lines are printed if the output is not a terminal.
     quiet: show nothing, as all but one of several processes do.
     """
 
@@ -49,7 +50,7 @@ class Display:
         self.console.print(text, soft_wrap=True, markup=False)
 
     def table(self, title: str, rows: dict[str, str]) -> None:
-        """A two-column table, one line a key."""
+        """A two-column table, one line for each key."""
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         table.add_column(style="bold")
         table.add_column(overflow="fold")
@@ -62,12 +63,12 @@ class Display:
         self._total, self._first = total, done + 1
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Loss, tokens per second and time left after a step."""
+        """Shows loss, tokens per second and time left after a step."""
         rate = metrics.get("tokens_per_second")
         note = f"loss {metrics['loss']:.4f}" + (f"  {rate:,.0f} tokens/s" if rate else "")
         if self._task is not None:
             self._bar.update(self._task, completed=step, note=note)
-        if step == self._first:  # it compiled: the steps after it are what tells how long the rest takes
+        if step == self._first:  # it compiled, so only later steps say how long the rest takes
             self._started = time.perf_counter()
         elif not self.console.is_terminal and (step % self._every == 0 or step == self._total):
             each = (time.perf_counter() - self._started) / (step - self._first)
@@ -77,7 +78,7 @@ class Display:
 
     @contextlib.contextmanager
     def counter(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar of its own for a side job such as an evaluation; yields a function that is told how much is done."""
+        """A separate bar for a side job such as an evaluation; call what it yields with how much is done."""
         task = self._bar.add_task(description, total=total, note="")
         try:
             yield lambda done: self._bar.update(task, completed=done)

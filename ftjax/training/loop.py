@@ -25,13 +25,13 @@ Step = Callable[[TrainState, Tree, dict[str, np.ndarray]], tuple[TrainState, dic
 
 
 class Progress(Protocol):
-    """Where a person looks on (`display.Display`)."""
+    """What shows a person each step (`display.Display`)."""
 
     def step(self, step: int, metrics: dict[str, float]) -> None: ...
 
 
 class Cadence(NamedTuple):
-    """How many steps there are, and after how many of them what happens."""
+    """How many steps there are, and how many steps apart each event is."""
 
     total: int
     log: int
@@ -41,61 +41,46 @@ class Cadence(NamedTuple):
 
 
 class Records(NamedTuple):
-    """Where a run is written down.
-
-    Attributes:
-      meta: JSON that every checkpoint carries (config, fingerprint of the data).
-      best_metric: the evaluation's metric that says which checkpoint is best; None where there is none.
-      seconds_per_token: what all devices together need for the FLOPs of one token at their peak; None: unknown.
-    """
+    """Where a run is recorded."""
 
     checkpoints: Checkpoints
     writer: MetricsWriter
     progress: Progress
-    meta: dict[str, Any]
-    best_metric: str | None
-    seconds_per_token: float | None
+    meta: dict[str, Any]  # JSON that every checkpoint carries (config, fingerprint of the data)
+    best_metric: str | None  # the evaluation metric that decides which checkpoint is best
+    seconds_per_token: float | None  # the FLOPs of one token / the peak of all devices together; None: unknown
 
 
 @dataclass(frozen=True)
 class Loop:
-    """What a run is made of besides its state; `run` is the loop itself.
-
-    evaluate: (step, state) -> metrics with the prefix `eval_`, or None where there is nothing to evaluate.
-    """
+    """The parts of a run, apart from its state; `run` is the loop itself."""
 
     step: Step
     source: Source
-    evaluate: Callable[[int, TrainState], dict[str, float]] | None
+    evaluate: Callable[[int, TrainState], dict[str, float]] | None  # step and state -> metrics with the prefix `eval_`
     cadence: Cadence
     records: Records
     preemption: Preemption
 
 
 class Start(NamedTuple):
-    """Where a run begins, or goes on.
-
-    Attributes:
-      saved: the step whose checkpoint `state` is, None for a fresh one.
-      num_tokens: tokens seen before it, without padding.
-      evaluated: whether its evaluation is already among the metrics.
-    """
+    """Where a run begins or resumes."""
 
     state: TrainState
     frozen: Tree
-    saved: int | None = None
-    num_tokens: int = 0
-    evaluated: bool = False
+    saved: int | None = None  # the step whose checkpoint `state` comes from; None for a new run
+    num_tokens: int = 0  # seen before it, without padding
+    evaluated: bool = False  # whether the metrics already hold its evaluation
 
 
 def run(loop: Loop, start: Start) -> TrainState:
     """Trains from the step of `start` to the last one.
 
-    On SIGTERM the state is saved and Preempted raised. NaN or infinite loss or gradient raises UserError before
-    anything of it is saved.
+    On SIGTERM the state is saved and Preempted raised. A NaN or infinite loss or gradient raises UserError before the
+    step is saved.
 
-    The devices always have the next step to do: the metrics of a step are read when the step after it has been started.
-    Before a save, those of every step that it contains have been.
+    The devices never wait for the host: the metrics of a step are read after the next step has been started. Before a
+    save, the metrics of all steps in it have been read.
     """
     cadence, records, source = loop.cadence, loop.records, loop.source
     state, saved, num_tokens = start.state, start.saved, start.num_tokens
@@ -115,7 +100,7 @@ def run(loop: Loop, start: Start) -> TrainState:
                     "config.optimizer.learning_rate, raise config.schedule.warmup_ratio or look at the batch's data"
                 )
             num_tokens += step.tokens
-            metrics |= {**step.made, **timer.lap(step.tokens)}
+            metrics |= {**step.batch_metrics, **timer.lap(step.tokens)}
             if records.seconds_per_token is not None and "tokens_per_second" in metrics:
                 metrics["mfu"] = records.seconds_per_token * metrics["tokens_per_second"]
             records.progress.step(step.number, metrics)
@@ -134,7 +119,7 @@ def run(loop: Loop, start: Start) -> TrainState:
 
     def evaluate() -> None:
         metrics = loop.evaluate(done, state)
-        # Recorded only beside a checkpoint that is whole: a restart then knows what is left to do.
+        # Recorded only when its checkpoint is complete, so that a restart knows what is left to do.
         records.checkpoints.wait()
         records.writer.write(done, metrics)
         if records.best_metric in metrics:
@@ -144,7 +129,7 @@ def run(loop: Loop, start: Start) -> TrainState:
     with source:
         while True:
             at_end = done == cadence.total
-            # Between these bounds the next batches come from a state that is gone: nothing could go on from there.
+            # Elsewhere the next batches come from an earlier state, which is gone: a run could not resume from there.
             if done % source.updates == 0 or at_end:
                 since = range(max(first, done - source.updates) + 1, done + 1) or (done,)
                 due = loop.evaluate is not None and any(_eval_due(cadence, step) for step in since)
@@ -171,11 +156,11 @@ def run(loop: Loop, start: Start) -> TrainState:
 
 
 class _InFlight(NamedTuple):
-    """A step that the devices have been given, which may not be done."""
+    """A step that the devices have started and may not have finished."""
 
     number: int
     metrics: dict[str, jax.Array]
-    made: Mapping[str, float]  # metrics of the batch
+    batch_metrics: Mapping[str, float]
     tokens: int  # of its batch, without padding
     slots: int  # of its batch, with padding
 
@@ -195,11 +180,11 @@ def _eval_due(cadence: Cadence, step: int) -> bool:
 
 
 class _Timer:
-    """Times from one step's end to the next one's; the first lap, which compiles, has none."""
+    """Times laps, from the end of one step to the end of the next; not the first lap, which compiles."""
 
     def __init__(self):
         self._last = None
-        self.waited = 0.0  # seconds of this lap in which a batch was waited for
+        self.waited = 0.0  # seconds of this lap spent waiting for a batch
 
     def restart(self) -> None:
         self.waited = 0.0
@@ -207,7 +192,7 @@ class _Timer:
             self._last = time.perf_counter()
 
     def lap(self, tokens: int) -> dict[str, float]:
-        """tokens: of the step."""
+        """The metrics of the step that ends now, which had `tokens` tokens; {} for the first."""
         now, last, waited = time.perf_counter(), self._last, self.waited
         self._last, self.waited = now, 0.0
         if last is None:

@@ -1,4 +1,4 @@
-"""Metrics to `metrics.jsonl` and TensorBoard, one record a logged step, under the names of docs/running.md."""
+"""Metrics to `metrics.jsonl` and TensorBoard, one record for each logged step; docs/running.md lists their names."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-# The protocol buffers and the record format only: tensorboard's own writer, and tensorboardX, import tensorflow or
-# torch where they are installed.
+# Only the protocol buffers and the record format: tensorboard's own writer, and tensorboardX, import tensorflow or
+# torch if they are installed.
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -18,11 +18,10 @@ from ftjax.atomic import write_text
 
 
 class MetricsWriter:
-    """Appends records; `start_step` is where the run restarts (-1: from nothing). Records after it, left by a killed
-    run, go.
+    """Appends records, after removing those later than `start_step` (-1 for a new run), which a killed run left.
 
-    So an interrupted and resumed run leaves the records of an uninterrupted one. Of several processes the first one
-    writes; in the others nothing here does anything.
+    So an interrupted and resumed run has the same records as an uninterrupted one. With several processes only the
+    first one writes; in the others the methods do nothing.
     """
 
     def __init__(self, workdir: Path, start_step: int):
@@ -39,7 +38,7 @@ class MetricsWriter:
         self._board_file = (board / name).open("wb")
         self._board = RecordWriter(self._board_file)
         self._event(file_version="brain.Event:2")
-        # Tells TensorBoard to forget what an earlier file says of this step and later ones.
+        # TensorBoard then ignores what earlier files say about this step and later ones.
         self._event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -62,7 +61,7 @@ class MetricsWriter:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a last line torn by a kill is left out; no file is no records."""
+    """The records of a `metrics.jsonl`, without a last line torn by a kill; [] if there is no file."""
     if not path.exists():
         return []
     lines = path.read_text().split("\n")

@@ -11,7 +11,7 @@ from ftjax.tree import Tree
 
 
 def make_schedule(learning_rate: float, config: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_ratio` of the steps, then constant, linear or cosine to `final_ratio` of the peak."""
+    """Linear warm-up over `warmup_ratio` of the steps, then constant, or falling to `final_ratio` of the peak."""
     warmup = round(config.warmup_ratio * steps)
     after = max(steps - warmup, 1)
     decay = {
@@ -19,7 +19,7 @@ def make_schedule(learning_rate: float, config: ConfigDict, steps: int) -> optax
         "linear": lambda: optax.linear_schedule(learning_rate, learning_rate * config.final_ratio, after),
         "cosine": lambda: optax.cosine_decay_schedule(learning_rate, after, alpha=config.final_ratio),
     }[config.name]()
-    # From 1/(warmup + 1), not 0: the first step must already do something.
+    # From 1/(warmup + 1), not 0, so that the first step already changes something.
     rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
     return optax.join_schedules([rise, decay], [warmup]) if warmup else decay
 
@@ -27,9 +27,9 @@ def make_schedule(learning_rate: float, config: ConfigDict, steps: int) -> optax
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019) after clipping to a global norm; `clip_norm` 0 turns clipping off.
 
-    The moments have the parameters' dtype: what is trained must be float32 (`assemble.abstract_variables` sees to it).
+    The moments have the parameters' dtype, so trained parameters must be float32 (`assemble.abstract_variables`).
     Weight decay spares vectors (norm scales, biases, sinks, DoRA's magnitudes): decaying those towards zero changes the
-    function, not its complexity. `loraplus_ratio` is how much faster B learns than A (LoRA+, Hayou et al. 2024).
+    function, not its complexity. `loraplus_ratio` is the learning rate of B over that of A (LoRA+, Hayou et al. 2024).
     """
     adamw = optax.adamw(
         schedule,
@@ -51,6 +51,5 @@ _VECTORS = ("scale", "bias", "sinks", "lora_magnitude")
 
 
 def _by_name(chosen: Callable[[str], bool], params: Tree) -> Tree:
-    """The mask of the leaves whose own names are `chosen`."""
-    leaves = {path: chosen(path.rpartition("/")[2]) for path in tree.flatten(params)}
-    return tree.unflatten(leaves)
+    """The mask of the leaves whose last path component is `chosen`."""
+    return tree.unflatten({path: chosen(path.rpartition("/")[2]) for path in tree.flatten(params)})

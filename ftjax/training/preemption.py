@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it before they take a machine away: finish what is safe, save, leave."""
+"""SIGTERM, which schedulers send before they take a machine away: go on to a safe point, save, exit."""
 
 import itertools
 import signal
@@ -14,11 +14,11 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """While active, the first SIGTERM is noted and `check` raises Preempted; a second one ends the process at once.
+    """While active, `check` raises Preempted after the first SIGTERM; a second one ends the process at once.
 
-    With several processes, a SIGTERM to any of them is told to all by JAX's coordination service (within a second or
-    two), and they agree on the call of `check` at which all raise. So all must call it equally often. JAX takes the
-    signal itself, from the start of the run, and a second one does nothing: the scheduler's SIGKILL follows.
+    With several processes, JAX's coordination service reports a SIGTERM of any of them to all (within a second or two),
+    and they agree on the call of `check` at which all raise. So all must call it equally often. JAX handles the signal
+    itself, from the start of the run, and a second one does nothing: the scheduler's SIGKILL follows.
     """
 
     def __enter__(self) -> "Preemption":

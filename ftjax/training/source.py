@@ -1,8 +1,8 @@
 """Where the batches of a run come from: files, or the model itself.
 
-The loop asks a source for batch after batch. One that reads files makes the next ones meanwhile, in a thread of its
-own; one that lets the model write (rollouts) gets the state as it is before the step, on the loop's thread and under
-the mesh, before the step donates its buffers.
+The loop asks a source for one batch after the other. A source that reads files makes the next ones meanwhile, in a
+thread. A source that lets the model write (rollouts) works on the loop's thread and under the mesh, with the state from
+before the step, whose buffers the step will donate.
 """
 
 import types
@@ -17,30 +17,25 @@ from ftjax.training.state import TrainState
 
 
 class Batch(NamedTuple):
-    """
-    Attributes:
-      arrays: [rows, length] of the global batch; only the rows that this process's devices hold need be filled.
-      tokens: how many tokens of the whole batch are not padding.
-      metrics: of its making, logged beside those of the step.
-    """
+    """A global batch on the host."""
 
-    arrays: dict[str, np.ndarray]
-    tokens: int
-    metrics: Mapping[str, float] = types.MappingProxyType({})
+    arrays: dict[str, np.ndarray]  # [rows, length]; only the rows that this process's devices hold need be filled
+    tokens: int  # of the whole batch, without padding
+    metrics: Mapping[str, float] = types.MappingProxyType({})  # logged with those of the step
 
 
 class Source(Protocol):
     """Batches by index, asked for in order from wherever a run (re)starts.
 
     Attributes:
-      updates: how many batches in a row are made of one state. Saves, evaluations and preemption wait for their bounds
-        (steps that it divides), so that a resumed run makes the next ones of the same state.
+      updates: how many consecutive batches are made from one state. Saves, evaluations and preemption happen only at
+        steps that it divides, so that a resumed run makes the next batches from the same state.
     """
 
     updates: int
 
     def batch(self, index: int, state: TrainState) -> Batch:
-        """Batch `index`, from 0; `state` is that before the step which takes it. A function of both, and of a seed."""
+        """Batch `index`, from 0: a function of it, a seed, and the `state` before the step that takes the batch."""
 
     def epoch_at(self, index: int) -> float:
         """How many epochs are done before batch `index`."""
@@ -51,9 +46,10 @@ class Source(Protocol):
 
 
 class FileSource:
-    """The batches of a loader, which no state changes: made ahead, up to `stop`, the first one that is never asked for.
+    """The batches of a loader, made ahead, since they do not depend on the state.
 
     rows: those of a global batch that this process fills (`sharding.local_rows`).
+    stop: the first index that is never asked for.
     """
 
     updates = 1

@@ -1,7 +1,7 @@
-"""What a training step changes: the trainable parameters, the optimizer's state, what a method keeps, the step."""
+"""What a training step changes: trainable parameters, optimizer state, what a method keeps, and the step number."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -14,43 +14,39 @@ from ftjax.tree import Tree
 
 
 class Kept(NamedTuple):
-    """What a method keeps from step to step beside the weights, such as a controller or a moving average of them.
+    """What a method keeps from step to step besides the weights, such as a controller or a moving average of them."""
 
-    Attributes:
-      init: what is trained -> its first value, a dict of arrays, none of them of size 0.
-      update: (its value, what is trained after the step, the step's metrics) -> its next value; part of the compiled
-        step.
-    """
-
+    # trainable -> the first value, a dict of arrays, none of size 0
     init: Callable[[Tree], Tree]
+    # (value, trainable after the step, metrics of the step) -> the next value; part of the compiled step
     update: Callable[[Tree, Tree, dict[str, jax.Array]], Tree]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a checkpoint must hold besides the data position; the frozen base is not in it."""
+    """Everything that a checkpoint must hold besides the data position; not the frozen base."""
 
     step: jax.Array  # int32 scalar: optimizer steps done
     trainable: Tree  # the differentiated part of {"params": ..., "lora": ..., "heads": ...}
     opt_state: optax.OptState
-    kept: Tree = flax.struct.field(default_factory=dict)  # the method's own; the objective sees it as a collection
+    kept: Tree = flax.struct.field(default_factory=dict)  # `Kept`; the objective sees it as a collection
 
 
 def abstract_state(
     optimizer: optax.GradientTransformation, trainable: Tree, mesh: Mesh, kept: Kept | None = None
 ) -> TrainState:
-    """Shapes and shardings: each optimizer moment is laid out like its parameter, everything else is replicated.
+    """Shapes and shardings: each optimizer moment is sharded like its parameter, everything else is replicated.
 
-    What a method keeps under the path of a parameter, below a name of its own ({"average": {"params": ...}}), and of
-    its shape, is laid out like that parameter too.
+    An array that a method keeps under one more name ({"average": {"params": ...}}) at a parameter's path, with its
+    shape, is sharded like that parameter too.
     """
     if wrong := [f"{path} ({leaf.dtype})" for path, leaf in tree.flatten(trainable).items() if leaf.dtype != "float32"]:
         raise ValueError(f"what is trained must be float32, or small updates are lost: {', '.join(wrong)}")
     whole = sharding.replicated(mesh)
     opt_state = jax.eval_shape(optimizer.init, trainable)
 
-    def like(leaf, where):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    def like(leaf: Any, layout: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
 
     opt_state = optax.tree.map_params(
         optimizer,
@@ -68,18 +64,18 @@ def abstract_state(
 
 
 def _abstract_kept(kept: Kept, trainable: Tree, whole: jax.sharding.Sharding) -> Tree:
-    params, placed = tree.flatten(trainable), {}
+    params, abstract = tree.flatten(trainable), {}
     for path, leaf in tree.flatten(jax.eval_shape(kept.init, trainable)).items():
         param = params.get(path.partition("/")[2])
-        where = param.sharding if param is not None and param.shape == leaf.shape else whole
-        placed[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-    return tree.unflatten(placed)
+        layout = param.sharding if param is not None and param.shape == leaf.shape else whole
+        abstract[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+    return tree.unflatten(abstract)
 
 
 def init_state(
     optimizer: optax.GradientTransformation, trainable: Tree, abstract: TrainState, kept: Kept | None = None
 ) -> TrainState:
-    """Step 0 of `trainable`, the optimizer's state and what the method keeps made where `abstract` puts them."""
+    """The state at step 0: optimizer state and kept arrays are made with the shardings of `abstract`."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
     first = jax.jit(kept.init, out_shardings=shardings.kept)(trainable) if kept else {}

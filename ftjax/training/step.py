@@ -26,32 +26,32 @@ def make_step(
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]:
     """`step(state, frozen, batch) -> (state, metrics)`, compiled once; the old state's buffers are donated.
 
-    batch: arrays [accumulate, batch / accumulate, ...]; the micro-batches are summed by `lax.scan` in float32 and
-    divided once by the weight of the whole global batch.
-    dtype: what the model multiplies its kernels in; their gradients are then taken and kept in it until they are
-    summed, which is what the backward pass makes them in anyway and half the memory.
+    batch: arrays [accumulate, batch / accumulate, ...]. The gradients of the micro-batches are summed in float32 by
+    `lax.scan` and divided once, by the weight of the whole global batch.
+    dtype: the model's compute dtype. Gradients of kernels then stay in it until they are summed: the backward pass
+    computes them in it anyway, and they take half the memory.
     kept: what the method keeps; the objective sees it as the collection `kept`.
-    metrics: float32 scalars `loss`, `grad_norm` (before clipping), `learning_rate`, and the objective's own.
+    metrics: float32 scalars `loss`, `grad_norm` (before clipping), `learning_rate`, and those of the objective.
     """
 
     def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def micro_step(index, micro):
-            def loss_sum(trainable):
+        def micro_step(index: jax.Array | int, micro: Batch) -> tuple[Tree, Loss]:
+            def loss_sum(trainable: Tree) -> tuple[jax.Array, Loss]:
                 variables = tree.combine(trainable, frozen) | ({"kept": state.kept} if kept else {})
                 loss = objective(variables, micro, jax.random.fold_in(rng, index))
                 return loss.sum, loss
 
             return jax.grad(loss_sum, has_aux=True)(kernels_in(state.trainable, dtype))
 
-        def add(gradients, indexed):
+        def add(gradients: Tree, indexed: tuple[jax.Array, Batch]) -> tuple[Tree, Loss]:
             new, loss = micro_step(*indexed)
             return jax.tree.map(jnp.add, gradients, jax.tree.map(_float32, new)), loss
 
         count = jax.tree.leaves(batch)[0].shape[0]
         loss: Loss
-        if count == 1:  # without a sum to keep beside the gradients
+        if count == 1:  # saves the memory of the sum
             gradients, loss = micro_step(0, jax.tree.map(lambda leaf: leaf[0], batch))
             gradients = jax.tree.map(_float32, gradients)
         else:
@@ -84,7 +84,7 @@ def make_eval_step(objective: Objective) -> Callable[[Tree, Tree, Batch], Loss]:
 
 
 def kernels_in(trainable: Tree, dtype: jnp.dtype | None) -> Tree:
-    """`trainable` with its kernels cast: the leaves that a model uses in nothing but products in its own dtype."""
+    """`trainable` with its kernels cast; a model uses those only in products in its own dtype."""
     if dtype is None:
         return trainable
     leaves = tree.flatten(trainable)
@@ -94,7 +94,7 @@ def kernels_in(trainable: Tree, dtype: jnp.dtype | None) -> Tree:
 
 
 def means(loss: Loss) -> Metrics:
-    """{"loss": ..., and each metric}: sums divided by their weights."""
+    """{"loss": ..., and each metric}: the sums divided by their weights."""
     pairs = {"loss": (loss.sum, loss.weight)} | loss.metrics
     return {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in pairs.items()}
 

@@ -1,4 +1,4 @@
-"""The run's directory: is it writable as checkpoints need it, and is this run its only writer."""
+"""The run's directory: checks that it can be written, and that this run is its only writer."""
 
 import contextlib
 import errno
@@ -18,18 +18,18 @@ from ftjax.errors import TransientError, UserError
 log = logging.getLogger(__name__)
 
 _LOCK = ".lock"
-_TOKEN = ".processes"  # what the first of several processes writes for the others to read
-_LEASE_SECONDS = 150.0  # a network disk holds the lock of a host that vanished for about 90 more
+_TOKEN = ".processes"  # the first of several processes writes it for the others to read
+_LEASE_SECONDS = 150.0  # a network disk keeps the lock of a vanished host for about 90
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-_SHARED_SECONDS = 20.0  # a network disk may show what another host wrote only after a while
+_SHARED_SECONDS = 20.0  # a network disk may show what another host wrote with a delay
 
 
 @contextlib.contextmanager
 def hold(workdir: Path) -> Iterator[None]:
-    """`probe` and `lock` for a run. Of several processes the first one holds it; all must see the same directory.
+    """`probe` and `lock` for a run. Of several processes the first one locks; all must see the same directory.
 
     Raises:
-      UserError: what `probe` and `lock` raise; a host sees another directory of that name, or none.
+      UserError: what `probe` and `lock` raise; a host sees another directory under that name, or none.
     """
     workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
@@ -42,12 +42,12 @@ def hold(workdir: Path) -> Iterator[None]:
                 write_text(workdir / _TOKEN, token)
         token = distributed.tell(token)
         if not distributed.is_first():
-            _find(workdir, token)
+            _wait_for(workdir, token)
             probe(workdir)
         yield
 
 
-def _find(workdir: Path, token: str) -> None:
+def _wait_for(workdir: Path, token: str) -> None:
     deadline = time.monotonic() + _SHARED_SECONDS
     while True:
         with contextlib.suppress(OSError):
@@ -62,43 +62,36 @@ def _find(workdir: Path, token: str) -> None:
 
 
 def probe(workdir: Path) -> None:
-    """Create `workdir` and try on it what a save does: write, flush to the disk, rename, read back, remove.
+    """Create `workdir` and try in it what a save does: write, flush to the disk, rename, read back, remove.
 
     Raises:
       UserError: one of these fails (read-only or full disk, a file in the way, missing rights).
     """
     workdir = Path(workdir)
-    # Two runs that start together, or two hosts of one, must not share a probe file.
-    name = f".probe-{distributed.index()}-{os.getpid()}"
-    first, second = (workdir / f"{name}{end}" for end in ("", "-renamed"))
+    # Two runs that start together, or two hosts of one run, must not share a probe file.
+    file = workdir / f".probe-{distributed.index()}-{os.getpid()}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        with open(first, "wb") as file:
-            file.write(b"ftjax")
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(first, second)
-        read = second.read_bytes()
-        second.unlink()
+        write_text(file, "ftjax")
+        read = file.read_text()
+        file.unlink()
     except OSError as error:
-        with contextlib.suppress(OSError):  # the probe's own leftovers; the first error is the one to report
-            first.unlink(missing_ok=True)
         raise UserError(
             f"workdir {workdir} cannot be written: {error.strerror or error}. Free or mount it writable, or choose "
             "another with --workdir."
         ) from error
-    if read != b"ftjax":
+    if read != "ftjax":
         raise UserError(f"workdir {workdir} does not read back what was written; choose another with --workdir.")
 
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Hold `workdir` for this process; the kernel lets go of it when the process ends, however it ends.
+    """Lock `workdir` for this process; the kernel releases the lock when the process ends, however it ends.
 
-    The lock file itself stays: removing it would let a third process lock a file that nobody else sees.
+    The lock file stays: removing it would let a third process lock a file that nobody else sees.
 
-    Held by another machine, or by this one before it was started again, it may be the lock of a host that is gone,
-    which a network disk only lets go of after a while: then it is waited for.
+    If another machine holds the lock, or this one from before a restart, that host may be gone, and a network disk
+    releases its lock only after a while. So this process waits for it.
 
     Raises:
       UserError: another run on this machine holds it (with its pid), or `workdir` cannot be written.
@@ -145,6 +138,6 @@ def _locked(file, workdir: Path) -> bool:
 
 
 def _machine() -> str:
-    """Of this machine since it was started: pods keep their host name when they move to another."""
+    """An id of this machine since its last boot. The host name is no such id: a pod keeps it on another machine."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.exists() else socket.gethostname()

@@ -231,7 +231,7 @@ def test_damage_to_any_file_is_rejected(tmp_path, flips):
                 path.unlink()
                 if damaged is not None:
                     path.write_bytes(damaged)
-                # Not a byte of a step may change: the message names the file, the step and the mend.
+                # Not a byte of a step may change: the message names the file, the step and the fix.
                 with pytest.raises(UserError) as caught:
                     checkpoints.restore(like)
                 name = path.relative_to(tmp_path / "2").as_posix()

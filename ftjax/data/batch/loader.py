@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, index), whatever was asked for before and on how many hosts."""
+"""Batches as a pure function of (seed, index), independent of earlier calls and of the number of hosts."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 
 from ftjax.data.batch import buckets, packing
-from ftjax.data.batch.packing import Plan
+from ftjax.data.batch.packing import RowPlan
 from ftjax.data.batch.permutation import permutation
 from ftjax.data.tokens.examples import Examples
 from ftjax.errors import UserError
@@ -21,38 +21,28 @@ class Loader:
     """An endless stream of rows: epoch 0, then epoch 1, and so on, cut into batches.
 
     Each epoch holds the examples of a source as often as its weight says, shuffled and packed by (seed, epoch) alone.
-    Where a weight is not whole, each epoch takes the next part of the source's own shuffled passes: with 0.5, two
-    epochs see each example once. A batch may hold the end of one epoch and the start of the next, so nothing is skipped
-    or repeated. Asking for any batch in any order, from any thread, gives the same arrays.
+    If a weight is not whole, each epoch takes the next part of the source's own shuffled passes: with 0.5, two epochs
+    see each example once. A batch may hold the end of one epoch and the start of the next, so nothing is skipped or
+    repeated. Batches may be requested in any order and from any thread.
 
-    With packing, rows have max_length tokens. Without, a row is an example, examples of similar length come together,
-    and all rows of a batch have the smallest length of `lengths` that holds them.
-
-    Attributes:
-      examples: at least one, none longer than max_length.
-      batch_size: rows of a global batch: packed rows, or single examples where packing is off.
-      max_length: T, the most tokens of a row.
-      packing: put several examples into a row.
-      seed: not negative.
-      shuffle: False is for evaluation: each example once whatever its weight, and fewer rows than a batch will do.
-      multiple: of what the lengths of batches are multiples where packing is off; it changes padding and nothing else.
-      lengths: all lengths that batches have.
+    With packing, rows have max_length tokens. Without it, a row is one example, examples of similar length share a
+    batch, and all rows of a batch have the smallest of `lengths` that holds them.
 
     Raises:
       UserError: no examples; with shuffle, fewer rows in an epoch than batch_size.
       ValueError: an example longer than max_length (`tokenize.tokenize` cuts them), or an argument out of range.
     """
 
-    examples: Examples
-    batch_size: int
-    max_length: int
-    packing: bool
-    seed: int
-    shuffle: bool = True
-    multiple: int = 1
-    lengths: tuple[int, ...] = field(init=False)
+    examples: Examples  # at least one, none longer than max_length
+    batch_size: int  # rows of a global batch: packed rows, or single examples without packing
+    max_length: int  # T, the most tokens of a row
+    packing: bool  # put several examples into a row
+    seed: int  # not negative
+    shuffle: bool = True  # False is for evaluation: each example once, whatever its weight; they need not fill a batch
+    multiple: int = 1  # batch lengths without packing are multiples of it; it changes padding and nothing else
+    lengths: tuple[int, ...] = field(init=False)  # all lengths that batches have
     _rows: dict[int, int] = field(init=False, repr=False, default_factory=dict)  # rows of each epoch seen so far
-    _plan: tuple[int, Plan | None] = field(init=False, repr=False, default=(-1, None))  # the last epoch used
+    _plan: tuple[int, RowPlan | None] = field(init=False, repr=False, default=(-1, None))  # the last epoch used
 
     def __post_init__(self):
         if not len(self.examples):
@@ -65,11 +55,11 @@ class Loader:
             raise ValueError(f"{origin} has {length} tokens, more than max_length {self.max_length}")
         self._weights = [Fraction(repr(weight)) for weight in self.examples.weights]
         self._sources = [
-            np.flatnonzero(self.examples.source_ids == at).astype(np.int32) for at in range(len(self._weights))
+            np.flatnonzero(self.examples.source_ids == source).astype(np.int32) for source in range(len(self._weights))
         ]
         self.lengths = (self.max_length,)
         if not self.packing:
-            self.lengths = buckets.choose(self.examples.lengths, self.max_length, self.multiple)
+            self.lengths = buckets.batch_lengths(self.examples.lengths, self.max_length, self.multiple)
         if self.shuffle and (rows := self.rows_per_epoch(0)) < self.batch_size:
             packed = f", packed into {rows} rows of {self.max_length} tokens" if self.packing else ""
             raise UserError(
@@ -80,28 +70,28 @@ class Loader:
     def batch(self, index: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """Batch `index` (from 0): arrays [batch_size, T], as `packing.fill` gives them.
 
-        rows: read only these rows of it, those of one host; the others are left as padding.
+        rows: fill only these rows, those of one host; the others stay padding. None: all.
         """
         return self._fill(self._batch_rows(index), rows)
 
     def batch_tokens(self, index: int) -> int:
-        """How many tokens the whole batch holds, without reading them; padding is not counted."""
+        """How many tokens the whole batch holds, without padding; reads none of them."""
         return int(sum(self.examples.lengths[row].sum() for row in self._batch_rows(index)))
 
     def eval_batches(self, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """Every example once, in one order always; the last batch is filled up with empty rows (all zeros).
+        """Every example once, always in the same order; the last batch is filled up with empty rows (all zeros).
 
         rows: as in `batch`.
         """
         every = np.arange(len(self.examples))
         by_length = np.argsort(self.examples.lengths, kind="stable")
-        plan = self._packed(every, None) if self.packing else _singles(every[by_length])
+        plan = self._packed(every, None) if self.packing else _singles(by_length)
         for start in range(0, len(plan), self.batch_size):
             part = [plan[row] for row in range(start, min(start + self.batch_size, len(plan)))]
             yield self._fill(part + [every[:0]] * (self.batch_size - len(part)), rows)
 
     def rows_per_epoch(self, epoch: int) -> int:
-        """Rows of the epoch. All have the same number, but for a little where a weight is not whole."""
+        """Rows of the epoch. The number differs a little between epochs if a weight is not whole."""
         if all(weight.denominator == 1 for weight in self._weights):
             epoch = 0
         if epoch not in self._rows:
@@ -123,7 +113,7 @@ class Loader:
         return epoch + row / self.rows_per_epoch(epoch)
 
     def packing_efficiency(self) -> float:
-        """Share of the places in the rows of epoch 0 that hold a token and not padding."""
+        """Share of the positions in the rows of epoch 0 that hold a token and not padding."""
         tokens = int(self.examples.lengths[self._chosen(0)].sum(dtype=np.int64))
         if self.packing:
             return tokens / (self.rows_per_epoch(0) * self.max_length)
@@ -133,7 +123,7 @@ class Loader:
         return tokens / int((padded * np.diff(starts, append=len(lengths))).sum())
 
     def fingerprint(self) -> str:
-        """sha256 (hex) of all that decides the batches: tokens, masks, tokenizer, template, and their order."""
+        """sha256 (hex) of all that decides the batches: tokens, masks, tokenizer, template, and the order."""
         names = ("batch_size", "max_length", "packing", "seed", "shuffle")
         order = {name: getattr(self, name) for name in names}
         order |= {"weights": [str(weight) for weight in self._weights], "version": packing.ORDER_VERSION}
@@ -157,30 +147,30 @@ class Loader:
             epoch, row = epoch + 1, 0
         return rows
 
-    def _epoch(self, epoch: int) -> Plan:
-        """The rows of an epoch. Only the last used is kept, and replaced whole, so threads may share it."""
+    def _epoch(self, epoch: int) -> RowPlan:
+        """The rows of an epoch. The last plan is kept with its epoch in one tuple, so that threads may share it."""
         cached, plan = self._plan
         if cached != epoch or plan is None:
             plan = self._make(epoch)
             self._plan = (epoch, plan)
         return plan
 
-    def _make(self, epoch: int) -> Plan:
+    def _make(self, epoch: int) -> RowPlan:
         chosen = self._chosen(epoch)
         if self.shuffle:
             chosen = chosen[permutation(len(chosen), self.seed, epoch)]
         if self.packing:
             return self._packed(chosen, lambda n: permutation(n, self.seed, epoch, 0, 1))
-        first = -self._first_row(epoch) % self.batch_size  # so many rows fill up a batch that the last epoch began
+        first = -self._first_row(epoch) % self.batch_size  # rows that fill the batch which the epoch before has begun
         order = buckets.arrange(
             chosen, self.examples.lengths, self.batch_size, first, lambda n: permutation(n, self.seed, epoch, 0, 1)
         )
         return _singles(order)
 
-    def _packed(self, chosen: np.ndarray, shuffle_rows: Callable[[int], np.ndarray] | None) -> Plan:
-        found = self._patterns(chosen)
-        row_order = shuffle_rows(packing.count_rows(found)) if shuffle_rows else None
-        return packing.assign(found, self.examples.lengths, chosen, row_order)
+    def _packed(self, chosen: np.ndarray, shuffle_rows: Callable[[int], np.ndarray] | None) -> RowPlan:
+        patterns = self._patterns(chosen)
+        row_order = shuffle_rows(packing.count_rows(patterns)) if shuffle_rows else None
+        return packing.assign(patterns, self.examples.lengths, chosen, row_order)
 
     def _patterns(self, chosen: np.ndarray) -> packing.Patterns:
         return packing.patterns(np.bincount(self.examples.lengths[chosen]), self.max_length)
@@ -190,14 +180,14 @@ class Loader:
         if not self.shuffle:
             return np.arange(len(self.examples), dtype=np.int32)
         parts = []
-        for at, (examples, weight) in enumerate(zip(self._sources, self._weights, strict=True)):
+        for source, (examples, weight) in enumerate(zip(self._sources, self._weights, strict=True)):
             n = len(examples)
             start, stop = (math.floor(weight * n * e) for e in (epoch, epoch + 1))
             while start < stop:  # pass by pass through the source
                 turn, begin = divmod(start, n)
                 end = min(n, begin + stop - start)
                 whole = end - begin == n
-                parts.append(examples if whole else examples[permutation(n, self.seed, turn, at + 1)[begin:end]])
+                parts.append(examples if whole else examples[permutation(n, self.seed, turn, source + 1)[begin:end]])
                 start += end - begin
         return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 
@@ -205,7 +195,7 @@ class Loader:
         return sum(self.rows_per_epoch(e) for e in range(epoch))
 
     def _locate(self, row: int) -> tuple[int, int]:
-        """The epoch of a row of the endless stream, and its place in it."""
+        """The epoch of a row of the endless stream, and its index in that epoch."""
         epoch = 0
         while row >= (rows := self.rows_per_epoch(epoch)):
             row -= rows
@@ -213,5 +203,6 @@ class Loader:
         return epoch, row
 
 
-def _singles(order: np.ndarray) -> Plan:
-    return Plan(order, np.arange(len(order) + 1))
+def _singles(order: np.ndarray) -> RowPlan:
+    """One example a row."""
+    return RowPlan(order, np.arange(len(order) + 1))

@@ -1,21 +1,22 @@
 """Packing: several examples share a row of T tokens, and no document sees another or is cut.
 
-What fits together is decided on the histogram of the lengths alone ("efficient sequence packing without
-cross-contamination", arXiv 2107.02027), by best fit, the longest first; which document takes which place of its length
-is the caller's shuffle. So the number of rows is known without the order of an epoch, and ten million documents take no
-longer to fit than ten thousand.
+Which lengths share a row is decided on the histogram of the lengths alone ("efficient sequence packing without
+cross-contamination", arXiv 2107.02027), by best fit, the longest first. The caller's shuffle then decides which example
+takes which slot of its length. So the number of rows does not depend on the order of an epoch, and fitting ten million
+examples takes no longer than ten thousand.
 """
 
 import itertools
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
-# What decides batches from (seed, index) here and in the loader. A change of either's results must change this number.
-ORDER_VERSION = 2
+from ftjax.data.tokens.examples import Examples
 
+# Part of the data's fingerprint. A change here or in the loader that gives other batches must increase it.
+ORDER_VERSION = 2
 
 # The arrays [rows, T] of every batch; a method may have more.
 BATCH = {
@@ -27,20 +28,12 @@ BATCH = {
 }
 
 
-class Source(Protocol):
-    """Examples by number (`ftjax.data.tokens.examples.Examples`)."""
+@dataclass(frozen=True)
+class RowPlan:
+    """Which examples each row holds, as two arrays: row r holds order[starts[r] : starts[r + 1]]."""
 
-    def __len__(self) -> int: ...
-
-    def documents_of(self, index: int) -> Sequence[tuple[np.ndarray, np.ndarray]]: ...
-
-
-class Plan:
-    """Rows of example numbers, as two arrays: row r holds order[starts[r] : starts[r + 1]]."""
-
-    def __init__(self, order: np.ndarray, starts: np.ndarray):
-        """order: int [examples]; starts: int64 [rows + 1], rising from 0 to len(order)."""
-        self.order, self.starts = order, starts
+    order: np.ndarray  # int [n]: indices of examples
+    starts: np.ndarray  # int64 [rows + 1], rising from 0 to n
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -49,16 +42,16 @@ class Plan:
         return self.order[self.starts[row] : self.starts[row + 1]]
 
 
-Patterns = list[tuple[tuple[int, ...], int]]
+Patterns = list[tuple[tuple[int, ...], int]]  # the lengths that share a row, and the number of such rows
 
 
 def patterns(histogram: np.ndarray, capacity: int) -> Patterns:
-    """How lengths are put together: pairs of the lengths in a row and the number of such rows.
+    """Which lengths share a row, and how often.
 
-    Best fit decreasing: the longest documents first, each into the fullest row where it still fits.
+    Best fit decreasing: the longest examples first, each into the fullest row where it still fits.
 
     Args:
-      histogram: int [n], histogram[l] documents have l tokens.
+      histogram: int [n], histogram[l] examples have l tokens.
       capacity: tokens of a row.
 
     Raises:
@@ -67,8 +60,8 @@ def patterns(histogram: np.ndarray, capacity: int) -> Patterns:
     lengths = np.flatnonzero(histogram)
     if len(lengths) and not 1 <= lengths[0] <= lengths[-1] <= capacity:
         raise ValueError(f"lengths {lengths[0]} to {lengths[-1]} do not fit rows of {capacity} tokens")
-    open_rows: dict[int, Patterns] = {}  # by the room that is left
-    rooms: list[int] = []  # the keys of open_rows, rising
+    open_rows: dict[int, Patterns] = {}  # by their free tokens
+    rooms: list[int] = []  # the keys of open_rows, ascending
 
     def put(room: int, pattern: tuple[int, ...], count: int) -> None:
         if room not in open_rows:
@@ -79,8 +72,8 @@ def patterns(histogram: np.ndarray, capacity: int) -> Patterns:
     for length in lengths[::-1].tolist():
         left = int(histogram[length])
         while left:
-            at = bisect_left(rooms, length)
-            if at == len(rooms):
+            fullest = bisect_left(rooms, length)
+            if fullest == len(rooms):  # no open row has room
                 whole, rest = divmod(left, capacity // length)
                 most = (length,) * (capacity // length)
                 if whole:
@@ -88,11 +81,11 @@ def patterns(histogram: np.ndarray, capacity: int) -> Patterns:
                 if rest:
                     put(capacity - length * rest, (length,) * rest, 1)
                 break
-            room = rooms[at]
+            room = rooms[fullest]
             pattern, count = open_rows[room].pop()
             if not open_rows[room]:
-                del open_rows[room], rooms[at]
-            # As many of this length into each of these rows as fit, so that many short documents take few turns.
+                del open_rows[room], rooms[fullest]
+            # As many of this length into each of these rows as fit, so that many short examples take few turns.
             each = min(room // length, -(-left // count))
             filled = min(count, left // each)
             put(room - length * each, pattern + (length,) * each, filled)
@@ -102,33 +95,34 @@ def patterns(histogram: np.ndarray, capacity: int) -> Patterns:
     return [group for room in rooms for group in open_rows[room]]
 
 
-def count_rows(found: Patterns) -> int:
-    return sum(count for _, count in found)
+def count_rows(patterns: Patterns) -> int:
+    return sum(count for _, count in patterns)
 
 
-def assign(found: Patterns, lengths: np.ndarray, order: np.ndarray, row_order: np.ndarray | None) -> Plan:
-    """Puts examples into the places of their length, the earlier of `order` into the earlier row.
+def assign(patterns: Patterns, lengths: np.ndarray, order: np.ndarray, row_order: np.ndarray | None) -> RowPlan:
+    """Puts examples into slots of their length: of one length, the first in `order` gets the slot in the first row.
 
     Args:
-      found: the patterns of exactly these lengths.
+      patterns: those of exactly these lengths.
       lengths: int [N], of all examples.
       order: int [n], the examples to place, each as often as it occurs.
       row_order: int [rows], a permutation of the rows; None sorts them by the earliest example in each.
     """
-    counts = np.array([count for _, count in found], np.int64)
-    sizes = np.repeat(np.array([len(pattern) for pattern, _ in found], np.int64), counts)
-    places = np.concatenate([np.zeros(0, np.int64), *(np.tile(pattern, count) for pattern, count in found)])
+    counts = np.array([count for _, count in patterns], np.int64)
+    sizes = np.repeat(np.array([len(pattern) for pattern, _ in patterns], np.int64), counts)
+    # int64 [n]: the length of each slot
+    slots = np.concatenate([np.zeros(0, np.int64), *(np.tile(pattern, count) for pattern, count in patterns)])
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     if row_order is not None:
-        places, starts = _reorder(places, starts, row_order)
-    held = np.empty(len(order), order.dtype)
-    held[_by_length(places)] = order[_by_length(lengths[order])]
+        slots, starts = _reorder(slots, starts, row_order)
+    placed = np.empty(len(order), order.dtype)
+    placed[_by_length(slots)] = order[_by_length(lengths[order])]
     if row_order is None and len(sizes):
-        place_in_order = np.empty(len(lengths), np.int64)
-        place_in_order[order] = np.arange(len(order))
-        earliest = np.minimum.reduceat(place_in_order[held], starts[:-1])
-        held, starts = _reorder(held, starts, np.argsort(earliest, kind="stable"))
-    return Plan(held, starts)
+        rank = np.empty(len(lengths), np.int64)
+        rank[order] = np.arange(len(order))
+        earliest = np.minimum.reduceat(rank[placed], starts[:-1])
+        placed, starts = _reorder(placed, starts, np.argsort(earliest, kind="stable"))
+    return RowPlan(placed, starts)
 
 
 def _by_length(lengths: np.ndarray) -> np.ndarray:
@@ -138,20 +132,18 @@ def _by_length(lengths: np.ndarray) -> np.ndarray:
 
 
 def _reorder(values: np.ndarray, starts: np.ndarray, row_order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(values, starts) with their rows in another order."""
     sizes = np.diff(starts)[row_order]
     new_starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    from_where = np.repeat(starts[:-1][row_order] - new_starts[:-1], sizes) + np.arange(len(values))
-    return values[from_where], new_starts
+    source = np.repeat(starts[:-1][row_order] - new_starts[:-1], sizes) + np.arange(len(values))
+    return values[source], new_starts
 
 
-def fill(examples: Source, rows: Sequence[np.ndarray], T: int) -> dict[str, np.ndarray]:
-    """The batch of the given rows of example indices; an empty row is all zeros (padding).
+def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np.ndarray]:
+    """The arrays of BATCH, [len(rows), T], for rows of example indices; an empty row is all zeros (padding).
 
-    Each document of an example is a segment of its own, and those of one example follow each other: where examples are
-    pairs, segments 1 and 2 are one, 3 and 4 the next.
-
-    Returns:
-      The arrays of BATCH, [len(rows), T].
+    Each document is a segment of its own, and the documents of one example are adjacent: if examples are pairs,
+    segments 1 and 2 are the first pair, 3 and 4 the next.
 
     Raises:
       ValueError: the examples of a row are longer than T together.

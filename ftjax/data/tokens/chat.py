@@ -1,7 +1,7 @@
 """Rows -> tokens and loss masks through the tokenizer's own chat template.
 
-Loss falls on assistant turns, each with the token that ends it; `masks` says how they are found. Thoughts and tool
-calls are part of their turns; tools are rendered as the template does it.
+Assistant turns are trained, each with the token that ends it; `masks` says how their tokens are identified. Reasoning
+and tool calls are part of their turns; tools are rendered as the template does it.
 """
 
 from typing import TYPE_CHECKING
@@ -12,105 +12,43 @@ from ftjax.data.format import formats
 from ftjax.data.format.conversation import conversation
 from ftjax.data.format.example import Example, Row
 from ftjax.data.tokens import masks
-from ftjax.data.tokens.masks import encode
-from ftjax.data.tokens.rendering import render
+from ftjax.data.tokens.masks import Span, encode
+from ftjax.data.tokens.rendering import Messages, Tools, render
 from ftjax.errors import UserError
 
 if TYPE_CHECKING:  # importing transformers takes a second, and only annotations need it here
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 TRAIN_ON = ("assistant", "last", "all")
 
 
 class NothingTrained(UserError):
-    """A good row of which nothing is trained on, as its weights say."""
+    """A good row with no trained token, because of its weights."""
 
 
-def tokenize(
-    row: Row, tokenizer: "PreTrainedTokenizerFast", vocab_size: int | None = None, train_on: str = "assistant"
-) -> Example:
-    """The example of one row, of whatever format.
+def tokenize(row: Row, tokenizer: "Tokenizer", vocab_size: int | None = None, train_on: str = "assistant") -> Example:
+    """The example of one row, in any format.
 
-    - text: its tokens (with a BOS only where the tokenizer adds one itself) and an eos; all trained but the first,
+    - text: its tokens (with a BOS only where the tokenizer adds one itself) and an eos. All are trained but the first,
       which nothing predicts.
-    - chat: the rendered conversation; `train_on` says which turns are trained, and of those none whose `weight` is 0.
+    - chat: the rendered conversation. `train_on` says which turns are trained; a turn whose `weight` is 0 never is.
     - prompt/completion as lists of messages: one conversation; the prompt has weight 0.
     - prompt/completion as strings: with a chat template one user turn and one assistant turn, without one the plain
-      text of both and an eos; the completion and what ends it are trained.
+      text of both and an eos. The completion and its end token are trained.
 
     Args:
-      vocab_size: rows of the model's embedding; every token must be below it. None: not checked.
-      train_on: "assistant" (every assistant turn), "last" (the last assistant turn, whatever the template makes of
-        those before it) or "all" (every token of every message, headers too, but the first token).
+      vocab_size: rows of the model's embedding; every token id must be below it. None: not checked.
+      train_on: "assistant" (every assistant turn), "last" (only the last one, so that a template may rewrite those
+        before it) or "all" (every token of every message, headers too, but the first token).
 
     Raises:
-      NothingTrained: every turn that could be trained on has weight 0.
-      UserError: with the row's origin; a bad row, a template whose turns cannot be told apart or that leaves something
-        out.
+      NothingTrained: every turn that could be trained has weight 0.
+      UserError: with the row's origin; a bad row, or a template whose turns cannot be separated or that leaves
+        something out.
     """
     if train_on not in TRAIN_ON:
         raise UserError(f"data.train_on = {train_on!r}: use one of {', '.join(TRAIN_ON)}")
-    return _tokenize(row, tokenizer, vocab_size, train_on)
-
-
-def tokenize_preference(
-    row: Row, tokenizer: "PreTrainedTokenizerFast", vocab_size: int | None = None
-) -> tuple[Example, Example]:
-    """The chosen and the rejected example of a preference row.
-
-    Both begin with the same tokens, those of the prompt; after them the assistant turns of each answer are trained. The
-    first trained token is the first that the model writes.
-
-    Raises:
-      UserError: what `tokenize` raises; a row of another kind; a template that renders the prompt in two ways.
-    """
-    fields = formats.check_row(row.fields, row.origin).fields
-    if (kind := formats.kind_of(fields)) != "preference":
-        raise UserError(f"{row.origin}: is a row of {kind}; a preference needs `prompt`, `chosen` and `rejected`")
-    tools, prompt = fields.get("tools"), fields["prompt"]
-    chosen, rejected = (
-        _answer(prompt, fields[side], tools, f"{row.origin}: {side}", tokenizer, vocab_size)
-        for side in ("chosen", "rejected")
-    )
-    shared = int(np.argmax(chosen.trained))
-    if shared != np.argmax(rejected.trained) or (chosen.tokens[:shared] != rejected.tokens[:shared]).any():
-        raise UserError(
-            f"{row.origin}: the chat template renders the prompt differently before the chosen and the rejected "
-            "answer, so they cannot be compared; take a template that renders a turn without regard to later ones"
-        )
-    return tuple(Example(side.tokens, side.trained, row.origin) for side in (chosen, rejected))
-
-
-def tokenize_unpaired(row: Row, tokenizer: "PreTrainedTokenizerFast", vocab_size: int | None = None) -> Example:
-    """The example of a prompt and an answer of which `label` says whether it is wanted; the answer is trained."""
-    fields = formats.check_row(row.fields, row.origin).fields
-    if (kind := formats.kind_of(fields)) != "unpaired":
-        raise UserError(f"{row.origin}: is a row of {kind}; this needs `prompt`, `completion` and a bool `label`")
-    return _answer(fields["prompt"], fields["completion"], fields.get("tools"), row.origin, tokenizer, vocab_size)
-
-
-def render_prompt(
-    messages: list[dict] | str, tokenizer: "PreTrainedTokenizerFast", tools: list[dict] | None = None
-) -> np.ndarray:
-    """int32 [n]: the tokens that a model is given to answer, exactly those before the answer in training.
-
-    Args:
-      messages: a conversation, rendered with the generation prompt; or the string of a prompt/completion row's prompt.
-    """
-    origin = "the prompt"
-    if isinstance(messages, str):
-        if not tokenizer.chat_template:
-            tokens = encode([messages], tokenizer, add_special_tokens=True)[0]
-            return _checked(tokens, origin, tokenizer, None)
-        messages = [{"role": "user", "content": messages}]
-    messages = conversation(messages, origin, needs_assistant=False)
-    text = render(messages, tokenizer, origin, tools, generation_prompt=True)
-    return _checked(encode([text], tokenizer)[0], origin, tokenizer, None)
-
-
-def _tokenize(row: Row, tokenizer, vocab_size: int | None, train_on: str) -> Example:
-    fields = formats.check_row(row.fields, row.origin).fields
-    kind = formats.kind_of(fields)
+    fields, kind = _fields(row)
     if kind in ("preference", "unpaired"):
         what = "a preference pair" if kind == "preference" else "an answer with a label"
         raise UserError(
@@ -136,7 +74,66 @@ def _tokenize(row: Row, tokenizer, vocab_size: int | None, train_on: str) -> Exa
     return _chat_example(messages, fields.get("tools"), row.origin, tokenizer, vocab_size, train_on)
 
 
-def _chat_example(messages, tools, origin, tokenizer, vocab_size, train_on) -> Example:
+def tokenize_preference(row: Row, tokenizer: "Tokenizer", vocab_size: int | None = None) -> tuple[Example, Example]:
+    """The chosen and the rejected example of a preference row.
+
+    Both begin with the tokens of the prompt; after it the assistant turns of each answer are trained. The first trained
+    token is the first that the model writes.
+
+    Raises:
+      UserError: what `tokenize` raises; a row of another kind; a template that renders the prompt in two ways.
+    """
+    fields, kind = _fields(row)
+    if kind != "preference":
+        raise UserError(f"{row.origin}: is a row of {kind}; a preference needs `prompt`, `chosen` and `rejected`")
+    tools, prompt = fields.get("tools"), fields["prompt"]
+    chosen, rejected = (
+        _answer(prompt, fields[side], tools, f"{row.origin}: {side}", tokenizer, vocab_size)
+        for side in ("chosen", "rejected")
+    )
+    shared = int(np.argmax(chosen.trained))
+    if shared != np.argmax(rejected.trained) or (chosen.tokens[:shared] != rejected.tokens[:shared]).any():
+        raise UserError(
+            f"{row.origin}: the chat template renders the prompt differently before the chosen and the rejected "
+            "answer, so they cannot be compared; take a template whose turns do not depend on later ones"
+        )
+    return tuple(Example(side.tokens, side.trained, row.origin) for side in (chosen, rejected))
+
+
+def tokenize_unpaired(row: Row, tokenizer: "Tokenizer", vocab_size: int | None = None) -> Example:
+    """The example of a prompt and an answer that `label` calls good or bad; the answer is trained in both cases."""
+    fields, kind = _fields(row)
+    if kind != "unpaired":
+        raise UserError(f"{row.origin}: is a row of {kind}; this needs `prompt`, `completion` and a bool `label`")
+    return _answer(fields["prompt"], fields["completion"], fields.get("tools"), row.origin, tokenizer, vocab_size)
+
+
+def render_prompt(messages: Messages | str, tokenizer: "Tokenizer", tools: Tools = None) -> np.ndarray:
+    """int32 [n]: the tokens that a model is given to answer, exactly those that precede the answer in training.
+
+    Args:
+      messages: a conversation, rendered with the generation prompt; or the prompt of a prompt/completion row, a string.
+    """
+    origin = "the prompt"
+    if isinstance(messages, str):
+        if not tokenizer.chat_template:
+            tokens = encode([messages], tokenizer, add_special_tokens=True)[0]
+            return _checked(tokens, origin, tokenizer, None)
+        messages = [{"role": "user", "content": messages}]
+    messages = conversation(messages, origin, needs_assistant=False)
+    text = render(messages, tokenizer, origin, tools, generation_prompt=True)
+    return _checked(encode([text], tokenizer)[0], origin, tokenizer, None)
+
+
+def _fields(row: Row) -> tuple[dict, str]:
+    """The checked fields of a row, and which of the five records they are (`formats.kind_of`)."""
+    fields = formats.check_row(row.fields, row.origin).fields
+    return fields, formats.kind_of(fields)
+
+
+def _chat_example(
+    messages: Messages, tools: Tools, origin: str, tokenizer: "Tokenizer", vocab_size: int | None, train_on: str
+) -> Example:
     ignored = [i for i, message in enumerate(messages) if message.get("weight") == 0]
     if train_on == "all":
         tokens, spans = masks.without(messages, ignored, tokenizer, origin, tools)
@@ -151,12 +148,16 @@ def _chat_example(messages, tools, origin, tokenizer, vocab_size, train_on) -> E
     return _example(tokens, spans, origin, tokenizer, vocab_size)
 
 
-def _answer(prompt, answer, tools, origin, tokenizer, vocab_size) -> Example:
+def _answer(
+    prompt: Messages, answer: Messages, tools: Tools, origin: str, tokenizer: "Tokenizer", vocab_size: int | None
+) -> Example:
     messages = [{**message, "weight": 0} for message in prompt] + answer
     return _chat_example(messages, tools, origin, tokenizer, vocab_size, "assistant")
 
 
-def _example(tokens: list[int], spans, origin: str, tokenizer, vocab_size: int | None) -> Example:
+def _example(
+    tokens: list[int], spans: list[Span], origin: str, tokenizer: "Tokenizer", vocab_size: int | None
+) -> Example:
     array = _checked(tokens, origin, tokenizer, vocab_size)
     trained = np.zeros(len(array), bool)
     for start, stop in spans:
@@ -167,12 +168,14 @@ def _example(tokens: list[int], spans, origin: str, tokenizer, vocab_size: int |
     return Example(array, trained, origin)
 
 
-def _plain_completion(prompt: str, completion: str, tokenizer, origin: str) -> tuple[list[int], list[tuple[int, int]]]:
+def _plain_completion(
+    prompt: str, completion: str, tokenizer: "Tokenizer", origin: str
+) -> tuple[list[int], list[Span]]:
     before, joint = encode([prompt, prompt + completion], tokenizer, add_special_tokens=True)
     if joint[: len(before)] == before:
         tokens = joint
     else:
-        # A token of the joint text spans the border. In inference the prompt is tokenized alone, so here too.
+        # A token of the joint text spans the boundary. In inference the prompt is tokenized alone, so here too.
         tokens = before + encode([completion], tokenizer)[0]
         if tokenizer.decode(tokens) != tokenizer.decode(joint):
             raise UserError(
@@ -183,13 +186,14 @@ def _plain_completion(prompt: str, completion: str, tokenizer, origin: str) -> t
     return tokens, [(len(before), len(tokens))]
 
 
-def _with_eos(tokens: list[int], tokenizer, origin: str) -> list[int]:
+def _with_eos(tokens: list[int], tokenizer: "Tokenizer", origin: str) -> list[int]:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{origin}: the tokenizer has no eos_token; set it in tokenizer_config.json")
     return tokens if tokens and tokens[-1] == tokenizer.eos_token_id else [*tokens, tokenizer.eos_token_id]
 
 
-def _checked(tokens: list[int], origin: str, tokenizer, vocab_size: int | None) -> np.ndarray:
+def _checked(tokens: list[int], origin: str, tokenizer: "Tokenizer", vocab_size: int | None) -> np.ndarray:
+    """int32 [n]; UserError for a doubled BOS, or a token that the model does not have."""
     bos = tokenizer.bos_token_id
     if bos is not None and tokens[:2] == [bos, bos]:
         raise UserError(

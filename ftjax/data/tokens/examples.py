@@ -1,8 +1,9 @@
-"""Tokenized documents as a few flat arrays: in memory where they are few, else in memory-mapped files of a cache.
+"""Tokenized documents as a few flat arrays: in memory if they are few, else in memory-mapped files of a cache.
 
 A cached set is a directory `KEY` of one file per array and a `cache.json` with the size and digest of each. It is
-written beside its place and renamed when whole, and read through on opening: one that is torn, cut or has a flipped bit
-is made again, never trained on. Directories may be deleted at any time; the next run makes what it needs.
+written under a temporary name and renamed when complete, and all of it is read when it is opened: a set that is
+incomplete or has a flipped bit is made again, never trained on. Directories may be deleted at any time; the next run
+makes what it needs.
 """
 
 import contextlib
@@ -29,14 +30,14 @@ log = logging.getLogger(__name__)
 
 # One entry per token in the first, per document in the second, per example in the others.
 COLUMNS = {"tokens": "<i4", "lengths": "<i4", "rows": "<i8", "sources": "<i4"}
-TRAINED = np.int32(-(2**31))  # the flag in a token that it is predicted with loss
-_ID = np.int32(2**31 - 1)  # the rest of it
+TRAINED = np.int32(-(2**31))  # the bit of a token that says that it is predicted with loss
+_ID = np.int32(2**31 - 1)  # its other bits
 _BLOCK = 2**26  # bytes that one thread hashes at a time
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tokenized set of rows: its column of tokens, flagged, and the rows for what messages say."""
+    """One tokenized set of rows: its column of tokens with their flags, and the rows, whose origins messages name."""
 
     tokens: np.ndarray
     rows: Sequence[Row]
@@ -44,35 +45,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Examples:
-    """A sequence of `Example`; `documents_of(i)` are the documents of one, without its origin.
-
-    Attributes:
-      lengths: int32 [N], tokens of each, all its documents together; all 1 or more.
-      document_lengths: int32 [N, K], those of its documents: a conversation is one, a pair two.
-      source_ids: int32 [N], which entry of the data each comes from; an index into `weights`.
-      weights: how often an epoch has the examples of each source.
-      digest: sha256 (hex) of all tokens, masks and lengths in their order, and of the tokenizer and its template.
-      report: what was counted while tokenizing (see `tokenize.tokenize`).
-      parts, part_ids, starts, rows: where the tokens of each example are, and which row it was.
-    """
+    """A sequence of `Example`; `documents_of(i)` gives the documents of one without reading its row."""
 
     parts: tuple[Part, ...]
-    part_ids: np.ndarray | None  # uint8 [N]; None where there is but one
-    starts: np.ndarray  # int64 [N]
-    lengths: np.ndarray
-    document_lengths: np.ndarray
-    rows: np.ndarray  # int64 [N]
-    source_ids: np.ndarray
-    weights: tuple[float, ...]
-    digest: str
-    report: dict
+    part_ids: np.ndarray | None  # uint8 [N]: the part of each example; None if there is only one part
+    starts: np.ndarray  # int64 [N]: where its tokens begin in the part
+    lengths: np.ndarray  # int32 [N]: its tokens, all its documents together; never 0
+    document_lengths: np.ndarray  # int32 [N, K]: the tokens of each of its documents: a conversation is one, a pair two
+    rows: np.ndarray  # int64 [N]: its row in the part
+    source_ids: np.ndarray  # int32 [N]: which entry of the data it comes from; an index into `weights`
+    weights: tuple[float, ...]  # how often an epoch has the examples of each source
+    digest: str  # sha256 (hex) of all tokens, masks and lengths in their order, and of the tokenizer and its template
+    report: dict  # what was counted while tokenizing (see `tokenize.tokenize`)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @classmethod
     def of(cls, document_lengths: np.ndarray, **others) -> "Examples":
-        """Of a set whose tokens lie in one part, in the order of the examples; `others` are the attributes left."""
+        """From one part that holds the tokens in the order of the examples; `others` are the remaining attributes."""
         lengths = document_lengths.sum(axis=1, dtype=np.int32)
         starts = np.cumsum(lengths, dtype=np.int64) - lengths
         return cls(part_ids=None, starts=starts, lengths=lengths, document_lengths=document_lengths, **others)
@@ -81,7 +72,7 @@ class Examples:
         return Example.of(self.documents_of(index), self.origin(index))
 
     def documents_of(self, index: int) -> list[Document]:
-        """Views of the example's tokens; reads no row."""
+        """The documents of an example; reads no row."""
         column, start, documents = self._part(index).tokens, self.starts[index], []
         for length in self.document_lengths[index]:
             flagged, start = column[start : start + length], start + length
@@ -89,7 +80,7 @@ class Examples:
         return documents
 
     def origin(self, index: int) -> str:
-        """file:line of the row; reads the row again."""
+        """file:line of the example's row; reads the row again."""
         return self._part(index).rows[int(self.rows[index])].origin
 
     def _part(self, index: int) -> Part:
@@ -97,38 +88,35 @@ class Examples:
 
 
 def join(sets: Sequence[Examples]) -> Examples:
-    """All examples of several sets, one after the other; the report is the first's."""
+    """All examples of several sets, one after the other; the report is that of the first set."""
     if len(sets) == 1:
         return sets[0]
-    first_part = np.cumsum([0, *(len(one.parts) for one in sets)])
-    first_source = np.cumsum([0, *(len(one.weights) for one in sets)])
-    part_ids = [
-        k + (np.zeros(len(one), int) if one.part_ids is None else one.part_ids) for k, one in zip(first_part, sets)
-    ]
+    first_part = np.cumsum([0, *(len(s.parts) for s in sets)])
+    first_source = np.cumsum([0, *(len(s.weights) for s in sets)])
+    part_ids = [k + (np.zeros(len(s), int) if s.part_ids is None else s.part_ids) for k, s in zip(first_part, sets)]
+    names = ("starts", "lengths", "document_lengths", "rows")
     return Examples(
-        tuple(part for one in sets for part in one.parts),
-        np.concatenate(part_ids).astype(np.uint8),
-        np.concatenate([one.starts for one in sets]),
-        np.concatenate([one.lengths for one in sets]),
-        np.concatenate([one.document_lengths for one in sets]),
-        np.concatenate([one.rows for one in sets]),
-        np.concatenate([k + one.source_ids for k, one in zip(first_source, sets)]),
-        tuple(weight for one in sets for weight in one.weights),
-        hashlib.sha256(" ".join(one.digest for one in sets).encode()).hexdigest(),
-        sets[0].report,
+        parts=tuple(part for s in sets for part in s.parts),
+        part_ids=np.concatenate(part_ids).astype(np.uint8),
+        source_ids=np.concatenate([k + s.source_ids for k, s in zip(first_source, sets)]),
+        weights=tuple(weight for s in sets for weight in s.weights),
+        digest=hashlib.sha256(" ".join(s.digest for s in sets).encode()).hexdigest(),
+        report=sets[0].report,
+        **{name: np.concatenate([getattr(s, name) for s in sets]) for name in names},
     )
 
 
 class Columns(NamedTuple):
-    """The arrays of COLUMNS, sha256 (hex) of the tokens and lengths, and what else was built (JSON)."""
+    """The arrays of COLUMNS, sha256 (hex) of the tokens and lengths, and what `build` returned (JSON)."""
 
     arrays: dict[str, np.ndarray]
     digest: str
     header: dict
 
 
-# `build(append)` calls `append(name, array)` as often as it likes and returns the header.
-Build = Callable[[Callable[[str, np.ndarray], None]], dict]
+# `build(append)` extends columns by `append(name, array)`, as often as it likes, and returns the header.
+Append = Callable[[str, np.ndarray], None]
+Build = Callable[[Append], dict]
 
 
 def in_memory(build: Build) -> Columns:
@@ -136,32 +124,36 @@ def in_memory(build: Build) -> Columns:
     buffers = {name: io.BytesIO() for name in COLUMNS}
     header = build(_appender(buffers))
     arrays = {name: np.frombuffer(buffer.getbuffer(), COLUMNS[name]) for name, buffer in buffers.items()}
-    return Columns(arrays, _content({name: digest_of(array) for name, array in arrays.items()}), header)
+    return Columns(arrays, _content(_describe(arrays)), header)
 
 
 def cached(directory: Path, key: str, build: Build) -> Columns:
-    """As `in_memory`, but mapped from `directory / key`, which is written first where it is absent or damaged.
+    """Like `in_memory`, but mapped from `directory / key`, which is built first if it is absent or damaged.
 
     Raises:
       UserError: the directory cannot be written.
     """
-    place = directory / key
-    if place.exists():
-        if (found := _open(place)) is not None:
-            return found
-        log.warning("%s is damaged; it is made again", place)
-    with _keeping(directory):
+    path = directory / key
+    if path.exists():
+        if (columns := _open(path)) is not None:
+            return columns
+        log.warning("%s is damaged; it is made again", path)
+    with _oserror_as_user_error(directory):
         _sweep(directory)
-    with _beside(place) as temporary:
+    with _temporary_directory(path) as temporary:
         _write(temporary, build)
-        with _keeping(directory):
-            _replace(temporary, place)
-    if (found := _open(place)) is None:
-        raise UserError(f"{place} does not read back as it was written; set FTJAX_CACHE to another place")
-    return found
+        with _oserror_as_user_error(directory):
+            _replace(temporary, path)
+    if (columns := _open(path)) is None:
+        raise UserError(f"{path} does not read back as it was written; set FTJAX_CACHE to another directory")
+    return columns
 
 
-def digest_of(array: np.ndarray) -> str:
+def _describe(arrays: dict[str, np.ndarray]) -> dict[str, dict]:
+    return {name: {"size": array.size, "sha256": _digest(array)} for name, array in arrays.items()}
+
+
+def _digest(array: np.ndarray) -> str:
     """sha256 of the sha256 of each block, so that all cores share the work; about 1.5 GB/s on each."""
     content = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
     blocks = [content[start : start + _BLOCK] for start in range(0, len(content), _BLOCK)]
@@ -170,11 +162,12 @@ def digest_of(array: np.ndarray) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _content(digests: dict[str, str]) -> str:
-    return hashlib.sha256(f"{digests['tokens']} {digests['lengths']}".encode()).hexdigest()
+def _content(described: dict[str, dict]) -> str:
+    """sha256 (hex) of the tokens and lengths."""
+    return hashlib.sha256(" ".join(described[name]["sha256"] for name in ("tokens", "lengths")).encode()).hexdigest()
 
 
-def _appender(files: dict[str, BinaryIO]) -> Callable[[str, np.ndarray], None]:
+def _appender(files: dict[str, BinaryIO]) -> Append:
     def append(name: str, array: np.ndarray) -> None:
         files[name].write(np.ascontiguousarray(array, COLUMNS[name]).data)
 
@@ -184,71 +177,59 @@ def _appender(files: dict[str, BinaryIO]) -> Callable[[str, np.ndarray], None]:
 def _write(temporary: Path, build: Build) -> None:
     directory = temporary.parent
     with contextlib.ExitStack() as stack:
-        with _keeping(directory):
+        with _oserror_as_user_error(directory):
             files = {name: stack.enter_context(open(temporary / f"{name}.bin", "wb")) for name in COLUMNS}
-        append = _appender(files)
-
-        def keep(name: str, array: np.ndarray) -> None:
-            with _keeping(directory):
-                append(name, array)
-
-        header = build(keep)
-        with _keeping(directory):
-            for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())
-    with _keeping(directory):
-        columns = {name: _map(temporary, name) for name in COLUMNS}
-        described = {name: {"size": column.size, "sha256": digest_of(column)} for name, column in columns.items()}
-        text = json.dumps({"columns": described, "header": header})
-        with open(temporary / "cache.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest()}) + "\n" + text)
-            file.flush()
-            os.fsync(file.fileno())
+        # Around each write, not around `build`, whose own errors have other causes. (It also works as a decorator.)
+        header = build(_oserror_as_user_error(directory)(_appender(files)))
+        with _oserror_as_user_error(directory):
+            stack.close()  # which writes what is still buffered
+            columns = _describe({name: _map(temporary, name) for name in COLUMNS})
+            text = json.dumps({"columns": columns, "header": header})
+            outer = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest()})
+            (temporary / "cache.json").write_text(f"{outer}\n{text}", encoding="utf-8")
+            for file in temporary.iterdir():
+                atomic.sync(file)
 
 
 @contextlib.contextmanager
-def _keeping(directory: Path) -> Iterator[None]:
-    """UserError for a place that cannot be written; not around `build`, whose own failures are others."""
+def _oserror_as_user_error(directory: Path) -> Iterator[None]:
+    """UserError where the cache in `directory` cannot be written."""
     try:
         yield
     except OSError as error:
         what = error.strerror or error
         raise UserError(
-            f"{directory}: tokenized data cannot be kept there ({what}); make room, or set FTJAX_CACHE to another place"
+            f"{directory}: tokenized data cannot be kept there ({what}); make room, or set FTJAX_CACHE to another "
+            "directory"
         ) from error
 
 
-def _open(place: Path) -> Columns | None:
-    """What is cached there, or None where anything is not as it was written."""
+def _open(path: Path) -> Columns | None:
+    """The set cached at `path`; None if anything is not as it was written."""
     try:
-        outer, text = (place / "cache.json").read_text(encoding="utf-8").split("\n")
+        outer, text = (path / "cache.json").read_text(encoding="utf-8").split("\n")
         if json.loads(outer)["sha256"] != hashlib.sha256(text.encode()).hexdigest():
             return None
         content = json.loads(text)
-        arrays = {name: _map(place, name) for name in COLUMNS}
+        arrays = {name: _map(path, name) for name in COLUMNS}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if any(array.size != content["columns"][name]["size"] for name, array in arrays.items()):
-        return None
-    digests = {name: digest_of(array) for name, array in arrays.items()}
-    if any(digest != content["columns"][name]["sha256"] for name, digest in digests.items()):
-        return None
-    return Columns(arrays, _content(digests), content["header"])
+    described = _describe(arrays)
+    return Columns(arrays, _content(described), content["header"]) if described == content["columns"] else None
 
 
 def _map(directory: Path, name: str) -> np.ndarray:
     path = directory / f"{name}.bin"
-    if path.stat().st_size == 0:  # which cannot be mapped
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.zeros(0, COLUMNS[name])
     return np.memmap(path, COLUMNS[name], "r").view(np.ndarray)
 
 
 @contextlib.contextmanager
-def _beside(place: Path) -> Iterator[Path]:
-    """A directory beside `place`, locked while this process lives, and removed afterwards if it is still there."""
-    temporary = atomic.beside(place)
-    with _keeping(place.parent):
+def _temporary_directory(path: Path) -> Iterator[Path]:
+    """A directory next to `path`, locked while this process lives, and removed afterwards if it is still there."""
+    temporary = atomic.beside(path)
+    with _oserror_as_user_error(path.parent):
         temporary.mkdir()
     try:
         with open(temporary / "lock", "wb") as lock:
@@ -258,24 +239,24 @@ def _beside(place: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _replace(temporary: Path, place: Path) -> None:
-    old = atomic.beside(place)
+def _replace(temporary: Path, path: Path) -> None:
+    old = atomic.beside(path)
     with contextlib.suppress(FileNotFoundError):
-        place.rename(old)
+        path.rename(old)
     try:
-        temporary.rename(place)
+        temporary.rename(path)
     except OSError:
-        if not place.exists():  # else another run has just put its own there, which is the same
+        if not path.exists():  # else another run has just put the same set there
             raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _sweep(directory: Path) -> None:
-    """Removes what killed runs left beside the cached sets."""
+    """Removes the temporary directories of killed runs."""
     for temporary in directory.glob("*.tmp-*"):
         try:
             with open(temporary / "lock", "rb+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(temporary, ignore_errors=True)
-        except (BlockingIOError, FileNotFoundError):  # in use, or just being made or removed
+        except (BlockingIOError, FileNotFoundError):  # in use, or being made or removed at this moment
             continue

@@ -1,4 +1,4 @@
-"""What a row of a run is: the kinds of rows that methods train on, and the documents that each is made of."""
+"""The kinds of rows that methods train on, and the documents that each kind is made of."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,60 +11,52 @@ from ftjax.data.tokens import chat
 from ftjax.errors import UserError
 
 if TYPE_CHECKING:  # importing transformers takes a second, and only annotations need it here
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
-Documents = dict[str, Document]  # by the names that a person sees, in the order in which they stand in a batch
+Documents = dict[str, Document]  # by the names that a person sees, in their order in a batch
 
 
 class RowKind(NamedTuple):
-    """A kind of row.
+    """A kind of row."""
 
-    Attributes:
-      documents: of how many documents an example is made.
-      tokenize: (row, tokenizer, vocab_size, train_on) -> its whole documents.
-      what: it in words.
-    """
-
-    documents: int
-    tokenize: Callable[[Row, "PreTrainedTokenizerFast", int | None, str], Documents]
-    what: str
+    documents: int  # how many an example has
+    tokenize: Callable[[Row, "Tokenizer", int | None, str], Documents]  # row, ..., vocab_size, train_on; not cut yet
 
 
-def _conversation(row: Row, tokenizer, vocab_size: int | None, train_on: str) -> Documents:
+def _conversation(row: Row, tokenizer: "Tokenizer", vocab_size: int | None, train_on: str) -> Documents:
     example = chat.tokenize(row, tokenizer, vocab_size, train_on)
     return {"": Document(example.tokens, example.trained)}
 
 
-def _pair(row: Row, tokenizer, vocab_size: int | None, train_on: str) -> Documents:
+def _pair(row: Row, tokenizer: "Tokenizer", vocab_size: int | None, train_on: str) -> Documents:
     sides = chat.tokenize_preference(row, tokenizer, vocab_size)
     return {name: Document(side.tokens, side.trained) for name, side in zip(("chosen", "rejected"), sides)}
 
 
-def _labeled(row: Row, tokenizer, vocab_size: int | None, train_on: str) -> Documents:
+def _labeled(row: Row, tokenizer: "Tokenizer", vocab_size: int | None, train_on: str) -> Documents:
     example = chat.tokenize_unpaired(row, tokenizer, vocab_size)
     return {"good" if row.fields["label"] else "bad": Document(example.tokens, example.trained)}
 
 
 ROW_KINDS = {
-    "conversation": RowKind(1, _conversation, "a text, a conversation, or a prompt with its completion"),
-    "pair": RowKind(2, _pair, "a prompt with a chosen and a rejected answer"),
-    "labeled": RowKind(1, _labeled, "a prompt with an answer that is called good or bad"),
+    "conversation": RowKind(1, _conversation),  # a text, a conversation, or a prompt with its completion
+    "pair": RowKind(2, _pair),  # a prompt with a chosen and a rejected answer
+    "labeled": RowKind(1, _labeled),  # a prompt with an answer that is called good or bad
 }
 
 
 def kind_of(row: Row) -> str:
-    """The kind that a row is by its own fields, whatever it is trained as."""
+    """The kind that a row's fields make it, whatever the run trains it as."""
     kind = formats.kind_of(formats.check_row(row.fields, row.origin).fields)
     return {"preference": "pair", "unpaired": "labeled"}.get(kind, "conversation")
 
 
 def cut(documents: Documents, max_length: int, origin: str) -> Example:
-    """The example of a row, each document cut at `max_length` from the right: what is kept of one never depends on
-    another.
+    """The example of a row, each document cut to its first `max_length` tokens, independently of the others.
 
     Raises:
-      UserError: of several documents one is left with no trained token, or two are left equal; there would be nothing
-        to compare.
+      UserError: there is nothing to compare, because one of several documents has no trained token left, or two have
+        become equal.
     """
     kept = {name: Document(*(part[:max_length] for part in whole)) for name, whole in documents.items()}
     if len(kept) > 1:
@@ -75,7 +67,7 @@ def cut(documents: Documents, max_length: int, origin: str) -> Example:
         names, (first, *others) = list(kept), kept.values()
         for name, other in zip(names[1:], others):
             if np.array_equal(first.tokens, other.tokens):
-                was = any(len(whole.tokens) > max_length for whole in documents.values())
-                why = f"the same within data.max_length; {fix}" if was else "the same; correct or remove the row"
+                cut_short = any(len(whole.tokens) > max_length for whole in documents.values())
+                why = f"the same within data.max_length; {fix}" if cut_short else "the same; correct or remove the row"
                 raise UserError(f"{origin}: {names[0]} and {name} are {why}")
     return Example.of(list(kept.values()), origin)

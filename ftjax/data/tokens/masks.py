@@ -1,10 +1,13 @@
-"""Which tokens of a rendered conversation are whose: each turn's span, from the template and never from a search.
+"""Which tokens of a rendered conversation belong to which message. The template decides, never a search in the text.
 
-A span comes from the template's `{% generation %}` markers, or from rendering the conversation up to the turn (with the
-generation prompt, as in inference) and through it, and comparing the tokens. The whole is tokenized once: the tokens of
-such a prefix are those of the whole as far as the last special token in it, since text is split there before anything
-else happens to it, and what follows that token is tokenized again, alone. Where a prefix has no special token, or its
-text is not how the whole begins, it is tokenized from its start.
+The span of a turn comes from the template's `{% generation %}` markers, where it has them. Elsewhere the conversation
+is rendered up to the turn (with the generation prompt, as in inference) and through it, and the tokens of these two
+prefixes are compared with those of the whole.
+
+Tokenizing every prefix from its start would take time quadratic in the number of turns, so only the whole conversation
+is tokenized in full. Tokenizers split text at special tokens before they do anything else. So up to its last special
+token, its border, a prefix has the tokens of the whole, and only the text from there on is tokenized again. A prefix
+without a special token, or one that the text of the whole does not begin with, is tokenized from its start.
 """
 
 import bisect
@@ -16,148 +19,152 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ftjax.data.format.conversation import REASONING
-from ftjax.data.tokens.rendering import TEMPLATE_ERRORS, for_template, render, template_of, template_refuses, traits
+from ftjax.data.tokens.rendering import Messages, Tools, apply_template, render, template_of, traits
 from ftjax.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
+Span = tuple[int, int]  # [start, stop) in tokens
+_Turn = tuple[int, int, str]  # the span of a turn, and its text
+
 
 def turns(
-    messages: list[dict],
-    wanted: list[int],
-    tokenizer: "PreTrainedTokenizerFast",
-    origin: str,
-    tools: list[dict] | None = None,
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens of a conversation, and the span [start, stop) of each of its assistant turns in `wanted`.
+    messages: Messages, wanted: list[int], tokenizer: "Tokenizer", origin: str, tools: Tools = None
+) -> tuple[list[int], list[Span]]:
+    """Tokens of a conversation, and the span of each of its assistant turns in `wanted`.
 
     A span is what the model writes when it is given the conversation before the turn: content, tool calls, and the
-    token that ends the turn. Turns that are not wanted are not looked at: a template may rewrite those.
+    token that ends the turn. Other turns are not checked, because a template may rewrite those.
+
+    Args:
+      wanted: indices into `messages`, ascending.
+      origin: file:line of the row, for messages.
 
     Raises:
-      UserError: a wanted turn that cannot be told apart, that is written otherwise once the conversation goes on, that
-        has no end token, or of which the template leaves something out.
+      UserError: a wanted turn whose tokens cannot be separated from the rest, that is rendered differently once the
+        conversation goes on, that has no end token, or of which the template leaves something out.
     """
-    marked = _MARKER.search(template_of(tokenizer, origin, tools))
-    whole = _Whole(messages, tokenizer, origin, tools)
+    whole = _Rendered(messages, tokenizer, origin, tools)
     _check_context(whole)
-    spans = _marked(whole, wanted) if marked else _compared(whole, wanted)
+    spans = _marked(whole, wanted) if _MARKER.search(whole.template) else _compared(whole, wanted)
     for i, (_, _, text) in zip(wanted, spans, strict=True):
         _check_turn(whole, i, text)
     return whole.tokens, [(start, stop) for start, stop, _ in spans]
 
 
 def without(
-    messages: list[dict],
-    left_out: list[int],
-    tokenizer: "PreTrainedTokenizerFast",
-    origin: str,
-    tools: list[dict] | None = None,
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens of a conversation, and the spans of all of it but the messages `left_out` (with their headers)."""
-    whole = _Whole(messages, tokenizer, origin, tools)
+    messages: Messages, left_out: list[int], tokenizer: "Tokenizer", origin: str, tools: Tools = None
+) -> tuple[list[int], list[Span]]:
+    """Tokens of a conversation, and the spans of all of it but the messages `left_out` and their headers.
+
+    Args and errors are those of `turns`.
+    """
+    whole = _Rendered(messages, tokenizer, origin, tools)
     _check_context(whole)
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and i not in left_out:
             _check_turn(whole, i, whole.text)
     kept = np.ones(len(whole.tokens), bool)
     for i in left_out:
-        edges = []
-        for k in (i, i + 1):
-            text = render(messages[:k], tokenizer, origin, tools) if 0 < k < len(messages) else whole.text if k else ""
-            edge = whole.common(*whole.prefixes([text])[0]) if text else 0
-            if edge is None:
-                raise UserError(
-                    f"{origin}: message {i} has weight 0, but the chat template rewrites what comes before it or the "
-                    "message as the conversation goes on, so its tokens cannot be told apart; leave out the weight, "
-                    "or set data.train_on to assistant"
-                )
-            edges.append(edge)
-        kept[slice(*edges)] = False
-    edges = np.flatnonzero(np.diff(kept, prepend=False, append=False)).tolist()
-    return whole.tokens, list(zip(edges[::2], edges[1::2], strict=True))
+        # A template may render nothing yet: Llama 2's writes the system message into the first user turn.
+        texts = [whole.prefix(count) if count else "" for count in (i, i + 1)]
+        bounds = [whole.common(*whole.encode_prefixes([text])[0]) if text else 0 for text in texts]
+        if None in bounds:
+            raise UserError(
+                f"{origin}: message {i} has weight 0, but the chat template rewrites what comes before it or the "
+                "message as the conversation goes on, so its tokens cannot be separated; leave out the weight, "
+                "or set data.train_on to assistant"
+            )
+        kept[slice(*bounds)] = False
+    return whole.tokens, _runs(kept)
 
 
-def encode(texts: list[str], tokenizer, add_special_tokens: bool = False) -> list[list[int]]:
-    # verbose=False: a text longer than the tokenizer's model_max_length is cut by max_length later.
+def encode(texts: list[str], tokenizer: "Tokenizer", add_special_tokens: bool = False) -> list[list[int]]:
+    """The token ids of each text; with `add_special_tokens` also those that the tokenizer adds by itself (a BOS)."""
+    # verbose=False: no warning for a text longer than the tokenizer's model_max_length, it is cut by max_length later.
     return tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
 
 
-class _Whole:
-    """A rendered conversation: text, tokens and, for each token, the characters it stands for."""
+class _Rendered:
+    """A rendered conversation.
 
-    def __init__(self, messages, tokenizer, origin, tools):
+    Attributes:
+      text: as the template writes it.
+      tokens: its token ids.
+      offsets: for each token the characters [start, stop) of `text` that it stands for.
+      template: the template, as source.
+      traits: which tokens end turns, and which are borders.
+    """
+
+    def __init__(self, messages: Messages, tokenizer: "Tokenizer", origin: str, tools: Tools):
         self.messages, self.tokenizer, self.origin, self.tools = messages, tokenizer, origin, tools
-        self.traits = traits(tokenizer)
+        self.template, self.traits = template_of(tokenizer, origin, tools), traits(tokenizer)
         self.text = render(messages, tokenizer, origin, tools)
         encoded = tokenizer(self.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        self.tokens, self.offsets = encoded["input_ids"], encoded["offset_mapping"]
+        self.tokens: list[int] = encoded["input_ids"]
+        self.offsets: list[Span] = encoded["offset_mapping"]
         self._borders = [i for i, token in enumerate(self.tokens) if token in self.traits.borders]
         self._border_ends = [self.offsets[i][1] for i in self._borders]
 
-    def prefixes(self, texts: list[str]) -> list[tuple[int, list[int]]]:
-        """For each text (kept, rest): its tokens are those of the whole as far as `kept`, and then `rest`."""
-        kept = []
-        pieces = {}  # the distinct texts to tokenize: most turns have the same header
+    def prefix(self, count: int, generation_prompt: bool = False) -> str:
+        """The text of the first `count` messages."""
+        if count == len(self.messages) and not generation_prompt:
+            return self.text
+        return render(self.messages[:count], self.tokenizer, self.origin, self.tools, generation_prompt)
+
+    def encode_prefixes(self, texts: list[str]) -> list[tuple[int, list[int]]]:
+        """For each text (kept, rest): its tokens are the first `kept` tokens of the whole, and then `rest`."""
+        split = []  # the last border in each text, and the text from that border on
         for text in texts:
             k = bisect.bisect_right(self._border_ends, len(text)) - 1 if self.text.startswith(text) else -1
             border = self._borders[k] if k >= 0 else None
-            kept.append(border)
-            piece = text if border is None else self.text[self.offsets[border][0] : len(text)]
-            pieces[piece] = None
-        encoded = dict(zip(pieces, encode(list(pieces), self.tokenizer), strict=True))
-        found = []
-        for text, border in zip(texts, kept, strict=True):
-            if border is not None:
-                rest = encoded[self.text[self.offsets[border][0] : len(text)]]
-                if rest and rest[0] == self.tokens[border]:
-                    found.append((border, rest))
-                    continue
-            found.append((0, encoded[text] if text in encoded else encode([text], self.tokenizer)[0]))
-        return found
-
-    def agrees(self, kept: int, rest: list[int]) -> int | None:
-        """The number of tokens of a prefix, if the whole begins with them."""
-        stop = kept + len(rest)
-        return stop if self.tokens[kept:stop] == rest else None
+            split.append((border, text if border is None else text[self.offsets[border][0] :]))
+        distinct = list(dict.fromkeys(rest for _, rest in split))  # most turns have the same header
+        encoded = dict(zip(distinct, encode(distinct, self.tokenizer), strict=True))
+        prefixes = []
+        for text, (border, rest) in zip(texts, split, strict=True):
+            tokens = encoded[rest]
+            if border is None:
+                prefixes.append((0, tokens))
+            elif tokens and tokens[0] == self.tokens[border]:
+                prefixes.append((border, tokens))
+            else:  # alone, the border's text is another token: one that takes white space around it, say
+                prefixes.append((0, encode([text], self.tokenizer)[0]))
+        return prefixes
 
     def common(self, kept: int, rest: list[int]) -> int | None:
-        """The number of tokens of a prefix that the whole begins with, if only end tokens and white space follow."""
+        """How many tokens of a prefix the whole begins with; None if more than end tokens and white space differs."""
         pairs = zip(rest, self.tokens[kept:], strict=False)
-        same = next(
-            (i for i, (one, other) in enumerate(pairs) if one != other), min(len(rest), len(self.tokens) - kept)
-        )
-        closing = [token for token in rest[same:] if token not in self.traits.ends]
-        return None if self.tokenizer.decode(closing).strip() else kept + same
+        shorter = min(len(rest), len(self.tokens) - kept)
+        same = next((i for i, (token, other) in enumerate(pairs) if token != other), shorter)
+        differing = [token for token in rest[same:] if token not in self.traits.ends]
+        return None if self.tokenizer.decode(differing).strip() else kept + same
 
 
-def _compared(whole: _Whole, wanted: list[int]) -> list[tuple[int, int, str]]:
-    """(start, stop, text) of each wanted turn, by comparing the tokens of prefixes.
+def _compared(whole: _Rendered, wanted: list[int]) -> list[_Turn]:
+    """The wanted turns, found by comparing the tokens of prefixes.
 
-    Prefixes, not single messages: templates put in a BOS or a default system prompt where a conversation starts.
+    Prefixes, not single messages: templates put a BOS or a default system prompt at the start of a conversation.
     """
-    messages, origin = whole.messages, whole.origin
-    texts = []
-    for i in wanted:
-        texts.append(render(messages[:i], whole.tokenizer, origin, whole.tools, generation_prompt=True))
-        last = i + 1 == len(messages)
-        texts.append(whole.text if last else render(messages[: i + 1], whole.tokenizer, origin, whole.tools))
-    prefixes = whole.prefixes(texts)
+    origin = whole.origin
+    texts = [text for i in wanted for text in (whole.prefix(i, generation_prompt=True), whole.prefix(i + 1))]
+    prefixes = whole.encode_prefixes(texts)
     spans = []
     for k, i in enumerate(wanted):
         before, through = texts[2 * k : 2 * k + 2]
-        start = whole.agrees(*prefixes[2 * k])
-        kept, rest = prefixes[2 * k + 1]
-        if start is None:
+        kept, rest = prefixes[2 * k]
+        start = kept + len(rest)
+        if whole.tokens[kept:start] != rest:
             raise UserError(_why_no_prefix(whole.text, before, through, i, origin))
+        kept, rest = prefixes[2 * k + 1]
         low = min(start, kept)
-        tokens = whole.tokens[low:kept] + rest  # of the text through the turn, from `low` on
+        tokens = whole.tokens[low:kept] + rest  # of the text through the turn, from token `low` on
         tokens = _without_next_prompt(tokens, start - low, whole.tokens[:start], whole)
         stops = _ends_of_turn(tokens, start - low, len(tokens), whole)
-        # Of several end tokens the whole may have the first only: Phi 3 closes a conversation with another one.
+        # Of several end tokens the whole may have only the first: Phi 3 closes a conversation with one of its own.
         fits = [stop for stop in stops or [start - low] if tokens[:stop] == whole.tokens[low : low + stop]]
         if not fits:
             raise UserError(_why_no_prefix(whole.text, before, through, i, origin))
@@ -174,6 +181,7 @@ def _compared(whole: _Whole, wanted: list[int]) -> list[tuple[int, int, str]]:
 
 
 def _why_no_prefix(full: str, before: str, through: str, i: int, origin: str) -> str:
+    """The message for turn `i`, whose prefixes `before` and `through` have tokens that `full` does not begin with."""
     if through.startswith(before) and full.startswith(through):
         return (
             f"{origin}: message {i} (assistant) starts or ends with characters that the tokenizer merges with "
@@ -188,29 +196,23 @@ def _why_no_prefix(full: str, before: str, through: str, i: int, origin: str) ->
     )
 
 
-def _marked(whole: _Whole, wanted: list[int]) -> list[tuple[int, int, str]]:
-    """(start, stop, text) of each wanted turn, by the template's `{% generation %}` markers."""
-    origin, ends = whole.origin, whole.traits.ends
-    given = for_template(whole.messages, whole.tokenizer, origin, whole.tools)
-    try:
-        encoded = whole.tokenizer.apply_chat_template(
-            given,
-            tools=whole.tools,
-            chat_template=template_of(whole.tokenizer, origin, whole.tools),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
-        )
-    except TEMPLATE_ERRORS as error:
-        raise template_refuses(origin, error) from error
-    tokens, offsets = encoded["input_ids"], whole.offsets
-    if tokens != whole.tokens:
+def _marked(whole: _Rendered, wanted: list[int]) -> list[_Turn]:
+    """The wanted turns, by the template's `{% generation %}` markers."""
+    origin, ends, tokens, offsets = whole.origin, whole.traits.ends, whole.tokens, whole.offsets
+    encoded = apply_template(
+        whole.messages,
+        whole.tokenizer,
+        origin,
+        whole.tools,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"verbose": False},
+    )
+    if encoded["input_ids"] != tokens:
         raise UserError(f"{origin}: the chat template renders the same conversation in two ways; correct it")
-    mask = np.asarray(encoded["assistant_masks"], np.int8)
-    edges = np.flatnonzero(np.diff(mask, prepend=0, append=0)).tolist()
     spans = []
-    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+    for start, stop in _runs(np.asarray(encoded["assistant_masks"], bool)):
         # The mask ends with the first token of the block's last character, which may have several (an emoji's bytes).
         while stop < len(tokens) and offsets[stop][0] < offsets[stop][1] and offsets[stop] == offsets[stop - 1]:
             stop += 1
@@ -224,20 +226,30 @@ def _marked(whole: _Whole, wanted: list[int]) -> list[tuple[int, int, str]]:
                 "tokenizer) inside or just after the template's {% generation %} block; put it there"
             )
         spans.append((start, stop, whole.text[offsets[start][0] : offsets[stop - 1][1]]))
-    turns = [i for i, message in enumerate(whole.messages) if message["role"] == "assistant"]
+    assistants = [i for i, message in enumerate(whole.messages) if message["role"] == "assistant"]
     # A tokenizer that trims white space from its offsets lets a span run on into the next turn, or loses it.
-    if len(spans) != len(turns):
+    if len(spans) != len(assistants):
         raise UserError(
-            f"{origin}: the chat template's {{% generation %}} markers give {len(spans)} spans for {len(turns)} "
+            f"{origin}: the chat template's {{% generation %}} markers give {len(spans)} spans for {len(assistants)} "
             "assistant turns; in the template put one block around each turn, through its end-of-turn token"
         )
-    return [spans[turns.index(i)] for i in wanted]
+    return [spans[assistants.index(i)] for i in wanted]
 
 
-def _without_next_prompt(tokens: list[int], start: int, before: list[int], whole: _Whole) -> list[int]:
-    """The tokens through a turn, without a generation prompt after its end: Llama 3's first template always wrote one.
+def _runs(mask: np.ndarray) -> list[Span]:
+    """The runs of True in a bool [n]."""
+    bounds = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
+    return list(zip(bounds[::2], bounds[1::2], strict=True))
 
-    It is what follows an end token and is also how `before`, the prompt of this turn, ends.
+
+def _without_next_prompt(tokens: list[int], start: int, before: list[int], whole: _Rendered) -> list[int]:
+    """Removes a generation prompt that a template writes after a turn, as Llama 3's first one always did.
+
+    It follows an end token, and the prompt of this turn ends with the same tokens.
+
+    Args:
+      tokens: through the turn, which begins at index `start`.
+      before: all tokens of the whole up to the turn.
     """
     for stop in range(start + 1, len(tokens)):
         if tokens[stop - 1] in whole.traits.ends and before[stop - len(tokens) :] == tokens[stop:]:
@@ -245,33 +257,32 @@ def _without_next_prompt(tokens: list[int], start: int, before: list[int], whole
     return tokens
 
 
-def _ends_of_turn(tokens: list[int], start: int, stop: int, whole: _Whole) -> list[int]:
-    """Where the turn tokens[start:stop] may end, the last place first: after each end token that only other end tokens
-    and white space follow (as the line break after ChatML's <|im_end|>, which the model need not learn)."""
-    found = []
+def _ends_of_turn(tokens: list[int], start: int, stop: int, whole: _Rendered) -> list[int]:
+    """Where the turn tokens[start:stop] may end, descending: after each end token that only other end tokens and white
+    space follow (such as the line break after ChatML's <|im_end|>, which the model need not learn)."""
+    stops = []
     for i in range(stop - 1, start - 1, -1):
         if tokens[i] in whole.traits.ends:
-            found.append(i + 1)
+            stops.append(i + 1)
         elif whole.tokenizer.decode([tokens[i]]).strip():
             break
-    return found
+    return stops
 
 
-def _check_context(whole: _Whole) -> None:
-    """Tools and all messages but the assistant's are in the text: templates leave out what they do not know.
+def _check_context(whole: _Rendered) -> None:
+    """UserError where tools or other messages than the assistant's are missing: templates drop what they do not know.
 
-    White space is not compared, here and in the turns, since templates trim it. Words like SmolLM3's "/no_think", which
-    the template itself knows, are switches that it may take out.
+    White space is not compared, here and in `_check_turn`, since templates trim it. A word such as SmolLM3's
+    "/no_think", if the template itself contains it, is a switch that the template may remove from the message.
     """
     text = _squeezed(whole.text)
-    template = template_of(whole.tokenizer, whole.origin, whole.tools)
     for i, message in enumerate(whole.messages):
         content = message["content"]
         if message["role"] == "assistant" or _squeezed(content) in text:
             continue
-        if _squeezed(json.dumps(content, ensure_ascii=False)[1:-1]) in text:  # how some write what a tool said
+        if _squeezed(json.dumps(content, ensure_ascii=False)[1:-1]) in text:  # some write a tool's answer as JSON
             continue
-        if "".join(one for one in content.split() if one[0] != "/" or one not in template) in text:
+        if "".join(word for word in content.split() if word[0] != "/" or word not in whole.template) in text:
             continue
         raise UserError(
             f"{whole.origin}: the chat template leaves out message {i} ({message['role']}), or part of it; remove the "
@@ -285,15 +296,14 @@ def _check_context(whole: _Whole) -> None:
         )
 
 
-def _check_turn(whole: _Whole, i: int, text: str) -> None:
-    """All of a turn that is trained is in its text. (Earlier thoughts, which are not trained, may well be dropped.)"""
+def _check_turn(whole: _Rendered, i: int, text: str) -> None:
+    """UserError where `text` lacks a part of turn `i`, which is trained. (Earlier turns may lose their reasoning.)"""
     message = whole.messages[i]
     text = _squeezed(text)
     reasoning = next((message[key] for key in REASONING if key in message), "")
     calls = [call["function"] for call in message.get("tool_calls", ())]
-    names = [call["name"] for call in calls]
-    what = {"content": [message["content"]], "tool call": names, "reasoning": [reasoning]}
-    lost = next((kind for kind, parts in what.items() for part in parts if _squeezed(part) not in text), None)
+    parts = {"content": [message["content"]], "tool call": [call["name"] for call in calls], "reasoning": [reasoning]}
+    lost = next((name for name, values in parts.items() for value in values if _squeezed(value) not in text), None)
     if not lost and any(not _is_written(value, text) for call in calls for value in _leaves(call["arguments"])):
         lost = "arguments of a tool call"
     if lost:
@@ -305,18 +315,20 @@ def _check_turn(whole: _Whole, i: int, text: str) -> None:
 
 
 def _leaves(value: object) -> Iterator[str | int | float]:
-    """The strings and numbers in nested dicts and lists, keys among them; true, false and null have many spellings."""
-    if isinstance(value, dict | list):
-        if isinstance(value, dict):
-            yield from value
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(one)
+    """The strings and numbers in nested dicts and lists, keys included; not true, false and null, which templates spell
+    in many ways."""
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
     elif value is not None and not isinstance(value, bool):
         yield value
 
 
 def _is_written(value: str | int | float, squeezed: str) -> bool:
-    """Whether a value stands in a text: as it is, in JSON, or in JSON that is a string of JSON itself."""
+    """Whether a text without white space contains a value: plain, as JSON, or as JSON inside a JSON string."""
     forms = [str(value)]
     for ascii_only in (False, True):
         once = _quoted(value, ascii_only) if isinstance(value, str) else json.dumps(value)

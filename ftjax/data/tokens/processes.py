@@ -1,8 +1,8 @@
-"""A function over many tasks in processes of their own, its results in the order of the tasks.
+"""Runs a function on many tasks in worker processes; the results come in the order of the tasks.
 
-Not multiprocessing's: its children import the main module, which for a command line is JAX and all of the models, and a
-script without `if __name__ == "__main__"` would start itself again in each of them. These import what they are sent, no
-more. Nor do they fork a process that has threads.
+multiprocessing is not used, because its children import the main module: for a command line that is JAX and all of the
+models, and a script without `if __name__ == "__main__"` would start itself again in each of them. These workers import
+only what they are sent. Nor is a process with threads forked.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from typing import Any
 
 @contextlib.contextmanager
 def ordered(function: Callable[..., Any], shared: tuple, tasks: Iterable[Any], workers: int) -> Iterator[Iterator[Any]]:
-    """An iterator over function(*shared, task) for every task, in order. The processes end with the block.
+    """An iterator over function(*shared, task) for every task, in order. The workers end with the block.
 
     Args:
-      function: at the top level of a module; it and all it takes and gives are pickled. Where it may fail, it returns
-        the error: an exception of its own ends the process and is only seen on stderr.
-      workers: how many processes; 0 to do it here.
+      function: at the top level of a module; it, its arguments and its results are pickled. It should return errors:
+        an exception ends the worker and is only seen on stderr.
+      workers: how many processes; 0: run in this process.
 
     Raises:
-      RuntimeError: from the iterator; a process ended before its work.
+      RuntimeError: from the iterator; a worker ended before its work was done.
     """
     if not workers:
         yield (function(*shared, task) for task in tasks)
@@ -50,7 +50,7 @@ def _start() -> tuple[subprocess.Popen, Connection]:
     ours, theirs = socket.socketpair()
     with theirs:
         code = f"from ftjax.data.tokens.processes import work; work({theirs.fileno()})"
-        # One thread for the tokenizer in each: the processes are as many as the cores.
+        # The tokenizer gets one thread in each worker: there are as many workers as cores.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         environment = os.environ | {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
         process = subprocess.Popen(
@@ -66,7 +66,8 @@ def _in_order(processes: dict[Connection, subprocess.Popen], setup: bytes, tasks
         with _alive(process):
             connection.send_bytes(setup)
     while True:
-        # A process has one task at a time, so neither side ever waits for the other to read. Few results are held back.
+        # A worker has one task at a time, so neither side ever waits for the other to read. The limit on running and
+        # finished tasks keeps few results in memory when one of them is late.
         while idle and len(running) + len(done) < 4 * len(processes) and (item := next(todo, None)):
             connection = idle.pop()
             with _alive(processes[connection]):
@@ -91,12 +92,12 @@ def _alive(process: subprocess.Popen) -> Iterator[None]:
     except (EOFError, ConnectionError) as error:
         raise RuntimeError(
             f"worker process {process.pid} ended with status {process.wait()} before its work was done; its own "
-            "message is above, or it was killed, perhaps for want of memory"
+            "message is above, or it was killed, perhaps because memory ran out"
         ) from error
 
 
 def work(descriptor: int) -> None:
-    """What a worker process does: tasks from the connection, results into it, until it is closed."""
+    """The main function of a worker: receives tasks and sends results until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     with Connection(descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
         function, shared = connection.recv()

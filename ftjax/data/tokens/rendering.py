@@ -1,24 +1,27 @@
-"""Conversations -> text through the tokenizer's own chat template, and what of the tokenizer decides its tokens."""
+"""Conversations -> text through the tokenizer's own chat template, and the special tokens that structure that text."""
 
 import datetime
 import functools
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from ftjax.errors import UserError
 
 if TYPE_CHECKING:  # importing transformers takes a second, and only annotations need it here
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
-# What a template written for other messages, or badly, ends with.
+Messages = list[dict]  # a conversation as `conversation.conversation` returns it
+Tools = list[dict] | None  # JSON schemas of the functions that the model may call
+
+# What a template raises that is written for other messages, or badly.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ZeroDivisionError)
 
-TODAY = datetime.date(2026, 1, 1)  # what templates are told that ask for the date
-# A template's own macro hides the function of this name that tells today's date, however it is called. What comes after
-# keeps its white space, which a block would trim.
+TODAY = datetime.date(2026, 1, 1)  # the date that templates get when they ask for it
+# A macro in the template hides the function of the same name that gives today's date, however the template calls it.
+# The empty string after it keeps the white space at the start of the template, which a block would trim.
 _CODES = [f"%{flag}{code}" for flag in ("", "-") for code in "aAbBcdDeFGHIjmMpRSTuUVwWxXyYZ"]
 _PINNED = (
     "{% macro strftime_now(format) %}{{ format"
@@ -29,25 +32,23 @@ _PINNED = (
 
 @dataclass(frozen=True)
 class Traits:
-    """What is asked of a tokenizer for every row, found once.
+    """The special tokens that matter for every row, collected once for a tokenizer."""
 
-    Attributes:
-      ends: tokens that can end a turn: eos and every special token but BOS, padding and unknown.
-      borders: special tokens that are found in the text before anything else happens to it, so that the tokens after
-        one depend on nothing before it, and those before it on nothing after it.
-    """
-
+    # Tokens that can end a turn: eos and every special token but BOS, padding and unknown.
     ends: frozenset[int]
+    # Special tokens at which text is split before anything else happens to it: the tokens after one depend on nothing
+    # before it, and those before it on nothing after it.
     borders: frozenset[int]
 
 
-def traits(tokenizer: "PreTrainedTokenizerFast") -> Traits:
+def traits(tokenizer: "Tokenizer") -> Traits:
+    # A tokenizer can be changed, so all that the result depends on is part of the key.
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
     return _traits(tokenizer, len(tokenizer), named)
 
 
 @functools.lru_cache(maxsize=8)
-def _traits(tokenizer, _size: int, named: tuple[int | None, ...]) -> Traits:
+def _traits(tokenizer: "Tokenizer", _size: int, named: tuple[int | None, ...]) -> Traits:
     bos, eos, pad, unk = named
     added = tokenizer.added_tokens_decoder
     special = {i for i, token in added.items() if token.special}
@@ -58,10 +59,10 @@ def _traits(tokenizer, _size: int, named: tuple[int | None, ...]) -> Traits:
     return Traits(frozenset(ends), frozenset(borders))
 
 
-def template_of(tokenizer: "PreTrainedTokenizerFast", origin: str, tools: list[dict] | None = None) -> str:
-    """The template that a conversation is rendered with: a tokenizer may have another one for tools.
+def template_of(tokenizer: "Tokenizer", origin: str, tools: Tools = None) -> str:
+    """The source of the template for a conversation; a tokenizer may have a separate one for tools.
 
-    Where it writes today's date it writes TODAY: the tokens of a row do not depend on the day that they are made.
+    Instead of today's date it writes TODAY, so that the tokens of a row do not depend on the day.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -77,55 +78,46 @@ def template_of(tokenizer: "PreTrainedTokenizerFast", origin: str, tools: list[d
 
 
 def render(
-    messages: list[dict],
-    tokenizer: "PreTrainedTokenizerFast",
-    origin: str,
-    tools: list[dict] | None = None,
-    generation_prompt: bool = False,
+    messages: Messages, tokenizer: "Tokenizer", origin: str, tools: Tools = None, generation_prompt: bool = False
 ) -> str:
-    """The text of a conversation; with the generation prompt, what a model is given to go on from."""
-    given = for_template(messages, tokenizer, origin, tools)
+    """The text of a conversation; with the generation prompt, it is what a model is given to answer."""
+    return apply_template(messages, tokenizer, origin, tools, tokenize=False, add_generation_prompt=generation_prompt)
+
+
+def apply_template(messages: Messages, tokenizer: "Tokenizer", origin: str, tools: Tools, **options: Any) -> Any:
+    """`tokenizer.apply_chat_template` with these options; UserError where the template refuses the conversation."""
+    template = template_of(tokenizer, origin, tools)
+    accepted = _for_template(messages, tokenizer, template)
     try:
-        return tokenizer.apply_chat_template(
-            given,
-            tools=tools,
-            chat_template=template_of(tokenizer, origin, tools),
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-        )
+        return tokenizer.apply_chat_template(accepted, tools=tools, chat_template=template, **options)
     except TEMPLATE_ERRORS as error:
-        raise template_refuses(origin, error) from error
+        raise UserError(
+            f"{origin}: the chat template refuses the conversation: {error}; change the order of its roles, or leave "
+            "out what the template does not know"
+        ) from error
 
 
-def for_template(messages: list[dict], tokenizer, origin: str, tools: list[dict] | None = None) -> list[dict]:
+def _for_template(messages: Messages, tokenizer: "Tokenizer", template: str) -> Messages:
     """Messages as this template takes them, without the keys that are ours.
 
     `developer` is OpenAI's later name for `system`; a template that does not know it gets `system`. Arguments of tool
-    calls are dicts, but JSON text where the template writes them with no `tojson`.
+    calls are dicts, or JSON text where the template writes them without `tojson`.
     """
-    template = template_of(tokenizer, origin, tools)
     as_text = any("tool_calls" in message for message in messages) and _wants_text(tokenizer, template)
-    given = []
+    accepted = []
     for message in messages:
         message = {key: value for key, value in message.items() if key != "weight" and value is not None}
         if message["role"] == "developer" and "developer" not in template:
             message["role"] = "system"
         if as_text and "tool_calls" in message:
             message["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
-        given.append(message)
-    return given
-
-
-def template_refuses(origin: str, error: Exception) -> UserError:
-    return UserError(
-        f"{origin}: the chat template refuses the conversation: {error}; change the order of its roles, or leave out "
-        "what the template does not know"
-    )
+        accepted.append(message)
+    return accepted
 
 
 @functools.lru_cache(maxsize=8)
-def _wants_text(tokenizer, template: str) -> bool:
-    """Whether a template takes the arguments of a call as JSON text: with a dict, it fails or writes Python's repr."""
+def _wants_text(tokenizer: "Tokenizer", template: str) -> bool:
+    """Whether a template takes the arguments of a call as JSON text: given a dict, it fails or writes Python's repr."""
     call = {"id": "call00000", "type": "function", "function": {"name": "zebra", "arguments": {"stripe": "a"}}}
     probe = [
         {"role": "user", "content": "Hi"},
@@ -135,17 +127,16 @@ def _wants_text(tokenizer, template: str) -> bool:
     ]
     tools = [{"type": "function", "function": {"name": "zebra", "description": "", "parameters": {}}}]
 
-    def text(messages):
+    def text(messages: Messages) -> str:
         try:
             return tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False)
         except TEMPLATE_ERRORS:
             return ""
 
-    probes = [probe, [*probe[:1], {**probe[1], "tool_calls": [_with_text(call)]}, *probe[2:]]]
-    with_dict, with_text = map(text, probes)
+    with_dict = text(probe)
     if with_dict and "{'stripe': 'a'}" not in with_dict:
         return False
-    return '{"stripe": "a"}' in with_text
+    return '{"stripe": "a"}' in text([probe[0], {**probe[1], "tool_calls": [_with_text(call)]}, *probe[2:]])
 
 
 def _with_text(call: dict) -> dict:

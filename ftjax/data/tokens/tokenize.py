@@ -1,7 +1,7 @@
-"""Rows -> examples, in as many processes as pay, and kept in the cache for the next run.
+"""Rows -> examples, in as many processes as pay off, cached for the next run.
 
-The result does not depend on the number of processes: rows are cut into the same pieces, each is done by one function,
-and what they hold is counted and written in the order of the rows.
+The result does not depend on the number of processes: the rows are always divided into the same chunks, and the chunks
+are counted and written in the order of the rows.
 """
 
 import hashlib
@@ -17,21 +17,23 @@ import numpy as np
 from ftjax.data.read import cache
 from ftjax.data.read.rows import BadRows, Rows, log_skipped
 from ftjax.data.tokens import chat, examples, kinds, processes
-from ftjax.data.tokens.examples import Examples, Part
+from ftjax.data.tokens.examples import Append, Examples, Part
 from ftjax.errors import SourceError, UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
-PIECE = 128  # rows
-# Fewer rows are tokenized here and now, in less time than worker processes take to start, and not written anywhere.
+CHUNK = 128  # rows that a process tokenizes at a time
+# Fewer rows are tokenized in this process, in less time than worker processes take to start, and are not cached.
 MANY_ROWS = 4000
 MAX_WORKERS = 32
 _DECIDING = ("format", "read", "tokens")  # the wings whose code decides the tokens of a row
 
+Progress = Callable[[int], None]  # called with the number of rows done
+
 
 class TokenRules(NamedTuple):
-    """What decides the tokens of a row, beside the tokenizer."""
+    """What decides the tokens of a row, apart from the tokenizer."""
 
     max_length: int  # of each document
     vocab_size: int | None
@@ -40,35 +42,23 @@ class TokenRules(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """What became of a range of rows.
+    """The result of one chunk of rows, of which n are good; those with no trained token are dropped."""
 
-    Attributes:
-      stop: the end of the range.
-      tokens: int32, of all examples one after the other, each flagged with `examples.TRAINED` where it is trained.
-      rows, wholes, kept, trained: int64, of every row that was used: its index, the tokens of its longest document
-        before the cut, those of all its documents after it, and how many of these are trained; 0 in `trained` for one
-        that is dropped and not in `tokens`.
-      lengths: int64, tokens of each document in `tokens`.
-      dropped: the origins of the first of those.
-      bad: rows that cannot be read, with what is wrong.
-      failed: what is wrong with a row, or with the whole file, that stops the run; those after it are not done.
-    """
-
-    stop: int
-    tokens: np.ndarray
-    rows: np.ndarray
-    wholes: np.ndarray
-    kept: np.ndarray
-    trained: np.ndarray
-    lengths: np.ndarray
-    dropped: list[str]
-    bad: list[tuple[int, str]]
-    failed: str | None
+    stop: int  # the end of the chunk
+    tokens: np.ndarray  # int32: of all examples one after the other, trained ones flagged with `examples.TRAINED`
+    rows: np.ndarray  # int64 [n]: the index of each good row
+    longest: np.ndarray  # int64 [n]: the tokens of its longest document before the cut
+    kept: np.ndarray  # int64 [n]: the tokens of all its documents after the cut
+    trained: np.ndarray  # int64 [n]: how many of these are trained; 0 for a dropped row, which is not in `tokens`
+    lengths: np.ndarray  # int64: the tokens of each document in `tokens`
+    dropped: list[str]  # the origins of the first dropped rows
+    bad: list[tuple[int, str]]  # the index of each bad row, and what is wrong with it
+    failed: str | None  # an error that stops the run, such as a changed file; the rows after it are not tokenized
 
 
 def tokenize(
     rows: Rows,
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: "Tokenizer",
     max_length: int,
     *,
     vocab_size: int | None = None,
@@ -77,25 +67,25 @@ def tokenize(
     max_dropped: float = 0.05,
     workers: int | None = None,
     directory: Path | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Progress = lambda done: None,
 ) -> Examples:
-    """The examples of all rows, each document cut at max_length from the right; rows with no trained token left are
-    dropped.
+    """The examples of all rows. Each document is cut to its first max_length tokens; a row with no trained token left
+    is dropped.
 
-    Its report holds ints: rows (those used), bad_rows (skipped), examples, truncated, dropped, tokens, trained_tokens,
-    longest (document, before the cut); and `per_source`, a list of {"source", "rows", "bad_rows", "examples", "tokens",
-    "trained_tokens"}.
+    The report of the examples holds ints: rows (those used), bad_rows (skipped), examples, truncated, dropped, tokens,
+    trained_tokens, longest (document, before the cut); and `per_source`, a list of {"source", "rows", "bad_rows",
+    "examples", "tokens", "trained_tokens"}.
 
     Args:
       kind: what a row is (`kinds.ROW_KINDS`).
       max_dropped: the share of the rows that may be dropped.
-      workers: processes beside this one; 0 for none, None for as many as there are cores where there are MANY_ROWS.
-      directory: of the cache; None for the usual one where there are MANY_ROWS, and no cache where there are fewer.
+      workers: processes besides this one. None: one per core if there are MANY_ROWS, else 0.
+      directory: where to cache the result. None: in the usual directory if there are MANY_ROWS, else nowhere.
       progress: called with the number of rows done, now and then.
 
     Raises:
-      UserError: no rows; a row that cannot be tokenized, the first of them; too many bad or dropped rows; a cache that
-        cannot be written.
+      UserError: no rows; the first row that cannot be tokenized; too many bad or dropped rows; a cache that cannot be
+        written.
     """
     if max_length < 2:
         raise UserError(f"data.max_length = {max_length}: needs room for a token and its target; set it to 2 or more")
@@ -106,93 +96,90 @@ def tokenize(
     if workers is None:
         workers = min(os.cpu_count() or 1, MAX_WORKERS) if many else 0
 
-    pieces = [range(start, min(start + PIECE, len(rows))) for start in range(0, len(rows), PIECE)]
+    chunks = [range(start, min(start + CHUNK, len(rows))) for start in range(0, len(rows), CHUNK)]
 
-    def build(append: Callable[[str, np.ndarray], None]) -> dict:
-        with processes.ordered(_tokenize, (rows, tokenizer, rules), pieces, min(workers, len(pieces))) as done:
+    def build(append: Append) -> dict:
+        with processes.ordered(_tokenize, (rows, tokenizer, rules), chunks, min(workers, len(chunks))) as done:
             return _collect(rows, done, max_length, max_dropped, append, progress)
 
     identity = _identity(tokenizer)
     if many or directory is not None:
         how = [identity, _backend(tokenizer), rules, max_dropped, _code()]
-        found = examples.cached(directory or cache.directory("tokens"), _digest([rows.digest(), *how]), build)
+        columns = examples.cached(directory or cache.directory("tokens"), _digest([rows.digest(), *how]), build)
     else:
-        found = examples.in_memory(build)
+        columns = examples.in_memory(build)
     return Examples.of(
-        found.arrays["lengths"].reshape(-1, kinds.ROW_KINDS[kind].documents),
-        parts=(Part(found.arrays["tokens"], rows),),
-        rows=found.arrays["rows"],
-        source_ids=found.arrays["sources"],
+        columns.arrays["lengths"].reshape(-1, kinds.ROW_KINDS[kind].documents),
+        parts=(Part(columns.arrays["tokens"], rows),),
+        rows=columns.arrays["rows"],
+        source_ids=columns.arrays["sources"],
         weights=tuple(rows.weights),
-        digest=_digest([found.digest, identity]),
-        report=_report(rows, found.header),
+        digest=_digest([columns.digest, identity]),
+        report=_report(rows, columns.header),
     )
 
 
-def _tokenize(rows: Rows, tokenizer: "PreTrainedTokenizerFast", rules: TokenRules, piece: range) -> Tokenized:
-    tokens, numbers, lengths, dropped, bad, failed = [], [], [], [], [], None
-    for i in piece:
+def _tokenize(rows: Rows, tokenizer: "Tokenizer", rules: TokenRules, chunk: range) -> Tokenized:
+    tokens, counts, lengths, dropped, bad, failed = [], [], [], [], [], None
+    for i in chunk:
         try:
             row = rows.check(i)
+            if row is None:
+                continue
+            documents = kinds.ROW_KINDS[rules.kind].tokenize(row, tokenizer, rules.vocab_size, rules.train_on)
+            example = kinds.cut(documents, rules.max_length, row.origin)
         except SourceError as error:  # not a bad row: the file was changed, or is gone
             failed = str(error)
             break
-        except UserError as error:
-            bad.append((i, str(error)))
-            continue
-        if row is None:
-            continue
-        try:
-            whole = kinds.ROW_KINDS[rules.kind].tokenize(row, tokenizer, rules.vocab_size, rules.train_on)
-            example = kinds.cut(whole, rules.max_length, row.origin)
-        except chat.NothingTrained:  # as its weights say: not bad, but of no use
-            numbers.append((i, 0, 0, 0))
-            if len(dropped) < 3:
-                dropped.append(f"{row.origin} (weight 0)")
+        except chat.NothingTrained:  # not a bad row: its weights say so
+            counts.append((i, 0, 0, 0))
+            dropped.append(f"{row.origin} (weight 0)")
             continue
         except UserError as error:
             bad.append((i, str(error)))
             continue
-        trained, longest = int(example.trained.sum()), max(len(document.tokens) for document in whole.values())
-        numbers.append((i, longest, len(example.tokens), trained))
+        trained, longest = int(example.trained.sum()), max(len(document.tokens) for document in documents.values())
+        counts.append((i, longest, len(example.tokens), trained))
         if trained:
             tokens.append(np.where(example.trained, example.tokens | examples.TRAINED, example.tokens))
             lengths += example.lengths
-        elif len(dropped) < 3:
+        else:
             dropped.append(f"{row.origin} ({longest} tokens)")
     flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
-    columns = np.array(numbers, np.int64).reshape(-1, 4).T
-    return Tokenized(piece.stop, flat, *columns, np.array(lengths, np.int64), dropped, bad, failed)
+    columns = np.array(counts, np.int64).reshape(-1, 4).T
+    return Tokenized(chunk.stop, flat, *columns, np.array(lengths, np.int64), dropped[:3], bad, failed)
 
 
-def _collect(rows: Rows, pieces: Iterator[Tokenized], max_length, max_dropped, append, progress) -> dict:
-    """Writes the columns and returns the report (see `tokenize`) with the first bad row of each source, `first_bad`:
-    [source, row, message without the origin before it]."""
+def _collect(
+    rows: Rows, chunks: Iterator[Tokenized], max_length: int, max_dropped: float, append: Append, progress: Progress
+) -> dict:
+    """Appends the columns of all chunks. Returns the report of `tokenize`, and in it `first_bad`: for the first bad row
+    of each source [index of the source, index of the row, message without the row's origin]."""
     ends = np.cumsum([count for _, count in rows.per_source])
     names = ("rows", "bad_rows", "examples", "truncated", "dropped", "tokens", "trained_tokens")
     counts = {name: np.zeros(len(ends), np.int64) for name in names}
     bad_rows, first_bad, dropped, longest = BadRows(rows), {}, [], 0
-    for piece in pieces:
-        for i, message in piece.bad:
+    for chunk in chunks:
+        for i, message in chunk.bad:
             bad_rows.skip(i, message)
-            at = rows.source_of(i)
-            counts["bad_rows"][at] += 1
-            first_bad.setdefault(at, (at, i, message.removeprefix(rows.origin(i))))
-        if piece.failed:
-            raise UserError(piece.failed)
-        sources = np.searchsorted(ends, piece.rows, side="right")
-        kept = piece.trained > 0
-        append("tokens", piece.tokens)
-        append("lengths", piece.lengths)
-        append("rows", piece.rows[kept])
+            source = rows.source_of(i)
+            counts["bad_rows"][source] += 1
+            first_bad.setdefault(source, (source, i, message.removeprefix(rows.origin(i))))
+        if chunk.failed:
+            raise UserError(chunk.failed)
+        sources = np.searchsorted(ends, chunk.rows, side="right")
+        kept = chunk.trained > 0
+        append("tokens", chunk.tokens)
+        append("lengths", chunk.lengths)
+        append("rows", chunk.rows[kept])
         append("sources", sources[kept])
         every = np.ones(len(kept), np.int64)
-        counted = (every, kept, piece.wholes > max_length, ~kept, piece.kept * kept, piece.trained)
+        counted = (every, kept, chunk.longest > max_length, ~kept, chunk.kept * kept, chunk.trained)
         for name, values in zip(("rows", *names[2:]), counted, strict=True):
             counts[name] += np.bincount(sources, values, len(ends)).astype(np.int64)  # float64, exact below 2^53
-        dropped = (dropped + piece.dropped)[:3]
-        longest = max(longest, int(piece.wholes.max(initial=0)))
-        progress(piece.stop)
+        dropped = (dropped + chunk.dropped)[:3]
+        longest = max(longest, int(chunk.longest.max(initial=0)))
+        progress(chunk.stop)
     bad_rows.refuse(counts["rows"])
     report = {name: int(count.sum()) for name, count in counts.items()} | {"longest": longest}
     if report["dropped"] > max_dropped * report["rows"] or not report["examples"]:
@@ -201,40 +188,39 @@ def _collect(rows: Rows, pieces: Iterator[Tokenized], max_length, max_dropped, a
             f"most {max_dropped:.0%} may be dropped), for example {', '.join(dropped)}; raise data.max_length "
             f"(the longest row has {longest} tokens), shorten the prompts or remove the rows"
         )
-    shown = [
-        {"source": name} | {key: int(counts[key][at]) for key in names} for at, (name, _) in enumerate(rows.per_source)
+    per_source = [
+        {"source": name} | {key: int(counts[key][source]) for key in names}
+        for source, (name, _) in enumerate(rows.per_source)
     ]
-    return report | {"per_source": shown, "first_bad": list(first_bad.values())}
+    return report | {"per_source": per_source, "first_bad": list(first_bad.values())}
 
 
 def _report(rows: Rows, header: dict) -> dict:
-    """The report as `_collect` made it, now or for an earlier run, under the names that the sources have now; logs what
-    was skipped."""
+    """Logs skipped rows. Returns the report of `_collect`, from now or an earlier run, with the sources' new names."""
     report = {name: value for name, value in header.items() if name != "first_bad"}
-    report["per_source"] = [
-        counted | {"source": name} for counted, (name, _) in zip(report["per_source"], rows.per_source, strict=True)
+    report["per_source"] = per_source = [
+        counts | {"source": name} for counts, (name, _) in zip(report["per_source"], rows.per_source, strict=True)
     ]
-    bad = {at: (report["per_source"][at]["bad_rows"], f"{rows.origin(i)}{rest}") for at, i, rest in header["first_bad"]}
-    log_skipped(rows, [one["rows"] for one in report["per_source"]], bad)
+    bad = {source: (per_source[source]["bad_rows"], rows.origin(i) + rest) for source, i, rest in header["first_bad"]}
+    log_skipped(rows, [counts["rows"] for counts in per_source], bad)
     return report
 
 
-def _identity(tokenizer: "PreTrainedTokenizerFast") -> list:
-    """What a run must not change, in a form that no release of a library changes."""
+def _identity(tokenizer: "Tokenizer") -> list:
+    """What must stay the same when a run goes on, in a form that does not depend on any library's version."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return [_digest(vocabulary), tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 
-def _backend(tokenizer: "PreTrainedTokenizerFast") -> list:
-    """What else decides the tokens: all of tokenizer.json but for cutting and padding, which are not used here."""
-    whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = {name: part for name, part in whole.items() if name not in ("truncation", "padding")}
+def _backend(tokenizer: "Tokenizer") -> list:
+    """What else decides the tokens: all of tokenizer.json but truncation and padding, which are not used here."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {name: part for name, part in content.items() if name not in ("truncation", "padding")}
     return [type(tokenizer).__name__, _digest(parts), {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
 
 
 def _code() -> list:
-    """The code that decides tokens: ours as it stands (how rows are read, checked and tokenized), other packages by
-    version."""
+    """The code that decides tokens: our own source that reads, checks and tokenizes rows, other packages' versions."""
     data = Path(__file__).parents[1]
     own = [path.read_text(encoding="utf-8") for wing in _DECIDING for path in sorted((data / wing).glob("*.py"))]
     return [_digest(own), *(metadata.version(name) for name in ("transformers", "tokenizers", "jinja2", "numpy"))]

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerFast
 
+from ftjax.data.tokens.rendering import TEMPLATE_ERRORS
 from ftjax.errors import UserError
 from ftjax.weights.gguf.tokenizer import from_gguf
 from ftjax.weights.hf.files import inside
@@ -15,7 +15,7 @@ from ftjax.weights.hf.files import inside
 def load(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer, special tokens and chat template of a `.gguf` file or of a directory with tokenizer.json.
 
-    No network, no code from the model's directory, and no torch. `UserError` where the tokenizer is missing,
+    Uses no network, no code from the model's directory, and no torch. `UserError` where the tokenizer is missing,
     damaged or of a kind that is not supported.
     """
     path = Path(path)
@@ -27,7 +27,7 @@ def load(path: Path) -> PreTrainedTokenizerFast:
 
 
 def check_vocab(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """`UserError` where the tokenizer has a token id that the embedding of `vocab_size` rows lacks."""
+    """`UserError` where a token id has no row in an embedding of `vocab_size` rows."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise UserError(
@@ -39,15 +39,15 @@ def check_vocab(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
 def end_tokens(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Every token id at which generation ends, without repeats.
 
-    They are `eos_token_id` of the model's config (an int, a list or None) and of `config["generation_config"]`
-    where there is one, the tokenizer's end token, and the token that the chat template writes after an
-    assistant's answer. `UserError` where an id is no number or lies outside the config's `vocab_size`.
+    They are `eos_token_id` of the model's config (an int, a list or None) and of its `generation_config`, the
+    tokenizer's end token, and the token that the chat template writes after an assistant's answer. `UserError` where
+    an id is not an int or lies outside the config's `vocab_size`.
     """
     ids: list[int] = []
     for named in (config, config.get("generation_config") or {}):
         value = named.get("eos_token_id") if isinstance(named, Mapping) else named
         values = value if isinstance(value, list) else [] if value is None else [value]
-        if wrong := [one for one in values if type(one) is not int]:
+        if wrong := [value for value in values if type(value) is not int]:
             raise UserError(f"eos_token_id of the model's config is {wrong[0]!r}, not a token id or a list of them")
         ids.extend(values)
     ids.extend(i for i in (tokenizer.eos_token_id, _end_of_turn(tokenizer)) if i is not None)
@@ -58,18 +58,18 @@ def end_tokens(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) ->
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The special token that follows an assistant's answer, found by rendering one."""
+    """The special token that follows an assistant's answer, read off a rendered conversation; None without one."""
     if not tokenizer.chat_template:
         return None
     answer = "Zebra"
     turns = [{"role": "user", "content": "Name an animal."}, {"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError, ZeroDivisionError) as error:
+    except TEMPLATE_ERRORS as error:
         raise UserError(f"the chat template cannot render a user and an assistant turn: {error}") from error
-    _, found, tail = text.rpartition(answer)
-    if not found:
-        raise UserError("the chat template leaves out the assistant's answer: mend the template")
+    if answer not in text:
+        raise UserError("the chat template leaves out the assistant's answer: correct the template")
+    tail = text.rpartition(answer)[2]
     for i in tokenizer(tail, add_special_tokens=False)["input_ids"]:
         if i in tokenizer.added_tokens_decoder:
             return i

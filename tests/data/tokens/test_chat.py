@@ -209,7 +209,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("arguments", "messages", "message"), REFUSED.values(), ids=REFUSED)
-def test_refuses_with_the_row_and_the_mend(make_tokenizer, arguments, messages, message):
+def test_refuses_with_the_row_and_the_fix(make_tokenizer, arguments, messages, message):
     with pytest.raises(UserError, match=f"(?s)chat.jsonl:7: .*{message}"):
         chat.tokenize(messages_row(messages), make_tokenizer(**arguments))
 

@@ -46,33 +46,43 @@ def rows_of(*paths, **more):
     return read_sources([{"source": str(path)} for path in paths], **more)
 
 
-def content(found):
-    return [(one.tokens.tolist(), one.trained.tolist(), one.origin) for one in found]
+def content(tokenized):
+    return [(example.tokens.tolist(), example.trained.tolist(), example.origin) for example in tokenized]
 
 
-def columns(found):
+def columns(tokenized):
     names = ("lengths", "rows", "source_ids", "starts")
-    return [getattr(found, name).tolist() for name in names], found.parts[0].tokens.tolist(), found.digest, found.report
+    return (
+        [getattr(tokenized, name).tolist() for name in names],
+        tokenized.parts[0].tokens.tolist(),
+        tokenized.digest,
+        tokenized.report,
+    )
 
 
 def test_examples_are_what_chat_makes_of_each_row_cut_at_max_length(rows_file, chatml):
-    found = tokenize.tokenize(rows_of(rows_file), chatml, 40, max_dropped=0.5)
+    tokenized = tokenize.tokenize(rows_of(rows_file), chatml, 40, max_dropped=0.5)
     whole = [chat.tokenize(row, chatml) for row in rows_of(rows_file)]
-    kept = [one for one in whole if one.trained[:40].any()]
-    assert 5 < len(whole) - len(kept) == found.report["dropped"]
-    assert content(found) == [(one.tokens[:40].tolist(), one.trained[:40].tolist(), one.origin) for one in kept]
-    assert found[3].tokens.dtype == np.int32
+    kept = [example for example in whole if example.trained[:40].any()]
+    assert 5 < len(whole) - len(kept) == tokenized.report["dropped"]
+    assert content(tokenized) == [
+        (example.tokens[:40].tolist(), example.trained[:40].tolist(), example.origin) for example in kept
+    ]
+    assert tokenized[3].tokens.dtype == np.int32
     report = {
         "rows": 300,
         "bad_rows": 0,
         "examples": len(kept),
-        "truncated": sum(len(one.tokens) > 40 for one in whole),
+        "truncated": sum(len(example.tokens) > 40 for example in whole),
         "dropped": len(whole) - len(kept),
-        "tokens": sum(len(one.tokens[:40]) for one in kept),
-        "trained_tokens": sum(int(one.trained[:40].sum()) for one in kept),
+        "tokens": sum(len(example.tokens[:40]) for example in kept),
+        "trained_tokens": sum(int(example.trained[:40].sum()) for example in kept),
     }
     per_source = [{"source": str(rows_file)} | report]
-    assert found.report == report | {"longest": max(len(one.tokens) for one in whole), "per_source": per_source}
+    assert tokenized.report == report | {
+        "longest": max(len(example.tokens) for example in whole),
+        "per_source": per_source,
+    }
 
 
 def test_the_result_does_not_depend_on_the_number_of_processes_or_on_the_cache(rows_file, tmp_path, directory, chatml):
@@ -84,7 +94,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes_or_on_the_cache(r
         return rows_of(rows_file, other, max_bad_rows=2)
 
     here = tokenize.tokenize(rows(), chatml, 60)
-    assert [one["bad_rows"] for one in here.report["per_source"]] == [0, 2]
+    assert [source["bad_rows"] for source in here.report["per_source"]] == [0, 2]
     assert here.origin(len(here) - 1) == f"{other}:203"
     assert columns(tokenize.tokenize(rows(), chatml, 60, workers=2)) == columns(here)
     for _ in range(2):  # written, and read
@@ -183,13 +193,13 @@ def test_what_changes_the_tokens_changes_the_key_and_the_digest(rows_file, tmp_p
     base = tokenize.tokenize(rows_of(rows_file), chatml, 60, directory=directory)
     digests = {base.digest}
     for name, arguments in changes(rows_file, tmp_path, make_tokenizer, chatml).items():
-        found = tokenize.tokenize(*arguments, directory=directory)
-        assert content(found) == content(tokenize.tokenize(*arguments)), name
-        assert found.digest not in digests, name
-        digests.add(found.digest)
+        tokenized = tokenize.tokenize(*arguments, directory=directory)
+        assert content(tokenized) == content(tokenize.tokenize(*arguments)), name
+        assert tokenized.digest not in digests, name
+        digests.add(tokenized.digest)
         assert len(list(directory.iterdir())) == len(digests), name
-    found = tokenize.tokenize(rows_of(rows_file), chatml, 60, train_on="all", directory=directory)
-    assert found.digest not in digests
+    tokenized = tokenize.tokenize(rows_of(rows_file), chatml, 60, train_on="all", directory=directory)
+    assert tokenized.digest not in digests
 
 
 def test_the_same_rows_elsewhere_are_not_tokenized_again(rows_file, tmp_path, directory, make_tokenizer, monkeypatch):
@@ -258,7 +268,7 @@ def test_a_kill_during_the_write_leaves_nothing_that_is_read_and_the_next_run_cl
         assert process.stdout.readline() == "128\n"
         torn = list(directory.iterdir())
         # A run beside it leaves the other's files alone.
-        found = tokenize.tokenize(rows_of(rows_file), make_tokenizer(CHATML), 59, directory=directory)
+        tokenized = tokenize.tokenize(rows_of(rows_file), make_tokenizer(CHATML), 59, directory=directory)
         assert torn[0].exists()
         process.send_signal(signal.SIGKILL)
     assert len(torn) == 1
@@ -267,7 +277,7 @@ def test_a_kill_during_the_write_leaves_nothing_that_is_read_and_the_next_run_cl
     assert columns(tokenize.tokenize(rows_of(rows_file), make_tokenizer(CHATML), 60, directory=directory)) == good
     assert not torn[0].exists()
     assert len(list(directory.iterdir())) == 2
-    assert len(found) > 200
+    assert len(tokenized) > 200
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_the_mend(rows_file, directory, chatml):
@@ -285,10 +295,10 @@ def test_many_rows_go_to_the_cache_of_the_user_and_few_do_not(tmp_path, chatml, 
     assert not (tmp_path / "home").exists()
     many = rows_of(write_rows(tmp_path / "many.jsonl", 250))
     done = []
-    found = tokenize.tokenize(many, chatml, 60, workers=0, progress=done.append)
+    tokenized = tokenize.tokenize(many, chatml, 60, workers=0, progress=done.append)
     assert len(list((tmp_path / "home/tokens").iterdir())) == 1
     assert done == [128, 250]
-    assert not found.parts[0].tokens.flags.writeable
+    assert not tokenized.parts[0].tokens.flags.writeable
 
 
 def spec_of(**more):
@@ -309,17 +319,18 @@ def test_held_out_rows_are_evaluated_and_no_others(rows_file, tmp_path, chatml):
     only = pipeline.load_heldout([], train, chatml, spec_of(holdout=0.2))
     assert pipeline.load_heldout([], train, chatml, spec_of()) is None
     origins = {
-        name: [one.origin for one in loader.examples] for name, loader in locals_of(whole, kept, evaluated, only)
+        name: [example.origin for example in loader.examples]
+        for name, loader in locals_of(whole, kept, evaluated, only)
     }
     assert 30 < len(origins["only"]) < 90
     assert report["rows"] == len(origins["kept"])
     assert sorted(origins["kept"] + origins["only"]) == sorted(origins["whole"])
     assert origins["evaluated"] == [f"{other[0]['source']}:{i}" for i in range(1, 21)] + origins["only"]
-    by_origin = {one.origin: one for one in whole.examples}
-    for one in evaluated.examples:
-        if one.origin in by_origin:
-            np.testing.assert_array_equal(one.tokens, by_origin[one.origin].tokens)
-            np.testing.assert_array_equal(one.trained, by_origin[one.origin].trained)
+    by_origin = {example.origin: example for example in whole.examples}
+    for example in evaluated.examples:
+        if example.origin in by_origin:
+            np.testing.assert_array_equal(example.tokens, by_origin[example.origin].tokens)
+            np.testing.assert_array_equal(example.trained, by_origin[example.origin].trained)
     documents = sum(int(batch["segment_ids"].max(axis=1).sum()) for batch in evaluated.eval_batches())
     assert documents == len(origins["evaluated"])
     assert len({loader.fingerprint() for loader in (whole, kept, evaluated, only)}) == 4
@@ -335,7 +346,7 @@ def test_weights_of_the_entries_reach_the_batches(rows_file, tmp_path, chatml):
         [{"source": str(rows_file), "weight": 0.5}, {"source": str(other), "weight": 3.0}], chatml, packing=False
     )
     assert loader.rows_per_epoch(0) == 150 + 300
-    assert [one["examples"] for one in report["per_source"]] == [300, 100]
+    assert [source["examples"] for source in report["per_source"]] == [300, 100]
     assert load([{"source": str(rows_file)}], chatml)[0].fingerprint() != loader.fingerprint()
 
 
@@ -374,8 +385,8 @@ def test_rows_of_weight_0_only_are_dropped_and_counted(rows_file, tmp_path, chat
     with open(rows_file, "a") as file:
         file.write(json.dumps({"messages": muted("Where?", "There.")}) + "\n")
     for train_on in ("assistant", "last"):
-        found = tokenize.tokenize(rows_of(rows_file), chatml, 400, train_on=train_on)
-        counted = {name: found.report[name] for name in ("rows", "bad_rows", "examples", "dropped")}
+        tokenized = tokenize.tokenize(rows_of(rows_file), chatml, 400, train_on=train_on)
+        counted = {name: tokenized.report[name] for name in ("rows", "bad_rows", "examples", "dropped")}
         assert counted == {"rows": 301, "bad_rows": 0, "examples": 300, "dropped": 1}
     only = tmp_path / "only.jsonl"
     only.write_text(json.dumps({"messages": muted("Where?", "There.")}) + "\n")
@@ -391,8 +402,8 @@ def test_rows_that_the_template_refuses_are_bad_rows(rows_file, make_tokenizer):
         file.write(json.dumps({"messages": turns}) + "\n")
     with pytest.raises(UserError, match=r"rows.jsonl:301: the chat template refuses the conversation: not so"):
         tokenize.tokenize(rows_of(rows_file), tokenizer, 400)
-    found = tokenize.tokenize(rows_of(rows_file, max_bad_rows=1), tokenizer, 400)
-    assert (found.report["rows"], found.report["bad_rows"]) == (300, 1)
+    tokenized = tokenize.tokenize(rows_of(rows_file, max_bad_rows=1), tokenizer, 400)
+    assert (tokenized.report["rows"], tokenized.report["bad_rows"]) == (300, 1)
 
 
 def test_dropped_rows_of_an_evaluation_are_told_and_do_not_end_the_run(tmp_path, chatml, caplog):
