@@ -133,7 +133,7 @@ def init_adapters(abstract: Tree, seed: int, scaling: float | Mapping[str, float
         constant = {"lora_scale": scaling if by_module is None else by_module[module], "lora_dropout": dropout}
         return jnp.full(leaf.shape, constant.get(name, 0.0), leaf.dtype)
 
-    def make():
+    def make() -> dict[str, jax.Array]:
         return {path: value(path, leaf) for path, leaf in leaves.items()}
 
     return tree.unflatten(jax.jit(make, out_shardings={path: leaf.sharding for path, leaf in leaves.items()})())

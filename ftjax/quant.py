@@ -142,6 +142,7 @@ def dequantize(packed: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
 
 
 def is_packed(names: Iterable[str]) -> bool:
+    """Whether arrays of these names are a quantized kernel."""
     return "int8" in names or "nf4" in names
 
 

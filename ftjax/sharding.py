@@ -99,6 +99,7 @@ def undivided(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) 
 
 
 def named(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of an array with these logical axes, see `partition_spec`."""
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
 
@@ -124,6 +125,7 @@ def check_host_memory(mesh: Mesh) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -17,6 +17,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def unflatten(leaves: dict[str, Any]) -> Tree:
+    """{path: leaf} -> nested dict."""
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 

@@ -28,8 +28,8 @@ def base():
 
 
 def adapters_for(targets="all-linear", rank=RANK, rslora=False, seed=3):
-    found = lora.find_targets(targets, KERNELS)
-    abstract = lora.abstract_adapters(abstract_params(MODEL, one_device()), AXES, found, rank, one_device())
+    paths = lora.find_targets(targets, KERNELS)
+    abstract = lora.abstract_adapters(abstract_params(MODEL, one_device()), AXES, paths, rank, one_device())
     return lora.init_adapters(abstract, seed, lora.scale(rank, ALPHA, rslora))
 
 

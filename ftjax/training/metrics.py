@@ -42,6 +42,7 @@ class MetricsWriter:
         self._event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Appends one record."""
         if not self._writes:
             return
         self._file.write(json.dumps({"step": step} | metrics) + "\n")

@@ -32,6 +32,7 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before)
 
     def check(self) -> None:
+        """Raises Preempted after a SIGTERM."""
         if distributed.count() > 1:
             self.requested = multihost_utils.reached_preemption_sync_point(next(self._checks))
         if self.requested:

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from ftjax import distributed
 from ftjax.atomic import write_text
@@ -125,7 +126,7 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _locked(file, workdir: Path) -> bool:
+def _locked(file: TextIO, workdir: Path) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

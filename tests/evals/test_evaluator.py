@@ -14,7 +14,7 @@ TASK = "task:support_ticket"
 def test_a_task_is_scored_on_the_rows_that_reading_its_entry_gives(options):
     _, examples = evaluator._examples({"source": TASK, **options})
     rows = read_sources([{"source": TASK, "split": "test", **options}])
-    assert [one["messages"] for one in examples] == [row.fields["messages"] for row in rows]
+    assert [example["messages"] for example in examples] == [row.fields["messages"] for row in rows]
     assert len(examples) == options.get("limit", 10 if "split" in options else len(support_ticket.test_examples()))
 
 

@@ -25,37 +25,39 @@ def shown(tokenizer, text=TEXT):
 
 
 def test_pieces_are_the_text_and_their_tokens_are_all_tokens(tokenizer):
-    example, found = shown(tokenizer)
-    assert "".join(piece.text for piece in found) == tokenizer.decode(example.tokens)
-    assert sum(piece.tokens for piece in found) == len(example.tokens)
-    trained = sum(piece.tokens for piece in found if piece.trained)
+    example, row_pieces = shown(tokenizer)
+    assert "".join(piece.text for piece in row_pieces) == tokenizer.decode(example.tokens)
+    assert sum(piece.tokens for piece in row_pieces) == len(example.tokens)
+    trained = sum(piece.tokens for piece in row_pieces if piece.trained)
     assert trained == example.trained.sum()
-    assert "".join(piece.text for piece in found if piece.trained) == TEXT + "<|eot|>"
+    assert "".join(piece.text for piece in row_pieces if piece.trained) == TEXT + "<|eot|>"
 
 
 def test_characters_of_several_tokens_are_whole(tokenizer):
-    _, found = shown(tokenizer)
-    assert sum("\ufffd" in piece.text for piece in found) == 2  # the two that are really there
-    assert any(piece.text == "🙂" and piece.tokens > 1 for piece in found) or any("🙂" in piece.text for piece in found)
+    _, row_pieces = shown(tokenizer)
+    assert sum("\ufffd" in piece.text for piece in row_pieces) == 2  # the two that are really there
+    assert any(piece.text == "🙂" and piece.tokens > 1 for piece in row_pieces) or any(
+        "🙂" in piece.text for piece in row_pieces
+    )
 
 
 def test_special_tokens_bos_and_eos_are_marked(tokenizer):
-    _, found = shown(tokenizer)
-    assert (found[0].text, found[0].special) == ("<s>", "bos")
-    assert {piece.special for piece in found if piece.text == "<|eot|>"} == {"eos"}
-    assert {piece.special for piece in found if piece.text == "<|start|>"} == {"special"}
+    _, row_pieces = shown(tokenizer)
+    assert (row_pieces[0].text, row_pieces[0].special) == ("<s>", "bos")
+    assert {piece.special for piece in row_pieces if piece.text == "<|eot|>"} == {"eos"}
+    assert {piece.special for piece in row_pieces if piece.text == "<|start|>"} == {"special"}
 
 
 def test_a_bos_is_named_only_where_the_row_begins(make_tokenizer):
-    _, found = shown(make_tokenizer(CHATML, bos="<|im_start|>"))
-    assert [piece.special for piece in found if piece.text == "<|im_start|>"] == ["bos", "special", "special"]
+    _, row_pieces = shown(make_tokenizer(CHATML, bos="<|im_start|>"))
+    assert [piece.special for piece in row_pieces if piece.text == "<|im_start|>"] == ["bos", "special", "special"]
 
 
 def test_without_color_trained_tokens_stand_in_brackets(make_tokenizer):
-    found = pieces([5, 6], np.array([False, False]), make_tokenizer(CHATML))
-    assert "[[" not in plain(found)
-    _, found = shown(make_tokenizer(CHATML), "a b")
-    text = plain(found)
+    row_pieces = pieces([5, 6], np.array([False, False]), make_tokenizer(CHATML))
+    assert "[[" not in plain(row_pieces)
+    _, row_pieces = shown(make_tokenizer(CHATML), "a b")
+    text = plain(row_pieces)
     assert text.count("[[") == text.count("]]") == 1
     inside = text.split("[[")[1].split("]]")[0]
     assert inside.replace("|", "") == "a b<im_end>(EOS)"

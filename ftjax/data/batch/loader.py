@@ -44,7 +44,7 @@ class Loader:
     _rows: dict[int, int] = field(init=False, repr=False, default_factory=dict)  # rows of each epoch seen so far
     _plan: tuple[int, RowPlan | None] = field(init=False, repr=False, default=(-1, None))  # the last epoch used
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not len(self.examples):
             raise UserError("the data set has no examples; check data.train and data.eval")
         if self.batch_size < 1 or self.seed < 0:

@@ -96,6 +96,7 @@ def patterns(histogram: np.ndarray, capacity: int) -> Patterns:
 
 
 def count_rows(patterns: Patterns) -> int:
+    """The number of rows."""
     return sum(count for _, count in patterns)
 
 

@@ -42,6 +42,7 @@ class Traits:
 
 
 def traits(tokenizer: "Tokenizer") -> Traits:
+    """The `Traits` of a tokenizer."""
     # A tokenizer can be changed, so all that the result depends on is part of the key.
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
     return _traits(tokenizer, len(tokenizer), named)

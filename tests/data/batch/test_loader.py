@@ -59,14 +59,14 @@ def test_every_document_arrives_whole_and_every_example_once_in_an_epoch(packing
     by_first = {int(example.tokens[0]): example for example in source.examples}
     orders = []
     for rows in epochs_of(source, 3):
-        found = [document for row in rows for document in documents(row)]
-        for tokens, targets, weights, positions in found:
+        seen = [document for row in rows for document in documents(row)]
+        for tokens, targets, weights, positions in seen:
             example = by_first[tokens[0]]
             assert tokens == example.tokens.tolist()
             assert targets == [*tokens[1:], 0]
             assert weights == [*example.trained[1:].tolist(), 0]
             assert positions == list(range(len(tokens)))
-        orders.append([tokens[0] for tokens, *_ in found])
+        orders.append([tokens[0] for tokens, *_ in seen])
         assert Counter(orders[-1]) == dict.fromkeys(by_first, 1)
         if not packing:
             assert len(rows) == 50

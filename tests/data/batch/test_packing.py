@@ -17,10 +17,10 @@ def log_normal_lengths(rng, n, capacity, sigma):
 
 def pack(lengths, capacity, order, row_order=None):
     """The rows as arrays, and that no row is overfull and every example where it belongs is checked."""
-    found = packing.patterns(np.bincount(lengths[order]), capacity)
-    plan = packing.assign(found, lengths, order, row_order)
+    patterns = packing.patterns(np.bincount(lengths[order]), capacity)
+    plan = packing.assign(patterns, lengths, order, row_order)
     rows = [plan[row] for row in range(len(plan))]
-    assert len(rows) == packing.count_rows(found)
+    assert len(rows) == packing.count_rows(patterns)
     assert sorted(plan.order.tolist()) == sorted(order.tolist())
     assert all(0 < lengths[row].sum() <= capacity for row in rows)
     return rows
@@ -54,8 +54,8 @@ def test_a_million_lengths_in_seconds(record_figure):
     lengths = log_normal_lengths(rng, 10**6, 2048, 1.0)
     order = rng.permutation(10**6)
     began = time.perf_counter()
-    found = packing.patterns(np.bincount(lengths), 2048)
-    plan = packing.assign(found, lengths, order, rng.permutation(packing.count_rows(found)))
+    patterns = packing.patterns(np.bincount(lengths), 2048)
+    plan = packing.assign(patterns, lengths, order, rng.permutation(packing.count_rows(patterns)))
     seconds = time.perf_counter() - began
     record_figure("seconds_to_pack_a_million", seconds)
     assert seconds < 10  # 0.1 on an idle core
