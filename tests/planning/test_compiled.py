@@ -90,6 +90,18 @@ def test_memory_does_not_grow_with_the_vocabulary(record_figure):
 
 
 @pytest.mark.slow
+def test_preferences_are_planned_with_their_rows_and_their_reference():
+    """Half as many rows of two documents: as many tokens as supervised tuning, and a forward pass more."""
+    found = run("methods")
+    sft, dpo = found["sft"], found["dpo"]
+    assert dpo["length"] == 2 * sft["length"]
+    # Under frozen kernels training is about twice the products of a forward pass; the reference adds one more.
+    assert dpo["model_flops"] == pytest.approx(1.5 * sft["model_flops"], rel=0.05)
+    assert dpo["flops"] > 1.2 * sft["flops"]
+    assert dpo["parameters"] == sft["parameters"]  # no second copy of anything frozen
+
+
+@pytest.mark.slow
 def test_two_plans_at_a_time_do_not_collide():
     command = [sys.executable, str(SUPPORT / "planned_run.py"), "products"]
     pipe = subprocess.PIPE

@@ -83,7 +83,8 @@ def planned(text, changes, **sizes):
     model = spec(**({"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 32000, "head_dim": 128} | sizes))
     program = compiled.describe(config, model, topology.devices(slice_))
     report = table.as_json(config, slice_, program, compiled.plan(program, slice_))
-    return report["memory"] | {"flops": report["flops"], "collectives": report["collectives"]}
+    kept = ("flops", "collectives", "model_flops", "length", "tokens_per_second_per_chip")
+    return report["memory"] | {key: report[key] for key in kept if key in report}
 
 
 CASES = {
@@ -91,6 +92,10 @@ CASES = {
     "ranks": lambda: {str(rank): planned("v5e:2x2", {"adapter.rank": rank}) for rank in (8, 64)},
     "vocabulary": lambda: {
         str(size): planned("v5e:2x2", {}, vocab_size=size, hidden_size=1024) for size in (32000, 256000)
+    },
+    "methods": lambda: {
+        name: planned("v5e:2x2", {"objective.name": name, **changes})
+        for name, changes in {"sft": {}, "dpo": {"data.batch_size": 8}}.items()
     },
     "slices": slices,
 }
