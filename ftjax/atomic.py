@@ -21,7 +21,14 @@ def beside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """The name of a file to write, which replaces `path` when the block ends well; after an error nothing remains."""
+    """The name of a file to write, which replaces `path` when the block ends well; after an error nothing remains.
+
+    A symlink stays, and the file that it leads to is replaced. What is no file (/dev/stdout, a pipe) is written to.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve()
     temporary = beside(path)
     try:
         yield temporary
@@ -34,8 +41,11 @@ def new_file(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file by one that holds `text` in UTF-8."""
-    with new_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    try:
+        with new_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:  # which names the hidden file
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextlib.contextmanager

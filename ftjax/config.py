@@ -246,7 +246,10 @@ def write(config: ConfigDict, path: Path) -> None:
 
 
 def read(path: Path) -> ConfigDict:
-    """The config that a run wrote; raises UserError when the file is absent or not one of ours."""
+    """The config that a run wrote; raises UserError when the file is absent or not one of ours.
+
+    A key that is younger than the run has its default, which is what the run did.
+    """
     try:
         given = json.loads(path.read_text())
     except OSError as error:
@@ -256,7 +259,15 @@ def read(path: Path) -> ConfigDict:
     if not isinstance(given, dict):
         raise UserError(f"{path}: not the config of a run")
     config = ConfigDict(given)
-    validate(config)
+    for name, key in KEYS.items():
+        section, _, leaf = name.rpartition(".")
+        values = config.get(section) if section else config
+        if isinstance(values, ConfigDict) and leaf not in values:
+            values[leaf] = key.default
+    try:
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return config
 
 

@@ -1,5 +1,7 @@
 """Entries of data.train and data.eval: the options they have, and what is refused in them."""
 
+import json
+
 import pytest
 
 from ftjax import config as configs
@@ -41,3 +43,18 @@ def test_an_entry_of_eval_names_its_split_where_there_are_several(source):
         configs.validate(config)
     config.data.eval = ({"source": source, "split": "test", "limit": 100},)
     configs.validate(config)
+
+
+def test_a_run_that_is_older_than_a_key_has_its_default(tmp_path):
+    """A finished run stays usable; a key that is unknown or mistyped is refused with the file's name."""
+    config = configs.defaults()
+    config.model.source, config.data.train = "m", ("rows.jsonl",)
+    path = tmp_path / "config.json"
+    configs.write(config, path)
+    stored = json.loads(path.read_text())
+    del stored["objective"]["beta"], stored["seed"]
+    path.write_text(json.dumps(stored))
+    assert configs.changes(configs.read(path), config) == []
+    path.write_text(json.dumps(stored | {"sede": 1}))
+    with pytest.raises(UserError, match=r"config.json: config has no key 'sede'; did you mean 'seed'"):
+        configs.read(path)

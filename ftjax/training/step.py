@@ -88,9 +88,8 @@ def kernels_in(trainable: Tree, dtype: jnp.dtype | None) -> Tree:
     if dtype is None:
         return trainable
     leaves = tree.flatten(trainable)
-    return tree.unflatten(
-        {path: leaf.astype(dtype) if path.endswith("/kernel") else leaf for path, leaf in leaves.items()}
-    )
+    cast = [path for path in leaves if path.endswith("/kernel") and not path.startswith("heads/")]  # those stay float32
+    return tree.unflatten(leaves | {path: leaves[path].astype(dtype) for path in cast})
 
 
 def means(loss: Loss) -> Metrics:

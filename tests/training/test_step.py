@@ -7,7 +7,7 @@ import optax
 import pytest
 from support.tiny import one_device
 
-from ftjax import sharding
+from ftjax import sharding, tree
 from ftjax.objectives.loss import Loss
 from ftjax.training.state import abstract_state, init_state
 from ftjax.training.step import make_eval_step, make_step
@@ -109,3 +109,17 @@ def test_eval_step_returns_sums(start):
     np.testing.assert_allclose(loss.sum, mean * 6, rtol=1e-5)
     assert float(loss.weight) == 6
     np.testing.assert_allclose(loss.metrics["error"], (error * 6, 6), rtol=1e-5)
+
+
+def test_kernels_are_cast_but_a_heads_stay_float32():
+    """A score or a value of 1.001 is not 1: heads are used in float32, in training as in evaluation."""
+    trainable = {
+        "params": {"norm": {"scale": jnp.full(2, 1.001)}, "up_proj": {"kernel": jnp.full((2, 2), 1.001)}},
+        "heads": {"value": {"kernel": jnp.full((2, 1), 1.001)}},
+    }
+    dtypes = {path: str(leaf.dtype) for path, leaf in tree.flatten(kernels_in(trainable, jnp.bfloat16)).items()}
+    assert dtypes == {
+        "heads/value/kernel": "float32",
+        "params/norm/scale": "float32",
+        "params/up_proj/kernel": "bfloat16",
+    }
