@@ -10,7 +10,7 @@ from support.tiny import one_device
 from ftjax import sharding, tree
 from ftjax.objectives.loss import Loss
 from ftjax.training.state import abstract_state, init_state
-from ftjax.training.step import make_eval_step, make_step
+from ftjax.training.step import kernels_in, make_eval_step, make_step
 
 RATE = 0.1
 
