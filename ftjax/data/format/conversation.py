@@ -61,11 +61,15 @@ def check_filled(value: object, what: str) -> None:
         raise UserError(f"{what} is empty; fill it in or remove the row")
 
 
-def tool_list(tools: object, origin: str) -> list[dict]:
-    """The tools of a row as a list of {"type": "function", "function": {"name", ...}}.
+def tools_of(fields: dict, origin: str) -> dict:
+    """{"tools": [{"type": "function", "function": {"name", ...}}, ...]} of a row, {} where it has none.
 
-    The list and each tool may be given as JSON text, and a tool as a bare {"name", "description", "parameters"}.
+    They may also be in `functions`, OpenAI's older name. The list and each tool may be given as JSON text, and a tool
+    as a bare {"name", "description", "parameters"}.
     """
+    tools = fields.get("tools") or fields.get("functions")
+    if not tools:
+        return {}
     tools = from_json(tools, f"{origin}: tools")
     if not isinstance(tools, list):
         raise UserError(f"{origin}: tools is a {type(tools).__name__}; write it as a list of JSON schemas")
@@ -80,7 +84,7 @@ def tool_list(tools: object, origin: str) -> list[dict]:
             raise UserError(f'{where} has no name; write it as {{"type": "function", "function": {{"name": ...}}}}')
         _check_json(tool, where)
         schemas.append(tool)
-    return schemas
+    return {"tools": schemas} if schemas else {}
 
 
 def tool_calls(calls: object, where: str) -> list[dict]:

@@ -2,12 +2,12 @@
 
 import math
 
-from ftjax.data.format.conversation import check_filled, check_string, conversation
+from ftjax.data.format.conversation import check_filled, check_string, conversation, tools_of
 from ftjax.errors import UserError
 
 
 def preference(fields: dict, origin: str) -> dict:
-    """{"prompt", "chosen", "rejected", "margin"?} of a preference row, the first three as lists of messages.
+    """{"prompt", "chosen", "rejected", "margin"?, "tools"?} of a preference row, the first three as lists of messages.
 
     `chosen` and `rejected` are answers (strings or messages) to `prompt`, or both are whole conversations, which start
     with a turn of the user or the system. Of these the longest common start is the prompt; at least one message is left
@@ -39,11 +39,11 @@ def preference(fields: dict, origin: str) -> dict:
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
             raise UserError(f"{origin}: margin is {margin!r}; write a finite number or leave it out")
         record["margin"] = float(margin)
-    return record
+    return record | tools_of(fields, origin)
 
 
 def unpaired(fields: dict, origin: str) -> dict:
-    """{"prompt", "completion", "label"} of a KTO row."""
+    """{"prompt", "completion", "label", "tools"?} of a KTO row."""
     label = fields["label"]
     if not isinstance(label, bool):
         raise UserError(
@@ -52,7 +52,8 @@ def unpaired(fields: dict, origin: str) -> dict:
         )
     prompt = conversation(_prompt(fields, origin), f"{origin}: prompt", needs_assistant=False)
     answer = _answer(fields["completion"], f"{origin}: completion")
-    return {"prompt": prompt, "completion": _checked_answer(prompt, answer, f"{origin}: completion"), "label": label}
+    answer = _checked_answer(prompt, answer, f"{origin}: completion")
+    return {"prompt": prompt, "completion": answer, "label": label, **tools_of(fields, origin)}
 
 
 def alpaca_prompt(fields: dict, origin: str) -> list[dict]:
