@@ -311,9 +311,7 @@ class RowsOf(Sequence[Row]):
         return len(self._examples)
 
     def __getitem__(self, i: int) -> Row:
-        examples = self._examples
-        part = examples.parts[0 if examples.part_ids is None else examples.part_ids[i]]
-        return part.rows[int(examples.rows[i])]
+        return self._examples.row(i)
 
 
 def spread(count: int, most: int) -> np.ndarray:

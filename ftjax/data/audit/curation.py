@@ -99,12 +99,10 @@ class Output:
 
     def write(self, fields: dict) -> None:
         """One row. Dates and decimal numbers of a table become text; UserError for a value that JSON cannot hold."""
-        text = json.dumps(fields, ensure_ascii=False, default=_as_json)
-        if not _encodes(text):  # half of a surrogate pair, which JSON can only spell as \\ud800
-            text = json.dumps(fields, default=_as_json)
-        self.write_text(text + "\n")
+        self.write_text(json.dumps(fields, ensure_ascii=False, default=_as_json) + "\n")
 
     def write_text(self, text: str) -> None:
+        # Half of a surrogate pair, which UTF-8 cannot hold, becomes \ud800, as JSON spells it.
         self._file.write(text.encode(errors="backslashreplace"))
         self.count += 1
 
@@ -119,14 +117,6 @@ class Output:
 
 def _same_file(path: Path, other: Path) -> bool:
     return path.exists() and other.exists() and path.samefile(other)
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _as_json(value: object) -> str:

@@ -1,22 +1,7 @@
 """The rows of all sources of a run as one sequence: read, parsed and checked when they are asked for.
 
-Opening only makes an index of the rows; a bad row is found when it is parsed. So the pass over all rows before step 1
-(tokenization) has this form, in any number of processes and in any order:
-
-    bad = BadRows(rows)
-    for i in range(len(rows)):          # or ranges of i in worker processes: `rows` can be pickled
-        try:
-            row = rows.check(i)         # None: the row is on the other side of data.holdout
-        except SourceError:             # the file was changed or is gone: never a bad row
-            raise
-        except UserError as error:
-            bad.skip(i, str(error))     # counts it; raises where more than max_bad_rows of its source are bad
-            continue
-        ...
-    bad.report(used)                    # logs what was skipped; raises for a source of which no row is left
-
-Iterating over `rows` does exactly that in this process. `rows.digest()` is a cache key for what was made of the rows:
-it covers their contents and everything here that decides which of them are used.
+Opening only makes an index of the rows; a bad row is found when it is parsed. So a pass over all rows looks like
+`Rows.__iter__`; tokenization makes the same one in any number of processes, to which `Rows` can be pickled.
 """
 
 import hashlib
@@ -92,7 +77,7 @@ class Source:
 
 
 class Rows(Sequence[Row]):
-    """Rows of several sources, one after the other. The module's docstring says how to pass over them.
+    """Rows of several sources, one after the other.
 
     `len` and `[i]` count every candidate: bad rows and those of the other side of the hold-out have an index too. Only
     iteration leaves them out.
@@ -162,7 +147,7 @@ class Rows(Sequence[Row]):
         for i in range(len(self)):
             try:
                 row = self.check(i)
-            except SourceError:
+            except SourceError:  # the file was changed or is gone: never a bad row
                 raise
             except UserError as error:
                 bad.skip(i, str(error), error)
@@ -178,10 +163,6 @@ class Rows(Sequence[Row]):
         max_bad_rows is part of it: a run that allows no bad rows must not use what was made while skipping some.
         Weights are not: they decide the order of an epoch, not its rows.
         """
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
         contents = [source.digest() for source in self.sources]
         options = [self.max_bad_rows, self.holdout, self.heldout_side if self.holdout else False]
         return hashlib.sha256(json.dumps([contents, options]).encode()).hexdigest()

@@ -28,7 +28,7 @@ OPENERS = {"jsonl": open_jsonl, "json": open_json, "csv": open_csv, "tsv": open_
 def read_sources(
     entries: Iterable[dict], max_bad_rows: int = 0, holdout: float = 0.0, heldout_side: bool = False
 ) -> Rows:
-    """The rows of all entries, in their order; `ftjax.data.read.rows` says how to pass over them.
+    """The rows of all entries, in their order.
 
     Args:
       entries: {"source", "format"?, "split"?, "weight"?, "limit"?}; see docs/data.md.

@@ -4,9 +4,11 @@ A row group can hold a million rows, and Parquet only gives it whole. The Arrow 
 processes on a machine share the pages that they read.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,25 +84,25 @@ def _convert(file: DataFile, path: Path) -> None:
     digest = hashlib.sha256()
     for block in files.content(file):
         digest.update(block)
-    try:
+    with _damage_as_user_error(file):
         # With a buffer and without pre_buffer, or a whole row group is read before its first batch.
         source = pyarrow.OSFile(os.fsencode(file.path))  # as bytes: a name need not be UTF-8
         parquet = pyarrow.parquet.ParquetFile(source, buffer_size=2**20, pre_buffer=False)
         schema = parquet.schema_arrow.with_metadata({_DIGEST: digest.hexdigest().encode()})
-    except (ValueError, OSError) as error:
-        raise _damaged(file, error) from error
     with pyarrow.OSFile(str(path), "wb") as out, pyarrow.ipc.new_file(out, schema) as writer, source:
         batches = parquet.iter_batches(BATCH_ROWS)
         while True:
-            try:
+            with _damage_as_user_error(file):
                 batch = next(batches, None)
-            except (ValueError, OSError) as error:
-                raise _damaged(file, error) from error
             if batch is None:
                 return
             writer.write_batch(pyarrow.RecordBatch.from_arrays(batch.columns, schema=schema))
 
 
-def _damaged(file: DataFile, error: Exception) -> UserError:
-    what = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{file.name}: not a readable Parquet file ({what}); write or copy it again")
+@contextlib.contextmanager
+def _damage_as_user_error(file: DataFile) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file.name}: not a readable Parquet file ({what}); write or copy it again") from error
