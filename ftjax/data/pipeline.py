@@ -57,6 +57,14 @@ def load(
     return _loader(tokenized, spec, shuffle=True), tokenized.report
 
 
+def read_heldout(entries: Sequence[dict], train: Sequence[dict], spec: DataSpec) -> list[Rows]:
+    """All rows of `entries`, and those of `train` that are held out, where there are such."""
+    sets = [read_sources(entries, spec.max_bad_rows)] if entries else []
+    if spec.holdout:
+        sets.append(read_sources(train, spec.max_bad_rows, spec.holdout, heldout_side=True))
+    return sets
+
+
 def load_heldout(
     entries: Sequence[dict],
     train: Sequence[dict],
@@ -64,12 +72,9 @@ def load_heldout(
     spec: DataSpec,
     counter: Counter = _uncounted,
 ) -> Loader | None:
-    """The loader of all rows of `entries`, then of those of `train` that are held out; None if there are neither."""
-    sets = [read_sources(entries, spec.max_bad_rows)] if entries else []
-    if spec.holdout:
-        sets.append(read_sources(train, spec.max_bad_rows, spec.holdout, heldout_side=True))
+    """The loader of the rows of `read_heldout`; None if there are none."""
     # Any number may be dropped: in a small set one long row is more than the usual share.
-    tokenized = [_tokenized(rows, tokenizer, spec, 1.0, counter) for rows in sets]
+    tokenized = [_tokenized(rows, tokenizer, spec, 1.0, counter) for rows in read_heldout(entries, train, spec)]
     return _loader(join(tokenized), spec, shuffle=False) if tokenized else None
 
 

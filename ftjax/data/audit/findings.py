@@ -208,12 +208,5 @@ class Findings:
         return sorted(findings, key=lambda finding: finding.severity != ERROR)
 
 
-def finding(code: str, what: str) -> Finding:
-    """One finding about the whole set, in words of its own."""
-    findings = Findings()
-    findings.add(code, what=what)
-    return findings.all()[0]
-
-
 def _key(code: str, what: str) -> tuple[str, str]:
     return code, _VARIES.sub("#", what)

@@ -6,6 +6,7 @@ dict, as transformers documents for chat templates. Other keys are kept as they 
 without a value are dropped.
 """
 
+import json
 import math
 
 from ftjax import strict_json
@@ -92,6 +93,17 @@ def tool_calls(calls: object, where: str) -> list[dict]:
     if not isinstance(calls, list):
         raise UserError(f"{where}: tool_calls is a {type(calls).__name__}; write it as a list")
     return [_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)]
+
+
+def with_json_arguments(message: dict) -> dict:
+    """A checked message with the arguments of its tool calls as JSON text."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls}
 
 
 def _call(call: object, where: str) -> dict:

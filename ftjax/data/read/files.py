@@ -235,20 +235,15 @@ def _unpacked(file: _Listed, compression: str) -> Path:
     return cache.file("files", key, write)
 
 
-@contextlib.contextmanager
-def _decompress(file: BinaryIO, compression: str) -> Iterator[BinaryIO]:
+def _decompress(file: BinaryIO, compression: str) -> AbstractContextManager[BinaryIO]:
     if compression == ".zst":
         import pyarrow
 
-        with pyarrow.CompressedInputStream(file, "zstd") as plain:
-            yield plain
-        return
+        return pyarrow.CompressedInputStream(file, "zstd")
     if compression == ".gz":
-        with gzip.open(file) as plain:
-            yield plain
-        return
+        return gzip.open(file)
     start = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}.get(compression)
-    yield file if start is None else _Streams(file, start)
+    return contextlib.nullcontext(file if start is None else _Streams(file, start))
 
 
 class _Streams:

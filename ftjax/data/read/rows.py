@@ -37,6 +37,25 @@ class Records(Protocol):
         """Hex digest of the contents, which does not depend on path, compression or time."""
 
 
+class Numbered:
+    """What `Records` without lines have in common: record 3 of "hf:name" has the origin "hf:name[3]"."""
+
+    def __init__(self, name: str, length: int):
+        self._name, self._length = name, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def origin(self, i: int) -> str:
+        return f"{self._name}[{i}]"
+
+
+def locate(ends: np.ndarray, i: int) -> tuple[int, int]:
+    """Which of several sequences, joined, holds item i, and the item's index there. ends: int [n], where each ends."""
+    number = int(np.searchsorted(ends, i, side="right"))
+    return number, i - (int(ends[number - 1]) if number else 0)
+
+
 @dataclass(frozen=True)
 class Source:
     """One entry of data.train or data.eval, opened.
@@ -107,14 +126,12 @@ class Rows(Sequence[Row]):
 
     def source_of(self, i: int) -> int:
         """The index in `sources` and `per_source` of the source of row i."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
-        return int(np.searchsorted(self._ends, i, side="right"))
+        return self._locate(i)[0]
 
     def origin(self, i: int) -> str:
         """The origin of row i, without reading it."""
         source, local = self._locate(i)
-        return source.origin(local)
+        return self.sources[source].origin(local)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -122,17 +139,17 @@ class Rows(Sequence[Row]):
     def __getitem__(self, i: int) -> Row:
         """Row i, parsed and checked; UserError with its origin where it is bad. No slices."""
         source, local = self._locate(i)
-        return source.row(local)
+        return self.sources[source].row(local)
 
     def raw(self, i: int) -> dict:
         """The fields of row i as they are stored, before any format is detected or checked."""
         source, local = self._locate(i)
-        return source.raw(local)
+        return self.sources[source].raw(local)
 
-    def _locate(self, i: int) -> tuple[Source, int]:
-        number = self.source_of(i)
-        source = self.sources[number]
-        return source, i - int(self._ends[number]) + len(source)
+    def _locate(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        return locate(self._ends, i)
 
     def check(self, i: int) -> Row | None:
         """Row i, or None where it is on the other side of the hold-out; UserError where it is bad."""
@@ -155,7 +172,8 @@ class Rows(Sequence[Row]):
             if row is not None:
                 used[self.source_of(i)] += 1
                 yield row
-        bad.report(used)
+        bad.refuse(used)
+        log_skipped(self, used, bad.skipped)
 
     def digest(self) -> str:
         """Hex digest of all that decides the rows and their order: contents, formats, splits, limits, the hold-out.
@@ -173,35 +191,26 @@ class BadRows:
 
     def __init__(self, rows: Rows):
         self._rows = rows
-        self._skipped: dict[int, tuple[int, str]] = {}  # source -> how many, and the message of the first
+        self.skipped: dict[int, tuple[int, str]] = {}  # source -> how many, and the message of the first
 
     def skip(self, i: int, message: str, error: UserError | None = None) -> None:
         """Counts row i as bad. Above max_bad_rows raises UserError: `error` itself where no bad row is allowed."""
         allowed, source = self._rows.max_bad_rows, self._rows.source_of(i)
         if allowed == 0:
             raise error or UserError(message)
-        count, first = self._skipped.get(source, (0, message))
-        self._skipped[source] = (count + 1, first)
+        count, first = self.skipped.get(source, (0, message))
+        self.skipped[source] = (count + 1, first)
         if count + 1 > allowed:
             raise UserError(
                 f"more than {allowed} bad rows; fix them or raise max_bad_rows. First: {first}; last: {message}"
             ) from error
 
-    def report(self, used: Sequence[int] | np.ndarray) -> None:
-        """Logs what was skipped.
-
-        Args:
-          used: how many rows of each source were good and on this side of the hold-out.
-
-        Raises:
-          UserError: all rows of a source are bad, or no row at all is on this side of the hold-out.
-        """
-        self.refuse(used)
-        log_skipped(self._rows, used, self._skipped)
-
     def refuse(self, used: Sequence[int] | np.ndarray) -> None:
-        """Like `report`, without logging."""
-        for source, (count, first) in sorted(self._skipped.items()):
+        """UserError where all rows of a source are bad, or no row at all is on this side of the hold-out.
+
+        used: as in `log_skipped`.
+        """
+        for source, (count, first) in sorted(self.skipped.items()):
             name, total = self._rows.per_source[source]
             if count == total:
                 raise UserError(f"{name}: no rows are left of {total}, all are bad; first: {first}")

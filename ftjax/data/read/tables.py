@@ -18,6 +18,7 @@ import numpy as np
 from ftjax.data.read import cache, files
 from ftjax.data.read.files import DataFile
 from ftjax.data.read.plain import plain_row
+from ftjax.data.read.rows import Numbered, locate
 from ftjax.errors import SourceError, UserError
 
 if TYPE_CHECKING:
@@ -27,11 +28,10 @@ BATCH_ROWS = 4096
 _DIGEST = b"ftjax.digest"  # key of the schema's metadata in the cached file
 
 
-class Parquet:
-    """The rows of a Parquet file; row 3 has the origin "a.parquet[3]". `Records` of `rows`."""
+class Parquet(Numbered):
+    """The rows of a Parquet file. `Records` of `rows`."""
 
     def __init__(self, file: DataFile):
-        self._name = file.name
         key = hashlib.sha256(json.dumps(files.identity(file.path)).encode()).hexdigest()[:32]
         self._path = cache.file("tables", f"{key}.arrow", lambda path: _convert(file, path))
         self._stamp = files.stamp(self._path)
@@ -42,19 +42,14 @@ class Parquet:
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"{file.name}: two columns are called {repeated!r}; name each once")
         self._ends = np.cumsum([len(batch) for batch in batches])
+        super().__init__(file.name, int(self._ends[-1]))
         self._digest = batches[0].schema.metadata[_DIGEST].decode()
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def origin(self, i: int) -> str:
-        return f"{self._name}[{i}]"
-
     def __getitem__(self, i: int) -> dict:
-        number = int(np.searchsorted(self._ends, i, side="right"))
+        number, local = locate(self._ends, i)
         batch = _batches(self._path, self._stamp)[number]
         try:
-            row = batch.slice(i - (int(self._ends[number]) - len(batch)), 1).to_pylist()[0]
+            row = batch.slice(local, 1).to_pylist()[0]
         except ValueError as error:  # a string column that is not UTF-8, among others
             raise UserError(f"{self.origin(i)}: cannot be read ({error}); write the row again") from error
         return plain_row(row)

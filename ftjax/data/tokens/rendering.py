@@ -2,12 +2,12 @@
 
 import datetime
 import functools
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jinja2
 
+from ftjax.data.format.conversation import with_json_arguments
 from ftjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,9 +111,7 @@ def _for_template(messages: Messages, tokenizer: Tokenizer, template: str) -> Me
         message = {key: value for key, value in message.items() if key != "weight" and value is not None}
         if message["role"] == "developer" and "developer" not in template:
             message["role"] = "system"
-        if as_text and "tool_calls" in message:
-            message["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
-        accepted.append(message)
+        accepted.append(with_json_arguments(message) if as_text else message)
     return accepted
 
 
@@ -138,9 +136,4 @@ def _wants_text(tokenizer: Tokenizer, template: str) -> bool:
     with_dict = text(probe)
     if with_dict and "{'stripe': 'a'}" not in with_dict:
         return False
-    return '{"stripe": "a"}' in text([probe[0], {**probe[1], "tool_calls": [_with_text(call)]}, *probe[2:]])
-
-
-def _with_text(call: dict) -> dict:
-    function = {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}
-    return {**call, "function": function}
+    return '{"stripe": "a"}' in text([with_json_arguments(message) for message in probe])
