@@ -88,13 +88,6 @@ def tools_of(fields: dict, origin: str) -> dict:
     return {"tools": schemas} if schemas else {}
 
 
-def tool_calls(calls: object, where: str) -> list[dict]:
-    """Tool calls as [{"type": "function", "function": {"name": str, "arguments": dict}, and "id" if there is one}]."""
-    if not isinstance(calls, list):
-        raise UserError(f"{where}: tool_calls is a {type(calls).__name__}; write it as a list")
-    return [_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)]
-
-
 def with_json_arguments(message: dict) -> dict:
     """A checked message with the arguments of its tool calls as JSON text."""
     if "tool_calls" not in message:
@@ -107,6 +100,7 @@ def with_json_arguments(message: dict) -> dict:
 
 
 def _call(call: object, where: str) -> dict:
+    """A tool call as {"type": "function", "function": {"name": str, "arguments": dict}, and "id" if there is one}."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise UserError(
@@ -140,7 +134,9 @@ def _message(message: object, where: str) -> dict:
     if calls and role != "assistant":
         raise UserError(f"{where} has tool_calls, but its role is {role!r}; only an assistant calls tools")
     if calls:
-        plain["tool_calls"] = tool_calls(calls, where)
+        if not isinstance(calls, list):
+            raise UserError(f"{where}: tool_calls is a {type(calls).__name__}; write it as a list")
+        plain["tool_calls"] = [_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)]
         plain.setdefault("content", "")  # templates add it to strings, so it must not be missing
     plain["content"] = _text(plain.get("content"), f"{where} ({role}): content")
     if plain.get("weight") not in (None, 0, 1):

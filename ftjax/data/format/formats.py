@@ -43,10 +43,9 @@ def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
         fitting = [format] if _has(fields, FORMATS[format][0]) else []
     if not fitting:
         known = "; ".join(f"{name} ({', '.join(keys)})" for name, (keys, _) in FORMATS.items())
-        wanted = f"the format {format!r}" if format else "no known format"
-        verb = "does not fit" if format else "fits"
+        misfit = f"does not fit the format {format!r}" if format else "fits no known format"
         raise UserError(
-            f"{origin}: {verb} {wanted}: it has the fields {sorted(map(str, fields))}, and the formats are "
+            f"{origin}: {misfit}: it has the fields {sorted(map(str, fields))}, and the formats are "
             f"{known}; rename its fields"
         )
     return Row(FORMATS[fitting[0]][1](fields, origin), origin)

@@ -24,7 +24,8 @@ def preference(fields: dict, origin: str) -> dict:
             raise UserError(f"{origin}: chosen and rejected repeat the prompt's turns; leave them in `prompt` only")
         if prompt and any(_first_user(side) != prompt[-1]["content"] for side in (chosen, rejected)):
             raise UserError(f"{origin}: `prompt` is not the first user turn of chosen and rejected; remove it")
-        length = _common_length(chosen, rejected)
+        limit = min(len(chosen), len(rejected)) - 1
+        length = next((i for i in range(limit) if _said(chosen[i]) != _said(rejected[i])), limit)
         if length == 0:
             raise UserError(f"{origin}: chosen and rejected have no first turn in common; they must share the prompt")
         system = prompt[:-1] if chosen[0]["role"] == "user" else []
@@ -110,11 +111,6 @@ def _checked_answer(prompt: list[dict], answer: list[dict], where: str) -> list[
         raise UserError(f"{where} starts with a {answer[0]['role']} turn; the prompt must hold it")
     conversation(prompt + answer, where)
     return answer
-
-
-def _common_length(chosen: list[dict], rejected: list[dict]) -> int:
-    limit = min(len(chosen), len(rejected)) - 1
-    return next((i for i in range(limit) if _said(chosen[i]) != _said(rejected[i])), limit)
 
 
 def _said(message: dict) -> list:

@@ -64,7 +64,11 @@ def _alpaca(fields: dict) -> dict:
             "alpaca", "turns that do not alternate between user and assistant, or a last one by the user"
         )
     for message in messages:
-        _only_text(message, "alpaca")
+        extra = sorted(set(message) - {"role", "content", "weight"})
+        if message["role"] == "assistant" and message.get("weight") == 0:
+            extra = ["weight 0"]
+        if extra:
+            raise _cannot_hold("alpaca", f"{extra[0]} of a message")
     contents = [message["content"] for message in messages]
     row["instruction"], row["output"] = contents[-2:]
     if len(contents) > 2:
@@ -137,14 +141,6 @@ def _turn(message: dict, format: str) -> dict:
     if message["role"] not in _SPEAKERS:
         raise _cannot_hold(format, f"the role {message['role']}")
     return {"from": _SPEAKERS[message["role"]], "value": message["content"], **rest}
-
-
-def _only_text(message: dict, format: str) -> None:
-    extra = sorted(set(message) - {"role", "content", "weight"})
-    if message["role"] == "assistant" and message.get("weight") == 0:
-        extra = ["weight 0"]
-    if extra:
-        raise _cannot_hold(format, f"{extra[0]} of a message")
 
 
 def _is_trained(message: dict) -> bool:

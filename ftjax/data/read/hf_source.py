@@ -15,12 +15,8 @@ from ftjax.errors import SourceError, UserError
 class HuggingFace(Numbered):
     """The rows of one whole split as plain values. `Records` of `rows`.
 
-    The code of a data set is never run: those that consist of a script are refused.
-
-    Args:
-      source: `hf:NAME` or `hf:NAME:CONFIG` on the hub, or `hf:DIR`: what `save_to_disk` wrote, or a directory of
-        Parquet, JSON or CSV files.
-      split: its name, or a sum of them ("train+validation").
+    `hf:DIR` is what `save_to_disk` wrote, or a directory of Parquet, JSON or CSV files. The code of a data set is never
+    run: those that consist of a script are refused. A split may be a sum of several, "train+validation".
 
     Raises:
       UserError: no such data set, config or split; no connection; the package `datasets` is missing.

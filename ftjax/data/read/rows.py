@@ -167,7 +167,7 @@ class Rows(Sequence[Row]):
             except SourceError:  # the file was changed or is gone: never a bad row
                 raise
             except UserError as error:
-                bad.skip(i, str(error), error)
+                bad.skip(i, str(error))
                 continue
             if row is not None:
                 used[self.source_of(i)] += 1
@@ -193,17 +193,17 @@ class BadRows:
         self._rows = rows
         self.skipped: dict[int, tuple[int, str]] = {}  # source -> how many, and the message of the first
 
-    def skip(self, i: int, message: str, error: UserError | None = None) -> None:
-        """Counts row i as bad. Above max_bad_rows raises UserError: `error` itself where no bad row is allowed."""
+    def skip(self, i: int, message: str) -> None:
+        """Counts row i as bad. Above max_bad_rows raises UserError, with just the message where none is allowed."""
         allowed, source = self._rows.max_bad_rows, self._rows.source_of(i)
         if allowed == 0:
-            raise error or UserError(message)
+            raise UserError(message)
         count, first = self.skipped.get(source, (0, message))
         self.skipped[source] = (count + 1, first)
         if count + 1 > allowed:
             raise UserError(
                 f"more than {allowed} bad rows; fix them or raise max_bad_rows. First: {first}; last: {message}"
-            ) from error
+            )
 
     def refuse(self, used: Sequence[int] | np.ndarray) -> None:
         """UserError where all rows of a source are bad, or no row at all is on this side of the hold-out.

@@ -26,11 +26,8 @@ from ftjax.errors import SourceError, UserError
 class Tfds(Numbered):
     """The rows of one whole split as plain values. `Records` of `rows`.
 
-    Args:
-      source: `tfds:NAME`, `tfds:NAME:/data_dir`, or `tfds:DIR` where DIR is a prepared data set: the directory that
-        holds its dataset_info.json. The data must be in array_record or TFRecord files; a data set that is not prepared
-        yet is prepared in the first.
-      split: its name; tfds also knows "all" and sums, "train+test".
+    A data set that is not prepared yet is prepared in array_record files. A split may also be "all" or a sum of
+    several, "train+test".
 
     Raises:
       UserError: no such data set, split or directory, data in another format, a package that is missing.
