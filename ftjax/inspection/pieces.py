@@ -24,9 +24,8 @@ def pieces(tokens: Sequence[int], trained: np.ndarray, tokenizer: Tokenizer) -> 
 
     tokens: int [n]; trained: bool [n].
     """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
-        tokenizer.all_special_ids
-    )
+    added = tokenizer.added_tokens_decoder
+    special = {i for i in added if added[i].special} | set(tokenizer.all_special_ids)
     out, start = [], 0
     ids = [int(token) for token in tokens]
     while start < len(ids):

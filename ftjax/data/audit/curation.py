@@ -90,12 +90,13 @@ class Output:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._files.enter_context(atomic.new_file(self.path))
-            self._raw = self._files.enter_context(temporary.open("wb"))
+            self._file = self._files.enter_context(temporary.open("wb"))
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); name a file in another directory"
             ) from error
-        self._file = gzip.GzipFile("", "wb", 6, self._raw, mtime=0) if self.path.suffix == ".gz" else self._raw
+        if self.path.suffix == ".gz":
+            self._file = self._files.enter_context(gzip.GzipFile("", "wb", 6, self._file, mtime=0))
 
     def write(self, fields: dict) -> None:
         """One row. Dates and decimal numbers of a table become text; UserError for a value that JSON cannot hold."""
@@ -110,8 +111,6 @@ class Output:
         return self
 
     def __exit__(self, *error) -> None:
-        if self._file is not self._raw:
-            self._file.close()
         self._files.__exit__(*error)
 
 
