@@ -54,11 +54,9 @@ def filter_rows(rows: Rows, out: Output, drops: Drops, args: argparse.Namespace)
     if args.min_tokens or args.max_tokens:
         if not args.tokenizer:
             raise UserError("--min_tokens and --max_tokens need --tokenizer, a model whose tokens are counted")
-        from ftjax.data.tokens import (
-            tokenizer as tokenizers,  # transformers takes a second to import, and only this needs it
-        )
+        from ftjax.data.tokens.tokenizer import load  # takes a second, for transformers, and only this needs it
 
-        tokenizer = tokenizers.load(locate(args.tokenizer))
+        tokenizer = load(locate(args.tokenizer))
 
         def count(row: Row) -> int:
             documents = ROW_KINDS[kind_of(row)].tokenize(row, tokenizer, None, "assistant")

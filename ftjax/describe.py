@@ -27,6 +27,7 @@ def run(
     packed = frozen.pop("quant", {})
     total = tree.count(abstract["params"]) + quant.count(packed)
     steps = config.steps or loader.batches_in(config.epochs)
+    attention = kernels.choose(base.model.attention, spec, base.model.dtype, loader.max_length, mesh)
     return {
         "model": f"{config.model.source}: {spec.family}, {spec.num_hidden_layers} layers, width {spec.hidden_size}, "
         f"vocabulary {spec.vocab_size:,}, {total:,} parameters, in {config.model.dtype}",
@@ -36,7 +37,7 @@ def run(
         **({"reference": _reference(program)} if program.method.reference else {}),
         **({"quantized": f"{_size(packed, quant.count(packed))}, {config.quantize.base}"} if packed else {}),
         "mesh": _mesh(mesh, base, abstract["params"]),
-        "attention": _attention(loader.max_length, base, mesh),
+        "attention": attention.name + (f"; {attention.reason}" if attention.reason else ""),
         "data": counted(report),
         "batch": f"{data.batch_size} rows of {loader.max_length} tokens"
         + (", packed" if data.packing else f", not packed but padded to {', '.join(map(str, loader.lengths))} tokens,")
@@ -98,12 +99,6 @@ def _reference(program: Program) -> str:
 def _size(abstract: Tree, count: int | None = None) -> str:
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in tree.flatten(abstract).values())
     return f"{tree.count(abstract) if count is None else count:,} parameters, {size / 1e6:,.1f} MB"
-
-
-def _attention(row_length: int, base: Base, mesh: Mesh) -> str:
-    model = base.model
-    choice = kernels.choose(model.attention, model.spec, model.dtype, row_length, mesh)
-    return choice.name + (f"; {choice.reason}" if choice.reason else "")
 
 
 def _mesh(mesh: Mesh, base: Base, abstract: Tree) -> str:

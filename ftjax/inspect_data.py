@@ -31,7 +31,8 @@ from ftjax import assemble, cli
 from ftjax import config as configs
 from ftjax.atomic import write_text
 from ftjax.data.audit import checks
-from ftjax.data.audit.findings import finding
+from ftjax.data.audit.findings import Findings
+from ftjax.data.pipeline import read_heldout
 from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import TASK, read_sources
 from ftjax.data.tokens.kinds import ROW_KINDS, kind_of
@@ -51,7 +52,11 @@ def inspect(config: ConfigDict, options: dict) -> int:
     spec = assemble.data_spec(config, base.model.spec)
     speed = speed_of(options["tokens_per_second"], options["workdir"])
     train = read_sources(configs.sources(config, "train"), spec.max_bad_rows, spec.holdout)
-    heldout = evaluation_rows(config)
+    entries = [
+        {"split": "test", **entry} if entry["source"].startswith(TASK) else entry
+        for entry in configs.sources(config, "eval")
+    ]
+    heldout = read_heldout(entries, configs.sources(config, "train"), spec)
     out = terminal.console()
     with Progress(console=out, disable=not out.is_terminal, transient=True) as bar:
         task = bar.add_task("reading and tokenizing", total=min(len(train), options["max_rows"] or len(train)))
@@ -66,8 +71,9 @@ def inspect(config: ConfigDict, options: dict) -> int:
         )
     epoch = epoch_of(result, spec, config.steps, config.epochs)
     if 0 < epoch.rows < spec.batch_size:
-        few = f"an epoch has {epoch.rows} rows and does not fill one batch of {spec.batch_size}"
-        result.findings.insert(0, finding("few", few))
+        few = Findings()
+        few.add("few", what=f"an epoch has {epoch.rows} rows and does not fill one batch of {spec.batch_size}")
+        result.findings[:0] = few.all()
     terminal.summary(out, result, epoch, spec, speed)
 
     def shown(index: int) -> tuple[str, list[tuple[str, list[Piece]]]] | None:
@@ -93,25 +99,12 @@ def inspect(config: ConfigDict, options: dict) -> int:
             terminal.row(out, *row, codes.get(index, []))
     terminal.verdict(out, result)
     if options["html"]:
-        page.write(Path(options["html"]), result, epoch, spec, page_rows(train, codes, shown))
+        write_text(Path(options["html"]), page.render(result, epoch, spec, page_rows(train, codes, shown)))
         out.print(f"the page is {options['html']}", markup=False)
     if options["json"]:
         text = json.dumps(report(result, epoch), indent=2, ensure_ascii=False)
         write_text(Path(options["json"]), text + "\n")
     return cli.EXIT_MISTAKE if result.failed() else 0
-
-
-def evaluation_rows(config: ConfigDict) -> list[Rows]:
-    """The rows of data.eval, also of the tasks in it, and those of data.train that are held out."""
-    entries = []
-    for entry in configs.sources(config, "eval"):
-        entries.append({"split": "test", **entry} if entry["source"].startswith(TASK) else entry)
-    data, sets = config.data, []
-    if entries:
-        sets.append(read_sources(entries, data.max_bad_rows))
-    if data.holdout:
-        sets.append(read_sources(configs.sources(config, "train"), data.max_bad_rows, data.holdout, heldout_side=True))
-    return sets
 
 
 def speed_of(tokens_per_second: float, workdir: str | None) -> tuple[float, str] | None:

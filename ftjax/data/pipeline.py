@@ -5,7 +5,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 from ftjax.data.audit.findings import MAX_DROPPED
 from ftjax.data.batch.loader import Loader
@@ -13,10 +12,8 @@ from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens.examples import Examples, join
 from ftjax.data.tokens.kinds import ROW_KINDS
+from ftjax.data.tokens.rendering import Tokenizer
 from ftjax.data.tokens.tokenize import tokenize
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +46,7 @@ def _uncounted(what: str, total: int) -> AbstractContextManager[Callable[[int], 
 
 
 def load(
-    entries: Sequence[dict], tokenizer: "Tokenizer", spec: DataSpec, counter: Counter = _uncounted
+    entries: Sequence[dict], tokenizer: Tokenizer, spec: DataSpec, counter: Counter = _uncounted
 ) -> tuple[Loader, dict]:
     """The loader of the training rows of `entries` (see `sources.read_sources`), and `tokenize`'s report on them.
 
@@ -60,23 +57,28 @@ def load(
     return _loader(tokenized, spec, shuffle=True), tokenized.report
 
 
-def load_heldout(
-    entries: Sequence[dict],
-    train: Sequence[dict],
-    tokenizer: "Tokenizer",
-    spec: DataSpec,
-    counter: Counter = _uncounted,
-) -> Loader | None:
-    """The loader of all rows of `entries`, then of those of `train` that are held out; None if there are neither."""
+def read_heldout(entries: Sequence[dict], train: Sequence[dict], spec: DataSpec) -> list[Rows]:
+    """All rows of `entries`, and those of `train` that are held out, where there are such."""
     sets = [read_sources(entries, spec.max_bad_rows)] if entries else []
     if spec.holdout:
         sets.append(read_sources(train, spec.max_bad_rows, spec.holdout, heldout_side=True))
+    return sets
+
+
+def load_heldout(
+    entries: Sequence[dict],
+    train: Sequence[dict],
+    tokenizer: Tokenizer,
+    spec: DataSpec,
+    counter: Counter = _uncounted,
+) -> Loader | None:
+    """The loader of the rows of `read_heldout`; None if there are none."""
     # Any number may be dropped: in a small set one long row is more than the usual share.
-    tokenized = [_tokenized(rows, tokenizer, spec, 1.0, counter) for rows in sets]
+    tokenized = [_tokenized(rows, tokenizer, spec, 1.0, counter) for rows in read_heldout(entries, train, spec)]
     return _loader(join(tokenized), spec, shuffle=False) if tokenized else None
 
 
-def _tokenized(rows: Rows, tokenizer: "Tokenizer", spec: DataSpec, max_dropped: float, counter: Counter) -> Examples:
+def _tokenized(rows: Rows, tokenizer: Tokenizer, spec: DataSpec, max_dropped: float, counter: Counter) -> Examples:
     with counter("tokenizing", len(rows)) as advance:
         tokenized = tokenize(
             rows,

@@ -7,12 +7,11 @@ forbids the page every request.
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import NamedTuple
 
-from ftjax.atomic import write_text
 from ftjax.data.pipeline import DataSpec
 from ftjax.inspection.pieces import Piece
 from ftjax.inspection.survey import Epoch, Survey, shares
@@ -30,11 +29,6 @@ class PageRow(NamedTuple):
     source: int
     codes: Sequence[str]
     examples: Sequence[tuple[str, list[Piece]]]
-
-
-def write(path: Path, survey: Survey, epoch: Epoch, spec: DataSpec, rows: Sequence[PageRow]) -> None:
-    """Writes the page, whole or not at all."""
-    write_text(path, render(survey, epoch, spec, rows))
 
 
 def render(survey: Survey, epoch: Epoch, spec: DataSpec, rows: Sequence[PageRow]) -> str:
@@ -67,12 +61,7 @@ def render(survey: Survey, epoch: Epoch, spec: DataSpec, rows: Sequence[PageRow]
     }
     text = resources.files("ftjax.inspection").joinpath("page.html").read_text(encoding="utf-8")
     # All placeholders in one pass, so that one inside a row is left alone.
-    pieces = text.split("{{")
-    out = [pieces[0]]
-    for piece in pieces[1:]:
-        name, _, rest = piece.partition("}}")
-        out += [parts[name], rest]
-    return "".join(out)
+    return re.sub(r"{{(\w+)}}", lambda placeholder: parts[placeholder[1]], text)
 
 
 def embed(value: object) -> str:

@@ -1,12 +1,11 @@
 """A row's tokens as text that a person can read: special tokens by name, trained ones marked."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+from ftjax.data.tokens.rendering import Tokenizer
 
 WHITE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
@@ -20,14 +19,13 @@ class Piece(NamedTuple):
     tokens: int  # how many
 
 
-def pieces(tokens: Sequence[int], trained: np.ndarray, tokenizer: "Tokenizer") -> list[Piece]:
+def pieces(tokens: Sequence[int], trained: np.ndarray, tokenizer: Tokenizer) -> list[Piece]:
     """The pieces of a document, in order; together they cover all its tokens.
 
     tokens: int [n]; trained: bool [n].
     """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
-        tokenizer.all_special_ids
-    )
+    added = tokenizer.added_tokens_decoder
+    special = {i for i in added if added[i].special} | set(tokenizer.all_special_ids)
     out, start = [], 0
     ids = [int(token) for token in tokens]
     while start < len(ids):
@@ -67,7 +65,7 @@ def visible(piece: Piece) -> str:
     return f"{text}({piece.special.upper()})" if piece.special in ("bos", "eos") else text
 
 
-def _kind(ids: list[int], i: int, tokenizer: "Tokenizer") -> str:
+def _kind(ids: list[int], i: int, tokenizer: Tokenizer) -> str:
     # Only at the start: some templates begin every turn with the same token.
     if ids[i] == tokenizer.bos_token_id and set(ids[:i]) <= {ids[i]}:
         return "bos"

@@ -83,15 +83,11 @@ def facts_of(survey: Survey, epoch: Epoch, spec: DataSpec, speed: Speed | None) 
     }
     if not len(survey.cut):
         return facts
-    quartiles = "  ".join(
-        f"{name} {value:,.0f}"
-        for name, value in zip(
-            ("shortest", "median", "90 %", "99 %", "longest"), np.percentile(survey.lengths, (0, 50, 90, 99, 100))
-        )
-    )
+    percents = {"shortest": 0, "median": 50, "90 %": 90, "99 %": 99, "longest": 100}
+    quantiles = [f"{name} {np.percentile(survey.lengths, percent):,.0f}" for name, percent in percents.items()]
     packed = f"packed {epoch.efficiency:.1%} full" if spec.packing else f"padded, about {epoch.efficiency:.1%} full"
     facts |= {
-        "tokens": quartiles,
+        "tokens": "  ".join(quantiles),
         "trained on": f"{survey.trained:,} of {survey.tokens:,} tokens ({survey.trained / survey.tokens:.1%})",
         "an epoch": f"{epoch.tokens:,} tokens in {epoch.rows:,} rows of up to {spec.row_length:,}, {packed}",
         "steps": f"{epoch.steps:,} of {spec.batch_size} rows ({epoch.epochs:.2f} epochs)",

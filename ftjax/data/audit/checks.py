@@ -311,9 +311,7 @@ class RowsOf(Sequence[Row]):
         return len(self._examples)
 
     def __getitem__(self, i: int) -> Row:
-        examples = self._examples
-        part = examples.parts[0 if examples.part_ids is None else examples.part_ids[i]]
-        return part.rows[int(examples.rows[i])]
+        return self._examples.row(i)
 
 
 def spread(count: int, most: int) -> np.ndarray:
@@ -331,13 +329,9 @@ def _malformed(fields: dict, own: Parts) -> Iterable[str]:
         turns = fields.get(name)
         if isinstance(turns, list):
             said = [turn for turn in turns if turn["role"] == "assistant" and not turn.get("tool_calls")]
-            if any(_is_empty(turn.get("content")) for turn in said):
+            if not all(turn["content"].strip() for turn in said):
                 yield "empty_turn"
     if not all(answer.strip() for answer in own.answers):
         yield "no_answer"
     if len(own.answers) == 2 and duplicates.word_hash(own.answers[0]) == duplicates.word_hash(own.answers[1]):
         yield "same_pair"
-
-
-def _is_empty(content: object) -> bool:
-    return not content or (isinstance(content, str) and content.isspace())

@@ -90,21 +90,20 @@ class Output:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._files.enter_context(atomic.new_file(self.path))
-            self._raw = self._files.enter_context(temporary.open("wb"))
+            self._file = self._files.enter_context(temporary.open("wb"))
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); name a file in another directory"
             ) from error
-        self._file = gzip.GzipFile("", "wb", 6, self._raw, mtime=0) if self.path.suffix == ".gz" else self._raw
+        if self.path.suffix == ".gz":
+            self._file = self._files.enter_context(gzip.GzipFile("", "wb", 6, self._file, mtime=0))
 
     def write(self, fields: dict) -> None:
         """One row. Dates and decimal numbers of a table become text; UserError for a value that JSON cannot hold."""
-        text = json.dumps(fields, ensure_ascii=False, default=_as_json)
-        if not _encodes(text):  # half of a surrogate pair, which JSON can only spell as \\ud800
-            text = json.dumps(fields, default=_as_json)
-        self.write_text(text + "\n")
+        self.write_text(json.dumps(fields, ensure_ascii=False, default=_as_json) + "\n")
 
     def write_text(self, text: str) -> None:
+        # Half of a surrogate pair, which UTF-8 cannot hold, becomes \ud800, as JSON spells it.
         self._file.write(text.encode(errors="backslashreplace"))
         self.count += 1
 
@@ -112,21 +111,11 @@ class Output:
         return self
 
     def __exit__(self, *error) -> None:
-        if self._file is not self._raw:
-            self._file.close()
         self._files.__exit__(*error)
 
 
 def _same_file(path: Path, other: Path) -> bool:
     return path.exists() and other.exists() and path.samefile(other)
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _as_json(value: object) -> str:

@@ -114,10 +114,7 @@ def near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[np.nd
         order = np.argsort(keys, kind="stable")
         ranked = keys[order]
         same = np.flatnonzero(ranked[1:] == ranked[:-1]) + 1  # positions in `order` that continue a group
-        if not len(same):
-            continue
-        starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
-        first = starts[np.searchsorted(starts, same, side="right") - 1]
+        first = np.searchsorted(ranked, ranked[same])  # where their groups start
         left = np.concatenate([order[same - 1], order[first]])
         right = np.concatenate([order[same], order[same]])
         yield _verified(signatures, signatures, left, right, threshold)
@@ -154,12 +151,8 @@ def clusters(count: int, pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> np.n
 
 def first_of_equal(keys: np.ndarray) -> np.ndarray:
     """int64 [n]: for each of the uint64 keys [n] the index of the first key equal to it."""
-    order = np.argsort(keys, kind="stable")
-    ranked = keys[order]
-    new = np.concatenate([[True], ranked[1:] != ranked[:-1]]) if len(keys) else np.zeros(0, bool)
-    out = np.empty(len(keys), np.int64)
-    out[order] = order[np.flatnonzero(new)][np.cumsum(new) - 1] if len(keys) else order
-    return out
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    return first[group]
 
 
 def index_in(wanted: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -178,9 +171,8 @@ def _band_keys(signatures: np.ndarray, band: int) -> np.ndarray:
 
 
 def _verified(ours, theirs, left, right, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    kept = []
+    keep = np.zeros(len(left), bool)
     for start in range(0, len(left), 65536):  # at most 64 MiB of signatures at a time
-        a, b = left[start : start + 65536], right[start : start + 65536]
-        kept.append(similarity(ours[a], theirs[b]) >= threshold)
-    keep = np.concatenate(kept) if kept else np.zeros(0, bool)
+        part = slice(start, start + 65536)
+        keep[part] = similarity(ours[left[part]], theirs[right[part]]) >= threshold
     return left[keep], right[keep]

@@ -22,130 +22,113 @@ class Kind(NamedTuple):
     fix: str
 
 
-# code -> what its findings have in common
-FINDING_KINDS: dict[str, Kind] = {
-    "refused": Kind(ERROR, "", "or allow some with config.data.max_bad_rows"),
-    "skipped": Kind(WARNING, "", "it is skipped, as config.data.max_bad_rows allows"),
-    "empty": Kind(ERROR, "no rows", "fill the source or name another"),
-    "few": Kind(
-        ERROR,
+# code -> what is wrong, and the fix
+_ERRORS = {
+    "refused": ("", "or allow some with config.data.max_bad_rows"),
+    "empty": ("no rows", "fill the source or name another"),
+    "few": (
         "an epoch does not fill one batch",
         "set config.data.batch_size to what an epoch has, or less, or add data",
     ),
-    "dropped": Kind(
-        ERROR,
+    "dropped": (
         f"more than {MAX_DROPPED:.0%} of the rows have no trained token within config.data.max_length",
         "raise config.data.max_length, shorten the prompts or remove the rows",
     ),
-    "untrained": Kind(
-        WARNING,
-        "no trained token within config.data.max_length, so the row is dropped",
-        "raise config.data.max_length, shorten the prompt or remove the row",
-    ),
-    "double_bos": Kind(ERROR, "starts with two BOS tokens", "remove it from the text or from the chat template"),
-    "end_untrained": Kind(
-        ERROR,
+    "double_bos": ("starts with two BOS tokens", "remove it from the text or from the chat template"),
+    "end_untrained": (
         "no end token is trained in the whole set, so the model would never learn to stop",
         "end the turns in the chat template with the end token that config.json and generation_config.json name; where "
         "rows are cut, raise config.data.max_length",
     ),
-    "end_masked": Kind(
-        ERROR,
+    "end_masked": (
         "an answer is trained, but not the end token after it",
         "let the template's {% generation %} block hold the end token",
     ),
-    "pad_is_end": Kind(
-        ERROR,
+    "pad_is_end": (
         "the padding token is also the end token and is masked with the padding, so the model would not learn to stop",
         "give the tokenizer a padding token of its own",
     ),
-    "empty_turn": Kind(ERROR, "an empty assistant turn", "write the answer or remove the turn"),
-    "no_answer": Kind(ERROR, "a prompt without an answer", "write the answer or remove the row"),
-    "same_pair": Kind(ERROR, "the chosen and the rejected answer are the same", "correct the pair or remove the row"),
-    "leak": Kind(
-        ERROR,
+    "empty_turn": ("an empty assistant turn", "write the answer or remove the turn"),
+    "no_answer": ("a prompt without an answer", "write the answer or remove the row"),
+    "same_pair": ("the chosen and the rejected answer are the same", "correct the pair or remove the row"),
+    "leak": (
         "rows of the evaluation are also trained on (same prompt, same answer)",
         "remove them from one side (python -m ftjax.curate split keeps prompts apart), or hold rows out with "
         "config.data.holdout",
     ),
-    "leak_prompt": Kind(
-        ERROR,
+    "leak_prompt": (
         "prompts of the evaluation are also trained on, with another answer",
         "remove them from one side; python -m ftjax.curate split keeps all answers to a prompt together",
     ),
-    "leak_near": Kind(
-        WARNING,
-        "rows of the evaluation have a near copy in training",
-        "look at the pairs; python -m ftjax.curate dedup --method near removes them before splitting",
-    ),
-    "contradiction": Kind(
-        WARNING,
-        "the same prompt has several answers",
-        "keep the right one, if they contradict each other; for samples of one question it is meant",
-    ),
-    "leak_sampled": Kind(
-        WARNING,
-        "prompts of the evaluation are also trained on, with several answers",
-        "if these are not samples of one question, remove them from one side",
-    ),
-    "contradicted_label": Kind(
-        WARNING, "the same answer to the same prompt is called good here and bad there", "keep one of the rows"
-    ),
-    "duplicate": Kind(WARNING, "exact copies of an earlier row", "python -m ftjax.curate dedup removes them"),
-    "near_duplicate": Kind(
-        WARNING,
-        f"nearly the same as an earlier row (similarity {NEAR:g} or more)",
-        "python -m ftjax.curate dedup --method near removes them",
-    ),
-    "truncated": Kind(
-        WARNING,
-        "longer than config.data.max_length and cut on the right: the end of the answer, and its end token, are lost",
-        "raise config.data.max_length or shorten the rows",
-    ),
-    "length": Kind(
-        WARNING,
-        "a length far from all others",
-        "look at them: empty or run-together rows are often mistakes of a conversion",
-    ),
-    "garbled": Kind(
-        WARNING,
-        "replacement or control characters, or text decoded with the wrong encoding",
-        "read the original again as UTF-8",
-    ),
-    "special_in_text": Kind(
-        ERROR,
+    "special_in_text": (
         "a special token of the tokenizer stands in the text of an answer, and would be learned as the control token "
         "that it is",
         "take it out of the text; the chat template writes those that belong there",
     ),
-    "special_in_prompt": Kind(
-        WARNING,
-        "a special token of the tokenizer stands in the text, and is read as the control token that it is",
-        "take it out, unless the text was rendered with a chat template on purpose",
-    ),
-    "eval_untrained": Kind(
-        WARNING,
-        "an evaluation row has no trained token within config.data.max_length, and no part in the loss",
-        "raise config.data.max_length, shorten the prompt or remove the row",
-    ),
-    "eval_empty": Kind(
-        ERROR,
+    "eval_empty": (
         "no evaluation row has a trained token within config.data.max_length",
         "raise config.data.max_length, give an answer weight 1, or name other rows",
     ),
-    "refusal": Kind(
-        WARNING,
+}
+_WARNINGS = {
+    "skipped": ("", "it is skipped, as config.data.max_bad_rows allows"),
+    "untrained": (
+        "no trained token within config.data.max_length, so the row is dropped",
+        "raise config.data.max_length, shorten the prompt or remove the row",
+    ),
+    "leak_near": (
+        "rows of the evaluation have a near copy in training",
+        "look at the pairs; python -m ftjax.curate dedup --method near removes them before splitting",
+    ),
+    "contradiction": (
+        "the same prompt has several answers",
+        "keep the right one, if they contradict each other; for samples of one question it is meant",
+    ),
+    "leak_sampled": (
+        "prompts of the evaluation are also trained on, with several answers",
+        "if these are not samples of one question, remove them from one side",
+    ),
+    "contradicted_label": (
+        "the same answer to the same prompt is called good here and bad there",
+        "keep one of the rows",
+    ),
+    "duplicate": ("exact copies of an earlier row", "python -m ftjax.curate dedup removes them"),
+    "near_duplicate": (
+        f"nearly the same as an earlier row (similarity {NEAR:g} or more)",
+        "python -m ftjax.curate dedup --method near removes them",
+    ),
+    "truncated": (
+        "longer than config.data.max_length and cut on the right: the end of the answer, and its end token, are lost",
+        "raise config.data.max_length or shorten the rows",
+    ),
+    "length": (
+        "a length far from all others",
+        "look at them: empty or run-together rows are often mistakes of a conversion",
+    ),
+    "garbled": (
+        "replacement or control characters, or text decoded with the wrong encoding",
+        "read the original again as UTF-8",
+    ),
+    "special_in_prompt": (
+        "a special token of the tokenizer stands in the text, and is read as the control token that it is",
+        "take it out, unless the text was rendered with a chat template on purpose",
+    ),
+    "eval_untrained": (
+        "an evaluation row has no trained token within config.data.max_length, and no part in the loss",
+        "raise config.data.max_length, shorten the prompt or remove the row",
+    ),
+    "refusal": (
         "an answer that speaks of itself as an AI language model",
         "remove the row unless the model is to speak so",
     ),
-    "mixture": Kind(
-        WARNING, f"a source gives less than {SMALL_SHARE:.0%} of an epoch's rows", "raise its weight, or leave it out"
-    ),
+    "mixture": (f"a source gives less than {SMALL_SHARE:.0%} of an epoch's rows", "raise its weight, or leave it out"),
 }
-FINDING_KINDS |= {
-    f"private_{pattern}": Kind(WARNING, f"what looks like {what}", "remove or replace them if they are real")
+_WARNINGS |= {
+    f"private_{pattern}": (f"what looks like {what}", "remove or replace them if they are real")
     for pattern, what in private.PATTERNS.items()
 }
+FINDING_KINDS = {code: Kind(ERROR, *texts) for code, texts in _ERRORS.items()}
+FINDING_KINDS |= {code: Kind(WARNING, *texts) for code, texts in _WARNINGS.items()}
 
 
 @dataclass(frozen=True)
@@ -223,13 +206,6 @@ class Findings:
         """Errors first, then warnings, each in the order in which they were first met."""
         findings = [group.finding() for group in self._groups.values()]
         return sorted(findings, key=lambda finding: finding.severity != ERROR)
-
-
-def finding(code: str, what: str) -> Finding:
-    """One finding about the whole set, in words of its own."""
-    findings = Findings()
-    findings.add(code, what=what)
-    return findings.all()[0]
 
 
 def _key(code: str, what: str) -> tuple[str, str]:

@@ -58,11 +58,9 @@ def matches(text: str) -> Iterator[tuple[str, int, str]]:
             local = _LOCAL.search(text, max(0, domain.start() - 64), domain.start())
             if local and not _NOBODYS.search(domain.group()):
                 yield "email", local.start(), masked(local.group() + domain.group())
-    for start in _KEY_STARTS:
-        if start in text:
-            for match in _KEY.finditer(text):
-                yield "key", match.start(), masked(match.group())
-            break
+    if any(start in text for start in _KEY_STARTS):
+        for match in _KEY.finditer(text):
+            yield "key", match.start(), masked(match.group())
     for start, stop in _around_numbers(text):
         yield from _numbers(text[start:stop], start)
 

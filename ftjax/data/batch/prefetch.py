@@ -28,7 +28,6 @@ class Prefetched(Generic[Batch]):
         self._ahead: dict[int, Future[Batch]] = {}
 
     def __call__(self, index: int) -> Batch:
-
         end = index + 1 + self._depth
         wanted = [index, *range(index + 1, end if self._stop is None else min(end, self._stop))]
         for other in self._ahead.keys() - wanted:

@@ -6,6 +6,7 @@ dict, as transformers documents for chat templates. Other keys are kept as they 
 without a value are dropped.
 """
 
+import json
 import math
 
 from ftjax import strict_json
@@ -61,11 +62,15 @@ def check_filled(value: object, what: str) -> None:
         raise UserError(f"{what} is empty; fill it in or remove the row")
 
 
-def tool_list(tools: object, origin: str) -> list[dict]:
-    """The tools of a row as a list of {"type": "function", "function": {"name", ...}}.
+def tools_of(fields: dict, origin: str) -> dict:
+    """{"tools": [{"type": "function", "function": {"name", ...}}, ...]} of a row, {} where it has none.
 
-    The list and each tool may be given as JSON text, and a tool as a bare {"name", "description", "parameters"}.
+    They may also be in `functions`, OpenAI's older name. The list and each tool may be given as JSON text, and a tool
+    as a bare {"name", "description", "parameters"}.
     """
+    tools = fields.get("tools") or fields.get("functions")
+    if not tools:
+        return {}
     tools = from_json(tools, f"{origin}: tools")
     if not isinstance(tools, list):
         raise UserError(f"{origin}: tools is a {type(tools).__name__}; write it as a list of JSON schemas")
@@ -80,17 +85,22 @@ def tool_list(tools: object, origin: str) -> list[dict]:
             raise UserError(f'{where} has no name; write it as {{"type": "function", "function": {{"name": ...}}}}')
         _check_json(tool, where)
         schemas.append(tool)
-    return schemas
+    return {"tools": schemas} if schemas else {}
 
 
-def tool_calls(calls: object, where: str) -> list[dict]:
-    """Tool calls as [{"type": "function", "function": {"name": str, "arguments": dict}, and "id" if there is one}]."""
-    if not isinstance(calls, list):
-        raise UserError(f"{where}: tool_calls is a {type(calls).__name__}; write it as a list")
-    return [_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)]
+def with_json_arguments(message: dict) -> dict:
+    """A checked message with the arguments of its tool calls as JSON text."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls}
 
 
 def _call(call: object, where: str) -> dict:
+    """A tool call as {"type": "function", "function": {"name": str, "arguments": dict}, and "id" if there is one}."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise UserError(
@@ -124,7 +134,9 @@ def _message(message: object, where: str) -> dict:
     if calls and role != "assistant":
         raise UserError(f"{where} has tool_calls, but its role is {role!r}; only an assistant calls tools")
     if calls:
-        plain["tool_calls"] = tool_calls(calls, where)
+        if not isinstance(calls, list):
+            raise UserError(f"{where}: tool_calls is a {type(calls).__name__}; write it as a list")
+        plain["tool_calls"] = [_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)]
         plain.setdefault("content", "")  # templates add it to strings, so it must not be missing
     plain["content"] = _text(plain.get("content"), f"{where} ({role}): content")
     if plain.get("weight") not in (None, 0, 1):

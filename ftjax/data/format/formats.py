@@ -18,7 +18,7 @@ Where a row fits several formats and the fields of one contain those of the othe
 from collections.abc import Callable
 
 from ftjax.data.format import pairs, sharegpt
-from ftjax.data.format.conversation import check_filled, conversation, tool_list
+from ftjax.data.format.conversation import check_filled, conversation, tools_of
 from ftjax.data.format.example import Row
 from ftjax.errors import UserError, did_you_mean
 
@@ -43,10 +43,9 @@ def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
         fitting = [format] if _has(fields, FORMATS[format][0]) else []
     if not fitting:
         known = "; ".join(f"{name} ({', '.join(keys)})" for name, (keys, _) in FORMATS.items())
-        wanted = f"the format {format!r}" if format else "no known format"
-        verb = "does not fit" if format else "fits"
+        misfit = f"does not fit the format {format!r}" if format else "fits no known format"
         raise UserError(
-            f"{origin}: {verb} {wanted}: it has the fields {sorted(map(str, fields))}, and the formats are "
+            f"{origin}: {misfit}: it has the fields {sorted(map(str, fields))}, and the formats are "
             f"{known}; rename its fields"
         )
     return Row(FORMATS[fitting[0]][1](fields, origin), origin)
@@ -107,43 +106,26 @@ def _sharegpt(fields: dict, origin: str) -> dict:
     return {"messages": sharegpt.messages(fields, origin), **tools_of(fields, origin)}
 
 
-def tools_of(fields: dict, origin: str) -> dict:
-    """{"tools": [...]} where a row has some (OpenAI's older `functions` among them), else {}."""
-    tools = fields.get("tools") or fields.get("functions")
-    tools = tool_list(tools, origin) if tools else []
-    return {"tools": tools} if tools else {}
-
-
-def _preference(fields: dict, origin: str) -> dict:
-    return {**pairs.preference(fields, origin), **tools_of(fields, origin)}
-
-
 def _openai_preference(fields: dict, origin: str) -> dict:
     given = fields["input"]
     if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
         raise UserError(f"{origin}: input must be an object with `messages`; see OpenAI's preference format")
     sides = {"chosen": fields["preferred_output"], "rejected": fields["non_preferred_output"]}
-    pair = {"prompt": given["messages"], **sides, "margin": fields.get("margin")}
-    return {**pairs.preference(pair, origin), **tools_of(given, origin)}
+    return pairs.preference({**given, "prompt": given["messages"], **sides, "margin": fields.get("margin")}, origin)
 
 
 def _sharegpt_preference(fields: dict, origin: str) -> dict:
     prompt = sharegpt.messages(fields, origin, needs_assistant=False)
     sides = {side: sharegpt.answer(fields[side], f"{origin}: {side}") for side in ("chosen", "rejected")}
-    pair = {"prompt": prompt, **sides, "margin": fields.get("margin")}
-    return {**pairs.preference(pair, origin), **tools_of(fields, origin)}
-
-
-def _unpaired(fields: dict, origin: str) -> dict:
-    return {**pairs.unpaired(fields, origin), **tools_of(fields, origin)}
+    return pairs.preference({**fields, "prompt": prompt, **sides}, origin)
 
 
 # name -> the fields that it needs, and the function (fields, origin) that checks all fields and makes the record.
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], dict]]] = {
     "messages": (("messages",), _chat),
     "prompt_completion": (("prompt", "completion"), _prompt_completion),
-    "preference": (("chosen", "rejected"), _preference),
-    "kto": (("prompt", "completion", "label"), _unpaired),
+    "preference": (("chosen", "rejected"), pairs.preference),
+    "kto": (("prompt", "completion", "label"), pairs.unpaired),
     "alpaca": (("instruction", "output"), _alpaca),
     "sharegpt": (("conversations",), _sharegpt),
     "openai_preference": (("input", "preferred_output", "non_preferred_output"), _openai_preference),

@@ -2,12 +2,12 @@
 
 import math
 
-from ftjax.data.format.conversation import check_filled, check_string, conversation
+from ftjax.data.format.conversation import check_filled, check_string, conversation, tools_of
 from ftjax.errors import UserError
 
 
 def preference(fields: dict, origin: str) -> dict:
-    """{"prompt", "chosen", "rejected", "margin"?} of a preference row, the first three as lists of messages.
+    """{"prompt", "chosen", "rejected", "margin"?, "tools"?} of a preference row, the first three as lists of messages.
 
     `chosen` and `rejected` are answers (strings or messages) to `prompt`, or both are whole conversations, which start
     with a turn of the user or the system. Of these the longest common start is the prompt; at least one message is left
@@ -24,7 +24,8 @@ def preference(fields: dict, origin: str) -> dict:
             raise UserError(f"{origin}: chosen and rejected repeat the prompt's turns; leave them in `prompt` only")
         if prompt and any(_first_user(side) != prompt[-1]["content"] for side in (chosen, rejected)):
             raise UserError(f"{origin}: `prompt` is not the first user turn of chosen and rejected; remove it")
-        length = _common_length(chosen, rejected)
+        limit = min(len(chosen), len(rejected)) - 1
+        length = next((i for i in range(limit) if _said(chosen[i]) != _said(rejected[i])), limit)
         if length == 0:
             raise UserError(f"{origin}: chosen and rejected have no first turn in common; they must share the prompt")
         system = prompt[:-1] if chosen[0]["role"] == "user" else []
@@ -39,11 +40,11 @@ def preference(fields: dict, origin: str) -> dict:
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
             raise UserError(f"{origin}: margin is {margin!r}; write a finite number or leave it out")
         record["margin"] = float(margin)
-    return record
+    return record | tools_of(fields, origin)
 
 
 def unpaired(fields: dict, origin: str) -> dict:
-    """{"prompt", "completion", "label"} of a KTO row."""
+    """{"prompt", "completion", "label", "tools"?} of a KTO row."""
     label = fields["label"]
     if not isinstance(label, bool):
         raise UserError(
@@ -52,7 +53,8 @@ def unpaired(fields: dict, origin: str) -> dict:
         )
     prompt = conversation(_prompt(fields, origin), f"{origin}: prompt", needs_assistant=False)
     answer = _answer(fields["completion"], f"{origin}: completion")
-    return {"prompt": prompt, "completion": _checked_answer(prompt, answer, f"{origin}: completion"), "label": label}
+    answer = _checked_answer(prompt, answer, f"{origin}: completion")
+    return {"prompt": prompt, "completion": answer, "label": label, **tools_of(fields, origin)}
 
 
 def alpaca_prompt(fields: dict, origin: str) -> list[dict]:
@@ -109,11 +111,6 @@ def _checked_answer(prompt: list[dict], answer: list[dict], where: str) -> list[
         raise UserError(f"{where} starts with a {answer[0]['role']} turn; the prompt must hold it")
     conversation(prompt + answer, where)
     return answer
-
-
-def _common_length(chosen: list[dict], rejected: list[dict]) -> int:
-    limit = min(len(chosen), len(rejected)) - 1
-    return next((i for i in range(limit) if _said(chosen[i]) != _said(rejected[i])), limit)
 
 
 def _said(message: dict) -> list:

@@ -56,11 +56,6 @@ def turn(given: object, where: str) -> dict:
     check_string(value, f"{where} ({speaker}): value")
     rest = {key: item for key, item in given.items() if key not in ("from", "value")}
     if speaker.lower() == "function_call":
-        return {**rest, "role": "assistant", "tool_calls": _calls(value, where)}
+        calls = from_json(value, f"{where} (function_call): value")  # one, or a list of them
+        return {**rest, "role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
     return {**rest, "role": ROLE_OF[speaker.lower()], "content": value}
-
-
-def _calls(value: str, where: str) -> list:
-    """One call or a list of them, in JSON."""
-    calls = from_json(value, f"{where} (function_call): value")
-    return calls if isinstance(calls, list) else [calls]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 
+from ftjax.data.format.conversation import with_json_arguments
 from ftjax.errors import UserError, did_you_mean
 
 
@@ -31,7 +32,7 @@ def _messages(fields: dict) -> dict:
 
 
 def _openai(fields: dict) -> dict:
-    return {"messages": [_with_json_arguments(message) for message in _chat(fields, "openai")], **_tools(fields)}
+    return {"messages": [with_json_arguments(message) for message in _chat(fields, "openai")], **_tools(fields)}
 
 
 def _prompt_completion(fields: dict) -> dict:
@@ -63,7 +64,11 @@ def _alpaca(fields: dict) -> dict:
             "alpaca", "turns that do not alternate between user and assistant, or a last one by the user"
         )
     for message in messages:
-        _only_text(message, "alpaca")
+        extra = sorted(set(message) - {"role", "content", "weight"})
+        if message["role"] == "assistant" and message.get("weight") == 0:
+            extra = ["weight 0"]
+        if extra:
+            raise _cannot_hold("alpaca", f"{extra[0]} of a message")
     contents = [message["content"] for message in messages]
     row["instruction"], row["output"] = contents[-2:]
     if len(contents) > 2:
@@ -84,7 +89,7 @@ def _preference(fields: dict) -> dict:
 
 def _openai_preference(fields: dict) -> dict:
     sides = _sides(fields, "openai_preference")
-    pair = {side: [_with_json_arguments(turn) for turn in turns] for side, turns in sides.items()}
+    pair = {side: [with_json_arguments(turn) for turn in turns] for side, turns in sides.items()}
     given = {"messages": pair["prompt"], **_tools(fields)}
     row = {"input": given, "preferred_output": pair["chosen"], "non_preferred_output": pair["rejected"]}
     return row | _margin(fields)
@@ -136,24 +141,6 @@ def _turn(message: dict, format: str) -> dict:
     if message["role"] not in _SPEAKERS:
         raise _cannot_hold(format, f"the role {message['role']}")
     return {"from": _SPEAKERS[message["role"]], "value": message["content"], **rest}
-
-
-def _only_text(message: dict, format: str) -> None:
-    extra = sorted(set(message) - {"role", "content", "weight"})
-    if message["role"] == "assistant" and message.get("weight") == 0:
-        extra = ["weight 0"]
-    if extra:
-        raise _cannot_hold(format, f"{extra[0]} of a message")
-
-
-def _with_json_arguments(message: dict) -> dict:
-    if "tool_calls" not in message:
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
-    return {**message, "tool_calls": calls}
 
 
 def _is_trained(message: dict) -> bool:

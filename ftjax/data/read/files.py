@@ -81,21 +81,19 @@ def local_path(name: str) -> Path:
 
 def content(file: DataFile) -> Iterator[bytes]:
     """The bytes of a file in blocks of 4 MiB or less; SourceError where they cannot be read."""
-    try:
-        with open(file.path, "rb") as stream:
-            yield from _blocks(stream, file.name)
-    except OSError as error:
-        raise unreadable(file.name, error) from error
+    with _readable(file.name), open(file.path, "rb") as stream:
+        yield from _blocks(stream, file.name)
 
 
 def _blocks(stream: BinaryIO, name: str) -> Iterator[bytes]:
-    try:
-        while block := stream.read(BLOCK):
-            yield block
-    except (EOFError, zlib.error, lzma.LZMAError, *_errors()) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise unreadable(name, error) from error
-        raise SourceError(f"{name}: cut off or damaged ({error}); copy or compress the file again") from error
+    with _readable(name):
+        try:
+            while block := stream.read(BLOCK):
+                yield block
+        except (EOFError, zlib.error, lzma.LZMAError, *_errors()) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise SourceError(f"{name}: cut off or damaged ({error}); copy or compress the file again") from error
 
 
 class _Handle:
@@ -111,10 +109,8 @@ class _Handle:
 
 def stamp(path: Path) -> tuple[int, int]:
     """Size and time of change (ns), so that a change during a run is noticed; SourceError where there is no file."""
-    try:
+    with _readable(str(path)):
         status = path.stat()
-    except OSError as error:
-        raise unreadable(str(path), error) from error
     return status.st_size, status.st_mtime_ns
 
 
@@ -132,19 +128,22 @@ def _handle(path: Path, expected: tuple[int, int]) -> _Handle:
 
 def read_part(path: Path, expected: tuple[int, int], start: int, stop: int) -> bytes:
     """Bytes start to stop of a file; SourceError if its `stamp` is not `expected`, that of its index."""
-    try:
+    with _readable(str(path)):
         handle = _handle(path, expected)
         part, status = os.pread(handle.descriptor, stop - start, start), os.fstat(handle.descriptor)
-    except OSError as error:
-        raise unreadable(str(path), error) from error
     if (status.st_size, status.st_mtime_ns) != expected:
         raise SourceError(f"{path}: was changed after this run began to read it; start again")
     return part
 
 
-def unreadable(name: str, error: Exception) -> SourceError:
-    what = getattr(error, "strerror", None) or error
-    return SourceError(f"{name}: cannot be read ({what}); check the file and its permissions")
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """SourceError where the file called `name` cannot be read."""
+    try:
+        yield
+    except _errors() as error:
+        what = getattr(error, "strerror", None) or error
+        raise SourceError(f"{name}: cannot be read ({what}); check the file and its permissions") from error
 
 
 def _local(source: str) -> list[_Listed]:
@@ -227,10 +226,8 @@ def _ending(name: str) -> tuple[str, str]:
 
 def _unpacked(file: _Listed, compression: str) -> Path:
     def write(path: Path) -> None:
-        try:
+        with _readable(file.name):
             opened = file.open()
-        except _errors() as error:
-            raise unreadable(file.name, error) from error
         with opened as packed, _decompress(packed, compression) as plain, open(path, "wb") as out:
             out.writelines(_blocks(plain, file.name))
 
@@ -238,20 +235,15 @@ def _unpacked(file: _Listed, compression: str) -> Path:
     return cache.file("files", key, write)
 
 
-@contextlib.contextmanager
-def _decompress(file: BinaryIO, compression: str) -> Iterator[BinaryIO]:
+def _decompress(file: BinaryIO, compression: str) -> AbstractContextManager[BinaryIO]:
     if compression == ".zst":
         import pyarrow
 
-        with pyarrow.CompressedInputStream(file, "zstd") as plain:
-            yield plain
-        return
+        return pyarrow.CompressedInputStream(file, "zstd")
     if compression == ".gz":
-        with gzip.open(file) as plain:
-            yield plain
-        return
+        return gzip.open(file)
     start = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}.get(compression)
-    yield file if start is None else _Streams(file, start)
+    return contextlib.nullcontext(file if start is None else _Streams(file, start))
 
 
 class _Streams:

@@ -8,42 +8,33 @@ from pathlib import Path
 from ftjax.data.read import files
 from ftjax.data.read.files import DataFile
 from ftjax.data.read.plain import plain_row
+from ftjax.data.read.rows import Numbered
 from ftjax.errors import SourceError, UserError
 
 
-class HuggingFace:
-    """The rows of one whole split as plain values; row 3 is "hf:name[3]". `Records` of `rows`.
+class HuggingFace(Numbered):
+    """The rows of one whole split as plain values. `Records` of `rows`.
 
-    The code of a data set is never run: those that consist of a script are refused.
-
-    Args:
-      source: `hf:NAME` or `hf:NAME:CONFIG` on the hub, or `hf:DIR`: what `save_to_disk` wrote, or a directory of
-        Parquet, JSON or CSV files.
-      split: its name, or a sum of them ("train+validation").
+    `hf:DIR` is what `save_to_disk` wrote, or a directory of Parquet, JSON or CSV files. The code of a data set is never
+    run: those that consist of a script are refused. A split may be a sum of several, "train+validation".
 
     Raises:
       UserError: no such data set, config or split; no connection; the package `datasets` is missing.
     """
 
     def __init__(self, source: str, split: str):
-        self._source, self._split = source, split
-        self._length = len(_open(source, split))
-        if not self._length:
+        super().__init__(source, len(_open(source, split)))
+        self._split = split
+        if not len(self):
             raise UserError(f"{source}: no rows (split {split!r}); name a split that has some")
-
-    def __len__(self) -> int:
-        return self._length
-
-    def origin(self, i: int) -> str:
-        return f"{self._source}[{i}]"
 
     def __getitem__(self, i: int) -> dict:
         # The raw values of the table: images and sound stay bytes, and no package is needed to decode them.
-        return plain_row(_open(self._source, self._split)[i].to_pylist()[0])
+        return plain_row(_open(self._name, self._split)[i].to_pylist()[0])
 
     def digest(self) -> str:
         """Of the tables that hold the split and of its length and columns."""
-        data = _open(self._source, self._split)
+        data = _open(self._name, self._split)
         digest = hashlib.sha256(f"{len(data)} {data.column_names}".encode())
         for cached in data.cache_files:
             file = DataFile(cached["filename"], "", Path(cached["filename"]))

@@ -1,22 +1,7 @@
 """The rows of all sources of a run as one sequence: read, parsed and checked when they are asked for.
 
-Opening only makes an index of the rows; a bad row is found when it is parsed. So the pass over all rows before step 1
-(tokenization) has this form, in any number of processes and in any order:
-
-    bad = BadRows(rows)
-    for i in range(len(rows)):          # or ranges of i in worker processes: `rows` can be pickled
-        try:
-            row = rows.check(i)         # None: the row is on the other side of data.holdout
-        except SourceError:             # the file was changed or is gone: never a bad row
-            raise
-        except UserError as error:
-            bad.skip(i, str(error))     # counts it; raises where more than max_bad_rows of its source are bad
-            continue
-        ...
-    bad.report(used)                    # logs what was skipped; raises for a source of which no row is left
-
-Iterating over `rows` does exactly that in this process. `rows.digest()` is a cache key for what was made of the rows:
-it covers their contents and everything here that decides which of them are used.
+Opening only makes an index of the rows; a bad row is found when it is parsed. So a pass over all rows looks like
+`Rows.__iter__`; tokenization makes the same one in any number of processes, to which `Rows` can be pickled.
 """
 
 import hashlib
@@ -50,6 +35,25 @@ class Records(Protocol):
 
     def digest(self) -> str:
         """Hex digest of the contents, which does not depend on path, compression or time."""
+
+
+class Numbered:
+    """What `Records` without lines have in common: record 3 of "hf:name" has the origin "hf:name[3]"."""
+
+    def __init__(self, name: str, length: int):
+        self._name, self._length = name, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def origin(self, i: int) -> str:
+        return f"{self._name}[{i}]"
+
+
+def locate(ends: np.ndarray, i: int) -> tuple[int, int]:
+    """Which of several sequences, joined, holds item i, and the item's index there. ends: int [n], where each ends."""
+    number = int(np.searchsorted(ends, i, side="right"))
+    return number, i - (int(ends[number - 1]) if number else 0)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Source:
 
 
 class Rows(Sequence[Row]):
-    """Rows of several sources, one after the other. The module's docstring says how to pass over them.
+    """Rows of several sources, one after the other.
 
     `len` and `[i]` count every candidate: bad rows and those of the other side of the hold-out have an index too. Only
     iteration leaves them out.
@@ -122,14 +126,12 @@ class Rows(Sequence[Row]):
 
     def source_of(self, i: int) -> int:
         """The index in `sources` and `per_source` of the source of row i."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
-        return int(np.searchsorted(self._ends, i, side="right"))
+        return self._locate(i)[0]
 
     def origin(self, i: int) -> str:
         """The origin of row i, without reading it."""
         source, local = self._locate(i)
-        return source.origin(local)
+        return self.sources[source].origin(local)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -137,17 +139,17 @@ class Rows(Sequence[Row]):
     def __getitem__(self, i: int) -> Row:
         """Row i, parsed and checked; UserError with its origin where it is bad. No slices."""
         source, local = self._locate(i)
-        return source.row(local)
+        return self.sources[source].row(local)
 
     def raw(self, i: int) -> dict:
         """The fields of row i as they are stored, before any format is detected or checked."""
         source, local = self._locate(i)
-        return source.raw(local)
+        return self.sources[source].raw(local)
 
-    def _locate(self, i: int) -> tuple[Source, int]:
-        number = self.source_of(i)
-        source = self.sources[number]
-        return source, i - int(self._ends[number]) + len(source)
+    def _locate(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        return locate(self._ends, i)
 
     def check(self, i: int) -> Row | None:
         """Row i, or None where it is on the other side of the hold-out; UserError where it is bad."""
@@ -162,15 +164,16 @@ class Rows(Sequence[Row]):
         for i in range(len(self)):
             try:
                 row = self.check(i)
-            except SourceError:
+            except SourceError:  # the file was changed or is gone: never a bad row
                 raise
             except UserError as error:
-                bad.skip(i, str(error), error)
+                bad.skip(i, str(error))
                 continue
             if row is not None:
                 used[self.source_of(i)] += 1
                 yield row
-        bad.report(used)
+        bad.refuse(used)
+        log_skipped(self, used, bad.skipped)
 
     def digest(self) -> str:
         """Hex digest of all that decides the rows and their order: contents, formats, splits, limits, the hold-out.
@@ -178,10 +181,6 @@ class Rows(Sequence[Row]):
         max_bad_rows is part of it: a run that allows no bad rows must not use what was made while skipping some.
         Weights are not: they decide the order of an epoch, not its rows.
         """
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
         contents = [source.digest() for source in self.sources]
         options = [self.max_bad_rows, self.holdout, self.heldout_side if self.holdout else False]
         return hashlib.sha256(json.dumps([contents, options]).encode()).hexdigest()
@@ -192,35 +191,26 @@ class BadRows:
 
     def __init__(self, rows: Rows):
         self._rows = rows
-        self._skipped: dict[int, tuple[int, str]] = {}  # source -> how many, and the message of the first
+        self.skipped: dict[int, tuple[int, str]] = {}  # source -> how many, and the message of the first
 
-    def skip(self, i: int, message: str, error: UserError | None = None) -> None:
-        """Counts row i as bad. Above max_bad_rows raises UserError: `error` itself where no bad row is allowed."""
+    def skip(self, i: int, message: str) -> None:
+        """Counts row i as bad. Above max_bad_rows raises UserError, with just the message where none is allowed."""
         allowed, source = self._rows.max_bad_rows, self._rows.source_of(i)
         if allowed == 0:
-            raise error or UserError(message)
-        count, first = self._skipped.get(source, (0, message))
-        self._skipped[source] = (count + 1, first)
+            raise UserError(message)
+        count, first = self.skipped.get(source, (0, message))
+        self.skipped[source] = (count + 1, first)
         if count + 1 > allowed:
             raise UserError(
                 f"more than {allowed} bad rows; fix them or raise max_bad_rows. First: {first}; last: {message}"
-            ) from error
-
-    def report(self, used: Sequence[int] | np.ndarray) -> None:
-        """Logs what was skipped.
-
-        Args:
-          used: how many rows of each source were good and on this side of the hold-out.
-
-        Raises:
-          UserError: all rows of a source are bad, or no row at all is on this side of the hold-out.
-        """
-        self.refuse(used)
-        log_skipped(self._rows, used, self._skipped)
+            )
 
     def refuse(self, used: Sequence[int] | np.ndarray) -> None:
-        """Like `report`, without logging."""
-        for source, (count, first) in sorted(self._skipped.items()):
+        """UserError where all rows of a source are bad, or no row at all is on this side of the hold-out.
+
+        used: as in `log_skipped`.
+        """
+        for source, (count, first) in sorted(self.skipped.items()):
             name, total = self._rows.per_source[source]
             if count == total:
                 raise UserError(f"{name}: no rows are left of {total}, all are bad; first: {first}")

@@ -1,18 +1,18 @@
 """The entries of data.train and data.eval, opened as one sequence: files, TFDS and Hugging Face data sets, tasks."""
 
-import bisect
 import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+
+import numpy as np
 
 from ftjax.data.format.formats import FORMATS, check_row
 from ftjax.data.read import files, splits
 from ftjax.data.read.csv_rows import open_csv
 from ftjax.data.read.json_rows import open_json
 from ftjax.data.read.jsonl import open_jsonl
-from ftjax.data.read.rows import Records, Rows, Source
+from ftjax.data.read.rows import Numbered, Records, Rows, Source, locate
 from ftjax.data.read.spans import TextRows
 from ftjax.data.read.tables import Parquet
 from ftjax.errors import UserError
@@ -28,7 +28,7 @@ OPENERS = {"jsonl": open_jsonl, "json": open_json, "csv": open_csv, "tsv": open_
 def read_sources(
     entries: Iterable[dict], max_bad_rows: int = 0, holdout: float = 0.0, heldout_side: bool = False
 ) -> Rows:
-    """The rows of all entries, in their order; `ftjax.data.read.rows` says how to pass over them.
+    """The rows of all entries, in their order.
 
     Args:
       entries: {"source", "format"?, "split"?, "weight"?, "limit"?}; see docs/data.md.
@@ -91,19 +91,14 @@ def _records(source: str, split: str) -> Records:
     return parts[0] if len(parts) == 1 else Joined(parts)
 
 
-class Given:
-    """Rows in memory, as dicts; row 3 of "task:tickets" has the origin "task:tickets[3]". `Records`."""
+class Given(Numbered):
+    """Rows in memory, as dicts. `Records`."""
 
     def __init__(self, dicts: Sequence[dict], source: str):
-        self._dicts, self._source = dicts, source
+        super().__init__(source, len(dicts))
+        self._dicts = dicts
         if not dicts:
             raise UserError(f"{source}: no rows; name a source that has some")
-
-    def __len__(self) -> int:
-        return len(self._dicts)
-
-    def origin(self, i: int) -> str:
-        return f"{self._source}[{i}]"
 
     def __getitem__(self, i: int) -> dict:
         return self._dicts[i]
@@ -116,24 +111,18 @@ class Joined:
     """The files of a glob, one after the other. `Records`."""
 
     def __init__(self, parts: Sequence[Records]):
-        self._parts = parts
-        self._ends = list(accumulate(len(part) for part in parts))
+        self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
-        return self._ends[-1]
-
-    def _locate(self, i: int) -> tuple[Records, int]:
-        number = bisect.bisect_right(self._ends, i)
-        part = self._parts[number]
-        return part, i - (self._ends[number] - len(part))
+        return int(self._ends[-1])
 
     def origin(self, i: int) -> str:
-        part, i = self._locate(i)
-        return part.origin(i)
+        number, i = locate(self._ends, i)
+        return self._parts[number].origin(i)
 
     def __getitem__(self, i: int) -> dict:
-        part, i = self._locate(i)
-        return part[i]
+        number, i = locate(self._ends, i)
+        return self._parts[number][i]
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps([part.digest() for part in self._parts]).encode()).hexdigest()

@@ -4,9 +4,11 @@ A row group can hold a million rows, and Parquet only gives it whole. The Arrow 
 processes on a machine share the pages that they read.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ import numpy as np
 from ftjax.data.read import cache, files
 from ftjax.data.read.files import DataFile
 from ftjax.data.read.plain import plain_row
+from ftjax.data.read.rows import Numbered, locate
 from ftjax.errors import SourceError, UserError
 
 if TYPE_CHECKING:
@@ -25,11 +28,10 @@ BATCH_ROWS = 4096
 _DIGEST = b"ftjax.digest"  # key of the schema's metadata in the cached file
 
 
-class Parquet:
-    """The rows of a Parquet file; row 3 has the origin "a.parquet[3]". `Records` of `rows`."""
+class Parquet(Numbered):
+    """The rows of a Parquet file. `Records` of `rows`."""
 
     def __init__(self, file: DataFile):
-        self._name = file.name
         key = hashlib.sha256(json.dumps(files.identity(file.path)).encode()).hexdigest()[:32]
         self._path = cache.file("tables", f"{key}.arrow", lambda path: _convert(file, path))
         self._stamp = files.stamp(self._path)
@@ -40,19 +42,14 @@ class Parquet:
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"{file.name}: two columns are called {repeated!r}; name each once")
         self._ends = np.cumsum([len(batch) for batch in batches])
+        super().__init__(file.name, int(self._ends[-1]))
         self._digest = batches[0].schema.metadata[_DIGEST].decode()
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def origin(self, i: int) -> str:
-        return f"{self._name}[{i}]"
-
     def __getitem__(self, i: int) -> dict:
-        number = int(np.searchsorted(self._ends, i, side="right"))
+        number, local = locate(self._ends, i)
         batch = _batches(self._path, self._stamp)[number]
         try:
-            row = batch.slice(i - (int(self._ends[number]) - len(batch)), 1).to_pylist()[0]
+            row = batch.slice(local, 1).to_pylist()[0]
         except ValueError as error:  # a string column that is not UTF-8, among others
             raise UserError(f"{self.origin(i)}: cannot be read ({error}); write the row again") from error
         return plain_row(row)
@@ -82,25 +79,25 @@ def _convert(file: DataFile, path: Path) -> None:
     digest = hashlib.sha256()
     for block in files.content(file):
         digest.update(block)
-    try:
+    with _damage_as_user_error(file):
         # With a buffer and without pre_buffer, or a whole row group is read before its first batch.
         source = pyarrow.OSFile(os.fsencode(file.path))  # as bytes: a name need not be UTF-8
         parquet = pyarrow.parquet.ParquetFile(source, buffer_size=2**20, pre_buffer=False)
         schema = parquet.schema_arrow.with_metadata({_DIGEST: digest.hexdigest().encode()})
-    except (ValueError, OSError) as error:
-        raise _damaged(file, error) from error
     with pyarrow.OSFile(str(path), "wb") as out, pyarrow.ipc.new_file(out, schema) as writer, source:
         batches = parquet.iter_batches(BATCH_ROWS)
         while True:
-            try:
+            with _damage_as_user_error(file):
                 batch = next(batches, None)
-            except (ValueError, OSError) as error:
-                raise _damaged(file, error) from error
             if batch is None:
                 return
             writer.write_batch(pyarrow.RecordBatch.from_arrays(batch.columns, schema=schema))
 
 
-def _damaged(file: DataFile, error: Exception) -> UserError:
-    what = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{file.name}: not a readable Parquet file ({what}); write or copy it again")
+@contextlib.contextmanager
+def _damage_as_user_error(file: DataFile) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file.name}: not a readable Parquet file ({what}); write or copy it again") from error

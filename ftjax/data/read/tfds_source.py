@@ -19,45 +19,34 @@ import numpy as np
 from ftjax.data.read import files
 from ftjax.data.read.files import DataFile
 from ftjax.data.read.plain import plain_row
+from ftjax.data.read.rows import Numbered, locate
 from ftjax.errors import SourceError, UserError
 
 
-class Tfds:
-    """The rows of one whole split as plain values; row 3 is "tfds:name[3]". `Records` of `rows`.
+class Tfds(Numbered):
+    """The rows of one whole split as plain values. `Records` of `rows`.
 
-    Args:
-      source: `tfds:NAME`, `tfds:NAME:/data_dir`, or `tfds:DIR` where DIR is a prepared data set: the directory that
-        holds its dataset_info.json. The data must be in array_record or TFRecord files; a data set that is not prepared
-        yet is prepared in the first.
-      split: its name; tfds also knows "all" and sums, "train+test".
+    A data set that is not prepared yet is prepared in array_record files. A split may also be "all" or a sum of
+    several, "train+test".
 
     Raises:
       UserError: no such data set, split or directory, data in another format, a package that is missing.
     """
 
     def __init__(self, source: str, split: str):
-        self._source, self._split = source, split
-        self._length = len(self._rows()[0])
-        if not self._length:
+        super().__init__(source, len(_open(source, split, os.getpid())[0]))
+        self._split = split
+        if not len(self):
             raise UserError(f"{source}: no rows (split {split!r}); name a split that has some")
 
-    def _rows(self) -> tuple[Sequence, Callable[[object, str], dict]]:
-        return _open(self._source, self._split, os.getpid())
-
-    def __len__(self) -> int:
-        return self._length
-
-    def origin(self, i: int) -> str:
-        return f"{self._source}[{i}]"
-
     def __getitem__(self, i: int) -> dict:
-        records, parse = self._rows()
+        records, parse = _open(self._name, self._split, os.getpid())
         return plain_row(parse(records[i], self.origin(i)))
 
     def digest(self) -> str:
         """Of the files that hold the split, and of which of their records it is."""
         digest = hashlib.sha256()
-        for part in _parts(_builder(self._source, self._split), self._split):
+        for part in _parts(_builder(self._name, self._split), self._split):
             digest.update(f"{part.skip} {part.take} ".encode())
             file = DataFile(part.filename, "", files.local_path(part.filename))
             for block in files.content(file):
@@ -155,9 +144,8 @@ class TfRecords(Sequence[bytes]):
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, i: int) -> bytes:
-        file = int(np.searchsorted(self._ends, i, side="right"))
-        path, stamp, starts = self._files[file]
-        i -= int(self._ends[file]) - (len(starts) - 1)
+        number, i = locate(self._ends, i)
+        path, stamp, starts = self._files[number]
         return files.read_part(path, stamp, int(starts[i]) + 12, int(starts[i + 1]) - 4)
 
 

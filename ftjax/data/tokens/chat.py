@@ -4,8 +4,6 @@ Assistant turns are trained, each with the token that ends it; `masks` says how 
 and tool calls are part of their turns; tools are rendered as the template does it.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from ftjax.data.format import formats
@@ -13,11 +11,8 @@ from ftjax.data.format.conversation import conversation
 from ftjax.data.format.example import Example, Row
 from ftjax.data.tokens import masks
 from ftjax.data.tokens.masks import Span, encode
-from ftjax.data.tokens.rendering import Messages, Tools, render
+from ftjax.data.tokens.rendering import Messages, Tokenizer, Tools, render
 from ftjax.errors import UserError
-
-if TYPE_CHECKING:  # importing transformers takes a second, and only annotations need it here
-    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 TRAIN_ON = ("assistant", "last", "all")
 
@@ -26,7 +21,7 @@ class NothingTrained(UserError):
     """A good row with no trained token, because of its weights."""
 
 
-def tokenize(row: Row, tokenizer: "Tokenizer", vocab_size: int | None = None, train_on: str = "assistant") -> Example:
+def tokenize(row: Row, tokenizer: Tokenizer, vocab_size: int | None = None, train_on: str = "assistant") -> Example:
     """The example of one row, in any format.
 
     - text: its tokens (with a BOS only where the tokenizer adds one itself) and an eos. All are trained but the first,
@@ -64,17 +59,14 @@ def tokenize(row: Row, tokenizer: "Tokenizer", vocab_size: int | None = None, tr
         if train_on == "all":
             spans = [(1, len(tokens))]
         return _example(tokens, spans, row.origin, tokenizer, vocab_size)
+    messages = fields.get("messages")
     if kind == "prompt_completion":
-        messages = [
-            {"role": "user", "content": fields["prompt"]},
-            {"role": "assistant", "content": fields["completion"]},
-        ]
-    else:
-        messages = fields["messages"]
+        roles = {"user": "prompt", "assistant": "completion"}
+        messages = [{"role": role, "content": fields[key]} for role, key in roles.items()]
     return _chat_example(messages, fields.get("tools"), row.origin, tokenizer, vocab_size, train_on)
 
 
-def tokenize_preference(row: Row, tokenizer: "Tokenizer", vocab_size: int | None = None) -> tuple[Example, Example]:
+def tokenize_preference(row: Row, tokenizer: Tokenizer, vocab_size: int | None = None) -> tuple[Example, Example]:
     """The chosen and the rejected example of a preference row.
 
     Both begin with the tokens of the prompt; after it the assistant turns of each answer are trained. The first trained
@@ -100,7 +92,7 @@ def tokenize_preference(row: Row, tokenizer: "Tokenizer", vocab_size: int | None
     return tuple(Example(side.tokens, side.trained, row.origin) for side in (chosen, rejected))
 
 
-def tokenize_unpaired(row: Row, tokenizer: "Tokenizer", vocab_size: int | None = None) -> Example:
+def tokenize_unpaired(row: Row, tokenizer: Tokenizer, vocab_size: int | None = None) -> Example:
     """The example of a prompt and an answer that `label` calls good or bad; the answer is trained in both cases."""
     fields, kind = _fields(row)
     if kind != "unpaired":
@@ -108,21 +100,20 @@ def tokenize_unpaired(row: Row, tokenizer: "Tokenizer", vocab_size: int | None =
     return _answer(fields["prompt"], fields["completion"], fields.get("tools"), row.origin, tokenizer, vocab_size)
 
 
-def render_prompt(messages: Messages | str, tokenizer: "Tokenizer", tools: Tools = None) -> np.ndarray:
+def render_prompt(messages: Messages | str, tokenizer: Tokenizer, tools: Tools = None) -> np.ndarray:
     """int32 [n]: the tokens that a model is given to answer, exactly those that precede the answer in training.
 
     Args:
       messages: a conversation, rendered with the generation prompt; or the prompt of a prompt/completion row, a string.
     """
     origin = "the prompt"
-    if isinstance(messages, str):
-        if not tokenizer.chat_template:
-            tokens = encode([messages], tokenizer, add_special_tokens=True)[0]
-            return _checked(tokens, origin, tokenizer, None)
-        messages = [{"role": "user", "content": messages}]
-    messages = conversation(messages, origin, needs_assistant=False)
-    text = render(messages, tokenizer, origin, tools, generation_prompt=True)
-    return _checked(encode([text], tokenizer)[0], origin, tokenizer, None)
+    if isinstance(messages, str) and not tokenizer.chat_template:
+        tokens = encode([messages], tokenizer, add_special_tokens=True)[0]
+    else:
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        turns = conversation(turns, origin, needs_assistant=False)
+        tokens = encode([render(turns, tokenizer, origin, tools, generation_prompt=True)], tokenizer)[0]
+    return _checked(tokens, origin, tokenizer, None)
 
 
 def _fields(row: Row) -> tuple[dict, str]:
@@ -132,7 +123,7 @@ def _fields(row: Row) -> tuple[dict, str]:
 
 
 def _chat_example(
-    messages: Messages, tools: Tools, origin: str, tokenizer: "Tokenizer", vocab_size: int | None, train_on: str
+    messages: Messages, tools: Tools, origin: str, tokenizer: Tokenizer, vocab_size: int | None, train_on: str
 ) -> Example:
     ignored = [i for i, message in enumerate(messages) if message.get("weight") == 0]
     if train_on == "all":
@@ -149,14 +140,14 @@ def _chat_example(
 
 
 def _answer(
-    prompt: Messages, answer: Messages, tools: Tools, origin: str, tokenizer: "Tokenizer", vocab_size: int | None
+    prompt: Messages, answer: Messages, tools: Tools, origin: str, tokenizer: Tokenizer, vocab_size: int | None
 ) -> Example:
     messages = [{**message, "weight": 0} for message in prompt] + answer
     return _chat_example(messages, tools, origin, tokenizer, vocab_size, "assistant")
 
 
 def _example(
-    tokens: list[int], spans: list[Span], origin: str, tokenizer: "Tokenizer", vocab_size: int | None
+    tokens: list[int], spans: list[Span], origin: str, tokenizer: Tokenizer, vocab_size: int | None
 ) -> Example:
     array = _checked(tokens, origin, tokenizer, vocab_size)
     trained = np.zeros(len(array), bool)
@@ -168,9 +159,7 @@ def _example(
     return Example(array, trained, origin)
 
 
-def _plain_completion(
-    prompt: str, completion: str, tokenizer: "Tokenizer", origin: str
-) -> tuple[list[int], list[Span]]:
+def _plain_completion(prompt: str, completion: str, tokenizer: Tokenizer, origin: str) -> tuple[list[int], list[Span]]:
     before, joint = encode([prompt, prompt + completion], tokenizer, add_special_tokens=True)
     if joint[: len(before)] == before:
         tokens = joint
@@ -186,13 +175,13 @@ def _plain_completion(
     return tokens, [(len(before), len(tokens))]
 
 
-def _with_eos(tokens: list[int], tokenizer: "Tokenizer", origin: str) -> list[int]:
+def _with_eos(tokens: list[int], tokenizer: Tokenizer, origin: str) -> list[int]:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{origin}: the tokenizer has no eos_token; set it in tokenizer_config.json")
     return tokens if tokens and tokens[-1] == tokenizer.eos_token_id else [*tokens, tokenizer.eos_token_id]
 
 
-def _checked(tokens: list[int], origin: str, tokenizer: "Tokenizer", vocab_size: int | None) -> np.ndarray:
+def _checked(tokens: list[int], origin: str, tokenizer: Tokenizer, vocab_size: int | None) -> np.ndarray:
     """int32 [n]; UserError for a doubled BOS, or a token that the model does not have."""
     bos = tokenizer.bos_token_id
     if bos is not None and tokens[:2] == [bos, bos]:

@@ -81,7 +81,11 @@ class Examples:
 
     def origin(self, index: int) -> str:
         """file:line of the example's row; reads the row again."""
-        return self._part(index).rows[int(self.rows[index])].origin
+        return self.row(index).origin
+
+    def row(self, index: int) -> Row:
+        """The row that the example was made of, read again."""
+        return self._part(index).rows[int(self.rows[index])]
 
     def _part(self, index: int) -> Part:
         return self.parts[0 if self.part_ids is None else self.part_ids[index]]

@@ -1,17 +1,15 @@
 """The kinds of rows that methods train on, and the documents that each kind is made of."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ftjax.data.format import formats
 from ftjax.data.format.example import Document, Example, Row
 from ftjax.data.tokens import chat
+from ftjax.data.tokens.rendering import Tokenizer
 from ftjax.errors import UserError
-
-if TYPE_CHECKING:  # importing transformers takes a second, and only annotations need it here
-    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 Documents = dict[str, Document]  # by the names that a person sees, in their order in a batch
 
@@ -20,20 +18,20 @@ class RowKind(NamedTuple):
     """A kind of row."""
 
     documents: int  # how many an example has
-    tokenize: Callable[[Row, "Tokenizer", int | None, str], Documents]  # row, ..., vocab_size, train_on; not cut yet
+    tokenize: Callable[[Row, Tokenizer, int | None, str], Documents]  # row, ..., vocab_size, train_on; not cut yet
 
 
-def _conversation(row: Row, tokenizer: "Tokenizer", vocab_size: int | None, train_on: str) -> Documents:
+def _conversation(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> Documents:
     example = chat.tokenize(row, tokenizer, vocab_size, train_on)
     return {"": Document(example.tokens, example.trained)}
 
 
-def _pair(row: Row, tokenizer: "Tokenizer", vocab_size: int | None, train_on: str) -> Documents:
+def _pair(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> Documents:
     sides = chat.tokenize_preference(row, tokenizer, vocab_size)
     return {name: Document(side.tokens, side.trained) for name, side in zip(("chosen", "rejected"), sides)}
 
 
-def _labeled(row: Row, tokenizer: "Tokenizer", vocab_size: int | None, train_on: str) -> Documents:
+def _labeled(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> Documents:
     example = chat.tokenize_unpaired(row, tokenizer, vocab_size)
     return {"good" if row.fields["label"] else "bad": Document(example.tokens, example.trained)}
 

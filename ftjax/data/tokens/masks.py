@@ -14,16 +14,12 @@ import bisect
 import json
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ftjax.data.format.conversation import REASONING
-from ftjax.data.tokens.rendering import Messages, Tools, apply_template, render, template_of, traits
+from ftjax.data.tokens.rendering import Messages, Tokenizer, Tools, apply_template, render, template_of, traits
 from ftjax.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -32,7 +28,7 @@ _Turn = tuple[int, int, str]  # the span of a turn, and its text
 
 
 def turns(
-    messages: Messages, wanted: list[int], tokenizer: "Tokenizer", origin: str, tools: Tools = None
+    messages: Messages, wanted: list[int], tokenizer: Tokenizer, origin: str, tools: Tools = None
 ) -> tuple[list[int], list[Span]]:
     """Tokens of a conversation, and the span of each of its assistant turns in `wanted`.
 
@@ -56,7 +52,7 @@ def turns(
 
 
 def without(
-    messages: Messages, left_out: list[int], tokenizer: "Tokenizer", origin: str, tools: Tools = None
+    messages: Messages, left_out: list[int], tokenizer: Tokenizer, origin: str, tools: Tools = None
 ) -> tuple[list[int], list[Span]]:
     """Tokens of a conversation, and the spans of all of it but the messages `left_out` and their headers.
 
@@ -82,7 +78,7 @@ def without(
     return whole.tokens, _runs(kept)
 
 
-def encode(texts: list[str], tokenizer: "Tokenizer", add_special_tokens: bool = False) -> list[list[int]]:
+def encode(texts: list[str], tokenizer: Tokenizer, add_special_tokens: bool = False) -> list[list[int]]:
     """The token ids of each text; with `add_special_tokens` also those that the tokenizer adds by itself (a BOS)."""
     # verbose=False: no warning for a text longer than the tokenizer's model_max_length, it is cut by max_length later.
     return tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
@@ -99,7 +95,7 @@ class _Rendered:
       traits: which tokens end turns, and which are borders.
     """
 
-    def __init__(self, messages: Messages, tokenizer: "Tokenizer", origin: str, tools: Tools):
+    def __init__(self, messages: Messages, tokenizer: Tokenizer, origin: str, tools: Tools):
         self.messages, self.tokenizer, self.origin, self.tools = messages, tokenizer, origin, tools
         self.template, self.traits = template_of(tokenizer, origin, tools), traits(tokenizer)
         self.text = render(messages, tokenizer, origin, tools)

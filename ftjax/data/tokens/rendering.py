@@ -2,17 +2,19 @@
 
 import datetime
 import functools
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jinja2
 
+from ftjax.data.format.conversation import with_json_arguments
 from ftjax.errors import UserError
 
-if TYPE_CHECKING:  # importing transformers takes a second, and only annotations need it here
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
+# By name: importing transformers takes a second, and only annotations need it here.
+Tokenizer: TypeAlias = "PreTrainedTokenizerFast"
 Messages = list[dict]  # a conversation as `conversation.conversation` returns it
 Tools = list[dict] | None  # JSON schemas of the functions that the model may call
 
@@ -41,15 +43,14 @@ class Traits:
     borders: frozenset[int]
 
 
-def traits(tokenizer: "Tokenizer") -> Traits:
-    """The `Traits` of a tokenizer."""
+def traits(tokenizer: Tokenizer) -> Traits:
     # A tokenizer can be changed, so all that the result depends on is part of the key.
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
     return _traits(tokenizer, len(tokenizer), named)
 
 
 @functools.lru_cache(maxsize=8)
-def _traits(tokenizer: "Tokenizer", _size: int, named: tuple[int | None, ...]) -> Traits:
+def _traits(tokenizer: Tokenizer, _size: int, named: tuple[int | None, ...]) -> Traits:
     bos, eos, pad, unk = named
     added = tokenizer.added_tokens_decoder
     special = {i for i, token in added.items() if token.special}
@@ -60,7 +61,7 @@ def _traits(tokenizer: "Tokenizer", _size: int, named: tuple[int | None, ...]) -
     return Traits(frozenset(ends), frozenset(borders))
 
 
-def template_of(tokenizer: "Tokenizer", origin: str, tools: Tools = None) -> str:
+def template_of(tokenizer: Tokenizer, origin: str, tools: Tools = None) -> str:
     """The source of the template for a conversation; a tokenizer may have a separate one for tools.
 
     Instead of today's date it writes TODAY, so that the tokens of a row do not depend on the day.
@@ -79,13 +80,13 @@ def template_of(tokenizer: "Tokenizer", origin: str, tools: Tools = None) -> str
 
 
 def render(
-    messages: Messages, tokenizer: "Tokenizer", origin: str, tools: Tools = None, generation_prompt: bool = False
+    messages: Messages, tokenizer: Tokenizer, origin: str, tools: Tools = None, generation_prompt: bool = False
 ) -> str:
     """The text of a conversation; with the generation prompt, it is what a model is given to answer."""
     return apply_template(messages, tokenizer, origin, tools, tokenize=False, add_generation_prompt=generation_prompt)
 
 
-def apply_template(messages: Messages, tokenizer: "Tokenizer", origin: str, tools: Tools, **options: Any) -> Any:
+def apply_template(messages: Messages, tokenizer: Tokenizer, origin: str, tools: Tools, **options: Any) -> Any:
     """`tokenizer.apply_chat_template` with these options; UserError where the template refuses the conversation."""
     template = template_of(tokenizer, origin, tools)
     accepted = _for_template(messages, tokenizer, template)
@@ -98,7 +99,7 @@ def apply_template(messages: Messages, tokenizer: "Tokenizer", origin: str, tool
         ) from error
 
 
-def _for_template(messages: Messages, tokenizer: "Tokenizer", template: str) -> Messages:
+def _for_template(messages: Messages, tokenizer: Tokenizer, template: str) -> Messages:
     """Messages as this template takes them, without the keys that are ours.
 
     `developer` is OpenAI's later name for `system`; a template that does not know it gets `system`. Arguments of tool
@@ -110,14 +111,12 @@ def _for_template(messages: Messages, tokenizer: "Tokenizer", template: str) -> 
         message = {key: value for key, value in message.items() if key != "weight" and value is not None}
         if message["role"] == "developer" and "developer" not in template:
             message["role"] = "system"
-        if as_text and "tool_calls" in message:
-            message["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
-        accepted.append(message)
+        accepted.append(with_json_arguments(message) if as_text else message)
     return accepted
 
 
 @functools.lru_cache(maxsize=8)
-def _wants_text(tokenizer: "Tokenizer", template: str) -> bool:
+def _wants_text(tokenizer: Tokenizer, template: str) -> bool:
     """Whether a template takes the arguments of a call as JSON text: given a dict, it fails or writes Python's repr."""
     call = {"id": "call00000", "type": "function", "function": {"name": "zebra", "arguments": {"stripe": "a"}}}
     probe = [
@@ -137,9 +136,4 @@ def _wants_text(tokenizer: "Tokenizer", template: str) -> bool:
     with_dict = text(probe)
     if with_dict and "{'stripe': 'a'}" not in with_dict:
         return False
-    return '{"stripe": "a"}' in text([probe[0], {**probe[1], "tool_calls": [_with_text(call)]}, *probe[2:]])
-
-
-def _with_text(call: dict) -> dict:
-    function = {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}
-    return {**call, "function": function}
+    return '{"stripe": "a"}' in text([with_json_arguments(message) for message in probe])

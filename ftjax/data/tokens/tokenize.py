@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,10 +18,8 @@ from ftjax.data.read import cache
 from ftjax.data.read.rows import BadRows, Rows, log_skipped
 from ftjax.data.tokens import chat, examples, kinds, processes
 from ftjax.data.tokens.examples import Append, Examples, Part
+from ftjax.data.tokens.rendering import Tokenizer
 from ftjax.errors import SourceError, UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 CHUNK = 128  # rows that a process tokenizes at a time
 # Fewer rows are tokenized in this process, in less time than worker processes take to start, and are not cached.
@@ -58,7 +56,7 @@ class Tokenized(NamedTuple):
 
 def tokenize(
     rows: Rows,
-    tokenizer: "Tokenizer",
+    tokenizer: Tokenizer,
     max_length: int,
     *,
     vocab_size: int | None = None,
@@ -119,7 +117,7 @@ def tokenize(
     )
 
 
-def _tokenize(rows: Rows, tokenizer: "Tokenizer", rules: TokenRules, chunk: range) -> Tokenized:
+def _tokenize(rows: Rows, tokenizer: Tokenizer, rules: TokenRules, chunk: range) -> Tokenized:
     tokens, counts, lengths, dropped, bad, failed = [], [], [], [], [], None
     for i in chunk:
         try:
@@ -206,13 +204,13 @@ def _report(rows: Rows, header: dict) -> dict:
     return report
 
 
-def _identity(tokenizer: "Tokenizer") -> list:
+def _identity(tokenizer: Tokenizer) -> list:
     """What must stay the same when a run goes on, in a form that does not depend on any library's version."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return [_digest(vocabulary), tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 
-def _backend(tokenizer: "Tokenizer") -> list:
+def _backend(tokenizer: Tokenizer) -> list:
     """What else decides the tokens: all of tokenizer.json but truncation and padding, which are not used here."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = {name: part for name, part in content.items() if name not in ("truncation", "padding")}
