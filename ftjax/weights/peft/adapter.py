@@ -25,7 +25,7 @@ from ftjax.weights.hf.keys import FLOATS, Key, finite_cast, hf_names
 from ftjax.weights.hf.safetensors import SafetensorsFile
 from ftjax.weights.hf.safetensors_write import Tensor, write_safetensors
 from ftjax.weights.hf.together import gather, new_directory_together
-from ftjax.weights.hf.write import by_module, tensor_values, write_json
+from ftjax.weights.hf.write import tensor_values, write_json
 from ftjax.weights.load import stored_names
 from ftjax.weights.peft import config as peft_config
 from ftjax.weights.peft import keys as peft_keys
@@ -100,7 +100,7 @@ def write_adapter(
     ValueError when the adapters do not belong to `spec`.
     """
     keys, params = peft_keys.adaptable(spec), hf_names(spec)
-    modules = by_module(adapters)
+    modules = tree.by_module(adapters)
     saved = dict(saved or {})
     _refuse_experts([*modules, *saved])
     if not modules or not keys.keys() >= modules.keys() or not params.keys() >= saved.keys():
