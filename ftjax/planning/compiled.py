@@ -139,14 +139,9 @@ def _size(text: str) -> float:
 
 
 def _memory(program: Program, analysis) -> Memory:
-    trainable = tree.flatten(program.state.trainable)
-    adapters = sum(bytes_on_chip(leaf) for path, leaf in trainable.items() if path.startswith("lora/"))
-    whole = sum(bytes_on_chip(leaf) for path, leaf in trainable.items() if not path.startswith("lora/"))
-    for path, leaf in tree.flatten(program.frozen).items():
-        if path.startswith("lora/"):
-            adapters += bytes_on_chip(leaf)
-        else:
-            whole += bytes_on_chip(leaf)
+    leaves = [*tree.flatten(program.state.trainable).items(), *tree.flatten(program.frozen).items()]
+    adapters = sum(bytes_on_chip(leaf) for path, leaf in leaves if path.startswith("lora/"))
+    whole = sum(bytes_on_chip(leaf) for path, leaf in leaves if not path.startswith("lora/"))
     optimizer = sum(map(bytes_on_chip, jax.tree.leaves((program.state.opt_state, program.state.step))))
     # What is left of the compiler's own sum of arguments: the batch, and the padding of arrays to their tiles.
     batch = analysis.argument_size_in_bytes - whole - adapters - optimizer
