@@ -80,13 +80,9 @@ def _check(reader: Reader, stored: dict[str, str], spec: DecoderSpec, keys: dict
         elif dtype.name not in FLOATS:
             problems.append(f"type: {name} is {dtype.name}, not floating point of 16 bits or more")
     if problems:
+        heading = f"{reader.path}: these are not the weights of the {spec.family} model in its config:"
         raise UserError(
-            "\n  ".join(
-                [
-                    f"{reader.path}: these are not the weights of the {spec.family} model in its config:",
-                    *problems,
-                ]
-            )
+            "\n  ".join([heading, *problems])
             + "\nUse the config.json that belongs to the weights, without adapters or quantization in them."
         )
     _check_tied_head(reader, stored, spec, keys["embed_tokens/embedding"])
