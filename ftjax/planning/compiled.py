@@ -65,13 +65,8 @@ class Plan:
 def describe(config: ConfigDict, spec: DecoderSpec, devices: list[jax.Device]) -> Program:
     """The step of `config` on its mesh of these devices. Raises UserError where the batch does not divide."""
     mesh = sharding.make_mesh(dict(config.mesh), devices)
-    model = Decoder(
-        spec,
-        jnp.dtype(config.model.dtype),
-        jnp.dtype(config.model.param_dtype),
-        config.model.remat,
-        config.model.attention,
-    )
+    dtypes = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
+    model = Decoder(spec, *dtypes, config.model.remat, config.model.attention)
     preflight.check_mesh(config, spec, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return assemble.program(config, model, mesh, STEPS)

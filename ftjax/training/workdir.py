@@ -31,7 +31,6 @@ def hold(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: what `probe` and `lock` raise; a host sees another directory under that name, or none.
     """
-    workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
         token = None
         if distributed.is_first():
@@ -67,7 +66,6 @@ def probe(workdir: Path) -> None:
     Raises:
       UserError: one of these fails (read-only or full disk, a file in the way, missing rights).
     """
-    workdir = Path(workdir)
     # Two runs that start together, or two hosts of one run, must not share a probe file.
     file = workdir / f".probe-{distributed.index()}-{os.getpid()}"
     try:
@@ -97,7 +95,6 @@ def lock(workdir: Path) -> Iterator[None]:
       UserError: another run on this machine holds it (with its pid), or `workdir` cannot be written.
       TransientError: another machine still holds it after _LEASE_SECONDS.
     """
-    workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / _LOCK, "a+", encoding="ascii")  # noqa: SIM115  (closed below, after the yield)
