@@ -106,9 +106,10 @@ def abstract_adapters(
         parts |= {"lora_magnitude": ((*stack, columns), (*stack_axes, column_axis))} if "magnitude" in extras else {}
         parts |= {"lora_dropout": per_layer} if "dropout" in extras else {}
         parts |= {"lora_a0": a, "lora_b0": b} if "pissa" in extras else {}
+        module = path.rpartition("/")[0]
         for name, (shape, logical) in parts.items():
             layout = sharding.named(mesh, logical, shape)
-            out[f"{_module(path)}/{name}"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
+            out[f"{module}/{name}"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
     return tree.unflatten(out)
 
 
@@ -122,7 +123,7 @@ def init_adapters(abstract: Tree, seed: int, scaling: float | Mapping[str, float
     scaling: one for all, or {path of the adapted parameter: scale}.
     """
     leaves = tree.flatten(abstract)
-    scales = None if isinstance(scaling, int | float) else {_module(path): s for path, s in scaling.items()}
+    scales = None if isinstance(scaling, int | float) else {path.rpartition("/")[0]: s for path, s in scaling.items()}
 
     def value(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         module, name = path.rsplit("/", 1)
@@ -207,8 +208,3 @@ def _principal(kernel: jax.Array, scaling: jax.Array, rank: int) -> tuple[jax.Ar
 
 def _norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scaling: jax.Array) -> jax.Array:
     return column_norms(kernel.astype(jnp.float32), a, b * scaling[..., None, None])
-
-
-def _module(path: str) -> str:
-    """layers/mlp/up_proj of layers/mlp/up_proj/kernel"""
-    return path.rpartition("/")[0]
