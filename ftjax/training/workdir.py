@@ -28,8 +28,7 @@ _SHARED_SECONDS = 20.0  # a network disk may show what another host wrote with a
 def hold(workdir: Path) -> Iterator[None]:
     """`probe` and `lock` for a run. Of several processes the first one locks; all must see the same directory.
 
-    Raises:
-      UserError: what `probe` and `lock` raise; a host sees another directory under that name, or none.
+    Raises what `probe` and `lock` raise, and UserError where a host sees another directory under that name, or none.
     """
     with contextlib.ExitStack() as stack:
         token = None
@@ -63,8 +62,7 @@ def _wait_for(workdir: Path, token: str) -> None:
 def probe(workdir: Path) -> None:
     """Create `workdir` and try in it what a save does: write, flush to the disk, rename, read back, remove.
 
-    Raises:
-      UserError: one of these fails (read-only or full disk, a file in the way, missing rights).
+    Raises UserError where one of these fails (read-only or full disk, a file in the way, missing rights).
     """
     # Two runs that start together, or two hosts of one run, must not share a probe file.
     file = workdir / f".probe-{distributed.index()}-{os.getpid()}"
