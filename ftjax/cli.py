@@ -39,12 +39,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 def explain(error: BaseException) -> tuple[int, str]:
     """The exit status that an error ends a command line with, and what is printed."""
-    if isinstance(error, TransientError):
+    if isinstance(error, TransientError | OSError):  # such as a full disk: a traceback would explain nothing
         return 1, f"error: {error}"
     if isinstance(error, UserError):
         return EXIT_MISTAKE, f"error: {error}"
-    if isinstance(error, OSError):  # a full disk, a file that went away: a traceback would explain nothing
-        return 1, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "interrupted"
     if isinstance(error, SystemExit):

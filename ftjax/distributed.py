@@ -147,10 +147,8 @@ def _devices(name: str, local: int | None) -> tuple[int, ...] | None:
 def connected(values: flags.FlagValues) -> Iterator[None]:
     """Runs the body of a command line as one of several processes where there are several; see `find_cluster`.
 
-    With several processes, an error of any kind in the block ends all of them at once: this then does not return, but
-    ends this process with the exit status that `cli.run` would give.
-
-    When not all processes come within --start_timeout, this ends the process with status 1 and a message.
+    With several, an error of any kind in the block ends all of them with the exit status that `cli.run` would give; so
+    does --start_timeout, with status 1, when not all have come by then.
     """
     cluster = find_cluster(values.coordinator, values.processes, values.process, values.start_timeout)
     if cluster is None:
@@ -225,19 +223,17 @@ def _give_up(cluster: Cluster, seconds: int) -> None:
 
 @contextlib.contextmanager
 def _ending_all(client: Any, failing: threading.Event) -> Iterator[None]:
-    ended = False
     try:
         yield
-        ended = True
-    finally:
-        if not ended:
-            failing.set()
-            status, text = cli.explain(sys.exception())
-            _say(text)
-            failure = json.dumps({"process": index(), "status": status, "text": text})
-            with contextlib.suppress(JaxRuntimeError):  # another process failed first, or the coordinator is gone
-                client.key_value_set(_OVER, failure)
-            _leave(client, status)
+    except BaseException as error:
+        failing.set()
+        status, text = cli.explain(error)
+        _say(text)
+        failure = json.dumps({"process": index(), "status": status, "text": text})
+        with contextlib.suppress(JaxRuntimeError):  # another process failed first, or the coordinator is gone
+            client.key_value_set(_OVER, failure)
+        _leave(client, status)
+        raise
 
 
 def _watch(client: Any, failing: threading.Event) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from ftjax import assemble, cli, distributed, sharding, tree
@@ -33,7 +32,7 @@ from ftjax.sampling.engine import stream
 from ftjax.sampling.sampler import Sampling
 from ftjax.tree import Tree
 from ftjax.weights.load import load_params
-from ftjax.weights.peft.adapter import StoredAdapter, open_adapter
+from ftjax.weights.peft.adapter import open_adapter
 
 NONE = "none"  # the name of the base without an adapter
 
@@ -53,17 +52,15 @@ def load_model(source: str, adapters: Mapping[str, str], dtype: str) -> tuple[Ba
         adapter.check_base(facts, base.reader)
     mesh = sharding.make_mesh({"fsdp": -1})
     params = load_params(base.reader, base.model.spec, abstract_params(base.model, mesh))
-    return base, {NONE: {"params": params}} | {
-        name: _adapted(params, adapter, mesh) for name, adapter in stored.items()
-    }
-
-
-def _adapted(params: Tree, stored: StoredAdapter, mesh: Mesh) -> Tree:
-    adapters, saved = stored.read()
-    leaves = tree.flatten(params)
-    for path, values in saved.items():
-        leaves[path] = jax.device_put(values.astype(leaves[path].dtype), leaves[path].sharding)
-    return {"params": tree.unflatten(leaves), "lora": jax.device_put(adapters, sharding.replicated(mesh))}
+    variables = {NONE: {"params": params}}
+    for name, adapter in stored.items():
+        adapters, saved = adapter.read()
+        leaves = tree.flatten(params)
+        for path, values in saved.items():
+            leaves[path] = jax.device_put(values.astype(leaves[path].dtype), leaves[path].sharding)
+        lora = jax.device_put(adapters, sharding.replicated(mesh))
+        variables[name] = {"params": tree.unflatten(leaves), "lora": lora}
+    return base, variables
 
 
 def parse_adapters(text: str) -> dict[str, str]:

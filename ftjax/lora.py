@@ -106,9 +106,10 @@ def abstract_adapters(
         parts |= {"lora_magnitude": ((*stack, columns), (*stack_axes, column_axis))} if "magnitude" in extras else {}
         parts |= {"lora_dropout": per_layer} if "dropout" in extras else {}
         parts |= {"lora_a0": a, "lora_b0": b} if "pissa" in extras else {}
+        module = path.rpartition("/")[0]
         for name, (shape, logical) in parts.items():
             layout = sharding.named(mesh, logical, shape)
-            out[f"{_module(path)}/{name}"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
+            out[f"{module}/{name}"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
     return tree.unflatten(out)
 
 
@@ -122,7 +123,7 @@ def init_adapters(abstract: Tree, seed: int, scaling: float | Mapping[str, float
     scaling: one for all, or {path of the adapted parameter: scale}.
     """
     leaves = tree.flatten(abstract)
-    by_module = None if isinstance(scaling, int | float) else {_module(path): s for path, s in scaling.items()}
+    scales = None if isinstance(scaling, int | float) else {path.rpartition("/")[0]: s for path, s in scaling.items()}
 
     def value(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         module, name = path.rsplit("/", 1)
@@ -130,7 +131,7 @@ def init_adapters(abstract: Tree, seed: int, scaling: float | Mapping[str, float
             key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
             deviation = 1.0 if name == "lora_b" else (3 * leaf.shape[-2]) ** -0.5
             return jax.random.normal(key, leaf.shape, leaf.dtype) * deviation
-        constant = {"lora_scale": scaling if by_module is None else by_module[module], "lora_dropout": dropout}
+        constant = {"lora_scale": scaling if scales is None else scales[module], "lora_dropout": dropout}
         return jnp.full(leaf.shape, constant.get(name, 0.0), leaf.dtype)
 
     def make() -> dict[str, jax.Array]:
@@ -144,13 +145,12 @@ def with_magnitudes(kernel: Callable[[str], jax.Array], adapters: Tree) -> Tree:
 
     kernel: module -> its W, of any float dtype.
     """
-    leaves = tree.flatten(adapters)
-    for path in [path for path in leaves if path.endswith("/lora_magnitude")]:
-        module = _module(path)
-        norms = jax.jit(_norms, out_shardings=leaves[path].sharding)
-        parts = [leaves[f"{module}/{part}"] for part in ("lora_a", "lora_b", "lora_scale")]
-        leaves[path] = norms(kernel(module), *parts)
-    return tree.unflatten(leaves)
+    modules = tree.by_module(adapters)
+    for module, parts in modules.items():
+        if "lora_magnitude" in parts:
+            norms = jax.jit(_norms, out_shardings=parts["lora_magnitude"].sharding)
+            parts["lora_magnitude"] = norms(kernel(module), parts["lora_a"], parts["lora_b"], parts["lora_scale"])
+    return tree.unflatten(modules)
 
 
 def pissa(params: Tree, adapters: Tree) -> tuple[Tree, Tree]:
@@ -159,24 +159,24 @@ def pissa(params: Tree, adapters: Tree) -> tuple[Tree, Tree]:
     Returns (params, adapters) with A = U sqrt(S / scale), B = sqrt(S / scale) V, and W - scale A B instead of W.
     `lora_a0` and `lora_b0` keep these first A and B: the export subtracts them to get an adapter of the original W.
     """
-    leaves, lora = tree.flatten(params), tree.flatten(adapters)
-    for module in [_module(path) for path in lora if path.endswith("/lora_a")]:
-        kernel, names = leaves[f"{module}/kernel"], [f"{module}/lora_a", f"{module}/lora_b"]
-        layouts = (lora[names[0]].sharding, lora[names[1]].sharding, kernel.sharding)
+    leaves, modules = tree.flatten(params), tree.by_module(adapters)
+    for module, parts in modules.items():
+        kernel = leaves[f"{module}/kernel"]
+        layouts = (parts["lora_a"].sharding, parts["lora_b"].sharding, kernel.sharding)
         split = jax.jit(_principal, static_argnums=2, out_shardings=layouts)
-        a, b, leaves[f"{module}/kernel"] = split(kernel, lora[f"{module}/lora_scale"], lora[names[0]].shape[-1])
+        a, b, leaves[f"{module}/kernel"] = split(kernel, parts["lora_scale"], parts["lora_a"].shape[-1])
         # Copies, because the step donates the trained arrays.
-        lora |= dict(zip(names, (a, b))) | {f"{module}/lora_a0": jnp.copy(a), f"{module}/lora_b0": jnp.copy(b)}
-    return tree.unflatten(leaves), tree.unflatten(lora)
+        parts |= {"lora_a": a, "lora_b": b, "lora_a0": jnp.copy(a), "lora_b0": jnp.copy(b)}
+    return tree.unflatten(leaves), tree.unflatten(modules)
 
 
 def merge(params: Tree, adapters: Tree) -> Tree:
     """W + scale A B for every adapted layer, with DoRA's norms; in float32, then cast back to W's dtype."""
-    leaves, lora = tree.flatten(params), tree.flatten(adapters)
-    for module in [_module(path) for path in lora if path.endswith("/lora_a")]:
+    leaves = tree.flatten(params)
+    for module, parts in tree.by_module(adapters).items():
         name = f"{module}/embedding" if f"{module}/embedding" in leaves else f"{module}/kernel"
-        parts = [lora[f"{module}/{part}"] for part in ("lora_a", "lora_b", "lora_scale")]
-        leaves[name] = _merged(leaves[name], *parts, lora.get(f"{module}/lora_magnitude"))
+        a, b, scaling = parts["lora_a"], parts["lora_b"], parts["lora_scale"]
+        leaves[name] = _merged(leaves[name], a, b, scaling, parts.get("lora_magnitude"))
     return tree.unflatten(leaves)
 
 
@@ -208,8 +208,3 @@ def _principal(kernel: jax.Array, scaling: jax.Array, rank: int) -> tuple[jax.Ar
 
 def _norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scaling: jax.Array) -> jax.Array:
     return column_norms(kernel.astype(jnp.float32), a, b * scaling[..., None, None])
-
-
-def _module(path: str) -> str:
-    """layers/mlp/up_proj of layers/mlp/up_proj/kernel"""
-    return path.rpartition("/")[0]

@@ -110,25 +110,20 @@ def differences(expected: list[np.ndarray], actual: list[np.ndarray]) -> dict[st
     KL(expected || actual) is in nats per position. `relative_difference`: the root mean square of the difference over
     that of the expected logits, both less their mean over the vocabulary, which does not change a softmax.
     """
-    total = {"max": 0.0, "sum": 0.0, "same": 0, "off": 0.0, "size": 0.0, "count": 0}
-    kl = []
-    for ours, theirs in ((a.astype(np.float64), b) for a, b in zip(np.concatenate(expected), np.concatenate(actual))):
-        gap = np.abs(theirs - ours)
-        total["max"] = np.maximum(total["max"], gap.max())  # NaN stays NaN
-        total["sum"] += gap.sum()
-        total["count"] += gap.size
-        total["same"] += int(ours.argmax() == theirs.argmax())
-        p, q = _log_softmax(ours), _log_softmax(theirs.astype(np.float64))
-        kl.append(np.sum(np.exp(p) * (p - q)))
-        total["off"] += np.var(theirs - ours)
-        total["size"] += np.var(ours)
+    rows = []  # of float64 one position at a time
+    for ours, theirs in zip(np.concatenate(expected), np.concatenate(actual)):
+        ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+        gap, p, q = np.abs(theirs - ours), _log_softmax(ours), _log_softmax(theirs)
+        kl, same = np.sum(np.exp(p) * (p - q)), ours.argmax() == theirs.argmax()
+        rows.append((gap.max(), gap.mean(), kl, same, np.var(theirs - ours), np.var(ours)))
+    largest, mean, kl, same, off, size = np.transpose(rows)
     return {
-        "max_abs_logit_difference": float(total["max"]),
-        "mean_abs_logit_difference": float(total["sum"] / total["count"]),
-        "max_kl": float(np.max(kl)),
-        "mean_kl": float(np.mean(kl)),
-        "top1_agreement": total["same"] / len(kl),
-        "relative_difference": float(np.sqrt(total["off"] / total["size"])),
+        "max_abs_logit_difference": float(largest.max()),
+        "mean_abs_logit_difference": float(mean.mean()),
+        "max_kl": float(kl.max()),
+        "mean_kl": float(kl.mean()),
+        "top1_agreement": float(same.mean()),
+        "relative_difference": float(np.sqrt(off.sum() / size.sum())),
     }
 
 

@@ -58,7 +58,7 @@ def plan(
             tried = advice.search(config, spec, slice_, devices, display.say)
         else:
             tried = advice.try_all(advice.remedies(config, slice_), spec, slice_, devices, display.say)
-        report["tried"] = table.tried(tried, config, slice_)
+        report["tried"] = table.tried(tried)
         display.table("what may be faster" if search else "what would fit", table.tried_rows(report["tried"]))
         if not result.fits and not any(entry["fits"] for entry in report["tried"]):
             display.say("none of these fits: take more chips, or chips with more memory")

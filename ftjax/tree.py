@@ -21,6 +21,15 @@ def unflatten(leaves: dict[str, Any]) -> Tree:
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
+def by_module(tree: Tree) -> dict[str, dict[str, Any]]:
+    """{"layers/mlp/up_proj": {"lora_a": its A, ...}}: the leaves under the path of what they belong to."""
+    modules: dict[str, dict[str, Any]] = {}
+    for path, leaf in flatten(tree).items():
+        module, _, name = path.rpartition("/")
+        modules.setdefault(module, {})[name] = leaf
+    return modules
+
+
 def partition(tree: Tree, chosen: Callable[[str], bool]) -> tuple[Tree, Tree]:
     """Splits a tree by path into (chosen, rest).
 

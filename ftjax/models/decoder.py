@@ -37,7 +37,6 @@ REMAT_POLICIES = {
     ),
 }
 
-
 MLP_BLOCK = 1024  # tokens of a row at a time in the MLP, where memory matters more than speed
 NO_WINDOW = 2**30  # for a layer that sees all, where others have a window
 
@@ -95,7 +94,7 @@ class Attention(nn.Module):
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """queries [B, T, H, d], keys and values [B, T, K, d], normed where the spec says so."""
-        spec = self.spec
+        spec, norm = self.spec, functools.partial(_norm, self.spec, self.dtype, self.param_dtype)
         counts = {"q": spec.num_attention_heads, "k": spec.num_key_value_heads, "v": spec.num_key_value_heads}
 
         def linear(name, heads, axis):
@@ -112,14 +111,11 @@ class Attention(nn.Module):
                 for name, count in counts.items()
             }
         if spec.qk_norm == "projection":
-            parts |= {name: self._norm(f"{name}_norm")(parts[name]) for name in "qk"}
+            parts |= {name: norm(f"{name}_norm")(parts[name]) for name in "qk"}
         parts = {name: part.reshape(*x.shape[:2], counts[name], spec.head_dim) for name, part in parts.items()}
         if spec.qk_norm == "head":
-            parts |= {name: self._norm(f"{name}_norm")(parts[name]) for name in "qk"}
+            parts |= {name: norm(f"{name}_norm")(parts[name]) for name in "qk"}
         return parts["q"], parts["k"], parts["v"]
-
-    def _norm(self, name):
-        return _norm(self.spec, self.dtype, self.param_dtype, name)
 
 
 class Block(nn.Module):

@@ -37,11 +37,8 @@ def choose(wanted: str, spec: DecoderSpec, dtype: jnp.dtype, length: int, mesh: 
     if where != KERNELS[wanted]:
         return Choice("xla", f"{wanted} is for {KERNELS[wanted]} devices, and these are {where}")
     context = 1 if mesh.empty else mesh.shape["context"]
-    reason = _heads(spec, mesh)
-    if not reason and wanted == "splash":
-        reason = splash.cannot(spec, length, context)
-    elif not reason:
-        reason = cudnn.cannot(spec, dtype, length, context)
+    lacks = splash.cannot(spec, length, context) if wanted == "splash" else cudnn.cannot(spec, dtype, length, context)
+    reason = _heads(spec, mesh) or lacks
     return Choice("xla", f"{wanted} cannot serve {reason}") if reason else Choice(wanted, "")
 
 

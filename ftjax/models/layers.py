@@ -29,18 +29,6 @@ def packed_kernel(module: nn.Module) -> dict[str, jax.Array]:
     return dict(module.variables.get("quant", {}))
 
 
-def quantized_product(
-    x: jax.Array, *, packed: dict[str, jax.Array], dtype: jnp.dtype, out_dtype: jnp.dtype | None
-) -> jax.Array:
-    """x times a quantized kernel, which the backward pass makes whole once more instead of keeping it."""
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def multiply(x, packed):
-        return jnp.matmul(x, quant.dequantize(packed, dtype), preferred_element_type=out_dtype)
-
-    return multiply(x, packed)
-
-
 class Linear(nn.Module):
     """y = x W + b, and what adapter.py adds where the `lora` collection holds an adapter for this layer.
 
@@ -64,7 +52,13 @@ class Linear(nn.Module):
         """
         if packed := packed_kernel(self):
             kernel = functools.partial(quant.dequantize, packed)
-            product = functools.partial(quantized_product, packed=packed, dtype=self.dtype, out_dtype=self.out_dtype)
+
+            # The backward pass makes the kernel whole once more instead of keeping it.
+            @functools.partial(jax.checkpoint, prevent_cse=False)
+            def multiply(x, packed):
+                return jnp.matmul(x, quant.dequantize(packed, self.dtype), preferred_element_type=self.out_dtype)
+
+            product = functools.partial(multiply, packed=packed)
         else:
             kernel_init = nn.with_logical_partitioning(INIT, self.axes)
             kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype).astype

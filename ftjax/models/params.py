@@ -1,4 +1,4 @@
-"""A decoder's parameters before they exist (shapes, dtypes, shardings), and random ones for tests and scratch runs."""
+"""A decoder's parameters before they exist: shapes, dtypes, logical axes, shardings."""
 
 import flax.linen as nn
 import jax
@@ -12,37 +12,24 @@ from ftjax.tree import Tree
 
 def abstract_params(model: Decoder, mesh: Mesh) -> Tree:
     """Nested dict of ShapeDtypeStruct with `.sharding` set for `mesh`; nothing is allocated."""
-    axes = logical_axes(model)
-    leaves = tree.flatten(jax.eval_shape(lambda: _init(model, 0)))
-    return tree.unflatten(
-        {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.named(mesh, axes[path], leaf.shape))
-            for path, leaf in leaves.items()
-        }
-    )
+    axes, out = logical_axes(model), {}
+    for path, leaf in tree.flatten(jax.eval_shape(lambda: nn.unbox(_init(model)))).items():
+        where = sharding.named(mesh, axes[path], leaf.shape)
+        out[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return tree.unflatten(out)
 
 
 def shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     """{path: shape}, as the layers declare them."""
-    return {path: leaf.shape for path, leaf in tree.flatten(jax.eval_shape(lambda: _init(model, 0))).items()}
+    return {path: leaf.shape for path, leaf in tree.flatten(jax.eval_shape(lambda: nn.unbox(_init(model)))).items()}
 
 
 def logical_axes(model: Decoder) -> dict[str, tuple[str | None, ...]]:
     """{path: logical axis names, one per dimension}, as the layers declare them."""
-    specs = tree.flatten(nn.get_partition_spec(jax.eval_shape(lambda: _init_boxed(model, 0))))
+    specs = tree.flatten(nn.get_partition_spec(jax.eval_shape(lambda: _init(model))))
     return {path: tuple(spec) for path, spec in specs.items()}
 
 
-def random_params(model: Decoder, seed: int, abstract: Tree) -> Tree:
-    """Random parameters, made where `abstract`'s shardings put them; the same values on any mesh."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda: _init(model, seed), out_shardings=shardings)()
-
-
-def _init_boxed(model: Decoder, seed: int) -> Tree:
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return model.init(jax.random.key(seed), tokens, method=model.init_all)["params"]
-
-
-def _init(model: Decoder, seed: int) -> Tree:
-    return nn.unbox(_init_boxed(model, seed))
+def _init(model: Decoder) -> Tree:
+    """Every parameter, in a box with its axes."""
+    return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), method=model.init_all)["params"]

@@ -45,12 +45,11 @@ def make_rope(parameters: dict[str, Any], head_dim: int, max_position_embeddings
     if kind not in TYPES:
         raise UserError(f"config.json: rope_type {str(kind)[:80]!r} is not supported; there are: {', '.join(TYPES)}")
     try:
-        rope = _make_rope(kind, parameters, head_dim, max_position_embeddings)
+        return _make_rope(kind, parameters, head_dim, max_position_embeddings)
     except KeyError as error:
         raise UserError(f"config.json: rope_type {kind!r} needs {error} beside it") from error
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"config.json: the rope parameters {str(parameters)[:200]} are not usable ({error})") from error
-    return rope
 
 
 def _make_rope(kind: str, parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> Rope:

@@ -62,7 +62,8 @@ def remedies(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
     if config.mesh.data > topology.slices and config.mesh.data % topology.slices == 0:
         smaller |= {"mesh__data": topology.slices, "mesh__fsdp": -1}
         yield changed(config, **smaller)
-    parts = topology.chips // _unsplit(config)
+    shared = math.prod(max(config.mesh[axis], 1) for axis in ("tensor", "context"))  # devices that share rows
+    parts = topology.chips // shared
     most = rows // parts if rows % parts == 0 else accumulate
     halves = [accumulate * 2**i for i in range(1, 20) if most % (accumulate * 2**i) == 0]
     for count in sorted({*halves[:1], *halves[-1:]}):  # half as many rows at a time, and one
@@ -79,11 +80,6 @@ def remedies(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
         yield changed(config, **(smaller | {"quantize__base": base}))
     if config.adapter.kind == "none":
         yield changed(config, **(smaller | {"adapter__kind": "lora", "model__param_dtype": "bfloat16"}))
-
-
-def _unsplit(config: ConfigDict) -> int:
-    """Devices that share rows."""
-    return math.prod(max(config.mesh[axis], 1) for axis in ("tensor", "context"))
 
 
 def try_all(

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from ftjax.errors import UserError
-
 GIB = 2**30
 
 
@@ -40,10 +38,3 @@ CHIPS = {
         Chip("v6e", "TPU v6 lite", 32 * GIB, 31.24 * GIB, 918e12, 1.6e12, 9e10, 2, 1.25e10, 16, "v6e", 1),
     )
 }
-
-
-def chip_named(name: str) -> Chip:
-    """The chip of a topology's name, such as "v5e"; UserError for an unknown one."""
-    if name not in CHIPS:
-        raise UserError(f"no TPU {name!r}; there are {', '.join(CHIPS)}")
-    return CHIPS[name]

@@ -65,13 +65,8 @@ class Plan:
 def describe(config: ConfigDict, spec: DecoderSpec, devices: list[jax.Device]) -> Program:
     """The step of `config` on its mesh of these devices. Raises UserError where the batch does not divide."""
     mesh = sharding.make_mesh(dict(config.mesh), devices)
-    model = Decoder(
-        spec,
-        jnp.dtype(config.model.dtype),
-        jnp.dtype(config.model.param_dtype),
-        config.model.remat,
-        config.model.attention,
-    )
+    dtypes = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
+    model = Decoder(spec, *dtypes, config.model.remat, config.model.attention)
     preflight.check_mesh(config, spec, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return assemble.program(config, model, mesh, STEPS)
@@ -139,14 +134,9 @@ def _size(text: str) -> float:
 
 
 def _memory(program: Program, analysis) -> Memory:
-    trainable = tree.flatten(program.state.trainable)
-    adapters = sum(bytes_on_chip(leaf) for path, leaf in trainable.items() if path.startswith("lora/"))
-    whole = sum(bytes_on_chip(leaf) for path, leaf in trainable.items() if not path.startswith("lora/"))
-    for path, leaf in tree.flatten(program.frozen).items():
-        if path.startswith("lora/"):
-            adapters += bytes_on_chip(leaf)
-        else:
-            whole += bytes_on_chip(leaf)
+    leaves = [*tree.flatten(program.state.trainable).items(), *tree.flatten(program.frozen).items()]
+    adapters = sum(bytes_on_chip(leaf) for path, leaf in leaves if path.startswith("lora/"))
+    whole = sum(bytes_on_chip(leaf) for path, leaf in leaves if not path.startswith("lora/"))
     optimizer = sum(map(bytes_on_chip, jax.tree.leaves((program.state.opt_state, program.state.step))))
     # What is left of the compiler's own sum of arguments: the batch, and the padding of arrays to their tiles.
     batch = analysis.argument_size_in_bytes - whole - adapters - optimizer

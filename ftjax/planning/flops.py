@@ -38,7 +38,10 @@ def count(spec: DecoderSpec, variables: Tree, is_trained, rows: int, length: int
     tokens = rows * length
     weights = {path: size * _share(path, spec) for path, size in products(spec, variables).items()}
     trained = sum(size for path, size in weights.items() if is_trained(path))
-    attention = 4.0 * rows * sum(_pair_elements(stack.spec, length) for stack in stacks(spec))
+    attention = 0.0  # two products, over all pairs of a query and a key that it sees, of the elements of all heads
+    for stack in stacks(spec):
+        pairs = sum(visible_pairs(length, window) for window in stack.spec.layer_windows)
+        attention += 4.0 * rows * pairs * stack.spec.num_attention_heads * stack.spec.head_dim
     forward = 2.0 * tokens * sum(weights.values())
     alone = sum(size for path, size in weights.items() if not path.startswith("lora/"))
     beside = 2.0 * tokens * alone + attention if reference else 0.0
@@ -80,8 +83,9 @@ def products(spec: DecoderSpec, variables: Tree) -> dict[str, int]:
     for path, leaf in tree.flatten(variables).items():
         name = path.rpartition("/")[2]
         if path.startswith("quant/"):
-            module = path.rpartition("/")[0]
-            found[f"{module}/kernel"] = max(found.get(f"{module}/kernel", 0), _unpacked(leaf))
+            kernel = f"{path.rpartition('/')[0]}/kernel"
+            unpacked = math.prod(leaf.shape) * (2 if leaf.dtype == "uint8" else 1)  # 4-bit codes are two to a byte
+            found[kernel] = max(found.get(kernel, 0), unpacked)
         elif name in ("kernel", "lora_a", "lora_b") or (
             path == "params/embed_tokens/embedding" and spec.tie_word_embeddings
         ):
@@ -93,17 +97,6 @@ def visible_pairs(length: int, window: int | None) -> float:
     """Queries and keys that see each other in a causal row of `length` tokens, the last `window` of them if given."""
     reach = length if window is None else min(window, length)
     return reach * (reach + 1) / 2 + (length - reach) * reach
-
-
-def _pair_elements(spec: DecoderSpec, length: int) -> float:
-    """Of all layers of a stack: pairs of a query and a key that it sees, times the elements of all heads."""
-    pairs = sum(visible_pairs(length, window) for window in spec.layer_windows)
-    return pairs * spec.num_attention_heads * spec.head_dim
-
-
-def _unpacked(leaf) -> int:
-    """The elements that an array of a packed kernel stands for: 4-bit ones are stored two to a byte."""
-    return math.prod(leaf.shape) * (2 if leaf.dtype == "uint8" else 1)
 
 
 def _share(path: str, spec: DecoderSpec) -> float:

@@ -95,23 +95,22 @@ class Module:
     entry: str
     unknown_loops: list[str] = field(default_factory=list)  # loops without a known trip count, counted once
 
-    def walk(self) -> Iterator[tuple[Instruction, Computation, int]]:
+    def walk(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Instruction, Computation, int]]:
         """(instruction, its computation, how often it runs), for every instruction and those in what it calls.
+
+        name: of the computation to begin with, which runs `times` times; the module's entry where it is None.
 
         All branches of a conditional count, though one runs: in this project's programs the others are nearly empty
         (chunks of a batch without trained tokens).
         """
-        yield from self._walk(self.entry, 1)
-
-    def _walk(self, name: str, times: int) -> Iterator[tuple[Instruction, Computation, int]]:
-        computation = self.computations[name]
+        computation = self.computations[self.entry if name is None else name]
         for instruction in computation.instructions.values():
             yield instruction, computation, times
             if instruction.opcode == "while":
-                yield from self._walk(instruction.called["body"], times * self.trips(instruction, computation))
-            elif instruction.opcode in ("call", "conditional", "async-start") or instruction.opcode == "fusion":
+                yield from self.walk(instruction.called["body"], times * self.trips(instruction, computation))
+            elif instruction.opcode in ("call", "conditional", "async-start", "fusion"):
                 for called in instruction.called.values():
-                    yield from self._walk(called, times)
+                    yield from self.walk(called, times)
 
     def trips(self, loop: Instruction, outside: Computation) -> int:
         """How often a loop runs: as the compiler states it, or else by running its counter; 1 if that fails."""

@@ -109,7 +109,7 @@ def rows(report: dict[str, Any], topology: Topology) -> dict[str, str]:
     return out
 
 
-def tried(attempts: list[Tried], config: ConfigDict, topology: Topology) -> list[dict[str, Any]]:
+def tried(attempts: list[Tried]) -> list[dict[str, Any]]:
     """Each setting that was tried with its outcome; those that fit come first, the fastest of them first."""
     out = []
     for attempt in attempts:

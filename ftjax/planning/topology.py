@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import jax
 
 from ftjax.errors import UserError
-from ftjax.planning import chips
-from ftjax.planning.chips import Chip
+from ftjax.planning.chips import CHIPS, Chip
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,9 @@ def parse(text: str) -> Topology:
     match = re.fullmatch(r"(?:(\d+) *x +)?(v\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text.strip())
     if not match or (match[1] and match[4]):
         raise UserError(f"--topology {text!r}: write it as v5e:4x4, v5p:2x2x2, or for two slices 2x v5e:4x4")
-    chip, sides = chips.chip_named(match[2]), tuple(map(int, match[3].split("x")))
+    if match[2] not in CHIPS:
+        raise UserError(f"no TPU {match[2]!r}; there are {', '.join(CHIPS)}")
+    chip, sides = CHIPS[match[2]], tuple(map(int, match[3].split("x")))
     slices = int(match[1] or match[4] or 1)
     if len(sides) != chip.dimensions or not all(sides) or not slices:
         example = "x".join(["4"] * chip.dimensions)

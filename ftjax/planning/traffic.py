@@ -30,7 +30,6 @@ class Collective:
     dcn: float
     rings: tuple[int, ...]  # the torus dimensions that a group spans
     times: int
-    where: str
 
 
 def collectives(module: Module, mesh: Mesh) -> list[Collective]:
@@ -73,7 +72,7 @@ def _collective(kind: str, op: Instruction, computation: Computation, times: int
         pairs = re.findall(r"\{(\d+),(\d+)\}", op.attribute(r"source_target_pairs=\{(.*?\})\}") or "")
         members = np.unique([[int(a), int(b)] for a, b in pairs if a != b])
         if not len(members):
-            return Collective(kind, (), 0, 0, (), times, "")
+            return Collective(kind, (), 0, 0, (), times)
         share = 1.0
     else:
         members = replica_groups(op.rest, mesh.size // count_slices(mesh))[0]
@@ -82,7 +81,7 @@ def _collective(kind: str, op: Instruction, computation: Computation, times: int
     coordinates = np.array([device.coords for device in mesh.devices.flat])[members]
     rings = tuple(i for i in range(coordinates.shape[1]) if len(np.unique(coordinates[:, i])) > 1)
     ici = share * _payload(kind, op, computation) * times
-    return Collective(kind, _spanned(members, mesh), ici, 0, rings, times, op.attribute(r'op_name="([^"]*)"') or "")
+    return Collective(kind, _spanned(members, mesh), ici, 0, rings, times)
 
 
 def count_slices(mesh: Mesh) -> int:
@@ -109,7 +108,7 @@ def _between_slices(op: Instruction, computation: Computation, times: int, mesh:
     kind, share = _BETWEEN_SLICES[transfer]
     slices = count_slices(mesh)
     sent = sum(array.bytes for array in computation.instructions[op.operands[0]].arrays)
-    return Collective(kind, _slice_axes(mesh), 0, sent * share(slices) * times, (), times, "")
+    return Collective(kind, _slice_axes(mesh), 0, sent * share(slices) * times, (), times)
 
 
 def _slice_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -262,21 +261,18 @@ def _moved(op: Instruction, computation: Computation, module: Module) -> float:
         return 2 * written
     if op.opcode == "dynamic-update-slice":
         return 2 * read[1] if len(read) > 1 else written
-    if op.opcode in ("copy-start", "slice-start", "async-start"):
-        moved = op.arrays[:1] if op.opcode == "copy-start" else ()
-        return sum(array.bytes for array in moved)
+    if op.opcode == "copy-start":
+        return sum(array.bytes for array in op.arrays[:1])
+    if op.opcode in ("slice-start", "async-start"):
+        return 0.0
     if op.opcode.endswith("-start"):
         return sum(read)
     if op.opcode == "fusion":
         inside = module.computations[op.called["calls"]]
-        total = 0.0
-        for number, size in enumerate(read):
-            total += _read_in_fusion(inside, number, size)
         root = inside.root
         roots = [inside.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        for part in roots:
-            total += _written_in_fusion(inside, part)
-        return total
+        taken = sum(_read_in_fusion(inside, number, size) for number, size in enumerate(read))
+        return taken + sum(_written_in_fusion(inside, part) for part in roots)
     return written + sum(read)
 
 
@@ -324,11 +320,8 @@ def kernel_flops(module: Module, reaches: list[float]) -> float:
     reach = sum(reaches) / len(reaches)
     total = 0.0
     for op, computation, times in module.walk():
-        products = next(
-            (n for name, n in _KERNELS.items() if op.opcode == "custom-call" and name in op.name),
-            None,
-        )
-        if products:
+        products = next((n for name, n in _KERNELS.items() if name in op.name), None)
+        if products and op.opcode == "custom-call":
             operands = (array for name in op.operands for array in computation.instructions[name].arrays)
             queries = max(math.prod(array.sides) for array in operands if array.dtype in ("bf16", "f32"))
             total += 2.0 * products * queries * reach * times / kinds

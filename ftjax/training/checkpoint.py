@@ -63,8 +63,7 @@ class Checkpoints:
     With several processes all of them make the same calls in the same order, except `score`; what fails in one of them
     fails in all.
 
-    Raises:
-      UserError: `directory` cannot be created.
+    Raises UserError where `directory` cannot be created.
     """
 
     def __init__(
@@ -188,8 +187,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step, None if the directory holds none.
 
-        Raises:
-          UserError: the newest step is not complete. Only the user may decide to use an older one or to start afresh.
+        Raises UserError where that is not complete: only the user may decide to use an older one or to start afresh.
         """
         self.wait()
         newest = max(self._numbered(), default=None)
@@ -218,8 +216,7 @@ class Checkpoints:
         be exactly those that were saved (nothing is cast). With `partial` it may be a part of the state, as nested
         dicts ({"trainable": ...}), and only that part is read into memory.
 
-        Raises:
-          UserError: there is no such step; it is damaged; its paths, shapes or dtypes differ (all are listed).
+        Raises UserError where there is no such step, it is damaged, or its paths, shapes or dtypes differ (all listed).
         """
         step = self.latest() if step is None else step
         self.wait()

@@ -94,8 +94,7 @@ def write(directory: Path, step: int, leaves: dict[str, dict], files: dict[str, 
 def read(directory: Path) -> dict[str, Any]:
     """{"step", "leaves": {path: {shape, dtype, crc32}}, "files": {path: crc32}} as `write` wrote it.
 
-    Raises:
-      ValueError: the record itself is missing or damaged; the message names its file.
+    Raises ValueError, whose message names the file, where the record itself is missing or damaged.
     """
     path = directory / FILE
     try:

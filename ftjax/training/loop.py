@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ftjax import sharding
 from ftjax.errors import UserError
 from ftjax.training.checkpoint import Checkpoints
+from ftjax.training.display import Display
 from ftjax.training.metrics import MetricsWriter
 from ftjax.training.preemption import Preempted, Preemption
 from ftjax.training.source import Source
@@ -22,12 +23,6 @@ from ftjax.tree import Tree
 
 # (state, frozen, host arrays [rows, length]) -> (the next state, metrics)
 Step = Callable[[TrainState, Tree, dict[str, np.ndarray]], tuple[TrainState, dict[str, jax.Array]]]
-
-
-class Progress(Protocol):
-    """What shows a person each step (`display.Display`)."""
-
-    def step(self, step: int, metrics: dict[str, float]) -> None: ...
 
 
 class Cadence(NamedTuple):
@@ -45,7 +40,7 @@ class Records(NamedTuple):
 
     checkpoints: Checkpoints
     writer: MetricsWriter
-    progress: Progress
+    progress: Display
     meta: dict[str, Any]  # JSON that every checkpoint carries (config, fingerprint of the data)
     best_metric: str | None  # the evaluation metric that decides which checkpoint is best
     seconds_per_token: float | None  # the FLOPs of one token / the peak of all devices together; None: unknown

@@ -1,8 +1,7 @@
 """Where the batches of a run come from: files, or the model itself.
 
-The loop asks a source for one batch after the other. A source that reads files makes the next ones meanwhile, in a
-thread. A source that lets the model write (rollouts) works on the loop's thread and under the mesh, with the state from
-before the step, whose buffers the step will donate.
+A source that lets the model write (rollouts) works on the loop's thread and under the mesh, with the state from before
+the step, whose buffers the step will donate.
 """
 
 import types

@@ -30,7 +30,6 @@ def make_step(
     `lax.scan` and divided once, by the weight of the whole global batch.
     dtype: the model's compute dtype. Gradients of kernels then stay in it until they are summed: the backward pass
     computes them in it anyway, and they take half the memory.
-    kept: what the method keeps; the objective sees it as the collection `kept`.
     metrics: float32 scalars `loss`, `grad_norm` (before clipping), `learning_rate`, and those of the objective.
     """
 
@@ -43,17 +42,17 @@ def make_step(
                 loss = objective(variables, micro, jax.random.fold_in(rng, index))
                 return loss.sum, loss
 
-            return jax.grad(loss_sum, has_aux=True)(kernels_in(state.trainable, dtype))
+            gradients, loss = jax.grad(loss_sum, has_aux=True)(kernels_in(state.trainable, dtype))
+            return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients), loss
 
         def add(gradients: Tree, indexed: tuple[jax.Array, Batch]) -> tuple[Tree, Loss]:
             new, loss = micro_step(*indexed)
-            return jax.tree.map(jnp.add, gradients, jax.tree.map(_float32, new)), loss
+            return jax.tree.map(jnp.add, gradients, new), loss
 
         count = jax.tree.leaves(batch)[0].shape[0]
         loss: Loss
         if count == 1:  # saves the memory of the sum
             gradients, loss = micro_step(0, jax.tree.map(lambda leaf: leaf[0], batch))
-            gradients = jax.tree.map(_float32, gradients)
         else:
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.trainable)
             gradients, losses = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
@@ -96,7 +95,3 @@ def means(loss: Loss) -> Metrics:
     """{"loss": ..., and each metric}: the sums divided by their weights."""
     pairs = {"loss": (loss.sum, loss.weight)} | loss.metrics
     return {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in pairs.items()}
-
-
-def _float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32)

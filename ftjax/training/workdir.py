@@ -29,10 +29,8 @@ _SHARED_SECONDS = 20.0  # a network disk may show what another host wrote with a
 def hold(workdir: Path) -> Iterator[None]:
     """`probe` and `lock` for a run. Of several processes the first one locks; all must see the same directory.
 
-    Raises:
-      UserError: what `probe` and `lock` raise; a host sees another directory under that name, or none.
+    Raises what `probe` and `lock` raise, and UserError where a host sees another directory under that name, or none.
     """
-    workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
         token = None
         if distributed.is_first():
@@ -65,10 +63,8 @@ def _wait_for(workdir: Path, token: str) -> None:
 def probe(workdir: Path) -> None:
     """Create `workdir` and try in it what a save does: write, flush to the disk, rename, read back, remove.
 
-    Raises:
-      UserError: one of these fails (read-only or full disk, a file in the way, missing rights).
+    Raises UserError where one of these fails (read-only or full disk, a file in the way, missing rights).
     """
-    workdir = Path(workdir)
     # Two runs that start together, or two hosts of one run, must not share a probe file.
     file = workdir / f".probe-{distributed.index()}-{os.getpid()}"
     try:
@@ -98,7 +94,6 @@ def lock(workdir: Path) -> Iterator[None]:
       UserError: another run on this machine holds it (with its pid), or `workdir` cannot be written.
       TransientError: another machine still holds it after _LEASE_SECONDS.
     """
-    workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / _LOCK, "a+", encoding="ascii")  # noqa: SIM115  (closed below, after the yield)

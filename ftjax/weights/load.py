@@ -1,7 +1,6 @@
 """From a reader of Hugging Face tensors to our parameter tree, each process reading only its own parts."""
 
 import re
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,52 +9,39 @@ from ftjax import quant, tree
 from ftjax.errors import UserError
 from ftjax.models.families import family_of
 from ftjax.models.spec import DecoderSpec
+from ftjax.tree import Tree
 from ftjax.weights.hf.keys import FLOATS, Key, finite_cast, hf_names
 from ftjax.weights.hf.streaming import filled
 from ftjax.weights.source import Reader
 
 
-def load_variables(
-    reader: Reader, spec: DecoderSpec, abstract: dict[str, Any], packed: dict[str, Any] | None
-) -> dict[str, Any]:
-    """{"params"} as `load_params` reads them, and {"quant"} in the place of the kernels that `packed` describes.
-
-    These are quantized as they are read, one tensor at a time, so that they are never all there unquantized. Each
-    process reads the whole of such a tensor, since its scales are made of all its values.
-    """
-    if packed is None:
-        return {"params": load_params(reader, spec, abstract)}
-    keys, stored = hf_names(spec), stored_names(reader)
-    _check(reader, stored, spec, keys)
-    modules: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-    for path, leaf in tree.flatten(packed).items():
-        module, _, name = path.rpartition("/")
-        modules.setdefault(module, {})[name] = leaf
-    quantized = {}
-    for module, leaves in modules.items():
-        arrays = _quantized(reader, stored, keys[f"{module}/kernel"], leaves)
-        quantized |= {f"{module}/{name}": array for name, array in arrays.items()}
-    plain = {path: _array(reader, stored, keys[path], leaf) for path, leaf in tree.flatten(abstract).items()}
-    return {"params": tree.unflatten(plain), "quant": tree.unflatten(quantized)}
+def load_params(reader: Reader, spec: DecoderSpec, abstract: Tree) -> Tree:
+    """The parameters of `abstract`, as `load_variables` reads them."""
+    return load_variables(reader, spec, abstract)["params"]
 
 
-def load_params(reader: Reader, spec: DecoderSpec, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of `abstract` (a dict of ShapeDtypeStruct; all of the model's or some): read, transposed, stacked,
-    cast, placed.
+def load_variables(reader: Reader, spec: DecoderSpec, abstract: Tree, packed: Tree | None = None) -> dict[str, Tree]:
+    """{"params"} of `abstract` (ShapeDtypeStructs, all of the model's or some), and {"quant"} in the place of the
+    kernels that `packed` describes: read, transposed, stacked, cast, placed.
 
     A leaf with a `.sharding` (a NamedSharding) becomes an array with that sharding, made from the parts that this
     process's devices hold, each read once; a leaf without one becomes an ordinary array on the default device.
+    Kernels are quantized as they are read, one tensor at a time, so that they are never all there unquantized. Each
+    process reads the whole of such a tensor, since its scales are made of all its values.
 
     Raises UserError with the complete list when tensors are missing, unknown, of another shape or not
     floating point, and when a value is NaN, infinite, or beyond the range of the leaf's dtype.
     """
-    keys = hf_names(spec)
-    leaves = tree.flatten(abstract)
+    keys, leaves = hf_names(spec), tree.flatten(abstract)
     if wrong := [path for path, leaf in leaves.items() if path not in keys or leaf.shape != keys[path].our_shape]:
         raise ValueError(f"the tree to load is not that of {spec}: {', '.join(wrong)}")
     stored = stored_names(reader)
     _check(reader, stored, spec, keys)
-    return tree.unflatten({path: _array(reader, stored, keys[path], leaf) for path, leaf in leaves.items()})
+    modules = tree.by_module(packed or {})
+    quantized = {name: _quantized(reader, stored, keys[f"{name}/kernel"], its) for name, its in modules.items()}
+    plain = {path: _array(reader, stored, keys[path], leaf) for path, leaf in leaves.items()}
+    variables = {"params": tree.unflatten(plain)}
+    return variables | {"quant": tree.unflatten(quantized)} if modules else variables
 
 
 def stored_names(reader: Reader) -> dict[str, str]:
@@ -94,13 +80,9 @@ def _check(reader: Reader, stored: dict[str, str], spec: DecoderSpec, keys: dict
         elif dtype.name not in FLOATS:
             problems.append(f"type: {name} is {dtype.name}, not floating point of 16 bits or more")
     if problems:
+        heading = f"{reader.path}: these are not the weights of the {spec.family} model in its config:"
         raise UserError(
-            "\n  ".join(
-                [
-                    f"{reader.path}: these are not the weights of the {spec.family} model in its config:",
-                    *problems,
-                ]
-            )
+            "\n  ".join([heading, *problems])
             + "\nUse the config.json that belongs to the weights, without adapters or quantization in them."
         )
     _check_tied_head(reader, stored, spec, keys["embed_tokens/embedding"])

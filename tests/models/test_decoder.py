@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.tiny import batch_of, documents, logits, numpy_params, one_device, spec
+from support.tiny import batch_of, documents, logits, numpy_params, one_device, random_params, spec
 
 from ftjax import tree
 from ftjax.models.cache import init_cache
 from ftjax.models.decoder import REMAT_POLICIES, Decoder
-from ftjax.models.params import abstract_params, logical_axes, random_params
+from ftjax.models.params import abstract_params, logical_axes
 
 MODEL = Decoder(spec())
 INPUTS = ("tokens", "positions", "segment_ids")

@@ -26,12 +26,12 @@ def test_what_is_no_topology_is_told(text):
 
 
 def test_a_line_brings_half_of_what_a_ring_does():
-    link = chips.chip_named("v5e").link
+    link = chips.CHIPS["v5e"].link
     assert roofline.bandwidth(topology.parse("v5e:4x4"), (0, 1)) == 2 * link
     assert roofline.bandwidth(topology.parse("v5e:16x16"), (0, 1)) == 4 * link
     assert roofline.bandwidth(topology.parse("v5e:4x16"), (1,)) == 2 * link
-    assert roofline.bandwidth(topology.parse("v5p:2x2x2"), (0, 1, 2)) == 3 * chips.chip_named("v5p").link
-    assert roofline.bandwidth(topology.parse("v5p:4x4x4"), (2,)) == 2 * chips.chip_named("v5p").link
+    assert roofline.bandwidth(topology.parse("v5p:2x2x2"), (0, 1, 2)) == 3 * chips.CHIPS["v5p"].link
+    assert roofline.bandwidth(topology.parse("v5p:4x4x4"), (2,)) == 2 * chips.CHIPS["v5p"].link
 
 
 def test_the_compilers_errors_are_read():

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from support import xla_flags
+from support import PYTHONPATH, xla_flags
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftjax.errors import UserError
@@ -219,10 +219,11 @@ import sys
 import jax, numpy as np
 from ftjax import sharding
 from ftjax.models.decoder import Decoder
-from ftjax.models.params import abstract_params, random_params
+from ftjax.models.params import abstract_params
 from ftjax.models.families import spec_from_config
 from ftjax.sampling.engine import generate, stream
 from ftjax.sampling.sampler import Sampling
+from support.tiny import random_params
 
 sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -254,7 +255,7 @@ print("same tokens")
 
 
 def test_a_mesh_generates_the_tokens_of_one_device():
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8), "PYTHONPATH": PYTHONPATH}
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", MESH_PROGRAM], env=os.environ | flags, capture_output=True, text=True
     )

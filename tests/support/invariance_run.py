@@ -18,13 +18,13 @@ from ftjax import lora, sharding, tree
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.heads import abstract_head, init_heads
-from ftjax.models.params import abstract_params, logical_axes, random_params
+from ftjax.models.params import abstract_params, logical_axes
 from ftjax.objectives.dpo import make_dpo
 from ftjax.objectives.sft import make_sft
 from ftjax.training.optim import make_optimizer, make_schedule
 from ftjax.training.state import abstract_state, init_state
 from ftjax.training.step import make_step
-from support.tiny import CONFIG, SCHEDULE, batch_of, documents, numpy_params, spec
+from support.tiny import CONFIG, SCHEDULE, batch_of, documents, numpy_params, random_params, spec
 
 STEPS = 20
 OPTIMIZER = ConfigDict(

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -53,6 +54,15 @@ def numpy_params(model: Decoder, seed: int = 0) -> tree.Tree:
         fan_in = leaf.shape[-1] if path.endswith("embedding") else leaf.shape[-2] if leaf.ndim > 1 else 1
         out[path] = (1 + 0.1 * noise if path.endswith("scale") else noise * fan_in**-0.5).astype(np.float32)
     return tree.unflatten(out)
+
+
+def random_params(model: Decoder, seed: int, abstract: tree.Tree) -> tree.Tree:
+    """As the layers themselves initialize them, made where `abstract`'s shardings put them."""
+
+    def make():
+        return nn.unbox(model.init(jax.random.key(seed), np.zeros((1, 1), np.int32), method=model.init_all)["params"])
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
 
 
 def documents(seed: int, lengths: list[int], vocab: int = CONFIG["vocab_size"]) -> list[Document]:

@@ -142,6 +142,13 @@ def layer_types(config: dict[str, Any], default: Sequence[bool]) -> list[bool]:
     return [kinds[kind] for kind in named]
 
 
+def mistral_fields(config: dict[str, Any], **options) -> dict[str, Any]:
+    """As `decoder_fields`, but no biases in attention, and a window in every layer where the config has one."""
+    fields = decoder_fields(config, **options)
+    sliding = [config.get("sliding_window") is not None] * fields["num_hidden_layers"]
+    return fields | {"qkv_bias": False, "o_bias": False, "layer_windows": windows(config, sliding)}
+
+
 def windows(config: dict[str, Any], sliding: Sequence[bool]) -> tuple[int | None, ...]:
     """`sliding_window` for the layers that slide, None for the others."""
     return tuple(size(config, "sliding_window") if slides else None for slides in sliding)

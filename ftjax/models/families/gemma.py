@@ -47,16 +47,11 @@ def gemma3(config: dict[str, Any]) -> DecoderSpec:
     ropes = _ropes(config)
     config = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
     fields = _fields(config, size(config, "sliding_window_pattern", size(config, "_sliding_window_pattern", 6)))
-    named = [config | {"rope_parameters": one} for one in ropes]
     refuse(config, "attn_logit_softcapping", harmless=None)  # transformers ignores it in Gemma 3
     head_dim, positions = fields["head_dim"], fields["max_position_embeddings"]
-    fields["ropes"] = tuple(rope(one, head_dim, positions) for one in named)
+    fields["ropes"] = tuple(rope(config | {"rope_parameters": given}, head_dim, positions) for given in ropes)
     fields["layer_ropes"] = tuple(int(window is not None) for window in fields["layer_windows"])
-    return DecoderSpec(
-        **fields,
-        qk_norm="head",
-        logit_softcap=optional(config, "final_logit_softcapping"),
-    )
+    return DecoderSpec(**fields, qk_norm="head", logit_softcap=optional(config, "final_logit_softcapping"))
 
 
 def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:

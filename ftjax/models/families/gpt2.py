@@ -28,8 +28,6 @@ NAMES = {
 AS_STORED = tuple(f"layers/{ours}/kernel" for ours in _LINEAR)
 READ_AS = tuple((f"{name}.", f"transformer.{name}.") for name in ("wte", "wpe", "h", "ln_f"))  # GPT-2's own files
 IGNORED = r"\.attn\.(masked_)?bias$"  # the causal mask, stored
-
-
 _ALIASES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",

@@ -1,6 +1,5 @@
 """GPT-OSS: sinks in the softmax, alternating windows, experts with biases and a clamped gate, YaRN."""
 
-import dataclasses
 from typing import Any
 
 from ftjax.models.families.fields import decoder_fields, layer_types, number, size, windows
@@ -41,12 +40,12 @@ def gpt_oss(config: dict[str, Any]) -> DecoderSpec:
         normalize=True,
         bias=True,
     )
-    spec = DecoderSpec(
-        **decoder_fields(config, default_theta=150_000.0),
+    fields = decoder_fields(config, default_theta=150_000.0)
+    sliding = layer_types(config, [layer % 2 == 0 for layer in range(fields["num_hidden_layers"])])
+    return DecoderSpec(
+        **fields | {"layer_windows": windows(config, sliding)},
         attention_sinks=True,
         gate="interleaved",
         swiglu_clamp=(number(config, "swiglu_alpha", 1.702), number(config, "swiglu_limit", 7.0)),
         experts=experts,
     )
-    sliding = layer_types(config, [layer % 2 == 0 for layer in range(spec.num_hidden_layers)])
-    return dataclasses.replace(spec, layer_windows=windows(config, sliding))

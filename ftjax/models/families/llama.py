@@ -1,6 +1,5 @@
 """Llama 2, 3 and 3.1-3.3 (TinyLlama, SmolLM2), and SmolLM3, which leaves positions out of some layers."""
 
-import dataclasses
 from typing import Any
 
 from ftjax.errors import UserError
@@ -16,8 +15,8 @@ def llama(config: dict[str, Any]) -> DecoderSpec:
 
 def smollm3(config: dict[str, Any]) -> DecoderSpec:
     config = {"tie_word_embeddings": True, "max_position_embeddings": 32_768, "num_key_value_heads": 4} | config
-    spec = DecoderSpec(**decoder_fields(config, default_theta=2_000_000.0), mlp_bias=flag(config, "mlp_bias"))
-    layers = range(spec.num_hidden_layers)
+    fields = decoder_fields(config, default_theta=2_000_000.0)
+    layers = range(fields["num_hidden_layers"])
     interval = size(config, "no_rope_layer_interval", 4)
     has_rope = config.get("no_rope_layers")  # despite its name: 1 where a layer has RoPE
     if has_rope is None:
@@ -26,8 +25,6 @@ def smollm3(config: dict[str, Any]) -> DecoderSpec:
         raise UserError(f"config.json: no_rope_layers has to have 0 or 1 for each of {len(layers)} layers")
     slides = flag(config, "use_sliding_window") and config.get("sliding_window") is not None
     sliding = layer_types(config, [slides and not has_rope[layer] for layer in layers])
-    return dataclasses.replace(
-        spec,
-        layer_ropes=tuple(0 if has_rope[layer] else None for layer in layers),
-        layer_windows=windows(config, sliding),
-    )
+    fields["layer_ropes"] = tuple(0 if has_rope[layer] else None for layer in layers)
+    fields["layer_windows"] = windows(config, sliding)
+    return DecoderSpec(**fields, mlp_bias=flag(config, "mlp_bias"))

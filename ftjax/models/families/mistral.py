@@ -1,9 +1,8 @@
 """Mistral (a sliding window in every layer) and Mixtral (Jiang et al. 2024: experts in the place of the MLP)."""
 
-import dataclasses
 from typing import Any
 
-from ftjax.models.families.fields import decoder_fields, refuse, size, windows
+from ftjax.models.families.fields import mistral_fields, refuse, size
 from ftjax.models.spec import DecoderSpec, Experts
 
 MIXTRAL_NAMES = {
@@ -18,24 +17,15 @@ def mistral(config: dict[str, Any]) -> DecoderSpec:
     refuse(config, "layer_types", harmless=None)
     # Mistral's own default for a config that does not say; null means none.
     config = {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131_072} | config
-    return _with_window(_without_bias(config), config)
+    return DecoderSpec(**mistral_fields(config))
 
 
 def mixtral(config: dict[str, Any]) -> DecoderSpec:
     config = {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5} | config
-    spec = _with_window(_without_bias(config, default_theta=1_000_000.0), config)
+    fields = mistral_fields(config, default_theta=1_000_000.0)
     experts = Experts(
         count=size(config, "num_local_experts", 8),
         per_token=size(config, "num_experts_per_tok", 2),
         normalize=True,
     )
-    return dataclasses.replace(spec, experts=experts)
-
-
-def _without_bias(config: dict[str, Any], **options) -> DecoderSpec:
-    return DecoderSpec(**decoder_fields(config, **options) | {"qkv_bias": False, "o_bias": False})
-
-
-def _with_window(spec: DecoderSpec, config: dict[str, Any]) -> DecoderSpec:
-    sliding = [config.get("sliding_window") is not None] * spec.num_hidden_layers
-    return dataclasses.replace(spec, layer_windows=windows(config, sliding))
+    return DecoderSpec(**fields, experts=experts)

@@ -1,6 +1,5 @@
 """Qwen2 and Qwen2.5 (biases on queries, keys and values), Qwen3 (norms of queries and keys) and its mixtures."""
 
-import dataclasses
 from typing import Any
 
 from ftjax.errors import UserError
@@ -18,14 +17,14 @@ MOE_NAMES = {
 
 def qwen2(config: dict[str, Any]) -> DecoderSpec:
     config = {"max_position_embeddings": 32_768} | config
-    spec = DecoderSpec(**decoder_fields(config) | {"qkv_bias": True, "o_bias": False})
-    return dataclasses.replace(spec, layer_windows=_windows(config, spec, config.get("max_window_layers", 28)))
+    fields = _with_windows(config, decoder_fields(config), config.get("max_window_layers", 28))
+    return DecoderSpec(**fields | {"qkv_bias": True, "o_bias": False})
 
 
 def qwen3(config: dict[str, Any]) -> DecoderSpec:
     config = {"max_position_embeddings": 32_768, "head_dim": 128} | config
-    spec = DecoderSpec(**decoder_fields(config), qk_norm="head")
-    return dataclasses.replace(spec, layer_windows=_windows(config, spec, config.get("max_window_layers", 28)))
+    fields = _with_windows(config, decoder_fields(config), config.get("max_window_layers", 28))
+    return DecoderSpec(**fields, qk_norm="head")
 
 
 def qwen3_moe(config: dict[str, Any]) -> DecoderSpec:
@@ -36,8 +35,7 @@ def qwen3_moe(config: dict[str, Any]) -> DecoderSpec:
         per_token=size(config, "num_experts_per_tok", 8),
         normalize=flag(config, "norm_topk_prob"),
     )
-    spec = DecoderSpec(**fields, qk_norm="head", experts=experts)
-    spec = dataclasses.replace(spec, layer_windows=_windows(config, spec, 0))
+    spec = DecoderSpec(**_with_windows(config, fields, 0), qk_norm="head", experts=experts)
     dense = Kind("dense", (("intermediate_size", size(config, "intermediate_size", 6144)), ("experts", None)))
     step, layers = size(config, "decoder_sparse_step", 1), range(spec.num_hidden_layers)
     named = config.get("mlp_only_layers") or []
@@ -47,10 +45,11 @@ def qwen3_moe(config: dict[str, Any]) -> DecoderSpec:
     return spec.with_kinds([dense if layer in only_mlp or (layer + 1) % step else sparse for layer in layers])
 
 
-def _windows(config: dict[str, Any], spec: DecoderSpec, first: Any) -> tuple[int | None, ...]:
-    """Sliding windows, where they are switched on, from layer `first` on."""
+def _with_windows(config: dict[str, Any], fields: dict[str, Any], first: Any) -> dict[str, Any]:
+    """`fields` with sliding windows, where they are switched on, from layer `first` on."""
     slides = flag(config, "use_sliding_window") and config.get("sliding_window", 4096) is not None
     if slides and (type(first) is not int or first < 0):
         raise UserError(f"config.json: max_window_layers={shorten(first)} is not a number of layers")
-    sliding = [slides and layer >= first for layer in range(spec.num_hidden_layers)]
-    return windows({"sliding_window": 4096} | config, layer_types(config, sliding) if slides else sliding)
+    sliding = [slides and layer >= first for layer in range(fields["num_hidden_layers"])]
+    sliding = layer_types(config, sliding) if slides else sliding
+    return fields | {"layer_windows": windows({"sliding_window": 4096} | config, sliding)}

@@ -108,19 +108,18 @@ def _llama(file: Fields) -> dict[str, Any]:
     return config
 
 
-def _qwen(model_type: str) -> Callable[[Fields], dict[str, Any]]:
-    def read(file: Fields) -> dict[str, Any]:
-        config = _decoder(file)
-        file.refuse("attention.sliding_window")
-        return config | {"model_type": model_type, "rope_parameters": read_rope(file, config["head_dim"])}
-
-    return read
+def _qwen(file: Fields) -> dict[str, Any]:
+    """Qwen 2 and 3, whose `model_type` has the name of the architecture."""
+    config = _decoder(file)
+    file.refuse("attention.sliding_window")
+    return config | {"model_type": file.architecture, "rope_parameters": read_rope(file, config["head_dim"])}
 
 
 def _qwen3_moe(file: Fields) -> dict[str, Any]:
     width = file.whole("expert_feed_forward_length")
     file = Fields(file.path, {"qwen3moe.feed_forward_length": width} | dict(file.metadata), file.tensors)
-    return _qwen("qwen3_moe")(file) | {
+    return _qwen(file) | {
+        "model_type": "qwen3_moe",
         "moe_intermediate_size": width,
         "num_experts": file.whole("expert_count"),
         "num_experts_per_tok": file.whole("expert_used_count"),
@@ -201,20 +200,15 @@ def _decoder_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dic
     windows = set(spec.layer_windows) - {None}
     if len(windows) == 1:
         metadata["attention.sliding_window"] = windows.pop()
+    for name, cap in (("attn", spec.attention_softcap), ("final", spec.logit_softcap)):
+        if cap is not None:
+            metadata[f"{name}_logit_softcapping"] = cap
     return metadata | rope, tensors
 
 
 def _qwen3_moe_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     metadata, tensors = _decoder_metadata(spec, config)
     return metadata | {"expert_feed_forward_length": spec.intermediate_size}, tensors
-
-
-def _gemma_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    metadata, tensors = _decoder_metadata(spec, config)
-    for name, cap in (("attn", spec.attention_softcap), ("final", spec.logit_softcap)):
-        if cap is not None:
-            metadata[f"{name}_logit_softcapping"] = cap
-    return metadata, tensors
 
 
 def _phi3_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -249,11 +243,11 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(_llama, _decoder_metadata, ("llama", "mistral", "mixtral")),
-    "qwen2": Architecture(_qwen("qwen2"), _decoder_metadata, ("qwen2",)),
-    "qwen3": Architecture(_qwen("qwen3"), _decoder_metadata, ("qwen3",)),
+    "qwen2": Architecture(_qwen, _decoder_metadata, ("qwen2",)),
+    "qwen3": Architecture(_qwen, _decoder_metadata, ("qwen3",)),
     "qwen3moe": Architecture(_qwen3_moe, _qwen3_moe_metadata, ("qwen3_moe",)),
-    "gemma2": Architecture(_gemma, _gemma_metadata, ("gemma2",)),
-    "gemma3": Architecture(_gemma, _gemma_metadata, ("gemma3_text",)),
+    "gemma2": Architecture(_gemma, _decoder_metadata, ("gemma2",)),
+    "gemma3": Architecture(_gemma, _decoder_metadata, ("gemma3_text",)),
     "phi3": Architecture(_phi3, _phi3_metadata, ("phi3",)),
     "gpt2": Architecture(_gpt2, _gpt2_metadata, ("gpt2",)),
 }

@@ -13,7 +13,6 @@ from ftjax import lora, tree
 from ftjax.distributed import is_first, together
 from ftjax.models.families import family_of, spec_from_config, text_config
 from ftjax.models.spec import DecoderSpec
-from ftjax.tree import Tree
 from ftjax.weights.hf.files import inside, read_json
 from ftjax.weights.hf.keys import hf_names
 from ftjax.weights.hf.safetensors_write import Tensor, shards, write_safetensors
@@ -125,15 +124,6 @@ def generation_config(config: dict[str, Any], base: dict[str, Any] | None) -> di
     return out
 
 
-def by_module(adapters: Tree) -> dict[str, dict[str, Any]]:
-    """{"layers/mlp/up_proj": {"lora_a": its A, ...}} of the `lora` collection."""
-    modules: dict[str, dict[str, Any]] = {}
-    for path, leaf in tree.flatten(adapters).items():
-        module, _, part = path.rpartition("/")
-        modules.setdefault(module, {})[part] = leaf
-    return modules
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -157,7 +147,7 @@ def _tensors(
     params: dict[str, Any], adapters: dict[str, Any] | None, spec: DecoderSpec, dtype: Any
 ) -> Sequence[Tensor]:
     """In the order of our paths, and inside one of its layers and experts."""
-    keys, leaves, parts = hf_names(spec), tree.flatten(params), by_module(adapters or {})
+    keys, leaves, parts = hf_names(spec), tree.flatten(params), tree.by_module(adapters or {})
     adapted = {path for path in leaves if path.endswith(("/kernel", "/embedding")) and path.rpartition("/")[0] in parts}
     if len(adapted) != len(parts):
         raise ValueError(f"adapters of modules that are not there: {sorted(parts)}")

@@ -25,7 +25,7 @@ from ftjax.weights.hf.keys import FLOATS, Key, finite_cast, hf_names
 from ftjax.weights.hf.safetensors import SafetensorsFile
 from ftjax.weights.hf.safetensors_write import Tensor, write_safetensors
 from ftjax.weights.hf.together import gather, new_directory_together
-from ftjax.weights.hf.write import by_module, tensor_values, write_json
+from ftjax.weights.hf.write import tensor_values, write_json
 from ftjax.weights.load import stored_names
 from ftjax.weights.peft import config as peft_config
 from ftjax.weights.peft import keys as peft_keys
@@ -100,7 +100,7 @@ def write_adapter(
     ValueError when the adapters do not belong to `spec`.
     """
     keys, params = peft_keys.adaptable(spec), hf_names(spec)
-    modules = by_module(adapters)
+    modules = tree.by_module(adapters)
     saved = dict(saved or {})
     _refuse_experts([*modules, *saved])
     if not modules or not keys.keys() >= modules.keys() or not params.keys() >= saved.keys():
@@ -130,7 +130,6 @@ def write_adapter(
     config = peft_config.adapter_config(
         layers,
         {path.rpartition("/")[0] for path in saved},
-        keys,
         spec,
         rslora,
         dora,
@@ -290,8 +289,9 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     saved = _saved(settings, spec, multimodal)
     for key in saved.values():
         expected |= {peft_keys.whole_name(key, place, multimodal): key.shape for place in key.places()}
-    if spec.tie_word_embeddings and f"{EMBEDDING}/embedding" in saved:
-        expected[f"{PREFIX}{HEAD}.weight"] = keys[EMBEDDING].shape
+    head, tied = f"{PREFIX}{HEAD}.weight", spec.tie_word_embeddings and f"{EMBEDDING}/embedding" in saved
+    if tied:
+        expected[head] = keys[EMBEDDING].shape
     problems = _problems(stored, expected)
     for name in ("rank_pattern", "alpha_pattern"):
         unused = peft_config.unmatched(getattr(settings, name), itertools.chain(*layers.values()))
@@ -309,16 +309,14 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
             + "\nUse the base that it was trained on, and an adapter of the linear layers in every layer; a tied head "
             "is trained as modules_to_save with ensure_weight_tying."
         )
-    adapter = StoredAdapter(path, config, settings, modules, ranks, layers, saved, multimodal, copies, stored)
-    head = f"{PREFIX}{HEAD}.weight"
-    if f"{EMBEDDING}/embedding" in saved and spec.tie_word_embeddings:
+    if tied:
         embedding = peft_keys.whole_name(saved[f"{EMBEDDING}/embedding"], (), multimodal)
         if not np.array_equal(stored.read(embedding), stored.read(head)):
             raise UserError(
                 f"{file}: its embedding and output head were trained apart, which are one in this model; train it "
                 "with ensure_weight_tying"
             )
-    return adapter
+    return StoredAdapter(path, config, settings, modules, ranks, layers, saved, multimodal, copies, stored)
 
 
 def _saved(settings: LoraSettings, spec: DecoderSpec, multimodal: bool) -> dict[str, Key]:

@@ -74,8 +74,7 @@ class LoraSettings(NamedTuple):
 
 def adapter_config(
     layers: Mapping[str, list[tuple[int, float]]],
-    saved: Iterable[str],
-    keys: Mapping[str, Key],
+    saved: set[str],
     spec: DecoderSpec,
     rslora: bool,
     dora: bool,
@@ -89,13 +88,9 @@ def adapter_config(
 
     The commonest rank and alpha are `r` and `lora_alpha`; the others go to the patterns.
     """
-    saved = set(saved)
-    numbers = {
-        module: [(rank, _alpha(rank, scale, rslora)) for rank, scale in of_layers]
-        for module, of_layers in layers.items()
-    }
-    ranks = {module: [rank for rank, _ in of_layers] for module, of_layers in numbers.items()}
-    alphas = {module: [alpha for _, alpha in of_layers] for module, of_layers in numbers.items()}
+    keys = peft_keys.adaptable(spec)
+    ranks = {module: [rank for rank, _ in of_layers] for module, of_layers in layers.items()}
+    alphas = {module: [_alpha(*of_layer, rslora) for of_layer in of_layers] for module, of_layers in layers.items()}
     rank, rank_pattern = _patterns(ranks, keys, spec, multimodal)
     alpha, alpha_pattern = _patterns(alphas, keys, spec, multimodal)
     names = peft_keys.modules_to_save(saved, spec, multimodal) if saved else []
@@ -247,7 +242,7 @@ def _all_layers(config: dict[str, Any], spec: DecoderSpec) -> bool:
     if layers is None or layers == []:
         return True
     layers = layers if isinstance(layers, list) else [layers]
-    return layers and set(map(str, layers)) == set(map(str, range(spec.num_hidden_layers)))
+    return set(map(str, layers)) == set(map(str, range(spec.num_hidden_layers)))
 
 
 def _allowed(name: str, config: dict[str, Any]) -> bool:

@@ -44,8 +44,7 @@ def effective(config: ConfigDict, spec: DecoderSpec) -> ConfigDict:
     stored = stored_adapter(config, spec)
     out = ConfigDict(configs.as_json(config))
     if stored is not None:
-        for key, value in _settings(stored).items():
-            out.adapter[key] = value
+        out.adapter.update(_settings(stored))
         out.adapter.targets = ",".join(sorted({path.rpartition("/")[2] for path in stored.modules}))
         out.adapter.modules_to_save = sorted({path.split("/")[-2] for path in stored.saved})
     return out

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from ftjax import tree
 from ftjax.errors import UserError
 from ftjax.tree import Tree
-from ftjax.weights.hf.write import by_module
 from ftjax.weights.peft.adapter import rank_of
 from ftjax.weights.peft.keys import EMBEDDING, HEAD
 
@@ -24,7 +23,7 @@ def uniform(adapters: Tree, saved: Collection[str], max_rank: int = MAX_RANK) ->
     PiSSA's adapters become plain ones of twice the rank. saved: the paths of parameters trained whole beside the
     adapters. Raises UserError, with their names, for features that vLLM does not support.
     """
-    modules = by_module(adapters)
+    modules = tree.by_module(adapters)
     rank = max(map(rank_of, modules.values()))
     refused = {
         "modules_to_save": bool(saved),
