@@ -1,5 +1,6 @@
 """Preference runs end to end: the same commands, loop, checkpoints and exports as any other method."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -12,7 +13,10 @@ from support.runs import command, finish, signal_at_step, write_model
 from support.tiny import one_device
 
 from ftjax import assemble, tree
+from ftjax import config as configs
+from ftjax.data.read.sources import read_sources
 from ftjax.errors import UserError
+from ftjax.inspection.survey import survey
 from ftjax.training import metrics
 from ftjax.training.loop import place_batch
 
@@ -87,6 +91,40 @@ def test_inspection_shows_pairs_as_training_sees_them(root):
         command("ftjax.inspect_data", "--config", str(root / "run.py"), "--config.data.max_length=25"), status=2
     )
     assert "has no token of its answer within data.max_length" in printed
+
+
+@pytest.mark.parametrize("side", ["train", "eval"])
+def test_inspection_refuses_and_skips_the_pairs_that_training_does(root, side):
+    """Pairs that the cut makes equal: an error, or skipped where max_bad_rows allows, in the rows of either side."""
+    good = [json.loads(line) for line in (root / "pairs.jsonl").read_text().splitlines()]
+    same = [{"prompt": f"Question {i}", "chosen": "yes " * 60 + "a", "rejected": "yes " * 60 + "b"} for i in range(3)]
+    (root / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*good, *same]))
+    (root / "few.jsonl").write_text(
+        "".join(json.dumps(row | {"prompt": f"More {i}"}) + "\n" for i, row in enumerate(same))
+    )
+    rows = {"data.train": (str(root / "pairs.jsonl"),), "data.eval": (str(root / "few.jsonl"),)}
+    config = config_of(root, **(rows if side == "eval" else {"data.train": (str(root / "mixed.jsonl"),)}))
+    base = assemble.open_base(config.model)
+
+    def survey_of(max_bad_rows):
+        spec = dataclasses.replace(assemble.data_spec(config, base.model.spec), max_bad_rows=max_bad_rows)
+        train, *heldout = (
+            read_sources(configs.sources(config, which), max_bad_rows)
+            for which in ("train", "eval")
+            if config.data[which]
+        )
+        return survey(train, heldout, base.tokenizer, base.end_tokens, spec)
+
+    strict, lenient = survey_of(0), survey_of(5)
+    refused = next(finding for finding in strict.findings if finding.code == "refused")
+    assert refused.count == 3
+    assert "the same within data.max_length" in refused.message
+    assert strict.failed()
+    assert next(finding for finding in lenient.findings if finding.code == "skipped").count == 3
+    assert "refused" not in {finding.code for finding in lenient.findings}
+    if side == "train":  # pairs are counted, not documents
+        assert (strict.tokenized, strict.truncated, strict.used) == (63, 3, 60)
+        assert next(finding for finding in strict.findings if finding.code == "truncated").count == 3
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits_and_metrics(root, run):

@@ -54,7 +54,7 @@ class Survey:
     Attributes:
       sources: of the training rows, in the order of the config.
       heldout: evaluation rows that were looked at.
-      dropped, truncated, refused: rows; those dropped have no trained token.
+      tokenized, dropped, truncated, refused: rows; those dropped have no trained token.
       copies, near_copies: rows that are like an earlier one.
       lengths: int32 [n], tokens of each document before the cut.
       cut: int32 [m], tokens of each example after it, without those dropped.
@@ -64,6 +64,7 @@ class Survey:
 
     sources: list[SourceCount]
     heldout: int = 0
+    tokenized: int = 0
     dropped: int = 0
     truncated: int = 0
     refused: int = 0
@@ -144,13 +145,14 @@ class _Surveyor:
         self._out = Survey([SourceCount(name, weight, count) for (name, count), weight in counts])
         self._lengths, self._cut = array("i"), array("i")
         self._length_rows = array("q")  # the index of the training row of each of the lengths
+        self._bad: Counter[tuple[int, int]] = Counter()  # refused rows by set and source
         self._eval_tokenized = self._eval_kept = 0  # evaluation rows with a loss, and those with a trained token
 
     def read(
         self, side: str, rows: Rows, max_rows: int, advance: Callable[[int], None]
     ) -> Iterator[tuple[list[int], list[Row]]]:
         """Chunks of the rows that are good and on this side of the hold-out, with their indices in `rows`."""
-        indices, chunk, bad = [], [], Counter()
+        indices, chunk = [], []
         for done, i in enumerate(checks.spread(len(rows), max_rows or len(rows)).tolist()):
             if side == "train":
                 self._out.sources[rows.source_of(i)].picked += 1
@@ -161,10 +163,7 @@ class _Surveyor:
             except UserError as error:
                 # The held-out side reads the same sources again, and the training side has counted the row.
                 if not rows.heldout_side:
-                    source, message = rows.source_of(i), str(error)
-                    bad[source] += 1
-                    allowed = bad[source] <= self._spec.max_bad_rows
-                    self._checks.refused(message, message.split(": ", 1)[0], allowed)
+                    self._refused(rows, i, str(error).split(": ", 1)[0], error)
                     self._out.refused += side == "train"
                 continue
             if row is None:
@@ -189,9 +188,10 @@ class _Surveyor:
         tokenized = []
         for index, row in zip(indices, chunk):
             self._source(index).looked_at += 1
-            documents = self._documents_of(row)
+            documents = self._documents_of(self._train, index, row)
             if documents is None:
-                self._refused(index)
+                self._out.refused += 1
+                self._out.mark("refused", index)
             elif not documents:
                 self._out.dropped += 1
                 self._checks.findings.add("untrained", row.origin, "weight 0")
@@ -202,10 +202,12 @@ class _Surveyor:
 
     def check_documents(self, tokenized: Sequence[tuple[int, Row, Documents]]) -> None:
         """Checks the documents of a chunk, and counts them as they are cut."""
-        owners = [(index, row, document) for index, row, documents in tokenized for document in documents.values()]
-        if owners:
-            for code, i in self._checks.examples([document for *_, document in owners], lambda i: owners[i][1].origin):
-                self._out.mark(code, owners[i][0])
+        if not tokenized:
+            return
+        examples = [list(documents.values()) for *_, documents in tokenized]
+        for code, i in self._checks.examples(examples, lambda i: tokenized[i][1].origin):
+            self._out.mark(code, tokenized[i][0])
+        self._out.tokenized += len(tokenized)
         for index, row, documents in tokenized:
             longest = max(len(document.tokens) for document in documents.values())
             self._lengths.extend(len(document.tokens) for document in documents.values())
@@ -214,8 +216,9 @@ class _Surveyor:
             try:
                 example = cut(documents, self._spec.max_length, row.origin)
             except UserError as error:
-                self._checks.refused(str(error), row.origin)
-                self._refused(index)
+                self._refused(self._train, index, row.origin, error)
+                self._out.refused += 1
+                self._out.mark("refused", index)
                 continue
             trained = int(example.trained.sum())
             if not trained:
@@ -233,10 +236,14 @@ class _Surveyor:
         for index, row in zip(indices, chunk):
             if rows.sources[rows.source_of(index)].name.startswith(TASK):  # scored by generating, without a loss
                 continue
-            documents = self._documents_of(row)
+            documents = self._documents_of(rows, index, row)
             if documents is None:
                 continue
-            kept = any(document.trained[: self._spec.max_length].any() for document in documents.values())
+            try:
+                kept = bool(documents) and bool(cut(documents, self._spec.max_length, row.origin).trained.any())
+            except UserError as error:
+                self._refused(rows, index, row.origin, error)
+                continue
             self._eval_tokenized += 1
             self._eval_kept += kept
             if not kept:
@@ -267,11 +274,13 @@ class _Surveyor:
     def _source(self, index: int) -> SourceCount:
         return self._out.sources[self._train.source_of(index)]
 
-    def _refused(self, index: int) -> None:
-        self._out.refused += 1
-        self._out.mark("refused", index)
+    def _refused(self, rows: Rows, index: int, origin: str, error: UserError) -> None:
+        """A finding, and no error where config.data.max_bad_rows lets training skip the row."""
+        key = id(rows), rows.source_of(index)
+        self._bad[key] += 1
+        self._checks.refused(str(error), origin, self._bad[key] <= self._spec.max_bad_rows)
 
-    def _documents_of(self, row: Row) -> Documents | None:
+    def _documents_of(self, rows: Rows, index: int, row: Row) -> Documents | None:
         """{} where nothing of the row is trained; None where it is refused, which becomes a finding."""
         spec = self._spec
         try:
@@ -279,7 +288,7 @@ class _Surveyor:
         except NothingTrained:
             return {}
         except UserError as error:
-            self._checks.refused(str(error), row.origin)
+            self._refused(rows, index, row.origin, error)
             return None
 
 

@@ -78,7 +78,7 @@ def facts_of(survey: Survey, epoch: Epoch, spec: DataSpec, speed: Speed | None) 
         "evaluation rows": f"{survey.heldout:,}",
         "duplicates": f"{survey.copies:,} exact ({survey.copies / looked_at:.1%}), {survey.near_copies:,} near "
         f"({survey.near_copies / looked_at:.1%})",
-        "truncated": f"{survey.truncated:,} ({survey.truncated / max(1, len(survey.lengths)):.1%}) at max_length "
+        "truncated": f"{survey.truncated:,} ({survey.truncated / max(1, survey.tokenized):.1%}) at max_length "
         f"{spec.max_length:,}",
     }
     if not len(survey.cut):

@@ -17,7 +17,7 @@ import numpy as np
 from ftjax.data.audit import duplicates, private
 from ftjax.data.audit.findings import FINDING_KINDS, NEAR, SMALL_SHARE, Finding, Findings
 from ftjax.data.audit.parts import Parts, own_text, parts, trained_text
-from ftjax.data.format.example import Row
+from ftjax.data.format.example import Document, Row
 
 if TYPE_CHECKING:
     from ftjax.data.tokens.examples import Examples
@@ -136,15 +136,17 @@ class Checks:
             yield code, i, detail
 
     def examples(
-        self, documents: Sequence[tuple[np.ndarray, np.ndarray]], origin: Callable[[int], str], whole: bool = True
+        self, examples: Sequence[Sequence[Document]], origin: Callable[[int], str], whole: bool = True
     ) -> list[tuple[str, int]]:
-        """Checks the tokens of a chunk of examples; returns (code, index in the chunk).
+        """Checks the tokens of a chunk of examples, each given as its documents; returns (code, index in the chunk).
 
         Args:
-          documents: (tokens, trained) of each, see `Example`.
           origin: of the i-th of them.
           whole: they are not cut yet, so what the cut will do to them is reported.
         """
+        documents = [document for of_example in examples for document in of_example]
+        counts = [len(of_example) for of_example in examples]
+        owners = np.repeat(np.arange(len(examples)), counts)
         facts, faults = self._facts, []
         tokens = np.concatenate([tokens for tokens, _ in documents])
         trained = np.concatenate([trained for _, trained in documents])
@@ -153,8 +155,10 @@ class Checks:
         position = np.arange(len(tokens)) - np.repeat(starts, lengths)  # of each token in its document
         kept = trained & (position < facts.max_length)
         is_end = self._is_end[np.minimum(tokens, len(self._is_end) - 1)]
-        self._end_trained |= bool((kept & is_end).any())
-        self._examples += len(documents)
+        # Of a pair the chosen answer comes first; the end of the rejected one is trained to be less likely.
+        taught = np.repeat(np.diff(owners, prepend=-1) > 0, lengths)
+        self._end_trained |= bool((kept & is_end & taught).any())
+        self._examples += len(examples)
 
         def document_of(token: int) -> int:
             return int(np.searchsorted(starts, token, side="right")) - 1
@@ -170,7 +174,7 @@ class Checks:
             has_trained = np.logical_or.reduceat(kept, starts)
             faults += [("untrained", i) for i in np.flatnonzero(~has_trained).tolist()]
             faults += [("truncated", i) for i in np.flatnonzero(lengths > facts.max_length).tolist()]
-        faults = list(dict.fromkeys(faults))
+        faults = list(dict.fromkeys((code, int(owners[i])) for code, i in faults))
         for code, i in faults:
             # Asking for an origin may read a row, so only those that will be shown are asked for.
             self.findings.add(code, origin(i) if self.findings.wants_place(code) else "")
@@ -288,9 +292,8 @@ def at_start(examples: "Examples", heldout: Sequence[Sequence[Row]], facts: Toke
     for chunk in _chunks(held):
         checks.rows([held_rows[i] for held_rows, i in chunk], "eval")
     for chunk in _chunks(spread(len(examples), START_ROWS).tolist()):
-        owners = [(i, document) for i in chunk for document in examples.documents_of(i)]
-        documents = [document for _, document in owners]
-        checks.examples(documents, lambda i, owners=owners: rows[owners[i][0]].origin, whole=False)
+        documents = [examples.documents_of(i) for i in chunk]
+        checks.examples(documents, lambda i, chunk=chunk: rows[chunk[i]].origin, whole=False)
     if cut := examples.report["truncated"]:
         what = f"{cut:,} rows are {FINDING_KINDS['truncated'].what}"
         checks.findings.add("truncated", count=cut, what=what)

@@ -206,7 +206,7 @@ def test_traps_of_the_tokens(name):
     tool = Checks(TokenFacts(frozenset([7]), 1, 0, 100), {"train": str})
     fine = (np.array([1, 5, 5], np.int32), np.array([0, 0, 1], bool))  # a neighbor, whose edges must not matter
     documents = [fine, (np.array(tokens, np.int32), np.array(trained, bool)), fine]
-    found = tool.examples(documents, lambda i: f"x.jsonl:{i + 1}")
+    found = tool.examples([[document] for document in documents], lambda i: f"x.jsonl:{i + 1}")
     assert {(code, 1) for code in codes - {"end_untrained"}} == set(found)
     findings = {finding.code: finding for finding in tool.finish()}
     assert findings.keys() == codes
@@ -215,8 +215,17 @@ def test_traps_of_the_tokens(name):
 
 def test_a_padding_token_that_is_the_end_and_masked_with_it_is_named():
     tool = Checks(TokenFacts(frozenset([7]), None, 7, 100), {"train": str})
-    tool.examples([(np.array([5, 6, 7, 7, 7], np.int32), np.array([0, 1, 0, 0, 0], bool))], str)
+    tool.examples([[(np.array([5, 6, 7, 7, 7], np.int32), np.array([0, 1, 0, 0, 0], bool))]], str)
     assert {finding.code for finding in tool.finish()} == {"pad_is_end", "end_untrained"}
+
+
+def test_the_end_of_a_rejected_answer_teaches_nobody_to_stop():
+    """It is trained to be less likely; the chosen one, which stands first, is cut before its end."""
+    cut, whole = (np.array([5, 6, 6], np.int32), np.array([0, 1, 1], bool)), (np.array([5, 7]), np.array([0, 1], bool))
+    for pair, codes in (([cut, whole], {"end_untrained"}), ([whole, cut], set())):
+        tool = Checks(TokenFacts(frozenset([7]), None, None, 3), {"train": str})
+        tool.examples([pair], str)
+        assert {finding.code for finding in tool.finish()} == codes
 
 
 @pytest.mark.parametrize("arguments", [{"template": CHATML}, {"template": HEADERS, "eos": "<|eot|>", "bos": "<s>"},
@@ -225,7 +234,7 @@ def test_what_tokenization_really_makes_has_no_findings(make_tokenizer, argument
     tokenizer = make_tokenizer(**arguments)
     tool = Checks(TokenFacts.of(tokenizer, [tokenizer.eos_token_id], 4096), {"train": str})
     examples = [chat.tokenize(Row(fields, "x"), tokenizer) for fields in good_rows(20)]
-    assert tool.examples([(one.tokens, one.trained) for one in examples], str) == []
+    assert tool.examples([example.documents for example in examples], str) == []
     assert tool.finish() == []
 
 
