@@ -99,20 +99,16 @@ def test_inspection_refuses_and_skips_the_pairs_that_training_does(root, side):
     good = [json.loads(line) for line in (root / "pairs.jsonl").read_text().splitlines()]
     same = [{"prompt": f"Question {i}", "chosen": "yes " * 60 + "a", "rejected": "yes " * 60 + "b"} for i in range(3)]
     (root / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*good, *same]))
-    (root / "few.jsonl").write_text(
-        "".join(json.dumps(row | {"prompt": f"More {i}"}) + "\n" for i, row in enumerate(same))
-    )
+    others = [row | {"prompt": f"More {i}"} for i, row in enumerate(same)]
+    (root / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
     rows = {"data.train": (str(root / "pairs.jsonl"),), "data.eval": (str(root / "few.jsonl"),)}
     config = config_of(root, **(rows if side == "eval" else {"data.train": (str(root / "mixed.jsonl"),)}))
     base = assemble.open_base(config.model)
 
     def survey_of(max_bad_rows):
         spec = dataclasses.replace(assemble.data_spec(config, base.model.spec), max_bad_rows=max_bad_rows)
-        train, *heldout = (
-            read_sources(configs.sources(config, which), max_bad_rows)
-            for which in ("train", "eval")
-            if config.data[which]
-        )
+        sides = [configs.sources(config, which) for which in ("train", "eval")]
+        train, *heldout = [read_sources(entries, max_bad_rows) for entries in sides if entries]
         return survey(train, heldout, base.tokenizer, base.end_tokens, spec)
 
     strict, lenient = survey_of(0), survey_of(5)

@@ -78,13 +78,11 @@ def tokenize_preference(row: Row, tokenizer: Tokenizer, vocab_size: int | None =
     fields, kind = _fields(row)
     if kind != "preference":
         raise UserError(
-            f"{row.origin}: is a row of {kind}; a preference needs `prompt`, `chosen` and `rejected`. Rewrite the row, or "
-            "set objective.name to a method for such rows"
+            f"{row.origin}: is a row of {kind}; a preference needs `prompt`, `chosen` and `rejected`. Rewrite the row, "
+            "or set objective.name to a method for such rows"
         )
     if muted := [side for side in ("chosen", "rejected") if any(turn.get("weight") == 0 for turn in fields[side])]:
-        raise UserError(
-            f"{row.origin}: {muted[0]} has a turn of weight 0; answers are compared whole: leave weights out"
-        )
+        raise UserError(f"{row.origin}: {muted[0]} has a turn of weight 0; answers count whole, so leave weights out")
     tools, prompt = fields.get("tools"), fields["prompt"]
     chosen, rejected = (
         _answer(prompt, fields[side], tools, f"{row.origin}: {side}", tokenizer, vocab_size)

@@ -277,6 +277,9 @@ def test_rows_of_preferences_are_no_rows_of_turns_and_the_other_way_round(chatml
         chat.tokenize_preference(label, chatml)
     with pytest.raises(UserError, match="f:1: is a row of preference; this needs"):
         chat.tokenize_unpaired(pair, chatml)
+    turns = [{"role": "assistant", "content": "Yes.", "weight": 0}]
+    with pytest.raises(UserError, match="f:1: chosen has a turn of weight 0; answers count whole"):
+        chat.tokenize_preference(Row({"prompt": "Hi", "chosen": turns, "rejected": "No."}, "f:1"), chatml)
 
 
 def test_a_template_that_renders_the_prompt_of_a_pair_in_two_ways_is_refused(make_tokenizer):
