@@ -9,5 +9,6 @@ if [ "${1:-}" = --all ]; then
     shift
     set -- -m "slow or not slow" "$@"
 fi
-# Files side by side, in the order of tests/conftest.py: most of the time is compilation, which uses one core.
-exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
+# Files side by side, in the order of tests/conftest.py: most of the time is compilation, which uses one core. One more
+# than there are cores, since some tests wait for processes that they have started.
+exec .venv/bin/python -m pytest -n "$(($(nproc) + 1))" --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"

@@ -12,7 +12,7 @@ from support.pairs import begun, config_of, write_pairs
 from support.runs import command, finish, signal_at_step, write_model
 from support.tiny import one_device
 
-from ftjax import assemble, tree
+from ftjax import assemble, inspect_data, tree
 from ftjax import config as configs
 from ftjax.data.read.sources import read_sources
 from ftjax.errors import UserError
@@ -20,6 +20,7 @@ from ftjax.inspection.survey import survey
 from ftjax.training import metrics
 from ftjax.training.loop import place_batch
 
+FILES = ("workdir", "html", "json")
 CONFIG = """
 from ftjax import config as configs
 
@@ -81,16 +82,16 @@ def test_it_starts_at_ln_2_and_learns_what_is_preferred(run):
     assert "4 rows of 96 tokens" in printed  # two documents of 48
 
 
-def test_inspection_shows_pairs_as_training_sees_them(root):
+def test_inspection_shows_pairs_as_training_sees_them(root, capsys):
     """Both answers, rows of two documents, and what would stop the run."""
-    printed = finish(command("ftjax.inspect_data", "--config", str(root / "run.py"), "--rows=1"))
+    options = {"rows": 1, "source": None, "max_rows": 0, "tokens_per_second": 0.0} | dict.fromkeys(FILES)
+    assert inspect_data.inspect(config_of(root), options) == 0
+    printed = capsys.readouterr().out
     assert "pairs.jsonl:1 chosen:" in printed
     assert "pairs.jsonl:1 rejected:" in printed
     assert "rows of up to 96" in printed
-    printed = finish(
-        command("ftjax.inspect_data", "--config", str(root / "run.py"), "--config.data.max_length=25"), status=2
-    )
-    assert "has no token of its answer within data.max_length" in printed
+    assert inspect_data.inspect(config_of(root, **{"data.max_length": 25}), options) == 2
+    assert "has no token of its answer within data.max_length" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("side", ["train", "eval"])
@@ -123,6 +124,7 @@ def test_inspection_refuses_and_skips_the_pairs_that_training_does(root, side):
         assert next(finding for finding in strict.findings if finding.code == "truncated").count == 3
 
 
+@pytest.mark.slow  # quickly in test_reference.py, and for other methods in test_train.py
 def test_killed_and_resumed_it_ends_with_the_same_bits_and_metrics(root, run):
     process = train(root, "killed")
     signal_at_step(process, root / "killed", 6, signal.SIGKILL)
@@ -133,6 +135,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits_and_metrics(root, run):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 def test_the_adapter_is_exported_and_the_run_is_used_like_any_other(root, run):
     workdir, _ = run
     finish(command("ftjax.export", "--workdir", str(workdir), "--format", "peft", "--out", str(root / "adapter")))

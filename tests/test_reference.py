@@ -20,9 +20,9 @@ KINDS = {
     "fresh LoRA": ({}, set()),
     "gone on from": ({"adapter.source": "SFT"}, {"lora"}),
     "full": ({"adapter.kind": "none"}, {"params"}),
-    "modules_to_save": ({"adapter.modules_to_save": ("norm",)}, {"lora", "params"}),
 }
 SLOW = {
+    "modules_to_save": ({"adapter.modules_to_save": ("norm",)}, {"lora", "params"}),
     "LoRA of the embedding": ({"adapter.targets": "q_proj,embed_tokens"}, set()),
     "dropout": ({"adapter.dropout": 0.3}, set()),
     "DoRA": ({"adapter.kind": "dora"}, {"lora"}),

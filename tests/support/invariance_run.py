@@ -73,8 +73,7 @@ QUICK = [
     ("mixture", "lora", "1", 1, True, "none"),
     ("mixture", "lora", "fsdp=2 x context=2 x expert=2", 4, True, "none"),
     ("dense", "dpo", "1", 1, True, "none"),
-    ("dense", "dpo", "fsdp=4 x tensor=2", 4, False, "full"),
-    ("dense", "dpo", "fsdp=2 x tensor=2 x context=2", 2, True, "none"),
+    ("dense", "dpo", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
 ]
 
 
@@ -90,6 +89,8 @@ def grid():
         for index, (mesh, accumulate, packed) in enumerate(cases):
             if kind == "lora" or index % 6 in (0, 5):
                 yield model, kind, mesh, accumulate, packed, REMATS[(index + index // 6) % 3]
+    for index, mesh in enumerate(MESHES):
+        yield "dense", "dpo", mesh, 1 + index % 2, index % 3 > 0, REMATS[index % 3]
 
 
 def batches(kind, accumulate, packed):
