@@ -19,9 +19,9 @@ from ftjax.weights.peft.adapter import write_adapter
 KINDS = {
     "fresh LoRA": ({}, set()),
     "gone on from": ({"adapter.source": "SFT"}, {"lora"}),
-    "full": ({"adapter.kind": "none"}, {"params"}),
 }
 SLOW = {
+    "full": ({"adapter.kind": "none"}, {"params"}),
     "modules_to_save": ({"adapter.modules_to_save": ("norm",)}, {"lora", "params"}),
     "LoRA of the embedding": ({"adapter.targets": "q_proj,embed_tokens"}, set()),
     "dropout": ({"adapter.dropout": 0.3}, set()),
@@ -93,7 +93,7 @@ def test_an_adapter_gone_on_from_is_its_own_reference_and_not_the_base(root):
 
 @pytest.mark.parametrize("name", ["gone on from", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_reference_it_began_with(name, root, tmp_path):
-    changes = {key: str(root / "sft") if value == "SFT" else value for key, value in KINDS[name][0].items()}
+    changes = {key: str(root / "sft") if value == "SFT" else value for key, value in (KINDS | SLOW)[name][0].items()}
     cadence = {"log_every": 1, "checkpoint_every": 2, "data.checks": "off"}
     assert train.train(config_of(root, **changes, **cadence), tmp_path / "run") == 0
     whole = metrics.read(tmp_path / "run/metrics.jsonl")

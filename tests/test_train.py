@@ -294,6 +294,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(root, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in leaves.values())
 
 
+@pytest.mark.slow  # the lock itself: training/test_workdir.py
 def test_a_second_run_in_the_same_workdir_is_refused(root):
     workdir = root / "shared"
     first = train(root, workdir)

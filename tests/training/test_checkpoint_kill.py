@@ -89,7 +89,7 @@ def kill_and_check(directory: Path, kills: int, seed: int) -> None:
 
 
 def test_killed_while_saving(tmp_path):
-    kill_and_check(tmp_path, kills=12, seed=0)
+    kill_and_check(tmp_path, kills=8, seed=0)
 
 
 @pytest.mark.slow
