@@ -136,7 +136,7 @@ def root(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kind", quant.KINDS)
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_run_learns_and_keeps_the_base_out_of_its_checkpoints(root, kind, capsys):
     config = runpy.run_path(str(root / "run.py"))["get_config"]()
     config.model.source, config.quantize.base = str(root / "wide"), kind
