@@ -53,9 +53,14 @@ class Case:
         self.run = lambda batch: jax.device_get(run(self.params, batch))
 
     def torch_gradients(self, docs):
-        """Torch's gradients of the summed loss as a tree of ours: they travel as if they were weights."""
-        carrier = copy.deepcopy(self.torch)
-        gradients = torch_gradients(self.torch, docs)
+        """Torch's gradients of the summed loss as a tree of ours: they travel as if they were weights.
+
+        In float64, so that only our own rounding counts; torch's products of experts are there for float32 alone.
+        """
+        carrier, model = copy.deepcopy(self.torch), self.torch
+        if not any("experts" in name for name, _ in model.named_parameters()):
+            model = copy.deepcopy(model).double()
+        gradients = torch_gradients(model, docs)
         with torch.no_grad():
             for name, parameter in carrier.named_parameters():
                 parameter.copy_(gradients[name])
