@@ -88,7 +88,7 @@ def test_the_objective_of_the_recipe_trains(root, tmp_path, monkeypatch):
     names = {"make_sft": make_sft, "make_unembed": make_unembed, "token_logps": token_logps, "Loss": Loss}
     exec(RECIPES["objective"], names | {"METHODS": methods, "Method": Method})
     monkeypatch.setattr(method, "METHODS", methods)
-    records = trained(root, tmp_path / "run", "confident")
+    records = trained(root, tmp_path / "run", "emphatic")
     assert records[-1]["nll"] < records[0]["nll"]
     assert records[0]["loss"] == pytest.approx(1.1 * records[0]["nll"], rel=1e-5)
 
