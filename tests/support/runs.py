@@ -14,6 +14,7 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from support import xla_flags
 from support.chat_templates import CHATML, make_tokenizer
+from support.forked import Forked, fits
 from support.model_dirs import write_merged
 from support.tiny import CONFIG as MODEL
 from support.tiny import numpy_params
@@ -75,7 +76,7 @@ def write_run(root: Path) -> Path:
     return root / "run.py"
 
 
-def command(*arguments: str, devices: int = 1, talks: bool = False) -> subprocess.Popen:
+def command(*arguments: str, devices: int = 1, talks: bool = False) -> subprocess.Popen | Forked:
     """python -m ftjax.COMMAND ..., on so many virtual CPU devices; output is kept, and input given where it `talks`."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -83,6 +84,8 @@ def command(*arguments: str, devices: int = 1, talks: bool = False) -> subproces
         # ml_collections loads config files by a deprecated method; everything else is an error.
         "PYTHONWARNINGS": "error,ignore:the load_module:DeprecationWarning",
     }
+    if not talks and fits(arguments, environment):
+        return Forked(arguments, environment)
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     command = [sys.executable, "-m", *arguments]
     return subprocess.Popen(
