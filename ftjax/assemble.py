@@ -36,6 +36,7 @@ from ftjax.training.state import TrainState, abstract_state
 from ftjax.training.step import Batch, Metrics, make_step
 from ftjax.tree import Tree
 from ftjax.weights import load as weights
+from ftjax.weights.gguf.read import GGUFReader, hub_id
 from ftjax.weights.hf.keys import hf_names
 from ftjax.weights.peft import continued
 from ftjax.weights.peft.adapter import BaseFacts, StoredAdapter, base_digest
@@ -278,7 +279,15 @@ def _placed(values: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 def base_facts(config: ConfigDict, base: Base) -> BaseFacts:
     """What an adapter of this base is told of it."""
-    return BaseFacts(base.source, base_digest(base.reader, base.model.spec), config.quantize.base)
+    # peft has no packages: it is told the id on the Hub, or else the path.
+    name = published(base) or (str(base.path) if base.source.startswith("package:") else base.source)
+    digest = base_digest(base.reader, base.model.spec)
+    return BaseFacts(name, digest, config.quantize.base, config.model.revision)
+
+
+def published(base: Base) -> str:
+    """The Hugging Face id of the model in a GGUF file, as far as the file says it; "" for all else."""
+    return hub_id(base.reader.metadata) if isinstance(base.reader, GGUFReader) else ""
 
 
 def trained_whole(config: ConfigDict, base: Base) -> set[str]:

@@ -85,7 +85,9 @@ def export_peft(
         rslora=config.adapter.rslora and vllm_rank is None,
         saved={path: params[path] for path in whole},
         multimodal=is_multimodal(base.reader.config),
-        card=model_card(out.name, "peft", config, step, base.path, evaluation(workdir, step)),
+        card=model_card(
+            out.name, "peft", config, step, base.path, evaluation(workdir, step), published=assemble.published(base)
+        ),
     )
     if config.quantize.base != "none" and is_first():
         print(f"the adapter was trained beside a base stored as {config.quantize.base}; beside another it differs")
@@ -143,7 +145,16 @@ def export_model(
                 write_json(directory / "parity.json", report)
             if is_first() and format != "gguf":
                 _check_tokenizer(written, texts, workdir)
-                card = model_card(out.name, "transformers", config, step, base.path, evaluation(workdir, step), report)
+                card = model_card(
+                    out.name,
+                    "transformers",
+                    config,
+                    step,
+                    base.path,
+                    evaluation(workdir, step),
+                    report,
+                    assemble.published(base),
+                )
                 (directory / "README.md").write_text(card, encoding="utf-8")
     if format == "gguf":
         try:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -117,6 +118,32 @@ def test_other_rows_are_refused_wherever_they_are(root):
 def test_other_settings_are_refused_as_before(root):
     with pytest.raises(UserError, match=r"adapter.rank: 2 -> 4"):
         train(config_of(adapter__rank=4), root / "run")
+
+
+def test_a_run_keeps_to_the_commit_of_its_base(tmp_path, monkeypatch):
+    """In a cache as huggingface_hub keeps it, where the branch has moved on since."""
+    repo, commits = tmp_path / "hub/models--org--name", ("a" * 40, "b" * 40)
+    for number, commit in enumerate(commits):
+        write_model(repo / "snapshots" / commit, tie_word_embeddings=bool(number))
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(commits[0])
+    rows = write_rows(tmp_path / "rows.jsonl", 20)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = config_of(model__source="org/name", data__train=(str(rows),))
+    assert train(config, tmp_path / "run") == 0
+    before, variables = losses(tmp_path), trained(tmp_path / "run")[1]
+    (repo / "refs/main").write_text(commits[1])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()  # else a sign that "org/name" is a path
+    assert configs.read(tmp_path / "run/config.json").model.revision == commits[0]
+    assert_equal(trained(tmp_path / "run")[1], variables)
+    unfinish(tmp_path)
+    assert train(config, tmp_path / "run") == 0
+    assert losses(tmp_path) == before
+    unfinish(tmp_path)
+    config.model.revision = "main"  # asked for by name, it is the branch as it is now
+    with pytest.raises(UserError, match=f"another base: weights, config of org/name differ .* at commit {commits[0]}"):
+        train(config, tmp_path / "run")
 
 
 def edit(name, change):
