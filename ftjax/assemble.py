@@ -324,6 +324,7 @@ def load_run(
     `workdir` holds no run or no such step, and for another base or adapter than the run began with.
     """
     config = _found(configs.read(workdir / "config.json"), moved or {})
+    origin.check_there(config, workdir)
     base = open_base(config.model)
     config = origin.located(config, base.path)
     base = base._replace(source=config.model.source)

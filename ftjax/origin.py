@@ -20,7 +20,7 @@ from ftjax.models.spec import DecoderSpec
 from ftjax.weights.gguf.read import GGUFReader
 from ftjax.weights.hf.files import inside, read_json
 from ftjax.weights.peft.adapter import base_digest, directory_digest
-from ftjax.weights.source import Reader, everywhere
+from ftjax.weights.source import Reader, everywhere, on_hub
 
 FILE = "origin.json"
 _ADAPTER = "adapter.json"  # what runs had before: the digest of the adapter alone
@@ -87,25 +87,31 @@ def located(config: ConfigDict, path: Path) -> ConfigDict:
     return out
 
 
-def record(workdir: Path, given: ConfigDict, config: ConfigDict, digests: Mapping[str, str]) -> None:
+def record(workdir: Path, given: ConfigDict, found: ConfigDict, digests: Mapping[str, str]) -> None:
     """Writes origin.json: what the run began with, and where it is now.
 
-    given: the config of the command; config: the same, `located`.
+    given: the config of the command; found: the same, `located`. digests: of `contents`.
     """
-    content = {
-        "version": 1,
-        "model": config.model.source,
-        "commit": config.model.revision,
-        "adapter": config.adapter.source,
-        "sha256": dict(digests),
-        "given": _names(given),
-    }
+    content = {"version": 1, "sha256": dict(digests), "given": _names(given), "found": _names(found)}
     write_text(workdir / FILE, json.dumps(content, indent=2) + "\n")
 
 
 def is_recorded(workdir: Path) -> bool:
     """Whether the base of the run in `workdir` is known; older versions recorded only the adapter."""
     return (workdir / FILE).is_file()
+
+
+def check_there(config: ConfigDict, workdir: Path) -> None:
+    """UserError where the local base or adapter of the run in `workdir` is gone."""
+    model, adapter = config.model.source, config.adapter.source
+    local = not (model.startswith("package:") or on_hub(model, config.model.revision))
+    for what, source in {"model": model if local else "", "adapter": adapter}.items():
+        if source and not Path(source).expanduser().exists():
+            name = {"model": "base", "adapter": "adapter that it went on from"}[what]
+            raise UserError(
+                f"{workdir}: no such file or directory as the {name} of this run, {source}; restore it, or say where "
+                f"it is now ({_SAY[what]})"
+            )
 
 
 def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None:
@@ -115,22 +121,23 @@ def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None
     """
     if is_recorded(workdir):
         content = read_json(workdir / FILE)
-        then, names = content["sha256"], content
+        then, found = content["sha256"], content["found"]
     elif (workdir / _ADAPTER).is_file():
         content = read_json(workdir / _ADAPTER)
-        then, names = {"adapter": content["sha256"]}, {"adapter": content["source"]}
+        then, found = {"adapter": content["sha256"]}, {"adapter.source": content["source"]}
     else:
         return
     if then.get("adapter", digests.get("adapter")) != digests.get("adapter"):
         raise UserError(
             f"{config.adapter.source}: this adapter has changed since the run in {workdir} started from it, which was "
-            f"then {names['adapter']}; restore it, say where it is now ({_SAY['adapter']}), or choose another --workdir"
+            f"then {found['adapter.source']}; restore it, say where it is now ({_SAY['adapter']}), or choose another "
+            "--workdir"
         )
     if changed := [part for part in _PARTS if part in then and then[part] != digests[part]]:
-        commit = f" at commit {names['commit']}" if names["commit"] else ""
+        commit = f" at commit {found['model.revision']}" if found["model.revision"] else ""
         raise UserError(
             f"{workdir} holds a run with another base: {', '.join(changed)} of {config.model.source} differ from those "
-            f"of {names['model']}{commit}, with which it began. Restore them, say where that base is now "
+            f"of {found['model.source']}{commit}, with which it began. Restore them, say where that base is now "
             f"({_SAY['model']}), or choose another --workdir"
         )
 
@@ -138,22 +145,22 @@ def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None
 def at_hand(config: ConfigDict, workdir: Path) -> ConfigDict:
     """The config of a command that goes on with the run in `workdir`, with names that lead somewhere from here.
 
-    Where the run was given the same name, and nothing of that name is here, it is what config.json says of it: the
-    path or the commit that was found then.
+    Where the run was given the same name, and nothing of that name is here, it is the path or the commit that was found
+    then.
     """
     if not is_recorded(workdir):
         return config
-    given, now, saved = read_json(workdir / FILE)["given"], _names(config), configs.read(workdir / "config.json")
-    same = {key for key in now if now[key] == given.get(key)}
-    out = ConfigDict(configs.as_json(config))
-    if {"model.source", "model.revision"} <= same and not Path(config.model.source).expanduser().exists():
-        out.model.update(source=saved.model.source, revision=saved.model.revision)
-    if "adapter.source" in same and not Path(config.adapter.source).expanduser().exists():
-        out.adapter.source = saved.adapter.source
-    for which in {"train", "eval"} & {key.removeprefix("data.") for key in same}:
+    content, now, out = read_json(workdir / FILE), _names(config), ConfigDict(configs.as_json(config))
+    found = {key: content["found"][key] for key in now if now[key] == content["given"].get(key)}
+    if {"model.source", "model.revision"} <= found.keys() and not Path(config.model.source).expanduser().exists():
+        out.model.update(source=found["model.source"], revision=found["model.revision"])
+    if "adapter.source" in found and not Path(config.adapter.source).expanduser().exists():
+        out.adapter.source = found["adapter.source"]
+    for which in {"train", "eval"} & {key.removeprefix("data.") for key in found}:
         here = [sources.is_here(entry["source"]) for entry in configs.sources(config, which)]
-        pairs = zip(out.data[which], saved.data[which], here, strict=True)
-        out.data[which] = [entry if found else before for entry, before, found in pairs]
+        entries = zip(out.data[which], found[f"data.{which}"], here, strict=True)
+        out.data[which] = [entry if is_here else before for entry, before, is_here in entries]
+    check_there(out, workdir)
     return out
 
 

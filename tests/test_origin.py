@@ -94,13 +94,13 @@ def test_base_and_rows_that_were_moved_are_the_same(whole, root, tmp_path):
     _, variables = trained(root / "run")
     (root / "model").rename(tmp_path / "elsewhere/base")
     (root / "rows.jsonl").rename(tmp_path / "elsewhere/other.jsonl")
-    with pytest.raises(UserError, match=r"model.source '.*copy/model': no such file or directory"):
+    with pytest.raises(UserError, match=r"no such file or directory as the base of this run, .*copy/model; .*--model"):
         assemble.load_run(root / "run")
     source, found = trained(root / "run", None, {"model": "base"})
     assert source == str(tmp_path / "elsewhere/base")
     assert_equal(found, variables)
     unfinish(root)
-    with pytest.raises(UserError, match=r"model.source '.*copy/model': no such file or directory"):
+    with pytest.raises(UserError, match=r"no such file or directory as the base of this run, .*copy/model; .*config"):
         train(config_of(), root / "run")
     assert train(config_of(model__source="base", data__train=({"source": "other.jsonl"},)), root / "run") == 0
     assert losses(root) == losses(whole)
