@@ -66,8 +66,9 @@ def check_same_everywhere(
     facts = {
         "training data, or tokenizer": train.fingerprint(),
         "evaluation data": heldout and heldout.fingerprint(),
-        **{f"{'' if part == 'adapter' else 'model '}{part}": digest for part, digest in contents.items()},
     }
+    names = {"adapter": "adapter (config.adapter.source)"}
+    facts |= {names.get(part, f"{part} (config.model.source)"): digest for part, digest in contents.items()}
     theirs, others = json.loads(distributed.tell(json.dumps([ours, facts]), limit=distributed.LOADING_SECONDS))
     if other := [f"{key}: {ours[key]!r}, there {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]:
         raise UserError(
