@@ -2,9 +2,10 @@
 run: everything of it but the data."""
 
 import functools
+import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ftjax import config as configs
-from ftjax import distributed, lora, quant, sharding, tree
+from ftjax import distributed, lora, origin, quant, sharding, tree
 from ftjax.data.pipeline import DataSpec
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
@@ -35,10 +36,13 @@ from ftjax.training.state import TrainState, abstract_state
 from ftjax.training.step import Batch, Metrics, make_step
 from ftjax.tree import Tree
 from ftjax.weights import load as weights
+from ftjax.weights.gguf.read import GGUFReader, hub_id
 from ftjax.weights.hf.keys import hf_names
 from ftjax.weights.peft import continued
 from ftjax.weights.peft.adapter import BaseFacts, StoredAdapter, base_digest
 from ftjax.weights.source import Reader, locate, open_source
+
+log = logging.getLogger(__name__)
 
 
 class Base(NamedTuple):
@@ -52,10 +56,14 @@ class Base(NamedTuple):
     end_tokens: tuple[int, ...]  # generation stops at any of them
 
 
-def open_base(config: ConfigDict) -> Base:
-    """Finds and describes `config.source`; reads headers and the tokenizer only."""
-    path = locate(config.source)
-    reader = open_source(path)
+def open_base(config: ConfigDict, weights: bool = True) -> Base:
+    """Finds and describes `config.source`; reads headers and the tokenizer only.
+
+    weights: False is for looking at it without them: of a Hugging Face id they are not downloaded, and `reader` has no
+    tensors.
+    """
+    path = locate(config.source, config.revision, weights)
+    reader = open_source(path, weights)
     spec = spec_from_config(reader.config)
     tokenizer = tokenizers.load(path)
     tokenizers.check_vocab(tokenizer, spec.vocab_size)
@@ -271,7 +279,15 @@ def _placed(values: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 def base_facts(config: ConfigDict, base: Base) -> BaseFacts:
     """What an adapter of this base is told of it."""
-    return BaseFacts(base.source, base_digest(base.reader, base.model.spec), config.quantize.base)
+    # peft has no packages: it is told the id on the Hub, or else the path.
+    name = published(base) or (str(base.path) if base.source.startswith("package:") else base.source)
+    digest = base_digest(base.reader, base.model.spec)
+    return BaseFacts(name, digest, config.quantize.base, config.model.revision)
+
+
+def published(base: Base) -> str:
+    """The Hugging Face id of the model in a GGUF file, as far as the file says it; "" for all else."""
+    return hub_id(base.reader.metadata) if isinstance(base.reader, GGUFReader) else ""
 
 
 def trained_whole(config: ConfigDict, base: Base) -> set[str]:
@@ -298,15 +314,23 @@ def whole_params(variables: Tree, dtype: jnp.dtype) -> Tree:
     return tree.unflatten(leaves)
 
 
-def load_run(workdir: Path, step: int | None = None) -> tuple[ConfigDict, Base, Tree, int]:
+def load_run(
+    workdir: Path, step: int | None = None, moved: Mapping[str, str] | None = None
+) -> tuple[ConfigDict, Base, Tree, int]:
     """A run's (config, base, variables, step) from its checkpoint `step`, by default the newest.
 
     What was trained comes from the checkpoint, without the optimizer's state, and only what was not from the base.
-    The mesh is this machine's, not the run's. Raises UserError where `workdir` holds no run or no such step.
+    The mesh is this machine's, not the run's. moved: {"model" or "adapter": where it is now}. Raises UserError where
+    `workdir` holds no run or no such step, and for another base or adapter than the run began with.
     """
-    config = configs.read(workdir / "config.json")
+    config = _found(configs.read(workdir / "config.json"), moved or {})
+    origin.check_there(config, workdir)
     base = open_base(config.model)
-    continued.pin(config, workdir, fresh=False)
+    config = origin.located(config, base.path)
+    base = base._replace(source=config.model.source)
+    origin.check(config, workdir, origin.contents(config, base.reader, base.model.spec))
+    if not origin.is_recorded(workdir):
+        log.warning("%s: this run is too old to say whether %s is still its base", workdir, base.source)
     mesh = sharding.make_mesh({"fsdp": -1})
     with jax.set_mesh(mesh):
         run = program(config, base.model, mesh, total_steps=1)  # of which the optimizer is not used
@@ -314,3 +338,13 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[ConfigDict, Base, 
             step, state, _ = checkpoints.restore({"trainable": run.state.trainable}, step, partial=True)
         frozen = load_variables(config, base, run.variables, lambda path: not run.is_trained(path))
         return config, base, tree.combine(state["trainable"], frozen), step
+
+
+def _found(config: ConfigDict, moved: Mapping[str, str]) -> ConfigDict:
+    if moved.get("model"):
+        config.model.update(source=moved["model"], revision="")
+    if moved.get("adapter"):
+        if not config.adapter.source:
+            raise UserError("--adapter: this run did not go on from an adapter; leave it out")
+        config.adapter.source = moved["adapter"]
+    return config

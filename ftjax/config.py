@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,8 @@ ANY = Check(lambda value: True, "anything")
 # Every key with its default and its check, in the order of the sections of a config.
 KEYS: dict[str, Key] = {
     "model.source": Key("", Check(bool, "a Hugging Face id, a directory, a .gguf file or package:NAME")),
+    # Of a Hugging Face id: a commit, tag or branch; "": the main branch. The run keeps to the commit that it was then.
+    "model.revision": Key("", ANY),
     "model.dtype": Key("bfloat16", one_of(*DTYPES)),  # of activations and matrix products
     "model.param_dtype": Key("bfloat16", one_of(*DTYPES)),  # of the stored base
     # What the backward pass recomputes (docs/devices.md).
@@ -158,6 +160,10 @@ FREE_TO_CHANGE = (
     "data.checks",
 )
 
+# Where a run finds its base, an adapter to go on from and its rows. Digests say whether they are still the same
+# (origin.py, Loader.fingerprint), so they may be found elsewhere when it is resumed.
+PLACES = ("model.source", "model.revision", "adapter.source", "data.train")
+
 
 def flat(config: ConfigDict) -> dict[str, Any]:
     """{dotted key: value} of all leaves."""
@@ -229,10 +235,13 @@ def sources(config: ConfigDict, which: str) -> list[dict[str, Any]]:
     return [source_entry(entry, f"data.{which}") for entry in config.data[which]]
 
 
-def changes(saved: ConfigDict, now: ConfigDict) -> list[str]:
-    """What differs in a way that a resumed run must not differ: ["adapter.rank: 16 -> 8", ...]."""
+def changes(saved: ConfigDict, now: ConfigDict, places: Sequence[str] = PLACES) -> list[str]:
+    """What differs in a way that a resumed run must not differ: ["adapter.rank: 16 -> 8", ...].
+
+    places: the keys of PLACES whose contents are known to be compared, so that their names need not be.
+    """
     before, after = (flat(ConfigDict(as_json(config))) for config in (saved, now))
-    keys = [key for key in after if not key.startswith(FREE_TO_CHANGE)]
+    keys = [key for key in after if key not in places and not key.startswith(FREE_TO_CHANGE)]
     return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in keys if before[key] != after[key]]
 
 

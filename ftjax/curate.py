@@ -56,7 +56,7 @@ def filter_rows(rows: Rows, out: Output, drops: Drops, args: argparse.Namespace)
             raise UserError("--min_tokens and --max_tokens need --tokenizer, a model whose tokens are counted")
         from ftjax.data.tokens.tokenizer import load  # takes a second, for transformers, and only this needs it
 
-        tokenizer = load(locate(args.tokenizer))
+        tokenizer = load(locate(args.tokenizer, weights=False))
 
         def count(row: Row) -> int:
             documents = ROW_KINDS[kind_of(row)].tokenize(row, tokenizer, None, "assistant")

@@ -22,6 +22,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,15 @@ _GGUF_STORES = {"f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}  # keys of
 assert _GGUF_STORES.keys() == GGUF_TYPES.keys()
 
 
-def export_peft(workdir: Path, step: int | None, out: Path, vllm_rank: int | None = None) -> int:
+def export_peft(
+    workdir: Path, step: int | None, out: Path, vllm_rank: int | None = None, moved: Mapping[str, str] | None = None
+) -> int:
     """Writes the adapter alone; returns its step. Raises UserError for a run that trained the base itself.
 
     vllm_rank: the largest rank of the vLLM that is to read it (see `ftjax.weights.peft.vllm`); None: it is for peft.
+    moved: as in `load_run`.
     """
-    run, base, variables, step = assemble.load_run(workdir, step)
+    run, base, variables, step = assemble.load_run(workdir, step, moved)
     _refuse_heads(variables, "peft")
     if "lora" not in variables:
         raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
@@ -81,19 +85,29 @@ def export_peft(workdir: Path, step: int | None, out: Path, vllm_rank: int | Non
         rslora=config.adapter.rslora and vllm_rank is None,
         saved={path: params[path] for path in whole},
         multimodal=is_multimodal(base.reader.config),
-        card=model_card(out.name, "peft", config, step, base.path, evaluation(workdir, step)),
+        card=model_card(
+            out.name, "peft", config, step, base.path, evaluation(workdir, step), published=assemble.published(base)
+        ),
     )
     if config.quantize.base != "none" and is_first():
         print(f"the adapter was trained beside a base stored as {config.quantize.base}; beside another it differs")
     return step
 
 
-def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype: str | None, gguf_type: str) -> int:
+def export_model(
+    workdir: Path,
+    step: int | None,
+    format: str,
+    out: Path,
+    dtype: str | None,
+    gguf_type: str,
+    moved: Mapping[str, str] | None = None,
+) -> int:
     """Writes the whole model (`merged`, `hf` or `gguf`) with its parity.json; returns its step.
 
-    All processes of a run call it alike; `out` must be on a disk that they share.
+    All processes of a run call it alike; `out` must be on a disk that they share. moved: as in `load_run`.
     """
-    config, base, variables, step = assemble.load_run(workdir, step)
+    config, base, variables, step = assemble.load_run(workdir, step, moved)
     _refuse_heads(variables, format)
     config = _effective(config, base)
     if format == "merged" and "lora" not in variables:
@@ -131,7 +145,16 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
                 write_json(directory / "parity.json", report)
             if is_first() and format != "gguf":
                 _check_tokenizer(written, texts, workdir)
-                card = model_card(out.name, "transformers", config, step, base.path, evaluation(workdir, step), report)
+                card = model_card(
+                    out.name,
+                    "transformers",
+                    config,
+                    step,
+                    base.path,
+                    evaluation(workdir, step),
+                    report,
+                    assemble.published(base),
+                )
                 (directory / "README.md").write_text(card, encoding="utf-8")
     if format == "gguf":
         try:
@@ -291,11 +314,12 @@ def main(argv: list[str]) -> int:
     check(FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type)
     if FLAGS.format != "peft" and FLAGS.vllm:
         raise UserError("--vllm goes with --format peft; whole models are read by vLLM as they are")
+    moved = {"model": FLAGS.model, "adapter": FLAGS.adapter}
     with distributed.connected(FLAGS):
         if FLAGS.format == "peft":
-            step = export_peft(workdir, FLAGS.step, out, FLAGS.vllm_rank if FLAGS.vllm else None)
+            step = export_peft(workdir, FLAGS.step, out, FLAGS.vllm_rank if FLAGS.vllm else None, moved)
         else:
-            step = export_model(workdir, FLAGS.step, FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type or "f16")
+            step = export_model(workdir, FLAGS.step, FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type or "f16", moved)
         if is_first():
             print(f"step {step} of {FLAGS.workdir} is in {FLAGS.out}")
     return 0
@@ -305,6 +329,8 @@ if __name__ == "__main__":
     sys.argv[0] = "ftjax.export"  # absl shows in --help the flags defined under this name
     FLAGS = flags.FLAGS
     flags.DEFINE_string("workdir", None, "a run of ftjax.train")
+    flags.DEFINE_string("model", None, "where the run's base is now, if it was moved")
+    flags.DEFINE_string("adapter", None, "where the adapter that the run went on from is now, if it was moved")
     flags.DEFINE_enum("format", None, FORMATS, "an adapter, a merged model, any whole model, or a GGUF")
     flags.DEFINE_string("out", None, "the directory, or the .gguf file, to make")
     flags.DEFINE_integer("step", None, "the run's checkpoint to use (default: the newest)")

@@ -3,6 +3,7 @@
     python -m ftjax.generate --model M [--adapter A] --prompt "..."     M: Hugging Face id, directory, .gguf, package:X
     python -m ftjax.generate --workdir runs/quickstart --prompt "..."   the newest checkpoint of a run
     python -m ftjax.generate --workdir runs/quickstart --chat           a conversation; an empty line ends it
+    python -m ftjax.generate --workdir runs/quickstart --model M --prompt "..."   where the run's base is now at M
     python -m ftjax.generate --model M --adapter tickets=A,haiku=B --use haiku --chat
 
 With several adapters, --use names the one to begin with; in a conversation, "/adapter tickets" changes to another one
@@ -106,25 +107,26 @@ def stream_text(tokenizer: PreTrainedTokenizerFast, tokens: Iterator[int]) -> It
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; the text goes after --prompt")
-    if bool(FLAGS.workdir) == bool(FLAGS.model):
+    if not (FLAGS.workdir or FLAGS.model):
         raise UserError("give either --workdir (a run) or --model (with or without --adapter)")
-    if FLAGS.workdir and (FLAGS.adapter or FLAGS.use):
-        raise UserError("--adapter and --use go with --model; a --workdir has its own")
+    if FLAGS.workdir and FLAGS.use:
+        raise UserError("--use goes with --model alone; a --workdir has its own adapter")
     if (FLAGS.prompt is None) == (not FLAGS.chat):
         raise UserError("give either --prompt '...' or --chat")
     if FLAGS.raw and (FLAGS.system or FLAGS.chat):
         raise UserError("--raw gives the prompt as it is; it takes no --system and no --chat")
     if FLAGS.workdir and FLAGS["dtype"].present:
-        raise UserError("--dtype goes with --model; a --workdir has the dtype of its config")
+        raise UserError("--dtype goes with --model alone; a --workdir has the dtype of its config")
     distributed.refuse_several("ftjax.generate")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
-    adapters = parse_adapters(FLAGS.adapter) if FLAGS.adapter else {}
-    if FLAGS.model:
+    if not FLAGS.workdir:
+        adapters = parse_adapters(FLAGS.adapter) if FLAGS.adapter else {}
         in_use = initial_adapter(FLAGS.use, [NONE, *adapters])
         base, variables = load_model(FLAGS.model, adapters, FLAGS.dtype)
     else:
         in_use = "run"
-        _, base, trained, _ = assemble.load_run(Path(FLAGS.workdir), FLAGS.step)
+        moved = {"model": FLAGS.model, "adapter": FLAGS.adapter}
+        _, base, trained, _ = assemble.load_run(Path(FLAGS.workdir), FLAGS.step, moved)
         variables = {in_use: trained}
 
     def answer(prompt: np.ndarray) -> str:
@@ -182,7 +184,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", None, "a Hugging Face id, a directory, a .gguf file or package:NAME")
     flags.DEFINE_string("adapter", None, "a PEFT adapter's directory, or several as name=DIR,other=DIR2")
     flags.DEFINE_string("use", None, "which of several adapters; none: the base alone")
-    flags.DEFINE_string("workdir", None, "a run of ftjax.train")
+    flags.DEFINE_string("workdir", None, "a run of ftjax.train; --model and --adapter beside it: where its own are now")
     flags.DEFINE_integer("step", None, "the run's checkpoint to use (default: the newest)")
     flags.DEFINE_string("prompt", None, "what to answer")
     flags.DEFINE_string("system", None, "a system message before it")
@@ -193,5 +195,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("top_k", 0, "draw from this many likeliest tokens; 0: from all")
     flags.DEFINE_float("top_p", 1.0, "draw from the likeliest tokens that together have this probability")
     flags.DEFINE_integer("seed", 0, "seed of the draws")
-    flags.DEFINE_enum("dtype", "float32", configs.DTYPES, "dtype of weights and computation, with --model")
+    flags.DEFINE_enum("dtype", "float32", configs.DTYPES, "dtype of weights and computation, with --model alone")
     cli.run(main)

@@ -29,11 +29,12 @@ from ftjax.weights.source import locate, open_source
 EXIT_DOES_NOT_FIT = 1
 
 
-def model_spec(source: str) -> DecoderSpec:
-    """The spec of a directory, a file or a model in the Hub's cache; of well-known models also without any file."""
+def model_spec(source: str, revision: str = "") -> DecoderSpec:
+    """The spec of a directory, a file or a Hugging Face id, whose weights are not downloaded; of well-known models also
+    without any file."""
     if not Path(source).expanduser().exists() and (known := published.find(source)):
         return spec_from_config(known)
-    path = locate(source)
+    path = locate(source, revision, weights=False)
     if path.is_dir():  # config.json alone is enough
         return spec_from_config(json.loads((path / "config.json").read_text()))
     return spec_from_config(open_source(path).config)
@@ -45,7 +46,7 @@ def plan(
     """Prints the plan of `config` on a topology such as "v5e:4x4", and writes it to `out`; returns the exit status."""
     configs.validate(config, data=False)
     slice_ = topology.parse(topology_name)
-    spec = model_spec(config.model.source)
+    spec = model_spec(config.model.source, config.model.revision)
     devices = topology.devices(slice_)
     program = compiled.describe(config, spec, devices)
     display.say(f"compiling for {slice_}")

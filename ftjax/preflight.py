@@ -2,12 +2,13 @@
 the same files, and that the rows are worth training on."""
 
 import json
+from collections.abc import Mapping
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import assemble, distributed, sharding
 from ftjax import config as configs
+from ftjax import distributed, sharding
 from ftjax.assemble import Base
 from ftjax.data.audit import checks
 from ftjax.data.audit.findings import ERROR
@@ -16,7 +17,6 @@ from ftjax.data.read.sources import TASK, read_sources
 from ftjax.errors import UserError
 from ftjax.models.spec import DecoderSpec
 from ftjax.training.display import Display
-from ftjax.weights.peft import continued
 
 
 def check_length(config: ConfigDict, spec: DecoderSpec) -> None:
@@ -53,17 +53,22 @@ def check_mesh(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
         )
 
 
-def check_same_everywhere(config: ConfigDict, base: Base, train: Loader, heldout: Loader | None) -> None:
-    """UserError where this process was not started as the first one was, or reads other files."""
+def check_same_everywhere(
+    config: ConfigDict, contents: Mapping[str, str], train: Loader, heldout: Loader | None
+) -> None:
+    """UserError where this process was not started as the first one was, or reads other files.
+
+    contents: of base and adapter (`origin.contents`).
+    """
     if distributed.count() == 1:
         return
     ours = configs.flat(ConfigDict(configs.as_json(config)))
     facts = {
         "training data, or tokenizer": train.fingerprint(),
         "evaluation data": heldout and heldout.fingerprint(),
-        "model weights (config.model.source)": assemble.base_facts(config, base).digest,
-        "adapter (config.adapter.source)": continued.digest(config),
     }
+    names = {"adapter": "adapter (config.adapter.source)"}
+    facts |= {names.get(part, f"{part} (config.model.source)"): digest for part, digest in contents.items()}
     theirs, others = json.loads(distributed.tell(json.dumps([ours, facts]), limit=distributed.LOADING_SECONDS))
     if other := [f"{key}: {ours[key]!r}, there {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]:
         raise UserError(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ftjax import assemble, distributed, tree
+from ftjax import assemble, distributed, origin, tree
 from ftjax import config as configs
 from ftjax.assemble import Base, Program
 from ftjax.errors import UserError
@@ -18,7 +18,6 @@ from ftjax.training import metrics
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.loop import Start
 from ftjax.training.state import init_state
-from ftjax.weights.peft import continued
 
 
 class Resume(NamedTuple):
@@ -38,24 +37,24 @@ class Resume(NamedTuple):
         return self.step == total_steps and (total_steps in self.evaluated or not configs.evaluates(config))
 
 
-def find(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> Resume:
-    """What there is to go on from; a fresh run with an adapter of its own to go on from pins that.
+def find(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> tuple[ConfigDict, Resume]:
+    """(the config with names that lead somewhere from here (`origin.at_hand`), what there is to go on from).
 
     Raises:
-      UserError: the run there has another config, or its adapter has changed.
+      UserError: the run there has another config.
     """
     step = checkpoints.latest() if config.checkpoint.resume_step < 0 else config.checkpoint.resume_step
-    if step is not None and (changed := configs.changes(configs.read(workdir / "config.json"), config)):
+    # The base of an older run is known by its name alone.
+    places = configs.PLACES if origin.is_recorded(workdir) else ("data.train",)
+    if step is not None and (changed := configs.changes(configs.read(workdir / "config.json"), config, places)):
         raise UserError(
             f"{workdir} holds a run with another config; give these their old values or choose another --workdir:\n  "
             + "\n  ".join(changed)
         )
-    if distributed.is_first() or step is not None:
-        continued.pin(config, workdir, fresh=step is None)
     records = [] if step is None else metrics.read(workdir / "metrics.jsonl")
     # What the first process reads decides: another host may still see an older file.
     evaluated = json.loads(distributed.tell(json.dumps([record["step"] for record in records if is_eval(record)])))
-    return Resume(step, records, set(evaluated))
+    return config if step is None else origin.at_hand(config, workdir), Resume(step, records, set(evaluated))
 
 
 def start(
@@ -88,8 +87,9 @@ def start(
     _, state, meta = checkpoints.restore(program.state, there.step)
     if meta["data"] != fingerprint:
         raise UserError(
-            f"{workdir}: the training data, its tokenizer or its chat template is not what this run began with; "
-            "restore it or choose another --workdir"
+            f"{workdir}: the training data, its tokenizer or its chat template is not what this run began with "
+            f"(then config.data.train={list(configs.read(workdir / 'config.json').data.train)}); restore it, say where "
+            "it is now, or choose another --workdir"
         )
     checkpoints.rewind(there.step)
     name, _ = best_metric(config)

@@ -14,7 +14,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from ftjax import assemble, cli, describe, distributed, preflight, resume, sharding
+from ftjax import assemble, cli, describe, distributed, origin, preflight, resume, sharding
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data import pipeline
@@ -54,20 +54,24 @@ def train(config: ConfigDict, workdir: Path) -> int:
 def _train(
     config: ConfigDict, workdir: Path, preemption: Preemption, display: Display, checkpoints: Checkpoints
 ) -> int:
+    # What is there already.
+    given = config
+    config, there = resume.find(config, workdir, checkpoints)
+
     # Config, mesh, model: described, not read yet.
     mesh = sharding.make_mesh(dict(config.mesh))
     distributed.check()
     base = assemble.open_base(config.model)
     preflight.check_length(config, base.model.spec)
     preflight.check_mesh(config, base.model.spec, mesh)
+    contents = origin.contents(config, base.reader, base.model.spec)
+    if there.step is not None:
+        origin.check(config, workdir, contents)
 
     # Data.
     train_loader, heldout, report = _load_data(config, base, mesh, display)
     total_steps = config.steps or train_loader.batches_in(config.epochs)
-    preflight.check_same_everywhere(config, base, train_loader, heldout)
-
-    # What is there already.
-    there = resume.find(config, workdir, checkpoints)
+    preflight.check_same_everywhere(given, contents, train_loader, heldout)
     if there.finished(config, total_steps):
         display.say(f"This run is finished: {total_steps} steps, saved in {workdir}. Nothing to do.")
         return 0
@@ -85,8 +89,10 @@ def _train(
         start = resume.start(there, config, base, program, workdir, checkpoints, train_loader.fingerprint())
         if there.step is not None:
             display.say(f"resuming after step {there.step}")
+        located = origin.located(config, base.path)
         if distributed.is_first():
-            configs.write(config, workdir / "config.json")
+            origin.record(workdir, given, located, contents)
+            configs.write(located, workdir / "config.json")
 
         def step(state: TrainState, frozen: Tree, arrays: dict) -> tuple:
             return program.step(state, frozen, place_batch(mesh, arrays, config.accumulate))
@@ -97,7 +103,7 @@ def _train(
         # Loop, checkpoints.
         writer = metrics.MetricsWriter(workdir, -1 if there.step is None else there.step)
         rows = sharding.local_rows(mesh, config.data.batch_size, config.accumulate)
-        meta = {"config": configs.as_json(config), "data": train_loader.fingerprint()}
+        meta = {"config": configs.as_json(located), "data": train_loader.fingerprint()}
         seconds = flops.seconds_per_token(program)
         loop = Loop(
             step,

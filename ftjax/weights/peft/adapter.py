@@ -43,6 +43,7 @@ class BaseFacts(NamedTuple):
     name: str
     digest: str
     quantized: str = "none"  # how the frozen kernels were stored in training
+    revision: str = ""  # the commit, of a base from the Hub
 
 
 def base_digest(reader: Reader, spec: DecoderSpec) -> str:
@@ -137,6 +138,8 @@ def write_adapter(
         base.name,
         multimodal,
     )
+    if base.revision:
+        config["revision"] = base.revision
     facts = {"version": 1, "base_model": base.name, "base_sha256": base.digest, "base_quantized": base.quantized}
     with new_directory_together(out) as directory:
         write_safetensors(directory / WEIGHTS, tensors)

@@ -1,20 +1,15 @@
-"""Continuing from a PEFT adapter directory, `config.adapter.source`: its settings, and a check that it is unchanged."""
+"""Continuing from a PEFT adapter directory, `config.adapter.source`: its settings."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax.atomic import write_text
 from ftjax.errors import UserError
 from ftjax.models.spec import DecoderSpec
-from ftjax.weights.hf.files import read_json
-from ftjax.weights.peft.adapter import StoredAdapter, directory_digest, open_adapter
+from ftjax.weights.peft.adapter import StoredAdapter, open_adapter
 from ftjax.weights.peft.keys import EMBEDDING
-
-_PIN = "adapter.json"  # in the workdir of a run: the digest of the adapter directory that it continues from
 
 
 def stored_adapter(config: ConfigDict, spec: DecoderSpec) -> StoredAdapter | None:
@@ -53,28 +48,6 @@ def effective(config: ConfigDict, spec: DecoderSpec) -> ConfigDict:
 def path_of(module: str) -> str:
     """layers/mlp/up_proj -> layers/mlp/up_proj/kernel: the parameter that the module's adapter adapts."""
     return f"{module}/embedding" if module == EMBEDDING else f"{module}/kernel"
-
-
-def digest(config: ConfigDict) -> str | None:
-    """The digest of the adapter directory that the run continues from; None where there is none."""
-    return directory_digest(Path(config.adapter.source).expanduser()) if config.adapter.source else None
-
-
-def pin(config: ConfigDict, workdir: Path, fresh: bool) -> None:
-    """Writes the adapter directory's digest to a fresh run's workdir; UserError if it differs when the run resumes.
-
-    A resumed run reads parts of the adapter that no checkpoint holds, such as its scales.
-    """
-    if not config.adapter.source:
-        return
-    file, now = workdir / _PIN, digest(config)
-    if fresh:
-        write_text(file, json.dumps({"source": config.adapter.source, "sha256": now}, indent=2) + "\n")
-    elif read_json(file).get("sha256") != now:
-        raise UserError(
-            f"{config.adapter.source}: this adapter has changed since the run in {workdir} started from it; restore "
-            "it, or choose another --workdir"
-        )
 
 
 def _settings(stored: StoredAdapter) -> dict[str, Any]:

