@@ -251,7 +251,7 @@ def read(path: Path) -> ConfigDict:
     A key that is younger than the run has its default, which is what the run did.
     """
     try:
-        given = json.loads(path.read_text())
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; is {path.parent} the workdir of a run?") from None
     except ValueError as error:
