@@ -142,6 +142,10 @@ ENTRY_OPTIONS = {
     "split": Check(lambda value: isinstance(value, str), "a string"),
     "weight": Check(lambda value: type(value) in (int, float) and 0 < value < math.inf, "a positive, finite number"),
     "limit": Check(lambda value: type(value) is int and value > 0, "a positive whole number"),
+    "columns": Check(
+        lambda value: hasattr(value, "items") and value and all(isinstance(s, str) for s in (*value, *value.values())),
+        "a mapping from our names to the source's, such as {'prompt': 'question', 'completion': 'answer'}",
+    ),
 }
 
 # Keys that may differ between a run and its resumption: they change nothing that is learned.
@@ -207,7 +211,8 @@ def evaluates(config: ConfigDict) -> bool:
 def source_entry(entry: Any, key: str) -> dict[str, Any]:
     """One entry of data.train or data.eval, a string or a mapping, as a dict of "source" and, where given, options.
 
-    Options: "format" and "split" (strings), "weight" (how many times an epoch has each row), "limit" (rows at most).
+    Options: "format" and "split" (strings), "weight" (how many times an epoch has each row), "limit" (rows at most),
+    "columns" (our names of columns -> the source's).
     """
     if isinstance(entry, str):
         return {"source": entry}
@@ -221,7 +226,7 @@ def source_entry(entry: Any, key: str) -> dict[str, Any]:
         check = ENTRY_OPTIONS[name]
         if not check.holds(value):
             raise UserError(f"config.{key}: {name!r} of entry {dict(entry)} must be {check.wanted}")
-    return dict(entry)
+    return {name: dict(value) if name == "columns" else value for name, value in entry.items()}
 
 
 def sources(config: ConfigDict, which: str) -> list[dict[str, Any]]:

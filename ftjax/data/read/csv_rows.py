@@ -14,7 +14,8 @@ from functools import partial
 import numpy as np
 
 from ftjax import strict_json
-from ftjax.data.read import files, spans
+from ftjax.data.read import columns, files, spans
+from ftjax.data.read.columns import NONE, Columns
 from ftjax.data.read.files import DataFile
 from ftjax.data.read.spans import Index, TextRows
 from ftjax.errors import UserError
@@ -29,7 +30,7 @@ _MESSAGES = {"prompt", "completion", "chosen", "rejected"}
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
-def open_csv(file: DataFile) -> TextRows:
+def open_csv(file: DataFile, names: Columns = NONE) -> TextRows:
     """The records of a CSV or TSV file as dicts of strings, by the names in its first record.
 
     Cells that formats want as something else are converted: lists of messages and tools from JSON, `label` from
@@ -42,7 +43,8 @@ def open_csv(file: DataFile) -> TextRows:
     header, index = _index(file, options)
     if header and not header[0]:
         _say_unnamed(file.name)
-    return TextRows(file, index, partial(_parse_record, header, options))
+    columns.check(names, header, file.name)
+    return TextRows(file, index, partial(_parse_record, header, dict(names), options))
 
 
 @functools.cache
@@ -65,13 +67,13 @@ def _delimiter(file: DataFile) -> str:
     return max(columns, key=columns.get)
 
 
-def _parse_record(header: Sequence[str], options: Mapping, text: str, origin: str) -> dict:
+def _parse_record(header: Sequence[str], names: Columns, options: Mapping, text: str, origin: str) -> dict:
     csv.field_size_limit(spans.MAX_ROW_BYTES)
     cells = next(csv.reader((line + "\n" for line in text.split("\n")), **options))
     if len(cells) != len(header):
-        names = ", ".join(name or "without a name" for name in header)
+        listed = ", ".join(name or "without a name" for name in header)
         raise UserError(
-            f"{origin}: has {len(cells)} cells, and the header {len(header)} ({names}); quote cells that hold "
+            f"{origin}: has {len(cells)} cells, and the header {len(header)} ({listed}); quote cells that hold "
             f"separators ({options['delimiter']!r})"
         )
     if extra := next((i for i, cell in enumerate(cells) if i and cell.strip() and not header[i]), 0):
@@ -79,7 +81,8 @@ def _parse_record(header: Sequence[str], options: Mapping, text: str, origin: st
             f"{origin}: cell {extra + 1} stands in a column without a name; name it in the first line, or quote cells "
             f"that hold separators ({options['delimiter']!r})"
         )
-    fields = {name: _value(name, cell, origin) for name, cell in zip(header, cells, strict=True) if name}
+    given = columns.renamed({name: cell for name, cell in zip(header, cells, strict=True) if name}, names)
+    fields = {name: _value(name, cell, origin) for name, cell in given.items()}
     return {name: value for name, value in fields.items() if value is not None or name == "label"}
 
 

@@ -129,8 +129,8 @@ class _Window:
             if end < len(self.text):
                 self.at = end
                 return
-            # It may go on in the next block, unless the error is not where the text ends for now. That of an open string
-            # is at its start.
+            # It may go on in the next block, unless the error is not where the text ends for now. The error of an open
+            # string is at its start.
             if error and error.pos + _LONGEST_WORD < end and not error.msg.startswith("Unterminated"):
                 raise self.refusal(error.msg, error.pos)
             if len(self.text) - self.at > spans.MAX_ROW_BYTES:
