@@ -144,6 +144,10 @@ ENTRY_OPTIONS = {
     "split": Check(lambda value: isinstance(value, str), "a string"),
     "weight": Check(lambda value: type(value) in (int, float) and 0 < value < math.inf, "a positive, finite number"),
     "limit": Check(lambda value: type(value) is int and value > 0, "a positive whole number"),
+    "columns": Check(
+        lambda value: hasattr(value, "items") and value and all(isinstance(s, str) for s in (*value, *value.values())),
+        "a mapping from our names to the source's, such as {'prompt': 'question', 'completion': 'answer'}",
+    ),
 }
 
 # Keys that may differ between a run and its resumption: they change nothing that is learned.
@@ -213,7 +217,8 @@ def evaluates(config: ConfigDict) -> bool:
 def source_entry(entry: Any, key: str) -> dict[str, Any]:
     """One entry of data.train or data.eval, a string or a mapping, as a dict of "source" and, where given, options.
 
-    Options: "format" and "split" (strings), "weight" (how many times an epoch has each row), "limit" (rows at most).
+    Options: "format" and "split" (strings), "weight" (how many times an epoch has each row), "limit" (rows at most),
+    "columns" (our names of columns -> the source's).
     """
     if isinstance(entry, str):
         return {"source": entry}
@@ -227,7 +232,7 @@ def source_entry(entry: Any, key: str) -> dict[str, Any]:
         check = ENTRY_OPTIONS[name]
         if not check.holds(value):
             raise UserError(f"config.{key}: {name!r} of entry {dict(entry)} must be {check.wanted}")
-    return dict(entry)
+    return {name: dict(value) if name == "columns" else value for name, value in entry.items()}
 
 
 def sources(config: ConfigDict, which: str) -> list[dict[str, Any]]:
@@ -260,7 +265,7 @@ def read(path: Path) -> ConfigDict:
     A key that is younger than the run has its default, which is what the run did.
     """
     try:
-        given = json.loads(path.read_text())
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; is {path.parent} the workdir of a run?") from None
     except ValueError as error:

@@ -39,7 +39,7 @@ from ftjax.weights.source import locate
 
 
 def dedup(rows: Rows, out: Output, drops: Drops, args: argparse.Namespace) -> None:
-    against = _opened(args.against, args.format) if args.against else None
+    against = _opened(args.against, args) if args.against else None
     unread = curation.dedup(rows, out, drops, args.method == "near", args.threshold, args.by == "prompt", against)
     for count, places in unread.reasons.values():
         where = ", ".join(places)
@@ -129,7 +129,7 @@ COMMANDS = {"dedup": dedup, "filter": filter_rows, "split": split, "mix": mix, "
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
-    rows = _opened(args.inputs, args.format)
+    rows = _opened(args.inputs, args)
     with ExitStack() as stack:
         inputs = _inputs(rows)
         if not args.out and args.command != "sample":
@@ -150,8 +150,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _opened(paths: Sequence[str], format: str | None) -> Rows:
-    return read_sources([{"source": path} | ({"format": format} if format else {}) for path in paths])
+def _opened(paths: Sequence[str], args: argparse.Namespace) -> Rows:
+    given = {name: value for name in ("format", "columns") if (value := getattr(args, name))}
+    return read_sources([{"source": path, **given} for path in paths])
 
 
 def _inputs(rows: Rows) -> list[Path]:
@@ -217,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--dropped", type=Path, help="a JSONL file for the dropped rows, with the reasons")
         sub.add_argument("--overwrite", action="store_true", help="replace output files that exist")
         sub.add_argument("--format", choices=sorted(formats.FORMATS), help="of the inputs (default: by their fields)")
+        sub.add_argument("--columns", type=_columns, metavar="OURS=THEIRS,...", help="such as prompt=question")
         return sub
 
     sub = command("dedup", "Keep the first of rows that are alike.")
@@ -254,6 +256,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--count", type=_positive, default=10)
     sub.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def _columns(text: str) -> dict[str, str]:
+    named = dict(part.partition("=")[::2] for part in text.split(","))
+    if not all((*named, *named.values())):
+        raise argparse.ArgumentTypeError(f"{text!r}: write OURS=THEIRS, such as prompt=question,completion=answer")
+    return named
 
 
 def _positive(text: str) -> int:

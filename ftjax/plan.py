@@ -36,7 +36,7 @@ def model_spec(source: str, revision: str = "") -> DecoderSpec:
         return spec_from_config(known)
     path = locate(source, revision, weights=False)
     if path.is_dir():  # config.json alone is enough
-        return spec_from_config(json.loads((path / "config.json").read_text()))
+        return spec_from_config(json.loads((path / "config.json").read_text(encoding="utf-8-sig")))
     return spec_from_config(open_source(path).config)
 
 

@@ -311,3 +311,21 @@ def test_rows_of_against_that_cannot_be_read_are_reported(tmp_path, capsys):
     warning = f"1 rows of --against cannot be read and were not compared: {tmp_path}/eval.jsonl:2"
     assert warning in capsys.readouterr().err
     assert len(read(tmp_path / "out.jsonl")) == 1
+
+
+def test_columns_of_other_names_are_given_and_named_as_ours(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a", "id": 1}])
+    run(
+        "convert",
+        source,
+        "--columns",
+        "prompt=question,completion=answer",
+        "--to",
+        "messages",
+        "--out",
+        tmp_path / "o.jsonl",
+    )
+    (row,) = read(tmp_path / "o.jsonl")
+    assert [message["content"] for message in row["messages"]] == ["q", "a"]
+    with pytest.raises(SystemExit):
+        curate.main(["dedup", str(source), "--columns", "prompt", "--out", str(tmp_path / "p.jsonl")])

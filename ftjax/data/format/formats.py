@@ -17,7 +17,7 @@ Where a row fits several formats and the fields of one contain those of the othe
 
 from collections.abc import Callable
 
-from ftjax.data.format import pairs, sharegpt
+from ftjax.data.format import guess, pairs, sharegpt
 from ftjax.data.format.conversation import check_filled, conversation, tools_of
 from ftjax.data.format.example import Row
 from ftjax.errors import UserError, did_you_mean
@@ -44,9 +44,14 @@ def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
     if not fitting:
         known = "; ".join(f"{name} ({', '.join(keys)})" for name, (keys, _) in FORMATS.items())
         misfit = f"does not fit the format {format!r}" if format else "fits no known format"
+        if meant := {} if format else guess.columns(fields):
+            misfit += (
+                f": columns {', '.join(meant.values())} look like {' and '.join(meant)}: write {{'source': ..., "
+                f"'columns': {meant}}} if they are"
+            )
         raise UserError(
             f"{origin}: {misfit}: it has the fields {sorted(map(str, fields))}, and the formats are "
-            f"{known}; rename its fields"
+            f"{known}; rename its fields, or name them in the source's option 'columns'"
         )
     return Row(FORMATS[fitting[0]][1](fields, origin), origin)
 
@@ -136,6 +141,10 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], dict]]] = {
 # Rows of the format on the left also have the fields of those on the right. Alpaca's own data set holds each row once
 # more as rendered `text`.
 WHOLE_OF = {"kto": ("prompt_completion",), "sharegpt_preference": ("sharegpt", "preference"), "alpaca": ("text",)}
+
+# All fields that any format reads.
+FIELDS = {name for keys, _ in FORMATS.values() for name in keys}
+FIELDS |= {"system", "history", "tools", "functions", "margin", "input"}
 
 
 def _has(fields: dict, keys: tuple[str, ...]) -> bool:

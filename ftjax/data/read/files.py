@@ -1,10 +1,12 @@
 """Paths, globs and URLs of data files -> local files that can be read at any offset: fetched and unpacked if need be.
 
 A file that is compressed or not on this machine is written once into the cache (`cache`), under a name made of its
-path, size and time of change, and is read from there: rows are read in any order, which neither allows.
+path, size and time of change, and is read from there: rows are read in any order, which neither allows. So is a text
+that starts with a byte order mark, as Windows' programs write it: its copy is UTF-8 without one.
 """
 
 import bz2
+import codecs
 import contextlib
 import glob
 import gzip
@@ -30,6 +32,15 @@ FILE_KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
 }  # fmt: skip
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+# What people have whose rows cannot be read, and what they do with it.
+_OTHER_ENDINGS = {
+    ".xlsx": "in Excel save it as 'CSV UTF-8'",
+    ".xls": "in Excel save it as 'CSV UTF-8'",
+    ".ods": "save it as CSV, in UTF-8",
+    ".txt": "rename a table (Excel's 'Unicode Text') to .tsv, and put plain text into rows {\"text\": ...}",
+}
+# byte order mark -> encoding
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 BLOCK = 4 * 2**20
 # Keys of fsspec's file information that change with the contents. A file that has none of them is fetched every time.
 _STAMPS = {"mtime", "created", "updated", "LastModified", "last_modified", "ETag", "etag", "generation", "md5Hash"}
@@ -67,10 +78,11 @@ def resolve(source: str) -> list[DataFile]:
     """
     listed = _remote(source) if "://" in source else _local(source)
     endings = [_ending(file.name) for file in listed]
-    return [
-        DataFile(file.name, kind, _unpacked(file, compression) if compression or not file.path else file.path)
-        for file, (kind, compression) in zip(listed, endings, strict=True)
-    ]
+    found = []
+    for file, (kind, compression) in zip(listed, endings, strict=True):
+        path = _unpacked(file, compression) if compression or not file.path else file.path
+        found.append(DataFile(file.name, kind, path if kind == "parquet" else _unmarked(file.name, path)))
+    return found
 
 
 def local_path(name: str) -> Path:
@@ -220,7 +232,11 @@ def _ending(name: str) -> tuple[str, str]:
     kind = FILE_KINDS.get(Path(path.stem).suffix if compression else path.suffix)
     if kind is None:
         known = ", ".join(FILE_KINDS)
-        raise UserError(f"{name}: unknown ending; rows are read from {known}, each also with {', '.join(COMPRESSIONS)}")
+        advice = _OTHER_ENDINGS.get(path.suffix)
+        raise UserError(
+            f"{name}: unknown ending; rows are read from {known}, each also with {', '.join(COMPRESSIONS)}"
+            + (f"; {advice}" if advice else "")
+        )
     return kind, compression
 
 
@@ -233,6 +249,42 @@ def _unpacked(file: _Listed, compression: str) -> Path:
 
     key = hashlib.blake2b((file.stamp or f"{file.name} {uuid.uuid4()}").encode(), digest_size=16).hexdigest()
     return cache.file("files", key, write)
+
+
+def _unmarked(name: str, path: Path) -> Path:
+    """Where the text of a file is in UTF-8 without a byte order mark: there, or in a copy in the cache."""
+    with _readable(name), open(path, "rb") as text:
+        start = text.read(max(map(len, _MARKS)))
+    mark = next((mark for mark in _MARKS if start.startswith(mark)), None)
+    if mark is None:
+        return path
+
+    def write(copy: Path) -> None:
+        with _readable(name):
+            marked = open(path, "rb")  # noqa: SIM115  (closed below)
+        with marked, open(copy, "wb") as out:
+            marked.seek(len(mark))
+            blocks = _blocks(marked, name)
+            out.writelines(blocks if mark == codecs.BOM_UTF8 else _recoded(blocks, _MARKS[mark], name))
+
+    key = hashlib.blake2b(f"unmarked {json.dumps(identity(path))}".encode(), digest_size=16).hexdigest()
+    return cache.file("files", key, write)
+
+
+def _recoded(blocks: Iterator[bytes], encoding: str, name: str) -> Iterator[bytes]:
+    """The text of the blocks in UTF-8."""
+    decoder, line = codecs.getincrementaldecoder(encoding)(), 1
+    try:
+        for block in blocks:
+            text = decoder.decode(block)
+            line += text.count("\n")
+            yield text.encode()
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}:{line}: the file starts with the mark of {encoding}, but is not, from about this line on "
+            f"({error.reason}); save it as UTF-8"
+        ) from None
 
 
 def _decompress(file: BinaryIO, compression: str) -> AbstractContextManager[BinaryIO]:

@@ -5,7 +5,8 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from ftjax.data.read import files
+from ftjax.data.read import columns, files
+from ftjax.data.read.columns import NONE, Columns
 from ftjax.data.read.files import DataFile
 from ftjax.data.read.plain import plain_row
 from ftjax.data.read.rows import Numbered
@@ -22,15 +23,16 @@ class HuggingFace(Numbered):
       UserError: no such data set, config or split; no connection; the package `datasets` is missing.
     """
 
-    def __init__(self, source: str, split: str):
+    def __init__(self, source: str, split: str, names: Columns = NONE):
         super().__init__(source, len(_open(source, split)))
-        self._split = split
+        self._split, self._columns = split, names
+        columns.check(names, _open(source, split).column_names, source)
         if not len(self):
             raise UserError(f"{source}: no rows (split {split!r}); name a split that has some")
 
     def __getitem__(self, i: int) -> dict:
         # The raw values of the table: images and sound stay bytes, and no package is needed to decode them.
-        return plain_row(_open(self._name, self._split)[i].to_pylist()[0])
+        return plain_row(_open(self._name, self._split)[i].to_pylist()[0], self._columns)
 
     def digest(self) -> str:
         """Of the tables that hold the split and of its length and columns."""

@@ -3,41 +3,43 @@
 import hashlib
 import json
 import re
+import shlex
 from array import array
 from typing import NoReturn
 
 import numpy as np
 
-from ftjax.data.read import files, spans
+from ftjax.data.read import files, json_values
 from ftjax.data.read.files import DataFile
+from ftjax.data.read.json_values import DECODER, parse_element
 from ftjax.data.read.jsonl import open_jsonl
-from ftjax.data.read.spans import Index, TextRows, parse_object
+from ftjax.data.read.spans import Index, TextRows
 from ftjax.errors import UserError
 
 MAX_FILE_BYTES = 2 * 2**30
 _SPACE = re.compile(r"[ \t\r\n]*")
 # Lists under these names are part of a row, not the list of rows.
 _FIELDS = {"messages", "conversations", "history", "tools", "prompt", "completion", "chosen", "rejected"}
-# The index only needs to know where values end; their numbers are parsed when the row is read.
-_DECODER = json.JSONDecoder(parse_int=len, parse_float=len)
 
 
 def open_json(file: DataFile) -> TextRows:
     """The rows of a .json file.
 
     It is a list of them, or an object with the list under "data" or as the only list in it; or objects one after the
-    other, which are read as JSON Lines. Opening holds the text of the file (at most 2 GiB) while it lasts; then 16
-    bytes a row remain.
+    other, which are read as those of a .jsonl file. Opening an object holds its text (at most 2 GiB) while it lasts;
+    then 16 bytes a row remain.
 
     Raises:
-      UserError: none of these, with the line; larger than 2 GiB.
+      UserError: none of these, with the line; an object larger than 2 GiB.
     """
+    if json_values.first_character(file) == "[":
+        return json_values.open_values(file, listed=True)
     if files.stamp(file.path)[0] > MAX_FILE_BYTES:
         raise UserError(
-            f"{file.name}: larger than {MAX_FILE_BYTES >> 30} GiB, and JSON must be read whole; write JSON Lines, for "
-            f"example with: jq -c '.[]' {file.name} > rows.jsonl"
+            f"{file.name}: larger than {MAX_FILE_BYTES >> 30} GiB, and an object must be read whole; write its list "
+            f"alone, or JSON Lines, for example with: jq -c '.data[]' {shlex.quote(file.name)} > rows.jsonl"
         )
-    raw = b"".join(spans.content(file))
+    raw = b"".join(files.content(file))
     digest = hashlib.sha256(raw).hexdigest()
     text = raw.decode("latin-1")  # a character for each byte, so offsets in the text are offsets in the file
     del raw
@@ -55,21 +57,12 @@ def open_json(file: DataFile) -> TextRows:
         return open_jsonl(file)
     starts = np.frombuffer(offsets, np.int64)
     index = Index(starts, _line_numbers(text, starts[:-1]), digest)
-    return TextRows(file, index, _parse_element, shared_lines=True)
-
-
-def _parse_element(text: str, origin: str) -> dict:
-    return parse_object(text.rstrip(" \t\r\n,"), origin)
+    return TextRows(file, index, parse_element, shared_lines=True)
 
 
 def _row_offsets(text: str, name: str) -> array | None:
     """The offsets of the rows and of the end of the last one; None where the file is to be read as JSON Lines."""
     start = _skip_space(text, 0)
-    if text.startswith("[", start):
-        offsets, end = _list(text, start)
-        if (rest := _skip_space(text, end)) < len(text):
-            _refuse(text, rest, "Extra data")
-        return offsets
     if start == len(text):
         return array("q", [0])  # no row, which TextRows refuses
     if not text.startswith("{", start):
@@ -94,7 +87,7 @@ def _list(text: str, start: int) -> tuple[array, int]:
         return array("q", [position]), position + 1
     while True:
         offsets.append(position)
-        _, end = _DECODER.raw_decode(text, position)
+        _, end = DECODER.raw_decode(text, position)
         position = _skip_space(text, end)
         if text.startswith("]", position):
             offsets.append(end)
@@ -111,7 +104,7 @@ def _lists_of_object(text: str, start: int) -> tuple[dict[str, array], str | Non
     while True:
         if not text.startswith('"', position):
             _refuse(text, position, "Expecting property name enclosed in double quotes")
-        name, position = _DECODER.raw_decode(text, position)
+        name, position = DECODER.raw_decode(text, position)
         repeated = name if name in names else repeated
         names.add(name)
         position = _skip_space(text, position)
@@ -121,7 +114,7 @@ def _lists_of_object(text: str, start: int) -> tuple[dict[str, array], str | Non
         if text.startswith("[", position):
             lists[name], position = _list(text, position)
         else:
-            _, position = _DECODER.raw_decode(text, position)
+            _, position = DECODER.raw_decode(text, position)
         position = _skip_space(text, position)
         if text.startswith("}", position):
             return lists, repeated, position + 1

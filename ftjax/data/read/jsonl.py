@@ -1,4 +1,6 @@
-"""JSON Lines: the index of the rows is made by looking for line ends; a row is parsed when it is asked for."""
+"""JSON Lines: the index of the rows is made by looking for line ends; a row is parsed when it is asked for.
+
+Files of that name may hold their objects otherwise, as one list or over several lines each (`json_values`)."""
 
 import hashlib
 from array import array
@@ -6,8 +8,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ftjax.data.read import files, json_values
 from ftjax.data.read.files import DataFile
-from ftjax.data.read.spans import Index, TextRows, content, parse_object
+from ftjax.data.read.spans import Index, TextRows, parse_object
 
 
 def open_jsonl(file: DataFile) -> TextRows:
@@ -15,7 +18,9 @@ def open_jsonl(file: DataFile) -> TextRows:
 
     Opening reads the file once, in blocks, and holds 8 bytes a row (16 where there are blank lines).
     """
-    return TextRows(file, _index(content(file)), parse_object)
+    if (layout := json_values.layout(file)) != "lines":
+        return json_values.open_values(file, listed=layout == "list")
+    return TextRows(file, _index(files.content(file)), parse_object)
 
 
 def _index(blocks: Iterable[bytes]) -> Index:

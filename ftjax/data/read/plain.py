@@ -2,15 +2,17 @@
 
 import numpy as np
 
+from ftjax.data.read.columns import NONE, Columns, renamed
+
 # Fields with lists of messages; OpenAI's preference format has one inside its field `input`.
 _MESSAGES = {"messages", "conversations", "prompt", "completion", "chosen", "rejected"}
 _MESSAGES |= {"preferred_output", "non_preferred_output"}
 
 
-def plain_row(row: dict) -> dict:
-    """A row with its values as `plain` gives them, without those that are None. `label` stays: an empty one may be a
-    mistake, which the checks of the formats report."""
-    filled = {key: value for key, value in row.items() if value is not None or key == "label"}
+def plain_row(row: dict, columns: Columns = NONE) -> dict:
+    """A row by our names, with its values as `plain` gives them, without those that are None. `label` stays: an empty
+    one may be a mistake, which the checks of the formats report."""
+    filled = {key: value for key, value in renamed(row, columns).items() if value is not None or key == "label"}
     return {key: plain(value, key in _MESSAGES, key == "input") for key, value in filled.items()}
 
 

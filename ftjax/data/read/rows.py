@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from ftjax.data.format.example import Row
 from ftjax.data.format.formats import check_row
+from ftjax.data.read.columns import Columns
 from ftjax.data.read.holdout import held_out
 from ftjax.errors import SourceError, UserError
 
@@ -66,6 +67,7 @@ class Source:
       chosen: indices of the records that `split` and `limit` leave, rising: a range, or int64 [n].
       format: a key of `formats.FORMATS`, or None to detect it row by row.
       weight: how many times an epoch has each row (0.5: every second row).
+      columns: under which names `records` finds our columns.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Source:
     chosen: Sequence[int] | np.ndarray
     format: str | None = None
     weight: float = 1.0
+    columns: Columns = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -87,7 +90,8 @@ class Source:
         return check_row(self.raw(i), self.origin(i), self.format)
 
     def digest(self) -> str:
-        digest = hashlib.sha256(json.dumps([self.records.digest(), self.format]).encode())
+        columns = [sorted(self.columns.items())] if self.columns else []
+        digest = hashlib.sha256(json.dumps([self.records.digest(), self.format, *columns]).encode())
         if isinstance(self.chosen, range):
             digest.update(repr(self.chosen).encode())
         else:

@@ -10,22 +10,25 @@ from pathlib import Path
 
 import numpy as np
 
-from ftjax.data.format.formats import FORMATS, check_row
-from ftjax.data.read import files, splits
+from ftjax.data.format.formats import FIELDS, FORMATS, check_row
+from ftjax.data.read import columns, files, splits
+from ftjax.data.read.columns import NONE, Columns
 from ftjax.data.read.csv_rows import open_csv
 from ftjax.data.read.json_rows import open_json
 from ftjax.data.read.jsonl import open_jsonl
 from ftjax.data.read.rows import Numbered, Records, Rows, Source, locate
 from ftjax.data.read.spans import TextRows
 from ftjax.data.read.tables import Parquet
-from ftjax.errors import UserError
+from ftjax.errors import SourceError, UserError, did_you_mean
 from ftjax.tasks import registry
 
 log = logging.getLogger(__name__)
 
 TASK = "task:"
+_PEEKED = 100  # rows among whose fields named columns are looked for, where there is no header
 # kind of file (see `files.FILE_KINDS`) -> what opens its rows
-OPENERS = {"jsonl": open_jsonl, "json": open_json, "csv": open_csv, "tsv": open_csv, "parquet": Parquet}
+OPENERS = {"jsonl": open_jsonl, "json": open_json}
+HEADED = {"csv": open_csv, "tsv": open_csv, "parquet": Parquet}  # these look for the columns in the file's header
 
 
 def read_sources(
@@ -34,7 +37,7 @@ def read_sources(
     """The rows of all entries, in their order.
 
     Args:
-      entries: {"source", "format"?, "split"?, "weight"?, "limit"?}; see docs/data.md.
+      entries: {"source", "format"?, "split"?, "weight"?, "limit"?, "columns"?}; see docs/data.md.
       max_bad_rows: how many bad rows of each entry may be skipped.
       holdout: the share of the rows that is held out (`holdout.held_out`).
       heldout_side: give the rows that are held out, instead of the others.
@@ -86,7 +89,7 @@ def _warn_duplicate_sources(opened: Sequence[Source]) -> None:
     """Warns of entries that are the same files or copies of them. Only of files, whose digests opening has made."""
     names_by_digest = {}
     for source in opened:
-        if isinstance(source.records, TextRows | Parquet | Joined):
+        if isinstance(source.records, TextRows | Parquet | Joined | Renamed):
             names_by_digest.setdefault(source.digest(), []).append(source.name)
     for names in names_by_digest.values():
         if len(names) > 1:
@@ -100,30 +103,41 @@ def _open(entry: dict) -> Source:
     if format is not None and format not in FORMATS:
         check_row({}, source, format)  # raises now, not once for every row
     split = splits.parse_split(entry.get("split", "train"), source)
-    records = _records(source, split.name)
+    names = entry.get("columns", NONE)
+    if unknown := next((ours for ours in names if ours not in FIELDS), None):
+        raise UserError(
+            f"{source}: the option columns = {names} names {unknown!r}, which no format has (the names are ours first, "
+            f"then the source's){did_you_mean(unknown, FIELDS)}"
+        )
+    records = _records(source, split.name, names)
     chosen = splits.select(len(records), split, entry.get("limit"), source)
     name = f"{source} {entry['split']}" if "split" in entry else source
-    return Source(name, records, chosen, format, float(entry.get("weight", 1.0)))
+    return Source(name, records, chosen, format, float(entry.get("weight", 1.0)), names)
 
 
-def _records(source: str, split: str) -> Records:
+def _records(source: str, split: str, names: Columns) -> Records:
     """All records of one split of a source."""
     if source.startswith(TASK):
         task = registry.get(source.removeprefix(TASK))
-        return Given(registry.examples(task, split), source)
+        return _by_our_names(Given(registry.examples(task, split), source), names, source)
     if source.startswith("tfds:"):
         from ftjax.data.read import tfds_source
 
-        return tfds_source.Tfds(source, split)
+        return tfds_source.Tfds(source, split, names)
     if source.startswith("hf:") and not source.startswith("hf://"):  # hf:// is a URL of files
         from ftjax.data.read import hf_source
 
-        return hf_source.HuggingFace(source, split)
+        return hf_source.HuggingFace(source, split, names)
     if split != "train":
         raise UserError(
             f"{source}: a file has no split {split!r}; name another file, or a slice of this one: 'train[:90%]'"
         )
-    parts = [OPENERS[file.kind](file) for file in files.resolve(source)]
+    parts = []
+    for file in files.resolve(source):
+        if file.kind in HEADED:
+            parts.append(HEADED[file.kind](file, names))
+        else:
+            parts.append(_by_our_names(OPENERS[file.kind](file), names, file.name))
     return parts[0] if len(parts) == 1 else Joined(parts)
 
 
@@ -162,3 +176,39 @@ class Joined:
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps([part.digest() for part in self._parts]).encode()).hexdigest()
+
+
+class Renamed:
+    """Records of JSON by our names of their columns. `Records`."""
+
+    def __init__(self, records: Records, names: Columns):
+        self._records, self._names = records, names
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def origin(self, i: int) -> str:
+        return self._records.origin(i)
+
+    def __getitem__(self, i: int) -> dict:
+        return columns.renamed(self._records[i], self._names)
+
+    def digest(self) -> str:
+        return self._records.digest()
+
+
+def _by_our_names(records: Records, names: Columns, where: str) -> Records:
+    """The records with their columns renamed; UserError where none of the first has a column that is named."""
+    if not names:
+        return records
+    seen = {}  # in the order in which they are met
+    for i in range(min(len(records), _PEEKED)):
+        try:
+            seen |= dict.fromkeys(records[i])
+        except SourceError:
+            raise
+        except UserError:  # a bad row, which is reported when it is its turn
+            continue
+    if seen:
+        columns.check(names, seen, where)
+    return Renamed(records, names)

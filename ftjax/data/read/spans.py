@@ -1,9 +1,9 @@
 """Rows that are spans of a text file: an index says where each is, and it is read and parsed when it is asked for."""
 
-import codecs
 import json
-from collections.abc import Callable, Iterator
-from contextlib import closing
+import shlex
+from collections.abc import Callable
+from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,6 @@ from ftjax.data.read.files import DataFile
 from ftjax.errors import UserError
 
 MAX_ROW_BYTES = 64 * 2**20
-_BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Index(NamedTuple):
@@ -65,8 +64,8 @@ class TextRows:
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
-            message = f"{origin}: not UTF-8 at byte {error.start} of the row; convert the file to UTF-8"
-            raise UserError(message) from None
+            what = f"{origin}: not UTF-8 at byte {error.start} of the row"
+            raise not_utf8(what, raw[error.start], self._name) from None
         return self._parse(text, origin)
 
     def digest(self) -> str:
@@ -77,16 +76,14 @@ def too_long(origin: str) -> UserError:
     return UserError(f"{origin}: the line is longer than {MAX_ROW_BYTES >> 20} MiB; split the row or remove it")
 
 
-def content(file: DataFile) -> Iterator[bytes]:
-    """The blocks of a text file; UserError where it cannot be read or starts with a byte order mark."""
-    with closing(files.content(file)) as blocks:
-        for number, block in enumerate(blocks):
-            if number == 0 and block.startswith(_BOMS):
-                raise UserError(
-                    f"{file.name}:1: starts with a byte order mark; save the file as UTF-8 without BOM "
-                    f"(for UTF-8: sed -i '1s/^\\xEF\\xBB\\xBF//' {file.name})"
-                )
-            yield block
+def not_utf8(what: str, byte: int, name: str) -> UserError:
+    """The error that says `what`, with how to save the file `name` as UTF-8; byte: the first that is wrong."""
+    character = bytes([byte]).decode("cp1252", "replace")
+    return UserError(
+        f"{what} (0x{byte:02X}, which is {character!r} in Windows-1252); save the file as UTF-8, "
+        f"in Excel as 'CSV UTF-8', or convert it: iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(name)} > utf8"
+        f"{PurePath(name).suffix}"
+    )
 
 
 def parse_object(text: str, origin: str) -> dict:

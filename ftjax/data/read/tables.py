@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ftjax.data.read import cache, files
+from ftjax.data.read import cache, columns, files
+from ftjax.data.read.columns import NONE, Columns
 from ftjax.data.read.files import DataFile
 from ftjax.data.read.plain import plain_row
 from ftjax.data.read.rows import Numbered, locate
@@ -31,16 +32,18 @@ _DIGEST = b"ftjax.digest"  # key of the schema's metadata in the cached file
 class Parquet(Numbered):
     """The rows of a Parquet file. `Records` of `rows`."""
 
-    def __init__(self, file: DataFile):
+    def __init__(self, file: DataFile, names: Columns = NONE):
         key = hashlib.sha256(json.dumps(files.identity(file.path)).encode()).hexdigest()[:32]
         self._path = cache.file("tables", f"{key}.arrow", lambda path: _convert(file, path))
         self._stamp = files.stamp(self._path)
         batches = _batches(self._path, self._stamp)
         if not sum(len(batch) for batch in batches):
             raise UserError(f"{file.name}: the file has no rows; fill it or leave it out")
-        names = batches[0].schema.names
-        if repeated := next((name for name in names if names.count(name) > 1), None):
+        present = batches[0].schema.names
+        if repeated := next((name for name in present if present.count(name) > 1), None):
             raise UserError(f"{file.name}: two columns are called {repeated!r}; name each once")
+        columns.check(names, present, file.name)
+        self._columns = names
         self._ends = np.cumsum([len(batch) for batch in batches])
         super().__init__(file.name, int(self._ends[-1]))
         self._digest = batches[0].schema.metadata[_DIGEST].decode()
@@ -52,7 +55,7 @@ class Parquet(Numbered):
             row = batch.slice(local, 1).to_pylist()[0]
         except ValueError as error:  # a string column that is not UTF-8, among others
             raise UserError(f"{self.origin(i)}: cannot be read ({error}); write the row again") from error
-        return plain_row(row)
+        return plain_row(row, self._columns)
 
     def digest(self) -> str:
         return self._digest

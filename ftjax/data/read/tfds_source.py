@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ftjax.data.read import files
+from ftjax.data.read import columns, files
+from ftjax.data.read.columns import NONE, Columns
 from ftjax.data.read.files import DataFile
 from ftjax.data.read.plain import plain_row
 from ftjax.data.read.rows import Numbered, locate
@@ -33,15 +34,16 @@ class Tfds(Numbered):
       UserError: no such data set, split or directory, data in another format, a package that is missing.
     """
 
-    def __init__(self, source: str, split: str):
+    def __init__(self, source: str, split: str, names: Columns = NONE):
         super().__init__(source, len(_open(source, split, os.getpid())[0]))
-        self._split = split
+        self._split, self._columns = split, names
         if not len(self):
             raise UserError(f"{source}: no rows (split {split!r}); name a split that has some")
+        columns.check(names, _builder(source, split).info.features, source)
 
     def __getitem__(self, i: int) -> dict:
         records, parse = _open(self._name, self._split, os.getpid())
-        return plain_row(parse(records[i], self.origin(i)))
+        return plain_row(parse(records[i], self.origin(i)), self._columns)
 
     def digest(self) -> str:
         """Of the files that hold the split, and of which of their records it is."""

@@ -18,7 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no such file is; download it again")
         # Infinity passes: transformers writes it into some configs.
-        content = json.loads(path.read_bytes().decode(), object_pairs_hook=strict_json.unique)
+        content = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=strict_json.unique)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is {path.parent} the directory of a model or an adapter?") from None
     except (OSError, ValueError, RecursionError) as error:

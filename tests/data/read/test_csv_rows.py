@@ -77,7 +77,7 @@ def test_an_answer_that_is_json_stays_text(path):
 BAD_ROWS = {
     "too few cells": (b"only one\n", "has 1 cells, and the header 2 .prompt, completion.; quote"),
     "too many cells": (b"a,b,c\n", "has 3 cells"),
-    "not UTF-8": (b"caf\xe9,b\n", "not UTF-8 at byte 3"),
+    "not UTF-8": (b"caf\xe9,b\n", r"not UTF-8 at byte 3 of the row \(0xE9.*'é'.*Excel as 'CSV UTF-8', or .*iconv"),
     "empty": (b"a,\n", "completion is empty"),
 }
 
@@ -101,13 +101,13 @@ def test_a_giant_row_is_a_bad_row_and_a_long_one_is_read(path, monkeypatch):
 
 
 BAD_FILES = {
-    "BOM": (b"\xef\xbb\xbftext\na\n", ":1: starts with a byte order mark"),
     "empty": ("", ": the file has no rows"),
     "header only": ("text\n", ": the file has no rows"),
-    "semicolons": ("prompt;completion\na;b\n", ":1: the header has one column, .*separate cells by ',' instead of ';'"),
     "a name twice": ("text,text\na,b\n", ":1: two columns are called 'text'"),
-    "no name": ("text,\na,b\n", ":1: column 2 has no name"),
-    "header not UTF-8": (b"caf\xe9,text\na,b\n", ":1: the header is not UTF-8"),
+    "no name": (";;\na;b;c\n", ":1: no column has a name"),
+    "header not UTF-8": (b"caf\xe9,text\na,b\n", r":1: the header is not UTF-8 \(0xE9, .*'é'.*iconv -f WINDOWS-1252"),
+    "only blank lines": ("\n\r\n", ": the file has no rows"),
+    "open quote in the header": ('"text\na\nb\n', ":1: not well-formed CSV in the record that starts here"),
     "open quote": ('text\na\n"b\nc\n', ":3: not well-formed CSV in the record that starts here .*unexpected end"),
     "text after a quote": ('text\n"b"c\n', ":2: not well-formed CSV"),
     "old line ends": ("text\ra\rb\r", ":1: not well-formed CSV"),
@@ -118,6 +118,58 @@ BAD_FILES = {
 def test_bad_files_are_refused_when_they_are_opened(path, content, message):
     with pytest.raises(UserError, match=f"^{path}{message}"):
         read(path, content, max_bad_rows=10)
+
+
+QA = [{"prompt": 'Was, "bitte"?', "completion": "Nichts; danke\tsehr"}, {"prompt": "p", "completion": "c | d"}]
+
+
+def written(**options):
+    return pandas.DataFrame(QA).to_csv(index=False, **options)
+
+
+# What Excel, pandas and others write -> the content of a file with the rows QA.
+ODD = {
+    "semicolons": written(sep=";"),
+    "tabs": written(sep="\t"),
+    "bars": written(sep="|"),
+    "all in quotes": written(sep=";", quoting=csv.QUOTE_ALL),
+    "a separator in the quotes of the header": written()
+    .replace("prompt,", '"a;b;c;d",prompt,')
+    .replace("\n", "\n1,", 1)
+    .replace("\np,", "\n2,p,"),
+    "a byte order mark": "\ufeff" + written(),
+    "UTF-16, as Excel's Unicode text": written(sep="\t", lineterminator="\r\n").encode("utf-16"),
+    "the other UTF-16": ("\ufeff" + written()).encode("utf-16-be"),
+    "Windows' line ends": written(sep=";", lineterminator="\r\n"),
+    "empty lines around": "\n" + written() + "\n\r\n\n",
+    "an index without a name": pandas.DataFrame(QA).to_csv(),
+    "empty columns at the end": written(sep=";").replace("\n", ";;\n"),
+    "no line end": written().rstrip("\n"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize("content", ODD.values(), ids=ODD)
+def test_odd_files_are_read_as_they_are_meant(tmp_path, content, suffix):
+    rows = read(tmp_path / f"a.{suffix}", content)
+    assert [row.fields for row in rows] == QA
+    first = 3 if "\n\r\n\n" in str(content) else 2
+    assert [row.origin for row in rows] == [f"{tmp_path}/a.{suffix}:{line}" for line in (first, first + 1)]
+
+
+def test_an_index_without_a_name_is_said_once_and_other_columns_without_one_must_be_empty(path, caplog):
+    path.write_text(pandas.DataFrame(QA).to_csv())
+    for _ in range(2):
+        read(path)
+    assert [record.message.removeprefix(str(path)) for record in caplog.records] == [
+        ": the first column has no name and is left out, as an index that pandas wrote"
+    ]
+    with pytest.raises(UserError, match=r"a.csv:3: cell 3 stands in a column without a name; .*quote cells"):
+        list(read(path, "prompt,completion,\np,c,\nHello, you,c\n"))
+
+
+def test_one_column_is_a_file_of_texts_whatever_stands_in_it(path):
+    assert [row.fields["text"] for row in read(path, 'text\na; b\n"c, d"\ne|f\n')] == ["a; b", "c, d", "e|f"]
 
 
 def test_a_missing_header_shows_in_the_message(path):

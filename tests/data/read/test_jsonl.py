@@ -83,8 +83,9 @@ def test_a_giant_line_is_refused_without_holding_it(tmp_path, monkeypatch):
 
 
 BAD_FILES = {
-    "BOM": (b'\xef\xbb\xbf{"text": "a"}\n', "bad.jsonl:1: starts with a byte order mark; save"),
-    "UTF-16": ('{"text": "a"}\n'.encode("utf-16"), "bad.jsonl:1: starts with a byte order mark; save"),
+    "half UTF-16": (b'\xff\xfe{\0\n\0"', r"bad.jsonl:2: the file starts with the mark of utf-16-le, but is not"),
+    "text after a list": (b'[{"text": "a"}]\n[{"text": "b"}]\n', r"bad.jsonl:2: not JSON \(Extra data at column 1\)"),
+    "an open list": (b'[{"text": "a"},\n', r"bad.jsonl:2: not JSON \(Expecting value"),
     "empty": (b"", "bad.jsonl: the file has no rows; fill it"),
     "blank lines": (b"\n \n", "bad.jsonl: the file has no rows"),
 }

@@ -60,6 +60,15 @@ def data_dir(tmp_path_factory):
     return data_dir
 
 
+def test_columns_are_renamed(data_dir):
+    source, columns = f"tfds:ftjax_chats:{data_dir}", {"messages": "messages", "prompt": "id"}
+    rows = read(source, columns=columns)
+    assert rows.raw(2).keys() == {"messages", "prompt", "text"}
+    assert rows[2].fields == read(source)[2].fields
+    with pytest.raises(UserError, match=r"no column 'mesages', .*did you mean 'messages'"):
+        read(source, columns={"messages": "mesages"})
+
+
 @pytest.fixture(scope="module")
 def tfrecord_dir(data_dir, tmp_path_factory):
     """The same data set as tensorflow would have written it: TensorBoard's writer, two shards."""
