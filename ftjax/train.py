@@ -12,9 +12,9 @@ from pathlib import Path
 import jax
 from absl import flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from ftjax import assemble, cli, describe, distributed, preflight, resume, sharding
+from ftjax import assemble, cli, config_flag, describe, distributed, preflight, resume, sharding
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data import pipeline
@@ -129,15 +129,15 @@ def _load_data(config: ConfigDict, base: Base, mesh: Mesh, display: Display) -> 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
-    config = cli.config_of(_CONFIG)
-    workdir = Path(_WORKDIR.value or f"runs/{cli.config_name()}")
+    config = config_flag.value()
+    workdir = Path(_WORKDIR.value or f"runs/{config_flag.name()}")
     with distributed.connected(flags.FLAGS):
         return train(config, workdir)
 
 
 if __name__ == "__main__":
     sys.argv[0] = "ftjax.train"  # absl shows in --help the flags defined under this name
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="the run's config file, e.g. configs/quickstart.py")
+    config_flag.define()
     _WORKDIR = flags.DEFINE_string("workdir", None, "where the run is kept (default: runs/NAME-OF-THE-CONFIG)")
     distributed.define_flags()
-    cli.run(main)
+    cli.run(main, config_flag.parse)

@@ -12,8 +12,10 @@ FILES = sorted((ROOT / "ftjax").rglob("*.py"))
 # of its own; "weights" alone is what stands in none of its wings. `data` and `tasks` stay on the host.
 FLOORS = [
     {"errors"},
-    {"atomic", "cli", "strict_json", "tree"},
+    {"atomic", "cli", "foreign", "strict_json", "tree"},
     {"config", "distributed"},
+    {"config_files"},
+    {"config_flag"},
     {"sharding", "quant"},
     {"models"},
     {"lora", "tasks"},
