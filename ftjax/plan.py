@@ -1,8 +1,10 @@
-"""python -m ftjax.plan --config configs/X.py --topology v5e:4x4 [--config.a.b=value ...] [--search] [--json FILE]
+"""Whether a run fits a TPU slice, and how fast it can be.
 
-Whether a run fits a TPU slice, and how fast it can be: compiles the real training step for the slice, which need not
-exist, without reading weights or data. If it does not fit, changes that may fit are tried; --search tries changes that
-may be faster.
+    python -m ftjax.plan --config llama3_1_8b_lora --topology v5e:4x4
+    python -m ftjax.plan --config mine.yaml --config.data.max_length=8192 --topology v5p:2x2x2 --search --json PLAN
+
+Compiles the real training step for the slice, which need not exist, without reading weights or data. If it does not
+fit, changes that may fit are tried; --search tries changes that may be faster.
 Exit status: 0 it fits, 1 it does not, 2 a mistake in what was asked.
 """
 

@@ -1,8 +1,12 @@
-"""python -m ftjax.train --config configs/X.py [--config.a.b=value ...] [--workdir DIR]
+"""A model fine-tuned as a config says.
 
-Fine-tunes a model as the config says. The same command again resumes where the last one stopped; a finished run is left
-as it is. Exit status: 0 finished and saved, 2 a mistake in what was asked, 75 saved on SIGTERM (run it again to go on),
-130 Ctrl-C (resumes from the last checkpoint).
+    python -m ftjax.train --config chat --config.model.source=M --config.data.train=rows.jsonl
+    python -m ftjax.train --config mine.yaml --config.epochs=3 --workdir runs/mine
+
+--config is the name of a config that ships, or a file in Python, YAML or JSON, such as the config.json of another run;
+--config.KEY=VALUE changes a key of it. The same command again resumes where the last one stopped; a finished run is
+left as it is. Exit status: 0 finished and saved, 2 a mistake in what was asked, 75 saved on SIGTERM (run it again to go
+on), 130 Ctrl-C (resumes from the last checkpoint).
 """
 
 import dataclasses
