@@ -34,7 +34,7 @@ FLOORS = [
     {"method"},
     {"assemble"},
     {"evals"},
-    {"describe", "inspection", "parity", "preflight", "resume"},
+    {"describe", "inspection", "parity", "preflight", "prompts", "resume"},
     {"planning"},
     {"__main__", "train", "generate", "export", "plan", "inspect_data", "curate"},
 ]
