@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from ftjax import foreign
 from ftjax.atomic import write_text
 from ftjax.errors import UserError, did_you_mean
 
@@ -180,6 +181,33 @@ def flat(config: ConfigDict) -> dict[str, Any]:
     return out
 
 
+def unknown_key(name: str) -> str:
+    """The message about a key that there is none of; it names the one that is meant where that can be known."""
+    leaf = name.rpartition(".")[2]
+    same = [key for key in KEYS if key.rpartition(".")[2] == leaf]
+    if same and leaf == name:
+        return f"config has no key {name!r}; did you mean {' or '.join(map(repr, same))}?"
+    theirs = None if same else foreign.find(leaf)
+    if theirs is None:
+        sections = {key.partition(".")[0] for key in KEYS}
+        return f"config has no key {name!r}{did_you_mean(name, same if len(same) == 1 else sections | KEYS.keys())}"
+    if not theirs.key:
+        return f"config has no key {name!r}: {theirs.note}"
+    return f"config has no key {name!r}; did you mean {theirs.key!r}?" + (f" ({theirs.note})" if theirs.note else "")
+
+
+def assign(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets one key, given by its dotted name; UserError where there is none of that name, or for another type."""
+    if key not in KEYS:
+        raise UserError(unknown_key(key))
+    _check_type(key, value, KEYS[key].default)
+    section, _, leaf = key.rpartition(".")
+    holder = config.get(section) if section else config
+    if holder is None or leaf not in holder:
+        raise UserError(f"config lacks {key}; build it from ftjax.config.defaults()")
+    holder[leaf] = type(KEYS[key].default)(value)
+
+
 def validate(config: ConfigDict, data: bool = True) -> None:
     """Raises UserError naming the key, its value and what it may be; also for unknown, missing and mistyped keys.
 
@@ -187,7 +215,7 @@ def validate(config: ConfigDict, data: bool = True) -> None:
     """
     given = flat(config)
     for key in given.keys() - KEYS.keys():
-        raise UserError(f"config has no key {key!r}{did_you_mean(key, KEYS)}")
+        raise UserError(unknown_key(key))
     if missing := sorted(KEYS.keys() - given.keys()):
         raise UserError(f"config lacks {', '.join(missing)}; build it from ftjax.config.defaults()")
     for key, (default, _) in KEYS.items():

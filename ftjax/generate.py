@@ -5,9 +5,14 @@
     python -m ftjax.generate --workdir runs/quickstart --chat           a conversation; an empty line ends it
     python -m ftjax.generate --workdir runs/quickstart --model M --prompt "..."   where the run's base is now at M
     python -m ftjax.generate --model M --adapter tickets=A,haiku=B --use haiku --chat
+    python -m ftjax.generate --model M --prompts FILE --out FILE.jsonl    every prompt of a file, in batches
+    echo "..." | python -m ftjax.generate --model M                       the prompt from standard input (--prompt -)
 
 With several adapters, --use names the one to begin with; in a conversation, "/adapter tickets" changes to another one
 and "/adapter none" to the base alone.
+
+--prompts takes a .txt file with a prompt a line, or rows in any format that training reads, whose answers are left out
+(of a conversation, what follows the last turn of the user); --out gets {"prompt", "completion"} a line, in their order.
 
 The prompt is put into the model's chat template where it has one; --raw leaves it as it is. Generation stops at any of
 the model's end tokens. --temperature 0 (the default) is greedy.
@@ -23,7 +28,7 @@ import numpy as np
 from absl import flags
 from transformers import PreTrainedTokenizerFast
 
-from ftjax import assemble, cli, distributed, sharding, tree
+from ftjax import assemble, cli, distributed, prompts, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data.tokens.chat import render_prompt
@@ -31,6 +36,7 @@ from ftjax.errors import UserError
 from ftjax.models.params import abstract_params
 from ftjax.sampling.engine import stream
 from ftjax.sampling.sampler import Sampling
+from ftjax.training.display import Display
 from ftjax.tree import Tree
 from ftjax.weights.load import load_params
 from ftjax.weights.peft.adapter import open_adapter
@@ -111,14 +117,23 @@ def main(argv: list[str]) -> int:
         raise UserError("give either --workdir (a run) or --model (with or without --adapter)")
     if FLAGS.workdir and FLAGS.use:
         raise UserError("--use goes with --model alone; a --workdir has its own adapter")
-    if (FLAGS.prompt is None) == (not FLAGS.chat):
-        raise UserError("give either --prompt '...' or --chat")
+    piped = not (FLAGS.chat or FLAGS.prompts or sys.stdin is None or sys.stdin.isatty())
+    text = "-" if FLAGS.prompt is None and piped else FLAGS.prompt
+    if [text is not None, bool(FLAGS.prompts), FLAGS.chat].count(True) != 1:
+        raise UserError("give either --prompt '...' (- for standard input), --prompts FILE or --chat")
+    if bool(FLAGS.prompts) != bool(FLAGS.out):
+        raise UserError("--prompts FILE and --out FILE go together: the prompts, and where completions are written")
+    if FLAGS["batch_size"].present and not FLAGS.prompts:
+        raise UserError("--batch_size goes with --prompts")
     if FLAGS.raw and (FLAGS.system or FLAGS.chat):
         raise UserError("--raw gives the prompt as it is; it takes no --system and no --chat")
     if FLAGS.workdir and FLAGS["dtype"].present:
         raise UserError("--dtype goes with --model alone; a --workdir has the dtype of its config")
     distributed.refuse_several("ftjax.generate")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
+    if FLAGS.prompts:
+        prompts.check_out(Path(FLAGS.out))
+    asked = [] if FLAGS.chat else prompts.of_file(FLAGS.prompts) if FLAGS.prompts else [prompts.given(text)]
     if not FLAGS.workdir:
         adapters = parse_adapters(FLAGS.adapter) if FLAGS.adapter else {}
         in_use = initial_adapter(FLAGS.use, [NONE, *adapters])
@@ -149,12 +164,23 @@ def main(argv: list[str]) -> int:
     system = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
     if FLAGS.chat:
         _chat(base, system, answer, switch)
-    elif FLAGS.raw:
-        answer(np.asarray(base.tokenizer.encode(FLAGS.prompt), np.int32))
-    elif base.tokenizer.chat_template:
-        answer(render_prompt([*system, {"role": "user", "content": FLAGS.prompt}], base.tokenizer))
+    elif not FLAGS.prompts:
+        answer(prompts.tokens(asked[0], base.tokenizer, FLAGS.system or "", FLAGS.raw))
     else:
-        answer(render_prompt(FLAGS.prompt, base.tokenizer))
+        with Display(1) as display:
+            completions = prompts.complete(
+                base,
+                variables[in_use],
+                asked,
+                FLAGS.max_new_tokens,
+                sampling,
+                FLAGS.batch_size,
+                display,
+                FLAGS.system or "",
+                FLAGS.raw,
+            )
+            prompts.write(Path(FLAGS.out), asked, completions)
+            display.say(f"{len(completions):,} completions are in {FLAGS.out}")
     return 0
 
 
@@ -186,8 +212,13 @@ if __name__ == "__main__":
     flags.DEFINE_string("use", None, "which of several adapters; none: the base alone")
     flags.DEFINE_string("workdir", None, "a run of ftjax.train; --model and --adapter beside it: where its own are now")
     flags.DEFINE_integer("step", None, "the run's checkpoint to use (default: the newest)")
-    flags.DEFINE_string("prompt", None, "what to answer")
-    flags.DEFINE_string("system", None, "a system message before it")
+    flags.DEFINE_string("prompt", None, "what to answer; - reads it from standard input")
+    flags.DEFINE_string(
+        "prompts", None, "a file of prompts to answer: .txt, one a line, or rows as training reads them"
+    )
+    flags.DEFINE_string("out", None, "with --prompts: the JSON Lines to write")
+    flags.DEFINE_integer("batch_size", 16, "with --prompts: how many are completed together", lower_bound=1)
+    flags.DEFINE_string("system", None, "a system message before a prompt that has none")
     flags.DEFINE_boolean("chat", False, "a conversation: one line from you, one answer, and so on")
     flags.DEFINE_boolean("raw", False, "use the prompt as it is, without the chat template")
     flags.DEFINE_integer("max_new_tokens", 256, "the most tokens of an answer", lower_bound=1)

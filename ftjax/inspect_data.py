@@ -24,10 +24,10 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.progress import Progress
 
-from ftjax import assemble, cli
+from ftjax import assemble, cli, config_flag
 from ftjax import config as configs
 from ftjax.atomic import write_text
 from ftjax.data.audit import checks
@@ -155,13 +155,13 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
     options = {name: getattr(FLAGS, name) for name in _OPTIONS}
-    return inspect(cli.config_of(_CONFIG), options)
+    return inspect(config_flag.value(), options)
 
 
 if __name__ == "__main__":
     sys.argv[0] = "ftjax.inspect_data"  # absl shows in --help the flags defined under this name
     FLAGS = flags.FLAGS
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="the run's config file, e.g. configs/quickstart.py")
+    config_flag.define()
     flags.DEFINE_integer("rows", 2, "rows to show token by token", lower_bound=0)
     flags.DEFINE_integer("source", None, "show rows of this entry of config.data.train only (from 0)")
     flags.DEFINE_integer("max_rows", 20_000, "rows to look at, evenly spread over the set; 0: all", lower_bound=0)
@@ -170,4 +170,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("html", None, "write a page to browse the rows in")
     flags.DEFINE_string("json", None, "write figures and findings as JSON")
     _OPTIONS = ("rows", "source", "max_rows", "tokens_per_second", "workdir", "html", "json")
-    cli.run(main)
+    cli.run(main, config_flag.parse)

@@ -1,8 +1,10 @@
-"""python -m ftjax.plan --config configs/X.py --topology v5e:4x4 [--config.a.b=value ...] [--search] [--json FILE]
+"""Whether a run fits a TPU slice, and how fast it can be.
 
-Whether a run fits a TPU slice, and how fast it can be: compiles the real training step for the slice, which need not
-exist, without reading weights or data. If it does not fit, changes that may fit are tried; --search tries changes that
-may be faster.
+    python -m ftjax.plan --config llama3_1_8b_lora --topology v5e:4x4
+    python -m ftjax.plan --config mine.yaml --config.data.max_length=8192 --topology v5p:2x2x2 --search --json PLAN
+
+Compiles the real training step for the slice, which need not exist, without reading weights or data. If it does not
+fit, changes that may fit are tried; --search tries changes that may be faster.
 Exit status: 0 it fits, 1 it does not, 2 a mistake in what was asked.
 """
 
@@ -12,9 +14,9 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from ftjax import cli
+from ftjax import cli, config_flag
 from ftjax import config as configs
 from ftjax.atomic import write_text
 from ftjax.errors import UserError
@@ -74,19 +76,17 @@ def main(argv: list[str]) -> int:
     if not _TOPOLOGY.value:
         raise UserError("--topology is missing; for example --topology v5e:4x4")
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free for others
-    config = cli.config_of(_CONFIG)
+    config = config_flag.value()
     with Display(1) as display:
         return plan(config, _TOPOLOGY.value, display, Path(_JSON.value) if _JSON.value else None, _SEARCH.value)
 
 
 if __name__ == "__main__":
     sys.argv[0] = "ftjax.plan"  # absl shows in --help the flags defined under this name
-    _CONFIG = config_flags.DEFINE_config_file(
-        "config", help_string="the run's config file, e.g. configs/llama3_1_8b_lora.py"
-    )
+    config_flag.define()
     _TOPOLOGY = flags.DEFINE_string(
         "topology", None, "the slice, e.g. v5e:4x4, v5p:2x2x2, or 2x v5e:4x4 for two of them"
     )
     _JSON = flags.DEFINE_string("json", None, "also write the plan to this file")
     _SEARCH = flags.DEFINE_bool("search", False, "also look for the fastest mesh, remat and accumulation that fit")
-    cli.run(main)
+    cli.run(main, config_flag.parse)

@@ -1,8 +1,12 @@
-"""python -m ftjax.train --config configs/X.py [--config.a.b=value ...] [--workdir DIR]
+"""A model fine-tuned as a config says.
 
-Fine-tunes a model as the config says. The same command again resumes where the last one stopped; a finished run is left
-as it is. Exit status: 0 finished and saved, 2 a mistake in what was asked, 75 saved on SIGTERM (run it again to go on),
-130 Ctrl-C (resumes from the last checkpoint).
+    python -m ftjax.train --config chat --config.model.source=M --config.data.train=rows.jsonl
+    python -m ftjax.train --config mine.yaml --config.epochs=3 --workdir runs/mine
+
+--config is the name of a config that ships, or a file in Python, YAML or JSON, such as the config.json of another run;
+--config.KEY=VALUE changes a key of it. The same command again resumes where the last one stopped; a finished run is
+left as it is. Exit status: 0 finished and saved, 2 a mistake in what was asked, 75 saved on SIGTERM (run it again to go
+on), 130 Ctrl-C (resumes from the last checkpoint).
 """
 
 import dataclasses
@@ -12,9 +16,9 @@ from pathlib import Path
 import jax
 from absl import flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from ftjax import assemble, cli, describe, distributed, origin, preflight, resume, sharding
+from ftjax import assemble, cli, config_flag, describe, distributed, origin, preflight, resume, sharding
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data import pipeline
@@ -135,15 +139,15 @@ def _load_data(config: ConfigDict, base: Base, mesh: Mesh, display: Display) -> 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
-    config = cli.config_of(_CONFIG)
-    workdir = Path(_WORKDIR.value or f"runs/{cli.config_name()}")
+    config = config_flag.value()
+    workdir = Path(_WORKDIR.value or f"runs/{config_flag.name()}")
     with distributed.connected(flags.FLAGS):
         return train(config, workdir)
 
 
 if __name__ == "__main__":
     sys.argv[0] = "ftjax.train"  # absl shows in --help the flags defined under this name
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="the run's config file, e.g. configs/quickstart.py")
+    config_flag.define()
     _WORKDIR = flags.DEFINE_string("workdir", None, "where the run is kept (default: runs/NAME-OF-THE-CONFIG)")
     distributed.define_flags()
-    cli.run(main)
+    cli.run(main, config_flag.parse)

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from ftjax import cli, distributed, quant, tree
+from ftjax import cli, config_flag, distributed, quant, tree
 from ftjax import config as configs
 from ftjax.assemble import Program
 from ftjax.errors import UserError
@@ -234,7 +234,7 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
     with distributed.connected(flags.FLAGS):
-        config = _CONFIG.value
+        config = config_flag.value()
         for key, value in (("batch_size", _BATCH.value), ("max_length", _LENGTH.value)):
             if value is not None:
                 config.data[key] = value
@@ -252,13 +252,11 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     sys.argv[0] = "bench_step.py"  # absl shows in --help the flags defined under this name
     distributed.define_flags()
-    _CONFIG = config_flags.DEFINE_config_file(
-        "config", str(ROOT / "configs/llama3_1_8b_lora.py"), help_string="the config whose step is timed"
-    )
+    config_flag.define(str(ROOT / "configs/llama3_1_8b_lora.py"))
     _LAYERS = flags.DEFINE_integer("layers", None, "how many of the model's layers to keep", lower_bound=1)
     _BATCH = flags.DEFINE_integer("batch", None, "config.data.batch_size: rows over all devices", lower_bound=1)
     _LENGTH = flags.DEFINE_integer("length", None, "config.data.max_length: tokens in a row", lower_bound=2)
     _WARMUP = flags.DEFINE_integer("warmup", 3, "steps before the clock starts", lower_bound=1)
     _STEPS = flags.DEFINE_integer("steps", 20, "steps that are timed", lower_bound=1)
     _PEAK = flags.DEFINE_float("peak", None, "TFLOP/s of a device in bfloat16, where its kind is not known", 0.0)
-    cli.run(main)
+    cli.run(main, config_flag.parse)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes or completes .venv at the repository's root: bash scripts/install.sh [extra ...]
-# Does nothing, quickly, when that was already done for the same extras and the same setup.cfg.
+# Does nothing, quickly, when that was already done for the same extras and the same setup.cfg and setup.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,7 +11,7 @@ venv=.venv
 
 for extra in quickstart "$@"; do
     stamp="$venv/.installed-$extra"
-    wanted=$(cat setup.cfg pyproject.toml scripts/install.sh | sha256sum)
+    wanted=$(cat setup.cfg setup.py pyproject.toml scripts/install.sh | sha256sum)
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then continue; fi
     echo "installing ftjax with what $extra needs into $venv (minutes, once)"
     if [ "$extra" = quickstart ]; then

@@ -1,4 +1,4 @@
-"""Mistakes in a config file are told in one message that names the mend."""
+"""A command line ends with one message and its exit status."""
 
 import os
 import subprocess
@@ -7,35 +7,39 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = """
-from ml_collections import config_flags
-from ftjax import cli
-config_flags.DEFINE_config_file("config")
-cli.run(lambda argv: 0)
+PROGRAM = '''
+"""Says what the config is.
+
+    python -m ftjax.train --config chat
 """
+import sys
+from ftjax import cli, config_flag
+sys.argv[0] = "program"
+config_flag.define()
+def main(argv):
+    print(config_flag.name(), config_flag.value().epochs)
+cli.run(main, config_flag.parse)
+'''
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("arguments", "status", "out", "err"),
     [
-        ("data.train = 'rows.jsonl'", "train must be a tuple, also where it holds only one; write ('rows.jsonl',)"),
-        ("data.eval = {'source': 'a'}", "eval must be a tuple, also where it holds only one; write ({...},)"),
-        ("data.max_length = 'x'", "max_length must be of the type int, and 'x' is of str"),
+        (["--config=chat", "--config.epochs=3"], 0, "chat 3.0\n", ""),
+        (["--help"], 0, "python -m ftjax.train --config chat", ""),
+        (["--epochs=3"], 2, "", "error: there is no flag --epochs; did you mean --config.epochs=3?\n"),
     ],
 )
-def test_a_value_of_another_type_is_refused_with_the_way_to_write_it(tmp_path, line, message):
-    path = tmp_path / "config.py"
-    path.write_text(
-        "from ftjax import config as configs\n"
-        f"def get_config():\n    config = configs.defaults()\n    config.{line}\n    return config\n"
-    )
+def test_what_a_command_line_ends_with(arguments, status, out, err):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, f"--config={path}"],
+        [sys.executable, "-W", "error", "-c", PROGRAM, *arguments],
         capture_output=True,
         text=True,
         timeout=60,
         env=environment,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (2, f"error: the config was refused: {message}\n")
+    assert (done.returncode, done.stderr) == (status, err)
+    assert out in done.stdout
+    assert ("--config:" in done.stdout) == ("--help" in arguments)

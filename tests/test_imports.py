@@ -12,8 +12,10 @@ FILES = sorted((ROOT / "ftjax").rglob("*.py"))
 # of its own; "weights" alone is what stands in none of its wings. `data` and `tasks` stay on the host.
 FLOORS = [
     {"errors"},
-    {"atomic", "cli", "strict_json", "tree"},
+    {"atomic", "cli", "foreign", "strict_json", "tree"},
     {"config", "distributed"},
+    {"config_files"},
+    {"config_flag"},
     {"sharding", "quant"},
     {"models"},
     {"lora", "tasks"},
@@ -33,9 +35,9 @@ FLOORS = [
     {"method"},
     {"assemble"},
     {"evals"},
-    {"describe", "inspection", "parity", "preflight", "resume"},
+    {"describe", "inspection", "parity", "preflight", "prompts", "resume"},
     {"planning"},
-    {"train", "generate", "export", "plan", "inspect_data", "curate"},
+    {"__main__", "train", "generate", "export", "plan", "inspect_data", "curate"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]

@@ -105,13 +105,15 @@ def tokenize_unpaired(row: Row, tokenizer: Tokenizer, vocab_size: int | None = N
     return _answer(fields["prompt"], fields["completion"], fields.get("tools"), row.origin, tokenizer, vocab_size)
 
 
-def render_prompt(messages: Messages | str, tokenizer: Tokenizer, tools: Tools = None) -> np.ndarray:
+def render_prompt(
+    messages: Messages | str, tokenizer: Tokenizer, tools: Tools = None, origin: str = "the prompt"
+) -> np.ndarray:
     """int32 [n]: the tokens that a model is given to answer, exactly those that precede the answer in training.
 
     Args:
       messages: a conversation, rendered with the generation prompt; or the prompt of a prompt/completion row, a string.
+      origin: where it is, for messages.
     """
-    origin = "the prompt"
     if isinstance(messages, str) and not tokenizer.chat_template:
         tokens = encode([messages], tokenizer, add_special_tokens=True)[0]
     else:

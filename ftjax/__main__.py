@@ -1,0 +1,50 @@
+"""ftjax COMMAND ... is python -m ftjax.COMMAND ...
+
+ftjax                            the commands
+ftjax train --config chat ...    one of them
+ftjax help train                 what it takes
+"""
+
+import runpy
+import sys
+
+from ftjax.errors import did_you_mean
+
+# In the order in which they are used.
+COMMANDS = {
+    "inspect_data": "see, count and check the rows that a run would be trained on",
+    "curate": "deduplicate, filter, split, mix, convert and sample files of rows",
+    "plan": "whether a run fits a TPU slice that need not be there, and how fast it can be",
+    "train": "fine-tune a model as a config says; the same command resumes",
+    "generate": "text from a model, an adapter or a run: one prompt, a conversation, or a file of prompts",
+    "export": "a run's result for other software: a PEFT adapter, a Hugging Face model, a GGUF",
+}
+
+_USAGE = """ftjax fine-tunes open large language models.
+
+    ftjax train --config chat --config.model.source=MODEL --config.data.train=rows.jsonl
+
+Commands; `ftjax COMMAND --help` (or python -m ftjax.COMMAND --help) says what each takes:
+
+{commands}"""
+
+
+def main() -> int | None:
+    words = sys.argv[1:]
+    if words[:1] == ["help"]:
+        words = [*words[1:], *(["--help"] if len(words) > 1 else [])]
+    if not words or words[0] in ("--help", "-h"):
+        width = max(map(len, COMMANDS))
+        print(_USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())))
+        return 0
+    name = words[0].removeprefix("ftjax.").replace("-", "_")
+    if name not in COMMANDS:
+        print(f"error: ftjax has no command {words[0]!r}{did_you_mean(name, COMMANDS)}", file=sys.stderr)
+        return 2
+    sys.argv = [name, *words[1:]]
+    runpy.run_module(f"ftjax.{name}", run_name="__main__", alter_sys=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""What other trainers call our settings: one table for messages about unknown keys, `ftjax.import_config` and the docs.
+
+Names are those of TRL 1.x (its configs, transformers' TrainingArguments, peft's LoraConfig) and of Axolotl 0.1x.
+"""
+
+from typing import NamedTuple
+
+
+class Ours(NamedTuple):
+    """What stands here for a setting of another trainer.
+
+    Attributes:
+      key: of our config; "" where there is none.
+      note: how the two differ, or why there is none; a phrase that can follow a semicolon.
+    """
+
+    key: str
+    note: str = ""
+
+
+_BATCH = "it counts the rows of a step over all devices and micro-batches, theirs those of one device at a time"
+_LENGTH = "tokens of a document, where it is cut"
+_REMAT = "full where theirs is on, none where it is off"
+_TRACKERS = "metrics.jsonl and TensorBoard files are always written to the workdir"
+_SHARDING = "parameters are always sharded over the devices; the mesh.* keys say how"
+_KERNELS = "model.attention chooses the kernel, and auto takes the fastest that fits"
+_RESUME = "the same command resumes; checkpoint.resume_step goes back to a step"
+_BEST = "the best checkpoint is always kept beside the newest"
+_STOP = "there is no early stopping; the best checkpoint is kept beside the newest"
+_EPOCH_EVAL = "eval_every counts steps; 0 evaluates at the end"
+_HUB = "nothing is uploaded; ftjax.export writes a directory to upload"
+_TF32 = "the precision of matrix products follows from model.dtype"
+_CACHE = "tokens are cached by content, in $FTJAX_CACHE"
+_WORKERS = "rows are tokenized by as many processes as there are cores"
+_LOSS = "the loss is computed in blocks without the logits of all tokens, always"
+_PADDING = "padding is left out of attention and loss whatever its token, so none is needed"
+_COMPILE = "every step is compiled, always"
+_CODE = "code from a model's repository is never run; ftjax has its own implementations"
+_WARMUP = "a share of all steps: warm-up steps divided by steps"
+
+TRL: dict[str, Ours] = {
+    "model_name_or_path": Ours("model.source", "also a .gguf file or package:NAME"),
+    "dtype": Ours("model.dtype", "of activations; model.param_dtype is that of the stored base"),
+    "torch_dtype": Ours("model.dtype", "of activations; model.param_dtype is that of the stored base"),
+    "bf16": Ours("model.dtype", "bfloat16, which is the default"),
+    "fp16": Ours("model.dtype", "bfloat16 is the default and needs no loss scaling, which is not there"),
+    "tf32": Ours("", _TF32),
+    "attn_implementation": Ours("model.attention", "auto takes the fastest that fits"),
+    "gradient_checkpointing": Ours("model.remat", _REMAT),
+    "activation_offloading": Ours("model.remat", "offload"),
+    "trust_remote_code": Ours("", _CODE),
+    "use_liger_kernel": Ours("", _LOSS),
+    "torch_compile": Ours("", _COMPILE),
+    "load_in_8bit": Ours("quantize.base", "int8"),
+    "load_in_4bit": Ours("quantize.base", "nf4"),
+    "use_peft": Ours("adapter.kind", "lora or dora; none trains the model itself"),
+    "r": Ours("adapter.rank"),
+    "lora_r": Ours("adapter.rank"),
+    "lora_alpha": Ours("adapter.alpha"),
+    "lora_dropout": Ours("adapter.dropout"),
+    "target_modules": Ours("adapter.targets", "names with commas between, a regular expression, or all-linear"),
+    "lora_target_modules": Ours("adapter.targets", "names with commas between, a regular expression, or all-linear"),
+    "modules_to_save": Ours("adapter.modules_to_save"),
+    "lora_modules_to_save": Ours("adapter.modules_to_save"),
+    "rank_pattern": Ours("adapter.rank_pattern", "pairs of a regular expression and a rank"),
+    "alpha_pattern": Ours("adapter.alpha_pattern", "pairs of a regular expression and an alpha"),
+    "use_rslora": Ours("adapter.rslora"),
+    "use_dora": Ours("adapter.kind", "dora"),
+    "init_lora_weights": Ours("adapter.init", "default or pissa"),
+    "dataset_name": Ours("data.train", "hf:NAME, files, task:NAME or tfds:NAME"),
+    "dataset_text_field": Ours("data.train", "the format of a row is recognized by its fields: text, messages, ..."),
+    "eval_dataset": Ours("data.eval"),
+    "dataset_num_proc": Ours("", _WORKERS),
+    "max_length": Ours("data.max_length", _LENGTH),
+    "max_seq_length": Ours("data.max_length", _LENGTH),
+    "packing": Ours("data.packing", "on by default; no example sees another"),
+    "assistant_only_loss": Ours("data.train_on", "assistant, which is the default"),
+    "completion_only_loss": Ours("data.train_on", "of a prompt and its completion only the completion is trained"),
+    "pad_token": Ours("", _PADDING),
+    "per_device_train_batch_size": Ours("data.batch_size", _BATCH),
+    "gradient_accumulation_steps": Ours("accumulate", "micro-batches that data.batch_size is split into"),
+    "per_device_eval_batch_size": Ours("data.batch_size", "rows are evaluated in micro-batches of the training's size"),
+    "auto_find_batch_size": Ours("data.batch_size", "python -m ftjax.plan says what fits"),
+    "num_train_epochs": Ours("epochs"),
+    "max_steps": Ours("steps"),
+    "optim": Ours("optimizer.name"),
+    "learning_rate": Ours("optimizer.learning_rate"),
+    "weight_decay": Ours("optimizer.weight_decay"),
+    "adam_beta1": Ours("optimizer.b1"),
+    "adam_beta2": Ours("optimizer.b2"),
+    "adam_epsilon": Ours("optimizer.eps"),
+    "max_grad_norm": Ours("optimizer.clip_norm"),
+    "lr_scheduler_type": Ours("schedule.name"),
+    "warmup_ratio": Ours("schedule.warmup_ratio"),
+    "warmup_steps": Ours("schedule.warmup_ratio", _WARMUP),
+    "loss_type": Ours("objective.name"),
+    "beta": Ours("objective.beta"),
+    "ref_model": Ours("", "the reference of dpo is the model as training starts"),
+    "seed": Ours("seed"),
+    "output_dir": Ours("", "the flag --workdir says where a run is kept"),
+    "logging_steps": Ours("log_every"),
+    "save_steps": Ours("checkpoint_every"),
+    "save_total_limit": Ours("checkpoint.keep", "the newest so many, and the best"),
+    "save_strategy": Ours("checkpoint_every", "in steps"),
+    "eval_steps": Ours("eval_every"),
+    "eval_strategy": Ours("eval_every", _EPOCH_EVAL),
+    "load_best_model_at_end": Ours("", _BEST),
+    "early_stopping": Ours("", _STOP),
+    "early_stopping_patience": Ours("", _STOP),
+    "report_to": Ours("", _TRACKERS),
+    "run_name": Ours("", "the flag --workdir names a run"),
+    "resume_from_checkpoint": Ours("", _RESUME),
+    "push_to_hub": Ours("", _HUB),
+    "deepspeed": Ours("", _SHARDING),
+    "fsdp": Ours("mesh.fsdp", _SHARDING),
+}
+
+AXOLOTL: dict[str, Ours] = {
+    "base_model": Ours("model.source", "also a .gguf file or package:NAME"),
+    "base_model_config": Ours("", "the model's own config.json is read"),
+    "model_type": Ours("", "the architecture is read from the model's config.json"),
+    "tokenizer_type": Ours("", "the model's own tokenizer is read"),
+    "tokenizer_config": Ours("", "the model's own tokenizer is read"),
+    "trust_remote_code": Ours("", _CODE),
+    "bf16": Ours("model.dtype", "bfloat16, which is the default; float32 where bf16 and fp16 are off"),
+    "fp16": Ours("", "bfloat16 is used instead, which needs no loss scaling"),
+    "tf32": Ours("", _TF32),
+    "attn_implementation": Ours("", _KERNELS),
+    "flash_attention": Ours("", _KERNELS),
+    "sdp_attention": Ours("", _KERNELS),
+    "xformers_attention": Ours("", _KERNELS),
+    "gradient_checkpointing": Ours(
+        "model.remat", "full where it is on, none where it is off, offload where it says so"
+    ),
+    "gradient_checkpointing_kwargs": Ours("", "model.remat needs none"),
+    "torch_compile": Ours("", _COMPILE),
+    "load_in_8bit": Ours("quantize.base", "int8"),
+    "load_in_4bit": Ours("quantize.base", "nf4"),
+    "adapter": Ours("adapter.kind", "lora; with qlora also quantize.base = nf4; none where it is left out"),
+    "lora_model_dir": Ours("adapter.source", "a PEFT adapter to go on from"),
+    "lora_r": Ours("adapter.rank"),
+    "lora_alpha": Ours("adapter.alpha"),
+    "lora_dropout": Ours("adapter.dropout"),
+    "lora_target_linear": Ours("adapter.targets", "all-linear"),
+    "lora_target_modules": Ours("adapter.targets", "names with commas between, or a regular expression"),
+    "lora_modules_to_save": Ours("adapter.modules_to_save"),
+    "lora_rank_pattern": Ours("adapter.rank_pattern", "pairs of a regular expression and a rank"),
+    "lora_alpha_pattern": Ours("adapter.alpha_pattern", "pairs of a regular expression and an alpha"),
+    "lora_fan_in_fan_out": Ours("", "kernels are oriented as the model's files say"),
+    "peft_use_rslora": Ours("adapter.rslora"),
+    "peft_use_dora": Ours("adapter.kind", "dora"),
+    "peft_init_lora_weights": Ours("adapter.init", "default or pissa"),
+    "loraplus_lr_ratio": Ours("optimizer.loraplus_ratio"),
+    "datasets": Ours("data.train", "paths stay paths, names on the Hub become hf:NAME; `type` becomes `format`"),
+    "test_datasets": Ours("data.eval"),
+    "val_set_size": Ours("data.holdout", "a share; rows of one prompt stay on one side"),
+    "dataset_prepared_path": Ours("", _CACHE),
+    "dataset_processes": Ours("", _WORKERS),
+    "dataset_num_proc": Ours("", _WORKERS),
+    "shuffle_merged_datasets": Ours("", "every epoch is shuffled"),
+    "sequence_len": Ours("data.max_length", _LENGTH),
+    "sample_packing": Ours("data.packing", "no example sees another"),
+    "eval_sample_packing": Ours("data.packing", "one setting for both"),
+    "pad_to_sequence_len": Ours("", "packed rows are always padded to one length"),
+    "group_by_length": Ours("", "data.packing fills rows; without it batches are padded to one of a few lengths"),
+    "train_on_inputs": Ours("data.train_on", "all where it is on, assistant where it is off"),
+    "special_tokens": Ours("", _PADDING),
+    "micro_batch_size": Ours("data.batch_size", _BATCH),
+    "gradient_accumulation_steps": Ours("accumulate", "micro-batches that data.batch_size is split into"),
+    "batch_size": Ours("data.batch_size"),
+    "eval_batch_size": Ours("data.batch_size", "rows are evaluated in micro-batches of the training's size"),
+    "num_epochs": Ours("epochs"),
+    "max_steps": Ours("steps"),
+    "optimizer": Ours("optimizer.name", "every kind of AdamW is adamw"),
+    "learning_rate": Ours("optimizer.learning_rate"),
+    "weight_decay": Ours("optimizer.weight_decay"),
+    "adam_beta1": Ours("optimizer.b1"),
+    "adam_beta2": Ours("optimizer.b2"),
+    "adam_epsilon": Ours("optimizer.eps"),
+    "max_grad_norm": Ours("optimizer.clip_norm"),
+    "lr_scheduler": Ours("schedule.name", "cosine, linear or constant"),
+    "cosine_min_lr_ratio": Ours("schedule.final_ratio"),
+    "warmup_ratio": Ours("schedule.warmup_ratio"),
+    "warmup_steps": Ours("schedule.warmup_ratio", _WARMUP),
+    "rl": Ours("objective.name", "dpo"),
+    "rl_beta": Ours("objective.beta"),
+    "dpo_beta": Ours("objective.beta"),
+    "seed": Ours("seed"),
+    "output_dir": Ours("", "the flag --workdir says where a run is kept"),
+    "logging_steps": Ours("log_every"),
+    "save_steps": Ours("checkpoint_every"),
+    "saves_per_epoch": Ours("", "checkpoint_every counts steps"),
+    "save_strategy": Ours("", "checkpoint_every counts steps"),
+    "save_total_limit": Ours("checkpoint.keep", "the newest so many, and the best"),
+    "eval_steps": Ours("eval_every"),
+    "evals_per_epoch": Ours("", _EPOCH_EVAL),
+    "eval_strategy": Ours("", _EPOCH_EVAL),
+    "load_best_model_at_end": Ours("", _BEST),
+    "early_stopping_patience": Ours("", _STOP),
+    "resume_from_checkpoint": Ours("", _RESUME),
+    "auto_resume_from_checkpoints": Ours("", _RESUME),
+    "tensor_parallel_size": Ours("mesh.tensor"),
+    "context_parallel_size": Ours("mesh.context"),
+    "dp_shard_size": Ours("mesh.fsdp"),
+    "dp_replicate_size": Ours("mesh.data"),
+    "deepspeed": Ours("", _SHARDING),
+    "fsdp": Ours("", _SHARDING),
+    "fsdp_config": Ours("", _SHARDING),
+    "fsdp_version": Ours("", _SHARDING),
+    "wandb_project": Ours("", _TRACKERS),
+    "use_tensorboard": Ours("", _TRACKERS),
+    "hub_model_id": Ours("", _HUB),
+    "plugins": Ours("", _LOSS),
+    "strict": Ours("", "unknown keys are always refused"),
+}
+
+# What people type, of no one trainer.
+SHORT: dict[str, Ours] = {
+    "lr": Ours("optimizer.learning_rate"),
+    "wd": Ours("optimizer.weight_decay"),
+    "bs": Ours("data.batch_size"),
+    "model": Ours("model.source"),
+    "model_name": Ours("model.source"),
+    "train_file": Ours("data.train"),
+    "dataset": Ours("data.train"),
+    "lora_rank": Ours("adapter.rank"),
+    "grad_clip": Ours("optimizer.clip_norm"),
+    "gradient_clipping": Ours("optimizer.clip_norm"),
+    "grad_accum": Ours("accumulate", "micro-batches that data.batch_size is split into"),
+    "accumulation_steps": Ours("accumulate", "micro-batches that data.batch_size is split into"),
+    "scheduler": Ours("schedule.name"),
+    "warmup": Ours("schedule.warmup_ratio", "a share of all steps"),
+    "precision": Ours("model.dtype"),
+    "qlora": Ours("quantize.base", "nf4"),
+}
+
+
+def find(name: str) -> Ours | None:
+    """What stands here for a name of another trainer; None for one that none of them has."""
+    return next((names[name] for names in (TRL, AXOLOTL, SHORT) if name in names), None)

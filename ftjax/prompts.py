@@ -1,0 +1,149 @@
+"""Prompts on their way into a model: one, or those of a file, which are completed in batches."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from ftjax.assemble import Base
+from ftjax.atomic import write_text
+from ftjax.data.format.unanswered import unanswered
+from ftjax.data.read.sources import read_sources
+from ftjax.data.tokens.chat import render_prompt
+from ftjax.errors import UserError
+from ftjax.sampling.engine import generate
+from ftjax.sampling.sampler import Sampling
+from ftjax.training.display import Display
+from ftjax.tree import Tree
+
+
+class Prompt(NamedTuple):
+    """What is to be answered.
+
+    Attributes:
+      origin: where it is, for messages: "rows.jsonl:12" or "--prompt".
+      fields: {"messages", "tools"?}, {"prompt"} or {"text"}, see `unanswered.unanswered`.
+    """
+
+    origin: str
+    fields: dict
+
+
+def given(text: str) -> Prompt:
+    """The prompt of a command line; "-" is all of standard input. UserError where it is empty."""
+    origin = "--prompt"
+    if text == "-":
+        origin, text = "standard input", sys.stdin.read().removesuffix("\n")
+    if not text.strip():
+        raise UserError(f"{origin} is empty; give the text to answer with --prompt '...', or --prompts FILE, or --chat")
+    return Prompt(origin, {"prompt": text})
+
+
+def of_file(source: str) -> list[Prompt]:
+    """The prompts of a .txt file, one a line, or of the rows of a file in any format that training reads.
+
+    Raises:
+      UserError: no such file, no prompt in it, or one that is empty, with its line.
+    """
+    path = Path(source)
+    if path.suffix != ".txt":
+        rows = read_sources([{"source": source}])
+        origins = [rows.origin(i) for i in range(len(rows))]
+        return [Prompt(origin, unanswered(rows.raw(i), origin)) for i, origin in enumerate(origins)]
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error}); convert it") from error
+    if not lines:
+        raise UserError(f"{path}: is empty; write a prompt on each line")
+    return [Prompt(f"{path}:{i}", unanswered({"prompt": line}, f"{path}:{i}")) for i, line in enumerate(lines, 1)]
+
+
+def tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerFast, system: str = "", raw: bool = False) -> np.ndarray:
+    """int32 [n]: what the model is given to go on from.
+
+    Args:
+      system: the system message of a conversation that has none.
+      raw: the prompt's text as it is, without the chat template.
+    """
+    fields = prompt.fields
+    if raw and "messages" in fields:
+        raise UserError(f"{prompt.origin}: is a conversation, which --raw cannot give as it is")
+    if system and "text" in fields:
+        raise UserError(f"{prompt.origin}: is text to be continued, not a conversation; leave out --system")
+    if raw or "text" in fields:
+        return np.asarray(tokenizer.encode(fields.get("text", fields.get("prompt"))), np.int32)
+    turns = fields.get("messages") or fields["prompt"]
+    if system:
+        turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+        if not any(turn["role"] in ("system", "developer") for turn in turns):
+            turns = [{"role": "system", "content": system}, *turns]
+    return render_prompt(turns, tokenizer, fields.get("tools"), prompt.origin)
+
+
+def complete(
+    base: Base,
+    variables: Tree,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    sampling: Sampling,
+    batch_size: int,
+    display: Display,
+    system: str = "",
+    raw: bool = False,
+) -> list[str]:
+    """The completion of every prompt, in their order; see `sampling.engine.generate`, and `tokens` for the rest."""
+    ids = [tokens(prompt, base.tokenizer, system, raw) for prompt in prompts]
+    positions = base.model.spec.max_position_embeddings
+    for prompt, array in zip(prompts, ids, strict=True):
+        if len(array) + max_new_tokens > positions:
+            raise UserError(
+                f"{prompt.origin}: its {len(array)} tokens and --max_new_tokens={max_new_tokens} exceed the model's "
+                f"{positions} positions; shorten it, or lower --max_new_tokens"
+            )
+    shown = 0
+    with jax.set_mesh(jax.tree.leaves(variables)[0].sharding.mesh), display.counter("completing", len(ids)) as advance:
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal shown
+            advance(done)
+            if not display.console.is_terminal and (done - shown >= total / 10 or done == total):
+                shown = done
+                display.say(f"completed {done:,} of {total:,}")
+
+        ends = base.end_tokens
+        done = generate(base.model, variables, ids, max_new_tokens, ends, sampling, batch_size, on_progress)
+    return [base.tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in done]
+
+
+def check_out(out: Path) -> None:
+    """UserError where completions cannot be written to `out`: now, and not after they were made."""
+    if out.is_file() or out.is_dir():
+        raise UserError(f"--out {out}: exists; name another file or remove it")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no directory {out.parent}; make it first")
+
+
+def write(out: Path, prompts: Sequence[Prompt], completions: Sequence[str]) -> None:
+    """Writes JSON Lines of "prompt" and "completion".
+
+    The prompt is a string, or where the conversation has more than one turn its messages; the completion is a string.
+    """
+    rows = [
+        {"prompt": _shown(prompt.fields), "completion": text} for prompt, text in zip(prompts, completions, strict=True)
+    ]
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _shown(fields: dict) -> str | list[dict]:
+    turns = fields.get("messages")
+    if turns is None:
+        return fields.get("prompt", fields.get("text"))
+    return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else turns
