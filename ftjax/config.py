@@ -122,6 +122,8 @@ KEYS: dict[str, Key] = {
     "log_every": Key(10, number(1)),
     "eval_every": Key(0, number(0)),  # steps; 0: only at the end
     "checkpoint_every": Key(100, number(1)),
+    # Hours after which the run saves and ends with status 75, in time for what a scheduler allows; 0: no limit.
+    "max_hours": Key(0.0, number(0)),
 }
 
 
@@ -156,7 +158,12 @@ FREE_TO_CHANGE = (
     "model.attention",
     "data.eval",
     "data.checks",
+    "max_hours",
 )
+
+
+# Keys that may differ as well, with consequences that a run says (`resume.going_on`).
+LENGTH = ("steps", "epochs")
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
@@ -232,7 +239,7 @@ def sources(config: ConfigDict, which: str) -> list[dict[str, Any]]:
 def changes(saved: ConfigDict, now: ConfigDict) -> list[str]:
     """What differs in a way that a resumed run must not differ: ["adapter.rank: 16 -> 8", ...]."""
     before, after = (flat(ConfigDict(as_json(config))) for config in (saved, now))
-    keys = [key for key in after if not key.startswith(FREE_TO_CHANGE)]
+    keys = [key for key in after if not key.startswith(FREE_TO_CHANGE) and key not in LENGTH]
     return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in keys if before[key] != after[key]]
 
 

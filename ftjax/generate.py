@@ -1,7 +1,7 @@
 """Text from a model, an adapter or a run, as it is generated.
 
     python -m ftjax.generate --model M [--adapter A] --prompt "..."     M: Hugging Face id, directory, .gguf, package:X
-    python -m ftjax.generate --workdir runs/quickstart --prompt "..."   the newest checkpoint of a run
+    python -m ftjax.generate --workdir runs/quickstart --prompt "..."   the best checkpoint of a run
     python -m ftjax.generate --workdir runs/quickstart --chat           a conversation; an empty line ends it
     python -m ftjax.generate --model M --adapter tickets=A,haiku=B --use haiku --chat
 
@@ -27,6 +27,7 @@ from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
+from ftjax.evals import best
 from ftjax.models.params import abstract_params
 from ftjax.sampling.engine import stream
 from ftjax.sampling.sampler import Sampling
@@ -124,7 +125,8 @@ def main(argv: list[str]) -> int:
         base, variables = load_model(FLAGS.model, adapters, FLAGS.dtype)
     else:
         in_use = "run"
-        _, base, trained, _ = assemble.load_run(Path(FLAGS.workdir), FLAGS.step)
+        workdir = Path(FLAGS.workdir)
+        _, base, trained, _ = assemble.load_run(workdir, best.choose(workdir, FLAGS.step))
         variables = {in_use: trained}
 
     def answer(prompt: np.ndarray) -> str:
@@ -183,7 +185,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("adapter", None, "a PEFT adapter's directory, or several as name=DIR,other=DIR2")
     flags.DEFINE_string("use", None, "which of several adapters; none: the base alone")
     flags.DEFINE_string("workdir", None, "a run of ftjax.train")
-    flags.DEFINE_integer("step", None, "the run's checkpoint to use (default: the newest)")
+    flags.DEFINE_string("step", None, best.STEP_HELP)
     flags.DEFINE_string("prompt", None, "what to answer")
     flags.DEFINE_string("system", None, "a system message before it")
     flags.DEFINE_boolean("chat", False, "a conversation: one line from you, one answer, and so on")

@@ -1,20 +1,24 @@
 """Going on with a run that a workdir holds: what is there, whether it may go on, and the state to go on from."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import assemble, distributed, tree
 from ftjax import config as configs
 from ftjax.assemble import Base, Program
 from ftjax.errors import UserError
-from ftjax.evals.evaluator import best_metric, is_eval
+from ftjax.evals import best
+from ftjax.evals.evaluator import is_eval
+from ftjax.method import learning_rate
 from ftjax.objectives.reference import REFERENCE, frozen_with_reference
-from ftjax.training import metrics
+from ftjax.training import metrics, optim
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.loop import Start
 from ftjax.training.state import init_state
@@ -28,34 +32,64 @@ class Resume(NamedTuple):
       step: of the checkpoint to go on from; None where there is none, and a fresh run begins.
       records: of metrics.jsonl.
       evaluated: the steps whose evaluation is among them.
+      planned: how many steps the run was to have when it was last started; 0 for a fresh one.
     """
 
     step: int | None
     records: list[dict[str, Any]]
     evaluated: set[int]
+    planned: int
 
     def finished(self, config: ConfigDict, total_steps: int) -> bool:
         return self.step == total_steps and (total_steps in self.evaluated or not configs.evaluates(config))
 
 
-def find(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> Resume:
+def find(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, steps_of: Callable[[ConfigDict], int]) -> Resume:
     """What there is to go on from; a fresh run with an adapter of its own to go on from pins that.
 
+    steps_of: how many steps a config asks for.
+
     Raises:
-      UserError: the run there has another config, or its adapter has changed.
+      UserError: the run there has another config or more steps already, or its adapter has changed.
     """
     step = checkpoints.latest() if config.checkpoint.resume_step < 0 else config.checkpoint.resume_step
-    if step is not None and (changed := configs.changes(configs.read(workdir / "config.json"), config)):
-        raise UserError(
-            f"{workdir} holds a run with another config; give these their old values or choose another --workdir:\n  "
-            + "\n  ".join(changed)
-        )
+    planned = 0
+    if step is not None:
+        before = configs.read(workdir / "config.json")
+        if changed := configs.changes(before, config):
+            raise UserError(
+                f"{workdir} holds a run with another config; give these their old values or choose another --workdir:"
+                "\n  " + "\n  ".join(changed)
+            )
+        planned = steps_of(before)
+        if step > (total := steps_of(config)):
+            raise UserError(
+                f"{workdir} holds a run of {planned} steps that has done {step}, and config.steps and config.epochs "
+                f"now ask for {total}; raise them, go back with config.checkpoint.resume_step, or choose another "
+                "--workdir"
+            )
     if distributed.is_first() or step is not None:
         continued.pin(config, workdir, fresh=step is None)
     records = [] if step is None else metrics.read(workdir / "metrics.jsonl")
     # What the first process reads decides: another host may still see an older file.
     evaluated = json.loads(distributed.tell(json.dumps([record["step"] for record in records if is_eval(record)])))
-    return Resume(step, records, set(evaluated))
+    return Resume(step, records, set(evaluated), planned)
+
+
+def going_on(config: ConfigDict, there: Resume, total_steps: int) -> str:
+    """What it means that a run goes on to another number of steps than it was begun with."""
+    steps = np.arange(there.step)
+    old, new = (
+        optim.make_schedule(learning_rate(config), config.schedule, count) for count in (there.planned, total_steps)
+    )
+    text = f"this run of {there.planned} steps goes on after step {there.step} to {total_steps}"
+    if np.array_equal(old(steps), new(steps)):
+        return f"{text}, as one of {total_steps} steps from the start"
+    return (
+        f"{text}. Its learning rate was that of {there.planned} steps, {old(there.step - 1):.2g} in the last, and is "
+        f"that of {total_steps} from here, {new(there.step):.2g} in the next: a run of {total_steps} steps from the "
+        "start would be another"
+    )
 
 
 def start(
@@ -92,8 +126,7 @@ def start(
             "restore it or choose another --workdir"
         )
     checkpoints.rewind(there.step)
-    name, _ = best_metric(config)
-    for record in there.records:
-        if name in record and record["step"] <= there.step:
-            checkpoints.score(record["step"], record[name])
+    for step, score in best.scores(config, there.records).items():
+        if 0 < step <= there.step:
+            checkpoints.score(step, score)
     return Start(state, frozen, there.step, meta["num_tokens"], evaluated=there.step in there.evaluated)

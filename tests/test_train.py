@@ -1,8 +1,10 @@
 """Whole runs of the command line: killed, resumed, finished, and refused."""
 
+import os
 import runpy
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +15,6 @@ from ftjax.errors import UserError
 from ftjax.evals.evaluator import Evaluator
 from ftjax.train import train as run_config
 from ftjax.training import metrics
-from ftjax.training.preemption import Preempted
 
 TIMES = {"step_time", "tokens_per_second", "data_wait"}
 
@@ -103,18 +104,20 @@ def test_sigterm_saves_and_ends_with_75(root, uninterrupted, capsys):
     assert_same_run(workdir, uninterrupted[0])
 
 
-def test_preempted_in_an_evaluation_it_repeats_that_evaluation(root, uninterrupted, monkeypatch):
+def test_ctrl_c_in_an_evaluation_saves_and_the_evaluation_is_repeated(root, uninterrupted, monkeypatch, capsys):
     workdir = root / "preempted"
     measure = Evaluator.__call__
 
     def interrupted(self, step, *variables):
         if step == 8:
-            raise Preempted
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
         return measure(self, step, *variables)
 
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "__call__", interrupted)
-        assert train_here(root, workdir, {}) == 75
+        assert train_here(root, workdir, {}) == 130
+    assert "Ctrl-C: saved step 8; the same command goes on from there" in capsys.readouterr().out
     assert train_here(root, workdir, {}) == 0
     assert_same_run(workdir, uninterrupted[0])
 
