@@ -5,13 +5,16 @@ beside it may stay, hidden, under a name that ends in `.tmp-` and something rand
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from ftjax.errors import UserError
+from ftjax.errors import TransientError, UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def beside(path: Path) -> Path:
@@ -71,6 +74,32 @@ def new_directory(out: Path) -> Iterator[Path]:
         sync(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def room_for(out: Path, nbytes: int) -> Iterator[None]:
+    """TransientError that names `out`, its size and what is free, where the disk has no room for it.
+
+    Before the block where that is known, and after a write in it that failed for want of room (of a quota, too).
+    """
+    out = Path(out).resolve()
+    disk = next(place for place in (out, *out.parents) if place.is_dir())
+
+    def refusal(why: str) -> TransientError:
+        free = shutil.disk_usage(disk).free
+        return TransientError(
+            f"{out}: {why}. It needs {nbytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on the disk of {disk}; "
+            "free some, or name a place on another disk"
+        )
+
+    if shutil.disk_usage(disk).free < nbytes:
+        raise refusal("there is no room for it")
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise refusal(f"it could not be written ({error.strerror})") from error
 
 
 def sync(path: Path) -> None:

@@ -37,6 +37,8 @@ def run(main: Callable[[list[str]], int | None], parse: Callable[[list[str]], li
     logger = logging.getLogger("ftjax")
     logger.addHandler(warnings)
     logger.propagate = False
+    # Orbax's threads log the traceback of an error that its caller gets, and reports, as well.
+    absl_logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
     try:
         app.run(main, flags_parser=parse)
     except (UserError, OSError, KeyboardInterrupt) as error:

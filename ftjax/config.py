@@ -125,6 +125,8 @@ KEYS: dict[str, Key] = {
     "log_every": Key(10, number(1)),
     "eval_every": Key(0, number(0)),  # steps; 0: only at the end
     "checkpoint_every": Key(100, number(1)),
+    # Hours after which the run saves and ends with status 75, in time for what a scheduler allows; 0: no limit.
+    "max_hours": Key(0.0, number(0)),
 }
 
 
@@ -163,11 +165,15 @@ FREE_TO_CHANGE = (
     "model.attention",
     "data.eval",
     "data.checks",
+    "max_hours",
 )
 
 # Where a run finds its base, an adapter to go on from and its rows. Digests say whether they are still the same
 # (origin.py, Loader.fingerprint), so they may be found elsewhere when it is resumed.
 PLACES = ("model.source", "model.revision", "adapter.source", "data.train")
+
+# Keys that may differ as well, with consequences that a run says (`resume.going_on`).
+LENGTH = ("steps", "epochs")
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
@@ -274,7 +280,7 @@ def changes(saved: ConfigDict, now: ConfigDict, places: Sequence[str] = PLACES) 
     places: the keys of PLACES whose contents are known to be compared, so that their names need not be.
     """
     before, after = (flat(ConfigDict(as_json(config))) for config in (saved, now))
-    keys = [key for key in after if key not in places and not key.startswith(FREE_TO_CHANGE)]
+    keys = [key for key in after if key not in (*places, *LENGTH) and not key.startswith(FREE_TO_CHANGE)]
     return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in keys if before[key] != after[key]]
 
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from ftjax import quant, sharding, tree
 from ftjax.assemble import Base, Program
 from ftjax.data.batch.loader import Loader
+from ftjax.evals.best import Standing
 from ftjax.evals.evaluator import is_eval
 from ftjax.method import learning_rate
 from ftjax.models import kernels, params
@@ -57,7 +58,7 @@ def counted(report: dict[str, int]) -> str:
     )
 
 
-def result(workdir: Path, best: int | None) -> dict[str, str]:
+def result(workdir: Path, standing: Standing) -> dict[str, str]:
     """The results of a run, and where they are."""
     evals = [record for record in metrics.read(workdir / "metrics.jsonl") if is_eval(record)]
     rows = {}
@@ -65,7 +66,7 @@ def result(workdir: Path, best: int | None) -> dict[str, str]:
         before = f"{evals[0][name]:.4g} at step {evals[0]['step']} -> " if len(evals) > 1 else ""
         rows[name] = f"{before}{evals[-1][name]:.4g} at step {evals[-1]['step']}"
     quoted = shlex.quote(str(workdir))
-    rows |= {"checkpoints": str(workdir / "checkpoints") + (f", the best is step {best}" if best is not None else "")}
+    rows |= {"checkpoints": str(workdir / "checkpoints") + _of_checkpoints(standing)}
     if (workdir / "samples.jsonl").exists():
         rows["completions"] = str(workdir / "samples.jsonl")
     return rows | {
@@ -73,6 +74,18 @@ def result(workdir: Path, best: int | None) -> dict[str, str]:
         "use it": f"python -m ftjax.generate --workdir {quoted} --prompt '...'",
         "take it out": f"python -m ftjax.export --workdir {quoted} --format peft --out ADAPTER",
     }
+
+
+def _of_checkpoints(standing: Standing) -> str:
+    """Which of them generation and export use, and whether training was of use at all."""
+    best, better = standing.best(), standing.better_unkept()
+    if best is None:
+        return ""
+    latest = standing.kept[-1]
+    parts = [f"the best is step {best}"]
+    if latest != best:
+        parts = [f"{parts[0]} ({standing.scored(best)})", f"the latest step {latest} ({standing.scored(latest)})"]
+    return ", " + "; ".join(["; ".join(parts), *([better] if better else [])])
 
 
 def _adapter(adapter: ConfigDict) -> str:

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from absl import flags
@@ -210,7 +210,7 @@ def _connect(cluster: Cluster, start_timeout: int, heartbeat_timeout: int) -> No
 
 
 def _give_up(cluster: Cluster, seconds: int) -> None:
-    _say(
+    say(
         f"error: process {cluster.process} of {cluster.processes}: not all processes met at {cluster.coordinator} "
         f"within {seconds} seconds. Start the same command on every host, each with its own number, and let them reach "
         "that port"
@@ -227,13 +227,20 @@ def _ending_all(client: Any, failing: threading.Event) -> Iterator[None]:
         yield
     except BaseException as error:
         failing.set()
-        status, text = cli.explain(error)
-        _say(text)
+        end_now(*cli.explain(error))
+
+
+def end_now(status: int, text: str) -> NoReturn:
+    """Ends this process and all others of the run with this exit status; from any thread."""
+    say(text)
+    if sys.stdout.isatty():
+        os.write(1, b"\x1b[?25h")  # a progress bar has hidden the cursor
+    if (client := distributed.global_state.client) is not None:
         failure = json.dumps({"process": index(), "status": status, "text": text})
         with contextlib.suppress(JaxRuntimeError):  # another process failed first, or the coordinator is gone
             client.key_value_set(_OVER, failure)
         _leave(client, status)
-        raise
+    os._exit(status)
 
 
 def _watch(client: Any, failing: threading.Event) -> None:
@@ -251,11 +258,13 @@ def _watch(client: Any, failing: threading.Event) -> None:
     if over == _ENDED_WELL or failing.is_set():
         return
     failure = json.loads(over)
-    _say(f"ended with process {failure['process']}, which said:\n{failure['text']}")
+    if failure["process"] == index():
+        return  # `end_now` in another thread
+    say(f"ended with process {failure['process']}, which said:\n{failure['text']}")
     _leave(client, failure["status"])
 
 
-def _leave(client: Any, status: int) -> None:
+def _leave(client: Any, status: int) -> NoReturn:
     """Ends this process; process 0, the coordinator, after the others, or JAX would report its loss as their error."""
     with contextlib.suppress(JaxRuntimeError):
         client.key_value_set(f"ftjax/left/{index()}", "", allow_overwrite=True)
@@ -270,7 +279,8 @@ def _leave(client: Any, status: int) -> None:
     os._exit(status)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Prints on stderr, in any process."""
     with contextlib.suppress(OSError):  # the reader of a pipe may be gone; the process must still end
         print(text, file=sys.stderr, flush=True)
 

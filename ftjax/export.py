@@ -38,6 +38,7 @@ from ftjax.assemble import Base
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.distributed import is_first, together
 from ftjax.errors import UserError
+from ftjax.evals import best
 from ftjax.evals.evaluator import is_eval
 from ftjax.method import learning_rate
 from ftjax.models.families import is_multimodal, spec_from_config, text_config
@@ -316,10 +317,11 @@ def main(argv: list[str]) -> int:
         raise UserError("--vllm goes with --format peft; whole models are read by vLLM as they are")
     moved = {"model": FLAGS.model, "adapter": FLAGS.adapter}
     with distributed.connected(FLAGS):
+        step = best.choose(workdir, FLAGS.step)
         if FLAGS.format == "peft":
-            step = export_peft(workdir, FLAGS.step, out, FLAGS.vllm_rank if FLAGS.vllm else None, moved)
+            step = export_peft(workdir, step, out, FLAGS.vllm_rank if FLAGS.vllm else None, moved)
         else:
-            step = export_model(workdir, FLAGS.step, FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type or "f16", moved)
+            step = export_model(workdir, step, FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type or "f16", moved)
         if is_first():
             print(f"step {step} of {FLAGS.workdir} is in {FLAGS.out}")
     return 0
@@ -333,7 +335,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("adapter", None, "where the adapter that the run went on from is now, if it was moved")
     flags.DEFINE_enum("format", None, FORMATS, "an adapter, a merged model, any whole model, or a GGUF")
     flags.DEFINE_string("out", None, "the directory, or the .gguf file, to make")
-    flags.DEFINE_integer("step", None, "the run's checkpoint to use (default: the newest)")
+    flags.DEFINE_string("step", None, best.STEP_HELP)
     flags.DEFINE_enum("dtype", None, configs.DTYPES, "of a merged or whole model (default: that of the base's files)")
     flags.DEFINE_boolean("vllm", False, "an adapter for vLLM: plain LoRA of one rank, or refused")
     flags.DEFINE_integer("vllm_rank", MAX_RANK, "the --max-lora-rank that vLLM is started with", lower_bound=1)

@@ -1,7 +1,7 @@
 """Text from a model, an adapter or a run, as it is generated.
 
     python -m ftjax.generate --model M [--adapter A] --prompt "..."     M: Hugging Face id, directory, .gguf, package:X
-    python -m ftjax.generate --workdir runs/quickstart --prompt "..."   the newest checkpoint of a run
+    python -m ftjax.generate --workdir runs/quickstart --prompt "..."   the best checkpoint of a run
     python -m ftjax.generate --workdir runs/quickstart --chat           a conversation; an empty line ends it
     python -m ftjax.generate --workdir runs/quickstart --model M --prompt "..."   where the run's base is now at M
     python -m ftjax.generate --model M --adapter tickets=A,haiku=B --use haiku --chat
@@ -33,6 +33,7 @@ from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
+from ftjax.evals import best
 from ftjax.models.params import abstract_params
 from ftjax.sampling.engine import stream
 from ftjax.sampling.sampler import Sampling
@@ -140,8 +141,8 @@ def main(argv: list[str]) -> int:
         base, variables = load_model(FLAGS.model, adapters, FLAGS.dtype)
     else:
         in_use = "run"
-        moved = {"model": FLAGS.model, "adapter": FLAGS.adapter}
-        _, base, trained, _ = assemble.load_run(Path(FLAGS.workdir), FLAGS.step, moved)
+        workdir, moved = Path(FLAGS.workdir), {"model": FLAGS.model, "adapter": FLAGS.adapter}
+        _, base, trained, _ = assemble.load_run(workdir, best.choose(workdir, FLAGS.step), moved)
         variables = {in_use: trained}
 
     def answer(prompt: np.ndarray) -> str:
@@ -211,7 +212,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("adapter", None, "a PEFT adapter's directory, or several as name=DIR,other=DIR2")
     flags.DEFINE_string("use", None, "which of several adapters; none: the base alone")
     flags.DEFINE_string("workdir", None, "a run of ftjax.train; --model and --adapter beside it: where its own are now")
-    flags.DEFINE_integer("step", None, "the run's checkpoint to use (default: the newest)")
+    flags.DEFINE_string("step", None, best.STEP_HELP)
     flags.DEFINE_string("prompt", None, "what to answer; - reads it from standard input")
     flags.DEFINE_string(
         "prompts", None, "a file of prompts to answer: .txt, one a line, or rows as training reads them"

@@ -1,20 +1,24 @@
 """Going on with a run that a workdir holds: what is there, whether it may go on, and the state to go on from."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import assemble, distributed, origin, tree
 from ftjax import config as configs
 from ftjax.assemble import Base, Program
 from ftjax.errors import UserError
-from ftjax.evals.evaluator import best_metric, is_eval
+from ftjax.evals import best
+from ftjax.evals.evaluator import is_eval
+from ftjax.method import learning_rate
 from ftjax.objectives.reference import REFERENCE, frozen_with_reference
-from ftjax.training import metrics
+from ftjax.training import metrics, optim
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.loop import Start
 from ftjax.training.state import init_state
@@ -25,11 +29,13 @@ class Resume(NamedTuple):
 
     Attributes:
       step: of the checkpoint to go on from; None where there is none, and a fresh run begins.
+      config: the run's, when it was last started.
       records: of metrics.jsonl.
       evaluated: the steps whose evaluation is among them.
     """
 
     step: int | None
+    config: ConfigDict | None
     records: list[dict[str, Any]]
     evaluated: set[int]
 
@@ -44,17 +50,49 @@ def find(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> tuple[C
       UserError: the run there has another config.
     """
     step = checkpoints.latest() if config.checkpoint.resume_step < 0 else config.checkpoint.resume_step
+    if step is None:
+        return config, Resume(None, None, [], set())
+    before = configs.read(workdir / "config.json")
     # The base of an older run is known by its name alone.
     places = configs.PLACES if origin.is_recorded(workdir) else ("data.train",)
-    if step is not None and (changed := configs.changes(configs.read(workdir / "config.json"), config, places)):
+    if changed := configs.changes(before, config, places):
         raise UserError(
             f"{workdir} holds a run with another config; give these their old values or choose another --workdir:\n  "
             + "\n  ".join(changed)
         )
-    records = [] if step is None else metrics.read(workdir / "metrics.jsonl")
+    records = metrics.read(workdir / "metrics.jsonl")
     # What the first process reads decides: another host may still see an older file.
     evaluated = json.loads(distributed.tell(json.dumps([record["step"] for record in records if is_eval(record)])))
-    return config if step is None else origin.at_hand(config, workdir), Resume(step, records, set(evaluated))
+    return origin.at_hand(config, workdir), Resume(step, before, records, set(evaluated))
+
+
+def planned(config: ConfigDict, there: Resume, workdir: Path, steps_of: Callable[[ConfigDict], int]) -> int:
+    """How many steps the run was to have when it was last started; 0 for a fresh one.
+
+    steps_of: how many steps a config asks for. UserError where that is now less than what is done.
+    """
+    if there.step is None:
+        return 0
+    before, total = steps_of(there.config), steps_of(config)
+    if there.step > total:
+        raise UserError(
+            f"{workdir} holds a run of {before} steps that has done {there.step}, and config.steps and config.epochs "
+            f"now ask for {total}; raise them, go back with config.checkpoint.resume_step, or choose another --workdir"
+        )
+    return before
+
+
+def going_on(config: ConfigDict, step: int, before: int, now: int) -> str:
+    """What it means that a run of `before` steps goes on after `step` to `now` of them."""
+    steps = np.arange(step)
+    old, new = (optim.make_schedule(learning_rate(config), config.schedule, count) for count in (before, now))
+    text = f"this run of {before} steps goes on after step {step} to {now}"
+    if np.array_equal(old(steps), new(steps)):
+        return f"{text}, as one of {now} steps from the start"
+    return (
+        f"{text}. Its learning rate was that of {before} steps, {old(step - 1):.2g} in the last, and is that of {now} "
+        f"from here, {new(step):.2g} in the next: a run of {now} steps from the start would be another"
+    )
 
 
 def start(
@@ -92,8 +130,7 @@ def start(
             "it is now, or choose another --workdir"
         )
     checkpoints.rewind(there.step)
-    name, _ = best_metric(config)
-    for record in there.records:
-        if name in record and record["step"] <= there.step:
-            checkpoints.score(record["step"], record[name])
+    for step, score in best.scores(config, there.records).items():
+        if 0 < step <= there.step:
+            checkpoints.score(step, score)
     return Start(state, frozen, there.step, meta["num_tokens"], evaluated=there.step in there.evaluated)

@@ -5,11 +5,13 @@
 
 --config is the name of a config that ships, or a file in Python, YAML or JSON, such as the config.json of another run;
 --config.KEY=VALUE changes a key of it. The same command again resumes where the last one stopped; a finished run is
-left as it is. Exit status: 0 finished and saved, 2 a mistake in what was asked, 75 saved on SIGTERM (run it again to go
-on), 130 Ctrl-C (resumes from the last checkpoint).
+left as it is. Exit status: 0 finished and saved, 2 a mistake in what was asked, 75 saved on SIGTERM or at
+config.max_hours (run it again to go on), 130 saved on Ctrl-C (a second Ctrl-C ends at once; then it resumes from the
+last checkpoint).
 """
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from ftjax.data import pipeline
 from ftjax.data.batch.loader import Loader
 from ftjax.data.read.sources import TASK
 from ftjax.errors import UserError
+from ftjax.evals import best
 from ftjax.evals.evaluator import Evaluator, best_metric
 from ftjax.planning import flops
 from ftjax.training import metrics
@@ -32,7 +35,7 @@ from ftjax.training import workdir as workdirs
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.display import Display
 from ftjax.training.loop import Cadence, Loop, Records, place_batch, run
-from ftjax.training.preemption import Preempted, Preemption
+from ftjax.training.preemption import CTRL_C, SIGTERM, Preempted, Preemption
 from ftjax.training.state import TrainState
 from ftjax.tree import Tree
 from ftjax.weights.peft import continued
@@ -43,16 +46,11 @@ def train(config: ConfigDict, workdir: Path) -> int:
     configs.validate(config)
     with (
         workdirs.hold(workdir),
-        Preemption() as preemption,
+        Preemption(config.max_hours) as preemption,
         Display(config.log_every, quiet=not distributed.is_first()) as display,
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep, best_metric(config)[1]) as checkpoints,
     ):
-        try:
-            return _train(config, workdir, preemption, display, checkpoints)
-        except Preempted:
-            checkpoints.close()
-            display.say(f"SIGTERM: saved step {checkpoints.latest()}; the same command goes on from there")
-            return cli.EXIT_PREEMPTED
+        return _train(config, workdir, preemption, display, checkpoints)
 
 
 def _train(
@@ -74,7 +72,11 @@ def _train(
 
     # Data.
     train_loader, heldout, report = _load_data(config, base, mesh, display)
-    total_steps = config.steps or train_loader.batches_in(config.epochs)
+
+    def steps_of(config: ConfigDict) -> int:
+        return config.steps or train_loader.batches_in(config.epochs)
+
+    total_steps, planned = steps_of(config), resume.planned(config, there, workdir, steps_of)
     preflight.check_same_everywhere(given, contents, train_loader, heldout)
     if there.finished(config, total_steps):
         display.say(f"This run is finished: {total_steps} steps, saved in {workdir}. Nothing to do.")
@@ -93,6 +95,8 @@ def _train(
         start = resume.start(there, config, base, program, workdir, checkpoints, train_loader.fingerprint())
         if there.step is not None:
             display.say(f"resuming after step {there.step}")
+            if planned != total_steps:
+                display.say(resume.going_on(config, there.step, planned, total_steps))
         located = origin.located(config, base.path)
         if distributed.is_first():
             origin.record(workdir, given, located, contents)
@@ -118,12 +122,33 @@ def _train(
             preemption,
         )
         display.start_training(there.step or 0, total_steps)
+        state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
+        preemption.reserve = lambda: checkpoints.save_seconds(state_bytes)
+        preemption.defer_interrupts()
         try:
             run(loop, start)
+        except Preempted as stop:
+            return _stopped(stop, there.step, checkpoints, display)
         finally:
             writer.close()
-    display.table("finished", describe.result(workdir, checkpoints.best()))
+    display.table("finished", describe.result(workdir, best.Standing.of(config, workdir, checkpoints.steps())))
     return 0
+
+
+def _stopped(stop: Preempted, began: int | None, checkpoints: Checkpoints, display: Display) -> int:
+    """Says what is saved of a run that was stopped before its end, begun at a step; returns the exit status."""
+    checkpoints.close()
+    # Where several processes were told to stop, not all of them were told why.
+    reasons = json.loads(distributed.tell(json.dumps(distributed.collect(str(stop)))))
+    reason = next((reason for reason in reasons if reason != SIGTERM), SIGTERM)
+    step = checkpoints.latest()
+    if reason not in (SIGTERM, CTRL_C) and step == began:
+        raise UserError(f"{reason}: the time is over before a step was trained and saved; raise it")
+    saved = "nothing is trained yet; the same command begins again"
+    if step is not None:
+        saved = f"saved step {step}; the same command goes on from there"
+    display.say(f"{reason}: {saved}")
+    return cli.EXIT_INTERRUPTED if reason == CTRL_C else cli.EXIT_PREEMPTED
 
 
 def _load_data(config: ConfigDict, base: Base, mesh: Mesh, display: Display) -> tuple[Loader, Loader | None, dict]:

@@ -1,8 +1,11 @@
 """Whole runs of the command line: killed, resumed, finished, and refused."""
 
+import json
+import os
 import runpy
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from ftjax.errors import UserError
 from ftjax.evals.evaluator import Evaluator
 from ftjax.train import train as run_config
 from ftjax.training import metrics
-from ftjax.training.preemption import Preempted
+from ftjax.training.checkpoint import Checkpoints
 
 TIMES = {"step_time", "tokens_per_second", "data_wait"}
 
@@ -103,18 +106,20 @@ def test_sigterm_saves_and_ends_with_75(root, uninterrupted, capsys):
     assert_same_run(workdir, uninterrupted[0])
 
 
-def test_preempted_in_an_evaluation_it_repeats_that_evaluation(root, uninterrupted, monkeypatch):
+def test_ctrl_c_in_an_evaluation_saves_and_the_evaluation_is_repeated(root, uninterrupted, monkeypatch, capsys):
     workdir = root / "preempted"
     measure = Evaluator.__call__
 
     def interrupted(self, step, *variables):
         if step == 8:
-            raise Preempted
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
         return measure(self, step, *variables)
 
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "__call__", interrupted)
-        assert train_here(root, workdir, {}) == 75
+        assert train_here(root, workdir, {}) == 130
+    assert "Ctrl-C: saved step 8; the same command goes on from there" in capsys.readouterr().out
     assert train_here(root, workdir, {}) == 0
     assert_same_run(workdir, uninterrupted[0])
 
@@ -135,6 +140,50 @@ def test_it_goes_back_to_an_older_step_when_asked(root, uninterrupted):
     assert_same_run(workdir, uninterrupted[0])
     with pytest.raises(UserError, match="no step 3"):
         train_here(root, workdir, {"checkpoint.resume_step": 3})
+
+
+def test_a_finished_run_is_extended_and_says_what_that_means(root, uninterrupted, capsys):
+    workdir = root / "extended"
+    shutil.copytree(uninterrupted[0], workdir)
+    assert train_here(root, workdir, {"steps": 26}) == 0
+    printed = capsys.readouterr().out
+    # 0.03 (1 + cos(22/23 pi)) / 2, and (1 + cos(23/25 pi)) for the longer run: one step of each is warm-up.
+    assert "this run of 24 steps goes on after step 24 to 26. Its learning rate was" in printed
+    assert "0.00014 in the last, and is that of 26 from here, 0.00047 in the next" in printed
+    assert adapters(workdir)[0] == json.loads((workdir / "config.json").read_text())["steps"] == 26
+    assert [record["step"] for record in records(workdir) if "loss" in record] == list(range(1, 27))
+    with pytest.raises(UserError, match=r"holds a run of 26 steps that has done 26, and .* now ask for 24"):
+        train_here(root, workdir, {})
+
+
+@pytest.mark.slow
+def test_extended_with_a_constant_learning_rate_a_run_is_what_a_longer_one_is(root, capsys):
+    constant = {"schedule.name": "constant", "schedule.warmup_ratio": 0.0, "data.eval": ()}
+    for name, steps in (("longer", 9), ("short", 4), ("short", 9)):
+        assert train_here(root, root / name, constant | {"steps": steps}) == 0
+    assert "goes on after step 4 to 9, as one of 9 steps from the start" in capsys.readouterr().out
+    (_, ours), (_, theirs) = adapters(root / "short"), adapters(root / "longer")
+    for path, leaf in ours.items():
+        np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
+    assert records(root / "short") == records(root / "longer")
+
+
+@pytest.mark.slow
+def test_at_the_end_of_its_hours_a_run_saves_and_goes_on(root, uninterrupted, capsys):
+    workdir = root / "hours"
+    with pytest.raises(UserError, match=r"config\.max_hours=0\.001: the time is over before a step was trained"):
+        train_here(root, workdir, {"max_hours": 0.001})
+    shutil.rmtree(workdir)
+
+    def needed(self, nbytes):
+        return 3600.0 if (workdir / "checkpoints" / "12").exists() else 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save_seconds", needed)
+        assert train_here(root, workdir, {"max_hours": 1.0}) == 75
+    assert "config.max_hours=1: saved step 1" in capsys.readouterr().out
+    assert train_here(root, workdir, {}) == 0
+    assert_same_run(workdir, uninterrupted[0])
 
 
 def test_resumed_on_another_mesh_it_sees_the_same_batches(root, uninterrupted):

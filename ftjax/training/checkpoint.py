@@ -15,11 +15,14 @@ silently empty when its file is lost. See `ftjax.training.digest` for the crcs.
 
 import itertools
 import json
+import os
+import re
 import shutil
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -32,6 +35,15 @@ from ftjax.training import digest
 _WRITING = "writing-"  # Orbax, in turn, writes to `writing-<step>.orbax-checkpoint-tmp`
 _TRASH = "trash-"
 _ASIDE = ".set-aside"
+
+
+class _Save(NamedTuple):
+    """A save that is being written in the background, or has been."""
+
+    step: int
+    nbytes: int  # of its arrays, in all processes together
+    future: Future
+
 
 _opened = itertools.count()  # names the meetings of each `Checkpoints`; the same in all processes
 
@@ -57,8 +69,8 @@ class Checkpoints:
     There may be only one writer (`workdir.lock`), because opening removes what an interrupted save left.
     `read_only` neither creates nor removes anything, and works while another process writes.
 
-    One save is written at a time, in the background. Every method waits for it first; if it failed, the next method
-    that is called raises TransientError, once.
+    One save is written at a time, in the background. Every method but `check` waits for it first; if it failed, the
+    next method that is called raises TransientError, once.
 
     With several processes all of them make the same calls in the same order, except `score`; what fails in one of them
     fails in all.
@@ -76,8 +88,9 @@ class Checkpoints:
         self._best_mode = best_mode
         self._scores: dict[int, float] = {}
         self._read_only = read_only
+        self._slowest = 0.0  # seconds that a save took
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: tuple[int, Future] | None = None
+        self._pending: _Save | None = None
         name = f"checkpoints-{next(_opened)}"
         self._meetings, self._save_meetings = Meetings(name), Meetings(f"{name}-saving")  # one for each thread
         if not read_only:
@@ -109,16 +122,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises TransientError if the last save failed."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        step, future = pending
-        if (error := future.exception()) is not None:
-            raise TransientError(
-                f"{self.directory}: saving step {step}, or removing older steps after it, failed: "
-                f"{type(error).__name__}: {error}. Free space or restore access, then run the same command again: it "
-                f"resumes from step {max(self._complete(), default=0)}."
-            ) from error
+        save, self._pending = self._pending, None
+        if save is not None and (error := save.future.exception()) is not None:
+            raise TransientError(self._failed(save, error)) from error
+
+    def check(self) -> None:
+        """Raises what `wait` raises, once a save has failed; does not wait for one that is still being written."""
+        if self._pending is not None and self._pending.future.done():
+            self.wait()
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Write `state` (pytree of jax.Array, none of them of size 0) and `meta` (JSON) as `step`, in the background.
@@ -133,6 +144,7 @@ class Checkpoints:
         if self._read_only:
             raise ValueError("these checkpoints were opened read-only")
         self.wait()
+        started = time.monotonic()
         step = int(step)
         newest = max(self._numbered(), default=-1) if is_first() else -1
         if step <= newest:
@@ -151,10 +163,13 @@ class Checkpoints:
         described = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
         with _context():
             response = ocp.save_checkpointables_async(path, {"state": state, "meta": frozen})
-        self._pending = step, self._writer.submit(self._finish, step, path, response, described, blocks)
+        future = self._writer.submit(self._finish, started, step, path, response, described, blocks)
+        self._pending = _Save(step, sum(leaf.nbytes for leaf in leaves.values()), future)
 
-    def _finish(self, step: int, path: Path, response: ocp.AsyncResponse[None], leaves: dict, blocks: list) -> None:
-        """The part of a save that runs in the background."""
+    def _finish(
+        self, started: float, step: int, path: Path, response: ocp.AsyncResponse[None], leaves: dict, blocks: list
+    ) -> None:
+        """The part of a save that runs in the background; it began at `started` (`time.monotonic`)."""
         meet = self._save_meetings
         try:
             parts = digest.parts(leaves, blocks)  # while Orbax is writing
@@ -178,6 +193,11 @@ class Checkpoints:
         with meet.together(f"removing steps before {step}"):
             if is_first():
                 self._retire()
+        self._slowest = max(self._slowest, time.monotonic() - started)
+
+    def save_seconds(self, nbytes: int) -> float:
+        """How long a save of so many bytes may take: what the slowest took, twice, or before the first a guess."""
+        return 2 * self._slowest or 5 + nbytes / 100e6
 
     def steps(self) -> list[int]:
         """Complete steps, ascending."""
@@ -201,11 +221,6 @@ class Checkpoints:
         self.wait()
         if value == value:
             self._scores[step] = value
-
-    def best(self) -> int | None:
-        """The step with the best score (the earliest of equals), None if no step has a score."""
-        self.wait()
-        return self._from_first(self._best(self._complete()))
 
     def restore(
         self, abstract_state: Any, step: int | None = None, *, partial: bool = False
@@ -297,6 +312,16 @@ class Checkpoints:
             "another --workdir."
         )
 
+    def _failed(self, save: _Save, error: BaseException) -> str:
+        complete = self._complete()
+        free = shutil.disk_usage(self.directory).free
+        again = f"resumes from step {complete[-1]} (there are {complete})" if complete else "begins again"
+        return (
+            f"{self.directory}: saving step {save.step}, or removing older steps after it, failed: {_reason(error)}. A "
+            f"step takes about {save.nbytes / 1e9:.2g} GB there, {free / 1e9:.2g} GB are free. Free space or restore "
+            f"access, then run the same command again: it {again}."
+        )
+
     def _retire(self) -> None:
         """Remove all complete steps but the newest `keep` and the best."""
         complete = self._complete()
@@ -320,6 +345,14 @@ class Checkpoints:
         for path in self.directory.iterdir():
             if path.name.startswith((_WRITING, _TRASH)):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in the operating system's words if it was a write, whose error number Orbax hides in a text."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else f"{type(error).__name__}: {error}"
 
 
 def _share(names: Iterable[str]) -> list[str]:

@@ -32,7 +32,7 @@ class Cadence(NamedTuple):
     log: int
     checkpoint: int
     evaluate: int  # 0: only at the end
-    evaluate_before: bool  # also before the first step
+    evaluate_before: bool  # also before the first step, which is only recorded: nothing is saved there
 
 
 class Records(NamedTuple):
@@ -71,8 +71,8 @@ class Start(NamedTuple):
 def run(loop: Loop, start: Start) -> TrainState:
     """Trains from the step of `start` to the last one.
 
-    On SIGTERM the state is saved and Preempted raised. A NaN or infinite loss or gradient raises UserError before the
-    step is saved.
+    When it is to stop before (see `Preemption`), the state is saved and Preempted raised. A NaN or infinite loss or
+    gradient raises UserError before the step is saved. A save that fails ends the run at the next step.
 
     The devices never wait for the host: the metrics of a step are read after the next step has been started. Before a
     save, the metrics of all steps in it have been read.
@@ -107,7 +107,7 @@ def run(loop: Loop, start: Start) -> TrainState:
     def save() -> None:
         nonlocal saved
         drain(keep=0)
-        if saved != done:
+        if done not in (0, saved):  # before step 1 nothing has been made that the same command does not make again
             records.checkpoints.save(done, state, records.meta | {"num_tokens": num_tokens})
             saved = done
             timer.restart()
@@ -117,7 +117,7 @@ def run(loop: Loop, start: Start) -> TrainState:
         # Recorded only when its checkpoint is complete, so that a restart knows what is left to do.
         records.checkpoints.wait()
         records.writer.write(done, metrics)
-        if records.best_metric in metrics:
+        if done and records.best_metric in metrics:
             records.checkpoints.score(done, metrics[records.best_metric])
         timer.restart()
 
@@ -148,6 +148,7 @@ def run(loop: Loop, start: Start) -> TrainState:
             done += 1
             in_flight.append(_InFlight(done, metrics, batch.metrics, batch.tokens, batch.arrays["tokens"].size))
             drain(keep=1)
+            records.checkpoints.check()  # what is trained after a save that failed would be lost
 
 
 class _InFlight(NamedTuple):

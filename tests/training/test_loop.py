@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax.errors import UserError
+from ftjax.errors import TransientError, UserError
 from ftjax.training.loop import Cadence, Loop, Records, Start, run
 from ftjax.training.preemption import Preempted
 from ftjax.training.source import Batch
@@ -21,7 +21,7 @@ class Recorder:
     def __init__(self, total_steps, losses=(), checkpoint_every=100, preempt_before=None):
         self.events, self.records, self.saved = [], {}, {}
         self._losses, self._preempt_before = dict(losses), preempt_before
-        checkpoints = SimpleNamespace(wait=lambda: None, save=self._save)
+        checkpoints = SimpleNamespace(wait=lambda: None, save=self._save, check=self._check_save)
         writer = SimpleNamespace(write=lambda step, metrics: self.records.update({step: metrics}))
         progress = SimpleNamespace(step=lambda step, metrics: self.events.append(f"seen {step}"))
         self.loop = Loop(
@@ -34,6 +34,7 @@ class Recorder:
         )
 
     updates = 1
+    failed_save = False
 
     def batch(self, index, state):
         assert state.step == index
@@ -65,6 +66,10 @@ class Recorder:
         assert state.step == step
         self.events.append(f"saved {step}")
         self.saved[step] = meta
+
+    def _check_save(self):
+        if self.failed_save and self.saved:
+            raise TransientError("saving failed")
 
     def _check(self):
         if self._preempt_before is not None and f"started {self._preempt_before - 1}" in self.events:
@@ -108,6 +113,22 @@ def test_preempted_it_saves_what_it_has_looked_at():
     assert recorder.events[-3:] == ["seen 3", "saved 3", "closed"]
     recorder = Recorder(9, {3: math.nan}, preempt_before=4)
     with pytest.raises(UserError, match="step 3: loss is nan"):
+        recorder.run()
+    assert not recorder.saved
+
+
+def test_a_save_that_fails_ends_the_run_at_the_next_step():
+    recorder = Recorder(9, checkpoint_every=3)
+    recorder.failed_save = True
+    with pytest.raises(TransientError, match="saving failed"):
+        recorder.run()
+    assert recorder.events[-3:] == ["saved 3", "started 4", "closed"]
+
+
+def test_before_the_first_step_nothing_is_saved():
+    recorder = Recorder(9, preempt_before=1)
+    recorder.events.append("started 0")
+    with pytest.raises(Preempted):
         recorder.run()
     assert not recorder.saved
 
