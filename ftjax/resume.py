@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import assemble, distributed, tree
+from ftjax import assemble, distributed, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base, Program
 from ftjax.errors import UserError
@@ -36,6 +37,19 @@ class Resume(NamedTuple):
 
     def finished(self, config: ConfigDict, total_steps: int) -> bool:
         return self.step == total_steps and (total_steps in self.evaluated or not configs.evaluates(config))
+
+
+def settled(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints) -> ConfigDict:
+    """`config`, and where there is a run to go on with, what that chose when it began.
+
+    But for a number of micro-batches that this mesh does not allow: it is chosen anew.
+    """
+    if checkpoints.latest() is None:
+        return config
+    out = configs.with_recorded(config, configs.read(workdir / "config.json"))
+    if not config.accumulate and out.data.batch_size % (out.accumulate * sharding.row_parts(mesh)):
+        out = configs.changed(out, {"accumulate": 0})
+    return out
 
 
 def find(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> Resume:

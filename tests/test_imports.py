@@ -31,6 +31,8 @@ FLOORS = [
     {"training"},
     {"method"},
     {"assemble"},
+    {"memory"},
+    {"choices"},
     {"evals"},
     {"describe", "inspection", "parity", "preflight", "resume"},
     {"planning"},
