@@ -98,15 +98,20 @@ def limits(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh) -> Limits:
     return Limits(length, config.data.packing, rows, parts, multiple, method_of(config).epochs)
 
 
-def few_updates(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh, rows: int, updates: int) -> str:
+def few_updates(
+    config: ConfigDict, asked: ConfigDict, spec: DecoderSpec, mesh: AnyMesh, rows: int, examples: float, updates: int
+) -> str:
     """What to change where a run has few updates, "" where it has enough, or as many as config.steps asks for.
 
-    config: with nothing open; rows: of an epoch.
+    config, asked: with and without what was chosen for the data; rows, examples: of an epoch.
     """
     if config.steps or updates >= sizes.FEW_UPDATES:
         return ""
-    batch, unit = config.data.batch_size, limits(config, spec, mesh).rows
-    hints = [f"--config.epochs={math.ceil(sizes.FEW_UPDATES * batch / max(rows, 1))}"]
+    batch, unit = config.data.batch_size, limits(asked, spec, mesh).rows
+    epochs = math.ceil(sizes.FEW_UPDATES * batch / max(rows, 1))
+    if not asked.data.batch_size:  # which is then chosen again
+        epochs = max(epochs, math.ceil(sizes.SEEN / max(examples, 1)))
+    hints = [f"--config.epochs={epochs}"]
     if (smaller := int(rows * config.epochs / sizes.FEW_UPDATES) // unit * unit) >= unit:
         length = f" --config.data.row_length={config.data.row_length}"
         hints.append(f"--config.data.batch_size={smaller}{length}")

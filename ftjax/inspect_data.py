@@ -72,11 +72,13 @@ def inspect(config: ConfigDict, options: dict) -> int:
             lambda done: bar.update(task, completed=done),
         )
     mesh = AbstractMesh(tuple(max(config.mesh[axis], 1) for axis in sharding.MESH_AXES), sharding.MESH_AXES)
+    asked, examples = config, examples_in_epoch(result)
     if len(result.cut):
-        config = choices.by_data(config, base.model.spec, mesh, result.cut, examples_in_epoch(result))
+        config = choices.by_data(config, base.model.spec, mesh, result.cut, examples)
         spec = assemble.data_spec(config, base.model.spec)
     epoch = epoch_of(result, spec, config.steps, config.epochs)
-    if epoch.rows and (few := choices.few_updates(config, base.model.spec, mesh, epoch.rows, epoch.steps)):
+    few = choices.few_updates(config, asked, base.model.spec, mesh, epoch.rows, examples, epoch.steps)
+    if epoch.rows and few:
         warning = Findings()
         warning.add("few", what=few)
         result.findings.extend(warning.all())

@@ -82,7 +82,8 @@ def _train(
         evaluator = Evaluator(config, base, mesh, program.objective, heldout, workdir, preemption, display)
         described = continued.effective(config, base.model.spec)
         display.table("ftjax.train", describe.run(described, asked, base, mesh, program, train_loader, report))
-        if few := choices.few_updates(config, base.model.spec, mesh, train_loader.rows_per_epoch(0), total_steps):
+        rows, examples = train_loader.rows_per_epoch(0), train_loader.examples.count
+        if few := choices.few_updates(config, asked, base.model.spec, mesh, rows, examples, total_steps):
             display.say(f"warning: {few}, and more rows help most")
 
         # Weights, adapters, state.

@@ -74,8 +74,8 @@ def planned(text, changes, **sizes):
     """The JSON of a plan of a small model; heads of 128, as kernels want them."""
     config = configs.defaults()
     config.model.source = "none"
-    config.model.remat = "full"
-    config.data.max_length = 512
+    config.model.remat, config.model.dtype, config.model.param_dtype = "full", "bfloat16", "bfloat16"
+    config.data.max_length, config.data.batch_size, config.accumulate = 512, 16, 1
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
         setattr(config[section] if section else config, name, value)

@@ -8,7 +8,7 @@ import numpy as np
 from ftjax.data.batch import packing
 
 FEW_UPDATES = 50  # with fewer a run is told that it hardly learns
-_SEEN = 200  # examples, repeated ones too, that make so many updates
+SEEN = 200  # examples, repeated ones too, that make so many updates in small batches
 _ROWS = 16  # rows of full length in a batch, at most
 _FULL = 0.9  # of what the best row length fills: the shortest that fills so much is taken
 _LENGTHS = 16  # row lengths that are tried, about
@@ -61,15 +61,17 @@ def choose(given: Sizes, lengths: np.ndarray, count: float, steps: int, limits: 
         return Sizes(given.batch_size, given.row_length or limits.length, epochs)
     most = max(limits.length, given.row_length)
     length = given.row_length or _row_length(lengths, update * float(lengths.mean()), limits)
-    rows = max(update, 1.0) * rows_of(lengths, length, limits.packing) / len(lengths)
-    units = min(round(rows / limits.rows), _ROWS * most // (length * limits.rows))
-    return Sizes(limits.rows * max(units, 1), length, epochs)
+    each = rows_of(lengths, length, limits.packing) / len(lengths) / limits.rows
+    units = [round(max(update, 1.0) * each), _ROWS * most // (length * limits.rows)]
+    if not steps:
+        units.append(int(seen * each / FEW_UPDATES))
+    return Sizes(limits.rows * max(min(units), 1), length, epochs)
 
 
 def usual_epochs(count: float, epochs: tuple[float, float]) -> float:
     """The usual number, or as many more, in whole ones, as few examples need for FEW_UPDATES."""
     usual, most = epochs
-    return min(max(usual, float(math.ceil(_SEEN / max(count, 1)))), most)
+    return min(max(usual, float(math.ceil(SEEN / max(count, 1)))), most)
 
 
 def rows_of(lengths: np.ndarray, row_length: int, packed: bool) -> int:
@@ -87,6 +89,7 @@ def _row_length(lengths: np.ndarray, tokens: float, limits: Limits) -> int:
     if not limits.packing or first >= limits.length:
         return min(first, limits.length)
     last = max(first, min(limits.length, int(tokens / limits.parts)))
-    tried = range(first, last + 1, step * max(1, (last - first) // (step * _LENGTHS)))
-    sizes = {length: length * rows_of(lengths, length, True) for length in tried}
+    tried = {*range(first, last + 1, step * max(1, (last - first) // (step * _LENGTHS))), last - last % step}
+    tried |= {last} & {limits.length}
+    sizes = {length: length * rows_of(lengths, length, True) for length in sorted(tried)}
     return next(length for length, size in sizes.items() if _FULL * size <= min(sizes.values()))

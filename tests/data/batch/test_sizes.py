@@ -80,6 +80,8 @@ def test_a_row_holds_the_longest_example_and_no_more_than_it_may():
     for longest, length in ((1, 64), (64, 64), (65, 128), (1000, 1024), (1024, 1024)):
         assert choose(OPEN, np.array([longest]), 1, 0, limits()).row_length == length
     assert choose(OPEN, np.array([90]), 1, 0, limits(length=96)).row_length == 96
+    # Two examples of 40 tokens fill 96, and one leaves a third of 64.
+    assert choose(OPEN, np.full(120, 40), 120, 0, limits(length=96)).row_length == 96
     assert choose(OPEN, np.array([90, 300]), 2, 0, limits(packing=False)).row_length == 320
     # A context of two splits rows in parts of a multiple of 128.
     assert choose(OPEN, np.array([300]), 1, 0, limits(multiple=256)).row_length == 512
