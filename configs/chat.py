@@ -1,4 +1,7 @@
-"""LoRA on your own conversations: set --config.model.source and --config.data.train."""
+"""LoRA on your own conversations: set --config.model.source and --config.data.train.
+
+Epochs, batch, learning rate and what is computed twice are chosen for the data, the model and the devices.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,6 +9,4 @@ from ftjax import config as configs
 
 
 def get_config() -> ConfigDict:
-    config = configs.defaults()
-    config.epochs = 2.0
-    return config
+    return configs.defaults()

@@ -11,5 +11,4 @@ from ftjax import config as configs
 def get_config() -> ConfigDict:
     config = configs.defaults()
     config.objective.name = "dpo"
-    config.data.batch_size = 8  # rows of two documents: twice the tokens of a conversation's
     return config

@@ -139,6 +139,7 @@ def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -
     data = config.data
     return DataSpec(
         kind=method_of(config).rows,
+        chosen_length=data.row_length,
         max_length=data.max_length,
         batch_size=data.batch_size,
         packing=data.packing,

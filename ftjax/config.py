@@ -54,10 +54,11 @@ KEYS: dict[str, Key] = {
     "model.source": Key("", Check(bool, "a Hugging Face id, a directory, a .gguf file or package:NAME")),
     # Of a Hugging Face id: a commit, tag or branch; "": the main branch. The run keeps to the commit that it was then.
     "model.revision": Key("", ANY),
-    "model.dtype": Key("bfloat16", one_of(*DTYPES)),  # of activations and matrix products
-    "model.param_dtype": Key("bfloat16", one_of(*DTYPES)),  # of the stored base
-    # What the backward pass recomputes (docs/devices.md).
-    "model.remat": Key("none", one_of("none", "full", "dots", "offload")),
+    # Of activations and matrix products; auto: float32 on CPUs, which are slow in bfloat16, and bfloat16 elsewhere.
+    "model.dtype": Key("auto", one_of("auto", *DTYPES)),
+    "model.param_dtype": Key("auto", one_of("auto", *DTYPES)),  # of the stored base; auto: as model.dtype
+    # What the backward pass recomputes (docs/devices.md); auto: nothing where that fits.
+    "model.remat": Key("auto", one_of("auto", "none", "full", "dots", "offload")),
     # auto: the fastest that serves the model here.
     "model.attention": Key("auto", one_of("auto", "splash", "cudnn", "xla")),
     # none: train the parameters that `trainable` selects.
@@ -84,7 +85,10 @@ KEYS: dict[str, Key] = {
     # Tokens of a document, where it is cut: a conversation, or each answer of a pair with its prompt.
     "data.max_length": Key(1024, number(2)),
     "data.packing": Key(True, ANY),  # several examples to a row, none seeing another
-    "data.batch_size": Key(16, number(1)),  # rows in a step, over all devices and micro-batches
+    # Rows in a step, over all devices and micro-batches; 0: chosen for the data (docs/data.md).
+    "data.batch_size": Key(0, number(0)),
+    # Tokens of a row; 0: chosen with the batch, or where that is given as many as the longest example may have.
+    "data.row_length": Key(0, number(0)),
     # assistant: every assistant turn; last: the last one; all: every turn.
     "data.train_on": Key("assistant", one_of("assistant", "last", "all")),
     # Share of the training rows kept for evaluation instead, chosen by a hash of the prompt.
@@ -95,7 +99,7 @@ KEYS: dict[str, Key] = {
     "objective.name": Key("sft", ANY),  # a method of ftjax/method.py: sft or dpo
     "objective.beta": Key(0.1, number(1e-6)),  # dpo: how strongly the reference holds the policy
     "optimizer.name": Key("adamw", one_of("adamw")),
-    # 0: the method's own, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.
+    # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.
     "optimizer.learning_rate": Key(0.0, number(0)),
     "optimizer.b1": Key(0.9, number(0, 1)),
     "optimizer.b2": Key(0.999, number(0, 1)),
@@ -119,8 +123,8 @@ KEYS: dict[str, Key] = {
     # Go back to this step once, setting later ones aside; -1: the newest.
     "checkpoint.resume_step": Key(-1, number(-1)),
     "steps": Key(0, number(0)),  # 0: as many as `epochs` needs
-    "epochs": Key(1.0, number(1e-9)),
-    "accumulate": Key(1, number(1)),  # micro-batches in a step
+    "epochs": Key(0.0, number(0)),  # 0: the method's own, such as 3 for sft; more where there are few rows
+    "accumulate": Key(0, number(0)),  # micro-batches in a step; 0: as few as fit the memory
     "seed": Key(0, number(0, 2**31 - 1)),
     "log_every": Key(10, number(1)),
     "eval_every": Key(0, number(0)),  # steps; 0: only at the end
@@ -128,6 +132,19 @@ KEYS: dict[str, Key] = {
     # Hours after which the run saves and ends with status 75, in time for what a scheduler allows; 0: no limit.
     "max_hours": Key(0.0, number(0)),
 }
+
+
+# What a run chooses where these keys have their defaults (`ftjax.choices`). Its config.json has what was chosen.
+OPEN = (
+    "model.dtype",
+    "model.param_dtype",
+    "model.remat",
+    "data.batch_size",
+    "data.row_length",
+    "optimizer.learning_rate",
+    "epochs",
+    "accumulate",
+)
 
 
 def defaults() -> ConfigDict:
@@ -160,6 +177,7 @@ FREE_TO_CHANGE = (
     "checkpoint.",
     "evaluate.",
     "eval_every",
+    "accumulate",
     "mesh.",
     "model.remat",
     "model.attention",
@@ -229,7 +247,7 @@ def validate(config: ConfigDict, data: bool = True) -> None:
     for key, (_, check) in KEYS.items():
         if (data or key != "data.train") and not check.holds(given[key]):
             raise UserError(f"config.{key}={given[key]!r}: it must be {check.wanted}")
-    if config.data.batch_size % config.accumulate:
+    if config.data.batch_size % max(config.accumulate, 1):
         raise UserError(
             f"config.data.batch_size={config.data.batch_size} is not a multiple of config.accumulate="
             f"{config.accumulate}; every micro-batch has the same number of rows"
@@ -272,6 +290,19 @@ def source_entry(entry: Any, key: str) -> dict[str, Any]:
 def sources(config: ConfigDict, which: str) -> list[dict[str, Any]]:
     """The entries of data.train or data.eval, `which`, each as `source_entry` gives it."""
     return [source_entry(entry, f"data.{which}") for entry in config.data[which]]
+
+
+def with_recorded(config: ConfigDict, recorded: ConfigDict) -> ConfigDict:
+    """`config` where what it leaves open is what a run has, which goes on with what it chose when it began."""
+    given, chosen = flat(config), flat(recorded)
+    return changed(config, {key: chosen[key] for key in OPEN if given[key] == KEYS[key].default})
+
+
+def changed(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
+    """A copy of `config` with other values, {dotted key: value}."""
+    out = config.copy_and_resolve_references()
+    out.update_from_flattened_dict(values)
+    return out
 
 
 def changes(saved: ConfigDict, now: ConfigDict, places: Sequence[str] = PLACES) -> list[str]:

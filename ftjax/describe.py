@@ -6,7 +6,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import quant, sharding, tree
+from ftjax import memory, quant, sharding, tree
 from ftjax.assemble import Base, Program
 from ftjax.data.batch.loader import Loader
 from ftjax.evals.best import Standing
@@ -19,9 +19,15 @@ from ftjax.tree import Tree
 
 
 def run(
-    config: ConfigDict, base: Base, mesh: Mesh, program: Program, loader: Loader, report: dict[str, int]
+    config: ConfigDict,
+    asked: ConfigDict,
+    base: Base,
+    mesh: Mesh,
+    program: Program,
+    loader: Loader,
+    report: dict[str, int],
 ) -> dict[str, str]:
-    """What is about to run. report: that of `tokenize.tokenize`."""
+    """What is about to run. asked: the config before anything was chosen; report: that of `tokenize.tokenize`."""
     spec, adapter, data = base.model.spec, config.adapter, config.data
     abstract = program.variables
     trained, frozen = tree.partition(abstract, program.is_trained)
@@ -42,11 +48,30 @@ def run(
         "data": counted(report),
         "batch": f"{data.batch_size} rows of {loader.max_length} tokens"
         + (", packed" if data.packing else f", not packed but padded to {', '.join(map(str, loader.lengths))} tokens,")
-        + f" {loader.packing_efficiency():.1%} full"
-        + (f", in {config.accumulate} micro-batches" if config.accumulate > 1 else ""),
+        + f" {loader.packing_efficiency():.1%} full: {_examples(loader)} an update"
+        + (f", chosen for {len(loader.examples):,} examples" if not asked.data.batch_size else ""),
+        "memory": _memory(config, asked, program),
         "steps": f"{steps} ({loader.epoch_at(steps):.2f} epochs), learning rate {learning_rate(config):g}, "
         f"{config.schedule.name}",
     }
+
+
+def _examples(loader: Loader) -> str:
+    """How many examples a batch has."""
+    count = loader.batch_size * loader.examples.count / loader.rows_per_epoch(0)
+    return f"{count:.0f} examples" if not loader.packing else f"about {count:.0f} examples"
+
+
+def _memory(config: ConfigDict, asked: ConfigDict, program: Program) -> str:
+    """What is done to fit the memory of a device, and whether that was chosen."""
+    remat, count = config.model.remat, config.accumulate
+    parts = ["nothing is computed twice" if remat == "none" else f"remat {remat}"]
+    parts.append("the whole batch at once" if count == 1 else f"in {count} micro-batches")
+    if asked.model.remat == "auto" or not asked.accumulate:
+        room = memory.of_device(program.mesh)
+        size = f"about {memory.needed(program, remat, count) / memory.GIB:.1f} GiB"
+        parts.append(f"chosen to fit: {size}" + (f" of {room / memory.GIB:.1f} a device" if room else " a device"))
+    return ", ".join(parts)
 
 
 def counted(report: dict[str, int]) -> str:

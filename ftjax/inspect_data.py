@@ -24,10 +24,11 @@ import sys
 from pathlib import Path
 
 from absl import flags
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 from rich.progress import Progress
 
-from ftjax import assemble, cli, config_flag
+from ftjax import assemble, choices, cli, config_flag, sharding
 from ftjax import config as configs
 from ftjax.atomic import write_text
 from ftjax.data.audit import checks
@@ -39,7 +40,7 @@ from ftjax.data.tokens.kinds import ROW_KINDS, kind_of
 from ftjax.errors import SourceError, UserError
 from ftjax.inspection import page, terminal
 from ftjax.inspection.pieces import Piece, pieces
-from ftjax.inspection.survey import Epoch, Survey, epoch_of, survey
+from ftjax.inspection.survey import Epoch, Survey, epoch_of, examples_in_epoch, survey
 from ftjax.training import metrics
 
 _PAGE_ROWS = 1500
@@ -48,6 +49,7 @@ _PAGE_ROWS = 1500
 def inspect(config: ConfigDict, options: dict) -> int:
     """Surveys the data of a config and shows it; returns the exit status. options: the flags by name."""
     configs.validate(config)
+    config = choices.by_devices(config, "cpu")
     base = assemble.open_base(config.model, weights=False)
     spec = assemble.data_spec(config, base.model.spec)
     speed = speed_of(options["tokens_per_second"], options["workdir"])
@@ -69,11 +71,17 @@ def inspect(config: ConfigDict, options: dict) -> int:
             options["max_rows"],
             lambda done: bar.update(task, completed=done),
         )
+    mesh = AbstractMesh(tuple(max(config.mesh[axis], 1) for axis in sharding.MESH_AXES), sharding.MESH_AXES)
+    asked, examples = config, examples_in_epoch(result)
+    if len(result.cut):
+        config = choices.by_data(config, base.model.spec, mesh, result.cut, examples)
+        spec = assemble.data_spec(config, base.model.spec)
     epoch = epoch_of(result, spec, config.steps, config.epochs)
-    if 0 < epoch.rows < spec.batch_size:
-        few = Findings()
-        few.add("few", what=f"an epoch has {epoch.rows} rows and does not fill one batch of {spec.batch_size}")
-        result.findings[:0] = few.all()
+    few = choices.few_updates(config, asked, base.model.spec, mesh, epoch.rows, examples, epoch.steps)
+    if epoch.rows and few:
+        warning = Findings()
+        warning.add("few", what=few)
+        result.findings.extend(warning.all())
     terminal.summary(out, result, epoch, spec, speed)
 
     def shown(index: int) -> tuple[str, list[tuple[str, list[Piece]]]] | None:

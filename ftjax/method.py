@@ -36,7 +36,8 @@ class Method(NamedTuple):
     Attributes:
       objective: (model, config.objective) -> what is minimized.
       rows: what a row of its data is, a key of `data.tokens.kinds.ROW_KINDS`.
-      learning_rates: by config.adapter.kind, where optimizer.learning_rate is 0.
+      learning_rates: by config.adapter.kind, where optimizer.learning_rate is 0; those of adapters at a width of 4,096.
+      epochs: how many there are usually, and at most for few rows, where config.epochs is 0.
       settings: the keys of config.objective that it reads, beside `name`; any other one that is set is refused.
       reference: whether the objective compares with the model as it was before training (`objectives.reference`).
       head: the scalar head that it adds (`models.heads`), "" for none.
@@ -49,6 +50,7 @@ class Method(NamedTuple):
     objective: Callable[[Decoder, ConfigDict], Objective]
     rows: str
     learning_rates: Mapping[str, float]
+    epochs: tuple[float, float]
     settings: tuple[str, ...] = ()
     reference: bool = False
     head: str = ""
@@ -58,11 +60,17 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "sft": Method(make_sft, rows="conversation", learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5}),
+    "sft": Method(
+        make_sft,
+        rows="conversation",
+        learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5},
+        epochs=(3.0, 15.0),  # Alpaca's 52,000 rows (Taori et al. 2023), LIMA's 1,000 (Zhou et al. 2023)
+    ),
     "dpo": Method(
         make_dpo,
         rows="pair",
         learning_rates={"lora": 1e-5, "dora": 1e-5, "none": 1e-6},
+        epochs=(1.0, 3.0),  # Rafailov et al. 2023; Zephyr (Tunstall et al. 2023), where more made it worse
         settings=("beta",),
         reference=True,
     ),

@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from ftjax import cli, config_flag
+from ftjax import choices, cli, config_flag, sharding
 from ftjax import config as configs
 from ftjax.atomic import write_text
 from ftjax.errors import UserError
@@ -50,6 +50,8 @@ def plan(
     slice_ = topology.parse(topology_name)
     spec = model_spec(config.model.source, config.model.revision)
     devices = topology.devices(slice_)
+    mesh = sharding.make_mesh(dict(config.mesh), devices)
+    config = choices.without_data(config, spec, mesh, slice_.chip.usable)
     program = compiled.describe(config, spec, devices)
     display.say(f"compiling for {slice_}")
     result = compiled.plan(program, slice_)

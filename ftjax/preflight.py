@@ -29,19 +29,24 @@ def check_length(config: ConfigDict, spec: DecoderSpec) -> None:
 
 
 def check_mesh(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
-    """That rows, their length and the experts divide by the mesh axes that split them, and offloading has a place."""
-    rows, parts = config.data.batch_size // config.accumulate, sharding.row_parts(mesh)
+    """That rows, their length and the experts divide by the mesh axes that split them, and offloading has a place.
+
+    What is still open will fit.
+    """
+    micro, parts = max(config.accumulate, 1), sharding.row_parts(mesh)
+    rows = config.data.batch_size // micro
     if rows % parts:
         axes = " x ".join(sharding.RULES["batch"])
         raise UserError(
-            f"config.data.batch_size={config.data.batch_size} in {config.accumulate} micro-batch(es) is {rows} rows, "
-            f"not a multiple of the mesh's {axes} = {parts}; set it to a multiple of {parts * config.accumulate}"
+            f"config.data.batch_size={config.data.batch_size} in {micro} micro-batch(es) is {rows} rows, "
+            f"not a multiple of the mesh's {axes} = {parts}; set it to a multiple of {parts * micro}"
         )
-    if config.data.max_length % mesh.shape["context"]:
-        raise UserError(
-            f"config.data.max_length={config.data.max_length} is not a multiple of config.mesh.context="
-            f"{mesh.shape['context']}, over which rows are split; set it to a multiple"
-        )
+    for key in ("max_length", "row_length"):
+        if config.data[key] % mesh.shape["context"]:
+            raise UserError(
+                f"config.data.{key}={config.data[key]} is not a multiple of config.mesh.context="
+                f"{mesh.shape['context']}, over which rows are split; set it to a multiple"
+            )
     if config.model.remat == "offload":
         sharding.check_host_memory(mesh)
     experts = spec.experts

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import assemble, distributed, origin, tree
+from ftjax import assemble, distributed, origin, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base, Program
 from ftjax.errors import UserError
@@ -43,8 +44,9 @@ class Resume(NamedTuple):
         return self.step == total_steps and (total_steps in self.evaluated or not configs.evaluates(config))
 
 
-def find(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> tuple[ConfigDict, Resume]:
-    """(the config with names that lead somewhere from here (`origin.at_hand`), what there is to go on from).
+def find(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints) -> tuple[ConfigDict, Resume]:
+    """(the config, what there is to go on from). Of a run that goes on, the config has what the run chose when it began
+    where it leaves that open, and names that lead somewhere from here (`origin.at_hand`).
 
     Raises:
       UserError: the run there has another config.
@@ -53,6 +55,9 @@ def find(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> tuple[C
     if step is None:
         return config, Resume(None, None, [], set())
     before = configs.read(workdir / "config.json")
+    leaves_open, config = config, configs.with_recorded(config, before)
+    if not leaves_open.accumulate and config.data.batch_size % (config.accumulate * sharding.row_parts(mesh)):
+        config = configs.changed(config, {"accumulate": 0})  # this mesh does not allow what the last one did
     # The base of an older run is known by its name alone.
     places = configs.PLACES if origin.is_recorded(workdir) else ("data.train",)
     if changed := configs.changes(before, config, places):

@@ -20,7 +20,19 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import assemble, cli, config_flag, describe, distributed, origin, preflight, resume, sharding
+from ftjax import (
+    assemble,
+    choices,
+    cli,
+    config_flag,
+    describe,
+    distributed,
+    memory,
+    origin,
+    preflight,
+    resume,
+    sharding,
+)
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data import pipeline
@@ -56,13 +68,15 @@ def train(config: ConfigDict, workdir: Path) -> int:
 def _train(
     config: ConfigDict, workdir: Path, preemption: Preemption, display: Display, checkpoints: Checkpoints
 ) -> int:
-    # What is there already.
-    given = config
-    config, there = resume.find(config, workdir, checkpoints)
-
-    # Config, mesh, model: described, not read yet.
+    # Mesh, and what is there already.
     mesh = sharding.make_mesh(dict(config.mesh))
     distributed.check()
+    given = config
+    config, there = resume.find(given, mesh, workdir, checkpoints)
+
+    # Config and model: described, not read yet.
+    asked = config
+    config = choices.by_devices(config, sharding.platform(mesh))
     base = assemble.open_base(config.model)
     preflight.check_length(config, base.model.spec)
     preflight.check_mesh(config, base.model.spec, mesh)
@@ -71,7 +85,8 @@ def _train(
         origin.check(config, workdir, contents)
 
     # Data.
-    train_loader, heldout, report = _load_data(config, base, mesh, display)
+    config, train_loader, heldout, report = _load_data(config, base, mesh, display)
+    base = base._replace(model=base.model.clone(remat=config.model.remat))
 
     def steps_of(config: ConfigDict) -> int:
         return config.steps or train_loader.batches_in(config.epochs)
@@ -88,11 +103,16 @@ def _train(
         program = assemble.program(config, base.model, mesh, total_steps)
         evaluator = Evaluator(config, base, mesh, program.objective, heldout, workdir, preemption, display)
         described = continued.effective(config, base.model.spec)
-        display.table("ftjax.train", describe.run(described, base, mesh, program, train_loader, report))
+        display.table("ftjax.train", describe.run(described, asked, base, mesh, program, train_loader, report))
+        rows, examples = train_loader.rows_per_epoch(0), train_loader.examples.count
+        if few := choices.few_updates(config, asked, base.model.spec, mesh, rows, examples, total_steps):
+            display.say(f"warning: {few}, and more rows help most")
 
         # Weights, adapters, state.
         display.say("reading the weights")
-        start = resume.start(there, config, base, program, workdir, checkpoints, train_loader.fingerprint())
+        smaller = memory.smaller(config, mesh)
+        with memory.exhausted("reading the weights", smaller):
+            start = resume.start(there, config, base, program, workdir, checkpoints, train_loader.fingerprint())
         if there.step is not None:
             display.say(f"resuming after step {there.step}")
             if planned != total_steps:
@@ -106,7 +126,10 @@ def _train(
             return program.step(state, frozen, place_batch(mesh, arrays, config.accumulate))
 
         def evaluate(number: int, state: TrainState) -> dict[str, float]:
-            return evaluator(number, state.trainable, start.frozen | ({"kept": state.kept} if state.kept else {}))
+            frozen = start.frozen | ({"kept": state.kept} if state.kept else {})
+            fewer = f"--config.evaluate.batch_size={max(config.evaluate.batch_size // 2, 1)} (prompts at a time)"
+            with memory.exhausted("evaluating", [fewer, *smaller]):
+                return evaluator(number, state.trainable, frozen)
 
         # Loop, checkpoints.
         writer = metrics.MetricsWriter(workdir, -1 if there.step is None else there.step)
@@ -126,7 +149,8 @@ def _train(
         preemption.reserve = lambda: checkpoints.save_seconds(state_bytes)
         preemption.defer_interrupts()
         try:
-            run(loop, start)
+            with memory.exhausted("training", smaller):
+                run(loop, start)
         except Preempted as stop:
             return _stopped(stop, there.step, checkpoints, display)
         finally:
@@ -151,14 +175,21 @@ def _stopped(stop: Preempted, began: int | None, checkpoints: Checkpoints, displ
     return cli.EXIT_INTERRUPTED if reason == CTRL_C else cli.EXIT_PREEMPTED
 
 
-def _load_data(config: ConfigDict, base: Base, mesh: Mesh, display: Display) -> tuple[Loader, Loader | None, dict]:
-    """The training rows, the held-out rows (None without any), and the report on the former."""
-    spec = assemble.data_spec(config, base.model.spec, mesh)
-    train, heldout = configs.sources(config, "train"), configs.sources(config, "eval")
-    loader, report = pipeline.load(train, base.tokenizer, spec, display.counter)
+def _load_data(
+    config: ConfigDict, base: Base, mesh: Mesh, display: Display
+) -> tuple[ConfigDict, Loader, Loader | None, dict]:
+    """The config with all that it left open chosen, the training rows, the held-out rows (None without any), and the
+    report on the former.
+    """
+    model, train, heldout = base.model, configs.sources(config, "train"), configs.sources(config, "eval")
+    examples = pipeline.read(train, base.tokenizer, assemble.data_spec(config, model.spec, mesh), display.counter)
+    config = choices.by_data(choices.by_model(config, model.spec), model.spec, mesh, examples.lengths, examples.count)
+    config = choices.by_memory(config, model, mesh, memory.of_device(mesh))
+    spec = assemble.data_spec(config, model.spec, mesh)
+    loader = pipeline.training_loader(examples, spec)
     rows = [entry for entry in heldout if not entry["source"].startswith(TASK)]
     spec = dataclasses.replace(spec, batch_size=spec.batch_size // config.accumulate)
-    return loader, pipeline.load_heldout(rows, train, base.tokenizer, spec, display.counter), report
+    return config, loader, pipeline.load_heldout(rows, train, base.tokenizer, spec, display.counter), examples.report
 
 
 def main(argv: list[str]) -> int:

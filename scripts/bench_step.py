@@ -25,10 +25,11 @@ from absl import flags
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from ftjax import cli, config_flag, distributed, quant, tree
+from ftjax import choices, cli, config_flag, distributed, quant, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Program
 from ftjax.errors import UserError
+from ftjax.memory import of_device
 from ftjax.models import kernels
 from ftjax.models.spec import DecoderSpec
 from ftjax.plan import model_spec
@@ -53,6 +54,8 @@ def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, pe
 
     peak: FLOP/s of a device; None: that of its kind, and no MFU if it is unknown.
     """
+    mesh = sharding.make_mesh(dict(config.mesh))
+    config = choices.without_data(config, spec, mesh, of_device(mesh))
     program = compiled.describe(config, spec, jax.devices())
     with jax.set_mesh(program.mesh):
         state, frozen, batch = arrays(program, config.adapter.dropout)

@@ -34,6 +34,8 @@ FLOORS = [
     {"training"},
     {"method"},
     {"assemble"},
+    {"memory"},
+    {"choices"},
     {"evals"},
     {"describe", "inspection", "parity", "preflight", "prompts", "resume"},
     {"planning"},

@@ -14,6 +14,7 @@ from ftjax.data.tokens.examples import Examples, join
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.data.tokens.rendering import Tokenizer
 from ftjax.data.tokens.tokenize import tokenize
+from ftjax.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -34,27 +35,50 @@ class DataSpec:
     max_bad_rows: int = 0  # how many malformed rows of a source may be skipped
     holdout: float = 0.0  # the share of the training rows that are held out for evaluation
     multiple: int = 1  # without packing, batch lengths are multiples of it
+    chosen_length: int = 0  # tokens of a row of a batch; 0: `longest`
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of an example: all its documents, each as long as it may be."""
+        return self.max_length * ROW_KINDS[self.kind].documents
 
     @property
     def row_length(self) -> int:
         """Tokens of a row of a batch: one example always fits, so no document is cut to make room for another."""
-        return self.max_length * ROW_KINDS[self.kind].documents
+        return self.chosen_length or self.longest
 
 
 def _uncounted(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
     return contextlib.nullcontext(lambda done: None)
 
 
+def read(entries: Sequence[dict], tokenizer: Tokenizer, spec: DataSpec, counter: Counter = _uncounted) -> Examples:
+    """The tokenized training rows of `entries` (see `sources.read_sources`), with `tokenize`'s report on them.
+
+    counter: shows the progress of tokenization (`Display.counter`).
+
+    Raises:
+      UserError: there are none.
+    """
+    rows = read_sources(entries, spec.max_bad_rows, spec.holdout, heldout_side=False)
+    examples = _tokenized(rows, tokenizer, spec, MAX_DROPPED, counter)
+    if not len(examples):
+        raise UserError("config.data.train: no rows to train on; check the sources")
+    return examples
+
+
 def load(
     entries: Sequence[dict], tokenizer: Tokenizer, spec: DataSpec, counter: Counter = _uncounted
 ) -> tuple[Loader, dict]:
-    """The loader of the training rows of `entries` (see `sources.read_sources`), and `tokenize`'s report on them.
+    """The loader of the training rows, and `tokenize`'s report on them; arguments as of `read`."""
+    examples = read(entries, tokenizer, spec, counter)
+    return training_loader(examples, spec), examples.report
 
-    counter: shows the progress of tokenization (`Display.counter`).
-    """
-    rows = read_sources(entries, spec.max_bad_rows, spec.holdout, heldout_side=False)
-    tokenized = _tokenized(rows, tokenizer, spec, MAX_DROPPED, counter)
-    return _loader(tokenized, spec, shuffle=True), tokenized.report
+
+def training_loader(examples: Examples, spec: DataSpec) -> Loader:
+    return Loader(
+        examples, spec.batch_size, spec.row_length, spec.packing, spec.seed, shuffle=True, multiple=spec.multiple
+    )
 
 
 def read_heldout(entries: Sequence[dict], train: Sequence[dict], spec: DataSpec) -> list[Rows]:
@@ -72,10 +96,17 @@ def load_heldout(
     spec: DataSpec,
     counter: Counter = _uncounted,
 ) -> Loader | None:
-    """The loader of the rows of `read_heldout`; None if there are none."""
+    """The loader of the rows of `read_heldout`; None if there are none.
+
+    Its rows are as long as those of training, or where an example needs more as the longest that there may be.
+    """
     # Any number may be dropped: in a small set one long row is more than the usual share.
     tokenized = [_tokenized(rows, tokenizer, spec, 1.0, counter) for rows in read_heldout(entries, train, spec)]
-    return _loader(join(tokenized), spec, shuffle=False) if tokenized else None
+    if not tokenized:
+        return None
+    examples = join(tokenized)
+    length = spec.row_length if examples.lengths.max(initial=0) <= spec.row_length else spec.longest
+    return Loader(examples, spec.batch_size, length, spec.packing, spec.seed, False, spec.multiple)
 
 
 def _tokenized(rows: Rows, tokenizer: Tokenizer, spec: DataSpec, max_dropped: float, counter: Counter) -> Examples:
@@ -96,7 +127,3 @@ def _tokenized(rows: Rows, tokenizer: Tokenizer, spec: DataSpec, max_dropped: fl
         names = ", ".join(source["source"] for source in report["per_source"])
         log.warning(text, names, report["dropped"], report["rows"], spec.max_length)
     return tokenized
-
-
-def _loader(examples: Examples, spec: DataSpec, shuffle: bool) -> Loader:
-    return Loader(examples, spec.batch_size, spec.row_length, spec.packing, spec.seed, shuffle, spec.multiple)

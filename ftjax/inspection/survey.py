@@ -299,6 +299,14 @@ def shares(sources: Sequence[SourceCount]) -> list[float]:
     return [rows / (sum(weighted) or 1) for rows in weighted]
 
 
+def examples_in_epoch(survey: Survey) -> float:
+    """How many examples an epoch has.
+
+    A source counts as often as its weight says, and rows not looked at are taken to be like the others.
+    """
+    return sum(source.used * source.weight * source.rows / max(1, source.picked) for source in survey.sources)
+
+
 @dataclass(frozen=True)
 class Epoch:
     """What training is going to do.
@@ -307,12 +315,14 @@ class Epoch:
       tokens: of an epoch, without padding.
       rows: of an epoch: packed ones of `DataSpec.row_length` tokens; without packing one for each example.
       efficiency: share of the positions in rows that hold a token.
+      examples: of a batch.
       steps, epochs: of the whole run.
     """
 
     tokens: int
     rows: int
     efficiency: float
+    examples: float
     steps: int
     epochs: float
 
@@ -320,7 +330,7 @@ class Epoch:
 def epoch_of(survey: Survey, spec: DataSpec, steps: int, epochs: float) -> Epoch:
     """What follows for training from the rows looked at, scaled up to all rows; steps 0: as many as `epochs` need."""
     if not len(survey.cut):
-        return Epoch(0, 0, 0.0, 0, 0.0)
+        return Epoch(0, 0, 0.0, 0.0, 0, 0.0)
     if spec.packing:
         rows = packing.count_rows(packing.patterns(np.bincount(survey.cut), spec.row_length))
         positions = rows * spec.row_length
@@ -333,4 +343,5 @@ def epoch_of(survey: Survey, spec: DataSpec, steps: int, epochs: float) -> Epoch
     tokens = sum(source.tokens * factor for source, factor in zip(survey.sources, scale))
     all_rows = math.ceil(rows * tokens / max(1, survey.tokens))
     total = steps or math.ceil(all_rows * epochs / spec.batch_size)
-    return Epoch(round(tokens), all_rows, efficiency, total, total * spec.batch_size / max(1, all_rows))
+    examples = spec.batch_size * len(survey.cut) / rows
+    return Epoch(round(tokens), all_rows, efficiency, examples, total, total * spec.batch_size / max(1, all_rows))

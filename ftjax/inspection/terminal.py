@@ -90,7 +90,8 @@ def facts_of(survey: Survey, epoch: Epoch, spec: DataSpec, speed: Speed | None) 
         "tokens": "  ".join(quantiles),
         "trained on": f"{survey.trained:,} of {survey.tokens:,} tokens ({survey.trained / survey.tokens:.1%})",
         "an epoch": f"{epoch.tokens:,} tokens in {epoch.rows:,} rows of up to {spec.row_length:,}, {packed}",
-        "steps": f"{epoch.steps:,} of {spec.batch_size} rows ({epoch.epochs:.2f} epochs)",
+        "steps": f"{epoch.steps:,} of {spec.batch_size} rows, about {epoch.examples:.0f} examples "
+        f"({epoch.epochs:.2f} epochs)",
         "time": "unknown: give --tokens_per_second, or --workdir of a run on the same machine",
     }
     if speed:

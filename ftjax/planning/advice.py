@@ -9,10 +9,9 @@ import jax
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax import tree
+from ftjax import memory, tree
 from ftjax.assemble import Program
 from ftjax.errors import UserError
-from ftjax.models.groups import stacks
 from ftjax.models.spec import DecoderSpec
 from ftjax.planning import compiled, flops
 from ftjax.planning.chips import GIB
@@ -167,15 +166,9 @@ def _meshes(spec: DecoderSpec, topology: Topology) -> Iterator[dict[str, int]]:
 def estimate(config: ConfigDict, program: Program, topology: Topology) -> tuple[float, float]:
     """(seconds of a step, bytes on a chip), without compiling: to order candidates by, no more."""
     mesh, chip, spec = program.mesh.shape, topology.chip, program.model.spec
-    leaves = [*jax.tree.leaves(program.state), *jax.tree.leaves(program.frozen)]
-    arguments = sum(compiled.bytes_on_chip(leaf) for leaf in leaves)
-    trained = sum(compiled.bytes_on_chip(leaf) for leaf in jax.tree.leaves(program.state.trainable))
     tokens = program.tokens / config.accumulate / (mesh["data"] * mesh["fsdp"])
     width = 2.0 * tokens * spec.hidden_size
-    inner = _inner(spec) / spec.hidden_size / mesh["tensor"]
-    per_layer = {"full": 1.0, "dots": 6.0 + 2 * inner, "none": 12.0 + 4 * inner, "offload": 0.1}[config.model.remat]
-    activations = width * per_layer * spec.num_hidden_layers
-    size = arguments + trained + activations + width * (12.0 + 4 * inner)
+    size = memory.needed(program, config.model.remat, config.accumulate)
     again = {"full": 1.0, "dots": 0.2, "none": 0.0, "offload": 1.0}[config.model.remat]
     needed = flops.of_step(program)
     compute = (needed.total + again * (needed.forward + needed.attention)) / topology.chips / chip.flops
@@ -190,9 +183,3 @@ def estimate(config: ConfigDict, program: Program, topology: Topology) -> tuple[
     between = 4 * 2 * width * config.accumulate * spec.num_hidden_layers * (mesh["tensor"] - 1) / mesh["tensor"]
     links = chip.link * len([side for side in topology.sides if side > 1])
     return max(compute, (gathered + between) / max(links, chip.link)), size
-
-
-def _inner(spec: DecoderSpec) -> float:
-    """Columns of an MLP, or of the experts that a token goes to, on the average of all layers."""
-    parts = [(stack.spec, len(stack.layers) / spec.num_hidden_layers) for stack in stacks(spec)]
-    return sum(of.intermediate_size * (of.experts.per_token if of.experts else 1) * share for of, share in parts)

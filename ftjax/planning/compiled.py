@@ -1,6 +1,5 @@
 """Compiles the training step that a config describes, for devices that are not there, and reads what it needs."""
 
-import math
 import re
 import tempfile
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ftjax import assemble, preflight, sharding, tree
 from ftjax.assemble import Program
+from ftjax.memory import bytes_on_device
 from ftjax.models.decoder import Decoder
 from ftjax.models.spec import DecoderSpec
 from ftjax.planning import flops, hlo, traffic
@@ -135,15 +135,11 @@ def _size(text: str) -> float:
 
 def _memory(program: Program, analysis) -> Memory:
     leaves = [*tree.flatten(program.state.trainable).items(), *tree.flatten(program.frozen).items()]
-    adapters = sum(bytes_on_chip(leaf) for path, leaf in leaves if path.startswith("lora/"))
-    whole = sum(bytes_on_chip(leaf) for path, leaf in leaves if not path.startswith("lora/"))
-    optimizer = sum(map(bytes_on_chip, jax.tree.leaves((program.state.opt_state, program.state.step))))
+    adapters = sum(bytes_on_device(leaf) for path, leaf in leaves if path.startswith("lora/"))
+    whole = sum(bytes_on_device(leaf) for path, leaf in leaves if not path.startswith("lora/"))
+    optimizer = sum(map(bytes_on_device, jax.tree.leaves((program.state.opt_state, program.state.step))))
     # What is left of the compiler's own sum of arguments: the batch, and the padding of arrays to their tiles.
     batch = analysis.argument_size_in_bytes - whole - adapters - optimizer
     output = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     host = analysis.host_temp_size_in_bytes
     return Memory(whole, adapters, optimizer, batch, analysis.temp_size_in_bytes, output, host)
-
-
-def bytes_on_chip(leaf: jax.ShapeDtypeStruct) -> float:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -72,7 +72,7 @@ def tokenizer(make_tokenizer):
 
 def test_a_row_that_closes_scripts_is_harmless_and_comes_back_whole(tokenizer):
     rows = rows_of(tokenizer, ["plain", EVIL])
-    text = page.render(survey(EVIL), Epoch(100, 3, 0.9, 1, 1.0), SPEC, rows)
+    text = page.render(survey(EVIL), Epoch(100, 3, 0.9, 1.0, 1, 1.0), SPEC, rows)
     read = Reader(text)
     assert read.open == []
     assert [tag for tag, _ in read.elements if tag in ("img", "iframe", "link", "object")] == []
@@ -87,7 +87,7 @@ def test_a_row_that_closes_scripts_is_harmless_and_comes_back_whole(tokenizer):
 
 
 def test_the_page_asks_the_network_for_nothing(tokenizer):
-    text = page.render(survey(), Epoch(100, 3, 0.9, 1, 1.0), SPEC, rows_of(tokenizer, ["plain"]))
+    text = page.render(survey(), Epoch(100, 3, 0.9, 1.0, 1, 1.0), SPEC, rows_of(tokenizer, ["plain"]))
     read = Reader(text)
     attributes = {(tag, name) for tag, found in read.elements for name in found}
     assert not {name for _, name in attributes} & {"src", "href", "action", "background", "srcset"}
@@ -101,7 +101,7 @@ def test_the_page_asks_the_network_for_nothing(tokenizer):
 
 def test_every_token_is_there_with_whether_it_is_trained(tokenizer):
     rows = rows_of(tokenizer, ["Where is my order?", "日本 🙂"])
-    embedded = json.loads(Reader(page.render(survey(), Epoch(1, 1, 1, 1, 1.0), SPEC, rows)).scripts[0])
+    embedded = json.loads(Reader(page.render(survey(), Epoch(1, 1, 1, 1.0, 1, 1.0), SPEC, rows)).scripts[0])
     for row, given in zip(embedded["rows"], rows):
         (one,) = row["examples"]
         trained = "".join(text for text, flags in zip(one["text"], one["flags"]) if "t" in flags)
@@ -116,12 +116,12 @@ def test_the_number_of_rows_and_tokens_on_the_page_is_bounded_and_said(tokenizer
     monkeypatch.setattr(page, "MAX_ROWS", 7)
     monkeypatch.setattr(page, "MAX_PIECES", 11)
     rows = rows_of(tokenizer, [f"row number {i}" for i in range(40)])
-    text = page.render(survey(), Epoch(1, 1, 1, 1, 1.0), SPEC, rows)
+    text = page.render(survey(), Epoch(1, 1, 1, 1.0, 1, 1.0), SPEC, rows)
     embedded = json.loads(Reader(text).scripts[0])
     assert len(embedded["rows"]) == 7
     assert all(len(row["examples"][0]["text"]) == 11 for row in embedded["rows"])
     assert "This page holds 7 of 5 rows" in text
-    assert page.render(survey(), Epoch(1, 1, 1, 1, 1.0), SPEC, rows) == text
+    assert page.render(survey(), Epoch(1, 1, 1, 1.0, 1, 1.0), SPEC, rows) == text
 
 
 def test_the_histogram_counts_every_length_once():
@@ -157,7 +157,7 @@ console.log(JSON.stringify(out));
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node to run the page's code")
 def test_the_pages_code_searches_filters_and_turns_pages(tokenizer):
     rows = rows_of(tokenizer, [f"row {i} {EVIL if i == 3 else ''}" for i in range(30)])
-    scripts = Reader(page.render(survey(), Epoch(1, 1, 1, 1, 1.0), SPEC, rows)).scripts
+    scripts = Reader(page.render(survey(), Epoch(1, 1, 1, 1.0, 1, 1.0), SPEC, rows)).scripts
     done = subprocess.run(
         ["node", "-e", BROWSER], input=json.dumps(scripts), capture_output=True, text=True, timeout=60, check=True
     )

@@ -14,7 +14,7 @@ from ftjax.planning.chips import GIB
 def config_of(**keys):
     config = configs.defaults()
     config.model.source = "none"
-    config.data.batch_size = 64
+    config.data.batch_size, config.accumulate, config.model.remat = 64, 1, "none"
     return advice.changed(config, **keys).config
 
 

@@ -102,6 +102,16 @@ def test_preferences_are_planned_with_their_rows_and_their_reference():
 
 
 @pytest.mark.slow
+def test_what_is_chosen_for_a_small_qwen_fits_24_gib_as_compiled(record_figure):
+    """With nothing set, and 16 rows of 1,024 tokens; at once they do not fit."""
+    found = run("chosen")
+    chosen, at_once = found["chosen"], found["at once"]
+    record_figure("bytes of what is chosen", chosen["total"])
+    assert chosen["remat"] == "none"
+    assert chosen["total"] < 24 * 2**30 < at_once["total"]
+
+
+@pytest.mark.slow
 def test_two_plans_at_a_time_do_not_collide():
     command = [sys.executable, str(SUPPORT / "planned_run.py"), "products"]
     pipe = subprocess.PIPE

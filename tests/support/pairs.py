@@ -38,6 +38,8 @@ def config_of(root: Path, **changes) -> ConfigDict:
         "model.source": str(root / "model"),
         "model.dtype": "float32",
         "model.param_dtype": "float32",
+        "model.remat": "none",
+        "accumulate": 1,
         "adapter.rank": 4,
         "data.train": (str(root / "pairs.jsonl"),),
         "data.max_length": 48,

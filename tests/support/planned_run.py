@@ -6,8 +6,10 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from ftjax import choices, sharding
 from ftjax import config as configs
-from ftjax import sharding
+from ftjax.memory import GIB
+from ftjax.plan import model_spec
 from ftjax.planning import compiled, hlo, table, topology, traffic
 from support.tiny import spec
 
@@ -74,8 +76,8 @@ def planned(text, changes, **sizes):
     """The JSON of a plan of a small model; heads of 128, as kernels want them."""
     config = configs.defaults()
     config.model.source = "none"
-    config.model.remat = "full"
-    config.data.max_length = 512
+    config.model.remat, config.model.dtype, config.model.param_dtype = "full", "bfloat16", "bfloat16"
+    config.data.max_length, config.data.batch_size, config.accumulate = 512, 16, 1
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
         setattr(config[section] if section else config, name, value)
@@ -87,7 +89,22 @@ def planned(text, changes, **sizes):
     return report["memory"] | {key: report[key] for key in kept if key in report}
 
 
+def chosen():
+    """Qwen2.5-0.5B with nothing set, as chosen for 24 GiB, and at once: bytes as compiled, on a chip of 31 GiB."""
+    slice_ = topology.parse("v6e:1x1")
+    devices, model = topology.devices(slice_), model_spec("Qwen/Qwen2.5-0.5B-Instruct")
+    mesh, out = sharding.make_mesh({}, devices), {}
+    for name, given in {"chosen": {}, "at once": {"accumulate": 1, "model.remat": "none"}}.items():
+        config = configs.changed(configs.defaults(), {"model.source": "none"} | given)
+        config = choices.without_data(config, model, mesh, 24 * GIB)
+        plan = compiled.plan(compiled.describe(config, model, devices), slice_)
+        total = plan.memory.total if plan.memory else slice_.chip.usable + plan.lacking
+        out[name] = {"remat": config.model.remat, "accumulate": config.accumulate, "total": total}
+    return out
+
+
 CASES = {
+    "chosen": chosen,
     "products": products,
     "ranks": lambda: {str(rank): planned("v5e:2x2", {"adapter.rank": rank}) for rank in (8, 64)},
     "vocabulary": lambda: {

@@ -26,10 +26,6 @@ class Kind(NamedTuple):
 _ERRORS = {
     "refused": ("", "or allow some with config.data.max_bad_rows"),
     "empty": ("no rows", "fill the source or name another"),
-    "few": (
-        "an epoch does not fill one batch",
-        "set config.data.batch_size to what an epoch has, or less, or add data",
-    ),
     "dropped": (
         f"more than {MAX_DROPPED:.0%} of the rows have no trained token within config.data.max_length",
         "raise config.data.max_length, shorten the prompts or remove the rows",
@@ -71,6 +67,7 @@ _ERRORS = {
     ),
 }
 _WARNINGS = {
+    "few": ("", "more rows help most"),
     "skipped": ("", "it is skipped, as config.data.max_bad_rows allows"),
     "untrained": (
         "no trained token within config.data.max_length, so the row is dropped",

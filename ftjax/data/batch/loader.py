@@ -22,14 +22,14 @@ class Loader:
 
     Each epoch holds the examples of a source as often as its weight says, shuffled and packed by (seed, epoch) alone.
     If a weight is not whole, each epoch takes the next part of the source's own shuffled passes: with 0.5, two epochs
-    see each example once. A batch may hold the end of one epoch and the start of the next, so nothing is skipped or
-    repeated. Batches may be requested in any order and from any thread.
+    see each example once. A batch may hold the end of one epoch and the start of the next, or several that are smaller
+    than it, so nothing is skipped or repeated. Batches may be requested in any order and from any thread.
 
     With packing, rows have max_length tokens. Without it, a row is one example, examples of similar length share a
     batch, and all rows of a batch have the smallest of `lengths` that holds them.
 
     Raises:
-      UserError: no examples; with shuffle, fewer rows in an epoch than batch_size.
+      UserError: no examples; with shuffle, none in the first epoch.
       ValueError: an example longer than max_length (`tokenize.tokenize` cuts them), or an argument out of range.
     """
 
@@ -60,12 +60,8 @@ class Loader:
         self.lengths = (self.max_length,)
         if not self.packing:
             self.lengths = buckets.batch_lengths(self.examples.lengths, self.max_length, self.multiple)
-        if self.shuffle and (rows := self.rows_per_epoch(0)) < self.batch_size:
-            packed = f", packed into {rows} rows of {self.max_length} tokens" if self.packing else ""
-            raise UserError(
-                f"the training data ({len(self._chosen(0))} examples{packed}) does not fill one batch of "
-                f"{self.batch_size} rows; set data.batch_size to {max(rows, 1)} or less, or add data"
-            )
+        if self.shuffle and not self.rows_per_epoch(0):
+            raise UserError("an epoch has no examples; raise the weights of data.train, or add rows")
 
     def batch(self, index: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """Batch `index` (from 0): arrays [batch_size, T], as `packing.fill` gives them.

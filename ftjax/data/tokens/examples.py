@@ -58,6 +58,11 @@ class Examples:
     digest: str  # sha256 (hex) of all tokens, masks and lengths in their order, and of the tokenizer and its template
     report: dict  # what was counted while tokenizing (see `tokenize.tokenize`)
 
+    @property
+    def count(self) -> float:
+        """How many an epoch has, by the weights of their sources."""
+        return float(np.asarray(self.weights)[self.source_ids].sum())
+
     def __len__(self) -> int:
         return len(self.lengths)
 

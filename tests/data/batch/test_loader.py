@@ -243,18 +243,25 @@ def cut(example):
     return [Example(example.tokens[part], example.trained[part], "") for part in (slice(0, 1), slice(1, None))]
 
 
-def test_too_little_data_is_refused_before_the_first_step():
+def test_no_data_is_refused_before_the_first_step():
     with pytest.raises(UserError, match=r"no examples; check data.train"):
         Loader(examples_of([]), 4, T, True, 0)
-    with pytest.raises(
-        UserError, match=r"3 examples\) does not fill one batch of 4 rows; set data.batch_size to 3 or less"
-    ):
-        loader(n=3, packing=False)
-    with pytest.raises(UserError, match=r"5 examples, packed into \d rows of 32 tokens\) does not fill one batch of 6"):
-        loader(n=5, batch_size=6)
-    with pytest.raises(UserError, match=r"5 examples\) does not fill"):
-        loader(n=10, batch_size=6, packing=False, weights=(0.5,))
+    with pytest.raises(UserError, match=r"an epoch has no examples; raise the weights"):
+        loader(n=1, packing=False, weights=(0.5,))
     assert len(list(loader(n=3, packing=False, shuffle=False).eval_batches())) == 1
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_batch_larger_than_an_epoch_holds_several(packing):
+    source = loader(n=3, batch_size=8, packing=packing)
+    rows = source.rows_per_epoch(0)
+    assert rows < 8
+    assert source.batches_in(8.0) == rows
+    seen = Counter(
+        first for index in range(rows) for row in split_rows(source.batch(index)) for first in first_tokens(row)
+    )
+    assert len(seen) == 3
+    assert set(seen.values()) == {8}
 
 
 def test_arguments_out_of_range():

@@ -1,0 +1,130 @@
+"""What a config leaves open (`config.OPEN`) and a run chooses: by its devices, its model, its data and its memory.
+
+Each function returns a copy of the config with more of it settled. What is given stays as it is.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ftjax import assemble, memory, sharding
+from ftjax import config as configs
+from ftjax.data.batch import sizes
+from ftjax.data.batch.sizes import Limits, Sizes
+from ftjax.errors import UserError
+from ftjax.method import method_of
+from ftjax.models.decoder import Decoder
+from ftjax.models.spec import DecoderSpec
+from ftjax.sharding import AnyMesh
+
+_WIDTH, _NARROWEST, _POWER = 4096, 512, 0.78
+_ROWS = 16  # of full length in a batch, where no data is there to choose by
+
+
+def by_devices(config: ConfigDict, platform: str) -> ConfigDict:
+    """With dtypes: CPUs compute in float32, since they are several times slower in bfloat16."""
+    given = config.model
+    dtype = given.dtype if given.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+    stored = given.param_dtype if given.param_dtype != "auto" else dtype
+    return configs.changed(config, {"model.dtype": dtype, "model.param_dtype": stored})
+
+
+def by_model(config: ConfigDict, spec: DecoderSpec) -> ConfigDict:
+    """With a learning rate. That of adapters is larger in narrower models.
+
+    As width^-0.78, the fit of "LoRA Without Regret" (Schulman et al. 2025) to Llama models; QLoRA's 2e-4 at widths of
+    4,096 and 5,120 and 1e-4 at 8,192 (Dettmers et al. 2023) agree with it.
+    """
+    if config.optimizer.learning_rate:
+        return config
+    rate = method_of(config).learning_rates[config.adapter.kind]
+    if config.adapter.kind != "none":
+        rate *= (_WIDTH / max(spec.hidden_size, _NARROWEST)) ** _POWER
+    return configs.changed(config, {"optimizer.learning_rate": float(f"{rate:.2g}")})
+
+
+def by_data(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh, lengths: np.ndarray, count: float) -> ConfigDict:
+    """With epochs, rows in a batch and their length.
+
+    lengths, count: of the examples, as in `sizes.choose`.
+
+    Raises:
+      UserError: data.row_length is shorter than an example.
+    """
+    data = config.data
+    if 0 < data.row_length < (longest := int(lengths.max())):
+        raise UserError(
+            f"config.data.row_length={data.row_length}: the longest example has {longest} tokens; set it to as many or "
+            "more, or lower config.data.max_length, where examples are cut"
+        )
+    chosen = sizes.choose(_given(config), lengths, count, config.steps, limits(config, spec, mesh))
+    return _with(config, chosen)
+
+
+def without_data(config: ConfigDict, spec: DecoderSpec, mesh: Mesh, room: float | None) -> ConfigDict:
+    """With everything, for rows that are not there: as if they were many, and as long as they may be. room: as in
+    `by_memory`.
+    """
+    config = by_model(by_devices(config, sharding.platform(mesh)), spec)
+    given, limit = _given(config), limits(config, spec, mesh)
+    rows = given.batch_size or max(_ROWS // limit.rows, 1) * limit.rows
+    config = _with(config, Sizes(rows, given.row_length or limit.length, given.epochs or limit.epochs[0]))
+    dtypes = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
+    return by_memory(config, Decoder(spec, *dtypes, "none", config.model.attention), mesh, room)
+
+
+def by_memory(config: ConfigDict, model: Decoder, mesh: Mesh, room: float | None) -> ConfigDict:
+    """With remat and accumulate. room: bytes of a device's memory, None where they are unknown."""
+    if config.model.remat != "auto" and config.accumulate:
+        return config
+    whole = configs.changed(config, {"accumulate": 1})
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = assemble.program(whole, model.clone(remat="none"), mesh, total_steps=1)
+        remat, count = memory.choose(config, program, room)
+    return configs.changed(config, {"model.remat": remat, "accumulate": count})
+
+
+def limits(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh) -> Limits:
+    """What a choice for these devices has to keep to."""
+    parts, context = sharding.row_parts(mesh), mesh.shape["context"]
+    # Where rows are split, each part has the length that the attention kernels want.
+    multiple = 128 * context if context > 1 else 64
+    length = assemble.data_spec(config, spec).longest
+    rows = parts * max(config.accumulate, 1)
+    return Limits(length, config.data.packing, rows, parts, multiple, method_of(config).epochs)
+
+
+def few_updates(
+    config: ConfigDict, asked: ConfigDict, spec: DecoderSpec, mesh: AnyMesh, rows: int, examples: float, updates: int
+) -> str:
+    """What to change where a run has few updates, "" where it has enough, or as many as config.steps asks for.
+
+    config, asked: with and without what was chosen for the data; rows, examples: of an epoch.
+    """
+    if config.steps or updates >= sizes.FEW_UPDATES:
+        return ""
+    batch, unit = config.data.batch_size, limits(asked, spec, mesh).rows
+    epochs = math.ceil(sizes.FEW_UPDATES * batch / max(rows, 1))
+    if not asked.data.batch_size:  # which is then chosen again
+        epochs = max(epochs, math.ceil(sizes.SEEN / max(examples, 1)))
+    hints = [f"--config.epochs={epochs}"]
+    if (smaller := int(rows * config.epochs / sizes.FEW_UPDATES) // unit * unit) >= unit:
+        length = f" --config.data.row_length={config.data.row_length}"
+        hints.append(f"--config.data.batch_size={smaller}{length}")
+    return (
+        f"{updates} updates in {config.epochs:g} epochs are few to learn from; {' or '.join(hints)} makes "
+        f"{sizes.FEW_UPDATES} or more"
+    )
+
+
+def _given(config: ConfigDict) -> Sizes:
+    return Sizes(config.data.batch_size, config.data.row_length, config.epochs)
+
+
+def _with(config: ConfigDict, chosen: Sizes) -> ConfigDict:
+    values = {"data.batch_size": chosen.batch_size, "data.row_length": chosen.row_length, "epochs": chosen.epochs}
+    return configs.changed(config, values)

@@ -1,0 +1,133 @@
+"""Whether a step fits the memory of a device: an estimate without compiling, and what is chosen by it."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ftjax import distributed, sharding
+from ftjax.assemble import Program
+from ftjax.errors import UserError
+from ftjax.models import kernels
+from ftjax.models.groups import stacks
+from ftjax.models.spec import DecoderSpec
+
+GIB = 2**30
+_USED = {"gpu": 0.9, "tpu": 0.9, "cpu": 0.7}  # of the memory; what is left is for the estimate's error, and others
+_CGROUP = Path("/sys/fs/cgroup/memory.max")  # what a container may use of its machine
+
+
+def of_device(mesh: Mesh) -> float | None:
+    """Bytes that a program may use on each device of `mesh`; on CPUs its share of the machine. None: unknown.
+
+    Of several processes it is the first one's, so that all choose alike.
+    """
+    device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+    size = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else _of_machine()
+    return json.loads(distributed.tell(json.dumps(size)))
+
+
+def _of_machine() -> float:
+    """The memory of this machine, or of this container, for each of its CPU devices."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        whole = min(whole, int(_CGROUP.read_text()))
+    return whole / jax.local_device_count()
+
+
+def choose(config: ConfigDict, program: Program, memory: float | None) -> tuple[str, int]:
+    """(remat, accumulate) where the config leaves them open: the cheapest that is expected to fit `memory`, in bytes.
+
+    More micro-batches cost less than computing layers twice, so they come first. Where nothing fits it is what needs
+    least; the compiler then says by how much it is too large.
+
+    program: of `config`, with any remat and accumulate.
+    """
+    rows = config.data.batch_size // sharding.row_parts(program.mesh)
+    remats = [config.model.remat] if config.model.remat != "auto" else ["none", "full"]
+    counts = [config.accumulate] if config.accumulate else [n for n in range(1, rows + 1) if rows % n == 0]
+    ways = [(remat, count) for remat in remats for count in counts]
+    if memory is None:
+        return ways[0]
+    room = _USED[sharding.platform(program.mesh)] * memory
+    return next((way for way in ways if needed(program, *way) <= room), ways[-1])
+
+
+def needed(program: Program, remat: str, accumulate: int) -> float:
+    """Bytes on a device while a step of `program` runs in so many micro-batches: arguments, gradients, and what the
+    backward pass keeps of each layer.
+
+    Fitted to what XLA allocates for SmolLM2-135M on a CPU and for Qwen2.5-0.5B on a TPU, within a tenth of it.
+    """
+    mesh, spec = program.mesh.shape, program.model.spec
+    trained = sum(map(bytes_on_device, jax.tree.leaves(program.state.trainable)))
+    arguments = sum(map(bytes_on_device, [*jax.tree.leaves(program.state), *jax.tree.leaves(program.frozen)]))
+    gradients = trained * (1 if accumulate == 1 else 2)  # and their sum over the micro-batches
+    tokens = program.tokens / accumulate / sharding.row_parts(program.mesh) / mesh["context"]
+    itemsize = jnp.dtype(program.model.dtype).itemsize
+    width = itemsize * tokens * spec.hidden_size
+    # What the backward pass keeps of a layer, in widths of the model. In narrow types the activation is in float32 too.
+    inside = 4 if itemsize == 4 else 6
+    whole = 16 + inside * inner(spec) / spec.hidden_size / mesh["tensor"]
+    per_layer = {"none": whole, "dots": 0.6 * whole, "full": 1.0, "offload": 0.1}[remat]
+    scores = _scores(program, tokens)
+    layers = spec.num_hidden_layers
+    kept = width * per_layer * layers + scores * (layers if remat == "none" else 0)
+    return arguments + gradients + kept + width * whole + 2 * scores
+
+
+def bytes_on_device(leaf: jax.ShapeDtypeStruct) -> float:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _scores(program: Program, tokens: float) -> float:
+    """Bytes of a layer's scores and weights of attention, which XLA keeps and the kernels of accelerators do not."""
+    spec, length = program.model.spec, program.row_length
+    chosen = kernels.choose(program.model.attention, spec, program.model.dtype, length, program.mesh)
+    if chosen.name != "xla":
+        return 0.0
+    return 8.0 * tokens * length * spec.num_attention_heads / program.mesh.shape["tensor"]
+
+
+def inner(spec: DecoderSpec) -> float:
+    """Columns of an MLP, or of the experts that a token goes to, on the average of all layers."""
+    parts = [(stack.spec, len(stack.layers) / spec.num_hidden_layers) for stack in stacks(spec)]
+    return sum(of.intermediate_size * (of.experts.per_token if of.experts else 1) * share for of, share in parts)
+
+
+@contextlib.contextmanager
+def exhausted(what: str, hints: list[str]) -> Iterator[None]:
+    """Around what compiles or runs on the devices: where their memory does not suffice, a UserError with the hints."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = str(error).splitlines()[0][:200]
+        lines = [f"out of memory while {what}; what makes it smaller, the cheapest first:", *hints]
+        raise UserError("\n  ".join([*lines, f"(the device says: {said})"])) from error
+
+
+def smaller(config: ConfigDict, mesh: Mesh) -> list[str]:
+    """Settings that make a step of `config` smaller, the cheapest first."""
+    rows, out = config.data.batch_size // sharding.row_parts(mesh), []
+    if more := [count for count in range(2 * config.accumulate, rows + 1) if rows % count == 0]:
+        out.append(f"--config.accumulate={more[0]} (fewer rows at a time; a run that has begun may go on so)")
+    if config.model.remat in ("none", "dots"):
+        out.append("--config.model.remat=full (layers are computed twice; a run that has begun may go on so)")
+    if config.adapter.kind == "none":
+        out.append("--config.adapter.kind=lora in another --workdir (adapters instead of all weights)")
+    elif config.quantize.base != "nf4":
+        bits = {"none": "int8", "int8": "nf4"}[config.quantize.base]
+        out.append(f"--config.quantize.base={bits} in another --workdir (the base is stored smaller)")
+    out.append(f"--config.data.max_length={config.data.max_length // 2} in another --workdir (examples are cut there)")
+    if sharding.platform(mesh) == "gpu":
+        out.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment (JAX takes 0.75 of a GPU by itself)")
+    return out
