@@ -58,6 +58,8 @@ def _train(
     mesh = sharding.make_mesh(dict(config.mesh))
     distributed.check()
     base = assemble.open_base(config.model)
+    if checkpoints.latest() is None:
+        preflight.check_used(config)
     preflight.check_length(config, base.model.spec)
     preflight.check_mesh(config, base.model.spec, mesh)
 
@@ -68,6 +70,8 @@ def _train(
 
     # What is there already.
     there = resume.find(config, workdir, checkpoints)
+    if there.step is None:
+        preflight.check_schedule(config, total_steps)
     if there.finished(config, total_steps):
         display.say(f"This run is finished: {total_steps} steps, saved in {workdir}. Nothing to do.")
         return 0
