@@ -118,6 +118,7 @@ def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) ->
     if method.reference and not _starts_as_base(config, trainable):
         frozen = frozen_with_reference(frozen, trainable)
     schedule = optim.make_schedule(learning_rate(config), config.schedule, total_steps)
+    optim.rate_factors(config.optimizer, list(tree.flatten(trainable)))  # for its errors
     optimizer = optim.make_optimizer(config.optimizer, schedule)
     state = abstract_state(optimizer, trainable, mesh, method.kept)
     objective = method.objective(model, config.objective)

@@ -98,7 +98,7 @@ KEYS: dict[str, Key] = {
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
     "objective.name": Key("sft", ANY),  # a method of ftjax/method.py: sft or dpo
     "objective.beta": Key(0.1, number(1e-6)),  # dpo: how strongly the reference holds the policy
-    "optimizer.name": Key("adamw", one_of("adamw")),
+    "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.
     "optimizer.learning_rate": Key(0.0, number(0)),
     "optimizer.b1": Key(0.9, number(0, 1)),
@@ -108,8 +108,15 @@ KEYS: dict[str, Key] = {
     "optimizer.clip_norm": Key(1.0, number(0)),  # global gradient norm; 0 turns clipping off
     # LoRA+: how much larger the learning rate of lora_b is; 16 is usual
     "optimizer.loraplus_ratio": Key(1.0, number(1e-3)),
-    "schedule.name": Key("cosine", one_of("cosine", "linear", "constant")),  # cosine, linear or constant
+    # Other learning rates, as factors, by path: (("lora_b", 4.0), ("embed_tokens", 0.1)); the last one counts.
+    "optimizer.groups": Key((), pairs(float)),
+    # Of the first moment; the second is always float32.
+    "optimizer.momentum_dtype": Key("float32", one_of("float32", "bfloat16")),
+    # constant with a warm-up is elsewhere called constant_with_warmup; wsd: warm up, stable, decay
+    "schedule.name": Key("cosine", one_of("cosine", "linear", "constant", "wsd")),
     "schedule.warmup_ratio": Key(0.03, number(0, 1)),  # of all steps
+    "schedule.warmup_steps": Key(0, number(0)),  # 0: by warmup_ratio
+    "schedule.decay_ratio": Key(0.2, number(0, 1)),  # wsd: the share of all steps in which it falls, at the end
     "schedule.final_ratio": Key(0.0, number(0, 1)),  # of the peak learning rate, at the end
     "mesh.data": Key(1, ANY),
     "mesh.fsdp": Key(-1, ANY),  # -1: what the other axes leave

@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from ftjax import choices, cli, config_flag, sharding
+from ftjax import choices, cli, config_flag, preflight, sharding
 from ftjax import config as configs
 from ftjax.atomic import write_text
 from ftjax.errors import UserError
@@ -47,6 +47,7 @@ def plan(
 ) -> int:
     """Prints the plan of `config` on a topology such as "v5e:4x4", and writes it to `out`; returns the exit status."""
     configs.validate(config, data=False)
+    preflight.check_used(config)
     slice_ = topology.parse(topology_name)
     spec = model_spec(config.model.source, config.model.revision)
     devices = topology.devices(slice_)

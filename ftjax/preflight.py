@@ -1,5 +1,5 @@
-"""What is checked before the first step: that the config fits model and mesh, that every process is started alike on
-the same files, and that the rows are worth training on."""
+"""What is checked before the first step: that no setting is idle, that the config fits model and mesh, that every
+process is started alike on the same files, and that the rows are worth training on."""
 
 import json
 from collections.abc import Mapping
@@ -15,8 +15,63 @@ from ftjax.data.audit.findings import ERROR
 from ftjax.data.batch.loader import Loader
 from ftjax.data.read.sources import TASK, read_sources
 from ftjax.errors import UserError
+from ftjax.method import learning_rate
 from ftjax.models.spec import DecoderSpec
+from ftjax.training import optim
 from ftjax.training.display import Display
+
+
+def check_used(config: ConfigDict) -> None:
+    """UserError for a setting that does nothing beside the others.
+
+    For what is about to begin: a run that began before this was checked may go on with such settings.
+    """
+    given, defaults = (configs.flat(ConfigDict(configs.as_json(of))) for of in (config, configs.defaults()))
+    changed = {key: value for key, value in given.items() if value != defaults[key]}
+    for keys, unused, why in _unused(config):
+        for key in keys:
+            if unused and key in changed:
+                raise UserError(f"config.{key}={changed[key]!r} does nothing with {why}; set it to {defaults[key]!r}")
+    schedule = config.schedule
+    if schedule.warmup_steps and schedule.warmup_ratio and "schedule.warmup_ratio" in changed:
+        raise UserError(
+            f"config.schedule.warmup_steps={schedule.warmup_steps} and config.schedule.warmup_ratio="
+            f"{schedule.warmup_ratio} both say how long the warm-up is; set one of them to 0"
+        )
+    if config.optimizer.name == "lion" and not {"optimizer.learning_rate", "optimizer.b2"} <= changed.keys():
+        raise UserError(
+            "config.optimizer.name='lion': the defaults are AdamW's; set optimizer.b2 (0.99 in Lion's paper) and "
+            f"optimizer.learning_rate (a third to a tenth of AdamW's, which is {learning_rate(config):g} here)"
+        )
+
+
+def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
+    """[(keys, whether they do nothing, what it is that makes them do nothing)]"""
+    adapter, optimizer, schedule = config.adapter, config.optimizer, config.schedule
+    adapters = [f"adapter.{key}" for key in adapter if key not in ("kind", "source", "trainable")]
+    used = {name: set(one.uses) for name, one in optim.OPTIMIZERS.items()}
+    others = sorted(set().union(*used.values()) - used[optimizer.name])
+    return [
+        ([*adapters, "optimizer.loraplus_ratio"], adapter.kind == "none", "adapter.kind='none'"),
+        (["adapter.trainable"], adapter.kind != "none", f"adapter.kind={adapter.kind!r}"),
+        ([f"optimizer.{key}" for key in others], True, f"optimizer.name={optimizer.name!r}"),
+        (["schedule.decay_ratio"], schedule.name != "wsd", f"schedule.name={schedule.name!r}"),
+        (["schedule.final_ratio"], schedule.name == "constant", "schedule.name='constant'"),
+    ]
+
+
+def check_schedule(config: ConfigDict, steps: int) -> None:
+    """That a run of so many steps has a step after its warm-up, and with wsd one before it falls."""
+    schedule = config.schedule
+    warmup = optim.warmup_steps(schedule, steps) if schedule.warmup_steps else 0
+    falling = optim.decay_steps(schedule, steps) if schedule.name == "wsd" else 0
+    if (warmup or falling) and warmup + falling > max(steps - 1, 1):
+        raise UserError(
+            f"config.schedule: the run has {steps} steps, of which {warmup} warm up"
+            + (f" and {falling} (decay_ratio={schedule.decay_ratio}) fall" if falling else "")
+            + ", and none is left at the peak; set schedule.warmup_steps"
+            + (" or schedule.decay_ratio lower" if falling else " lower, or 0 for schedule.warmup_ratio")
+        )
 
 
 def check_length(config: ConfigDict, spec: DecoderSpec) -> None:

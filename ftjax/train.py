@@ -78,6 +78,8 @@ def _train(
     asked = config
     config = choices.by_devices(config, sharding.platform(mesh))
     base = assemble.open_base(config.model)
+    if there.step is None:
+        preflight.check_used(config)
     preflight.check_length(config, base.model.spec)
     preflight.check_mesh(config, base.model.spec, mesh)
     contents = origin.contents(config, base.reader, base.model.spec)
@@ -93,6 +95,8 @@ def _train(
 
     total_steps, planned = steps_of(config), resume.planned(config, there, workdir, steps_of)
     preflight.check_same_everywhere(given, contents, train_loader, heldout)
+    if there.step is None:
+        preflight.check_schedule(config, total_steps)
     if there.finished(config, total_steps):
         display.say(f"This run is finished: {total_steps} steps, saved in {workdir}. Nothing to do.")
         return 0

@@ -52,8 +52,8 @@ def test_targets_by_name_and_by_pattern(targets):
 @pytest.mark.parametrize(
     ("changes", "read"),
     [
-        ({"adapter.kind": "none"}, set()),
-        ({"adapter.kind": "none", "adapter.trainable": "norm"}, {"kernel", "embedding"}),
+        ({"adapter.kind": "none", "adapter.rank": 16}, set()),
+        ({"adapter.kind": "none", "adapter.rank": 16, "adapter.trainable": "norm"}, {"kernel", "embedding"}),
     ],
 )
 def test_a_run_is_loaded_without_its_optimizer_and_without_the_weights_it_has_trained(

@@ -189,7 +189,7 @@ def full(root):
     """A bfloat16 model trained whole, its master weights in float32, for two steps."""
     config = runpy.run_path(str(root / "run.py"))["get_config"]()
     config.model.source = str(root / "half")
-    config.model.param_dtype, config.adapter.kind = "bfloat16", "none"
+    config.model.param_dtype, config.adapter.kind, config.adapter.rank = "bfloat16", "none", 16
     config.steps, config.data.eval = 2, ()
     model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.bfloat16)
     model.save_pretrained(root / "half")

@@ -11,6 +11,8 @@ import sys
 import pytest
 from support import PYTHONPATH, SUPPORT, xla_flags
 
+from ftjax.training.optim import OPTIMIZERS
+
 
 def run(cases, *flags, limit=600):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8, *flags), "PYTHONPATH": PYTHONPATH}
@@ -30,6 +32,7 @@ def check_invariance(out, record_figure):
     assert out.pop("same random parameters")
     assert out.pop("same head")
     assert out.pop("head") == ["fsdp", None]
+    out.pop("optimizers")  # below
     for name, case in out.items():
         record_figure(f"{name}: loss, relative", case["loss difference"])
         record_figure(f"{name}: parameters", case["parameter difference"])
@@ -47,14 +50,14 @@ def check_invariance(out, record_figure):
 
 
 def test_twenty_steps_are_the_same_however_they_are_split(quick, record_figure):
-    assert len(quick) == 15
+    assert len(quick) == 16
     check_invariance(dict(quick), record_figure)
 
 
 @pytest.mark.slow
 def test_every_combination_of_mesh_accumulation_and_packing(record_figure):
     out = run("full", "--xla_backend_optimization_level=0", limit=7200)
-    assert len(out) == 3 + (11 + 5) * 3 * 2 + (11 + 5) * 2 + 11
+    assert len(out) == 4 + (11 + 5) * 3 * 2 + (11 + 5) * 2 + 11
     check_invariance(out, record_figure)
 
 
@@ -75,6 +78,19 @@ def test_moments_are_sharded_like_their_parameters(quick):
         assert case["trainable"].keys() == case["first moments"].keys()
         assert case["first moments"] == case["trainable"]
         assert case["second moments"] == case["trainable"]
+
+
+def test_every_optimizer_does_the_same_on_a_mesh_with_moments_sharded_like_their_parameters(quick):
+    """Adafactor's means over rows and columns are whole everywhere, and nothing larger is."""
+    found = {name: counts for name, *counts in quick["optimizers"]}
+    assert found.keys() == OPTIMIZERS.keys()
+    for name, (difference, follow, _, largest_whole) in found.items():
+        assert difference < 1e-6, name
+        assert follow, name
+        assert largest_whole < 200, name
+    # Trained are 21 matrices of layers, the embedding and three norms.
+    moments = {"adamw": 2 * 25, "adafactor": 3, "lion": 25, "muon": 21 + 2 * 4}
+    assert {name: sharded for name, (_, _, sharded, _) in found.items()} == moments
 
 
 def test_only_adapters_are_trainable_and_only_the_rest_is_frozen(quick):

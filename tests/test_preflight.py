@@ -45,6 +45,55 @@ def test_a_mesh_that_divides_the_work_is_not():
     check(MIXTURE, {"fsdp": 4, "expert": 2, "context": 3})
 
 
+NONE, LION = {"adapter.kind": "none"}, {"optimizer.name": "lion", "optimizer.b2": 0.99}
+IDLE = [
+    (NONE | {"adapter.rank": 8}, "adapter.rank=8 does nothing with adapter.kind='none'; set it to 16"),
+    (NONE | {"adapter.rank_pattern": (("q_proj", 4),)}, "adapter.rank_pattern=[['q_proj', 4]] does nothing with"),
+    (NONE | {"adapter.modules_to_save": ("norm",)}, "adapter.modules_to_save=['norm'] does nothing with"),
+    (NONE | {"optimizer.loraplus_ratio": 16.0}, "optimizer.loraplus_ratio=16.0 does nothing with adapter.kind='none'"),
+    ({"adapter.trainable": "norm"}, "adapter.trainable='norm' does nothing with adapter.kind='lora'; set it to '.*'"),
+    ({"optimizer.name": "adafactor", "optimizer.b2": 0.95}, "optimizer.b2=0.95 does nothing with optimizer.name='adaf"),
+    ({"optimizer.name": "adafactor", "optimizer.momentum_dtype": "bfloat16"}, "momentum_dtype='bfloat16' does nothing"),
+    (LION | {"optimizer.eps": 1e-6}, "optimizer.eps=1e-06 does nothing with optimizer.name='lion'"),
+    (LION, "optimizer.learning_rate (a third to a tenth of AdamW's, which is 0.0002 here)"),
+    ({"schedule.decay_ratio": 0.1}, "schedule.decay_ratio=0.1 does nothing with schedule.name='cosine'"),
+    ({"schedule.name": "constant", "schedule.final_ratio": 0.1}, "schedule.final_ratio=0.1 does nothing"),
+    ({"schedule.warmup_steps": 10, "schedule.warmup_ratio": 0.1}, "both say how long the warm-up is"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), IDLE, ids=[message[:30] for _, message in IDLE])
+def test_a_setting_that_does_nothing_beside_the_others_is_refused(changes, message):
+    config = configs.defaults()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        preflight.check_used(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        NONE | {"adapter.trainable": "norm", "optimizer.name": "adafactor", "optimizer.weight_decay": 0.1},
+        LION | {"optimizer.learning_rate": 3e-5, "optimizer.momentum_dtype": "bfloat16"},
+        {"optimizer.name": "muon", "optimizer.eps": 1e-7, "schedule.name": "wsd", "schedule.decay_ratio": 0.1},
+        {"schedule.warmup_steps": 10},
+    ],
+)
+def test_settings_that_do_something_are_not(changes):
+    config = configs.defaults()
+    config.update_from_flattened_dict(changes)
+    preflight.check_used(config)
+
+
+def test_a_schedule_needs_a_step_at_its_peak():
+    config = configs.defaults()
+    config.update_from_flattened_dict({"schedule.name": "wsd", "schedule.warmup_steps": 5, "schedule.decay_ratio": 0.5})
+    preflight.check_schedule(config, 12)
+    with pytest.raises(UserError, match=r"10 steps, of which 5 warm up and 5 .decay_ratio=0.5. fall, and none is left"):
+        preflight.check_schedule(config, 10)
+
+
 def losses(workdir):
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [record[name] for record in records for name in ("loss", "eval_loss") if name in record]

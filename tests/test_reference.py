@@ -21,7 +21,7 @@ KINDS = {
     "gone on from": ({"adapter.source": "SFT"}, {"lora"}),
 }
 SLOW = {
-    "full": ({"adapter.kind": "none"}, {"params"}),
+    "full": ({"adapter.kind": "none", "adapter.rank": 16}, {"params"}),
     "modules_to_save": ({"adapter.modules_to_save": ("norm",)}, {"lora", "params"}),
     "LoRA of the embedding": ({"adapter.targets": "q_proj,embed_tokens"}, set()),
     "dropout": ({"adapter.dropout": 0.3}, set()),

@@ -202,7 +202,7 @@ def test_resumed_on_another_mesh_it_sees_the_same_batches(root, uninterrupted):
 
 def test_full_fine_tuning_of_chosen_parameters(root, capsys):
     workdir = root / "full"
-    chosen = {"adapter.trainable": "layers/mlp|^norm/", "adapter.kind": "none", "steps": 4}
+    chosen = {"adapter.trainable": "layers/mlp|^norm/", "adapter.kind": "none", "adapter.rank": 16, "steps": 4}
     assert train_here(root, workdir, chosen) == 0
     assert "none; trained are parameters matching" in capsys.readouterr().out
     config, base, variables, _ = assemble.load_run(workdir)
@@ -279,7 +279,12 @@ def test_a_config_file_that_does_not_load_is_told_in_one_message(tmp_path, text)
 BAD = {
     "a choice that is none": ({"adapter.kind": "qlora"}, "adapter.kind.*lora, dora, none"),
     "a target that matches nothing": ({"adapter.targets": "qkv_proj"}, "qkv_proj.*q_proj"),
-    "a pattern that matches nothing": ({"adapter.kind": "none", "adapter.trainable": "mpl"}, "trainable.*'mpl'.*mlp"),
+    "a pattern that matches nothing": (
+        {"adapter.kind": "none", "adapter.rank": 16, "adapter.trainable": "mpl"},
+        "trainable.*'mpl'.*mlp",
+    ),
+    "a setting that does nothing": ({"adapter.kind": "none"}, "adapter.rank=4 does nothing with.*set it to 16"),
+    "a warm-up of all steps": ({"schedule.warmup_steps": 24}, "24 steps, of which 24 warm up, and none is left"),
     "a rank larger than a layer": ({"adapter.rank": 33}, "rank=33.*1 to"),
     "rows longer than the model's positions": ({"data.max_length": 513}, "max_length=513.*512 positions"),
     "answers longer than the model's positions": (

@@ -37,24 +37,23 @@ def abstract_state(
 ) -> TrainState:
     """Shapes and shardings: each optimizer moment is sharded like its parameter, everything else is replicated.
 
-    An array that a method keeps under one more name ({"average": {"params": ...}}) at a parameter's path, with its
-    shape, is sharded like that parameter too.
+    A moment is an array of the optimizer's state at a parameter's path, with its shape. Those of another shape, such as
+    Adafactor's means over rows and columns, are small. An array that a method keeps under one more name
+    ({"average": {"params": ...}}) at a parameter's path, with its shape, is sharded like that parameter too.
     """
     if wrong := [f"{path} ({leaf.dtype})" for path, leaf in tree.flatten(trainable).items() if leaf.dtype != "float32"]:
         raise ValueError(f"what is trained must be float32, or small updates are lost: {', '.join(wrong)}")
-    whole = sharding.replicated(mesh)
-    opt_state = jax.eval_shape(optimizer.init, trainable)
+    whole, params = sharding.replicated(mesh), tree.flatten(trainable)
 
     def like(leaf: Any, layout: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
 
-    opt_state = optax.tree.map_params(
-        optimizer,
-        lambda moment, param: like(moment, param.sharding),
-        opt_state,
-        trainable,
-        transform_non_params=lambda leaf: like(leaf, whole),
-    )
+    def placed(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        # optax's states are tuples around trees of parameters: the dicts on the way are the parameter's path.
+        param = params.get("/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey)))
+        return like(leaf, param.sharding if param is not None and param.shape == leaf.shape else whole)
+
+    opt_state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(optimizer.init, trainable))
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         trainable=jax.tree.map(lambda leaf: like(leaf, leaf.sharding), trainable),

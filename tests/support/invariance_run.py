@@ -21,15 +21,14 @@ from ftjax.models.heads import abstract_head, init_heads
 from ftjax.models.params import abstract_params, logical_axes
 from ftjax.objectives.dpo import make_dpo
 from ftjax.objectives.sft import make_sft
-from ftjax.training.optim import make_optimizer, make_schedule
+from ftjax.training.optim import OPTIMIZERS, make_optimizer, make_schedule
 from ftjax.training.state import abstract_state, init_state
 from ftjax.training.step import make_step
 from support.tiny import CONFIG, SCHEDULE, batch_of, documents, numpy_params, random_params, spec
+from support.tiny import OPTIMIZER as DEFAULTS
 
 STEPS = 20
-OPTIMIZER = ConfigDict(
-    {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip_norm": 1.0, "loraplus_ratio": 1.0}
-)
+OPTIMIZER = ConfigDict(DEFAULTS.to_dict() | {"weight_decay": 0.01})
 RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3}  # dpo: adapters trained on pairs, whose first losses are all ln 2
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64}
 SPECS = {
@@ -181,6 +180,45 @@ def head_on(mesh):
     return np.array(kernel), spec_of(kernel)
 
 
+def with_optimizer(name, mesh):
+    """(the trained leaves after two updates, whether the state is where it was planned, what of it is split)"""
+    model = Decoder(SPECS["dense"])
+    trainable, _ = tree.partition(variables_on(mesh, model, "lora"), lambda path: not path.endswith("/lora_scale"))
+    optimizer = make_optimizer(ConfigDict(OPTIMIZER.to_dict() | {"name": name}), optax.constant_schedule(0.01))
+    abstract = abstract_state(optimizer, trainable, mesh)
+    state, layout = init_state(optimizer, trainable, abstract), shardings(abstract)
+
+    def update(state, gradients):
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        return state.replace(trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state)
+
+    for step in range(2):
+        rng = np.random.default_rng(step)
+        leaves = {path: (rng.standard_normal(leaf.shape), leaf) for path, leaf in tree.flatten(trainable).items()}
+        gradients = {path: jax.device_put(np.float32(x), leaf.sharding) for path, (x, leaf) in leaves.items()}
+        state = jax.jit(update, out_shardings=layout)(state, tree.unflatten(gradients))
+    params = tree.flatten(trainable)
+    moments = {
+        jax.tree_util.keystr(place): (leaf, params.get("/".join(key.key for key in place if hasattr(key, "key"))))
+        for place, leaf in jax.tree.leaves_with_path(state.opt_state)
+    }
+    whole = {place: leaf for place, (leaf, param) in moments.items() if param is None or param.shape != leaf.shape}
+    follow = all(leaf.sharding == param.sharding for place, (leaf, param) in moments.items() if place not in whole)
+    largest = max(leaf.size for leaf in whole.values())
+    found = {path: np.array(leaf) for path, leaf in tree.flatten(state.trainable).items()}
+    return found, shardings(state) == layout and follow, [len(moments) - len(whole), largest]
+
+
+def optimizers(meshes):
+    """[name, the greatest difference from one device, whether moments follow parameters, how many do, the largest that
+    does not], of each."""
+    out = []
+    for name in OPTIMIZERS:
+        (one, *_), (split, follow, counts) = (with_optimizer(name, mesh) for mesh in meshes)
+        out.append([name, max(float(np.abs(one[path] - split[path]).max()) for path in one), follow, *counts])
+    return out
+
+
 def main(cases):
     sizes = MESHES | MIXTURE_MESHES
     meshes = {name: sharding.make_mesh(sizes[name], jax.devices()[: 8 if sizes[name] else 1]) for name in sizes}
@@ -190,6 +228,7 @@ def main(cases):
         {},
         heads | {"same random parameters": same_random_params([meshes["1"], meshes["fsdp=4 x tensor=2"]])},
     )
+    out["optimizers"] = optimizers([meshes["1"], meshes["fsdp=4 x tensor=2"]])
     for model, kind, mesh, accumulate, packed, remat in cases:
         losses, start, final, facts = train(model, kind, meshes[mesh], accumulate, packed, remat)
         reference_losses, reference_start, reference = references.setdefault((model, kind), (losses, start, final))

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ftjax import config as configs
 from ftjax import sharding, tree
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
@@ -28,10 +29,8 @@ CONFIG = {
     "max_position_embeddings": 64,
 }
 
-OPTIMIZER = ConfigDict(
-    {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0, "loraplus_ratio": 1.0}
-)
-SCHEDULE = ConfigDict({"name": "linear", "warmup_ratio": 0.1, "final_ratio": 0.0})
+OPTIMIZER = configs.defaults().optimizer
+SCHEDULE = ConfigDict(configs.defaults().schedule.to_dict() | {"name": "linear", "warmup_ratio": 0.1})
 
 Document = tuple[np.ndarray, np.ndarray]  # tokens int32 [n], trained bool [n]
 

@@ -2,11 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 from support.tiny import OPTIMIZER, one_device
 
-from ftjax import sharding
+from ftjax import sharding, tree
+from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.optim import make_optimizer
 from ftjax.training.state import abstract_state, init_state
 
@@ -32,6 +35,26 @@ def test_abstract_state_is_what_init_makes_and_what_an_update_keeps():
     assert [leaf.dtype for leaf in jax.tree.leaves(updated)] == [
         leaf.dtype for leaf in jax.tree.leaves(state.opt_state)
     ]
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_the_state_of_an_optimizer_comes_back_from_a_checkpoint(name, tmp_path):
+    """Adafactor's is not laid out like the parameters, Muon's is of two optimizers, its momentum here in bfloat16."""
+    where, dtype = sharding.replicated(one_device()), {"muon": "bfloat16", "adafactor": "float32"}[name]
+    leaves = {"params/layers/up_proj/kernel": (2, 4, 3), "params/norm/scale": (4,)}
+    trainable = tree.unflatten({path: jax.device_put(jnp.ones(shape), where) for path, shape in leaves.items()})
+    config = ConfigDict(OPTIMIZER.to_dict() | {"name": name, "momentum_dtype": dtype})
+    optimizer = make_optimizer(config, optax.constant_schedule(1e-3))
+    abstract = abstract_state(optimizer, trainable, one_device())
+    state = init_state(optimizer, trainable, abstract)
+    assert described(state) == described(abstract)
+    _, opt_state = optimizer.update(trainable, state.opt_state, trainable)
+    state = state.replace(opt_state=opt_state)
+    assert described(state) == described(abstract)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        _, restored, _ = checkpoints.restore(abstract)
+    assert jax.tree.all(jax.tree.map(np.array_equal, state, restored))
 
 
 def test_what_is_trained_must_be_float32():
