@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from support.runs import command, finish, write_run
 from support.tiny import CONFIG, spec
 
 from ftjax import config as configs
-from ftjax import preflight, sharding
+from ftjax import preflight, sharding, tree
 from ftjax.errors import UserError
 from ftjax.models.families import spec_from_config
 
@@ -43,6 +44,18 @@ def test_a_mesh_that_does_not_divide_the_work_is_refused(model, sizes, changes, 
 def test_a_mesh_that_divides_the_work_is_not():
     check(spec(), {"data": 2, "fsdp": 2, "tensor": 3, "context": 4})
     check(MIXTURE, {"fsdp": 4, "expert": 2, "context": 3})
+
+
+def test_a_rank_above_the_width_of_a_layer_is_said():
+    widths = {"mlp/up_proj": (32, 48), "self_attn/k_proj": (32, 16), "self_attn/v_proj": (32, 16)}
+    for rank, wide in ((16, []), (17, ["k_proj (rank 17, width 16), v_proj"]), (33, ["k_proj", "up_proj (rank 33"])):
+        adapters, said = {}, []
+        for module, (rows, columns) in widths.items():
+            adapters[f"layers/{module}/lora_a"] = np.zeros((2, rows, rank))
+            adapters[f"layers/{module}/lora_b"] = np.zeros((2, rank, columns))
+        preflight.check_ranks(tree.unflatten(adapters), SimpleNamespace(say=said.append))
+        assert len(said) == bool(wide)
+        assert all(text in said[0] for text in wide)
 
 
 def losses(workdir):
