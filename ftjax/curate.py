@@ -59,8 +59,8 @@ def filter_rows(rows: Rows, out: Output, drops: Drops, args: argparse.Namespace)
         tokenizer = load(locate(args.tokenizer, weights=False))
 
         def count(row: Row) -> int:
-            documents = ROW_KINDS[kind_of(row)].tokenize(row, tokenizer, None, "assistant")
-            return max(len(document.tokens) for document in documents.values())
+            parts = ROW_KINDS[kind_of(row)].tokenize(row, tokenizer, None, "assistant")
+            return max(len(document.tokens) for documents in parts for document in documents.values())
 
         tests.append(curation.length_test(args.min_tokens, args.max_tokens or infinity, "tokens", count))
     if args.garbled:

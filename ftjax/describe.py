@@ -77,9 +77,10 @@ def _memory(config: ConfigDict, asked: ConfigDict, program: Program) -> str:
 def counted(report: dict[str, int]) -> str:
     """The report of `tokenize.tokenize` in words."""
     bad = f", bad rows skipped {report['bad_rows']}" if report["bad_rows"] else ""
+    split = f" (each answer of {report['split']:,} rows is one)" if report["split"] else ""
     return (
-        f"{report['examples']:,} examples, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them trained; "
-        f"longest {report['longest']}, truncated {report['truncated']}, dropped {report['dropped']}{bad}"
+        f"{report['examples']:,} examples{split}, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them "
+        f"trained; longest {report['longest']}, truncated {report['truncated']}, dropped {report['dropped']}{bad}"
     )
 
 

@@ -91,12 +91,17 @@ def inspect(config: ConfigDict, options: dict) -> int:
             if row is None:
                 return None
             kind = ROW_KINDS[kind_of(row)]
-            documents = kind.tokenize(row, base.tokenizer, spec.vocab_size, spec.train_on)
+            parts = kind.tokenize(row, base.tokenizer, spec.vocab_size, spec.train_on)
         except SourceError:
             raise
         except UserError:
             return None  # reported among the findings
-        return row.origin, [(name, pieces(*document, base.tokenizer)) for name, document in documents.items()]
+        named = [
+            (name or (f"answer {number}" if len(parts) > 1 else ""), document)
+            for number, documents in enumerate(parts, 1)
+            for name, document in documents.items()
+        ]
+        return row.origin, [(name, pieces(*document, base.tokenizer)) for name, document in named]
 
     codes = {}
     for code, indices in result.marked.items():

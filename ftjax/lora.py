@@ -83,8 +83,9 @@ def abstract_adapters(
 ) -> dict[str, Tree]:
     """The adapter tree as ShapeDtypeStructs with shardings, from the abstract `params` and their logical `axes`.
 
-    A is sharded like the input axis of its kernel, B and the magnitude like the output axis. UserError for a rank
-    larger than a kernel, and for extras of embeddings and experts.
+    A is sharded like the input axis of its kernel, B and the magnitude like the output axis. A rank may be larger than
+    the kernel, as in peft, but for PiSSA, which takes it from the kernel's own directions. UserError for such a one,
+    and for extras of embeddings and experts.
 
     rank: one for all, or {path: rank}.
     extras: of "magnitude", "dropout" and "pissa", which parts the adapters have besides A, B and scale.
@@ -95,8 +96,9 @@ def abstract_adapters(
         *stack, rows, columns = leaves[path].shape
         *stack_axes, row_axis, column_axis = axes[path]
         r, limit = rank if isinstance(rank, int) else rank[path], min(rows, columns)
-        if not 1 <= r <= limit:
-            raise UserError(f"adapter.rank={r} does not fit {path} [{rows}, {columns}]; use 1 to {limit}")
+        if r < 1 or (r > limit and "pissa" in extras):
+            why = ", whose principal directions adapter.init=pissa takes" if "pissa" in extras else ""
+            raise UserError(f"adapter.rank={r} does not fit {path} [{rows}, {columns}]{why}; use 1 to {limit}")
         if extras and path not in linear_kernels([path]):
             raise UserError(f"adapter.targets: {path} is not a linear layer, so it can have no {', no '.join(extras)}")
         a = ((*stack, rows, r), (*stack_axes, row_axis, "rank"))

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax import distributed, sharding
+from ftjax import distributed, sharding, tree
 from ftjax.assemble import Base
 from ftjax.data.audit import checks
 from ftjax.data.audit.findings import ERROR
@@ -19,6 +19,7 @@ from ftjax.method import learning_rate
 from ftjax.models.spec import DecoderSpec
 from ftjax.training import optim
 from ftjax.training.display import Display
+from ftjax.tree import Tree
 
 
 def check_used(config: ConfigDict) -> None:
@@ -110,6 +111,20 @@ def check_mesh(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
         raise UserError(
             f"config.mesh.expert={mesh.shape['expert']}: {config.model.source} has {has} to split; "
             "set it to 1 (mesh.data and mesh.fsdp split rows as well) or to a divisor"
+        )
+
+
+def check_ranks(adapters: Tree, display: Display) -> None:
+    """Says which of the abstract `adapters` have a rank above the width of their layer: no mistake, but a waste."""
+    wide = {}
+    for module, parts in tree.by_module(adapters).items():
+        rank, width = parts["lora_a"].shape[-1], min(parts["lora_a"].shape[-2], parts["lora_b"].shape[-1])
+        if rank > width:
+            wide[module.rpartition("/")[2]] = f"{module.rpartition('/')[2]} (rank {rank}, width {width})"
+    if wide:
+        display.say(
+            f"warning: the rank is above the width of {', '.join(sorted(wide.values()))}: a product of that width "
+            "could be learned as well; config.adapter.rank_pattern gives single layers a lower one"
         )
 
 

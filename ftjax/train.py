@@ -105,6 +105,7 @@ def _train(
     with jax.set_mesh(mesh):
         # Shardings, objective, optimizer and step: shapes only.
         program = assemble.program(config, base.model, mesh, total_steps)
+        preflight.check_ranks(program.variables.get("lora", {}), display)
         evaluator = Evaluator(config, base, mesh, program.objective, heldout, workdir, preemption, display)
         described = continued.effective(config, base.model.spec)
         display.table("ftjax.train", describe.run(described, asked, base, mesh, program, train_loader, report))

@@ -52,20 +52,10 @@ REFUSED = {
         {"adapter__targets": "q_proj,v_proj", "adapter__alpha_pattern": (("down_proj", 8.0),)},
         "adapter.alpha_pattern='down_proj' matches no parameter.*self_attn/q_proj/kernel",
     ),
-    "a rank too large": (
+    "a rank too large for PiSSA": (
         CONFIG,
-        {"adapter__rank": 17, "adapter__targets": "self_attn/k_proj"},
-        r"adapter.rank=17 does not fit layers/self_attn/k_proj/kernel \[32, 16\]; use 1 to 16",
-    ),
-    "a rank too large by pattern": (
-        CONFIG,
-        {"adapter__rank_pattern": (("up_proj", 40),)},
-        r"adapter.rank=40 does not fit layers/mlp/up_proj/kernel \[32, 48\]; use 1 to 32",
-    ),
-    "a rank too large for an expert": (
-        MIXTURE,
-        {"adapter__rank": 33, "adapter__targets": "experts/up_proj"},
-        r"adapter.rank=33 does not fit layers/mlp/experts/up_proj/kernel \[32, 48\]; use 1 to 32",
+        {"adapter__rank": 17, "adapter__targets": "self_attn/k_proj", "adapter__init": "pissa"},
+        r"adapter.rank=17 does not fit layers/self_attn/k_proj/kernel \[32, 16\], whose .*pissa takes; use 1 to 16",
     ),
     "dora of an embedding": (
         CONFIG,

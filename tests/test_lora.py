@@ -126,12 +126,16 @@ def test_targets_that_match_nothing_are_refused(targets, message):
         lora.find_targets(targets, KERNELS)
 
 
-@pytest.mark.parametrize(("rank", "targets"), [(0, "all-linear"), (-1, "all-linear"), (17, ["k_proj"])])
-def test_a_rank_that_does_not_fit_is_refused(rank, targets):
-    limit = 16  # the narrowest kernel of the two, k_proj, is [32, 16]
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_that_is_none_is_refused(rank):
     with pytest.raises(UserError, match=rf"adapter.rank={rank} does not fit layers/.*/kernel.*; use 1 to \d+"):
-        adapters_for(targets, rank=rank)
-    assert adapters_for(["k_proj"], rank=limit)
+        adapters_for(rank=rank)
+
+
+def test_a_rank_above_the_width_of_a_layer_is_made_as_peft_makes_it():
+    leaves = tree.flatten(adapters_for(["k_proj"], rank=17))  # of a kernel [32, 16]
+    assert leaves["layers/self_attn/k_proj/lora_a"].shape[1:] == (32, 17)
+    assert leaves["layers/self_attn/k_proj/lora_b"].shape[1:] == (17, 16)
 
 
 def test_targets_and_patterns_in_unlike_layers():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from support.runs import command, finish, write_run
 from support.tiny import CONFIG, spec
 
 from ftjax import config as configs
-from ftjax import preflight, sharding
+from ftjax import preflight, sharding, tree
 from ftjax.errors import UserError
 from ftjax.models.families import spec_from_config
 
@@ -92,6 +93,18 @@ def test_a_schedule_needs_a_step_at_its_peak():
     preflight.check_schedule(config, 12)
     with pytest.raises(UserError, match=r"10 steps, of which 5 warm up and 5 .decay_ratio=0.5. fall, and none is left"):
         preflight.check_schedule(config, 10)
+
+
+def test_a_rank_above_the_width_of_a_layer_is_said():
+    widths = {"mlp/up_proj": (32, 48), "self_attn/k_proj": (32, 16), "self_attn/v_proj": (32, 16)}
+    for rank, wide in ((16, []), (17, ["k_proj (rank 17, width 16), v_proj"]), (33, ["k_proj", "up_proj (rank 33"])):
+        adapters, said = {}, []
+        for module, (rows, columns) in widths.items():
+            adapters[f"layers/{module}/lora_a"] = np.zeros((2, rows, rank))
+            adapters[f"layers/{module}/lora_b"] = np.zeros((2, rank, columns))
+        preflight.check_ranks(tree.unflatten(adapters), SimpleNamespace(say=said.append))
+        assert len(said) == bool(wide)
+        assert all(text in said[0] for text in wide)
 
 
 def losses(workdir):

@@ -285,7 +285,7 @@ BAD = {
     ),
     "a setting that does nothing": ({"adapter.kind": "none"}, "adapter.rank=4 does nothing with.*set it to 16"),
     "a warm-up of all steps": ({"schedule.warmup_steps": 24}, "24 steps, of which 24 warm up, and none is left"),
-    "a rank larger than a layer": ({"adapter.rank": 33}, "rank=33.*1 to"),
+    "a rank larger than a layer": ({"adapter.rank": 33, "adapter.init": "pissa"}, "rank=33.*1 to"),
     "rows longer than the model's positions": ({"data.max_length": 513}, "max_length=513.*512 positions"),
     "answers longer than the model's positions": (
         {"data.eval": ("task:support_ticket",), "evaluate.max_new_tokens": 500},
@@ -333,10 +333,11 @@ def test_a_bad_row_is_named_by_file_and_line(root, tmp_path, row, message):
         train_here(root, tmp_path / "run", {"data.train": (str(path),)})
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused(root, tmp_path):
+def test_a_row_with_a_token_beyond_the_embedding_is_refused(root, tmp_path, caplog):
     model = write_model(tmp_path / "model", vocab_size=300)
-    with pytest.raises(UserError, match="300"):
+    with pytest.raises(UserError, match=r"train.jsonl:1: token \d+ .* is beyond the 300 rows.*resize_vocab"):
         train_here(root, tmp_path / "run", {"model.source": str(model)})
+    assert "beyond the 300 rows of the model's embedding" in caplog.text
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(root, tmp_path):

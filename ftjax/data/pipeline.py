@@ -122,6 +122,12 @@ def _tokenized(rows: Rows, tokenizer: Tokenizer, spec: DataSpec, max_dropped: fl
             progress=advance,
         )
     report = tokenized.report
+    if report["split"]:
+        text = (
+            "%d of %d rows are split by answer, which makes %d examples of all rows: the chat template renders an "
+            "answer differently once the conversation goes on"
+        )
+        log.warning(text, report["split"], report["rows"], report["examples"])
     if report["dropped"] > MAX_DROPPED * report["rows"]:
         text = "%s: %d of %d rows are left out: no trained token within data.max_length = %d"
         names = ", ".join(source["source"] for source in report["per_source"])

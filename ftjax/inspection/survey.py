@@ -54,7 +54,8 @@ class Survey:
     Attributes:
       sources: of the training rows, in the order of the config.
       heldout: evaluation rows that were looked at.
-      tokenized, dropped, truncated, refused: rows; those dropped have no trained token.
+      tokenized, split, dropped, truncated, refused: rows; of those split each answer is an example (a template renders
+        it differently once the conversation goes on), those dropped have no trained token.
       copies, near_copies: rows that are like an earlier one.
       lengths: int32 [n], tokens of each document before the cut.
       cut: int32 [m], tokens of each example after it, without those dropped.
@@ -65,6 +66,7 @@ class Survey:
     sources: list[SourceCount]
     heldout: int = 0
     tokenized: int = 0
+    split: int = 0
     dropped: int = 0
     truncated: int = 0
     refused: int = 0
@@ -183,52 +185,53 @@ class _Surveyor:
             if side == "train":
                 self._out.mark(code, indices[i])
 
-    def tokenize(self, indices: Sequence[int], chunk: Sequence[Row]) -> list[tuple[int, Row, Documents]]:
-        """Training rows with their index and their documents, which are not cut."""
+    def tokenize(self, indices: Sequence[int], chunk: Sequence[Row]) -> list[tuple[int, Row, list[Documents]]]:
+        """Training rows with their index and the documents of each of their examples, which are not cut."""
         tokenized = []
         for index, row in zip(indices, chunk):
             self._source(index).looked_at += 1
-            documents = self._documents_of(self._train, index, row)
-            if documents is None:
+            parts = self._parts_of(self._train, index, row)
+            if parts is None:
                 self._out.refused += 1
                 self._out.mark("refused", index)
-            elif not documents:
+            elif not parts:
                 self._out.dropped += 1
                 self._checks.findings.add("untrained", row.origin, "weight 0")
                 self._out.mark("untrained", index)
             else:
-                tokenized.append((index, row, documents))
+                self._out.split += len(parts) > 1
+                tokenized.append((index, row, parts))
         return tokenized
 
-    def check_documents(self, tokenized: Sequence[tuple[int, Row, Documents]]) -> None:
+    def check_documents(self, tokenized: Sequence[tuple[int, Row, list[Documents]]]) -> None:
         """Checks the documents of a chunk, and counts them as they are cut."""
         if not tokenized:
             return
-        examples = [list(documents.values()) for *_, documents in tokenized]
-        for code, i in self._checks.examples(examples, lambda i: tokenized[i][1].origin):
-            self._out.mark(code, tokenized[i][0])
+        examples = [list(documents.values()) for *_, parts in tokenized for documents in parts]
+        owners = [(index, row) for index, row, parts in tokenized for _ in parts]
+        for code, i in self._checks.examples(examples, lambda i: owners[i][1].origin):
+            self._out.mark(code, owners[i][0])
         self._out.tokenized += len(tokenized)
-        for index, row, documents in tokenized:
-            longest = max(len(document.tokens) for document in documents.values())
-            self._lengths.extend(len(document.tokens) for document in documents.values())
-            self._length_rows.extend([index] * len(documents))
-            self._out.truncated += longest > self._spec.max_length
+        for index, row, parts in tokenized:
+            lengths = [len(document.tokens) for documents in parts for document in documents.values()]
+            self._lengths.extend(lengths)
+            self._length_rows.extend([index] * len(lengths))
+            self._out.truncated += max(lengths) > self._spec.max_length
             try:
-                example = cut(documents, self._spec.max_length, row.origin)
+                whole = [cut(documents, self._spec.max_length, row.origin) for documents in parts]
             except UserError as error:
                 self._refused(self._train, index, row.origin, error)
                 self._out.refused += 1
                 self._out.mark("refused", index)
                 continue
-            trained = int(example.trained.sum())
-            if not trained:
-                self._out.dropped += 1
-                continue
-            self._cut.append(len(example.tokens))
+            kept = [example for example in whole if example.trained.any()]
+            self._out.dropped += not kept
             source = self._source(index)
-            source.used += 1
-            source.tokens += len(example.tokens)
-            source.trained += trained
+            for example in kept:
+                self._cut.append(len(example.tokens))
+                source.used += 1
+                source.tokens += len(example.tokens)
+                source.trained += int(example.trained.sum())
 
     def check_evaluated(self, rows: Rows, indices: Sequence[int], chunk: Sequence[Row]) -> None:
         """Evaluation rows that have no part in the loss are reported."""
@@ -236,11 +239,11 @@ class _Surveyor:
         for index, row in zip(indices, chunk):
             if rows.sources[rows.source_of(index)].name.startswith(TASK):  # scored by generating, without a loss
                 continue
-            documents = self._documents_of(rows, index, row)
-            if documents is None:
+            parts = self._parts_of(rows, index, row)
+            if parts is None:
                 continue
             try:
-                kept = bool(documents) and bool(cut(documents, self._spec.max_length, row.origin).trained.any())
+                kept = any(cut(part, self._spec.max_length, row.origin).trained.any() for part in parts)
             except UserError as error:
                 self._refused(rows, index, row.origin, error)
                 continue
@@ -280,13 +283,13 @@ class _Surveyor:
         self._bad[key] += 1
         self._checks.refused(str(error), origin, self._bad[key] <= self._spec.max_bad_rows)
 
-    def _documents_of(self, rows: Rows, index: int, row: Row) -> Documents | None:
-        """{} where nothing of the row is trained; None where it is refused, which becomes a finding."""
+    def _parts_of(self, rows: Rows, index: int, row: Row) -> list[Documents] | None:
+        """[] where nothing of the row is trained; None where it is refused, which becomes a finding."""
         spec = self._spec
         try:
             return ROW_KINDS[spec.kind].tokenize(row, self._tokenizer, spec.vocab_size, spec.train_on)
         except NothingTrained:
-            return {}
+            return []
         except UserError as error:
             self._refused(rows, index, row.origin, error)
             return None

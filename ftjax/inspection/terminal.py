@@ -72,9 +72,10 @@ def histogram(lengths: np.ndarray, bins: int = 14) -> list[tuple[int, int, int, 
 def facts_of(survey: Survey, epoch: Epoch, spec: DataSpec, speed: Speed | None) -> dict[str, str]:
     """{name of a figure: the figure in words}."""
     looked_at = max(1, survey.looked_at)
+    split = f" (each answer of {survey.split:,} rows is one)" if survey.split else ""
     facts = {
         "rows": f"{survey.picked:,} looked at, {survey.looked_at:,} of them to train on, which give {survey.used:,} "
-        f"examples; {survey.refused:,} refused, {survey.dropped:,} without a trained token",
+        f"examples{split}; {survey.refused:,} refused, {survey.dropped:,} without a trained token",
         "evaluation rows": f"{survey.heldout:,}",
         "duplicates": f"{survey.copies:,} exact ({survey.copies / looked_at:.1%}), {survey.near_copies:,} near "
         f"({survey.near_copies / looked_at:.1%})",

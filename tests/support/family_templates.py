@@ -175,6 +175,11 @@ QWEN_3 = (
 {%- endif %}"""
 )
 
+# Qwen3-Thinking-2507's: the generation prompt opens the thought.
+QWEN_3_THINKING = QWEN_3.replace(
+    "{{- '<|im_start|>assistant\n' }}\n{%- if enable", "{{- '<|im_start|>assistant\n<think>\n' }}\n{%- if enable"
+)
+
 # The whole conversation ends with another token than its turns.
 PHI_3 = """
 {%- for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}

@@ -293,7 +293,7 @@ def at_start(examples: "Examples", heldout: Sequence[Sequence[Row]], facts: Toke
         checks.rows([held_rows[i] for held_rows, i in chunk], "eval")
     for chunk in _chunks(spread(len(examples), START_ROWS).tolist()):
         documents = [examples.documents_of(i) for i in chunk]
-        checks.examples(documents, lambda i, chunk=chunk: rows[chunk[i]].origin, whole=False)
+        checks.examples(documents, lambda i, chunk=chunk: examples.origin(chunk[i]), whole=False)
     if cut := examples.report["truncated"]:
         what = f"{cut:,} rows are {FINDING_KINDS['truncated'].what}"
         checks.findings.add("truncated", count=cut, what=what)
@@ -305,16 +305,20 @@ def at_start(examples: "Examples", heldout: Sequence[Sequence[Row]], facts: Toke
 
 
 class RowsOf(Sequence[Row]):
-    """The rows that examples were made of, each read again when it is asked for."""
+    """The rows that examples were made of, each once, and read again when it is asked for."""
 
     def __init__(self, examples: "Examples"):
         self._examples = examples
+        is_first = np.diff(examples.rows, prepend=-1) != 0  # the examples of a row that was split stand together
+        if examples.part_ids is not None:
+            is_first |= np.diff(examples.part_ids, prepend=examples.part_ids[:1]) != 0
+        self._first = np.flatnonzero(is_first)
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._first)
 
     def __getitem__(self, i: int) -> Row:
-        return self._examples.row(i)
+        return self._examples.row(int(self._first[i]))
 
 
 def spread(count: int, most: int) -> np.ndarray:

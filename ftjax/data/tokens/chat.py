@@ -66,6 +66,34 @@ def tokenize(row: Row, tokenizer: Tokenizer, vocab_size: int | None = None, trai
     return _chat_example(messages, fields.get("tools"), row.origin, tokenizer, vocab_size, train_on)
 
 
+def tokenize_answers(
+    row: Row, tokenizer: Tokenizer, vocab_size: int | None = None, train_on: str = "assistant"
+) -> list[Example]:
+    """The examples of one row: that of `tokenize`, or one for each trained answer where a template rewrites them.
+
+    Templates that leave out earlier thoughts (Qwen 3), say, render an answer in one way while it is the last one, which
+    is how the model is to write it, and in another way in the history of the next. So each answer is an example of its
+    own, after its history as it is rendered then; nothing else in it is trained.
+
+    Args and errors are those of `tokenize`.
+    """
+    try:
+        return [tokenize(row, tokenizer, vocab_size, train_on)]
+    except masks.Rewritten:
+        fields, kind = _fields(row)
+        if kind != "chat" or train_on != "assistant":
+            raise
+        messages, tools = fields["messages"], fields.get("tools")
+        wanted = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight") != 0]
+        if wanted == [len(messages) - 1]:
+            raise
+    examples = []
+    for i in wanted:
+        tokens, spans = masks.turns(messages[: i + 1], [i], tokenizer, row.origin, tools)
+        examples.append(_example(tokens, spans, row.origin, tokenizer, vocab_size))
+    return examples
+
+
 def tokenize_preference(row: Row, tokenizer: Tokenizer, vocab_size: int | None = None) -> tuple[Example, Example]:
     """The chosen and the rejected example of a preference row.
 
@@ -198,8 +226,10 @@ def _checked(tokens: list[int], origin: str, tokenizer: Tokenizer, vocab_size: i
         )
     array = np.asarray(tokens, np.int32)
     if vocab_size is not None and array.size and array.max() >= vocab_size:
+        name = tokenizer.convert_ids_to_tokens(int(array.max()))
         raise UserError(
-            f"{origin}: token {array.max()} is beyond the model's vocabulary of {vocab_size}; "
-            "use the tokenizer that belongs to the model"
+            f"{origin}: token {array.max()} ({name!r}) is beyond the {vocab_size} rows of the model's embedding; take "
+            "it out of the text, take the tokenizer that belongs to the model, or let config.model.resize_vocab=true "
+            "grow the embedding for it"
         )
     return array

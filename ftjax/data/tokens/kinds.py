@@ -18,22 +18,24 @@ class RowKind(NamedTuple):
     """A kind of row."""
 
     documents: int  # how many an example has
-    tokenize: Callable[[Row, Tokenizer, int | None, str], Documents]  # row, ..., vocab_size, train_on; not cut yet
+    # row, ..., vocab_size, train_on -> the documents of each of its examples, which are not cut yet. There are several
+    # where a template rewrites earlier answers (`chat.tokenize_answers`).
+    tokenize: Callable[[Row, Tokenizer, int | None, str], list[Documents]]
 
 
-def _conversation(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> Documents:
-    example = chat.tokenize(row, tokenizer, vocab_size, train_on)
-    return {"": Document(example.tokens, example.trained)}
+def _conversation(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> list[Documents]:
+    examples = chat.tokenize_answers(row, tokenizer, vocab_size, train_on)
+    return [{"": Document(example.tokens, example.trained)} for example in examples]
 
 
-def _pair(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> Documents:
+def _pair(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> list[Documents]:
     sides = chat.tokenize_preference(row, tokenizer, vocab_size)
-    return {name: Document(side.tokens, side.trained) for name, side in zip(("chosen", "rejected"), sides)}
+    return [{name: Document(side.tokens, side.trained) for name, side in zip(("chosen", "rejected"), sides)}]
 
 
-def _labeled(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> Documents:
+def _labeled(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> list[Documents]:
     example = chat.tokenize_unpaired(row, tokenizer, vocab_size)
-    return {"good" if row.fields["label"] else "bad": Document(example.tokens, example.trained)}
+    return [{"good" if row.fields["label"] else "bad": Document(example.tokens, example.trained)}]
 
 
 ROW_KINDS = {

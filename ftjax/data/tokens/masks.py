@@ -8,6 +8,9 @@ Tokenizing every prefix from its start would take time quadratic in the number o
 is tokenized in full. Tokenizers split text at special tokens before they do anything else. So up to its last special
 token, its border, a prefix has the tokens of the whole, and only the text from there on is tokenized again. A prefix
 without a special token, or one that the text of the whole does not begin with, is tokenized from its start.
+
+Templates of models that think may open the thought in the generation prompt ("<think>\\n") and leave thoughts out of
+the conversation that they render. There the answer is put behind the prompt as the model would write it.
 """
 
 import bisect
@@ -22,9 +25,19 @@ from ftjax.data.tokens.rendering import Messages, Tokenizer, Tools, apply_templa
 from ftjax.errors import UserError
 
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_OPENED = re.compile(r"<think>\s*$")  # at the end of a generation prompt: the model goes on with its thoughts
+_CLOSED = "</think>"
 
 Span = tuple[int, int]  # [start, stop) in tokens
 _Turn = tuple[int, int, str]  # the span of a turn, and its text
+
+
+class Rewritten(UserError):
+    """A turn is rendered in another way once the conversation goes on; while it is the last it may be all right."""
+
+
+class _Merged(UserError):
+    """The tokenizer merges characters of a turn with the template's own."""
 
 
 def turns(
@@ -40,14 +53,24 @@ def turns(
       origin: file:line of the row, for messages.
 
     Raises:
-      UserError: a wanted turn whose tokens cannot be separated from the rest, that is rendered differently once the
-        conversation goes on, that has no end token, or of which the template leaves something out.
+      Rewritten: a wanted turn that is rendered differently once the conversation goes on.
+      UserError: a wanted turn whose tokens cannot be separated from the rest, that has no end token, or of which the
+        template leaves something out.
     """
     whole = _Rendered(messages, tokenizer, origin, tools)
     _check_context(whole)
-    spans = _marked(whole, wanted) if _MARKER.search(whole.template) else _compared(whole, wanted)
+    try:
+        spans = _marked(whole, wanted) if _MARKER.search(whole.template) else _compared(whole, wanted)
+    except (Rewritten, _Merged) as error:
+        if not any(_opening(whole, i) for i in wanted):
+            raise
+        if len(wanted) > 1:  # each answer alone may do
+            raise Rewritten(str(error)) from error
+        tokens, span = _thinking(whole, wanted[0])
+        return tokens, [span]
     for i, (_, _, text) in zip(wanted, spans, strict=True):
-        _check_turn(whole, i, text)
+        opening = _opening(whole, i) if whole.messages[i]["content"].lstrip().startswith("<think>") else ""
+        _check_turn(whole, i, opening + text)
     return whole.tokens, [(start, stop) for start, stop, _ in spans]
 
 
@@ -154,7 +177,7 @@ def _compared(whole: _Rendered, wanted: list[int]) -> list[_Turn]:
         kept, rest = prefixes[2 * k]
         start = kept + len(rest)
         if whole.tokens[kept:start] != rest:
-            raise UserError(_why_no_prefix(whole.text, before, through, i, origin))
+            raise _no_prefix(whole.text, before, through, i, origin)
         kept, rest = prefixes[2 * k + 1]
         low = min(start, kept)
         tokens = whole.tokens[low:kept] + rest  # of the text through the turn, from token `low` on
@@ -163,12 +186,9 @@ def _compared(whole: _Rendered, wanted: list[int]) -> list[_Turn]:
         # Of several end tokens the whole may have only the first: Phi 3 closes a conversation with one of its own.
         fits = [stop for stop in stops or [start - low] if tokens[:stop] == whole.tokens[low : low + stop]]
         if not fits:
-            raise UserError(_why_no_prefix(whole.text, before, through, i, origin))
+            raise _no_prefix(whole.text, before, through, i, origin)
         if not stops:
-            raise UserError(
-                f"{origin}: message {i} (assistant) is rendered without an end-of-turn token (a special token of the "
-                "tokenizer), so the model would never learn to stop; end the turn with one in the chat template"
-            )
+            raise UserError(_no_end(i, origin))
         stop = low + fits[0]
         if stop == start + 1:
             raise UserError(f"{origin}: message {i} (assistant) is rendered empty; correct the chat template")
@@ -176,20 +196,73 @@ def _compared(whole: _Rendered, wanted: list[int]) -> list[_Turn]:
     return spans
 
 
-def _why_no_prefix(full: str, before: str, through: str, i: int, origin: str) -> str:
-    """The message for turn `i`, whose prefixes `before` and `through` have tokens that `full` does not begin with."""
+def _no_end(i: int, origin: str) -> str:
+    return (
+        f"{origin}: message {i} (assistant) is rendered without an end-of-turn token (a special token of the "
+        "tokenizer), so the model would never learn to stop; end the turn with one in the chat template"
+    )
+
+
+def _no_prefix(full: str, before: str, through: str, i: int, origin: str) -> UserError:
+    """The error of turn `i`, whose prefixes `before` and `through` have tokens that `full` does not begin with."""
     if through.startswith(before) and full.startswith(through):
-        return (
+        return _Merged(
             f"{origin}: message {i} (assistant) starts or ends with characters that the tokenizer merges with "
             "the template's own; strip the white space around its content, or end the template's generation prompt "
             "and assistant turn with a special token or a single line break"
         )
-    return (
+    return Rewritten(
         f"{origin}: the chat template rewrites what comes before or in message {i} (assistant) as the conversation "
         "goes on (or its generation prompt is not how it writes the turn), so training would not see what inference "
         "sees; set data.train_on to last, put {% generation %} markers around the template's assistant turns, or split "
         "the row by answer"
     )
+
+
+def _opening(whole: _Rendered, i: int) -> str:
+    """ "<think>" and what follows it at the end of turn `i`'s generation prompt; "" where that opens no thought."""
+    opened = _OPENED.search(whole.prefix(i, generation_prompt=True))
+    return opened[0] if opened else ""
+
+
+def _thinking(whole: _Rendered, i: int) -> tuple[list[int], Span]:
+    """Tokens of a conversation through turn `i`, whose generation prompt opens a thought, and the span of that turn.
+
+    The tokens begin with those of the prompt, as in inference, where the rest is tokenized on its own.
+    """
+    before, tokenizer = whole.prefix(i, generation_prompt=True), whole.tokenizer
+    answer = _after_thought(whole, i, before)
+    prompt, joint = encode([before, before + answer], tokenizer)
+    tokens = joint if joint[: len(prompt)] == prompt else prompt + encode([answer], tokenizer)[0]
+    if tokenizer.decode(tokens) != tokenizer.decode(joint):
+        raise _no_prefix(before + answer, before, before + answer, i, whole.origin)
+    tokens = _without_next_prompt(tokens, len(prompt), prompt, whole)
+    stops = _ends_of_turn(tokens, len(prompt), len(tokens), whole)
+    if not stops:
+        raise UserError(_no_end(i, whole.origin))
+    _check_turn(whole, i, _opening(whole, i) + answer)
+    return tokens, (len(prompt), stops[0])
+
+
+def _after_thought(whole: _Rendered, i: int, before: str) -> str:
+    """What the model is to write for turn `i` after `before`, its prompt, which ends with an opened thought.
+
+    A turn without a thought closes it at once: "<think>\\n\\n</think>\\n\\nanswer", as Qwen's templates write it.
+    """
+    through, header = whole.prefix(i + 1), before.removesuffix(_opening(whole, i))
+    if through.startswith(before):
+        return through[len(before) :]
+    if not through.startswith(header):
+        raise _no_prefix(whole.text, before, through, i, whole.origin)
+    rest = through[len(header) :].lstrip()
+    if rest.startswith("<think>"):  # followed by other white space than in the prompt
+        return rest.removeprefix("<think>").lstrip()
+    message, between = whole.messages[i], "\n\n"
+    thought = next((message[key] for key in REASONING if key in message), "").strip("\n") + "\n"
+    if _CLOSED in message["content"]:
+        inner, _, said = message["content"].partition(_CLOSED)
+        thought, between = inner.partition("<think>")[2] or inner, said[: len(said) - len(said.lstrip())]
+    return (thought.lstrip() or "\n") + _CLOSED + between + rest
 
 
 def _marked(whole: _Rendered, wanted: list[int]) -> list[_Turn]:
@@ -303,7 +376,8 @@ def _check_turn(whole: _Rendered, i: int, text: str) -> None:
     if not lost and any(not _is_written(value, text) for call in calls for value in _leaves(call["arguments"])):
         lost = "arguments of a tool call"
     if lost:
-        raise UserError(
+        error = Rewritten if i < len(whole.messages) - 1 else UserError  # the last one may be rendered whole
+        raise error(
             f"{whole.origin}: the chat template leaves out some of the {lost} of message {i} (assistant), so the model "
             "would never learn it (templates drop <think> blocks, or text beside tool calls); remove it from the row, "
             "or take a template that renders it"

@@ -46,8 +46,10 @@ class Tokenized(NamedTuple):
     tokens: np.ndarray  # int32: of all examples one after the other, trained ones flagged with `examples.TRAINED`
     rows: np.ndarray  # int64 [n]: the index of each good row
     longest: np.ndarray  # int64 [n]: the tokens of its longest document before the cut
-    kept: np.ndarray  # int64 [n]: the tokens of all its documents after the cut
-    trained: np.ndarray  # int64 [n]: how many of these are trained; 0 for a dropped row, which is not in `tokens`
+    parts: np.ndarray  # int64 [n]: into how many examples it was split; usually 1
+    examples: np.ndarray  # int64 [n]: how many of these have a trained token after the cut; 0 for a dropped row
+    kept: np.ndarray  # int64 [n]: the tokens of these examples after the cut
+    trained: np.ndarray  # int64 [n]: how many of these are trained
     lengths: np.ndarray  # int64: the tokens of each document in `tokens`
     dropped: list[str]  # the origins of the first dropped rows
     bad: list[tuple[int, str]]  # the index of each bad row, and what is wrong with it
@@ -70,9 +72,9 @@ def tokenize(
     """The examples of all rows. Each document is cut to its first max_length tokens; a row with no trained token left
     is dropped.
 
-    The report of the examples holds ints: rows (those used), bad_rows (skipped), examples, truncated, dropped, tokens,
-    trained_tokens, longest (document, before the cut); and `per_source`, a list of {"source", "rows", "bad_rows",
-    "examples", "tokens", "trained_tokens"}.
+    The report of the examples holds ints: rows (those used), bad_rows (skipped), examples, split (rows of which each
+    answer is an example), truncated, dropped, tokens, trained_tokens, longest (document, before the cut); and
+    `per_source`, a list of {"source", "rows", "bad_rows", "examples", "tokens", "trained_tokens"}.
 
     Args:
       kind: what a row is (`kinds.ROW_KINDS`).
@@ -124,27 +126,29 @@ def _tokenize(rows: Rows, tokenizer: Tokenizer, rules: TokenRules, chunk: range)
             row = rows.check(i)
             if row is None:
                 continue
-            documents = kinds.ROW_KINDS[rules.kind].tokenize(row, tokenizer, rules.vocab_size, rules.train_on)
-            example = kinds.cut(documents, rules.max_length, row.origin)
+            parts = kinds.ROW_KINDS[rules.kind].tokenize(row, tokenizer, rules.vocab_size, rules.train_on)
+            cut = [kinds.cut(documents, rules.max_length, row.origin) for documents in parts]
         except SourceError as error:  # not a bad row: the file was changed, or is gone
             failed = str(error)
             break
         except chat.NothingTrained:  # not a bad row: its weights say so
-            counts.append((i, 0, 0, 0))
+            counts.append((i, 0, 0, 0, 0, 0))
             dropped.append(f"{row.origin} (weight 0)")
             continue
         except UserError as error:
             bad.append((i, str(error)))
             continue
-        trained, longest = int(example.trained.sum()), max(len(document.tokens) for document in documents.values())
-        counts.append((i, longest, len(example.tokens), trained))
-        if trained:
+        longest = max(len(document.tokens) for documents in parts for document in documents.values())
+        kept = [example for example in cut if example.trained.any()]
+        sizes = [(len(example.tokens), int(example.trained.sum())) for example in kept]
+        counts.append((i, longest, len(parts), len(kept), *np.sum(sizes or [(0, 0)], axis=0)))
+        for example in kept:
             tokens.append(np.where(example.trained, example.tokens | examples.TRAINED, example.tokens))
             lengths += example.lengths
-        else:
+        if not kept:
             dropped.append(f"{row.origin} ({longest} tokens)")
     flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
-    columns = np.array(counts, np.int64).reshape(-1, 4).T
+    columns = np.array(counts, np.int64).reshape(-1, 6).T
     return Tokenized(chunk.stop, flat, *columns, np.array(lengths, np.int64), dropped[:3], bad, failed)
 
 
@@ -154,7 +158,7 @@ def _collect(
     """Appends the columns of all chunks. Returns the report of `tokenize`, and in it `first_bad`: for the first bad row
     of each source [index of the source, index of the row, message without the row's origin]."""
     ends = np.cumsum([count for _, count in rows.per_source])
-    names = ("rows", "bad_rows", "examples", "truncated", "dropped", "tokens", "trained_tokens")
+    names = ("rows", "bad_rows", "examples", "split", "truncated", "dropped", "tokens", "trained_tokens")
     counts = {name: np.zeros(len(ends), np.int64) for name in names}
     bad_rows, first_bad, dropped, longest = BadRows(rows), {}, [], 0
     for chunk in chunks:
@@ -166,13 +170,12 @@ def _collect(
         if chunk.failed:
             raise UserError(chunk.failed)
         sources = np.searchsorted(ends, chunk.rows, side="right")
-        kept = chunk.trained > 0
         append("tokens", chunk.tokens)
         append("lengths", chunk.lengths)
-        append("rows", chunk.rows[kept])
-        append("sources", sources[kept])
-        every = np.ones(len(kept), np.int64)
-        counted = (every, kept, chunk.longest > max_length, ~kept, chunk.kept * kept, chunk.trained)
+        append("rows", np.repeat(chunk.rows, chunk.examples))
+        append("sources", np.repeat(sources, chunk.examples))
+        every, cut = np.ones(len(sources), np.int64), chunk.longest > max_length
+        counted = (every, chunk.examples, chunk.parts > 1, cut, chunk.examples == 0, chunk.kept, chunk.trained)
         for name, values in zip(("rows", *names[2:]), counted, strict=True):
             counts[name] += np.bincount(sources, values, len(ends)).astype(np.int64)  # float64, exact below 2^53
         dropped = (dropped + chunk.dropped)[:3]

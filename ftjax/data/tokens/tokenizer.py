@@ -1,5 +1,6 @@
 """Tokenizers: from a GGUF file's own metadata or a Hugging Face directory, and the tokens that end a turn."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from ftjax.data.tokens.rendering import TEMPLATE_ERRORS
 from ftjax.errors import UserError
 from ftjax.weights.gguf.tokenizer import from_gguf
 from ftjax.weights.hf.files import inside
+
+log = logging.getLogger(__name__)
 
 
 def load(path: Path) -> PreTrainedTokenizerFast:
@@ -27,12 +30,20 @@ def load(path: Path) -> PreTrainedTokenizerFast:
 
 
 def check_vocab(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """`UserError` where a token id has no row in an embedding of `vocab_size` rows."""
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
-        raise UserError(
-            f"the tokenizer has token ids up to {largest}, the model's embedding only {vocab_size} rows (vocab_size "
-            "in its config): take the tokenizer that belongs to the model, without tokens added to it"
+    """A warning where token ids have no row in an embedding of `vocab_size` rows.
+
+    No error: published models have such tokenizers (Gemma 3's names an image token that its text models lack), and
+    whatever uses such an id is refused.
+    """
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
+    if beyond:
+        names = ", ".join(repr(token) for _, token in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
+        log.warning(
+            "the tokenizer has %d token id(s) beyond the %d rows of the model's embedding (%s); rows and prompts that "
+            "use one are refused",
+            len(beyond),
+            vocab_size,
+            names,
         )
 
 

@@ -144,7 +144,7 @@ THOUGHT = [
 REFUSED = {
     "rewrites earlier turns": ({"template": REWRITES}, THOUGHT, "rewrites .* message 1 .*markers"),
     "generation prompt is not how turns begin": (
-        {"template": CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")},
+        {"template": CHATML.replace("assistant\n' }}{% endif", "assistant\n<plan>\n' }}{% endif")},
         HELLO,
         "rewrites .* message 1 .*generation prompt",
     ),
@@ -310,7 +310,7 @@ def test_tokens_beyond_the_vocabulary_of_the_model_are_refused(chatml):
     example = chat.tokenize(messages_row(HELLO), chatml)
     highest = int(example.tokens.max())
     chat.tokenize(messages_row(HELLO), chatml, vocab_size=highest + 1)
-    with pytest.raises(UserError, match=f"chat.jsonl:7: token {highest} is beyond the model's vocabulary of {highest}"):
+    with pytest.raises(UserError, match=f"chat.jsonl:7: token {highest} .* is beyond the {highest} rows.*resize_vocab"):
         chat.tokenize(messages_row(HELLO), chatml, vocab_size=highest)
 
 

@@ -1,12 +1,13 @@
 """Masks of the templates of published families: random conversations decode to exactly the assistant turns."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from support.families import FAMILIES, random_conversation
-from support.family_templates import DEEPSEEK_R1, QWEN_2_5
+from support.family_templates import DEEPSEEK_R1, QWEN_2_5, QWEN_3_THINKING
 from support.format_rows import by_answer
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
@@ -213,13 +214,38 @@ def test_templates_that_rewrite_earlier_turns_are_refused_but_for_the_last_turn(
         assert len(spans(chat.tokenize(row(messages), tokenizers[name], train_on=train_on))) == 1
 
 
-def test_a_generation_prompt_that_opens_a_thought_which_the_turn_lacks_is_refused():
-    import dataclasses
+ASKED = {"role": "user", "content": "Hi"}
+EMPTY = "\n</think>\n\nYes."
+OPENED = {
+    "no thought": ({"content": "Yes."}, EMPTY),
+    "an empty thought": ({"content": "<think>\n\n</think>\n\nYes."}, EMPTY),
+    "a thought in the text": ({"content": "<think>\nhm\n</think>\n\nYes."}, "hm\n</think>\n\nYes."),
+    "a thought without its opening, as the model wrote it": ({"content": "hm</think>\n\nYes."}, "hm</think>\n\nYes."),
+    "a thought of its own": ({"content": "Yes.", "reasoning_content": "hm"}, "hm\n</think>\n\nYes."),
+}
 
-    tokenizer = dataclasses.replace(FAMILIES["DeepSeek V3"], template=DEEPSEEK_R1).tokenizer()
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nhm\n</think>\nYes."}]
-    with pytest.raises(UserError, match=r"chat.jsonl:7: .*its generation prompt is not how it writes the turn"):
-        chat.tokenize(row(messages), tokenizer)
+
+@pytest.mark.parametrize(("answer", "said"), OPENED.values(), ids=OPENED)
+@pytest.mark.parametrize(("name", "template"), [("DeepSeek V3", DEEPSEEK_R1), ("Qwen 3", QWEN_3_THINKING)])
+def test_an_answer_stands_behind_a_prompt_that_opens_its_thought(name, template, answer, said):
+    """DeepSeek R1's template leaves out every thought, Qwen 3's earlier ones; both prompts end with "<think>\\n"."""
+    if name == "Qwen 3" and answer["content"].startswith("hm"):
+        said = said.replace("hm<", "hm\n<")  # its template puts a line break there
+    tokenizer = dataclasses.replace(FAMILIES[name], template=template).tokenizer()
+    end = tokenizer.eos_token
+    first, second = [ASKED, {"role": "assistant", **answer}], [{"role": "user", "content": "Sure?"}]
+    history = [ASKED, {"role": "assistant", "content": "Yes."}, *second]
+    for messages in (first, [*history, first[1]]):
+        given = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+        assert tokenizer.decode(given).endswith("<think>\n")
+        example = chat.tokenize(row(messages), tokenizer, train_on="last")
+        assert example.tokens[: len(given)].tolist() == given
+        assert trained_text(example, tokenizer) == [said + end]
+        assert np.flatnonzero(example.trained)[0] == len(given)
+        np.testing.assert_array_equal(chat.render_prompt(messages[:-1], tokenizer), given)
+    both = chat.tokenize_answers(row([*history, first[1]]), tokenizer)
+    assert [trained_text(example, tokenizer) for example in both] == [[EMPTY + end], [said + end]]
+    np.testing.assert_array_equal(both[1].tokens, example.tokens)
 
 
 SAID = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."}]
@@ -326,8 +352,15 @@ def test_every_answer_can_be_trained_row_by_row_where_the_template_rewrites_earl
             messages, tools = random_conversation(rng, family)
             given = formats.check_row(row(messages, tools).fields, "f:1").fields
             records = by_answer(given)
-            found = [trained_text(chat.tokenize(Row(one, "f:1"), tokenizer), tokenizer) for one in records]
+            alone = [chat.tokenize(Row(one, "f:1"), tokenizer) for one in records]
+            found = [trained_text(example, tokenizer) for example in alone]
             assert found == [[family.says(messages[i], True)] for i in assistants(messages)]
+            split = chat.tokenize_answers(Row(given, "f:1"), tokenizer)
+            if len(split) == 1:  # nothing had to be rewritten
+                continue
+            for example, one in zip(split, alone, strict=True):
+                assert example.tokens.tolist() == one.tokens.tolist()
+                assert example.trained.tolist() == one.trained.tolist()
 
 
 def test_a_tokenizer_may_have_a_template_of_its_own_for_tools():

@@ -80,7 +80,7 @@ def test_packing_keeps_both_documents_of_a_pair_in_one_row_each_from_position_0(
             assert batch["weights"][row][here].any()
     # The documents are those of the row, in order.
     example = loader.examples[7]
-    whole = ROW_KINDS["pair"].tokenize(
+    (whole,) = ROW_KINDS["pair"].tokenize(
         Row(loader.examples.parts[0].rows[7].fields, "x"), make_tokenizer(CHATML), None, ""
     )
     assert [document.tokens.tolist() for document in example.documents] == [

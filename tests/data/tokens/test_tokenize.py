@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 from support import ROOT
-from support.chat_templates import CHATML
+from support.chat_templates import CHATML, REWRITES
 
 from ftjax.data import pipeline
+from ftjax.data.audit import checks
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens import chat, processes, tokenize
 from ftjax.errors import UserError
@@ -73,6 +74,7 @@ def test_examples_are_what_chat_makes_of_each_row_cut_at_max_length(rows_file, c
         "rows": 300,
         "bad_rows": 0,
         "examples": len(kept),
+        "split": 0,
         "truncated": sum(len(example.tokens) > 40 for example in whole),
         "dropped": len(whole) - len(kept),
         "tokens": sum(len(example.tokens[:40]) for example in kept),
@@ -160,7 +162,7 @@ def test_thresholds_and_what_cannot_be_tokenized(rows_file, tmp_path, chatml):
     with pytest.raises(UserError, match=r"max_length = 1: needs room"):
         tokenize.tokenize(rows_of(rows_file), chatml, 1)
     highest = int(tokenize.tokenize(rows_of(rows_file), chatml, 100).parts[0].tokens.max())
-    with pytest.raises(UserError, match=rf"token {highest} is beyond the model's vocabulary"):
+    with pytest.raises(UserError, match=rf"token {highest} .* is beyond the {highest} rows"):
         tokenize.tokenize(rows_of(rows_file), chatml, 100, vocab_size=highest)
 
 
@@ -416,3 +418,36 @@ def test_dropped_rows_of_an_evaluation_are_told_and_do_not_end_the_run(tmp_path,
         load(entries, chatml)
     assert pipeline.load_heldout(entries, [], chatml, spec_of()).examples.report["dropped"] == 1
     assert "1 of 4 rows are left out" in caplog.text
+
+
+def test_rows_whose_answers_the_template_rewrites_are_split_by_answer(tmp_path, make_tokenizer, caplog):
+    """Each answer is an example that ends with it; the rows are counted, dropped and looked at as rows."""
+    turns = [("user", "Where is Anna?"), ("assistant", "hm</think>Here."), ("user", "Sure?"), ("assistant", "Yes.")]
+    turns = [{"role": role, "content": content} for role, content in turns]
+    rows = [turns, turns[:2], [*turns, *turns[2:]]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    tokenizer = make_tokenizer(REWRITES)
+    spec = pipeline.DataSpec("conversation", 200, 1, True, "assistant", vocab_size=1000)
+    loader, report = pipeline.load([{"source": str(tmp_path / "rows.jsonl")}], tokenizer, spec)
+    assert "2 of 3 rows are split by answer, which makes 6 examples of all rows" in caplog.text
+    assert {name: report[name] for name in ("rows", "split", "examples", "dropped")} == {
+        "rows": 3,
+        "split": 2,
+        "examples": 6,
+        "dropped": 0,
+    }
+    examples = loader.examples
+    assert [tokenizer.decode(e.tokens[e.trained]) for e in examples] == [
+        *("hm</think>Here.<|im_end|>", "Yes.<|im_end|>", "hm</think>Here.<|im_end|>"),
+        *("hm</think>Here.<|im_end|>", "Yes.<|im_end|>", "Yes.<|im_end|>"),
+    ]
+    whole = tokenizer.apply_chat_template(turns)["input_ids"]
+    assert examples[1].tokens.tolist() == whole  # with the history as it is rendered then, without its thought
+    assert [examples.origin(i)[-1] for i in range(6)] == list("112333")
+    assert [row.origin[-1] for row in checks.RowsOf(examples)] == list("123")
+    found = checks.at_start(examples, [], checks.TokenFacts.of(tokenizer, (4,), 200))
+    assert [finding.code for finding in found] == []
+    # A part without a trained token is left out; the row is dropped only where all are.
+    short = len(tokenizer.apply_chat_template(turns[:2])["input_ids"])
+    cut = tokenize.tokenize(rows_of(tmp_path / "rows.jsonl"), tokenizer, short)
+    assert [cut.report[name] for name in ("rows", "examples", "dropped", "truncated")] == [3, 3, 0, 2]
