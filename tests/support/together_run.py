@@ -76,7 +76,7 @@ shapes, _ = assemble.abstract_variables(config, base.model, MESH)
 with jax.set_mesh(MESH):
     run = assemble.load_variables(config, base, shapes)
     run["lora"] = jax.tree.map(lambda leaf: leaf + jax.numpy.asarray(0.05, leaf.dtype), run["lora"])
-assemble.load_run = lambda workdir, step: (config, base, run, 3)
+assemble.load_run = lambda workdir, step, check: (config, base, run, 3)
 export.export_model(ROOT / "run", None, "merged", ROOT / "exported", None, "f16")
 
 with recorded("writing fails"):
