@@ -317,9 +317,14 @@ def whole_params(variables: Tree, dtype: jnp.dtype) -> Tree:
 
 
 def load_run(
-    workdir: Path, step: int | None = None, moved: Mapping[str, str] | None = None
+    workdir: Path,
+    step: int | None = None,
+    moved: Mapping[str, str] | None = None,
+    check: Callable[[ConfigDict, Base, Tree], None] | None = None,
 ) -> tuple[ConfigDict, Base, Tree, int]:
     """A run's (config, base, variables, step) from its checkpoint `step`, by default the newest.
+
+    check: is called with the config, the base and the variables' shapes before any weights are read.
 
     What was trained comes from the checkpoint, without the optimizer's state, and only what was not from the base.
     The mesh is this machine's, not the run's. moved: {"model" or "adapter": where it is now}. Raises UserError where
@@ -336,6 +341,8 @@ def load_run(
     mesh = sharding.make_mesh({"fsdp": -1})
     with jax.set_mesh(mesh):
         run = program(config, base.model, mesh, total_steps=1)  # of which the optimizer is not used
+        if check is not None:
+            check(config, base, run.variables)
         with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
             step, state, _ = checkpoints.restore({"trainable": run.state.trainable}, step, partial=True)
         frozen = load_variables(config, base, run.variables, lambda path: not run.is_trained(path))

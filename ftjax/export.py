@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerFast
 
 from ftjax import assemble, cli, distributed, lora, parity, tree
 from ftjax import config as configs
@@ -41,19 +42,21 @@ from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.evaluator import is_eval
 from ftjax.method import learning_rate
-from ftjax.models.families import is_multimodal, spec_from_config, text_config
+from ftjax.models.families import is_multimodal, spec_from_config
 from ftjax.models.spec import DecoderSpec
 from ftjax.training import metrics
 from ftjax.tree import Tree
+from ftjax.weights.gguf.tokenizer import from_metadata
 from ftjax.weights.gguf.tokenizer_write import check_same, to_metadata
-from ftjax.weights.gguf.write import GGUF_TYPES, write_gguf
+from ftjax.weights.gguf.write import GGUF_TYPES, gguf_header, write_gguf
+from ftjax.weights.hf.end_tokens import unnamed, with_end_of_turn, with_ends
 from ftjax.weights.hf.files import read_json
 from ftjax.weights.hf.keys import FLOATS
 from ftjax.weights.hf.model_card import model_card, shown
 from ftjax.weights.hf.together import new_directory_together
-from ftjax.weights.hf.write import write_json, write_model, write_tokenizer
+from ftjax.weights.hf.write import generation_config, write_json, write_model, write_tokenizer
 from ftjax.weights.peft import continued
-from ftjax.weights.peft.adapter import write_adapter
+from ftjax.weights.peft.adapter import refuse_experts, write_adapter
 from ftjax.weights.peft.vllm import MAX_RANK, uniform
 from ftjax.weights.source import Reader
 
@@ -70,12 +73,20 @@ def export_peft(
     vllm_rank: the largest rank of the vLLM that is to read it (see `ftjax.weights.peft.vllm`); None: it is for peft.
     moved: as in `load_run`.
     """
-    run, base, variables, step = assemble.load_run(workdir, step, moved)
-    _refuse_heads(variables, "peft")
-    if "lora" not in variables:
-        raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
+
+    def check(run: ConfigDict, base: Base, variables: Tree) -> None:
+        _refuse_heads(variables, "peft")
+        if "lora" not in variables:
+            raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
+        whole = assemble.trained_whole(run, base)
+        refuse_experts([*tree.by_module(variables["lora"]), *whole])
+        if vllm_rank is not None:
+            jax.eval_shape(lambda adapters: uniform(adapters, whole, vllm_rank), variables["lora"])
+
+    run, base, variables, step = assemble.load_run(workdir, step, moved, check)
     config = _effective(run, base)
     params, whole = tree.flatten(variables["params"]), assemble.trained_whole(run, base)
+    ends = base.tokenizer.convert_ids_to_tokens(unnamed(base.reader.config, base.end_tokens))
     adapters = variables["lora"] if vllm_rank is None else uniform(variables["lora"], whole, vllm_rank)
     write_adapter(
         out,
@@ -87,9 +98,22 @@ def export_peft(
         saved={path: params[path] for path in whole},
         multimodal=is_multimodal(base.reader.config),
         card=model_card(
-            out.name, "peft", config, step, base.path, evaluation(workdir, step), published=assemble.published(base)
+            out.name,
+            "peft",
+            config,
+            step,
+            base.path,
+            evaluation(workdir, step),
+            published=assemble.published(base),
+            ends=ends,
         ),
+        generation=generation_config(_model_config(base), _sampling(base)) if ends else None,
     )
+    if ends and is_first():
+        print(
+            f"the model stops at {', '.join(ends)}, which the base's generation config does not name: use the "
+            "generation_config.json beside the adapter (README.md says how)"
+        )
     if config.quantize.base != "none" and is_first():
         print(f"the adapter was trained beside a base stored as {config.quantize.base}; beside another it differs")
     return step
@@ -108,13 +132,20 @@ def export_model(
 
     All processes of a run call it alike; `out` must be on a disk that they share. moved: as in `load_run`.
     """
-    config, base, variables, step = assemble.load_run(workdir, step, moved)
-    _refuse_heads(variables, format)
-    config = _effective(config, base)
-    if format == "merged" and "lora" not in variables:
-        raise UserError("this run has no adapter to merge (config.adapter.kind='none'); use --format hf")
     if format == "gguf" and distributed.count() > 1:
         raise UserError("--format gguf is for one process; export --format hf, and that with llama.cpp's converter")
+
+    of_tokenizer: dict[str, Any] = {}  # the metadata of a GGUF
+
+    def check(config: ConfigDict, base: Base, variables: Tree) -> None:
+        _refuse_heads(variables, format)
+        if format == "merged" and "lora" not in variables:
+            raise UserError("this run has no adapter to merge (config.adapter.kind='none'); use --format hf")
+        if format == "gguf":
+            of_tokenizer.update(_check_gguf(base, _written_spec(base, variables)))
+
+    config, base, variables, step = assemble.load_run(workdir, step, moved, check)
+    config = _effective(config, base)
     mesh = jax.tree.leaves(variables)[0].sharding.mesh
     texts = parity.prompts(base.tokenizer, workdir / "samples.jsonl", base.model.spec.max_position_embeddings)
     expected = parity.logits(base.model, variables, texts, mesh)
@@ -130,7 +161,7 @@ def export_model(
         written = directory / out.name if format == "gguf" else directory
         if format == "gguf":
             stored = _GGUF_STORES[gguf_type]
-            _write_gguf(written, base, variables, gguf_type, name=out.stem)
+            _write_gguf(written, base, variables, gguf_type, of_tokenizer, name=out.stem)
         else:
             stored = dtype or stored_dtype(base.reader, config.model.param_dtype)
             _write_directory(written, base, variables, stored)
@@ -204,13 +235,35 @@ def _must_untie(spec: DecoderSpec, variables: Tree) -> bool:
     return spec.tie_word_embeddings and "embed_tokens" in variables.get("lora", {})
 
 
+def _written_spec(base: Base, variables: Tree) -> DecoderSpec:
+    spec = base.model.spec
+    return dataclasses.replace(spec, tie_word_embeddings=False) if _must_untie(spec, variables) else spec
+
+
 def _whole(base: Base, variables: Tree) -> tuple[DecoderSpec, Tree]:
     """(spec, dequantized parameters) that the adapters are to be merged into."""
-    spec, params = base.model.spec, assemble.whole_params(variables, base.model.param_dtype)
-    if _must_untie(spec, variables):
-        spec = dataclasses.replace(spec, tie_word_embeddings=False)
+    params = assemble.whole_params(variables, base.model.param_dtype)
+    if _must_untie(base.model.spec, variables):
         params = params | {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
-    return spec, params
+    return _written_spec(base, variables), params
+
+
+def _model_config(base: Base) -> dict[str, Any]:
+    return with_ends(base.reader.config, base.end_tokens)
+
+
+def _gguf_config(base: Base, spec: DecoderSpec) -> dict[str, Any]:
+    return _model_config(base) | {"tie_word_embeddings": spec.tie_word_embeddings, "vocab_size": spec.vocab_size}
+
+
+def _tokenizer(base: Base) -> PreTrainedTokenizerFast:
+    return with_end_of_turn(base.tokenizer, base.reader.config, base.end_tokens)
+
+
+def _sampling(base: Base) -> dict[str, Any] | None:
+    """The base's generation_config.json, where it has one."""
+    file = base.path / "generation_config.json"
+    return read_json(file) if base.path.is_dir() and file.is_file() else None
 
 
 def _effective(config: ConfigDict, base: Base) -> ConfigDict:
@@ -231,39 +284,35 @@ def _refuse_heads(variables: Tree, format: str) -> None:
 
 
 def _write_directory(directory: Path, base: Base, variables: Tree, dtype: str) -> None:
-    sampling = base.path / "generation_config.json"
-    generation = read_json(sampling) if base.path.is_dir() and sampling.is_file() else None
     spec, params = _whole(base, variables)
     write_model(
         directory,
         params,
         spec,
-        base.reader.config,
+        _model_config(base),
         adapters=variables.get("lora"),
-        generation=generation,
+        generation=_sampling(base),
         dtype=jnp.dtype(dtype),
     )
     with together(f"writing {directory}"):
         if is_first():
-            write_tokenizer(directory, base.tokenizer, base.path)
+            write_tokenizer(directory, _tokenizer(base), base.path)
 
 
-def _write_gguf(out: Path, base: Base, variables: Tree, kind: str, name: str) -> None:
+def _check_gguf(base: Base, spec: DecoderSpec) -> dict[str, Any]:
+    """The tokenizer's metadata; UserError where a GGUF file has no words for the decoder or the tokenizer."""
+    config = _gguf_config(base, spec)
+    architecture, *_ = gguf_header(spec, config)
+    metadata = to_metadata(_tokenizer(base), config)
+    check_same(from_metadata(base.path, metadata | {"general.architecture": architecture}), base.tokenizer)
+    return metadata
+
+
+def _write_gguf(out: Path, base: Base, variables: Tree, kind: str, of_tokenizer: dict[str, Any], name: str) -> None:
     spec, merged = _whole(base, variables)
     if "lora" in variables:
         merged = lora.merge(merged, variables["lora"])
-    config = text_config(base.reader.config) | {"tie_word_embeddings": spec.tie_word_embeddings}
-    write_gguf(
-        out,
-        merged,
-        spec,
-        config,
-        kind,
-        to_metadata(base.tokenizer, config | {"vocab_size": base.model.spec.vocab_size}),
-        lambda path: check_same(path, base.tokenizer),
-        name,
-        shown(base.source),
-    )
+    write_gguf(out, merged, spec, _gguf_config(base, spec), kind, of_tokenizer, name, shown(base.source))
 
 
 def _check_tokenizer(directory: Path, texts: list[parity.Prompt], workdir: Path) -> None:

@@ -419,10 +419,10 @@ def test_mistakes_are_told(root, arguments, words):
 def test_no_format_drops_a_head(root, tmp_path, monkeypatch, format):
     load = assemble.load_run
 
-    def with_head(*asked):
-        config, base, variables, step = load(*asked)
-        return config, base, variables | {"heads": {"score": np.zeros(8, np.float32)}}, step
+    def with_head(workdir, step, moved, check):
+        return load(workdir, step, moved, lambda config, base, variables: check(config, base, variables | heads))
 
+    heads = {"heads": {"score": np.zeros(8, np.float32)}}
     monkeypatch.setattr(assemble, "load_run", with_head)
     out = tmp_path / "out.gguf"
     write = export.export_peft if format == "peft" else functools.partial(export.export_model, format=format)

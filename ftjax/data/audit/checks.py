@@ -38,6 +38,7 @@ class TokenFacts:
       bos, pad: ids, or None.
       max_length: where examples are cut.
       special: the special tokens as text. A tokenizer turns any text that holds one into the control token.
+      marks: their ids.
     """
 
     ends: frozenset[int]
@@ -45,12 +46,16 @@ class TokenFacts:
     pad: int | None
     max_length: int
     special: frozenset[str] = frozenset()
+    marks: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, tokenizer, ends: Iterable[int], max_length: int) -> "TokenFacts":
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-        return cls(frozenset(ends), tokenizer.bos_token_id, tokenizer.pad_token_id, max_length, frozenset(special))
+        marks = frozenset(tokenizer.convert_tokens_to_ids(sorted(special)))
+        return cls(
+            frozenset(ends), tokenizer.bos_token_id, tokenizer.pad_token_id, max_length, frozenset(special), marks
+        )
 
 
 @dataclass
@@ -106,6 +111,7 @@ class Checks:
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
         self._is_end = np.zeros(max([0, *facts.ends]) + 2, bool)  # the last entry stands for all ids beyond
         self._is_end[list(facts.ends)] = True
+        self._other_marks = np.array(sorted(facts.marks - facts.ends), np.int64)
 
     def rows(self, rows: Sequence[Row], side: str = "train") -> list[tuple[str, int]]:
         """Checks the text of a chunk of rows; returns (code, index in the chunk) of faults within one row."""
@@ -167,6 +173,9 @@ class Checks:
         masked = trained[:-1] & ~is_end[:-1] & ~trained[1:] & is_end[1:] & (position[1:] > 0)
         for token in (np.flatnonzero(masked) + 1).tolist():
             faults.append(("pad_is_end" if tokens[token] == facts.pad else "end_masked", document_of(token)))
+        goes_on = np.append(trained[1:] & (position[1:] > 0), False)
+        last = np.flatnonzero(trained & ~goes_on & (position < facts.max_length - 1))  # of an answer that is not cut
+        faults += [("end_unknown", document_of(token)) for token in last[np.isin(tokens[last], self._other_marks)]]
         if facts.bos is not None:
             second = (position[1:] == 1) & (tokens[1:] == facts.bos) & (tokens[:-1] == facts.bos)
             faults += [("double_bos", document_of(token)) for token in np.flatnonzero(second) + 1]

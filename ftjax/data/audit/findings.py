@@ -73,6 +73,10 @@ _WARNINGS = {
         "no trained token within config.data.max_length, so the row is dropped",
         "raise config.data.max_length, shorten the prompt or remove the row",
     ),
+    "end_unknown": (
+        "an answer ends with a special token at which generation does not stop, here or in an export",
+        "add its id to eos_token_id in the generation_config.json of the base model",
+    ),
     "leak_near": (
         "rows of the evaluation have a near copy in training",
         "look at the pairs; python -m ftjax.curate dedup --method near removes them before splitting",

@@ -52,12 +52,18 @@ def hf_config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Ten
 
 
 def _token_ids(file: Fields, vocab: int) -> dict[str, Any]:
-    ids = {}
-    for name in ("bos", "eos", "eot", "eom", "padding"):
-        value = ids[name] = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if value is not None and (type(value) is not int or not 0 <= value < vocab):
-            raise file.error(f"tokenizer.ggml.{name}_token_id is {shorten(value)}, the embedding has {vocab} rows")
-    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None))
+    ids = {
+        name: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom", "padding")
+    }
+    several = file.metadata.get("tokenizer.ggml.eos_token_ids", [])
+    if not isinstance(several, list):
+        raise file.error(f"tokenizer.ggml.eos_token_ids is {shorten(several)}, not a list of token ids")
+    named = [(f"{name}_token_id", value) for name, value in ids.items() if value is not None]
+    for name, value in [*named, *(("eos_token_ids", value) for value in several)]:
+        if type(value) is not int or not 0 <= value < vocab:
+            raise file.error(f"tokenizer.ggml.{name} is {shorten(value)}, the embedding has {vocab} rows")
+    ends = [ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None]
+    ends = list(dict.fromkeys([*ends, *several]))
     return {
         "bos_token_id": ids["bos"],
         "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,

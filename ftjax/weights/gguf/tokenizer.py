@@ -53,13 +53,15 @@ _O200K = (  # words end where small letters are followed by capitals
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*ENDS"
     r"|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2 = PreTokenization(_regex_split(_CL100K.replace("DIGITS", "")), normalizer=normalizers.NFC())
 # As in the models' own tokenizer.json files, by the name that llama.cpp's converter gives them.
 PRE_TOKENIZATIONS = {
     "gpt-2": PreTokenization((_GPT2,)),
     "llama-bpe": PreTokenization(_LLAMA3, ignore_merges=True, add_bos=True),
     "dbrx": PreTokenization(_LLAMA3),
     "smaug-bpe": PreTokenization(_LLAMA3),
-    "qwen2": PreTokenization(_regex_split(_CL100K.replace("DIGITS", "")), normalizer=normalizers.NFC()),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
     "smollm": PreTokenization(_DIGITS_APART),
     "refact": PreTokenization(_DIGITS_APART),
     "starcoder": PreTokenization(_DIGITS_APART),
@@ -78,7 +80,11 @@ def from_gguf(path: Path) -> PreTrainedTokenizerFast:
 
     Raises UserError for a kind of tokenizer that is not supported, by name, and for a damaged file.
     """
-    metadata = read_header(path)[0]
+    return from_metadata(path, read_header(path)[0])
+
+
+def from_metadata(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """The tokenizer of a file's {key: value}; `path` is for messages."""
     meta = {k.removeprefix("tokenizer."): v for k, v in metadata.items() if k.startswith("tokenizer.")}
     kind = meta.get("ggml.model")
     tokens, types = _array(path, meta, "tokens", str), _array(path, meta, "token_type", int)
@@ -89,7 +95,7 @@ def from_gguf(path: Path) -> PreTrainedTokenizerFast:
         backend, add_bos = _byte_level(path, meta, tokens)
     elif kind == "llama":
         gemma = str(metadata.get("general.architecture")).startswith("gemma")
-        backend, tokens, types = _sentencepiece(path, meta, tokens, types, gemma, roles["unk_token"])
+        backend, tokens = _sentencepiece(path, meta, tokens, gemma, roles["unk_token"])
         add_bos = True
     else:
         raise UserError(
@@ -127,9 +133,9 @@ def _byte_level(path: Path, meta: Mapping[str, Any], tokens: list[str]) -> tuple
 
 
 def _sentencepiece(
-    path: Path, meta: Mapping[str, Any], tokens: list[str], types: list[int], gemma: bool, unknown: str
-) -> tuple[Tokenizer, list[str], list[int]]:
-    """(tokenizer without added tokens, tokens as they are spelled in it, their types).
+    path: Path, meta: Mapping[str, Any], tokens: list[str], gemma: bool, unknown: str
+) -> tuple[Tokenizer, list[str]]:
+    """(tokenizer without added tokens, tokens as they are spelled in it).
 
     A space is put before the text and after every special token, as llama.cpp does and as the tokenizer.json files of
     Llama 2, TinyLlama and Mistral say, unless `add_space_prefix` is false (Gemma).
@@ -139,10 +145,8 @@ def _sentencepiece(
         raise UserError(f"{path}: the scores are not one number for each of {len(tokens)} tokens: the file is damaged")
     if (longest := max(map(len, tokens), default=0)) > _LONGEST_PIECE:
         raise UserError(f"{path}: a token of {longest} characters: the file is damaged")
-    # llama.cpp matches Gemma's runs of spaces as whole tokens, spelled with spaces; elsewhere they are ordinary pieces.
-    runs = [gemma and len(token) > 1 and not token.strip(" ") for token in tokens]
-    tokens = ["▁" * len(token) if run else token for token, run in zip(tokens, runs)]
-    types = [NORMAL if run else kind for kind, run in zip(types, runs)]
+    if gemma:  # its runs of spaces are spelled with spaces in the file
+        tokens = ["▁" * len(token) if len(token) > 1 and not token.strip(" ") else token for token in tokens]
     vocab = _vocab(path, tokens)
     model = models.BPE(vocab, spm_merges(tokens, scores, gemma), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     backend = Tokenizer(model)
@@ -151,15 +155,23 @@ def _sentencepiece(
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    return backend, tokens, types
+    return backend, tokens
+
+
+def is_run(token: str) -> bool:
+    """Whether a token of SentencePiece's is a run of two or more spaces."""
+    return len(token) > 1 and not token.strip("▁")
 
 
 def spm_merges(tokens: Sequence[str], scores: Sequence[float], gemma: bool) -> list[tuple[str, str]]:
     """Every way to make a token of two others, the best token first, as SentencePiece merges them.
 
-    The scores of Gemma's files do not follow the order of its merges; the order of its tokens does.
+    The scores of Gemma's files do not follow the order of its merges. The order of its tokens does, but for runs of
+    spaces, which come first, the longest before all: 40 spaces are 31 and 9.
     """
-    best = {token: -i for i, token in enumerate(tokens)} if gemma else dict(zip(tokens, scores))
+    best = dict(zip(tokens, scores))
+    if gemma:
+        best = {token: len(token) if is_run(token) else -i for i, token in enumerate(tokens)}
     return generate_merges({token: i for i, token in enumerate(tokens)}, best)
 
 

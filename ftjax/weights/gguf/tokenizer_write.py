@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -20,13 +19,15 @@ from ftjax.weights.gguf.tokenizer import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    from_gguf,
+    is_run,
     spm_merges,
 )
 
 _ADVICE = "export the Hugging Face format instead, whose tokenizer.json holds everything"
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 _MOST_ADDED = 500  # the most added tokens that are tried one by one
+# Tokens at which llama.cpp ends whatever the file says (`special_eog_ids` in its llama-vocab.cpp).
+_KNOWN_ENDS = {"<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>"}
 _SAMPLES = (
     "Hello, world! It's 12345 and 3.14; we'll can't WON'T y2k CamelCase HTTPServer snake_case",
     "  two spaces\tand a tab,\n\n a newline \r\n   and more   \n",
@@ -36,6 +37,7 @@ _SAMPLES = (
     "🙂👩‍👩‍👧‍👦🇸🇪 €£¥ \u200b\u200d \x00\x7f 𝔘",
     "aaaaaaaaaaaaaaaa 1234567890123 ................ ________  --  ==",
     "▁ lower block ▁▁",
+    f"a{' ' * 40}b{' ' * 199}",
     " ",
     "",
 )
@@ -56,12 +58,11 @@ def to_metadata(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -
         raise UserError(f"a tokenizer of type {model['type']} cannot be written to a GGUF file; {_ADVICE}")
     by_id = {i: token for token, i in tokenizer.get_vocab().items()}
     rows = config["vocab_size"]
-    if max(by_id) >= rows:
-        raise UserError(f"the tokenizer has token ids up to {max(by_id)}, the embedding only {rows} rows")
+    _check_rows(by_id, rows, tokenizer)
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(rows)]
     if len(set(tokens)) != rows:
         raise UserError(f"the tokenizer has tokens like [PAD0], which are GGUF's names of unused rows; {_ADVICE}")
-    added = {entry["id"]: entry for entry in described["added_tokens"]}
+    added = {entry["id"]: entry for entry in described["added_tokens"] if entry["id"] < rows}
     for entry in added.values():
         if entry["lstrip"] or entry["rstrip"] or entry["single_word"]:
             raise UserError(
@@ -78,14 +79,13 @@ def to_metadata(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -
     return {f"tokenizer.ggml.{key}": value for key, value in metadata.items()} | _templates(tokenizer)
 
 
-def check_same(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """UserError, with the text, if the tokenizer in the GGUF file `path` gives other ids than `tokenizer`.
+def check_same(read: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast) -> None:
+    """UserError, with the text, if the tokenizer `read` from GGUF metadata gives other ids than the original.
 
     Compared on prose, code, numbers, spaces and scripts, with special tokens and without, on every added token (500 at
     most) inside a text, and on a chat.
     """
-    read = from_gguf(path)
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values()][:_MOST_ADDED]
+    added = [str(token) for i, token in tokenizer.added_tokens_decoder.items() if i < len(read)][:_MOST_ADDED]
     texts = [*_SAMPLES, *(f"a{token}b {token} c" for token in added), *_chat(tokenizer)]
     for text in texts:
         for special in (True, False):
@@ -105,6 +105,18 @@ def _chat(tokenizer: PreTrainedTokenizerFast) -> list[str]:
         return [tokenizer.apply_chat_template(turns, tokenize=False)]
     except (jinja2.TemplateError, ValueError):  # a template with demands of its own, which is kept as it is
         return []
+
+
+def _check_rows(by_id: Mapping[int, str], rows: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    """UserError where a token beyond the embedding's rows is more than an added one that the model cannot use anyway,
+    such as the image token in the tokenizer of Gemma 3 1B. A file has no place for it."""
+    beyond = {i for i in by_id if i >= rows}
+    named = {getattr(tokenizer, f"{role}_token_id") for role in ROLES}
+    if needed := beyond - tokenizer.added_tokens_decoder.keys() | beyond & named:
+        raise UserError(
+            f"the tokenizer has token ids up to {max(needed)}, the embedding only {rows} rows: take the tokenizer that "
+            "belongs to the model"
+        )
 
 
 def _type(i: int, added: Mapping[int, Mapping[str, Any]], by_id: Mapping[int, str], model: Mapping[str, Any]) -> int:
@@ -127,16 +139,27 @@ def _special(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> d
             ids[key] = config.get(name)
     of_config = config.get("eos_token_id")
     ends = [ids["eos_token_id"], *(of_config if isinstance(of_config, list) else [of_config])]
-    ends = list(dict.fromkeys(end for end in ends if end is not None))
-    if len(ends) > 3:
-        raise UserError(f"a GGUF file has room for three end tokens, the model has {ends}: shorten eos_token_id")
-    ids |= {f"{key}_token_id": end for key, end in zip(("eos", "eot", "eom"), ends)}
+    first, *others = list(dict.fromkeys(end for end in ends if end is not None)) or [None]
+    # Keys for those that llama.cpp does not know by their text, where it has no key for all.
+    others.sort(key=lambda end: tokenizer.convert_ids_to_tokens(end) in _KNOWN_ENDS)
+    if unknown := [end for end in others[2:] if tokenizer.convert_ids_to_tokens(end) not in _KNOWN_ENDS]:
+        raise UserError(
+            f"llama.cpp reads three end tokens of a GGUF file and knows some more by name; the model has "
+            f"{tokenizer.convert_ids_to_tokens([first, *others])}, of which it would miss "
+            f"{tokenizer.convert_ids_to_tokens(unknown)}: shorten eos_token_id in the model's generation_config.json"
+        )
+    ids |= {f"{key}_token_id": end for key, end in zip(("eos", "eot", "eom"), (first, *others))}
+    several = {"eos_token_ids": [first, *others]} if others else {}  # as Ollama reads them
     around = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return {key: value for key, value in ids.items() if value is not None} | {
-        "add_bos_token": len(around) > len(plain) and around[0] == tokenizer.bos_token_id,
-        "add_eos_token": len(around) > len(plain) and around[-1] == tokenizer.eos_token_id,
-    }
+    return (
+        {key: value for key, value in ids.items() if value is not None}
+        | several
+        | {
+            "add_bos_token": len(around) > len(plain) and around[0] == tokenizer.bos_token_id,
+            "add_eos_token": len(around) > len(plain) and around[-1] == tokenizer.eos_token_id,
+        }
+    )
 
 
 def _templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -197,7 +220,9 @@ def _sentencepiece(
         for i, (token, kind) in enumerate(zip(tokens, types))
     ]
     added = {token for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED, UNKNOWN)}
-    # A merge that makes an added token never happens: the token is taken out of the text first.
+    # A merge that makes an added token never happens: the token is taken out of the text first. But for runs of "▁":
+    # those are taken out where a text has "▁" itself, and spaces become "▁" later.
+    added = {token for token in added if not is_run(token)}
     implied = [pair for pair in spm_merges(tokens, scores, gemma) if "".join(pair) not in added]
     actual = [pair for pair in merges if "".join(pair) not in added]
     pieces = [list(dict.fromkeys("".join(pair) for pair in pairs)) for pairs in (implied, actual)]
@@ -210,7 +235,7 @@ def _sentencepiece(
     pre_steps = _flat(described["pre_tokenizer"], "pretokenizers")
     metaspace = next((step["prepend_scheme"] for step in pre_steps if step["type"] == "Metaspace"), "never")
     respelled = [
-        " " * len(token) if gemma and kind == USER_DEFINED and len(token) > 1 and not token.strip("▁") else token
+        " " * len(token) if gemma and kind == USER_DEFINED and is_run(token) else token
         for token, kind in zip(tokens, types)
     ]
     return {

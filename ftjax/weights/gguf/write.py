@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,22 +40,20 @@ def write_gguf(
     config: Mapping[str, Any],
     gguf_type: str,
     tokenizer: Mapping[str, Any],
-    check_tokenizer: Callable[[Path], None],
     name: str,
     base: str | None = None,
 ) -> None:
     """Writes the file `out`, which must not exist.
 
     `params` is the whole tree, of jax or NumPy arrays that this process holds all of; `config` the Hugging Face
-    config they were loaded with. `tokenizer` holds the metadata of its tokenizer (`tokenizer.*`), and `check_tokenizer`
-    is called with the finished file and raises UserError if the tokenizer in it differs:
-    `ftjax.weights.gguf.tokenizer_write` has both. `name` and `base` become `general.name` and the base model's name.
+    config they were loaded with. `tokenizer` holds the metadata of its tokenizer (`tokenizer.*`), made and checked by
+    `ftjax.weights.gguf.tokenizer_write`. `name` and `base` become `general.name` and the base model's name.
 
     `gguf_type` is "f16", "bf16" or "q8_0". Norms, biases, routers and learned positions stay float32. With "q8_0" the
     embedding and the head are Q8_0 too, as llama.cpp has them, and a matrix whose rows do not divide into blocks of 32
     values is F16. The sliding window of a Mistral is written down, though llama.cpp sees all tokens in such a model.
 
-    Tensors are converted and written one at a time, to a file beside `out`; then all are read back with GGUFReader and
+    Tensors are converted and written one at a time, to a file beside `out`; then header and tensors are read back and
     compared (F16, BF16 and F32 with the cast values, Q8_0 with `gguf`'s quantization of them), and the file is synced
     and renamed.
 
@@ -64,15 +62,13 @@ def write_gguf(
     """
     if gguf_type not in GGUF_TYPES:
         raise UserError(f"no GGUF type {gguf_type!r}; there are: {', '.join(GGUF_TYPES)}")
-    architecture = architecture_of(spec.family)
     leaves = tree.flatten(params)
     config = text_config(dict(config))
     check_fit(leaves, spec, config)
-    keys, extra = ARCHITECTURES[architecture].metadata(spec, config)
-    metadata = {f"{architecture}.{key}": value for key, value in keys.items()} | dict(tokenizer)
+    architecture, keys, extra = gguf_header(spec, config)
+    metadata = keys | dict(tokenizer)
     places = gguf_places(spec, architecture)
     types = {tensor: _quantization_type(place, gguf_type) for tensor, place in places.items()}
-    _check_described(metadata, extra, spec, architecture)
     content = _Content(leaves, places, types, extra)
 
     with _new_file(Path(out)) as temporary:
@@ -82,8 +78,7 @@ def write_gguf(
             _write(writer, content)
         finally:
             writer.close()
-        _verify(temporary, content)
-        check_tokenizer(temporary)
+        _verify(temporary, content, metadata)
 
 
 class _Content(NamedTuple):
@@ -103,10 +98,24 @@ def _quantization_type(place: Place, gguf_type: str) -> GGMLQuantizationType:
     return wanted if place.shape[-1] % block == 0 else _F16
 
 
+def gguf_header(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
+    """(architecture, {key: value}, {name: further tensor}) of a model's file.
+
+    Raises UserError for a model that GGUF has no architecture or no keys for: where reading these back gives another
+    decoder.
+    """
+    architecture = architecture_of(spec.family)
+    config = _as_header(text_config(dict(config)))
+    spec = spec_from_config(config)
+    keys, extra = ARCHITECTURES[architecture].metadata(spec, config)
+    metadata = {f"{architecture}.{key}": value for key, value in keys.items()}
+    _check_described(metadata, extra, spec, architecture)
+    return architecture, metadata, extra
+
+
 def _check_described(
     metadata: dict[str, Any], extra: dict[str, np.ndarray], spec: DecoderSpec, architecture: str
 ) -> None:
-    """UserError unless reading the metadata back gives the same decoder. This is before anything is written."""
     empty = np.zeros(0, np.uint8)
     tensors = {name: Tensor(place.shape, _F32, empty) for name, place in gguf_places(spec, architecture).items()}
     tensors |= {name: Tensor(values.shape, _F32, values.view(np.uint8)) for name, values in extra.items()}
@@ -126,6 +135,17 @@ def _check_described(
             + "; ".join(f"{field} {shorten(ours[field])} (it would be {shorten(theirs[field])})" for field in differing)
             + f". {advice[0].upper()}{advice[1:]}"
         )
+
+
+def _as_header(value: Any) -> Any:
+    """A config with its numbers as a header holds them, in float32: transformers writes some 1e-6 as
+    9.999999974752427e-07, which is the same number there."""
+    if isinstance(value, dict):
+        return {key: _as_header(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_header(item) for item in value]
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _general(name: str, base: str | None, gguf_type: str) -> dict[str, Any]:
@@ -184,12 +204,15 @@ def _packed(values: np.ndarray, kind: GGMLQuantizationType, plus_one: bool, name
     return quantize(np.where(np.abs(values) < 1e-30, np.float32(0), values), kind)
 
 
-def _verify(path: Path, content: _Content) -> None:
+def _verify(path: Path, content: _Content, metadata: Mapping[str, Any]) -> None:
     reader = GGUFReader(path)
     expected = {name for place in content.places.values() for name in place.hf_names()}
     if reader.names() != expected:
         raise OSError(f"{path}: holds other tensors than were written: {sorted(reader.names() ^ expected)[:9]}")
-    _, stored = read_header(path)
+    keys, stored = read_header(path)
+    for key, value in metadata.items():
+        if keys[key] != (float(np.float32(value)) if isinstance(value, float) else value):
+            raise OSError(f"{path}: {key} does not read back as it was written; check the disk")
     for name, values in content.extra.items():
         if stored[name].raw.tobytes() != values.tobytes():
             raise OSError(f"{path}: {name} does not read back as it was written; check the disk")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,15 @@ def model_card(
     evaluation: Mapping[str, float],
     parity: Mapping[str, Any] | None = None,
     published: str = "",
+    ends: Sequence[str] = (),
 ) -> str:
     """Markdown with YAML front matter as the Hub reads it.
 
     library: "transformers" or "peft". config: as it was used, so with the learning rate where it leaves that to the
     method. base: where the base model is; its own card, if it has one, gives the license, and nothing else does.
     evaluation: the last `eval_*` metrics of the run. parity: `parity.json`, where there is one. published: the Hub's id
-    of the model in a GGUF base, where the file says it.
+    of the model in a GGUF base, where the file says it. ends: end tokens that the base of an adapter does not name, but
+    the generation_config.json beside it.
     """
     source, sources = config.model.source, configs.sources(config, "train")
     notes = list((parity or {}).get("notes", ()))
@@ -69,6 +71,7 @@ def model_card(
         learning_rate=config.optimizer.learning_rate,
         evaluation=evaluation,
         parity=parity,
+        ends=ends,
     )
     return str(card).rstrip() + "\n"
 

@@ -92,7 +92,7 @@ def write_tokenizer(directory: Path, tokenizer: Any, base: Path) -> None:
     """The tokenizer as transformers saves it, replaced by the base's own files where `base` is a directory with them.
 
     So tokenizer.model is kept, which transformers does not save but llama.cpp's converter needs. `auto_map` is left
-    out: it refers to code that is not written.
+    out: it refers to code that is not written. The end token is the tokenizer's, which may be another than the base's.
     """
     tokenizer.save_pretrained(directory)
     if not base.is_dir():
@@ -101,10 +101,15 @@ def write_tokenizer(directory: Path, tokenizer: Any, base: Path) -> None:
         source = inside(base, name)
         if not source.is_file():
             continue
-        if name == "tokenizer_config.json" and "auto_map" in (content := read_json(source)):
-            write_json(directory / name, {key: value for key, value in content.items() if key != "auto_map"})
-        else:
-            shutil.copyfile(source, directory / name)
+        shutil.copyfile(source, directory / name)
+        if name in ("tokenizer_config.json", "special_tokens_map.json"):
+            content = read_json(source)
+            ours = {key: value for key, value in content.items() if key != "auto_map"}
+            end = content.get("eos_token")
+            if tokenizer.eos_token not in (None, end["content"] if isinstance(end, dict) else end):
+                ours["eos_token"] = tokenizer.eos_token
+            if ours != content:
+                write_json(directory / name, ours)
 
 
 def generation_config(config: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:

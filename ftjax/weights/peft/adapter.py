@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,7 @@ def write_adapter(
     saved: Mapping[str, Any] | None = None,
     multimodal: bool = False,
     card: str | None = None,
+    generation: dict[str, Any] | None = None,
 ) -> None:
     """Writes the `lora` collection (see `ftjax.lora`) as a PEFT adapter.
 
@@ -96,6 +97,7 @@ def write_adapter(
     saved: {path: parameter} of the modules that were trained whole, written in their own dtype.
     multimodal: whether transformers has the base's language model inside another model (Gemma 3).
     card: the text of README.md.
+    generation: the content of generation_config.json, where the base's own does not do.
 
     Raises UserError when `out` exists and is not empty, for NaN or infinite values, and for adapters of experts;
     ValueError when the adapters do not belong to `spec`.
@@ -103,7 +105,7 @@ def write_adapter(
     keys, params = peft_keys.adaptable(spec), hf_names(spec)
     modules = tree.by_module(adapters)
     saved = dict(saved or {})
-    _refuse_experts([*modules, *saved])
+    refuse_experts([*modules, *saved])
     if not modules or not keys.keys() >= modules.keys() or not params.keys() >= saved.keys():
         raise ValueError(f"no adapters, or adapters of modules that can have none: {sorted([*modules, *saved])}")
     dora = any("lora_magnitude" in parts for parts in modules.values())
@@ -147,11 +149,14 @@ def write_adapter(
             if is_first():
                 write_json(directory / CONFIG, config)
                 write_json(directory / FACTS, facts)
+                if generation is not None:
+                    write_json(directory / "generation_config.json", generation)
                 if card is not None:
                     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def _refuse_experts(names: list[str]) -> None:
+def refuse_experts(names: Iterable[str]) -> None:
+    """UserError where one of these modules or parameters is of a mixture, of which peft's directories hold none."""
     if wrong := [name for name in names if "/experts/" in name or "/router/" in name]:
         raise UserError(
             f"{wrong[0]}: adapters and copies of experts and routers are neither written for peft nor read, as its "
@@ -329,7 +334,7 @@ def _saved(settings: LoraSettings, spec: DecoderSpec, multimodal: bool) -> dict[
         for path, key in hf_names(spec).items()
         if any(peft_keys.layer_names(key, multimodal)[0].endswith(name) for name in settings.modules_to_save)
     }
-    _refuse_experts(list(saved))
+    refuse_experts(list(saved))
     return saved
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+from support.chat_templates import CHATML, make_tokenizer
 from support.gguf_vocab import CODE, MERGES, SPACES, TEXTS, TOKENS, TYPES, UNICODE, WORDS, sample_strings, write
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -140,18 +141,50 @@ def test_the_best_score_is_merged_first(tmp_path):
         assert (read.bos_token, read.eos_token, read.unk_token) == ("<s>", "</s>", "<unk>")  # as llama.cpp assumes
 
 
-def test_runs_of_spaces_in_gemma_files_are_merged(tmp_path):
-    """llama.cpp's converter spells them with spaces and calls them user defined."""
-    tokens = ["<unk>", "<s>", "</s>", "  ", "   ", "▁", "a"]
-    changes = {
-        "model": "llama", "tokens": tokens, "token_type": [2, 3, 3, 4, 4, 1, 1], "scores": [-1000.0] * 5 + [0.0] * 2,
-        "merges": None, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_space_prefix": False,
-    }  # fmt: skip
-    read = tok.load(write(tmp_path / "m.gguf", "gemma3", **changes))
-    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
-    for text in ("a  a", "   a", "a     a", "  ", "a a"):
-        assert read(text)["input_ids"] == theirs(text)["input_ids"]
-    assert read.tokenize("a   a") == ["a", "▁▁▁", "a"]
+@pytest.fixture(scope="module")
+def gemma():
+    """As the tokenizer.json of Gemma 3, with runs of up to 5 spaces instead of 31: the merges of runs stand before all
+    others, the longest first; runs are added tokens too, where a text has "▁" itself; the image token is the last."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    runs = ["▁" * count for count in range(2, 6)]
+    tokens = [*special, *BYTES, *runs, "▁b", *"▁abelockrw", "lo", "<image>"]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    merges = [("▁" * left, "▁" * (count - left)) for count in range(5, 1, -1) for left in range(count - 1, 0, -1)]
+    model = models.BPE(vocab, [*merges, ("▁", "b"), ("l", "o")], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.normalizer = spaces(prefix=False)
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in [*special, "<image>"]])
+    backend.add_tokens([AddedToken(run, normalized=False) for run in runs])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+        add_bos_token=True, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 63])  # Gemma 3 1B has no row for the image token, 4B has 63 rows too many
+def test_runs_of_spaces_in_gemma_files_are_the_longest_first(gemma, tmp_path, beyond):
+    rows = len(gemma) + beyond
+    metadata = writing.to_metadata(gemma, config(gemma, "gemma3_text", rows))
+    assert len(metadata["tokenizer.ggml.tokens"]) == rows
+    assert metadata["tokenizer.ggml.tokens"][260:264] == ["  ", "   ", "    ", "     "]  # as llama.cpp spells them
+    assert metadata["tokenizer.ggml.token_type"][260:264] == [4] * 4
+    read = tok.load(save(tmp_path / "m.gguf", "gemma3", metadata))
+    writing.check_same(read, gemma)
+    assert [len(token) for token in read.tokenize(" " * 12)] == [5, 5, 2]
+    for count in range(1, 30):
+        for text in (" " * count, f"a{' ' * count}b", "▁" * count, f"a▁{' ' * count}▁b", f" lock{' ' * count}\n lo"):
+            assert read(text)["input_ids"] == gemma(text)["input_ids"], repr(text)
+            assert read.decode(gemma(text)["input_ids"]) == gemma.decode(gemma(text)["input_ids"])
+
+
+def test_only_added_tokens_may_have_no_row(gemma):
+    with pytest.raises(UserError, match=r"ids up to 27\d, the embedding only 27\d rows"):
+        writing.to_metadata(gemma, config(gemma, "gemma3_text", len(gemma) - 2))  # the token before is a piece
+    named = PreTrainedTokenizerFast(tokenizer_object=gemma.backend_tokenizer, eos_token="<image>")
+    with pytest.raises(UserError, match="take the tokenizer that belongs to the model"):
+        writing.to_metadata(named, config(gemma, "gemma3_text", len(gemma) - 1))
 
 
 @pytest.mark.parametrize("pre", ["tekken", "gpt-4o", "dbrx", "smaug-bpe", "llama-bpe"])
@@ -173,11 +206,13 @@ def test_splits_equal_those_of_transformers(tmp_path, pre):
     assert (ours.tokenize("hero") == ["hero"]) is (pre in ("llama-bpe", "tekken"))
 
 
-@pytest.mark.parametrize("pre", ["refact", "starcoder"])
-def test_splits_that_llama_cpp_shares_with_smollm(tmp_path, pre):
-    ours, smollm = (tok.load(write(tmp_path / f"{name}.gguf", pre=name)) for name in (pre, "smollm"))
+@pytest.mark.parametrize(
+    ("pre", "same"), [("refact", "smollm"), ("starcoder", "smollm"), ("deepseek-r1-qwen", "qwen2")]
+)
+def test_splits_that_llama_cpp_shares_with_another(tmp_path, pre, same):
+    ours, theirs = (tok.load(write(tmp_path / f"{name}.gguf", pre=name)) for name in (pre, same))
     for text in [*TEXTS, *CODE]:
-        assert ours(text)["input_ids"] == smollm(text)["input_ids"]
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
 
 
 # Into files
@@ -190,7 +225,7 @@ def test_every_split_is_recognised_and_read_back(tmp_path, pre):
     metadata = writing.to_metadata(original, config(original, rows=len(TOKENS) + 7))
     assert metadata["tokenizer.ggml.pre"] == pre
     path = save(tmp_path / "again.gguf", "llama", metadata)
-    writing.check_same(path, original)
+    writing.check_same(tok.load(path), original)
     read = tok.load(path)
     assert read.get_vocab().items() >= original.get_vocab().items()
     assert len(read) == len(TOKENS) + 7
@@ -225,11 +260,24 @@ def test_unused_rows_roles_ends_and_named_templates(tmp_path):
     assert ids == {
         "bos_token_id": 0, "eos_token_id": 1, "eot_token_id": 5, "eom_token_id": 6, "padding_token_id": 7,
     }  # fmt: skip
+    assert metadata["tokenizer.ggml.eos_token_ids"] == [1, 5, 6]
     assert metadata["tokenizer.chat_template"] == TEMPLATE
     assert metadata["tokenizer.chat_template.tool_use"] == "tools"
     assert metadata["tokenizer.chat_templates"] == ["tool_use"]
-    with pytest.raises(UserError, match="three end tokens"):
+    with pytest.raises(UserError, match=r"three end tokens .* it would miss \['%'\]"):
         writing.to_metadata(original, ends | {"eos_token_id": [1, 5, 6, 7]})
+
+
+def test_end_tokens_that_llama_cpp_knows_by_name_leave_the_keys_to_others():
+    """Llama 3.1 has three, to which a template of ChatML adds its own."""
+    names = ["<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<a>", "<b>"]
+    chat = make_tokenizer(CHATML, specials=["<unk>", "<s>", "</s>", "<|im_start|>", *names], eos="</s>")
+    chat.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ids = chat.convert_tokens_to_ids(names)
+    metadata = writing.to_metadata(chat, config(chat, eos_token_id=ids))
+    assert metadata["tokenizer.ggml.eos_token_ids"] == [2, ids[3], ids[4], *ids[:3]]
+    keys = [metadata[f"tokenizer.ggml.{key}_token_id"] for key in ("eos", "eot", "eom")]
+    assert keys == [2, ids[3], ids[4]]
 
 
 def changed(backend: Tokenizer, **parts) -> PreTrainedTokenizerFast:
@@ -270,14 +318,14 @@ def test_a_file_with_another_tokenizer_is_found_out(tmp_path):
         "bos": {"add_bos_token": True},
     }.items():
         with pytest.raises(UserError, match="cannot hold this tokenizer: "):
-            writing.check_same(write(tmp_path / f"{name}.gguf", **changes), original)
+            writing.check_same(tok.load(write(tmp_path / f"{name}.gguf", **changes)), original)
     # Metaspace puts no space after special tokens.
     spm = sentencepiece(prefix=True)
     first = changed(spm.backend_tokenizer, normalizer=None)
     first.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     path = save(tmp_path / "first.gguf", "llama", writing.to_metadata(first, config(spm)))
     with pytest.raises(UserError, match="cannot hold this tokenizer: "):
-        writing.check_same(path, first)
+        writing.check_same(tok.load(path), first)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +361,7 @@ def test_torch_and_jax_are_not_imported(tmp_path):
         "import sys, pathlib; from ftjax.data.tokens import tokenizer as t;"
         "from ftjax.weights.gguf import tokenizer_write as w;"
         "p = pathlib.Path(sys.argv[1]); k = t.load(p); w.to_metadata(k, {'vocab_size': len(k), 'model_type': 'llama'});"
-        "w.check_same(p, k); print(sorted({'torch', 'tensorflow', 'jax'} & set(sys.modules)))"
+        "w.check_same(t.load(p), k); print(sorted({'torch', 'tensorflow', 'jax'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -200,9 +200,10 @@ def test_every_end_token_and_an_untied_head(tmp_path):
         "tokenizer.ggml.eos_token_id": 5,
         "tokenizer.ggml.eot_token_id": 6,
         "tokenizer.ggml.eom_token_id": 5,
+        "tokenizer.ggml.eos_token_ids": [6, 7],
     }
     reader = GGUFReader(write_small(tmp_path / "a.gguf", extra={"output.weight": head}, metadata=ids))
-    assert reader.config["eos_token_id"] == [5, 6]
+    assert reader.config["eos_token_id"] == [5, 6, 7]
     assert reader.config["tie_word_embeddings"] is False
     assert_same_bits(reader.read("lm_head.weight"), head)
 
@@ -295,6 +296,8 @@ UNSUPPORTED = {
         r"ffn_up_exps.weight has the shape \[2, 64, 32\], not that of 3 experts",
     ),
     "more used than there are": ({"metadata": EXPERTS | {"llama.expert_used_count": 4}}, "4 experts per token"),
+    "an end beyond the embedding": ({"metadata": {"tokenizer.ggml.eos_token_ids": [1, VOCAB]}}, "eos_token_ids is 40"),
+    "one end as a list": ({"metadata": {"tokenizer.ggml.eos_token_ids": 1}}, "not a list of token ids"),
     "a token beyond the embedding": ({"metadata": {"tokenizer.ggml.eos_token_id": VOCAB}}, "eos_token_id is 40"),
     "Gemma with a head": (
         {
