@@ -67,10 +67,10 @@ def listed() -> str:
     """The configs that ship, one a line, as the end of a message."""
     ships = shipped()
     if not ships:
-        return "name a file (.py, .yaml or .json)"
+        return "name a file (.py, .yaml, .json)"
     width = max(map(len, ships), default=0)
     lines = [f"  {name:{width}}  {_summary(path)}" for name, path in ships.items()]
-    return "\n".join(["these ship with ftjax, and their names will do:", *lines])
+    return "\n".join(["name a file (.py, .yaml, .json) or one of these, which ship with ftjax:", *lines])
 
 
 def _summary(path: Path) -> str:
