@@ -1,6 +1,6 @@
 """What other trainers call our settings: one table for messages about unknown keys, `ftjax.import_config` and the docs.
 
-Names are those of TRL 1.x (its configs, transformers' TrainingArguments, peft's LoraConfig) and of Axolotl 0.1x.
+Names are those of TRL 1.10 (its configs, transformers' TrainingArguments, peft's LoraConfig) and of Axolotl 0.18.
 """
 
 from typing import NamedTuple
@@ -93,7 +93,7 @@ TRL: dict[str, Ours] = {
     "lr_scheduler_type": Ours("schedule.name"),
     "warmup_ratio": Ours("schedule.warmup_ratio"),
     "warmup_steps": Ours("schedule.warmup_ratio", _WARMUP),
-    "loss_type": Ours("objective.name"),
+    "loss_type": Ours("objective.name", "sft or dpo, whose loss is the sigmoid"),
     "beta": Ours("objective.beta"),
     "ref_model": Ours("", "the reference of dpo is the model as training starts"),
     "seed": Ours("seed"),
