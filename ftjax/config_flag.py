@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -121,6 +122,11 @@ def _entries(key: str, text: str) -> tuple:
         return (literal,)
     if literal is None and (text[:1], text[-1:]) in (("(", ")"), ("[", "]"), ("{", "}")):
         raise UserError(f"--config.{key}={text}: is no Python literal; quote what is in it: \"('a.jsonl', 'b.jsonl')\"")
+    parts = text.split(",")
+    if len(parts) > 1 and not Path(text).exists() and all(Path(part).is_file() for part in parts):
+        raise UserError(
+            f"--config.{key}={text}: no file of that name, but files {' and '.join(parts)}; give the flag once for each"
+        )
     return (text,) if text else ()
 
 
