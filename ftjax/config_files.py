@@ -59,8 +59,8 @@ def find(name: str) -> tuple[Path, str | None]:
 def shipped() -> dict[str, Path]:
     """{name: file} of the configs that come with ftjax: inside the package where it is installed, else beside it."""
     package = Path(ftjax.__file__).parent
-    folders = (folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
-    return {path.stem: path for path in sorted(next(folders, package).glob("[!_]*.py")) if path.parent != package}
+    folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+    return {path.stem: path for folder in folders[:1] for path in sorted(folder.glob("[!_]*.py"))}
 
 
 def listed() -> str:
