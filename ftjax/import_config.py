@@ -260,7 +260,9 @@ def _optimizer(given: dict, notes: list[str]) -> dict[str, Any]:
         values["schedule.name"] = "constant"
     else:
         notes.append(f"lr_scheduler: {schedule!r} is left out, and cosine taken: ftjax has no schedule of that name")
-    if warmup is not None and given.get("max_steps"):
+    if warmup is not None and float(warmup) < 1:  # a share, as in transformers
+        values["schedule.warmup_ratio"] = float(warmup)
+    elif warmup is not None and given.get("max_steps"):
         values["schedule.warmup_ratio"] = min(1.0, int(warmup) / int(given["max_steps"]))
     elif warmup is not None:
         notes.append(

@@ -141,6 +141,7 @@ def values(**changes):
             {"lr_scheduler": "constant_with_warmup", "warmup_steps": 5, "max_steps": 50},
             {"schedule.warmup_ratio": 0.1, "steps": 50},
         ),
+        ({"warmup_steps": 0.1}, {"schedule.warmup_ratio": 0.1}),
         ({"lr_scheduler": "constant"}, {"schedule.name": "constant", "schedule.warmup_ratio": 0.0}),
         ({"bf16": False}, {"model.dtype": "float32", "model.param_dtype": "float32"}),
         ({"gradient_checkpointing": "offload"}, {"model.remat": "offload"}),
