@@ -1,6 +1,7 @@
 """The flag --config, and --config.KEY=VALUE beside it, each value read by the type of its key."""
 
 import ast
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -112,10 +113,10 @@ _WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def _entries(key: str, text: str) -> tuple:
-    try:
-        literal = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        literal = None
+    literal = None
+    if text.lstrip()[:1] in {"(", "[", "{", "'", '"'}:  # of other texts Python may warn: 1or2.jsonl
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            literal = ast.literal_eval(text.strip())
     if isinstance(literal, tuple | list):
         return tuple(literal)
     if isinstance(literal, dict | str):

@@ -24,6 +24,8 @@ def overridden(*arguments):
         ("data/*.jsonl", ("data/*.jsonl",)),
         ("(copy) rows.jsonl", ("(copy) rows.jsonl",)),
         ("2024", ("2024",)),
+        ("1or2.jsonl", ("1or2.jsonl",)),
+        ("'a.jsonl', 'b.jsonl'", ("a.jsonl", "b.jsonl")),
         ("1e3", ("1e3",)),
         ("None", ("None",)),
         ("x=1.jsonl", ("x=1.jsonl",)),
