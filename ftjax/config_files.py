@@ -59,18 +59,18 @@ def find(name: str) -> tuple[Path, str | None]:
 def shipped() -> dict[str, Path]:
     """{name: file} of the configs that come with ftjax: inside the package where it is installed, else beside it."""
     package = Path(ftjax.__file__).parent
-    folders = (folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
-    return {path.stem: path for path in sorted(next(folders, package).glob("[!_]*.py")) if path.parent != package}
+    folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+    return {path.stem: path for folder in folders[:1] for path in sorted(folder.glob("[!_]*.py"))}
 
 
 def listed() -> str:
     """The configs that ship, one a line, as the end of a message."""
     ships = shipped()
     if not ships:
-        return "name a file (.py, .yaml or .json)"
+        return "name a file (.py, .yaml, .json)"
     width = max(map(len, ships), default=0)
     lines = [f"  {name:{width}}  {_summary(path)}" for name, path in ships.items()]
-    return "\n".join(["these ship with ftjax, and their names will do:", *lines])
+    return "\n".join(["name a file (.py, .yaml, .json) or one of these, which ship with ftjax:", *lines])
 
 
 def _summary(path: Path) -> str:

@@ -1,8 +1,10 @@
 """The flag --config, and --config.KEY=VALUE beside it, each value read by the type of its key."""
 
 import ast
+import contextlib
 import re
 import sys
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -111,16 +113,21 @@ _WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def _entries(key: str, text: str) -> tuple:
-    try:
-        literal = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        literal = None
+    literal = None
+    if text.lstrip()[:1] in {"(", "[", "{", "'", '"'}:  # of other texts Python may warn: 1or2.jsonl
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            literal = ast.literal_eval(text.strip())
     if isinstance(literal, tuple | list):
         return tuple(literal)
     if isinstance(literal, dict | str):
         return (literal,)
     if literal is None and (text[:1], text[-1:]) in (("(", ")"), ("[", "]"), ("{", "}")):
         raise UserError(f"--config.{key}={text}: is no Python literal; quote what is in it: \"('a.jsonl', 'b.jsonl')\"")
+    parts = text.split(",")
+    if len(parts) > 1 and not Path(text).exists() and all(Path(part).is_file() for part in parts):
+        raise UserError(
+            f"--config.{key}={text}: no file of that name, but files {' and '.join(parts)}; give the flag once for each"
+        )
     return (text,) if text else ()
 
 

@@ -1,6 +1,6 @@
 """What other trainers call our settings: one table for messages about unknown keys, `ftjax.import_config` and the docs.
 
-Names are those of TRL 1.x (its configs, transformers' TrainingArguments, peft's LoraConfig) and of Axolotl 0.1x.
+Names are those of TRL 1.10 (its configs, transformers' TrainingArguments, peft's LoraConfig) and of Axolotl 0.18.
 """
 
 from typing import NamedTuple
@@ -93,7 +93,7 @@ TRL: dict[str, Ours] = {
     "lr_scheduler_type": Ours("schedule.name"),
     "warmup_ratio": Ours("schedule.warmup_ratio"),
     "warmup_steps": Ours("schedule.warmup_ratio", _WARMUP),
-    "loss_type": Ours("objective.name"),
+    "loss_type": Ours("objective.name", "sft or dpo, whose loss is the sigmoid"),
     "beta": Ours("objective.beta"),
     "ref_model": Ours("", "the reference of dpo is the model as training starts"),
     "seed": Ours("seed"),
@@ -133,6 +133,7 @@ AXOLOTL: dict[str, Ours] = {
         "model.remat", "full where it is on, none where it is off, offload where it says so"
     ),
     "gradient_checkpointing_kwargs": Ours("", "model.remat needs none"),
+    "activation_offloading": Ours("model.remat", "offload"),
     "torch_compile": Ours("", _COMPILE),
     "load_in_8bit": Ours("quantize.base", "int8"),
     "load_in_4bit": Ours("quantize.base", "nf4"),
@@ -143,9 +144,12 @@ AXOLOTL: dict[str, Ours] = {
     "lora_dropout": Ours("adapter.dropout"),
     "lora_target_linear": Ours("adapter.targets", "all-linear"),
     "lora_target_modules": Ours("adapter.targets", "names with commas between, or a regular expression"),
+    "lora_target_parameters": Ours("", "adapter.targets finds the kernels of experts by their names as well"),
     "lora_modules_to_save": Ours("adapter.modules_to_save"),
     "lora_rank_pattern": Ours("adapter.rank_pattern", "pairs of a regular expression and a rank"),
     "lora_alpha_pattern": Ours("adapter.alpha_pattern", "pairs of a regular expression and an alpha"),
+    "unfrozen_parameters": Ours("adapter.trainable", "with adapter.kind = none; it is found in paths of ours"),
+    "lora_mlp_kernel": Ours("", "compiled kernels need no setting"),
     "lora_fan_in_fan_out": Ours("", "kernels are oriented as the model's files say"),
     "peft_use_rslora": Ours("adapter.rslora"),
     "peft_use_dora": Ours("adapter.kind", "dora"),
@@ -164,7 +168,8 @@ AXOLOTL: dict[str, Ours] = {
     "pad_to_sequence_len": Ours("", "packed rows are always padded to one length"),
     "group_by_length": Ours("", "data.packing fills rows; without it batches are padded to one of a few lengths"),
     "train_on_inputs": Ours("data.train_on", "all where it is on, assistant where it is off"),
-    "special_tokens": Ours("", _PADDING),
+    "eot_tokens": Ours("", "where a turn ends is seen from the chat template"),
+    "special_tokens": Ours("", "the tokenizer's own are used; padding is left out of attention and loss"),
     "micro_batch_size": Ours("data.batch_size", _BATCH),
     "gradient_accumulation_steps": Ours("accumulate", "micro-batches that data.batch_size is split into"),
     "batch_size": Ours("data.batch_size"),
@@ -201,6 +206,7 @@ AXOLOTL: dict[str, Ours] = {
     "auto_resume_from_checkpoints": Ours("", _RESUME),
     "tensor_parallel_size": Ours("mesh.tensor"),
     "context_parallel_size": Ours("mesh.context"),
+    "expert_parallel_size": Ours("mesh.expert"),
     "dp_shard_size": Ours("mesh.fsdp"),
     "dp_replicate_size": Ours("mesh.data"),
     "deepspeed": Ours("", _SHARDING),
@@ -211,6 +217,8 @@ AXOLOTL: dict[str, Ours] = {
     "use_tensorboard": Ours("", _TRACKERS),
     "hub_model_id": Ours("", _HUB),
     "plugins": Ours("", _LOSS),
+    "cut_cross_entropy": Ours("", _LOSS),
+    "chunked_cross_entropy": Ours("", _LOSS),
     "strict": Ours("", "unknown keys are always refused"),
 }
 

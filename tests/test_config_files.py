@@ -113,7 +113,7 @@ def test_a_config_that_ships_is_found_by_its_name_from_anywhere(tmp_path, monkey
     for name, message in {
         "cat": "did you mean 'chat'?",
         "configs/chat.py": "--config configs/chat.py: no such file; that name ships, so --config chat finds it",
-        "mine.py": "these ship with ftjax, and their names will do:",
+        "mine.py": "or one of these, which ship with ftjax:",
     }.items():
         with pytest.raises(UserError) as refused:
             config_files.load(name)

@@ -24,6 +24,8 @@ def overridden(*arguments):
         ("data/*.jsonl", ("data/*.jsonl",)),
         ("(copy) rows.jsonl", ("(copy) rows.jsonl",)),
         ("2024", ("2024",)),
+        ("1or2.jsonl", ("1or2.jsonl",)),
+        ("'a.jsonl', 'b.jsonl'", ("a.jsonl", "b.jsonl")),
         ("1e3", ("1e3",)),
         ("None", ("None",)),
         ("x=1.jsonl", ("x=1.jsonl",)),
@@ -46,6 +48,16 @@ def test_a_tuple_that_is_given_twice_has_both_and_any_other_key_the_last():
         "--config.data.train=a.jsonl", "--config.steps=1", "--config.data.train=b c.jsonl", "--config.steps=2"
     )
     assert (config.data.train, config.steps) == (("a.jsonl", "b c.jsonl"), 2)
+
+
+def test_files_with_a_comma_between_are_several_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="no file of that name, but files a and b; give the flag once for each"):
+        overridden("--config.data.train=a,b")
+    (tmp_path / "a,b").touch()
+    assert overridden("--config.data.train=a,b").data.train == ("a,b",)
 
 
 def test_values_are_read_by_the_type_of_their_key():
