@@ -83,7 +83,7 @@ def by_memory(config: ConfigDict, model: Decoder, mesh: Mesh, room: float | None
         return config
     whole = configs.changed(config, {"accumulate": 1})
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        program = assemble.program(whole, model.clone(remat="none"), mesh, total_steps=1)
+        program = assemble.program(whole, model, mesh, total_steps=1)
         remat, count = memory.choose(config, program, room)
     return configs.changed(config, {"model.remat": remat, "accumulate": count})
 
