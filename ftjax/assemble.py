@@ -68,7 +68,8 @@ def open_base(config: ConfigDict, weights: bool = True) -> Base:
     tokenizer = tokenizers.load(path)
     tokenizers.check_vocab(tokenizer, spec.vocab_size)
     dtypes = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
-    model = Decoder(spec, *dtypes, config.remat, config.attention)
+    remat = "none" if config.remat == "auto" else config.remat  # for training, which chooses when it knows its batch
+    model = Decoder(spec, *dtypes, remat, config.attention)
     return Base(config.source, path, reader, model, tokenizer, tokenizers.end_tokens(tokenizer, reader.config))
 
 

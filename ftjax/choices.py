@@ -36,8 +36,9 @@ def by_devices(config: ConfigDict, platform: str) -> ConfigDict:
 def by_model(config: ConfigDict, spec: DecoderSpec) -> ConfigDict:
     """With a learning rate. That of adapters is larger in narrower models.
 
-    As width^-0.78, the fit of "LoRA Without Regret" (Schulman et al. 2025) to Llama models; QLoRA's 2e-4 at widths of
-    4,096 and 5,120 and 1e-4 at 8,192 (Dettmers et al. 2023) agree with it.
+    As width^-0.78: what the authors of "LoRA Without Regret" (Schulman et al. 2025) fitted to Llama models in
+    tinker-cookbook's `hyperparam_utils` (Qwen models depend less on it). QLoRA's 2e-4 at widths of 4,096 and 5,120 and
+    1e-4 at 8,192 (Dettmers et al. 2023) agree with it, and so does the quickstart's 1e-3 at 576.
     """
     if config.optimizer.learning_rate:
         return config
@@ -66,8 +67,9 @@ def by_data(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh, lengths: np.nd
 
 
 def without_data(config: ConfigDict, spec: DecoderSpec, mesh: Mesh, room: float | None) -> ConfigDict:
-    """With everything, for rows that are not there: as if they were many, and as long as they may be. room: as in
-    `by_memory`.
+    """With everything, for rows that are not there: as if they were many, and as long as they may be.
+
+    room: as in `by_memory`.
     """
     config = by_model(by_devices(config, sharding.platform(mesh)), spec)
     given, limit = _given(config), limits(config, spec, mesh)
@@ -83,7 +85,7 @@ def by_memory(config: ConfigDict, model: Decoder, mesh: Mesh, room: float | None
         return config
     whole = configs.changed(config, {"accumulate": 1})
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        program = assemble.program(whole, model.clone(remat="none"), mesh, total_steps=1)
+        program = assemble.program(whole, model, mesh, total_steps=1)
         remat, count = memory.choose(config, program, room)
     return configs.changed(config, {"model.remat": remat, "accumulate": count})
 

@@ -22,13 +22,16 @@ def run(
     config: ConfigDict,
     asked: ConfigDict,
     base: Base,
-    mesh: Mesh,
+    room: float | None,
     program: Program,
     loader: Loader,
     report: dict[str, int],
 ) -> dict[str, str]:
-    """What is about to run. asked: the config before anything was chosen; report: that of `tokenize.tokenize`."""
-    spec, adapter, data = base.model.spec, config.adapter, config.data
+    """What is about to run.
+
+    asked: the config before anything was chosen; room: bytes of a device's memory; report: that of `tokenize.tokenize`.
+    """
+    spec, adapter, data, mesh = base.model.spec, config.adapter, config.data, program.mesh
     abstract = program.variables
     trained, frozen = tree.partition(abstract, program.is_trained)
     packed = frozen.pop("quant", {})
@@ -50,7 +53,7 @@ def run(
         + (", packed" if data.packing else f", not packed but padded to {', '.join(map(str, loader.lengths))} tokens,")
         + f" {loader.packing_efficiency():.1%} full: {_examples(loader)} an update"
         + (f", chosen for {len(loader.examples):,} examples" if not asked.data.batch_size else ""),
-        "memory": _memory(config, asked, program),
+        "memory": _memory(config, asked, room, program),
         "steps": f"{steps} ({loader.epoch_at(steps):.2f} epochs), learning rate {learning_rate(config):g}, "
         f"{config.schedule.name}",
     }
@@ -62,13 +65,12 @@ def _examples(loader: Loader) -> str:
     return f"{count:.0f} examples" if not loader.packing else f"about {count:.0f} examples"
 
 
-def _memory(config: ConfigDict, asked: ConfigDict, program: Program) -> str:
+def _memory(config: ConfigDict, asked: ConfigDict, room: float | None, program: Program) -> str:
     """What is done to fit the memory of a device, and whether that was chosen."""
     remat, count = config.model.remat, config.accumulate
     parts = ["nothing is computed twice" if remat == "none" else f"remat {remat}"]
     parts.append("the whole batch at once" if count == 1 else f"in {count} micro-batches")
     if asked.model.remat == "auto" or not asked.accumulate:
-        room = memory.of_device(program.mesh)
         size = f"about {memory.needed(program, remat, count) / memory.GIB:.1f} GiB"
         parts.append(f"chosen to fit: {size}" + (f" of {room / memory.GIB:.1f} a device" if room else " a device"))
     return ", ".join(parts)

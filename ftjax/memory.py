@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import distributed, sharding
+from ftjax import distributed, sharding, tree
 from ftjax.assemble import Program
 from ftjax.errors import UserError
 from ftjax.models import kernels
@@ -61,9 +61,9 @@ def choose(config: ConfigDict, program: Program, memory: float | None) -> tuple[
 
 
 def needed(program: Program, remat: str, accumulate: int) -> float:
-    """Bytes on a device while a step of `program` runs in so many micro-batches: arguments, gradients, and what the
-    backward pass keeps of each layer.
+    """Bytes on a device while a step of `program` runs in so many micro-batches.
 
+    Arguments, gradients, what the backward pass keeps of each layer, and where parameters are split, two whole layers.
     Fitted to what XLA allocates for SmolLM2-135M on a CPU and for Qwen2.5-0.5B on a TPU, within a tenth of it.
     """
     mesh, spec = program.mesh.shape, program.model.spec
@@ -80,11 +80,22 @@ def needed(program: Program, remat: str, accumulate: int) -> float:
     scores = _scores(program, tokens)
     layers = spec.num_hidden_layers
     kept = width * per_layer * layers + scores * (layers if remat == "none" else 0)
-    return arguments + gradients + kept + width * whole + 2 * scores
+    return arguments + gradients + kept + width * whole + 2 * scores + _gathered(program)
 
 
 def bytes_on_device(leaf: jax.ShapeDtypeStruct) -> float:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _gathered(program: Program) -> float:
+    """Bytes of two layers of the base, gathered from the devices that share them."""
+    mesh = program.mesh.shape
+    if mesh["fsdp"] * mesh["context"] == 1:
+        return 0.0
+    layers = [leaf for path, leaf in tree.flatten(program.variables["params"]).items() if path.startswith("layers/")]
+    elements = sum(math.prod(leaf.shape) for leaf in layers) / program.model.spec.num_hidden_layers
+    itemsize = jnp.dtype(program.model.dtype).itemsize
+    return 2.0 * itemsize * elements / mesh["tensor"] / mesh["expert"]
 
 
 def _scores(program: Program, tokens: float) -> float:

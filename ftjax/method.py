@@ -50,7 +50,7 @@ class Method(NamedTuple):
     objective: Callable[[Decoder, ConfigDict], Objective]
     rows: str
     learning_rates: Mapping[str, float]
-    epochs: tuple[float, float]
+    epochs: tuple[float, float] = (1.0, 3.0)
     settings: tuple[str, ...] = ()
     reference: bool = False
     head: str = ""

@@ -71,7 +71,7 @@ def _train(
     # Mesh, and what is there already.
     mesh = sharding.make_mesh(dict(config.mesh))
     distributed.check()
-    given = config
+    room, given = memory.of_device(mesh), config
     config, there = resume.find(given, mesh, workdir, checkpoints)
 
     # Config and model: described, not read yet.
@@ -87,7 +87,7 @@ def _train(
         origin.check(config, workdir, contents)
 
     # Data.
-    config, train_loader, heldout, report = _load_data(config, base, mesh, display)
+    config, train_loader, heldout, report = _load_data(config, base, mesh, room, display)
     base = base._replace(model=base.model.clone(remat=config.model.remat))
 
     def steps_of(config: ConfigDict) -> int:
@@ -108,7 +108,7 @@ def _train(
         preflight.check_ranks(program.variables.get("lora", {}), display)
         evaluator = Evaluator(config, base, mesh, program.objective, heldout, workdir, preemption, display)
         described = continued.effective(config, base.model.spec)
-        display.table("ftjax.train", describe.run(described, asked, base, mesh, program, train_loader, report))
+        display.table("ftjax.train", describe.run(described, asked, base, room, program, train_loader, report))
         rows, examples = train_loader.rows_per_epoch(0), train_loader.examples.count
         if few := choices.few_updates(config, asked, base.model.spec, mesh, rows, examples, total_steps):
             display.say(f"warning: {few}, and more rows help most")
@@ -181,15 +181,15 @@ def _stopped(stop: Preempted, began: int | None, checkpoints: Checkpoints, displ
 
 
 def _load_data(
-    config: ConfigDict, base: Base, mesh: Mesh, display: Display
+    config: ConfigDict, base: Base, mesh: Mesh, room: float | None, display: Display
 ) -> tuple[ConfigDict, Loader, Loader | None, dict]:
     """The config with all that it left open chosen, the training rows, the held-out rows (None without any), and the
-    report on the former.
+    report on the former. room: bytes of a device's memory.
     """
     model, train, heldout = base.model, configs.sources(config, "train"), configs.sources(config, "eval")
     examples = pipeline.read(train, base.tokenizer, assemble.data_spec(config, model.spec, mesh), display.counter)
     config = choices.by_data(choices.by_model(config, model.spec), model.spec, mesh, examples.lengths, examples.count)
-    config = choices.by_memory(config, model, mesh, memory.of_device(mesh))
+    config = choices.by_memory(config, model, mesh, room)
     spec = assemble.data_spec(config, model.spec, mesh)
     loader = pipeline.training_loader(examples, spec)
     rows = [entry for entry in heldout if not entry["source"].startswith(TASK)]

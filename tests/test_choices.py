@@ -2,13 +2,15 @@
 
 import json
 import re
+import types
 
 import pytest
+from jax.sharding import AbstractMesh
 from support.pairs import write_pairs
 from support.runs import write_model, write_rows
 from support.tiny import one_device, spec
 
-from ftjax import choices, inspect_data
+from ftjax import choices, inspect_data, resume, sharding
 from ftjax import config as configs
 from ftjax.data.batch.sizes import FEW_UPDATES
 from ftjax.errors import UserError
@@ -124,6 +126,21 @@ def test_a_run_that_is_older_than_the_choices_means_what_it_did():
     assert configs.changes(old, config) == []
     assert choices.assemble.data_spec(config, spec()).row_length == 1024
     assert (config.model.dtype, config.epochs, config.accumulate) == ("bfloat16", 1.0, 1)
+
+
+@pytest.mark.parametrize(("devices", "accumulate"), [(1, 4), (2, 4), (8, 0)])
+def test_micro_batches_that_another_mesh_does_not_allow_are_chosen_anew(tmp_path, devices, accumulate):
+    files = {"model.source": "m", "data.train": ("rows.jsonl",)}
+    recorded = configs.changed(configs.defaults(), files | {"data.batch_size": 8, "accumulate": 4, "epochs": 3.0})
+    configs.write(recorded, tmp_path / "config.json")
+    checkpoints = types.SimpleNamespace(latest=lambda: 20)
+    mesh = AbstractMesh(tuple(devices if axis == "fsdp" else 1 for axis in sharding.MESH_AXES), sharding.MESH_AXES)
+    config = resume.settled(configs.changed(configs.defaults(), files), mesh, tmp_path, checkpoints)
+    assert (config.data.batch_size, config.epochs, config.accumulate) == (8, 3.0, accumulate)
+    assert configs.changes(configs.read(tmp_path / "config.json"), config) == []
+    # What is given stays, and is refused by the mesh itself where it does not divide.
+    given = configs.changed(configs.defaults(), files | {"accumulate": 2})
+    assert resume.settled(given, mesh, tmp_path, checkpoints).accumulate == 2
 
 
 def test_a_plan_without_data_takes_full_rows(root):

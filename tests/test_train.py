@@ -298,7 +298,6 @@ BAD = {
     "an unknown option of a source": ({"data.train": ({"source": "a", "splt": "b"},)}, "'splt'.*did you mean 'split'"),
     "a model that is not there": ({"model.source": "/nowhere/model"}, "/nowhere/model"),
     "a pickle": ({"model.source": "model.bin"}, "model.bin.*safetensors"),
-    "too few rows": ({"data.batch_size": 400}, "set data.batch_size to"),
     "nothing to train on": ({"data.max_length": 8}, "no trained token.*max_length"),
 }
 

@@ -6,10 +6,11 @@ import pytest
 from support.family_configs import CONFIGS
 from support.tiny import one_device
 
+from ftjax import memory
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.params import abstract_params
-from ftjax.planning import advice, flops
+from ftjax.planning import flops
 
 
 def test_pairs_of_a_row_counted_one_by_one():
@@ -39,7 +40,7 @@ def test_unlike_layers_are_counted_one_by_one(name):
         inner = layer.intermediate_size * (layer.experts.per_token if layer.experts else 1)
         router = layer.experts.count * spec.hidden_size if layer.experts else 0
         assert one.forward - head == pytest.approx(2 * 2 * 16 * (heads + 3 * inner * spec.hidden_size + router))
-    assert advice._inner(spec) == pytest.approx(
+    assert memory.inner(spec) == pytest.approx(
         sum(layer.intermediate_size * (layer.experts.per_token if layer.experts else 1) for layer in layers)
         / spec.num_hidden_layers
     )
