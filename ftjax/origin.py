@@ -127,7 +127,7 @@ def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None
         then, found = {"adapter": content["sha256"]}, {"adapter.source": content["source"]}
     else:
         return
-    if then.get("adapter", digests.get("adapter")) != digests.get("adapter"):
+    if then.get("adapter") != digests.get("adapter"):
         raise UserError(
             f"{config.adapter.source}: this adapter has changed since the run in {workdir} started from it, which was "
             f"then {found['adapter.source']}; restore it, say where it is now ({_SAY['adapter']}), or choose another "
@@ -136,8 +136,8 @@ def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None
     if changed := [part for part in _PARTS if part in then and then[part] != digests[part]]:
         commit = f" at commit {found['model.revision']}" if found["model.revision"] else ""
         raise UserError(
-            f"{workdir} holds a run with another base: {', '.join(changed)} of {config.model.source} differ from those "
-            f"of {found['model.source']}{commit}, with which it began. Restore them, say where that base is now "
+            f"{workdir} holds a run with another base: {', '.join(changed)} of {config.model.source} are not what they "
+            f"were when it began, in {found['model.source']}{commit}. Restore them, say where that base is now "
             f"({_SAY['model']}), or choose another --workdir"
         )
 

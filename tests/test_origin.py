@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.runs import write_model, write_rows
 
-from ftjax import assemble, origin, tree
+from ftjax import assemble, export, origin, tree
 from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.models.families import spec_from_config
@@ -101,6 +101,9 @@ def test_base_and_rows_that_were_moved_are_the_same(whole, root, tmp_path):
     source, found = trained(root / "run", None, {"model": "base"})
     assert source == str(tmp_path / "elsewhere/base")
     assert_equal(found, variables)
+    export.export_peft(root / "run", None, tmp_path / "out", moved={"model": "base"})
+    said = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(tmp_path / "elsewhere/base")
     unfinish(root)
     with pytest.raises(UserError, match=r"no such file or directory as the base of this run, .*copy/model; .*config"):
         train(config_of(), root / "run")
@@ -118,8 +121,8 @@ def test_other_rows_are_refused_wherever_they_are(root):
 
 
 def test_other_settings_are_refused_as_before(root):
-    with pytest.raises(UserError, match=r"adapter.rank: 2 -> 4"):
-        train(config_of(adapter__rank=4), root / "run")
+    with pytest.raises(UserError, match=r"adapter.rank: 2 -> 4\n  adapter.source: '' -> 'x'"):
+        train(config_of(adapter__rank=4, adapter__source="x"), root / "run")
 
 
 def test_a_run_keeps_to_the_commit_of_its_base(tmp_path, monkeypatch):
@@ -133,18 +136,19 @@ def test_a_run_keeps_to_the_commit_of_its_base(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     config = config_of(model__source="org/name", data__train=(str(rows),))
     assert train(config, tmp_path / "run") == 0
-    before, variables = losses(tmp_path), trained(tmp_path / "run")[1]
+    variables = trained(tmp_path / "run")[1]
     (repo / "refs/main").write_text(commits[1])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()  # else a sign that "org/name" is a path
     assert configs.read(tmp_path / "run/config.json").model.revision == commits[0]
     assert_equal(trained(tmp_path / "run")[1], variables)
-    unfinish(tmp_path)
-    assert train(config, tmp_path / "run") == 0
-    assert losses(tmp_path) == before
+    assert origin.at_hand(config, tmp_path / "run").model.revision == commits[0]
+    assert train(config, tmp_path / "run") == 0  # finished
     unfinish(tmp_path)
     config.model.revision = "main"  # asked for by name, it is the branch as it is now
-    with pytest.raises(UserError, match=f"another base: weights, config of org/name differ .* at commit {commits[0]}"):
+    with pytest.raises(
+        UserError, match=f"another base: weights, config of org/name are not .* in org/name at commit {commits[0]}"
+    ):
         train(config, tmp_path / "run")
 
 
@@ -179,7 +183,9 @@ CHANGES = {
 @pytest.mark.parametrize("part", CHANGES)
 def test_another_base_under_the_same_name_is_refused(root, part):
     CHANGES[part](root)
-    message = f"holds a run with another base: {part} of .*copy/model differ from those of .*copy/model, with which"
+    message = (
+        f"holds a run with another base: {part} of .*copy/model are not what they were when it began, in .*copy/model"
+    )
     with pytest.raises(UserError, match=message):
         assemble.load_run(root / "run")
     unfinish(root)
