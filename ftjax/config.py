@@ -241,9 +241,7 @@ def changes(saved: ConfigDict, now: ConfigDict, places: Sequence[str] = PLACES) 
     places: the keys of PLACES whose contents are known to be compared, so that their names need not be.
     """
     before, after = (flat(ConfigDict(as_json(config))) for config in (saved, now))
-    adapters = bool(before["adapter.source"]), bool(after["adapter.source"])
-    free = {key for key in places if key != "adapter.source" or adapters[0] == adapters[1]}
-    keys = [key for key in after if key not in free and not key.startswith(FREE_TO_CHANGE)]
+    keys = [key for key in after if key not in places and not key.startswith(FREE_TO_CHANGE)]
     return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in keys if before[key] != after[key]]
 
 

@@ -127,6 +127,14 @@ def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None
         then, found = {"adapter": content["sha256"]}, {"adapter.source": content["source"]}
     else:
         return
+    if then.keys() ^ digests.keys() >= {"adapter"}:
+        began = (
+            f"from the adapter {found['adapter.source']}" if "adapter" in then else "without an adapter to go on from"
+        )
+        raise UserError(
+            f"{workdir} holds a run that began {began}, and here is config.adapter.source={config.adapter.source!r}; "
+            "give it its old value, or choose another --workdir"
+        )
     if then.get("adapter") != digests.get("adapter"):
         raise UserError(
             f"{config.adapter.source}: this adapter has changed since the run in {workdir} started from it, which was "
@@ -160,7 +168,8 @@ def at_hand(config: ConfigDict, workdir: Path) -> ConfigDict:
         here = [sources.is_here(entry["source"]) for entry in configs.sources(config, which)]
         entries = zip(out.data[which], found[f"data.{which}"], here, strict=True)
         out.data[which] = [entry if is_here else before for entry, before, is_here in entries]
-    check_there(out, workdir)
+    if {"model.source", "adapter.source"} <= found.keys():
+        check_there(out, workdir)
     return out
 
 

@@ -37,13 +37,18 @@ class Resume(NamedTuple):
         return self.step == total_steps and (total_steps in self.evaluated or not configs.evaluates(config))
 
 
-def find(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> tuple[ConfigDict, Resume]:
-    """(the config with names that lead somewhere from here (`origin.at_hand`), what there is to go on from).
+def step_of(config: ConfigDict, checkpoints: Checkpoints) -> int | None:
+    """The step of the checkpoint to go on from; None where there is none."""
+    return checkpoints.latest() if config.checkpoint.resume_step < 0 else config.checkpoint.resume_step
+
+
+def find(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> Resume:
+    """What there is to go on from.
 
     Raises:
       UserError: the run there has another config.
     """
-    step = checkpoints.latest() if config.checkpoint.resume_step < 0 else config.checkpoint.resume_step
+    step = step_of(config, checkpoints)
     # The base of an older run is known by its name alone.
     places = configs.PLACES if origin.is_recorded(workdir) else ("data.train",)
     if step is not None and (changed := configs.changes(configs.read(workdir / "config.json"), config, places)):
@@ -54,7 +59,7 @@ def find(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> tuple[C
     records = [] if step is None else metrics.read(workdir / "metrics.jsonl")
     # What the first process reads decides: another host may still see an older file.
     evaluated = json.loads(distributed.tell(json.dumps([record["step"] for record in records if is_eval(record)])))
-    return config if step is None else origin.at_hand(config, workdir), Resume(step, records, set(evaluated))
+    return Resume(step, records, set(evaluated))
 
 
 def start(

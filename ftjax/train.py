@@ -54,16 +54,15 @@ def train(config: ConfigDict, workdir: Path) -> int:
 def _train(
     config: ConfigDict, workdir: Path, preemption: Preemption, display: Display, checkpoints: Checkpoints
 ) -> int:
-    # What is there already.
-    given = config
-    config, there = resume.find(config, workdir, checkpoints)
-
-    # Config, mesh, model: described, not read yet.
+    # Config, mesh, model: described, not read yet. A run that goes on does so over what it began with.
+    given, goes_on = config, resume.step_of(config, checkpoints) is not None
+    if goes_on:
+        config = origin.at_hand(config, workdir)
     mesh = sharding.make_mesh(dict(config.mesh))
     distributed.check()
     base = assemble.open_base(config.model)
     contents = origin.contents(config, base.reader, base.model.spec)
-    if there.step is not None:
+    if goes_on:
         origin.check(config, workdir, contents)
     preflight.check_length(config, base.model.spec)
     preflight.check_mesh(config, base.model.spec, mesh)
@@ -72,6 +71,9 @@ def _train(
     train_loader, heldout, report = _load_data(config, base, mesh, display)
     total_steps = config.steps or train_loader.batches_in(config.epochs)
     preflight.check_same_everywhere(given, contents, train_loader, heldout)
+
+    # What is there already.
+    there = resume.find(config, workdir, checkpoints)
     if there.finished(config, total_steps):
         display.say(f"This run is finished: {total_steps} steps, saved in {workdir}. Nothing to do.")
         return 0
