@@ -127,7 +127,15 @@ def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None
         then, found = {"adapter": content["sha256"]}, {"adapter.source": content["source"]}
     else:
         return
-    if then.get("adapter", digests.get("adapter")) != digests.get("adapter"):
+    if then.keys() ^ digests.keys() >= {"adapter"}:
+        began = (
+            f"from the adapter {found['adapter.source']}" if "adapter" in then else "without an adapter to go on from"
+        )
+        raise UserError(
+            f"{workdir} holds a run that began {began}, and here is config.adapter.source={config.adapter.source!r}; "
+            "give it its old value, or choose another --workdir"
+        )
+    if then.get("adapter") != digests.get("adapter"):
         raise UserError(
             f"{config.adapter.source}: this adapter has changed since the run in {workdir} started from it, which was "
             f"then {found['adapter.source']}; restore it, say where it is now ({_SAY['adapter']}), or choose another "
@@ -136,8 +144,8 @@ def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None
     if changed := [part for part in _PARTS if part in then and then[part] != digests[part]]:
         commit = f" at commit {found['model.revision']}" if found["model.revision"] else ""
         raise UserError(
-            f"{workdir} holds a run with another base: {', '.join(changed)} of {config.model.source} differ from those "
-            f"of {found['model.source']}{commit}, with which it began. Restore them, say where that base is now "
+            f"{workdir} holds a run with another base: {', '.join(changed)} of {config.model.source} are not what they "
+            f"were when it began, in {found['model.source']}{commit}. Restore them, say where that base is now "
             f"({_SAY['model']}), or choose another --workdir"
         )
 
@@ -160,7 +168,8 @@ def at_hand(config: ConfigDict, workdir: Path) -> ConfigDict:
         here = [sources.is_here(entry["source"]) for entry in configs.sources(config, which)]
         entries = zip(out.data[which], found[f"data.{which}"], here, strict=True)
         out.data[which] = [entry if is_here else before for entry, before, is_here in entries]
-    check_there(out, workdir)
+    if {"model.source", "adapter.source"} <= found.keys():
+        check_there(out, workdir)
     return out
 
 

@@ -55,6 +55,8 @@ def find(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints
     if step is None:
         return config, Resume(None, None, [], set())
     before = configs.read(workdir / "config.json")
+    if not before.optimizer.learning_rate:  # older runs left it open in their config, too, and took the method's own
+        before = configs.changed(before, {"optimizer.learning_rate": learning_rate(before)})
     leaves_open, config = config, configs.with_recorded(config, before)
     if not leaves_open.accumulate and config.data.batch_size % (config.accumulate * sharding.row_parts(mesh)):
         config = configs.changed(config, {"accumulate": 0})  # this mesh does not allow what the last one did

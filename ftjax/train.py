@@ -80,11 +80,11 @@ def _train(
     base = assemble.open_base(config.model)
     if there.step is None:
         preflight.check_used(config)
-    preflight.check_length(config, base.model.spec)
-    preflight.check_mesh(config, base.model.spec, mesh)
     contents = origin.contents(config, base.reader, base.model.spec)
     if there.step is not None:
         origin.check(config, workdir, contents)
+    preflight.check_length(config, base.model.spec)
+    preflight.check_mesh(config, base.model.spec, mesh)
 
     # Data.
     config, train_loader, heldout, report = _load_data(config, base, mesh, room, display)

@@ -242,7 +242,7 @@ def main(argv: list[str]) -> int:
             if value is not None:
                 config.data[key] = value
         configs.validate(config, data=False)
-        spec = model_spec(config.model.source)
+        spec = model_spec(config.model.source, config.model.revision)
         if _LAYERS.value is not None:
             spec = cut(spec, _LAYERS.value)
         peak = _PEAK.value * 1e12 if _PEAK.value else None

