@@ -51,9 +51,11 @@ def run(
 def counted(report: dict[str, int]) -> str:
     """The report of `tokenize.tokenize` in words."""
     bad = f", bad rows skipped {report['bad_rows']}" if report["bad_rows"] else ""
+    further = report["examples"] + report["dropped"] - report["rows"]
+    divided = f"; {report['divided']:,} long texts go on in {further:,} further documents" if further else ""
     return (
         f"{report['examples']:,} examples, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them trained; "
-        f"longest {report['longest']}, truncated {report['truncated']}, dropped {report['dropped']}{bad}"
+        f"longest {report['longest']}, truncated {report['truncated']}, dropped {report['dropped']}{bad}{divided}"
     )
 
 

@@ -89,7 +89,8 @@ def start(
     if meta["data"] != fingerprint:
         raise UserError(
             f"{workdir}: the training data, its tokenizer or its chat template is not what this run began with; "
-            "restore it or choose another --workdir"
+            "restore it or choose another --workdir (older versions cut a text that is longer than data.max_length: "
+            "config.data.long_text=cut)"
         )
     checkpoints.rewind(there.step)
     name, _ = best_metric(config)
