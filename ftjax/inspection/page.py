@@ -89,8 +89,8 @@ def svg(survey: Survey, max_length: int) -> str:
             x = i * step + step * (max_length - low) / (high - low)
             out.append(f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height}"><title>max_length</title></line>')
         if i % 2 == 0:
-            out.append(f'<text x="{i * step + 1:.1f}" y="{height + 14}">{low:,}</text>')
-    return f'<svg viewBox="0 0 {width} {height + 20}" role="img" aria-label="tokens of an example">{"".join(out)}</svg>'
+            out.append(f'<text x="{i * step + 1:.1f}" y="{height + 18}">{low:,}</text>')
+    return f'<svg viewBox="0 0 {width} {height + 24}" role="img" aria-label="tokens of an example">{"".join(out)}</svg>'
 
 
 def _row(row: PageRow) -> dict:
