@@ -150,6 +150,7 @@ def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -
         seed=config.seed,
         max_bad_rows=data.max_bad_rows,
         holdout=data.holdout,
+        long_text=data.long_text,
         # Where rows are split, each part has the length that the attention kernels want.
         multiple=128 * mesh.shape["context"] if mesh is not None and mesh.shape["context"] > 1 else 1,
     )

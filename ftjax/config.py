@@ -84,6 +84,8 @@ KEYS: dict[str, Key] = {
     "data.eval": Key((), ANY),
     # Tokens of a document, where it is cut: a conversation, or each answer of a pair with its prompt.
     "data.max_length": Key(1024, number(2)),
+    # What becomes of a longer `text`. divide: it goes on in further documents; cut: its rest is left out.
+    "data.long_text": Key("divide", one_of("divide", "cut")),
     "data.packing": Key(True, ANY),  # several examples to a row, none seeing another
     # Rows in a step, over all devices and micro-batches; 0: chosen for the data (docs/data.md).
     "data.batch_size": Key(0, number(0)),
@@ -191,6 +193,7 @@ FREE_TO_CHANGE = (
     "data.eval",
     "data.checks",
     "max_hours",
+    "data.long_text",  # the tokens decide whether a run may go on
 )
 
 # Where a run finds its base, an adapter to go on from and its rows. Digests say whether they are still the same
@@ -199,6 +202,9 @@ PLACES = ("model.source", "model.revision", "adapter.source", "data.train")
 
 # Keys that may differ as well, with consequences that a run says (`resume.going_on`).
 LENGTH = ("steps", "epochs")
+
+# What a run did that is older than a key, where that is not the key's default.
+BEFORE = {"data.long_text": "cut"}
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
@@ -334,7 +340,7 @@ def write(config: ConfigDict, path: Path) -> None:
 def read(path: Path) -> ConfigDict:
     """The config that a run wrote; raises UserError when the file is absent or not one of ours.
 
-    A key that is younger than the run has its default, which is what the run did.
+    A key that is younger than the run has the value of BEFORE, or its default: what the run did.
     """
     try:
         given = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -349,7 +355,7 @@ def read(path: Path) -> ConfigDict:
         section, _, leaf = name.rpartition(".")
         values = config.get(section) if section else config
         if isinstance(values, ConfigDict) and leaf not in values:
-            values[leaf] = key.default
+            values[leaf] = BEFORE.get(name, key.default)
     try:
         validate(config)
     except UserError as error:

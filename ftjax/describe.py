@@ -80,9 +80,13 @@ def counted(report: dict[str, int]) -> str:
     """The report of `tokenize.tokenize` in words."""
     bad = f", bad rows skipped {report['bad_rows']}" if report["bad_rows"] else ""
     split = f" (each answer of {report['split']:,} rows is one)" if report["split"] else ""
+    divided = ""
+    if report["divided"]:
+        divided = f"; {report['divided']:,} long texts go on in {report['further']:,} further documents"
     return (
         f"{report['examples']:,} examples{split}, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them "
         f"trained; longest {report['longest']}, truncated {report['truncated']}, dropped {report['dropped']}{bad}"
+        f"{divided}"
     )
 
 

@@ -36,8 +36,8 @@ from ftjax.data.audit.findings import Findings
 from ftjax.data.pipeline import read_heldout
 from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import TASK, read_sources
-from ftjax.data.tokens.kinds import ROW_KINDS, kind_of
-from ftjax.errors import SourceError, UserError
+from ftjax.data.tokens.outcome import outcome
+from ftjax.errors import UserError
 from ftjax.inspection import page, terminal
 from ftjax.inspection.pieces import Piece, pieces
 from ftjax.inspection.survey import Epoch, Survey, epoch_of, examples_in_epoch, survey
@@ -86,22 +86,15 @@ def inspect(config: ConfigDict, options: dict) -> int:
 
     def shown(index: int) -> tuple[str, list[tuple[str, list[Piece]]]] | None:
         """The origin of a training row and its named examples in pieces; None where it is not trained on."""
-        try:
-            row = train.check(index)
-            if row is None:
-                return None
-            kind = ROW_KINDS[kind_of(row)]
-            parts = kind.tokenize(row, base.tokenizer, spec.vocab_size, spec.train_on)
-        except SourceError:
-            raise
-        except UserError:
+        found = outcome(train, index, base.tokenizer, spec.rules)
+        if found is None or found.bad or not found.parts:
             return None  # reported among the findings
         named = [
-            (name or (f"answer {number}" if len(parts) > 1 else ""), document)
-            for number, documents in enumerate(parts, 1)
+            (name or (f"answer {number}" if found.split else ""), document)
+            for number, documents in enumerate(found.parts, 1)
             for name, document in documents.items()
         ]
-        return row.origin, [(name, pieces(*document, base.tokenizer)) for name, document in named]
+        return found.row.origin, [(name, pieces(*document, base.tokenizer)) for name, document in named]
 
     codes = {}
     for code, indices in result.marked.items():
@@ -110,9 +103,10 @@ def inspect(config: ConfigDict, options: dict) -> int:
     for index in indices_to_show(train, options["source"], options["rows"]):
         if row := shown(index):
             terminal.row(out, *row, codes.get(index, []))
-    terminal.verdict(out, result)
+    terminal.findings(out, result, config.data.checks)
     if options["html"]:
-        write_text(Path(options["html"]), page.render(result, epoch, spec, page_rows(train, codes, shown)))
+        rows = page_rows(train, codes, shown)
+        write_text(Path(options["html"]), page.render(result, epoch, spec, rows, config.data.checks))
         out.print(f"the page is {options['html']}", markup=False)
     if options["json"]:
         text = json.dumps(report(result, epoch), indent=2, ensure_ascii=False)
@@ -155,9 +149,9 @@ def page_rows(train: Rows, codes: dict[int, list[str]], shown) -> list[page.Page
 
 def report(result: Survey, epoch: Epoch) -> dict:
     """The survey as plain JSON: figures, sources and findings."""
-    names = ("rows", "looked_at", "heldout", "used", "dropped", "truncated", "refused", "copies", "near_copies")
+    names = ("rows", "looked_at", "heldout", "used", "dropped", "truncated", "divided", "refused")
     return {
-        **{name: getattr(result, name) for name in (*names, "tokens", "trained")},
+        **{name: getattr(result, name) for name in (*names, "copies", "near_copies", "tokens", "trained")},
         "sources": [dataclasses.asdict(source) for source in result.sources],
         "epoch": dataclasses.asdict(epoch),
         "findings": [dataclasses.asdict(finding) for finding in result.findings],

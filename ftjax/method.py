@@ -90,8 +90,8 @@ def method_of(config: ConfigDict) -> Method:
     method, defaults = METHODS[name], configs.defaults()
     unread = [key for key in config.objective if key not in ("name", *method.settings)]
     unused = [f"objective.{key}" for key in unread if config.objective[key] != defaults.objective[key]]
-    if method.rows != "conversation" and config.data.train_on != defaults.data.train_on:
-        unused.append("data.train_on")
+    if method.rows != "conversation":
+        unused += [f"data.{key}" for key in ("train_on", "long_text") if config.data[key] != defaults.data[key]]
     if unused:
         users = [other for other, its in METHODS.items() if unused[0].removeprefix("objective.") in its.settings]
         hint = f"; {', '.join(users)} does" if users else ""

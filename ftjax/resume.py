@@ -134,7 +134,8 @@ def start(
         raise UserError(
             f"{workdir}: the training data, its tokenizer or its chat template is not what this run began with "
             f"(then config.data.train={list(configs.read(workdir / 'config.json').data.train)}); restore it, say where "
-            "it is now, or choose another --workdir"
+            "it is now, or choose another --workdir (older versions cut a text that is longer than data.max_length: "
+            "config.data.long_text=cut)"
         )
     checkpoints.rewind(there.step)
     for step, score in best.scores(config, there.records).items():

@@ -12,6 +12,7 @@ from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens.examples import Examples, join
 from ftjax.data.tokens.kinds import ROW_KINDS
+from ftjax.data.tokens.outcome import TokenRules
 from ftjax.data.tokens.rendering import Tokenizer
 from ftjax.data.tokens.tokenize import tokenize
 from ftjax.errors import UserError
@@ -35,6 +36,7 @@ class DataSpec:
     max_bad_rows: int = 0  # how many malformed rows of a source may be skipped
     holdout: float = 0.0  # the share of the training rows that are held out for evaluation
     multiple: int = 1  # without packing, batch lengths are multiples of it
+    long_text: str = "divide"  # or cut: what becomes of a text of more than max_length tokens
     chosen_length: int = 0  # tokens of a row of a batch; 0: `longest`
 
     @property
@@ -46,6 +48,11 @@ class DataSpec:
     def row_length(self) -> int:
         """Tokens of a row of a batch: one example always fits, so no document is cut to make room for another."""
         return self.chosen_length or self.longest
+
+    @property
+    def rules(self) -> TokenRules:
+        """What decides the tokens of a row."""
+        return TokenRules(self.max_length, self.vocab_size, self.train_on, self.kind, self.long_text)
 
 
 def _uncounted(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -118,6 +125,7 @@ def _tokenized(rows: Rows, tokenizer: Tokenizer, spec: DataSpec, max_dropped: fl
             vocab_size=spec.vocab_size,
             train_on=spec.train_on,
             kind=spec.kind,
+            long_text=spec.long_text,
             max_dropped=max_dropped,
             progress=advance,
         )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ftjax.data.pipeline import DataSpec
 from ftjax.inspection.pieces import Piece
 from ftjax.inspection.survey import Epoch, Survey, shares
-from ftjax.inspection.terminal import facts_of, histogram
+from ftjax.inspection.terminal import facts_of, histogram, verdict
 
 MAX_ROWS = 3000
 MAX_PIECES = 3000  # of one example; the page says that the others are left out
@@ -31,8 +31,8 @@ class PageRow(NamedTuple):
     examples: Sequence[tuple[str, list[Piece]]]
 
 
-def render(survey: Survey, epoch: Epoch, spec: DataSpec, rows: Sequence[PageRow]) -> str:
-    """The page as text; at most MAX_ROWS of the rows, evenly spread."""
+def render(survey: Survey, epoch: Epoch, spec: DataSpec, rows: Sequence[PageRow], checks: str = "on") -> str:
+    """The page as text; at most MAX_ROWS of the rows, evenly spread. checks: config.data.checks."""
     shown = rows if len(rows) <= MAX_ROWS else [rows[i * len(rows) // MAX_ROWS] for i in range(MAX_ROWS)]
     embedded = {"sources": [source.name for source in survey.sources], "rows": [_row(row) for row in shown]}
     note = (
@@ -49,12 +49,12 @@ def render(survey: Survey, epoch: Epoch, spec: DataSpec, rows: Sequence[PageRow]
             f"<td>{share:.1%}</td><td>{source.tokens:,}</td></tr>"
             for source, share in zip(survey.sources, shares(survey.sources))
         ),
+        "VERDICT": html.escape(f"{(said := verdict(survey, checks))[0].upper()}{said[1:]}."),
         "FINDINGS": "".join(
             f'<li class="{finding.severity}"><b>{finding.severity}</b> {html.escape(finding.message)} '
             f"<code>{html.escape(finding.code)}</code></li>"
             for finding in survey.findings
-        )
-        or "<li>none</li>",
+        ),
         "HISTOGRAM": svg(survey, spec.max_length),
         "NOTE": html.escape(note),
         "ROWS": embed(embedded),
@@ -89,8 +89,8 @@ def svg(survey: Survey, max_length: int) -> str:
             x = i * step + step * (max_length - low) / (high - low)
             out.append(f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height}"><title>max_length</title></line>')
         if i % 2 == 0:
-            out.append(f'<text x="{i * step + 1:.1f}" y="{height + 14}">{low:,}</text>')
-    return f'<svg viewBox="0 0 {width} {height + 20}" role="img" aria-label="tokens of an example">{"".join(out)}</svg>'
+            out.append(f'<text x="{i * step + 1:.1f}" y="{height + 18}">{low:,}</text>')
+    return f'<svg viewBox="0 0 {width} {height + 24}" role="img" aria-label="tokens of an example">{"".join(out)}</svg>'
 
 
 def _row(row: PageRow) -> dict:

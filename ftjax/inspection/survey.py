@@ -2,7 +2,6 @@
 
 import math
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -11,13 +10,12 @@ import numpy as np
 from ftjax.data.audit import checks
 from ftjax.data.audit.findings import ERROR, MAX_DROPPED, Finding
 from ftjax.data.batch import buckets, packing
-from ftjax.data.format.example import Row
+from ftjax.data.format.example import Document, Row
 from ftjax.data.pipeline import DataSpec
-from ftjax.data.read.rows import Rows
+from ftjax.data.read.rows import BadRows, Rows
 from ftjax.data.read.sources import TASK
-from ftjax.data.tokens.chat import NothingTrained
-from ftjax.data.tokens.kinds import ROW_KINDS, Documents, cut
-from ftjax.errors import SourceError, UserError
+from ftjax.data.tokens.outcome import Outcome, outcome
+from ftjax.errors import UserError
 
 _CHUNK = 256
 
@@ -54,8 +52,9 @@ class Survey:
     Attributes:
       sources: of the training rows, in the order of the config.
       heldout: evaluation rows that were looked at.
-      tokenized, split, dropped, truncated, refused: rows; of those split each answer is an example (a template renders
-        it differently once the conversation goes on), those dropped have no trained token.
+      tokenized, split, dropped, truncated, divided, refused: rows; of those split each answer is an example (a template
+        renders it differently once the conversation goes on), those dropped have no trained token, those divided are
+        long texts that go on in further examples.
       copies, near_copies: rows that are like an earlier one.
       lengths: int32 [n], tokens of each document before the cut.
       cut: int32 [m], tokens of each example after it, without those dropped.
@@ -69,6 +68,7 @@ class Survey:
     split: int = 0
     dropped: int = 0
     truncated: int = 0
+    divided: int = 0
     refused: int = 0
     copies: int = 0
     near_copies: int = 0
@@ -108,13 +108,12 @@ def survey(
       advance: is called with the number of rows that are done.
     """
     surveyor = _Surveyor(train, tokenizer, ends, spec)
-    for indices, rows in surveyor.read("train", train, max_rows, advance):
-        surveyor.check_rows("train", train, indices, rows)
-        surveyor.check_documents(surveyor.tokenize(indices, rows))
-    for rows_of_set in heldout:
-        for indices, rows in surveyor.read("eval", rows_of_set, max_rows, advance):
-            surveyor.check_rows("eval", rows_of_set, indices, rows)
-            surveyor.check_evaluated(rows_of_set, indices, rows)
+    for chunk in surveyor.read("train", train, max_rows, advance):
+        surveyor.check_rows("train", train, chunk)
+        surveyor.check_examples(chunk)
+    for rows in heldout:
+        for chunk in surveyor.read("eval", rows, max_rows, advance):
+            surveyor.check_rows("eval", rows, chunk)
     return surveyor.finish()
 
 
@@ -136,7 +135,10 @@ class _Seen:
 
 
 class _Surveyor:
-    """The state of the pass. Its methods stand in the order in which rows go through them."""
+    """The state of the pass. Its methods stand in the order in which rows go through them.
+
+    What becomes of each row is what `tokens.outcome` says, as in training; only rows with an example are checked.
+    """
 
     def __init__(self, train: Rows, tokenizer, ends: Sequence[int], spec: DataSpec):
         self._train, self._tokenizer, self._spec = train, tokenizer, spec
@@ -147,119 +149,117 @@ class _Surveyor:
         self._out = Survey([SourceCount(name, weight, count) for (name, count), weight in counts])
         self._lengths, self._cut = array("i"), array("i")
         self._length_rows = array("q")  # the index of the training row of each of the lengths
-        self._bad: Counter[tuple[int, int]] = Counter()  # refused rows by set and source
-        self._eval_tokenized = self._eval_kept = 0  # evaluation rows with a loss, and those with a trained token
 
     def read(
         self, side: str, rows: Rows, max_rows: int, advance: Callable[[int], None]
-    ) -> Iterator[tuple[list[int], list[Row]]]:
-        """Chunks of the rows that are good and on this side of the hold-out, with their indices in `rows`."""
-        indices, chunk = [], []
-        for done, i in enumerate(checks.spread(len(rows), max_rows or len(rows)).tolist()):
+    ) -> Iterator[list[tuple[int, Outcome]]]:
+        """Chunks of the rows that are trained on, or evaluated: the index in `rows` of each, and its outcome."""
+        picked = checks.spread(len(rows), max_rows or len(rows)).tolist()
+        bad, good, kept, chunk = BadRows(rows), np.zeros(len(rows.sources), np.int64), 0, []
+        for done, i in enumerate(picked):
+            source = rows.source_of(i)
             if side == "train":
-                self._out.sources[rows.source_of(i)].picked += 1
-            try:
-                row = rows.check(i)
-            except SourceError:
-                raise
-            except UserError as error:
-                # The held-out side reads the same sources again, and the training side has counted the row.
-                if not rows.heldout_side:
-                    self._refused(rows, i, str(error).split(": ", 1)[0], error)
-                    self._out.refused += side == "train"
+                self._out.sources[source].picked += 1
+            if (found := self._outcome(rows, i)) is None:
                 continue
-            if row is None:
+            if found.bad:
+                self._refused(side, rows, i, found, bad)
                 continue
-            indices.append(i)
-            chunk.append(row)
+            good[source] += 1
+            if found.dropped:
+                self._dropped(side, i, found)
+                continue
+            kept += 1
+            chunk.append((i, found))
             if len(chunk) == _CHUNK:
-                yield indices, chunk
-                indices, chunk = [], []
+                yield chunk
+                chunk = []
                 advance(done)
         if chunk:
-            yield indices, chunk
-
-    def check_rows(self, side: str, rows: Rows, indices: Sequence[int], chunk: Sequence[Row]) -> None:
-        self._seen[side].add(rows, indices)
-        for code, i in self._checks.rows(chunk, side):
-            if side == "train":
-                self._out.mark(code, indices[i])
-
-    def tokenize(self, indices: Sequence[int], chunk: Sequence[Row]) -> list[tuple[int, Row, list[Documents]]]:
-        """Training rows with their index and the documents of each of their examples, which are not cut."""
-        tokenized = []
-        for index, row in zip(indices, chunk):
-            self._source(index).looked_at += 1
-            parts = self._parts_of(self._train, index, row)
-            if parts is None:
-                self._out.refused += 1
-                self._out.mark("refused", index)
-            elif not parts:
-                self._out.dropped += 1
-                self._checks.findings.add("untrained", row.origin, "weight 0")
-                self._out.mark("untrained", index)
-            else:
-                self._out.split += len(parts) > 1
-                tokenized.append((index, row, parts))
-        return tokenized
-
-    def check_documents(self, tokenized: Sequence[tuple[int, Row, list[Documents]]]) -> None:
-        """Checks the documents of a chunk, and counts them as they are cut."""
-        if not tokenized:
-            return
-        examples = [list(documents.values()) for *_, parts in tokenized for documents in parts]
-        owners = [(index, row) for index, row, parts in tokenized for _ in parts]
-        for code, i in self._checks.examples(examples, lambda i: owners[i][1].origin):
-            self._out.mark(code, owners[i][0])
-        self._out.tokenized += len(tokenized)
-        for index, row, parts in tokenized:
-            lengths = [len(document.tokens) for documents in parts for document in documents.values()]
-            self._lengths.extend(lengths)
-            self._length_rows.extend([index] * len(lengths))
-            self._out.truncated += max(lengths) > self._spec.max_length
+            yield chunk
+        if side == "train":
+            for source, count in zip(self._out.sources, good.tolist()):
+                source.looked_at = count
+        elif good.sum() and not kept:
+            self._checks.findings.add("eval_empty")
+        if len(picked) == len(rows):
             try:
-                whole = [cut(documents, self._spec.max_length, row.origin) for documents in parts]
+                bad.refuse(good)
             except UserError as error:
-                self._refused(self._train, index, row.origin, error)
-                self._out.refused += 1
-                self._out.mark("refused", index)
-                continue
-            kept = [example for example in whole if example.trained.any()]
-            self._out.dropped += not kept
-            source = self._source(index)
-            for example in kept:
+                self._checks.findings.add("empty", what=str(error))
+
+    def _outcome(self, rows: Rows, i: int) -> Outcome | None:
+        if not rows.sources[rows.source_of(i)].name.startswith(TASK) or rows is self._train:
+            return outcome(rows, i, self._tokenizer, self._spec.rules)
+        row = rows.check(i)  # scored by generating, without a loss
+        return row and Outcome(row, ())
+
+    def _refused(self, side: str, rows: Rows, i: int, found: Outcome, bad: BadRows) -> None:
+        """A finding about a bad row, and no error where config.data.max_bad_rows lets training skip it."""
+        try:
+            bad.skip(i, found.bad)
+            allowed = True
+        except UserError:
+            allowed = False
+        # The held-out side reads the same sources again: of what cannot be read the training side has told.
+        if not (rows.heldout_side and found.row is None and (allowed or not rows.max_bad_rows)):
+            self._checks.refused(found.bad, rows.origin(i), allowed)
+        if side == "train":
+            self._out.refused += 1
+            self._out.mark("refused", i)
+
+    def _dropped(self, side: str, i: int, found: Outcome) -> None:
+        if side == "eval":
+            self._out.heldout += 1
+            self._checks.findings.add("eval_untrained", found.row.origin)
+            return
+        self._out.dropped += 1
+        for code in ("untrained", "truncated") if found.longest > self._spec.max_length else ("untrained",):
+            self._checks.findings.add(code, found.row.origin, found.dropped)
+            self._out.mark(code, i)
+        self._measure(i, found)
+
+    def check_rows(self, side: str, rows: Rows, chunk: Sequence[tuple[int, Outcome]]) -> None:
+        """Checks the text of the rows of a chunk."""
+        self._seen[side].add(rows, [index for index, _ in chunk])
+        for code, i in self._checks.rows([found.row for _, found in chunk], side):
+            if side == "train":
+                self._out.mark(code, chunk[i][0])
+        if side == "eval":
+            self._out.heldout += len(chunk)
+
+    def check_examples(self, chunk: Sequence[tuple[int, Outcome]]) -> None:
+        """Checks the tokens of a chunk of training rows, and counts them."""
+        given: list[tuple[int, Row, list[Document]]] = []
+        for index, found in chunk:
+            self._measure(index, found)
+            # Of a row that is cut the whole documents: what the cut does to them is reported.
+            parts = [list(documents.values()) for documents in found.parts]
+            if found.divided:
+                parts = [example.documents for example in found.examples]
+            given += [(index, found.row, documents) for documents in parts]
+            self._out.split += found.split
+            self._out.divided += found.divided
+            source = self._out.sources[self._train.source_of(index)]
+            source.used += len(found.examples)
+            for example in found.examples:
                 self._cut.append(len(example.tokens))
-                source.used += 1
                 source.tokens += len(example.tokens)
                 source.trained += int(example.trained.sum())
+        for code, i in self._checks.examples([documents for *_, documents in given], lambda i: given[i][1].origin):
+            self._out.mark(code, given[i][0])
 
-    def check_evaluated(self, rows: Rows, indices: Sequence[int], chunk: Sequence[Row]) -> None:
-        """Evaluation rows that have no part in the loss are reported."""
-        self._out.heldout += len(chunk)
-        for index, row in zip(indices, chunk):
-            if rows.sources[rows.source_of(index)].name.startswith(TASK):  # scored by generating, without a loss
-                continue
-            parts = self._parts_of(rows, index, row)
-            if parts is None:
-                continue
-            try:
-                kept = any(cut(part, self._spec.max_length, row.origin).trained.any() for part in parts)
-            except UserError as error:
-                self._refused(rows, index, row.origin, error)
-                continue
-            self._eval_tokenized += 1
-            self._eval_kept += kept
-            if not kept:
-                self._checks.findings.add("eval_untrained", row.origin)
+    def _measure(self, index: int, found: Outcome) -> None:
+        self._out.truncated += found.longest > self._spec.max_length and not found.divided
+        self._out.tokenized += bool(found.parts)
+        lengths = [len(document.tokens) for documents in found.parts for document in documents.values()]
+        self._lengths.extend(lengths)
+        self._length_rows.extend([index] * len(lengths))
 
     def finish(self) -> Survey:
         out, findings = self._out, self._checks.findings
         out.lengths, out.cut = np.array(self._lengths, np.int32), np.array(self._cut, np.int32)
-        if self._eval_tokenized and not self._eval_kept:
-            findings.add("eval_empty")
-        if not out.looked_at and not out.refused:
-            findings.add("empty")
-        if out.dropped > MAX_DROPPED * max(1, out.dropped + len(out.cut)):
+        if out.dropped > MAX_DROPPED * out.looked_at:
             findings.add("dropped", count=out.dropped)
         if len(out.sources) > 1:
             self._checks.mixture([source.name for source in out.sources], shares(out.sources))
@@ -273,26 +273,6 @@ class _Surveyor:
             for position in positions:
                 out.mark(code, self._seen["train"].indices[position])
         return out
-
-    def _source(self, index: int) -> SourceCount:
-        return self._out.sources[self._train.source_of(index)]
-
-    def _refused(self, rows: Rows, index: int, origin: str, error: UserError) -> None:
-        """A finding, and no error where config.data.max_bad_rows lets training skip the row."""
-        key = id(rows), rows.source_of(index)
-        self._bad[key] += 1
-        self._checks.refused(str(error), origin, self._bad[key] <= self._spec.max_bad_rows)
-
-    def _parts_of(self, rows: Rows, index: int, row: Row) -> list[Documents] | None:
-        """[] where nothing of the row is trained; None where it is refused, which becomes a finding."""
-        spec = self._spec
-        try:
-            return ROW_KINDS[spec.kind].tokenize(row, self._tokenizer, spec.vocab_size, spec.train_on)
-        except NothingTrained:
-            return []
-        except UserError as error:
-            self._refused(rows, index, row.origin, error)
-            return None
 
 
 def shares(sources: Sequence[SourceCount]) -> list[float]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ftjax.data.audit.findings import ERROR
+from ftjax.data.audit.findings import ERROR, STOPPING
 from ftjax.data.pipeline import DataSpec
 from ftjax.inspection.pieces import Piece, plain, visible
 from ftjax.inspection.survey import Epoch, Survey, shares
@@ -73,6 +73,7 @@ def facts_of(survey: Survey, epoch: Epoch, spec: DataSpec, speed: Speed | None) 
     """{name of a figure: the figure in words}."""
     looked_at = max(1, survey.looked_at)
     split = f" (each answer of {survey.split:,} rows is one)" if survey.split else ""
+    divided = f"; {survey.divided:,} long texts go on in further documents" if survey.divided else ""
     facts = {
         "rows": f"{survey.picked:,} looked at, {survey.looked_at:,} of them to train on, which give {survey.used:,} "
         f"examples{split}; {survey.refused:,} refused, {survey.dropped:,} without a trained token",
@@ -80,7 +81,7 @@ def facts_of(survey: Survey, epoch: Epoch, spec: DataSpec, speed: Speed | None) 
         "duplicates": f"{survey.copies:,} exact ({survey.copies / looked_at:.1%}), {survey.near_copies:,} near "
         f"({survey.near_copies / looked_at:.1%})",
         "truncated": f"{survey.truncated:,} ({survey.truncated / max(1, survey.tokenized):.1%}) at max_length "
-        f"{spec.max_length:,}",
+        f"{spec.max_length:,}{divided}",
     }
     if not len(survey.cut):
         return facts
@@ -123,21 +124,25 @@ def row(out: Console, origin: str, examples: Sequence[tuple[str, list[Piece]]], 
         out.print()
 
 
-def verdict(out: Console, survey: Survey) -> None:
-    """Prints all findings, then whether training would start."""
+def findings(out: Console, survey: Survey, checks: str) -> None:
+    """Prints all findings, then the verdict. checks: config.data.checks."""
     for finding in survey.findings:
         style = "bold red" if finding.severity == ERROR else "yellow"
         out.print(Text(f"{finding.severity}: ", style) + Text(f"{finding.message} [{finding.code}]"), soft_wrap=True)
-    errors = sum(finding.severity == ERROR for finding in survey.findings)
-    warnings = len(survey.findings) - errors
+    out.print(verdict(survey, checks), markup=False)
+
+
+def verdict(survey: Survey, checks: str) -> str:
+    """Whether training would start, as a sentence without its period. checks: config.data.checks."""
+    errors = [finding for finding in survey.findings if finding.severity == ERROR]
+    warnings = _count(len(survey.findings) - len(errors), "warning")
     if errors:
-        out.print(
-            f"{_count(errors, 'error')} and {_count(warnings, 'warning')}: training would stop before its first step"
-        )
-    elif warnings:
-        out.print(f"no errors, {_count(warnings, 'warning')}: training can start; look at them first")
-    else:
-        out.print("no errors, no warnings")
+        stops = checks == "on" or any(finding.code in STOPPING for finding in errors)
+        what = "stop before its first step" if stops else f"start all the same, as config.data.checks is {checks!r}"
+        return f"{_count(len(errors), 'error')} and {warnings}: training would {what}"
+    if survey.findings:
+        return f"no errors, {warnings}: training can start; look at them first"
+    return "no errors and no warnings: training can start"
 
 
 def _count(number: int, word: str) -> str:

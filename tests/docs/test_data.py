@@ -11,6 +11,7 @@ from support.runs import command
 from ftjax import config as configs
 from ftjax import curate
 from ftjax.data.audit import checks
+from ftjax.data.audit.findings import MATTERS
 from ftjax.data.format import writing
 from ftjax.data.format.formats import FORMATS, check_row
 from ftjax.errors import UserError
@@ -58,6 +59,8 @@ def test_the_tables_name_every_format_and_option():
     for option in configs.ENTRY_OPTIONS:
         assert option == "source" or f"| `{option}` |" in PAGE
     assert {"messages", "sharegpt", "alpaca", "text"} <= set(writing.WRITERS)
+    for code, (least, _) in MATTERS.items():
+        assert re.search(rf"^\| `{code}`: .* \| {least:.0%}".replace("%", " %"), PAGE, re.MULTILINE), code
     assert f"{checks.START_ROWS:,} rows" in " ".join(PAGE.split())
     assert f"more than {checks.ALL_ROWS:,}" in " ".join(PAGE.split())
 

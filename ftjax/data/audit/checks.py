@@ -17,6 +17,7 @@ import numpy as np
 from ftjax.data.audit import duplicates, private
 from ftjax.data.audit.findings import FINDING_KINDS, NEAR, SMALL_SHARE, Finding, Findings
 from ftjax.data.audit.parts import Parts, own_text, parts, trained_text
+from ftjax.data.format.conversation import unanswered
 from ftjax.data.format.example import Document, Row
 
 if TYPE_CHECKING:
@@ -170,7 +171,8 @@ class Checks:
             return int(np.searchsorted(starts, token, side="right")) - 1
 
         # An end token just after trained ones, itself not trained. After another end token it is decoration.
-        masked = trained[:-1] & ~is_end[:-1] & ~trained[1:] & is_end[1:] & (position[1:] > 0)
+        inside = (position[1:] > 0) & (position[1:] < facts.max_length)
+        masked = trained[:-1] & ~is_end[:-1] & ~trained[1:] & is_end[1:] & inside
         for token in (np.flatnonzero(masked) + 1).tolist():
             faults.append(("pad_is_end" if tokens[token] == facts.pad else "end_masked", document_of(token)))
         goes_on = np.append(trained[1:] & (position[1:] > 0), False)
@@ -205,7 +207,8 @@ class Checks:
         if self._examples and not self._end_trained and self._facts.ends:
             self.findings.add("end_untrained")
         self._compare()
-        return self.findings.all()
+        sizes = {name: len(side) for name, side in self.sides.items()}
+        return self.findings.all(sum(sizes.values()), sizes.get("eval", 0))
 
     def _compare(self) -> None:
         train = self.sides["train"]
@@ -296,8 +299,12 @@ def at_start(examples: "Examples", heldout: Sequence[Sequence[Row]], facts: Toke
     held = [(held_rows, i) for held_rows in heldout for i in spread(len(held_rows), START_ROWS).tolist()]
     origins = {"train": lambda i: rows[int(picked[i])].origin, "eval": lambda i: held[i][0][held[i][1]].origin}
     checks = Checks(facts, origins, near=False)
+    without_answer = examples.report["unanswered"]  # of all rows
     for chunk in _chunks(picked.tolist()):
-        checks.rows([rows[i] for i in chunk])
+        faults = checks.rows([rows[i] for i in chunk])
+        without_answer -= sum(code == "unanswered" for code, _ in faults)
+    if without_answer > 0:
+        checks.findings.add("unanswered", count=without_answer)
     for chunk in _chunks(held):
         checks.rows([held_rows[i] for held_rows, i in chunk], "eval")
     for chunk in _chunks(spread(len(examples), START_ROWS).tolist()):
@@ -349,5 +356,7 @@ def _malformed(fields: dict, own: Parts) -> Iterable[str]:
                 yield "empty_turn"
     if not all(answer.strip() for answer in own.answers):
         yield "no_answer"
+    if unanswered(fields):
+        yield "unanswered"
     if len(own.answers) == 2 and duplicates.word_hash(own.answers[0]) == duplicates.word_hash(own.answers[1]):
         yield "same_pair"

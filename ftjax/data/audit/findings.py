@@ -10,6 +10,15 @@ ERROR, WARNING = "error", "warning"
 NEAR = 0.8  # similarity from which two rows count as near duplicates
 MAX_DROPPED = 0.05  # share of the rows that may have no trained token; as `tokenize.tokenize`
 SMALL_SHARE = 0.01  # of the rows: a source that gives less is lost in the mixture
+# code -> the share of the rows from which it is an error, and why fewer are a warning
+MATTERS = {
+    "leak": (0.01, "so few known rows move the loss of the evaluation by less than its noise"),
+    "leak_prompt": (0.05, "short prompts such as greetings come more than once, and their answers differ"),
+    "special_in_text": (0.05, "a text may speak of such a tag; one that was rendered before has them in most rows"),
+    "same_pair": (0.01, "so few pairs without a difference teach nothing, and hide nothing"),
+}
+# Errors with which training does not start, whatever config.data.checks says.
+STOPPING = {"refused", "empty", "few", "dropped", "eval_empty"}
 _PLACES = 3  # that a message names
 _VARIES = re.compile(r"\d+|'[^']*'")  # numbers and quotations: messages that differ in nothing else are one finding
 
@@ -46,7 +55,10 @@ _ERRORS = {
     ),
     "empty_turn": ("an empty assistant turn", "write the answer or remove the turn"),
     "no_answer": ("a prompt without an answer", "write the answer or remove the row"),
-    "same_pair": ("the chosen and the rejected answer are the same", "correct the pair or remove the row"),
+    "same_pair": (
+        "the chosen and the rejected answer are the same but for white space",
+        "correct the pair or remove the row",
+    ),
     "leak": (
         "rows of the evaluation are also trained on (same prompt, same answer)",
         "remove them from one side (python -m ftjax.curate split keeps prompts apart), or hold rows out with "
@@ -97,6 +109,10 @@ _WARNINGS = {
     "near_duplicate": (
         f"nearly the same as an earlier row (similarity {NEAR:g} or more)",
         "python -m ftjax.curate dedup --method near removes them",
+    ),
+    "unanswered": (
+        "the last turn is of the user or a tool, and nothing answers it",
+        "add the answer or take the turn off: nothing is learned from it",
     ),
     "truncated": (
         "longer than config.data.max_length and cut on the right: the end of the answer, and its end token, are lost",
@@ -163,7 +179,8 @@ class _Group:
     count: int = 0
     places: list[str] = field(default_factory=list)
 
-    def finding(self) -> Finding:
+    def finding(self, rows: int) -> Finding:
+        """The finding among so many rows; 0: their number is not known."""
         where = ", ".join(self.places)
         if len(self.places) == 1 and self.count == 1:
             text = f"{where}: {self.what}"
@@ -173,8 +190,12 @@ class _Group:
         else:
             text = self.what
         origin = self.places[0].split(" (")[0] if self.places else ""
-        kind = FINDING_KINDS[self.code]
-        return Finding(kind.severity, self.code, origin, f"{text}; {kind.fix}", self.count, tuple(self.places))
+        severity, _, fix = FINDING_KINDS[self.code]
+        least, why = MATTERS.get(self.code, (0, ""))
+        if self.count < least * rows:
+            severity = WARNING
+            text += f" ({self.count:,} of {rows:,} rows, an error from {least:.0%} on: {why})"
+        return Finding(severity, self.code, origin, f"{text}; {fix}", self.count, tuple(self.places))
 
 
 class Findings:
@@ -203,9 +224,14 @@ class Findings:
         group = self._groups.get(_key(code, FINDING_KINDS[code].what))
         return group is None or len(group.places) < _PLACES
 
-    def all(self) -> list[Finding]:
-        """Errors first, then warnings, each in the order in which they were first met."""
-        findings = [group.finding() for group in self._groups.values()]
+    def all(self, checked: int = 0, evaluated: int = 0) -> list[Finding]:
+        """Errors first, then warnings, each in the order in which they were first met.
+
+        checked: rows that were looked at; evaluated: those among them of the evaluation, of which leaks are a share.
+        """
+        findings = [
+            group.finding(evaluated if group.code.startswith("leak") else checked) for group in self._groups.values()
+        ]
         return sorted(findings, key=lambda finding: finding.severity != ERROR)
 
 

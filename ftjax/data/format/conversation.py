@@ -43,6 +43,12 @@ def conversation(messages: object, origin: str, needs_assistant: bool = True) ->
     return plain
 
 
+def unanswered(fields: dict) -> bool:
+    """Whether the turns of a record end in one that nothing answers, of the user or a tool."""
+    named = (fields.get(name) for name in ("messages", "completion", "chosen", "rejected"))
+    return any(turns[-1]["role"] != "assistant" for turns in named if isinstance(turns, list) and turns)
+
+
 def check_string(value: object, what: str) -> None:
     """`UserError` where a value is not a string that a tokenizer takes."""
     if isinstance(value, bytes):

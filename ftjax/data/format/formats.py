@@ -45,12 +45,14 @@ def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
         known = "; ".join(f"{name} ({', '.join(keys)})" for name, (keys, _) in FORMATS.items())
         misfit = f"does not fit the format {format!r}" if format else "fits no known format"
         if meant := {} if format else guess.columns(fields):
+            theirs, ours = ", ".join(meant.values()), " and ".join(meant)
             misfit += (
-                f": columns {', '.join(meant.values())} look like {' and '.join(meant)}: write {{'source': ..., "
-                f"'columns': {meant}}} if they are"
+                f": columns {theirs} look like {ours}: write {{'source': ..., 'columns': {meant}}} if they are. It"
             )
+        else:
+            misfit += ": it"
         raise UserError(
-            f"{origin}: {misfit}: it has the fields {sorted(map(str, fields))}, and the formats are "
+            f"{origin}: {misfit} has the fields {sorted(map(str, fields))}, and the formats are "
             f"{known}; rename its fields, or name them in the source's option 'columns'"
         )
     return Row(FORMATS[fitting[0]][1](fields, origin), origin)

@@ -132,13 +132,20 @@ def _index(file: DataFile, options: dict) -> tuple[list[str], Index]:
     header, start, line = None, 0, 1  # start, line: of the record that is read next
     try:
         for cells in csv.reader(lines(), **options):
-            if header is None and cells:
+            if header is None and len(cells) == 2 and (cells[0].lower(), cells[1]) == ("sep=", ""):
+                pass  # a line by which Excel knows the separator
+            elif header is None and cells:
                 header = _names(cells, file.name, line)
             elif cells:
                 starts.append(start)
                 line_numbers.append(line)
             start, line = offset, count + 1
     except csv.Error as error:
+        if "new-line character" in str(error):
+            raise UserError(
+                f"{file.name}:{line}: a line ends in a carriage return alone; save the file with the line ends of Unix "
+                "or Windows, or quote the cell"
+            ) from None
         raise UserError(
             f"{file.name}:{line}: not well-formed CSV in the record that starts here ({error}); quote cells with "
             'separators, quotes or line ends in them, and write quotes in them twice ("")'

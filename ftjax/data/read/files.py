@@ -256,6 +256,8 @@ def _unmarked(name: str, path: Path) -> Path:
     with _readable(name), open(path, "rb") as text:
         start = text.read(max(map(len, _MARKS)))
     mark = next((mark for mark in _MARKS if start.startswith(mark)), None)
+    if b"\0" in start[:2]:
+        raise UserError(f"{name}:1: looks like UTF-16 without a byte order mark; save it as UTF-8")
     if mark is None:
         return path
 

@@ -68,9 +68,9 @@ def layout(file: DataFile) -> str:
             text.skip_value()
         except UserError:
             return "lines"
-        before = text.place()
-        after = text.peek() and text.place()
-        return "lines" if before[1] == line and (not after or after[1] > line) else "values"
+        _, end = text.place()
+        goes_on = text.peek() in ("{", ",") and text.place()[1] == line
+        return "values" if end > line or goes_on else "lines"
 
 
 class _Window:
@@ -182,12 +182,14 @@ def _listed(text: _Window) -> tuple[array, array]:
 
 
 def _joined(text: _Window) -> tuple[array, array]:
-    """The offsets of values one after the other and of the end of the last one; their lines."""
+    """The offsets of values one after the other and of the end of the last one; their lines. There may be commas."""
     starts, lines = array("q"), array("q")
     while text.peek():
         offset, line = text.place()
         starts.append(offset)
         lines.append(line)
         text.skip_value()
+        if text.peek() == ",":
+            text.at += 1
     starts.append(text.place()[0])
     return starts, lines

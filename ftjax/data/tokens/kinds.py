@@ -51,6 +51,20 @@ def kind_of(row: Row) -> str:
     return {"preference": "pair", "unpaired": "labeled"}.get(kind, "conversation")
 
 
+def divide(documents: Documents, max_length: int, origin: str) -> tuple[Example, ...]:
+    """The examples of a text of any length: documents of at most `max_length` tokens that go on where the last ended.
+
+    Each begins with the last token of the one before, so that every token but the first of all is predicted once.
+    """
+    (whole,) = documents.values()
+    examples = []
+    for start in range(0, max(1, len(whole.tokens) - 1), max_length - 1):
+        tokens, trained = (part[start : start + max_length].copy() for part in whole)
+        trained[:1] = False  # nothing in its document predicts it
+        examples.append(Example(tokens, trained, origin, (len(tokens),)))
+    return tuple(examples)
+
+
 def cut(documents: Documents, max_length: int, origin: str) -> Example:
     """The example of a row, each document cut to its first `max_length` tokens, independently of the others.
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from ftjax.data.read import cache
 from ftjax.data.read.rows import BadRows, Rows, log_skipped
-from ftjax.data.tokens import chat, examples, kinds, processes
+from ftjax.data.tokens import examples, kinds, processes
 from ftjax.data.tokens.examples import Append, Examples, Part
+from ftjax.data.tokens.outcome import TokenRules, outcome
 from ftjax.data.tokens.rendering import Tokenizer
 from ftjax.errors import SourceError, UserError
 
@@ -30,15 +31,6 @@ _DECIDING = ("format", "read", "tokens")  # the wings whose code decides the tok
 Progress = Callable[[int], None]  # called with the number of rows done
 
 
-class TokenRules(NamedTuple):
-    """What decides the tokens of a row, apart from the tokenizer."""
-
-    max_length: int  # of each document
-    vocab_size: int | None
-    train_on: str
-    kind: str  # of ROW_KINDS
-
-
 class Tokenized(NamedTuple):
     """The result of one chunk of rows, of which n are good; those with no trained token are dropped."""
 
@@ -46,9 +38,11 @@ class Tokenized(NamedTuple):
     tokens: np.ndarray  # int32: of all examples one after the other, trained ones flagged with `examples.TRAINED`
     rows: np.ndarray  # int64 [n]: the index of each good row
     longest: np.ndarray  # int64 [n]: the tokens of its longest document before the cut
-    parts: np.ndarray  # int64 [n]: into how many examples it was split; usually 1
-    examples: np.ndarray  # int64 [n]: how many of these have a trained token after the cut; 0 for a dropped row
-    kept: np.ndarray  # int64 [n]: the tokens of these examples after the cut
+    split: np.ndarray  # int64 [n]: whether each of its answers is an example
+    examples: np.ndarray  # int64 [n]: how many examples it gives: 0 where it is dropped
+    further: np.ndarray  # int64 [n]: how many of these a long text goes on in
+    unanswered: np.ndarray  # int64 [n]: whether it ends in a turn that nothing answers
+    kept: np.ndarray  # int64 [n]: the tokens of its examples
     trained: np.ndarray  # int64 [n]: how many of these are trained
     lengths: np.ndarray  # int64: the tokens of each document in `tokens`
     dropped: list[str]  # the origins of the first dropped rows
@@ -64,6 +58,7 @@ def tokenize(
     vocab_size: int | None = None,
     train_on: str = "assistant",
     kind: str = "conversation",
+    long_text: str = "divide",
     max_dropped: float = 0.05,
     workers: int | None = None,
     directory: Path | None = None,
@@ -73,11 +68,13 @@ def tokenize(
     is dropped.
 
     The report of the examples holds ints: rows (those used), bad_rows (skipped), examples, split (rows of which each
-    answer is an example), truncated, dropped, tokens, trained_tokens, longest (document, before the cut); and
-    `per_source`, a list of {"source", "rows", "bad_rows", "examples", "tokens", "trained_tokens"}.
+    answer is an example), truncated (rows), divided (texts that are several examples), further (examples that these go
+    on in), dropped (rows), unanswered (rows that end in a turn that nothing answers), tokens, trained_tokens, longest
+    (document, before the cut); and `per_source`, a list of the same with "source".
 
     Args:
       kind: what a row is (`kinds.ROW_KINDS`).
+      long_text: "divide": a text of more than max_length tokens goes on in further examples; "cut": it does not.
       max_dropped: the share of the rows that may be dropped.
       workers: processes besides this one. None: one per core if there are MANY_ROWS, else 0.
       directory: where to cache the result. None: in the usual directory if there are MANY_ROWS, else nowhere.
@@ -91,7 +88,7 @@ def tokenize(
         raise UserError(f"data.max_length = {max_length}: needs room for a token and its target; set it to 2 or more")
     if not len(rows):
         raise UserError("no rows to tokenize; name a data source that has some")
-    rules = TokenRules(max_length, vocab_size, train_on, kind)
+    rules = TokenRules(max_length, vocab_size, train_on, kind, long_text)
     many = len(rows) >= MANY_ROWS
     if workers is None:
         workers = min(os.cpu_count() or 1, MAX_WORKERS) if many else 0
@@ -123,32 +120,26 @@ def _tokenize(rows: Rows, tokenizer: Tokenizer, rules: TokenRules, chunk: range)
     tokens, counts, lengths, dropped, bad, failed = [], [], [], [], [], None
     for i in chunk:
         try:
-            row = rows.check(i)
-            if row is None:
-                continue
-            parts = kinds.ROW_KINDS[rules.kind].tokenize(row, tokenizer, rules.vocab_size, rules.train_on)
-            cut = [kinds.cut(documents, rules.max_length, row.origin) for documents in parts]
+            found = outcome(rows, i, tokenizer, rules)
         except SourceError as error:  # not a bad row: the file was changed, or is gone
             failed = str(error)
             break
-        except chat.NothingTrained:  # not a bad row: its weights say so
-            counts.append((i, 0, 0, 0, 0, 0))
-            dropped.append(f"{row.origin} (weight 0)")
+        if found is None:
             continue
-        except UserError as error:
-            bad.append((i, str(error)))
+        if found.bad:
+            bad.append((i, found.bad))
             continue
-        longest = max(len(document.tokens) for documents in parts for document in documents.values())
-        kept = [example for example in cut if example.trained.any()]
-        sizes = [(len(example.tokens), int(example.trained.sum())) for example in kept]
-        counts.append((i, longest, len(parts), len(kept), *np.sum(sizes or [(0, 0)], axis=0)))
-        for example in kept:
+        if found.dropped:
+            dropped.append(f"{found.row.origin} ({found.dropped})")
+        sizes = [(len(example.tokens), int(example.trained.sum())) for example in found.examples]
+        kept, trained = (sum(column) for column in zip((0, 0), *sizes))
+        further = found.divided and len(sizes) - 1
+        counts.append((i, found.longest, found.split, len(sizes), further, found.unanswered, kept, trained))
+        for example in found.examples:
             tokens.append(np.where(example.trained, example.tokens | examples.TRAINED, example.tokens))
             lengths += example.lengths
-        if not kept:
-            dropped.append(f"{row.origin} ({longest} tokens)")
     flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
-    columns = np.array(counts, np.int64).reshape(-1, 6).T
+    columns = np.array(counts, np.int64).reshape(-1, 8).T
     return Tokenized(chunk.stop, flat, *columns, np.array(lengths, np.int64), dropped[:3], bad, failed)
 
 
@@ -158,7 +149,8 @@ def _collect(
     """Appends the columns of all chunks. Returns the report of `tokenize`, and in it `first_bad`: for the first bad row
     of each source [index of the source, index of the row, message without the row's origin]."""
     ends = np.cumsum([count for _, count in rows.per_source])
-    names = ("rows", "bad_rows", "examples", "split", "truncated", "dropped", "tokens", "trained_tokens")
+    names = ("rows", "bad_rows", "examples", "split", "truncated", "divided", "further", "dropped")
+    names += ("unanswered", "tokens", "trained_tokens")
     counts = {name: np.zeros(len(ends), np.int64) for name in names}
     bad_rows, first_bad, dropped, longest = BadRows(rows), {}, [], 0
     for chunk in chunks:
@@ -174,8 +166,11 @@ def _collect(
         append("lengths", chunk.lengths)
         append("rows", np.repeat(chunk.rows, chunk.examples))
         append("sources", np.repeat(sources, chunk.examples))
-        every, cut = np.ones(len(sources), np.int64), chunk.longest > max_length
-        counted = (every, chunk.examples, chunk.parts > 1, cut, chunk.examples == 0, chunk.kept, chunk.trained)
+        every, left_out = np.ones(len(sources), np.int64), chunk.examples == 0
+        divided = chunk.further > 0
+        truncated = (chunk.longest > max_length) & ~divided
+        counted = (every, chunk.examples, chunk.split, truncated, divided, chunk.further, left_out)
+        counted += (chunk.unanswered * ~left_out, chunk.kept, chunk.trained)
         for name, values in zip(("rows", *names[2:]), counted, strict=True):
             counts[name] += np.bincount(sources, values, len(ends)).astype(np.int64)  # float64, exact below 2^53
         dropped = (dropped + chunk.dropped)[:3]

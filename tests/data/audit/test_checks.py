@@ -10,7 +10,7 @@ from support.chat_templates import CHATML, HEADERS
 from ftjax import curate
 from ftjax.data.audit import checks
 from ftjax.data.audit.checks import Checks, TokenFacts, at_start
-from ftjax.data.audit.findings import ERROR, WARNING, Findings
+from ftjax.data.audit.findings import ERROR, FINDING_KINDS, MATTERS, WARNING, Findings
 from ftjax.data.format.example import Row
 from ftjax.data.format.formats import check_row
 from ftjax.data.read.sources import read_sources
@@ -172,6 +172,39 @@ def test_a_special_token_in_the_text_is_an_error_where_it_is_trained_and_a_warni
     assert found["special_in_text"].places == ("train.jsonl:1 (<s>)",)
     places = ("train.jsonl:2 (<|im_start|>)", "train.jsonl:3 (<|im_start|>)", "train.jsonl:4 (<|im_end|>)")
     assert found["special_in_prompt"].places == places
+
+
+def test_what_is_rare_is_a_warning_with_its_count_and_what_is_not_an_error():
+    """A greeting that both sides have, and an answer that speaks of a tag."""
+    asked = [turn(f"Is the lamp {i} of {i * 7919} in town?", f"no {i}") for i in range(502)]
+    found = found_in([*good_rows(100), turn("Hi", "Hello")], [turn("Hi", "Good day"), *asked[1:]], near=False)
+    assert (found["leak_prompt"].severity, found["leak_prompt"].count) == (WARNING, 1)
+    assert "(1 of 502 rows, an error from 5% on: short prompts such as greetings" in found["leak_prompt"].message
+    many = [turn(f"Hi {i}", "Good day") for i in range(40)]
+    found = found_in([turn(f"Hi {i}", "Hello") for i in range(40)], [*many, *asked[40:]], near=False)
+    assert (found["leak_prompt"].severity, found["leak_prompt"].count) == (ERROR, 40)
+    found = found_in(good_rows(300), [*good_rows(2), *asked[2:]], near=False)
+    assert (found["leak"].severity, found["leak"].count) == (WARNING, 2)
+    found = found_in(good_rows(300), [*good_rows(9), *asked[9:]], near=False)
+    assert (found["leak"].severity, found["leak"].count) == (ERROR, 9)
+    pairs = [{"prompt": f"q {i}", "chosen": f"a {i}", "rejected": "b"} for i in range(150)]
+    found = found_in([*pairs, {"prompt": "p", "chosen": "a  b", "rejected": "a b"}], near=False)
+    assert (found["same_pair"].severity, found["same_pair"].count) == (WARNING, 1)
+    assert set(MATTERS) <= {code for code, kind in FINDING_KINDS.items() if kind.severity == ERROR}
+
+
+def test_turns_that_nothing_answers_are_counted_in_all_rows_whatever_the_start_reads(tmp_path, chatml, monkeypatch):
+    monkeypatch.setattr(checks, "ALL_ROWS", 10)
+    dangling = {"role": "user", "content": "and then?"}
+    rows = [{"messages": [*row["messages"], dangling]} if i % 10 == 0 else row for i, row in enumerate(good_rows(120))]
+    examples = tokenize(write(tmp_path / "train.jsonl", rows), chatml, 200)
+    findings = at_start(examples, [], TokenFacts.of(chatml, [chatml.eos_token_id], 200))
+    (finding,) = (finding for finding in findings if finding.code == "unanswered")
+    assert (finding.severity, finding.count) == (WARNING, 12)
+    assert finding.message.startswith("12 rows: the last turn is of the user or a tool, and nothing answers it: ")
+    assert examples.report["unanswered"] == 12
+    assert found_in(rows, near=False)["unanswered"].count == 12
+    assert "unanswered" not in found_in(good_rows(20))
 
 
 def test_ten_thousand_equal_findings_are_one_line_with_three_places():

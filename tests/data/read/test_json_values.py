@@ -43,6 +43,8 @@ LAYOUTS = {
     "objects over lines, close together": joined(ROWS, "\t", ""),
     "objects over lines, far apart": "\n\r\n" + joined(ROWS, 1, "\r\n\r\n \n"),
     "objects on one line": joined(ROWS, None, " "),
+    "objects on lines with commas": joined(ROWS, None, ",\n"),
+    "objects with a comma after each": joined(ROWS, None, ",\n").rstrip() + ",\n",
     "objects on one line, close together": joined(ROWS, None, ""),
 }
 
@@ -93,6 +95,8 @@ def test_what_is_broken_is_refused_with_its_line(path, content, message, size, m
 
 def test_a_first_line_that_is_cut_off_is_a_bad_row_and_not_the_start_of_all_others(path):
     rows = read(path, '{"text": ["a\n{"text": "b"}\n{"text": "c"}\n', max_bad_rows=1)
+    assert [row.fields["text"] for row in rows] == ["b", "c"]
+    rows = read(path, '{"text": "a"} b\n{"text": "b"}\n{"text": "c"}\n', max_bad_rows=1)
     assert [row.fields["text"] for row in rows] == ["b", "c"]
     rows = read(path, '{"text": [\n{"text": "b"}\n{"text": "c"}\n', max_bad_rows=1)
     assert [row.fields["text"] for row in rows] == ["b", "c"]

@@ -76,7 +76,9 @@ def test_examples_are_what_chat_makes_of_each_row_cut_at_max_length(rows_file, c
         "examples": len(kept),
         "split": 0,
         "truncated": sum(len(example.tokens) > 40 for example in whole),
+        "divided": 0,
         "dropped": len(whole) - len(kept),
+        "unanswered": 0,
         "tokens": sum(len(example.tokens[:40]) for example in kept),
         "trained_tokens": sum(int(example.trained[:40].sum()) for example in kept),
     }
@@ -209,7 +211,7 @@ def test_the_same_rows_elsewhere_are_not_tokenized_again(rows_file, tmp_path, di
 
     first = tokenize.tokenize(rows_of(rows_file), make_tokenizer(CHATML), 60, directory=directory)
     moved = shutil.copy(rows_file, tmp_path / "moved.jsonl")
-    monkeypatch.setattr(tokenize.chat, "tokenize", None)  # so it is not called
+    monkeypatch.setattr(chat, "tokenize", None)  # so it is not called
     again = tokenize.tokenize(rows_of(moved), make_tokenizer(CHATML), 60, directory=directory)
     assert again.digest == first.digest
     assert again.origin(0) == f"{moved}:1"
