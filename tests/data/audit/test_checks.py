@@ -252,6 +252,26 @@ def test_a_padding_token_that_is_the_end_and_masked_with_it_is_named():
     assert {finding.code for finding in tool.finish()} == {"pad_is_end", "end_untrained"}
 
 
+def test_an_answer_that_ends_where_generation_does_not_stop_is_named(chatml):
+    """As a template does whose turns that call a tool end otherwise than its answers."""
+    facts = TokenFacts.of(chatml, [2], 6)
+    other, trained = chatml.convert_tokens_to_ids("<|im_end|>"), np.array([0, 1, 1], bool)
+    documents = {
+        "x:1": ([9, 9, 2], trained),
+        "x:2": ([9, 9, other], trained),
+        "x:3": ([9, 9, other, 9, 9, 2], [0, 1, 1, 0, 1, 1]),
+        "x:4": ([9, other, 9, 9, 9, other, 2], np.ones(7, bool)),  # cut before its end
+    }
+    tool = Checks(facts, {"train": str})
+    examples = [[(np.array(tokens, np.int32), np.array(mask, bool))] for tokens, mask in documents.values()]
+    assert tool.examples(examples, lambda i: list(documents)[i], whole=False) == [
+        ("end_unknown", 1),
+        ("end_unknown", 2),
+    ]
+    (found,) = tool.finish()
+    assert (found.code, found.severity, found.places) == ("end_unknown", WARNING, ("x:2", "x:3"))
+
+
 def test_the_end_of_a_rejected_answer_teaches_nobody_to_stop():
     """It is trained to be less likely; the chosen one, which stands first, is cut before its end."""
     cut, whole = (np.array([5, 6, 6], np.int32), np.array([0, 1, 1], bool)), (np.array([5, 7]), np.array([0, 1], bool))

@@ -233,6 +233,20 @@ def test_the_bases_own_tokenizer_files_come_along(tmp_path):
     assert again.encode("the lamp<|im_end|>") == tokenizer.encode("the lamp<|im_end|>")
 
 
+def test_another_end_token_than_the_bases_files_have_is_written_into_them(tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    out.mkdir()
+    tokenizer = make_tokenizer(CHATML, eos="</s>")
+    tokenizer.save_pretrained(base)
+    (base / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>", "lstrip": false}}')
+    tokenizer.eos_token = "<|im_end|>"
+    write.write_tokenizer(out, tokenizer, base)
+    assert AutoTokenizer.from_pretrained(out).eos_token == "<|im_end|>"
+    before, after = (json.loads((where / "tokenizer_config.json").read_text()) for where in (base, out))
+    assert after == before | {"eos_token": "<|im_end|>"}
+    assert json.loads((out / "special_tokens_map.json").read_text()) == {"eos_token": "<|im_end|>"}
+
+
 def test_a_config_of_another_model_is_refused(tmp_path, small):
     _, params, spec, config = small
     with pytest.raises(ValueError, match="the config to write describes"):
