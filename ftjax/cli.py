@@ -2,6 +2,7 @@
 
 import logging
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
     UserError, and an error while the config file or its overrides are read, end with status 2 and one message.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see ftjax/__init__.py
     absl_logging.set_verbosity(absl_logging.ERROR)
     warnings = logging.StreamHandler()
     warnings.setFormatter(logging.Formatter("warning: %(message)s"))
