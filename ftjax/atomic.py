@@ -88,8 +88,8 @@ def room_for(out: Path, nbytes: int) -> Iterator[None]:
     def refusal(why: str) -> TransientError:
         free = shutil.disk_usage(disk).free
         return TransientError(
-            f"{out}: {why}. It needs {nbytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on the disk of {disk}; "
-            "free some, or name a place on another disk"
+            f"{out}: {why}. It needs {size(nbytes)}, and {size(free)} are free on the disk of {disk}; free some, or "
+            "name a place on another disk"
         )
 
     if shutil.disk_usage(disk).free < nbytes:
@@ -100,6 +100,10 @@ def room_for(out: Path, nbytes: int) -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise refusal(f"it could not be written ({error.strerror})") from error
+
+
+def size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """What every command line shares: flags, and mistakes reported in one message instead of a traceback."""
 
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,7 @@ def run(main: Callable[[list[str]], int | None], parse: Callable[[list[str]], li
 
     parse: what parses the flags; `config_flag.parse` where there is a config.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see ftjax/__init__.py
     if {"--help", "-help", "-h", "-?", "--helpshort"} & set(sys.argv[1:]):  # absl's own ends with status 1
         print(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)

@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerFast
 from ftjax import assemble, cli, distributed, lora, parity, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
+from ftjax.atomic import room_for
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.distributed import is_first, together
 from ftjax.errors import UserError
@@ -51,7 +52,7 @@ from ftjax.weights.gguf.tokenizer_write import check_same, to_metadata
 from ftjax.weights.gguf.write import GGUF_TYPES, gguf_header, write_gguf
 from ftjax.weights.hf.end_tokens import unnamed, with_end_of_turn, with_ends
 from ftjax.weights.hf.files import read_json
-from ftjax.weights.hf.keys import FLOATS
+from ftjax.weights.hf.keys import FLOATS, hf_names
 from ftjax.weights.hf.model_card import model_card, shown
 from ftjax.weights.hf.together import new_directory_together
 from ftjax.weights.hf.write import generation_config, write_json, write_model, write_tokenizer
@@ -62,6 +63,7 @@ from ftjax.weights.source import Reader
 
 FORMATS = ("peft", "merged", "hf", "gguf")
 _GGUF_STORES = {"f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}  # keys of `parity.LIMITS`
+_BYTES = {"float32": 4, "q8_0": 34 / 32}  # of a value; 2 in all other types
 assert _GGUF_STORES.keys() == GGUF_TYPES.keys()
 
 
@@ -88,27 +90,29 @@ def export_peft(
     params, whole = tree.flatten(variables["params"]), assemble.trained_whole(run, base)
     ends = base.tokenizer.convert_ids_to_tokens(unnamed(base.reader.config, base.end_tokens))
     adapters = variables["lora"] if vllm_rank is None else uniform(variables["lora"], whole, vllm_rank)
-    write_adapter(
-        out,
-        adapters,
-        base.model.spec,
-        assemble.base_facts(config, base),
-        # For vLLM all scales are 1, for which rsLoRA has no round alpha.
-        rslora=config.adapter.rslora and vllm_rank is None,
-        saved={path: params[path] for path in whole},
-        multimodal=is_multimodal(base.reader.config),
-        card=model_card(
-            out.name,
-            "peft",
-            config,
-            step,
-            base.path,
-            evaluation(workdir, step),
-            published=assemble.published(base),
-            ends=ends,
-        ),
-        generation=generation_config(_model_config(base), _sampling(base)) if ends else None,
-    )
+    saved = {path: params[path] for path in whole}
+    with room_for(out, sum(leaf.nbytes for leaf in [*tree.flatten(adapters).values(), *saved.values()])):
+        write_adapter(
+            out,
+            adapters,
+            base.model.spec,
+            assemble.base_facts(config, base),
+            # For vLLM all scales are 1, for which rsLoRA has no round alpha.
+            rslora=config.adapter.rslora and vllm_rank is None,
+            saved=saved,
+            multimodal=is_multimodal(base.reader.config),
+            card=model_card(
+                out.name,
+                "peft",
+                config,
+                step,
+                base.path,
+                evaluation(workdir, step),
+                published=assemble.published(base),
+                ends=ends,
+            ),
+            generation=generation_config(_model_config(base), _sampling(base)) if ends else None,
+        )
     if ends and is_first():
         print(
             f"the model stops at {', '.join(ends)}, which the base's generation config does not name: use the "
@@ -157,13 +161,14 @@ def export_model(
     # A GGUF gets a temporary directory too, so that it and its parity.json appear only when both are complete.
     target = out.with_name(f".{out.name}.export") if format == "gguf" else out
     notes = _notes(config, base, variables)
-    with new_directory_together(target) as directory:
+    stored = _GGUF_STORES[gguf_type]
+    if format != "gguf":
+        stored = dtype or stored_dtype(base.reader, config.model.param_dtype)
+    with room_for(out, _stored_bytes(base, stored)), new_directory_together(target) as directory:
         written = directory / out.name if format == "gguf" else directory
         if format == "gguf":
-            stored = _GGUF_STORES[gguf_type]
             _write_gguf(written, base, variables, gguf_type, of_tokenizer, name=out.stem)
         else:
-            stored = dtype or stored_dtype(base.reader, config.model.param_dtype)
             _write_directory(written, base, variables, stored)
         del variables  # releases the run's weights before the export's are loaded
         difference = parity.differences(expected, parity.logits(*parity.reload(written, mesh), texts, mesh))
@@ -206,6 +211,12 @@ def stored_dtype(reader: Reader, param_dtype: str) -> str:
     for name in reader.names():
         size[reader.dtype(name).name] += math.prod(reader.shape(name))
     return max((name for name in size if name in FLOATS), key=size.__getitem__)
+
+
+def _stored_bytes(base: Base, stored: str) -> int:
+    """About how large the whole model's file is."""
+    values = sum(math.prod(key.our_shape) for key in hf_names(base.model.spec).values())
+    return int(values * _BYTES.get(stored, 2))
 
 
 def evaluation(workdir: Path, step: int) -> dict[str, float]:

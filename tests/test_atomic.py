@@ -1,12 +1,15 @@
 """What is written appears whole or not at all, and nothing else is left."""
 
+import errno
 import os
+import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from ftjax import atomic
-from ftjax.errors import UserError
+from ftjax.errors import TransientError, UserError
 
 
 def failing(block, write):
@@ -61,3 +64,19 @@ def test_a_directory_appears_whole_and_none_is_overwritten(tmp_path):
     assert os.listdir(tmp_path / "deep") == ["out"]
     with pytest.raises(UserError, match="exists and is not an empty directory"), atomic.new_directory(out):
         pass
+
+
+def test_what_a_disk_has_no_room_for_is_named_with_its_size(tmp_path, monkeypatch):
+    out = tmp_path / "deep" / "out"
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        message = rf"^{out}: it could not be written \({os.strerror(number)}\). It needs 0.1 MB, and .* are free"
+        with pytest.raises(TransientError, match=message), atomic.room_for(out, 100_000):
+            raise OSError(number, os.strerror(number), "hidden")
+    with pytest.raises(PermissionError), atomic.room_for(out, 1):
+        raise PermissionError(errno.EACCES, "no")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2_500_000_000))
+    with atomic.room_for(out, 2_500_000_000):
+        pass
+    message = rf"^{out}: there is no room for it. It needs 3.0 GB, and 2.5 GB are free on the disk of {tmp_path};"
+    with pytest.raises(TransientError, match=message), atomic.room_for(out, 3_000_000_000):
+        raise AssertionError

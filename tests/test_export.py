@@ -2,7 +2,10 @@
 
 import functools
 import json
+import resource
 import runpy
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -18,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftjax import assemble, export, generate, parity
 from ftjax import config as configs
-from ftjax.errors import UserError
+from ftjax.errors import TransientError, UserError
 from ftjax.train import train
 
 GPT2_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False)  # one that a GGUF has a name for
@@ -182,6 +185,24 @@ def test_an_export_that_says_something_else_is_not_written(root, tmp_path, monke
     with pytest.raises(UserError, match="the export does not say what the run says"):
         export.export_model(root / "run", None, format, tmp_path / "out.gguf", None, "q8_0")
     assert not files(tmp_path)
+
+
+def test_a_full_disk_is_told_with_path_and_need_and_nothing_is_left(root, tmp_path, monkeypatch):
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+    try:
+        with pytest.raises(TransientError, match=rf"^{tmp_path / 'peft'}: .*File too large.*It needs 0.0 MB, and"):
+            export.export_peft(root / "run", None, tmp_path / "peft")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    merged = load_file(root / "merged" / "model.safetensors")
+    for format, of_value in (("merged", 4), ("gguf", 2)):
+        needed = sum(values.size for values in merged.values()) * of_value / 1e6
+        message = rf"^{tmp_path / format}: there is no room for it. It needs {needed:.1f} MB"
+        with pytest.raises(TransientError, match=message):
+            export.export_model(root / "run", None, format, tmp_path / format, "float32", "f16")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

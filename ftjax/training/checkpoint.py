@@ -28,6 +28,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from ftjax import distributed
+from ftjax.atomic import size
 from ftjax.distributed import Meetings, is_first
 from ftjax.errors import TransientError, UserError
 from ftjax.training import digest
@@ -124,6 +125,8 @@ class Checkpoints:
         """Return when nothing is being written. Raises TransientError if the last save failed."""
         save, self._pending = self._pending, None
         if save is not None and (error := save.future.exception()) is not None:
+            if is_first():
+                self._clean()  # once more: when it failed, others of Orbax's threads were still writing
             raise TransientError(self._failed(save, error)) from error
 
     def check(self) -> None:
@@ -315,11 +318,12 @@ class Checkpoints:
     def _failed(self, save: _Save, error: BaseException) -> str:
         complete = self._complete()
         free = shutil.disk_usage(self.directory).free
+        what = "removing older steps after" if save.step in complete else "saving"
         again = f"resumes from step {complete[-1]} (there are {complete})" if complete else "begins again"
         return (
-            f"{self.directory}: saving step {save.step}, or removing older steps after it, failed: {_reason(error)}. A "
-            f"step takes about {save.nbytes / 1e9:.2g} GB there, {free / 1e9:.2g} GB are free. Free space or restore "
-            f"access, then run the same command again: it {again}."
+            f"{self.directory}: {what} step {save.step} failed: {_reason(error)}. A step takes about "
+            f"{size(save.nbytes)} there, and {size(free)} are free. Free space or restore access, then run the same "
+            f"command again: it {again}."
         )
 
     def _retire(self) -> None:

@@ -337,7 +337,7 @@ def test_a_failed_write_is_raised_and_older_steps_stay(tmp_path, small_file_limi
     big = {"big": jax.random.normal(jax.random.key(0), (1_000_000,))}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, big, META)
-    message = r"saving step 2.*failed: File too large. A step takes about 0.004 GB .* GB are free.*resumes from step 1 "
+    message = r"saving step 2.*failed: File too large. A step takes about 4.0 MB .* are free.*resumes from step 1 "
 
     def check():  # which does not wait
         for _ in range(1000):

@@ -8,7 +8,6 @@ only what they are sent. Nor is a process with threads forked.
 import contextlib
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
@@ -49,7 +48,9 @@ def ordered(function: Callable[..., Any], shared: tuple, tasks: Iterable[Any], w
 def _start() -> tuple[subprocess.Popen, Connection]:
     ours, theirs = socket.socketpair()
     with theirs:
-        code = f"from ftjax.data.tokens.processes import work; work({theirs.fileno()})"
+        # The process that started this one ends it, not Ctrl-C.
+        code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        code += f"from ftjax.data.tokens.processes import work; work({theirs.fileno()})"
         # The tokenizer gets one thread in each worker: there are as many workers as cores.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         environment = os.environ | {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
@@ -98,7 +99,6 @@ def _alive(process: subprocess.Popen) -> Iterator[None]:
 
 def work(descriptor: int) -> None:
     """The main function of a worker: receives tasks and sends results until the connection is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     with Connection(descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
         function, shared = connection.recv()
         while True:
