@@ -25,6 +25,7 @@ from ftjax.method import Method, learning_rate, method_of
 from ftjax.models import params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
+from ftjax.models.groups import stack_of
 from ftjax.models.heads import COLLECTION, abstract_head, init_heads
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.loss import Objective
@@ -71,6 +72,7 @@ class Program(NamedTuple):
     Attributes:
       model, mesh: what it is for.
       variables: all collections, ShapeDtypeStructs; is_trained: which of their paths training changes.
+      trained_count: how many parameters it changes, without zeros that only fill stacks of adapters up.
       frozen: those that it does not, with the reference where the method needs one beside them.
       state, batch: what `step` takes, a batch as [accumulate, batch / accumulate, length].
       step: see `training.step.make_step`.
@@ -82,6 +84,7 @@ class Program(NamedTuple):
     objective: Objective
     variables: Tree
     is_trained: Callable[[str], bool]
+    trained_count: int
     frozen: Tree
     optimizer: optax.GradientTransformation
     state: TrainState
@@ -118,7 +121,8 @@ def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) ->
     shape = (config.accumulate, config.data.batch_size // config.accumulate, data_spec(config, model.spec).row_length)
     where = sharding.named(mesh, (None, "batch", "length"), shape)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in method.batch.items()}
-    return Program(model, mesh, method, objective, variables, is_trained, frozen, optimizer, state, batch, step)
+    count = _trained_count(config, model.spec, trainable)
+    return Program(model, mesh, method, objective, variables, is_trained, count, frozen, optimizer, state, batch, step)
 
 
 def _starts_as_base(config: ConfigDict, trainable: Tree) -> bool:
@@ -195,11 +199,48 @@ def _adapters(config: ConfigDict, model: Decoder, leaves: dict) -> tuple[dict[st
         ranks = {continued.path_of(module): stored.rank(module) for module in stored.modules}
         chosen["magnitude"], trained = stored.settings.dora, set(stored.saved)
     else:
-        targets = lora.find_targets(adapter.targets, lora.adaptable(leaves))
+        targets = _in_layers(adapter.layers, lora.find_targets(adapter.targets, lora.adaptable(leaves)), model.spec)
         ranks = lora.by_pattern(adapter.rank, adapter.rank_pattern, targets, "adapter.rank_pattern")
         lora.by_pattern(adapter.alpha, adapter.alpha_pattern, targets, "adapter.alpha_pattern")  # for its errors
         trained = _modules_to_save(adapter.modules_to_save, leaves)
     return ranks, [name for name, wanted in chosen.items() if wanted], trained
+
+
+def _in_layers(layers: str, targets: Sequence[str], spec: DecoderSpec) -> list[str]:
+    """The targets of which at least one layer is in `layers`, see lora.layer_numbers."""
+    numbers = lora.layer_numbers(layers, spec.num_hidden_layers)
+    if layers and (outside := [path for path in targets if stack_of(spec, path) is None]):
+        raise UserError(f"adapter.layers={layers!r}: {outside[0]} is in no layer; leave it out of adapter.targets")
+    stacks = {path: stack_of(spec, path) for path in targets}
+    found = [path for path, stack in stacks.items() if stack is None or numbers.intersection(stack.layers)]
+    if not found:
+        raise UserError(f"adapter.layers={layers!r}: none of adapter.targets is in these layers")
+    return found
+
+
+def _adapted_layers(config: ConfigDict, spec: DecoderSpec, modules: Iterable[str]) -> dict[str, list[float]]:
+    """{module: of each layer of its stack, which share of its adapter's rank is there}, of `modules` in layers."""
+    stored, out = continued.stored_adapter(config, spec), {}
+    numbers = lora.layer_numbers(config.adapter.layers, spec.num_hidden_layers)
+    for module in modules:
+        if (stack := stack_of(spec, module)) is None:
+            continue
+        if stored is not None:
+            out[module] = [rank / stored.rank(module) for rank in stored.ranks[module]]
+        else:
+            out[module] = [float(layer in numbers) for layer in stack.layers]
+    return out
+
+
+def _trained_count(config: ConfigDict, spec: DecoderSpec, trained: Tree) -> int:
+    total = tree.count(trained)
+    modules = tree.by_module(trained.get("lora", {}))
+    for module, shares in _adapted_layers(config, spec, modules).items():
+        for name, leaf in modules[module].items():
+            of_layer = leaf.size // len(shares)
+            present = (bool(share) for share in shares) if name == "lora_magnitude" else shares
+            total -= sum(of_layer - round(of_layer * share) for share in present)
+    return total
 
 
 def _quantized(paths: Iterable[str]) -> list[str]:
@@ -245,6 +286,7 @@ def _with_adapters(config: ConfigDict, base: Base, abstract: Tree, variables: Tr
     alphas = lora.by_pattern(adapter.alpha, adapter.alpha_pattern, paths, "adapter.alpha_pattern")
     scales = {path: lora.scale(ranks[path], alphas[path], adapter.rslora) for path in paths}
     adapters = lora.init_adapters(is_part, config.seed, scales, adapter.dropout)
+    adapters = lora.only_in_layers(adapters, _adapted_layers(config, base.model.spec, modules))
     if adapter.init == "pissa":
         variables["params"], adapters = lora.pissa(variables["params"], adapters)
     if adapter.kind == "dora":

@@ -48,6 +48,16 @@ def pairs(kind: type) -> Check:
 
 ANY = Check(lambda value: True, "anything")
 
+
+def _is_layers(text: str) -> bool:
+    parts = [part.split("-") for part in text.split(",")]
+    return not text or all(
+        len(ends) < 3 and all(end.isdecimal() for end in ends) and int(ends[0]) <= int(ends[-1]) for ends in parts
+    )
+
+
+LAYERS = Check(_is_layers, "numbers and ranges of layers, such as '0-7,20'")
+
 # Every key with its default and its check, in the order of the sections of a config.
 KEYS: dict[str, Key] = {
     "model.source": Key("", Check(bool, "a Hugging Face id, a directory, a .gguf file or package:NAME")),
@@ -71,6 +81,8 @@ KEYS: dict[str, Key] = {
     # default: the adapted model starts as the base.
     "adapter.init": Key("default", one_of("default", "pissa")),
     "adapter.targets": Key("all-linear", ANY),  # or names, "q_proj,embed_tokens", or a regular expression
+    # The layers whose targets are adapted, counted from 0: "0-7,20"; all without.
+    "adapter.layers": Key("", LAYERS),
     "adapter.modules_to_save": Key((), ANY),  # modules to train whole beside the adapters: ("lm_head", "norm")
     "adapter.trainable": Key(".*", ANY),  # with kind none: a regular expression over parameter paths
     # How the frozen kernels are stored beside adapters.

@@ -32,7 +32,7 @@ def run(
         "model": f"{config.model.source}: {spec.family}, {spec.num_hidden_layers} layers, width {spec.hidden_size}, "
         f"vocabulary {spec.vocab_size:,}, {total:,} parameters, in {config.model.dtype}",
         "adapter": _adapter(adapter),
-        "trained": _size(trained),
+        "trained": _size(trained, program.trained_count),
         "frozen": _size(frozen),
         **({"reference": _reference(program)} if program.method.reference else {}),
         **({"quantized": f"{_size(packed, quant.count(packed))}, {config.quantize.base}"} if packed else {}),
@@ -83,6 +83,7 @@ def _adapter(adapter: ConfigDict) -> str:
         "from " + adapter.source if adapter.source else "",
         "PiSSA" if adapter.init == "pissa" else "",
         f"dropout {adapter.dropout:g}" if adapter.dropout else "",
+        f"in layers {adapter.layers}" if adapter.layers else "",
         "ranks and alphas by pattern" if adapter.rank_pattern or adapter.alpha_pattern else "",
         f"beside {', '.join(adapter.modules_to_save)} whole" if adapter.modules_to_save else "",
     ]

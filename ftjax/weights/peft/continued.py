@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
+from ftjax import lora
 from ftjax.atomic import write_text
 from ftjax.errors import UserError
 from ftjax.models.spec import DecoderSpec
@@ -84,6 +85,7 @@ def _settings(stored: StoredAdapter) -> dict[str, Any]:
         "rank": settings.rank,
         "alpha": float(settings.alpha),
         "rslora": settings.rslora,
+        "layers": "" if stored.in_all_layers else lora.layers_as_text(stored.layer_numbers),
     }
 
 
