@@ -54,7 +54,7 @@ def test_a_stack_without_a_chosen_layer_has_no_adapters():
     variables, _ = assemble.abstract_variables(config_of(layers="1-2", targets="q_proj"), model, one_device())
     assert [path.split("/")[1] for path in tree.flatten(variables["lora"])] == ["sparse_1"] * 3
     with pytest.raises(UserError, match=r"none of adapter\.targets is in these layers"):
-        assemble.abstract_variables(config_of(layers="0", targets="gate_proj"), model, one_device())
+        assemble.abstract_variables(config_of(layers="1", targets="dense_0/mlp"), model, one_device())
 
 
 def test_the_count_of_trained_parameters_is_that_of_the_chosen_layers():
