@@ -61,7 +61,7 @@ def open_base(config: ConfigDict) -> Base:
     tokenizer = tokenizers.load(path)
     tokenizers.check_vocab(tokenizer, spec.vocab_size)
     dtypes = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
-    model = Decoder(spec, *dtypes, config.remat, config.attention)
+    model = Decoder(spec, *dtypes, config.remat, config.attention, config.neftune_alpha)
     return Base(config.source, path, reader, model, tokenizer, tokenizers.end_tokens(tokenizer, reader.config))
 
 
@@ -141,7 +141,7 @@ def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -
         packing=data.packing,
         train_on=data.train_on,
         vocab_size=spec.vocab_size,
-        seed=config.seed,
+        seed=config.seed if data.seed < 0 else data.seed,
         max_bad_rows=data.max_bad_rows,
         holdout=data.holdout,
         # Where rows are split, each part has the length that the attention kernels want.

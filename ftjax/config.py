@@ -67,6 +67,8 @@ KEYS: dict[str, Key] = {
     "model.remat": Key("none", one_of("none", "full", "dots", "offload")),
     # auto: the fastest that serves the model here.
     "model.attention": Key("auto", one_of("auto", "splash", "cudnn", "xla")),
+    # NEFTune: noise on the embeddings in training, 5 is usual; 0: none.
+    "model.neftune_alpha": Key(0.0, number(0)),
     # none: train the parameters that `trainable` selects.
     "adapter.kind": Key("lora", one_of("lora", "dora", "none")),
     # A PEFT adapter directory to go on from; ranks, alphas and targets are then its own.
@@ -93,6 +95,8 @@ KEYS: dict[str, Key] = {
     # Tokens of a document, where it is cut: a conversation, or each answer of a pair with its prompt.
     "data.max_length": Key(1024, number(2)),
     "data.packing": Key(True, ANY),  # several examples to a row, none seeing another
+    # Of the order of the rows; -1: config.seed, which is that of fresh adapters, dropout and noise, too.
+    "data.seed": Key(-1, number(-1, 2**31 - 1)),
     "data.batch_size": Key(16, number(1)),  # rows in a step, over all devices and micro-batches
     # assistant: every assistant turn; last: the last one; all: every turn.
     "data.train_on": Key("assistant", one_of("assistant", "last", "all")),
@@ -102,6 +106,10 @@ KEYS: dict[str, Key] = {
     "data.checks": Key("on", one_of("on", "warn", "off")),
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
     "objective.name": Key("sft", ANY),  # a method of ftjax/method.py: sft or dpo
+    # sft: the share of a target's probability that is spread over the vocabulary
+    "objective.label_smoothing": Key(0.0, number(0, 0.99)),
+    # sft: so much of log(Z)^2 is added, Z being the sum of a softmax; 1e-4 is usual
+    "objective.z_loss": Key(0.0, number(0)),
     "objective.beta": Key(0.1, number(1e-6)),  # dpo: how strongly the reference holds the policy
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.
@@ -140,6 +148,7 @@ KEYS: dict[str, Key] = {
     "seed": Key(0, number(0, 2**31 - 1)),
     "log_every": Key(10, number(1)),
     "eval_every": Key(0, number(0)),  # steps; 0: only at the end
+    "eval_epochs": Key(0.0, number(0)),  # instead, in epochs: 0.5 is twice in each
     "checkpoint_every": Key(100, number(1)),
 }
 
@@ -170,6 +179,7 @@ FREE_TO_CHANGE = (
     "checkpoint.",
     "evaluate.",
     "eval_every",
+    "eval_epochs",
     "mesh.",
     "model.remat",
     "model.attention",
@@ -208,6 +218,11 @@ def validate(config: ConfigDict, data: bool = True) -> None:
         raise UserError(
             f"config.data.batch_size={config.data.batch_size} is not a multiple of config.accumulate="
             f"{config.accumulate}; every micro-batch has the same number of rows"
+        )
+    if config.eval_every and config.eval_epochs:
+        raise UserError(
+            f"config.eval_every={config.eval_every} steps and config.eval_epochs={config.eval_epochs:g} epochs both "
+            "say how often to evaluate; set one of them to 0"
         )
     for which in ("train", "eval"):
         for entry in sources(config, which):

@@ -58,7 +58,12 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "sft": Method(make_sft, rows="conversation", learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5}),
+    "sft": Method(
+        make_sft,
+        rows="conversation",
+        learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5},
+        settings=("label_smoothing", "z_loss"),
+    ),
     "dpo": Method(
         make_dpo,
         rows="pair",

@@ -107,7 +107,7 @@ def _train(
             step,
             program.method.source(program, start.frozen, train_loader, rows, total_steps),
             evaluate if configs.evaluates(config) else None,
-            Cadence(total_steps, config.log_every, config.checkpoint_every, config.eval_every, config.evaluate.before),
+            cadence(config, train_loader, total_steps),
             Records(checkpoints, writer, display, meta, best_metric(config)[0], seconds),
             preemption,
         )
@@ -118,6 +118,12 @@ def _train(
             writer.close()
     display.table("finished", describe.result(workdir, checkpoints.best()))
     return 0
+
+
+def cadence(config: ConfigDict, loader: Loader, total_steps: int) -> Cadence:
+    """How often what happens, in steps."""
+    evaluate = loader.batches_in(config.eval_epochs) if config.eval_epochs else config.eval_every
+    return Cadence(total_steps, config.log_every, config.checkpoint_every, evaluate, config.evaluate.before)
 
 
 def _load_data(config: ConfigDict, base: Base, mesh: Mesh, display: Display) -> tuple[Loader, Loader | None, dict]:

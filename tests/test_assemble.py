@@ -1,5 +1,9 @@
 """From config to variables: what is trained, in which dtype, and where an adapter goes."""
 
+import math
+import types
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +15,7 @@ from support.tiny import one_device, spec
 from ftjax import assemble, train, tree
 from ftjax import config as configs
 from ftjax.assemble import abstract_variables
+from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.weights import load
 
@@ -88,3 +93,20 @@ def test_a_run_is_loaded_without_its_optimizer_and_without_the_weights_it_has_tr
     assert loaded.keys() == start.keys()
     for path, leaf in start.items():
         assert np.array_equal(loaded[path], leaf) == (path not in trained), path
+
+
+def test_the_order_of_the_rows_has_a_seed_of_its_own():
+    config = config_of(Path("nowhere"), seed=3)
+    assert assemble.data_spec(config, spec()).seed == 3
+    config.data.seed = 5
+    assert assemble.data_spec(config, spec()).seed == 5
+
+
+def test_evaluation_comes_every_so_many_steps_or_parts_of_an_epoch():
+    loader = types.SimpleNamespace(batches_in=lambda epochs: math.ceil(epochs * 25))
+    config = config_of(Path("nowhere"), eval_epochs=0.5)
+    assert train.cadence(config, loader, 100).evaluate == 13
+    config = config_of(Path("nowhere"), eval_every=7)
+    assert train.cadence(config, loader, 100).evaluate == 7
+    with pytest.raises(UserError, match=r"eval_every=7 steps and config.eval_epochs=0.5 epochs both"):
+        config_of(Path("nowhere"), eval_every=7, eval_epochs=0.5)

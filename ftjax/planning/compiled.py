@@ -66,7 +66,7 @@ def describe(config: ConfigDict, spec: DecoderSpec, devices: list[jax.Device]) -
     """The step of `config` on its mesh of these devices. Raises UserError where the batch does not divide."""
     mesh = sharding.make_mesh(dict(config.mesh), devices)
     dtypes = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
-    model = Decoder(spec, *dtypes, config.model.remat, config.model.attention)
+    model = Decoder(spec, *dtypes, config.model.remat, config.model.attention, config.model.neftune_alpha)
     preflight.check_mesh(config, spec, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return assemble.program(config, model, mesh, STEPS)
