@@ -32,7 +32,7 @@ from ftjax.objectives.loss import Objective
 from ftjax.objectives.reference import frozen_with_reference
 from ftjax.training import optim
 from ftjax.training.checkpoint import Checkpoints
-from ftjax.training.state import TrainState, abstract_state
+from ftjax.training.state import AVERAGE, Kept, TrainState, abstract_state, with_average
 from ftjax.training.step import Batch, Metrics, make_step
 from ftjax.tree import Tree
 from ftjax.weights import load as weights
@@ -74,6 +74,7 @@ class Program(NamedTuple):
       variables: all collections, ShapeDtypeStructs; is_trained: which of their paths training changes.
       trained_count: how many parameters it changes, without zeros that only fill stacks of adapters up.
       frozen: those that it does not, with the reference where the method needs one beside them.
+      kept: what the method keeps, and the average of what is trained where config.optimizer.ema_decay asks for it.
       state, batch: what `step` takes, a batch as [accumulate, batch / accumulate, length].
       step: see `training.step.make_step`.
     """
@@ -87,6 +88,7 @@ class Program(NamedTuple):
     trained_count: int
     frozen: Tree
     optimizer: optax.GradientTransformation
+    kept: Kept | None
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
     step: Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
@@ -115,14 +117,17 @@ def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) ->
     schedule = optim.make_schedule(learning_rate(config), config.schedule, total_steps)
     optim.rate_factors(config.optimizer, list(tree.flatten(trainable)))  # for its errors
     optimizer = optim.make_optimizer(config.optimizer, schedule)
-    state = abstract_state(optimizer, trainable, mesh, method.kept)
+    kept = with_average(method.kept, config.optimizer.ema_decay)
+    state = abstract_state(optimizer, trainable, mesh, kept)
     objective = method.objective(model, config.objective)
-    step = make_step(objective, optimizer, schedule, state, config.seed, model.dtype, method.kept)
+    step = make_step(objective, optimizer, schedule, state, config.seed, model.dtype, kept)
     shape = (config.accumulate, config.data.batch_size // config.accumulate, data_spec(config, model.spec).row_length)
     where = sharding.named(mesh, (None, "batch", "length"), shape)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in method.batch.items()}
     count = _trained_count(config, model.spec, trainable)
-    return Program(model, mesh, method, objective, variables, is_trained, count, frozen, optimizer, state, batch, step)
+    return Program(
+        model, mesh, method, objective, variables, is_trained, count, frozen, optimizer, kept, state, batch, step
+    )
 
 
 def _starts_as_base(config: ConfigDict, trainable: Tree) -> bool:
@@ -344,8 +349,9 @@ def whole_params(variables: Tree, dtype: jnp.dtype) -> Tree:
 def load_run(workdir: Path, step: int | None = None) -> tuple[ConfigDict, Base, Tree, int]:
     """A run's (config, base, variables, step) from its checkpoint `step`, by default the newest.
 
-    What was trained comes from the checkpoint, without the optimizer's state, and only what was not from the base.
-    The mesh is this machine's, not the run's. Raises UserError where `workdir` holds no run or no such step.
+    What was trained, or where the run keeps one its average, comes from the checkpoint, without the optimizer's state,
+    and only what was not from the base. The mesh is this machine's, not the run's. Raises UserError where `workdir`
+    holds no run or no such step.
     """
     config = configs.read(workdir / "config.json")
     base = open_base(config.model)
@@ -354,6 +360,8 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[ConfigDict, Base, 
     with jax.set_mesh(mesh):
         run = program(config, base.model, mesh, total_steps=1)  # of which the optimizer is not used
         with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-            step, state, _ = checkpoints.restore({"trainable": run.state.trainable}, step, partial=True)
+            averaged = AVERAGE in run.state.kept
+            part = {"kept": {AVERAGE: run.state.result}} if averaged else {"trainable": run.state.result}
+            step, state, _ = checkpoints.restore(part, step, partial=True)
         frozen = load_variables(config, base, run.variables, lambda path: not run.is_trained(path))
-        return config, base, tree.combine(state["trainable"], frozen), step
+        return config, base, tree.combine(state["kept"][AVERAGE] if averaged else state["trainable"], frozen), step

@@ -125,6 +125,8 @@ KEYS: dict[str, Key] = {
     "optimizer.groups": Key((), pairs(float)),
     # Of the first moment; the second is always float32.
     "optimizer.momentum_dtype": Key("float32", one_of("float32", "bfloat16")),
+    # Moving average of what is trained, which is then what is evaluated and exported; 0: none.
+    "optimizer.ema_decay": Key(0.0, number(0, 0.999999)),
     # constant with a warm-up is elsewhere called constant_with_warmup; wsd: warm up, stable, decay
     "schedule.name": Key("cosine", one_of("cosine", "linear", "constant", "wsd")),
     "schedule.warmup_ratio": Key(0.03, number(0, 1)),  # of all steps

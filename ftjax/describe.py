@@ -33,6 +33,7 @@ def run(
         f"vocabulary {spec.vocab_size:,}, {total:,} parameters, in {config.model.dtype}",
         "adapter": _adapter(adapter),
         "trained": _size(trained, program.trained_count),
+        **({"average": _average(config.optimizer.ema_decay)} if config.optimizer.ema_decay else {}),
         "frozen": _size(frozen),
         **({"reference": _reference(program)} if program.method.reference else {}),
         **({"quantized": f"{_size(packed, quant.count(packed))}, {config.quantize.base}"} if packed else {}),
@@ -95,6 +96,10 @@ def _reference(program: Program) -> str:
     if REFERENCE not in program.frozen:
         return "the base, without its adapter"
     return f"the values that training starts from, {_size(program.frozen[REFERENCE])}"
+
+
+def _average(decay: float) -> str:
+    return f"decay {decay:g}, of about the last {1 / (1 - decay):.0f} steps; what is evaluated and exported is this"
 
 
 def _size(abstract: Tree, count: int | None = None) -> str:

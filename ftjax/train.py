@@ -96,7 +96,7 @@ def _train(
             return program.step(state, frozen, place_batch(mesh, arrays, config.accumulate))
 
         def evaluate(number: int, state: TrainState) -> dict[str, float]:
-            return evaluator(number, state.trainable, start.frozen | ({"kept": state.kept} if state.kept else {}))
+            return evaluator(number, state.result, start.frozen | state.collections)
 
         # Loop, checkpoints.
         writer = metrics.MetricsWriter(workdir, -1 if there.step is None else there.step)

@@ -137,7 +137,8 @@ def _memory(program: Program, analysis) -> Memory:
     leaves = [*tree.flatten(program.state.trainable).items(), *tree.flatten(program.frozen).items()]
     adapters = sum(bytes_on_chip(leaf) for path, leaf in leaves if path.startswith("lora/"))
     whole = sum(bytes_on_chip(leaf) for path, leaf in leaves if not path.startswith("lora/"))
-    optimizer = sum(map(bytes_on_chip, jax.tree.leaves((program.state.opt_state, program.state.step))))
+    state = program.state
+    optimizer = sum(map(bytes_on_chip, jax.tree.leaves((state.opt_state, state.kept, state.step))))
     # What is left of the compiler's own sum of arguments: the batch, and the padding of arrays to their tiles.
     batch = analysis.argument_size_in_bytes - whole - adapters - optimizer
     output = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
