@@ -26,13 +26,14 @@ from ftjax.method import Method, learning_rate, method_of
 from ftjax.models import params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
+from ftjax.models.groups import stack_of
 from ftjax.models.heads import COLLECTION, abstract_head, init_heads
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.reference import frozen_with_reference
 from ftjax.training import optim
 from ftjax.training.checkpoint import Checkpoints
-from ftjax.training.state import TrainState, abstract_state
+from ftjax.training.state import AVERAGE, Kept, TrainState, abstract_state, with_average
 from ftjax.training.step import Batch, Metrics, make_step
 from ftjax.tree import Tree
 from ftjax.weights import load as weights
@@ -69,7 +70,7 @@ def open_base(config: ConfigDict, weights: bool = True) -> Base:
     tokenizers.check_vocab(tokenizer, spec.vocab_size)
     dtypes = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
     remat = "none" if config.remat == "auto" else config.remat  # for training, which chooses when it knows its batch
-    model = Decoder(spec, *dtypes, remat, config.attention)
+    model = Decoder(spec, *dtypes, remat, config.attention, config.neftune_alpha)
     return Base(config.source, path, reader, model, tokenizer, tokenizers.end_tokens(tokenizer, reader.config))
 
 
@@ -80,7 +81,9 @@ class Program(NamedTuple):
     Attributes:
       model, mesh: what it is for.
       variables: all collections, ShapeDtypeStructs; is_trained: which of their paths training changes.
+      trained_count: how many parameters it changes, without zeros that only fill stacks of adapters up.
       frozen: those that it does not, with the reference where the method needs one beside them.
+      kept: what the method keeps, and the average of what is trained where config.optimizer.ema_decay asks for it.
       state, batch: what `step` takes, a batch as [accumulate, batch / accumulate, length].
       step: see `training.step.make_step`.
     """
@@ -91,8 +94,10 @@ class Program(NamedTuple):
     objective: Objective
     variables: Tree
     is_trained: Callable[[str], bool]
+    trained_count: int
     frozen: Tree
     optimizer: optax.GradientTransformation
+    kept: Kept | None
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
     step: Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
@@ -121,13 +126,17 @@ def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) ->
     schedule = optim.make_schedule(learning_rate(config), config.schedule, total_steps)
     optim.rate_factors(config.optimizer, list(tree.flatten(trainable)))  # for its errors
     optimizer = optim.make_optimizer(config.optimizer, schedule)
-    state = abstract_state(optimizer, trainable, mesh, method.kept)
+    kept = with_average(method.kept, config.optimizer.ema_decay)
+    state = abstract_state(optimizer, trainable, mesh, kept)
     objective = method.objective(model, config.objective)
-    step = make_step(objective, optimizer, schedule, state, config.seed, model.dtype, method.kept)
+    step = make_step(objective, optimizer, schedule, state, config.seed, model.dtype, kept)
     shape = (config.accumulate, config.data.batch_size // config.accumulate, data_spec(config, model.spec).row_length)
     where = sharding.named(mesh, (None, "batch", "length"), shape)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in method.batch.items()}
-    return Program(model, mesh, method, objective, variables, is_trained, frozen, optimizer, state, batch, step)
+    count = _trained_count(config, model.spec, trainable)
+    return Program(
+        model, mesh, method, objective, variables, is_trained, count, frozen, optimizer, kept, state, batch, step
+    )
 
 
 def _starts_as_base(config: ConfigDict, trainable: Tree) -> bool:
@@ -147,7 +156,7 @@ def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -
         packing=data.packing,
         train_on=data.train_on,
         vocab_size=spec.vocab_size,
-        seed=config.seed,
+        seed=config.seed if data.seed < 0 else data.seed,
         max_bad_rows=data.max_bad_rows,
         holdout=data.holdout,
         long_text=data.long_text,
@@ -206,11 +215,48 @@ def _adapters(config: ConfigDict, model: Decoder, leaves: dict) -> tuple[dict[st
         ranks = {continued.path_of(module): stored.rank(module) for module in stored.modules}
         chosen["magnitude"], trained = stored.settings.dora, set(stored.saved)
     else:
-        targets = lora.find_targets(adapter.targets, lora.adaptable(leaves))
+        targets = _in_layers(adapter.layers, lora.find_targets(adapter.targets, lora.adaptable(leaves)), model.spec)
         ranks = lora.by_pattern(adapter.rank, adapter.rank_pattern, targets, "adapter.rank_pattern")
         lora.by_pattern(adapter.alpha, adapter.alpha_pattern, targets, "adapter.alpha_pattern")  # for its errors
         trained = _modules_to_save(adapter.modules_to_save, leaves)
     return ranks, [name for name, wanted in chosen.items() if wanted], trained
+
+
+def _in_layers(layers: str, targets: Sequence[str], spec: DecoderSpec) -> list[str]:
+    """The targets of which at least one layer is in `layers`, see lora.layer_numbers."""
+    numbers = lora.layer_numbers(layers, spec.num_hidden_layers)
+    if layers and (outside := [path for path in targets if stack_of(spec, path) is None]):
+        raise UserError(f"adapter.layers={layers!r}: {outside[0]} is in no layer; leave it out of adapter.targets")
+    stacks = {path: stack_of(spec, path) for path in targets}
+    found = [path for path, stack in stacks.items() if stack is None or numbers.intersection(stack.layers)]
+    if not found:
+        raise UserError(f"adapter.layers={layers!r}: none of adapter.targets is in these layers")
+    return found
+
+
+def _adapted_layers(config: ConfigDict, spec: DecoderSpec, modules: Iterable[str]) -> dict[str, list[float]]:
+    """{module: of each layer of its stack, which share of its adapter's rank is there}, of `modules` in layers."""
+    stored, out = continued.stored_adapter(config, spec), {}
+    numbers = lora.layer_numbers(config.adapter.layers, spec.num_hidden_layers)
+    for module in modules:
+        if (stack := stack_of(spec, module)) is None:
+            continue
+        if stored is not None:
+            out[module] = [rank / stored.rank(module) for rank in stored.ranks[module]]
+        else:
+            out[module] = [float(layer in numbers) for layer in stack.layers]
+    return out
+
+
+def _trained_count(config: ConfigDict, spec: DecoderSpec, trained: Tree) -> int:
+    total = tree.count(trained)
+    modules = tree.by_module(trained.get("lora", {}))
+    for module, shares in _adapted_layers(config, spec, modules).items():
+        for name, leaf in modules[module].items():
+            of_layer = leaf.size // len(shares)
+            present = (bool(share) for share in shares) if name == "lora_magnitude" else shares
+            total -= sum(of_layer - round(of_layer * share) for share in present)
+    return total
 
 
 def _quantized(paths: Iterable[str]) -> list[str]:
@@ -256,6 +302,7 @@ def _with_adapters(config: ConfigDict, base: Base, abstract: Tree, variables: Tr
     alphas = lora.by_pattern(adapter.alpha, adapter.alpha_pattern, paths, "adapter.alpha_pattern")
     scales = {path: lora.scale(ranks[path], alphas[path], adapter.rslora) for path in paths}
     adapters = lora.init_adapters(is_part, config.seed, scales, adapter.dropout)
+    adapters = lora.only_in_layers(adapters, _adapted_layers(config, base.model.spec, modules))
     if adapter.init == "pissa":
         variables["params"], adapters = lora.pissa(variables["params"], adapters)
     if adapter.kind == "dora":
@@ -328,9 +375,10 @@ def load_run(
 
     check: is called with the config, the base and the variables' shapes before any weights are read.
 
-    What was trained comes from the checkpoint, without the optimizer's state, and only what was not from the base.
-    The mesh is this machine's, not the run's. moved: {"model" or "adapter": where it is now}. Raises UserError where
-    `workdir` holds no run or no such step, and for another base or adapter than the run began with.
+    What was trained, or where the run keeps one its average, comes from the checkpoint, without the optimizer's state,
+    and only what was not from the base. The mesh is this machine's, not the run's. moved: {"model" or "adapter": where
+    it is now}. Raises UserError where `workdir` holds no run or no such step, and for another base or adapter than the
+    run began with.
     """
     config = _found(configs.read(workdir / "config.json"), moved or {})
     origin.check_there(config, workdir)
@@ -346,9 +394,12 @@ def load_run(
         if check is not None:
             check(config, base, run.variables)
         with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-            step, state, _ = checkpoints.restore({"trainable": run.state.trainable}, step, partial=True)
+            averaged = AVERAGE in run.state.kept
+            part = {"kept": {AVERAGE: run.state.result}} if averaged else {"trainable": run.state.result}
+            step, state, _ = checkpoints.restore(part, step, partial=True)
+        result = state["kept"][AVERAGE] if averaged else state["trainable"]
         frozen = load_variables(config, base, run.variables, lambda path: not run.is_trained(path))
-        return config, base, tree.combine(state["trainable"], frozen), step
+        return config, base, tree.combine(result, frozen), step
 
 
 def _found(config: ConfigDict, moved: Mapping[str, str]) -> ConfigDict:

@@ -49,6 +49,16 @@ def pairs(kind: type) -> Check:
 
 ANY = Check(lambda value: True, "anything")
 
+
+def _is_layers(text: str) -> bool:
+    parts = [part.split("-") for part in text.split(",")]
+    return not text or all(
+        len(ends) < 3 and all(end.isdecimal() for end in ends) and int(ends[0]) <= int(ends[-1]) for ends in parts
+    )
+
+
+LAYERS = Check(_is_layers, "numbers and ranges of layers, such as '0-7,20'")
+
 # Every key with its default and its check, in the order of the sections of a config.
 KEYS: dict[str, Key] = {
     "model.source": Key("", Check(bool, "a Hugging Face id, a directory, a .gguf file or package:NAME")),
@@ -61,6 +71,8 @@ KEYS: dict[str, Key] = {
     "model.remat": Key("auto", one_of("auto", "none", "full", "dots", "offload")),
     # auto: the fastest that serves the model here.
     "model.attention": Key("auto", one_of("auto", "splash", "cudnn", "xla")),
+    # NEFTune: noise on the embeddings in training, 5 is usual; 0: none.
+    "model.neftune_alpha": Key(0.0, number(0)),
     # none: train the parameters that `trainable` selects.
     "adapter.kind": Key("lora", one_of("lora", "dora", "none")),
     # A PEFT adapter directory to go on from; ranks, alphas and targets are then its own.
@@ -75,6 +87,8 @@ KEYS: dict[str, Key] = {
     # default: the adapted model starts as the base.
     "adapter.init": Key("default", one_of("default", "pissa")),
     "adapter.targets": Key("all-linear", ANY),  # or names, "q_proj,embed_tokens", or a regular expression
+    # The layers whose targets are adapted, counted from 0: "0-7,20"; all without.
+    "adapter.layers": Key("", LAYERS),
     "adapter.modules_to_save": Key((), ANY),  # modules to train whole beside the adapters: ("lm_head", "norm")
     "adapter.trainable": Key(".*", ANY),  # with kind none: a regular expression over parameter paths
     # How the frozen kernels are stored beside adapters.
@@ -87,6 +101,8 @@ KEYS: dict[str, Key] = {
     # What becomes of a longer `text`. divide: it goes on in further documents; cut: its rest is left out.
     "data.long_text": Key("divide", one_of("divide", "cut")),
     "data.packing": Key(True, ANY),  # several examples to a row, none seeing another
+    # Of the order of the rows; -1: config.seed, which is that of fresh adapters, dropout and noise, too.
+    "data.seed": Key(-1, number(-1, 2**31 - 1)),
     # Rows in a step, over all devices and micro-batches; 0: chosen for the data (docs/data.md).
     "data.batch_size": Key(0, number(0)),
     # Tokens of a row; 0: chosen with the batch, or where that is given as many as the longest example may have.
@@ -99,6 +115,10 @@ KEYS: dict[str, Key] = {
     "data.checks": Key("on", one_of("on", "warn", "off")),
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
     "objective.name": Key("sft", ANY),  # a method of ftjax/method.py: sft or dpo
+    # sft: the share of a target's probability that is spread over the vocabulary
+    "objective.label_smoothing": Key(0.0, number(0, 0.99)),
+    # sft: so much of log(Z)^2 is added, Z being the sum of a softmax; 1e-4 is usual
+    "objective.z_loss": Key(0.0, number(0)),
     "objective.beta": Key(0.1, number(1e-6)),  # dpo: how strongly the reference holds the policy
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.
@@ -114,6 +134,8 @@ KEYS: dict[str, Key] = {
     "optimizer.groups": Key((), pairs(float)),
     # Of the first moment; the second is always float32.
     "optimizer.momentum_dtype": Key("float32", one_of("float32", "bfloat16")),
+    # Moving average of what is trained, which is then what is evaluated and exported; 0: none.
+    "optimizer.ema_decay": Key(0.0, number(0, 0.999999)),
     # constant with a warm-up is elsewhere called constant_with_warmup; wsd: warm up, stable, decay
     "schedule.name": Key("cosine", one_of("cosine", "linear", "constant", "wsd")),
     "schedule.warmup_ratio": Key(0.03, number(0, 1)),  # of all steps
@@ -137,6 +159,7 @@ KEYS: dict[str, Key] = {
     "seed": Key(0, number(0, 2**31 - 1)),
     "log_every": Key(10, number(1)),
     "eval_every": Key(0, number(0)),  # steps; 0: only at the end
+    "eval_epochs": Key(0.0, number(0)),  # instead, in epochs: 0.5 is twice in each
     "checkpoint_every": Key(100, number(1)),
     # Hours after which the run saves and ends with status 75, in time for what a scheduler allows; 0: no limit.
     "max_hours": Key(0.0, number(0)),
@@ -187,6 +210,7 @@ FREE_TO_CHANGE = (
     "evaluate.",
     "eval_every",
     "accumulate",
+    "eval_epochs",
     "mesh.",
     "model.remat",
     "model.attention",
@@ -264,6 +288,11 @@ def validate(config: ConfigDict, data: bool = True) -> None:
         raise UserError(
             f"config.data.batch_size={config.data.batch_size} is not a multiple of config.accumulate="
             f"{config.accumulate}; every micro-batch has the same number of rows"
+        )
+    if config.eval_every and config.eval_epochs:
+        raise UserError(
+            f"config.eval_every={config.eval_every} steps and config.eval_epochs={config.eval_epochs:g} epochs both "
+            "say how often to evaluate; set one of them to 0"
         )
     for which in ("train", "eval"):
         for entry in sources(config, which):

@@ -42,7 +42,8 @@ def run(
         "model": f"{config.model.source}: {spec.family}, {spec.num_hidden_layers} layers, width {spec.hidden_size}, "
         f"vocabulary {spec.vocab_size:,}, {total:,} parameters, in {config.model.dtype}",
         "adapter": _adapter(adapter),
-        "trained": _size(trained),
+        "trained": _size(trained, program.trained_count),
+        **({"average": _average(config.optimizer.ema_decay)} if config.optimizer.ema_decay else {}),
         "frozen": _size(frozen),
         **({"reference": _reference(program)} if program.method.reference else {}),
         **({"quantized": f"{_size(packed, quant.count(packed))}, {config.quantize.base}"} if packed else {}),
@@ -128,6 +129,7 @@ def _adapter(adapter: ConfigDict) -> str:
         "from " + adapter.source if adapter.source else "",
         "PiSSA" if adapter.init == "pissa" else "",
         f"dropout {adapter.dropout:g}" if adapter.dropout else "",
+        f"in layers {adapter.layers}" if adapter.layers else "",
         "ranks and alphas by pattern" if adapter.rank_pattern or adapter.alpha_pattern else "",
         f"beside {', '.join(adapter.modules_to_save)} whole" if adapter.modules_to_save else "",
     ]
@@ -139,6 +141,10 @@ def _reference(program: Program) -> str:
     if REFERENCE not in program.frozen:
         return "the base, without its adapter"
     return f"the values that training starts from, {_size(program.frozen[REFERENCE])}"
+
+
+def _average(decay: float) -> str:
+    return f"decay {decay:g}, of about the last {1 / (1 - decay):.0f} steps; what is evaluated and exported is this"
 
 
 def _size(abstract: Tree, count: int | None = None) -> str:

@@ -4,7 +4,8 @@ y = x W + scale (x A) B. An adapter tree has the paths of the layers that it ada
 `lora_b` [L, r, out] and `lora_scale` [L], float32. L is the number of stacked layers; experts have their number as an
 axis after it, and layers that are not stacked have no L. For an embedding `in` is the vocabulary. There may also be
 `lora_magnitude` [L, out] (DoRA), `lora_dropout` [L], a rate, and `lora_a0`, `lora_b0` (PiSSA: what was subtracted from
-W). The model reads the tree as its `lora` collection; training differentiates the paths that match TRAINABLE.
+W). A layer whose scale is 0 has no adapter (`only_in_layers`). The model reads the tree as its `lora` collection;
+training differentiates the paths that match TRAINABLE.
 """
 
 import math
@@ -66,6 +67,43 @@ def by_pattern(
     for pattern, value in patterns:
         values |= dict.fromkeys(tree.matching(pattern, list(targets), key), value)
     return values
+
+
+def layer_numbers(layers: str, count: int) -> set[int]:
+    """ "0-2,5" -> {0, 1, 2, 5}; "" is all of a model's `count` layers. UserError for layers that it has not."""
+    if not layers:
+        return set(range(count))
+    ranges = [[int(end) for end in part.split("-")] for part in layers.split(",")]
+    chosen = {layer for ends in ranges for layer in range(ends[0], ends[-1] + 1)}
+    if wrong := sorted(chosen - set(range(count))):
+        raise UserError(f"adapter.layers={layers!r}: the model has the layers 0 to {count - 1}, and no {wrong[0]}")
+    return chosen
+
+
+def layers_as_text(numbers: Iterable[int]) -> str:
+    """The inverse of `layer_numbers`: {0, 1, 2, 5} -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def only_in_layers(adapters: Tree, chosen: Mapping[str, Sequence[bool]]) -> Tree:
+    """Fresh adapters without those of some layers: there A and the scale are zero.
+
+    They stay so: B is zero too, and the gradient of either is a product with the other; a magnitude does not count
+    where the scale is 0. chosen: {module: for each layer of its stack whether it has one}; all, where it is not named.
+    """
+    modules = tree.by_module(adapters)
+    for module, mask in chosen.items():
+        for name in ("lora_a", "lora_scale") if not all(mask) else ():
+            leaf = modules[module][name]
+            keep = jnp.asarray(mask, jnp.float32).reshape(-1, *[1] * (leaf.ndim - 1))
+            modules[module][name] = jax.jit(jnp.multiply, out_shardings=leaf.sharding)(leaf, keep)
+    return tree.unflatten(modules)
 
 
 def scale(rank: int, alpha: float, rslora: bool) -> float:
@@ -189,7 +227,8 @@ def _merged(
     scaled_b = jnp.asarray(b) * jnp.asarray(scaling)[..., None, None]
     whole = jnp.asarray(kernel, jnp.float32) + jnp.matmul(a, scaled_b, precision="highest")
     if magnitude is not None:
-        whole = whole * (magnitude / jnp.linalg.norm(whole, axis=-2))[..., None, :]
+        factor = magnitude / jnp.linalg.norm(whole, axis=-2)
+        whole = whole * jnp.where(jnp.asarray(scaling)[..., None] == 0, 1, factor)[..., None, :]
     return whole.astype(kernel.dtype)
 
 
@@ -198,7 +237,7 @@ def _principal(kernel: jax.Array, scaling: jax.Array, rank: int) -> tuple[jax.Ar
 
     def split(kernel: jax.Array, scaling: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         u, s, v = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
-        root = jnp.sqrt(s[:rank] / scaling)
+        root = jnp.sqrt(jnp.where(scaling == 0, 0, s[:rank] / scaling))
         a, b = u[:, :rank] * root, root[:, None] * v[:rank]
         left = kernel - scaling * jnp.matmul(a, b, precision="highest")
         return a, b, left.astype(kernel.dtype)

@@ -65,6 +65,7 @@ METHODS = {
         rows="conversation",
         learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5},
         epochs=(3.0, 15.0),  # Alpaca's 52,000 rows (Taori et al. 2023), LIMA's 1,000 (Zhou et al. 2023)
+        settings=("label_smoothing", "z_loss"),
     ),
     "dpo": Method(
         make_dpo,

@@ -127,7 +127,7 @@ def start(
     if there.step is None:
         if REFERENCE in program.frozen:  # which stays when the step donates what is trained
             trainable = jax.tree.map(jnp.copy, trainable)
-        return Start(init_state(program.optimizer, trainable, program.state, program.method.kept), frozen)
+        return Start(init_state(program.optimizer, trainable, program.state, program.kept), frozen)
     del trainable
     _, state, meta = checkpoints.restore(program.state, there.step)
     if meta["data"] != fingerprint:

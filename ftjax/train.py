@@ -131,10 +131,9 @@ def _train(
             return program.step(state, frozen, place_batch(mesh, arrays, config.accumulate))
 
         def evaluate(number: int, state: TrainState) -> dict[str, float]:
-            frozen = start.frozen | ({"kept": state.kept} if state.kept else {})
             fewer = f"--config.evaluate.batch_size={max(config.evaluate.batch_size // 2, 1)} (prompts at a time)"
             with memory.exhausted("evaluating", [fewer, *smaller]):
-                return evaluator(number, state.trainable, frozen)
+                return evaluator(number, state.result, start.frozen | state.collections)
 
         # Loop, checkpoints.
         writer = metrics.MetricsWriter(workdir, -1 if there.step is None else there.step)
@@ -145,7 +144,7 @@ def _train(
             step,
             program.method.source(program, start.frozen, train_loader, rows, total_steps),
             evaluate if configs.evaluates(config) else None,
-            Cadence(total_steps, config.log_every, config.checkpoint_every, config.eval_every, config.evaluate.before),
+            cadence(config, train_loader, total_steps),
             Records(checkpoints, writer, display, meta, best_metric(config)[0], seconds),
             preemption,
         )
@@ -162,6 +161,12 @@ def _train(
             writer.close()
     display.table("finished", describe.result(workdir, best.Standing.of(config, workdir, checkpoints.steps())))
     return 0
+
+
+def cadence(config: ConfigDict, loader: Loader, total_steps: int) -> Cadence:
+    """How often what happens, in steps."""
+    evaluate = loader.batches_in(config.eval_epochs) if config.eval_epochs else config.eval_every
+    return Cadence(total_steps, config.log_every, config.checkpoint_every, evaluate, config.evaluate.before)
 
 
 def _stopped(stop: Preempted, began: int | None, checkpoints: Checkpoints, display: Display) -> int:

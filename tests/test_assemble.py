@@ -1,5 +1,9 @@
 """From config to variables: what is trained, in which dtype, and where an adapter goes."""
 
+import math
+import types
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +12,10 @@ from support.pairs import config_of
 from support.runs import write_model, write_rows
 from support.tiny import one_device, spec
 
-from ftjax import assemble, train, tree
+from ftjax import assemble, sharding, train, tree
 from ftjax import config as configs
 from ftjax.assemble import abstract_variables
+from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.weights import load
 
@@ -88,3 +93,47 @@ def test_a_run_is_loaded_without_its_optimizer_and_without_the_weights_it_has_tr
     assert loaded.keys() == start.keys()
     for path, leaf in start.items():
         assert np.array_equal(loaded[path], leaf) == (path not in trained), path
+
+
+def test_the_average_of_what_is_trained_is_evaluated_and_loaded(tmp_path, monkeypatch):
+    write_model(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", 20)
+    rows = {key: (str(tmp_path / "rows.jsonl"),) for key in ("data.train", "data.eval")}
+    rows |= {"data.checks": "off", "objective.name": "sft", "steps": 2, "checkpoint_every": 1, "checkpoint.keep": 3}
+    evaluated = []
+
+    def spied(self, step, trainable, frozen):
+        assert "kept" not in frozen
+        evaluated.append(jax.device_get(tree.flatten(trainable)))
+        return {"eval_loss": 0.0}
+
+    monkeypatch.setattr(train.Evaluator, "__call__", spied)
+    config = config_of(tmp_path, **rows, **{"optimizer.ema_decay": 0.5})
+    assert train.train(config, tmp_path / "run") == 0
+    where = sharding.replicated(one_device())
+    like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for path, leaf in evaluated[0].items()}
+    part = {"trainable": tree.unflatten(like)}
+    with assemble.Checkpoints(tmp_path / "run/checkpoints", read_only=True) as checkpoints:
+        steps = [tree.flatten(checkpoints.restore(part, step, partial=True)[1]["trainable"]) for step in (1, 2)]
+    loaded = tree.flatten(assemble.load_run(tmp_path / "run")[2])
+    for path, leaf in evaluated[-1].items():
+        np.testing.assert_array_equal(loaded[path], leaf)
+        np.testing.assert_allclose(leaf, (steps[0][path] + 2 * steps[1][path]) / 3, rtol=0, atol=1e-7)
+        assert np.abs(leaf - steps[1][path]).max() > 1e-4
+
+
+def test_the_order_of_the_rows_has_a_seed_of_its_own():
+    config = config_of(Path("nowhere"), seed=3)
+    assert assemble.data_spec(config, spec()).seed == 3
+    config.data.seed = 5
+    assert assemble.data_spec(config, spec()).seed == 5
+
+
+def test_evaluation_comes_every_so_many_steps_or_parts_of_an_epoch():
+    loader = types.SimpleNamespace(batches_in=lambda epochs: math.ceil(epochs * 25))
+    config = config_of(Path("nowhere"), eval_epochs=0.5)
+    assert train.cadence(config, loader, 100).evaluate == 13
+    config = config_of(Path("nowhere"), eval_every=7)
+    assert train.cadence(config, loader, 100).evaluate == 7
+    with pytest.raises(UserError, match=r"eval_every=7 steps and config.eval_epochs=0.5 epochs both"):
+        config_of(Path("nowhere"), eval_every=7, eval_epochs=0.5)

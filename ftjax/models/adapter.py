@@ -35,7 +35,8 @@ def adapt(
         base = product(dropped)
     # The norm is taken as a constant (section 4.3 of the paper): its gradient costs memory and changes little.
     norms = jax.lax.stop_gradient(column_norms(kernel(jnp.float32), lora["lora_a"], scaled_b))
-    factor = (lora["lora_magnitude"] / norms).astype(y.dtype)
+    # A layer of a stack that has no adapter has the scale 0.
+    factor = jnp.where(lora["lora_scale"] == 0, 1, lora["lora_magnitude"] / norms).astype(y.dtype)
     return y + (factor - 1) * base + factor * update
 
 

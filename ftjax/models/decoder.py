@@ -16,6 +16,7 @@ from ftjax.models.groups import Group, Stack, groups, nested
 from ftjax.models.kernels import attend, choose
 from ftjax.models.layers import Embedding, LayerNorm, Linear, RMSNorm
 from ftjax.models.mlp import MLP, Mixture
+from ftjax.models.neftune import noise
 from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import HOST_MEMORY, constrain
@@ -171,7 +172,8 @@ class Decoder(nn.Module):
     `apply({"params": p}, ...)` is the base model; with a `lora` collection beside it, the adapted one. Quantized
     kernels are in a `quant` collection. Adapters drop inputs out where `apply` gets an rng called "dropout".
     dtype: of activations and matrix products (norms, softmax, routing and logits are float32 regardless); param_dtype:
-    of stored parameters; remat: one of REMAT_POLICIES; attention: config.model.attention, see kernels.py.
+    of stored parameters; remat: one of REMAT_POLICIES; attention: config.model.attention, see kernels.py; neftune: the
+    alpha of noise on the embeddings, which like adapters' dropout is there where `apply` gets the rng "dropout".
     """
 
     spec: DecoderSpec
@@ -179,6 +181,7 @@ class Decoder(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     attention: str = "auto"
+    neftune: float = 0.0
 
     def setup(self):
         spec, dtypes = self.spec, (self.dtype, self.param_dtype)
@@ -209,6 +212,9 @@ class Decoder(nn.Module):
         """
         spec = self.spec
         x = self.embed_tokens(tokens)
+        if self.neftune and self.has_rng("dropout"):
+            added = noise(self.make_rng("dropout"), positions, segment_ids, spec.hidden_size, self.neftune)
+            x = x + added.astype(self.dtype)
         if spec.embedding_scale != 1.0:
             x = x * jnp.asarray(spec.embedding_scale, self.dtype)
         if spec.learned_positions:

@@ -31,6 +31,18 @@ class Chunks(NamedTuple):
     tokens: int
 
 
+class Further(NamedTuple):
+    """What the loss of a token has beside -log p(target)."""
+
+    # e: (1 - e) and e of the mean of -log p over the vocabulary (Szegedy et al. 2016)
+    label_smoothing: float = 0.0
+    # z: z log(Z)^2 more, which holds the normalizer Z of the softmax near 1 (Chowdhery et al. 2022, section 5)
+    z_loss: float = 0.0
+
+
+PLAIN = Further()
+
+
 class HeadSplit(NamedTuple):
     """What is split over which mesh axes, () where nothing is."""
 
@@ -51,6 +63,7 @@ class Sums(NamedTuple):
     moments: jax.Array  # sum of exp(logit - highest) * (logit - highest)
     target: jax.Array  # the target's logit, LOWEST before it was met
     best: jax.Array  # int32: the column of the highest
+    logits: jax.Array  # sum of them, where labels are smoothed
 
 
 def cross_entropy(
@@ -61,58 +74,60 @@ def cross_entropy(
     weights: jax.Array,
     rng: jax.Array | None = None,
     chunks: Chunks | None = None,
+    further: Further = PLAIN,
 ) -> dict[str, jax.Array]:
-    """Weighted sums of loss, correct predictions and entropy over all positions.
+    """Weighted sums of loss, correct predictions and entropy over all positions, and of -log p(target) alone.
 
     unembed: see head.py, its logits float32 [n, columns] of some columns of `head`; hidden [B, T, D]; targets
     int32 [B, T]; weights float32 [B, T], 0 where a position is not trained on. rng: for the dropout of an adapter on
-    the head. Returns float32 scalars `loss`, `correct`, `entropy`; the loss alone has a gradient, with respect to
-    hidden and head.
+    the head. Returns float32 scalars `loss`, `correct`, `entropy`, `nll`; the loss alone has a gradient, with respect
+    to hidden and head.
     """
     hidden, targets, weights = map(jnp.asarray, (hidden, targets, weights))
-    losses, correct, entropy = per_token(unembed, chunks, head, hidden, targets, weights != 0, rng)
-    sums = {"loss": losses, "correct": correct, "entropy": entropy}
+    parts = per_token(unembed, chunks, further, head, hidden, targets, weights != 0, rng)
+    sums = dict(zip(("loss", "correct", "entropy", "nll"), parts, strict=True))
     return {name: jnp.sum(values * weights) for name, values in sums.items()}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def per_token(
     unembed: Unembed,
     chunks: Chunks | None,
+    further: Further,
     head: Head,
     hidden: jax.Array,
     targets: jax.Array,
     wanted: jax.Array,
     rng: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(loss, correct, entropy), float32 [B, T] each, of the positions that are `wanted`; what the others have is 0.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(loss, correct, entropy, -log p(target)), float32 [B, T] each, of the positions that are `wanted`; others have 0.
 
     head {path: array}; hidden [B, T, D]; targets int32 [B, T]; wanted bool [B, T]; rng a PRNG key or None.
 
     The gradient is written out, because JAX's own would keep the logits of every chunk. What is kept is the log of the
     sum of exponentials [B, T], from which a chunk's probabilities follow alone.
     """
-    return _per_token_forward(unembed, chunks, head, hidden, targets, wanted, rng)[0]
+    return _per_token_forward(unembed, chunks, further, head, hidden, targets, wanted, rng)[0]
 
 
-def _per_token_forward(unembed, chunks, head, hidden, targets, wanted, rng):
+def _per_token_forward(unembed, chunks, further, head, hidden, targets, wanted, rng):
     """(what `per_token` returns, what its backward pass needs)"""
     mesh, split, specs, by_token = _placed(head, hidden)
 
     def local(head, hidden, targets, wanted, rng, token_index):
         cut = _cut(chunks, hidden, head, split)
-        return _forward(unembed, cut, split, head, hidden, targets, wanted, rng, token_index)
+        return _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, token_index)
 
     if mesh is not None:
         inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), by_token(2))
-        outputs = ((by_token(2),) * 3, by_token(2))
+        outputs = ((by_token(2),) * 4, by_token(2))
         local = jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)
     out, log_norms = local(head, hidden, targets, wanted, rng, _token_index(hidden))
     return out, (head, hidden, targets, wanted, rng, log_norms)
 
 
-def _per_token_backward(unembed, chunks, saved, gradients):
-    """gradients: float32 [B, T] of loss, correct and entropy, of which the first alone counts. Returns one for each
+def _per_token_backward(unembed, chunks, further, saved, gradients):
+    """gradients: float32 [B, T] of what `per_token` returns, of which the first alone counts. Returns one for each
     argument of `per_token` that can have one, None for the others.
     """
     head, hidden, *_ = saved
@@ -120,12 +135,13 @@ def _per_token_backward(unembed, chunks, saved, gradients):
 
     def local(head, hidden, targets, wanted, rng, log_norms, gradient, token_index):
         cut = _cut(chunks, hidden, head, split)
-        return _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms, gradient, token_index)
+        its = (head, hidden, targets, wanted, rng, log_norms, gradient, token_index)
+        return _backward(unembed, cut, further, split, *its)
 
     if mesh is not None:
         inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), *(by_token(2),) * 3)
         local = jax.shard_map(local, in_specs=inputs, out_specs=(specs, by_token(3)), check_vma=False)
-    # `correct` and `entropy` are metrics: their gradients are dropped, and so no loss may be made of them.
+    # The others are metrics: their gradients are dropped, and so no loss may be made of them.
     d_head, d_hidden = local(*saved, gradients[0], _token_index(hidden))
     return d_head, d_hidden, None, None, None
 
@@ -216,16 +232,21 @@ def _starts(head: Head, columns: int) -> tuple[jax.Array, jax.Array]:
     return jnp.minimum(fresh, here - columns), fresh
 
 
+def _all_columns(head: Head, split: HeadSplit) -> int:
+    """Of the whole vocabulary."""
+    return _columns(head) * math.prod(jax.lax.axis_size(axis) for axis in split.vocabulary)
+
+
 def _first_column(head: Head, split: HeadSplit) -> jax.Array | int:
     """Of this device's part of the vocabulary."""
     return jax.lax.axis_index(split.vocabulary) * _columns(head) if split.vocabulary else 0
 
 
-def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, token_index):
-    """This device's ((loss, correct, entropy), log of the sum of exponentials), float32 [B, T] each.
+def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, token_index):
+    """This device's (what `per_token` returns, log of the sum of exponentials), float32 [B, T] each.
 
-    cut: Chunks; split: HeadSplit; head: this device's part; hidden [B, T, D], targets int32 [B, T], wanted bool [B, T]
-    and token_index int32 [B, T], of its own tokens; rng as in `per_token`.
+    cut: Chunks; further: Further; split: HeadSplit; head: this device's part; hidden [B, T, D], targets int32 [B, T],
+    wanted bool [B, T] and token_index int32 [B, T], of its own tokens; rng as in `per_token`.
     """
     order, real = _blocks(wanted, cut.tokens)
     rows, token_index = hidden.reshape(-1, hidden.shape[-1]), token_index.reshape(-1)
@@ -258,6 +279,7 @@ def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, token_inde
                 jnp.where(met, target_logit, sums.target),
                 # Not of equals: the lower column stays, as argmax over all of them has it.
                 jnp.where(top > sums.highest, start + best.astype(jnp.int32), sums.best),
+                sums.logits + jnp.where(ids >= fresh, logits, 0).sum(-1) if further.label_smoothing else sums.logits,
             )
 
         def over_tokens(_, block):
@@ -270,24 +292,30 @@ def _forward(unembed, cut, split, head, hidden, targets, wanted, rng, token_inde
 
     # Columns outside, tokens inside: a chunk of a split head is gathered once, not once for each block.
     zeros = jnp.zeros(order.shape, jnp.float32)
-    first = Sums(zeros + LOWEST, zeros, zeros, zeros + LOWEST, jnp.zeros(order.shape, jnp.int32))
+    first = Sums(zeros + LOWEST, zeros, zeros, zeros + LOWEST, jnp.zeros(order.shape, jnp.int32), zeros)
     sums, _ = jax.lax.scan(over_columns, first, _starts(head, cut.columns))
-    highest, exponentials, moments, target, is_best = _over_vocabulary(sums, targets, split)
+    highest, exponentials, moments, target, is_best, logits = _over_vocabulary(sums, targets, split)
     log_norms = highest + jnp.log(jnp.where(real, exponentials, 1))
     # Of probabilities p = exp(l - m) / s: -sum p log p = log s - sum (exp(l - m) (l - m)) / s.
     entropy = jnp.log(jnp.where(real, exponentials, 1)) - moments / jnp.where(real, exponentials, 1)
-    out = (log_norms - target, is_best.astype(jnp.float32), entropy)
+    loss = nll = log_norms - target
+    if further.label_smoothing:
+        loss = nll + further.label_smoothing * (target - logits / _all_columns(head, split))
+    if further.z_loss:
+        loss = loss + further.z_loss * log_norms**2
+    out = (loss, is_best.astype(jnp.float32), entropy, nll)
     return tuple(_back(jnp.where(real, x, 0), order, real, wanted) for x in out), _back(log_norms, order, real, wanted)
 
 
 def _over_vocabulary(sums: Sums, targets: jax.Array, split: HeadSplit):
-    """(highest, exponentials, moments, target, whether the best is the target) over the devices that share columns.
+    """(highest, exponentials, moments, target, whether the best is the target, logits) over the devices that share
+    columns.
 
     sums: this device's, [blocks, tokens] each; targets int32 [blocks, tokens], counted from its first column. The same
     rescaling as between chunks; a device whose columns lack the target has LOWEST there, which the maximum passes over.
     """
     if not split.vocabulary:
-        return *sums[:4], sums.best == targets
+        return *sums[:4], sums.best == targets, sums.logits
     highest = jax.lax.pmax(sums.highest, split.vocabulary)
     moved = sums.highest - highest
     scale = jnp.exp(moved)
@@ -298,7 +326,7 @@ def _over_vocabulary(sums: Sums, targets: jax.Array, split: HeadSplit):
     place = jax.lax.axis_index(split.vocabulary)
     first = jax.lax.pmin(jnp.where(sums.highest == highest, place, 2**30), split.vocabulary)
     is_best = jax.lax.pmax(((place == first) & (sums.best == targets)).astype(jnp.int32), split.vocabulary)
-    return highest, exponentials, moments, target, is_best
+    return highest, exponentials, moments, target, is_best, jax.lax.psum(sums.logits, split.vocabulary)
 
 
 def _back(values: jax.Array, order: jax.Array, real: jax.Array, like: jax.Array) -> jax.Array:
@@ -312,7 +340,7 @@ def _back(values: jax.Array, order: jax.Array, real: jax.Array, like: jax.Array)
     return out.reshape(*like.shape, *values.shape[2:])
 
 
-def _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms, gradient, token_index):
+def _backward(unembed, cut, further, split, head, hidden, targets, wanted, rng, log_norms, gradient, token_index):
     """This device's (gradient of its part of the head, {path: array} in the head's dtypes, and of hidden [B, T, D]).
 
     As `_forward`, with log_norms, its second result, and gradient, that of the losses, float32 [B, T] both.
@@ -333,8 +361,12 @@ def _backward(unembed, cut, split, head, hidden, targets, wanted, rng, log_norms
             indices = token_index[positions]
             logits, pull = jax.vjp(lambda part, rows: unembed(part, rows, rng, indices), part, rows[positions])
             # d loss / d logits is the softmax less 1 at the target; what this token's loss counts is a factor.
-            probabilities = jnp.exp(logits - log_norm[:, None])
-            d_logits = (probabilities - (ids == target[:, None])) * gradient[:, None]
+            probabilities, wanted = jnp.exp(logits - log_norm[:, None]), ids == target[:, None]
+            if further.z_loss:  # d log(Z) / d logits is the softmax
+                probabilities = probabilities * (1 + 2 * further.z_loss * log_norm[:, None])
+            if further.label_smoothing:
+                wanted = (1 - further.label_smoothing) * wanted + further.label_smoothing / _all_columns(head, split)
+            d_logits = (probabilities - wanted) * gradient[:, None]
             d_logits = jnp.where(ids >= fresh, d_logits, 0)
             of_part, of_rows = pull(d_logits)
             add = lambda total, new: total + new.astype(total.dtype)  # noqa: E731

@@ -3,7 +3,7 @@
 import jax
 
 from ftjax.models.decoder import Decoder
-from ftjax.objectives.cross_entropy import per_token
+from ftjax.objectives.cross_entropy import PLAIN, per_token
 from ftjax.objectives.head import Unembed, head_of
 from ftjax.tree import Tree
 
@@ -18,7 +18,7 @@ def token_logps(model: Decoder, unembed: Unembed, variables: Tree, batch: Batch,
     rngs = None if rng is None else {"dropout": rng}
     hidden, _ = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
     head = head_of(model, variables)
-    losses, _, _ = per_token(unembed, None, head, hidden, batch["targets"], batch["weights"] != 0, rng)
+    losses, *_ = per_token(unembed, None, PLAIN, head, hidden, batch["targets"], batch["weights"] != 0, rng)
     return -losses * batch["weights"]
 
 

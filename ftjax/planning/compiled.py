@@ -66,7 +66,7 @@ def describe(config: ConfigDict, spec: DecoderSpec, devices: list[jax.Device]) -
     """The step of `config` on its mesh of these devices. Raises UserError where the batch does not divide."""
     mesh = sharding.make_mesh(dict(config.mesh), devices)
     dtypes = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
-    model = Decoder(spec, *dtypes, config.model.remat, config.model.attention)
+    model = Decoder(spec, *dtypes, config.model.remat, config.model.attention, config.model.neftune_alpha)
     preflight.check_mesh(config, spec, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return assemble.program(config, model, mesh, STEPS)
@@ -137,7 +137,8 @@ def _memory(program: Program, analysis) -> Memory:
     leaves = [*tree.flatten(program.state.trainable).items(), *tree.flatten(program.frozen).items()]
     adapters = sum(bytes_on_device(leaf) for path, leaf in leaves if path.startswith("lora/"))
     whole = sum(bytes_on_device(leaf) for path, leaf in leaves if not path.startswith("lora/"))
-    optimizer = sum(map(bytes_on_device, jax.tree.leaves((program.state.opt_state, program.state.step))))
+    state = program.state
+    optimizer = sum(map(bytes_on_device, jax.tree.leaves((state.opt_state, state.kept, state.step))))
     # What is left of the compiler's own sum of arguments: the batch, and the padding of arrays to their tiles.
     batch = analysis.argument_size_in_bytes - whole - adapters - optimizer
     output = analysis.output_size_in_bytes - analysis.alias_size_in_bytes

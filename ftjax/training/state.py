@@ -1,5 +1,6 @@
 """What a training step changes: trainable parameters, optimizer state, what a method keeps, and the step number."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,36 @@ class Kept(NamedTuple):
     update: Callable[[Tree, Tree, dict[str, jax.Array]], Tree]
 
 
+AVERAGE, AVERAGED = "average_of_trained", "averaged_steps"  # keys of `kept`
+
+
+def with_average(kept: Kept | None, decay: float) -> Kept | None:
+    """What `kept` keeps, if anything, and beside it the moving average of what is trained; 0 for none.
+
+    It is corrected for its start, as Adam's moments are: after t steps a step i has the weight
+    (1 - decay) decay^(t - i) / (1 - decay^t), and what training started from has none.
+    """
+    if not decay:
+        return kept
+
+    def init(trainable: Tree) -> Tree:
+        average = {AVERAGE: jax.tree.map(jnp.copy, trainable), AVERAGED: jnp.zeros((), jnp.float32)}
+        return (kept.init(trainable) if kept else {}) | average
+
+    def update(value: Tree, trainable: Tree, metrics: dict[str, jax.Array]) -> Tree:
+        steps = value[AVERAGED] + 1
+        share = (1 - decay) / -jnp.expm1(steps * math.log(decay))
+        average = jax.tree.map(lambda old, new: old + share * (new - old), value[AVERAGE], trainable)
+        others = kept.update(_without_average(value), trainable, metrics) if kept else {}
+        return others | {AVERAGE: average, AVERAGED: steps}
+
+    return Kept(init, update)
+
+
+def _without_average(kept: Tree) -> Tree:
+    return {name: part for name, part in kept.items() if name not in (AVERAGE, AVERAGED)}
+
+
 @flax.struct.dataclass
 class TrainState:
     """Everything that a checkpoint must hold besides the data position; not the frozen base."""
@@ -29,7 +60,18 @@ class TrainState:
     step: jax.Array  # int32 scalar: optimizer steps done
     trainable: Tree  # the differentiated part of {"params": ..., "lora": ..., "heads": ...}
     opt_state: optax.OptState
-    kept: Tree = flax.struct.field(default_factory=dict)  # `Kept`; the objective sees it as a collection
+    kept: Tree = flax.struct.field(default_factory=dict)  # `Kept`
+
+    @property
+    def collections(self) -> Tree:
+        """What the objective sees of `kept`: a collection of that name, where a method keeps something."""
+        others = _without_average(self.kept)
+        return {"kept": others} if others else {}
+
+    @property
+    def result(self) -> Tree:
+        """What is evaluated and exported: the average of what is trained, or where there is none that itself."""
+        return self.kept.get(AVERAGE, self.trainable)
 
 
 def abstract_state(

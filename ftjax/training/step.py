@@ -38,7 +38,7 @@ def make_step(
 
         def micro_step(index: jax.Array | int, micro: Batch) -> tuple[Tree, Loss]:
             def loss_sum(trainable: Tree) -> tuple[jax.Array, Loss]:
-                variables = tree.combine(trainable, frozen) | ({"kept": state.kept} if kept else {})
+                variables = tree.combine(trainable, frozen) | state.collections
                 loss = objective(variables, micro, jax.random.fold_in(rng, index))
                 return loss.sum, loss
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
-from ftjax.objectives.cross_entropy import Chunks, cross_entropy
+from ftjax.objectives.cross_entropy import PLAIN, Chunks, Further, cross_entropy
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 13, 8, 97
 
@@ -27,10 +28,10 @@ def case():
     return hidden, head, targets, weights
 
 
-def chunked(hidden, head, targets, weights, chunk):
+def chunked(hidden, head, targets, weights, chunk, further=PLAIN):
     columns, tokens = (chunk, chunk) if isinstance(chunk, int) else chunk
     parts = {"params/lm_head/kernel": head}
-    return cross_entropy(unembed, parts, hidden, targets, weights, None, Chunks(columns, tokens))
+    return cross_entropy(unembed, parts, hidden, targets, weights, None, Chunks(columns, tokens), further)
 
 
 def unembed(head, hidden, rng, numbers):
@@ -57,6 +58,7 @@ def test_sums_against_float64(case, chunk):
         "correct": ((logits.argmax(-1) == targets) * weights).sum(),
         "entropy": (entropies * weights).sum(),
     }
+    expected["nll"] = expected["loss"]
     assert 1 < expected["correct"] < weights.sum() - 1
     totals = jax.jit(chunked, static_argnums=4)(*case, chunk)
     assert {name: total.dtype.name for name, total in totals.items()} == dict.fromkeys(expected, "float32")
@@ -77,6 +79,30 @@ def test_gradients_against_full_logits(case, chunk):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("further", [Further(0.1, 0.0), Further(0.0, 1e-2), Further(0.2, 1e-3)])
+@pytest.mark.parametrize("chunk", [(40, 13), (97, 39)])
+def test_label_smoothing_and_z_loss_are_torchs(case, chunk, further):
+    """Loss and gradients in float64, smoothing by torch.nn.functional; the cross-entropy alone stays what it is."""
+    hidden, head, targets, weights = case
+    theirs = [torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in (hidden, head)]
+    logits = (theirs[0] @ theirs[1]).reshape(-1, VOCAB)
+    smoothing = {"reduction": "none", "label_smoothing": further.label_smoothing}
+    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(targets.reshape(-1)).long(), **smoothing)
+    losses = losses + further.z_loss * logits.logsumexp(-1) ** 2
+    expected = (losses * torch.tensor(weights.reshape(-1))).sum()
+    expected.backward()
+
+    def loss(hidden, head):
+        totals = chunked(hidden, head, targets, weights, chunk, further)
+        return totals["loss"], totals
+
+    gradients, totals = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
+    np.testing.assert_allclose(totals["loss"], expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(totals["nll"], naive(*case), rtol=1e-6)
+    for ours, parameter in zip(gradients, theirs):
+        np.testing.assert_allclose(ours, parameter.grad, rtol=0, atol=1e-5)
+
+
 def test_fractional_weights(case):
     hidden, head, targets, weights = case
     weights = weights * np.linspace(0.1, 2, LENGTH, dtype=np.float32)
@@ -93,13 +119,13 @@ def test_nothing_trained(case):
         return totals["loss"], totals
 
     gradients, totals = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
-    assert {name: float(total) for name, total in totals.items()} == {"loss": 0, "correct": 0, "entropy": 0}
+    assert {name: float(total) for name, total in totals.items()} == {"loss": 0, "correct": 0, "entropy": 0, "nll": 0}
     assert not any(np.any(leaf) for leaf in gradients)
 
 
 def test_correct_and_entropy_have_no_gradient(case):
     hidden, head, targets, weights = case
-    for name in ("correct", "entropy"):
+    for name in ("correct", "entropy", "nll"):
         gradient = jax.jit(jax.grad(lambda hidden: chunked(hidden, head, targets, weights, 5)[name]))  # noqa: B023
         assert not np.any(gradient(hidden))
 

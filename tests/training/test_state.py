@@ -11,7 +11,7 @@ from support.tiny import OPTIMIZER, one_device
 from ftjax import sharding, tree
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.optim import make_optimizer
-from ftjax.training.state import abstract_state, init_state
+from ftjax.training.state import Kept, abstract_state, init_state, with_average
 
 
 def described(state):
@@ -55,6 +55,30 @@ def test_the_state_of_an_optimizer_comes_back_from_a_checkpoint(name, tmp_path):
         checkpoints.save(1, state, {})
         _, restored, _ = checkpoints.restore(abstract)
     assert jax.tree.all(jax.tree.map(np.array_equal, state, restored))
+
+
+def test_the_average_of_what_is_trained_is_corrected_for_its_start():
+    """Against float64, beside what a method keeps itself; sharded like what is trained."""
+    rng, decay, where = np.random.default_rng(0), 0.9, sharding.named(one_device(), ("embed",), (5,))
+    steps = [rng.standard_normal(5).astype(np.float32) for _ in range(6)]
+    count = Kept(lambda trainable: {"count": jnp.zeros(())}, lambda kept, _, metrics: {"count": kept["count"] + 1})
+    kept = with_average(count, decay)
+    trainable = {"params": {"norm": {"scale": jax.device_put(jnp.asarray(steps[0]), where)}}}
+    optimizer = make_optimizer(OPTIMIZER, optax.constant_schedule(1e-3))
+    abstract = abstract_state(optimizer, trainable, one_device(), kept)
+    assert tree.flatten(abstract.result)["params/norm/scale"].sharding == where
+    state = init_state(optimizer, trainable, abstract, kept)
+    np.testing.assert_array_equal(state.result["params"]["norm"]["scale"], steps[0])
+    for values in steps[1:]:
+        new = {"params": {"norm": {"scale": jnp.asarray(values)}}}
+        state = state.replace(trainable=new, kept=kept.update(state.kept, new, {}))
+    weights = decay ** np.arange(4, -1, -1, dtype=np.float64)
+    expected = weights @ np.float64(steps[1:]) / weights.sum()
+    np.testing.assert_allclose(state.result["params"]["norm"]["scale"], expected, rtol=0, atol=1e-6)
+    assert {name: float(part["count"]) for name, part in state.collections.items()} == {"kept": 5}
+    alone = with_average(None, decay)
+    assert not state.replace(kept=alone.init(trainable)).collections
+    assert with_average(count, 0.0) is count
 
 
 def test_what_is_trained_must_be_float32():

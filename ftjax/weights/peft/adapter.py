@@ -113,8 +113,9 @@ def write_adapter(
     for module, parts in modules.items():
         _check_parts(module, parts, keys[module], dora)
         rank = rank_of(parts)
-        layers[module] = [(rank, float(gather(parts["lora_scale"], place))) for place in keys[module].places()]
-        for place in keys[module].places():
+        scales = {place: float(gather(parts["lora_scale"], place)) for place in keys[module].places()}
+        layers[module] = {place: (rank, scale) for place, scale in scales.items() if scale}
+        for place in layers[module]:
             named = peft_keys.parts(module, keys[module], place, rank, dora, multimodal)
             for part, (name, shape) in named.items():
                 values = functools.partial(_part, parts, part, place)
@@ -130,6 +131,7 @@ def write_adapter(
                 tensors.append(Tensor(f"{PREFIX}{HEAD}.weight", params[path].shape, np.dtype(leaf.dtype), values))
     dropouts = {module: parts["lora_dropout"] for module, parts in modules.items() if "lora_dropout" in parts}
     rates = {float(gather(leaf, keys[module].places()[0])) for module, leaf in dropouts.items()}
+    layers = {module: of_layers for module, of_layers in layers.items() if of_layers}
     config = peft_config.adapter_config(
         layers,
         {path.rpartition("/")[0] for path in saved},
@@ -202,7 +204,7 @@ class StoredAdapter:
     config: dict[str, Any]
     settings: LoraSettings
     modules: dict[str, Key]  # the adapted modules
-    ranks: dict[str, list[int]]  # {module: the rank in each of its layers}
+    ranks: dict[str, list[int]]  # {module: the rank in each of its layers, 0 where it is not adapted}
     layers: dict[str, list[str]]  # {module: the name of each layer, by which peft's patterns find it}
     saved: dict[str, Key]  # parameters that were trained whole
     multimodal: bool
@@ -212,23 +214,40 @@ class StoredAdapter:
     def rank(self, module: str) -> int:
         return max(self.ranks[module])
 
+    @property
+    def in_all_layers(self) -> bool:
+        """Whether every module is adapted in each of its layers."""
+        return all(map(all, self.ranks.values()))
+
+    @property
+    def layer_numbers(self) -> set[int]:
+        """Hugging Face's numbers of the layers in which something is adapted."""
+        return {
+            key.layers[place[0]]
+            for module, key in self.modules.items()
+            for place, rank in zip(key.places(), self.ranks[module], strict=True)
+            if rank and key.layers
+        }
+
     def read(self) -> tuple[Tree, dict[str, np.ndarray]]:
         """(the `lora` collection, {path: parameter trained whole}), float32.
 
         Where peft's patterns give the layers of a module different ranks, the smaller ones are padded with zeros in
-        both A and B. The gradient of each is a product with the other, so the padding stays zero in training.
+        both A and B. The gradient of each is a product with the other, so the padding stays zero in training. A layer
+        that is not adapted has zeros alone (see `lora.only_in_layers`).
         """
         lora_leaves: dict[str, list[np.ndarray]] = {}
         settings = self.settings
         for module, key in self.modules.items():
             for place, rank, layer in zip(key.places(), self.ranks[module], self.layers[module], strict=True):
                 tensors = peft_keys.parts(module, key, place, rank, settings.dora, self.multimodal)
-                for part, (name, _) in tensors.items():
+                for part, (name, shape) in tensors.items():
                     missing = self.rank(module) - rank
                     pad = {"lora_a": [(0, 0), (0, missing)], "lora_b": [(0, missing), (0, 0)]}.get(part, [(0, 0)])
-                    lora_leaves.setdefault(f"{module}/{part}", []).append(np.pad(self._read(name).T, pad))
+                    values = self._read(name).T if rank else np.zeros(shape[::-1], np.float32)
+                    lora_leaves.setdefault(f"{module}/{part}", []).append(np.pad(values, pad))
                 alpha = peft_config.by_pattern(settings.alpha_pattern, layer, settings.alpha)
-                scale = np.float32(lora.scale(rank, alpha, settings.rslora))
+                scale = np.float32(lora.scale(rank, alpha, settings.rslora) if rank else 0)
                 lora_leaves.setdefault(f"{module}/lora_scale", []).append(scale)
         out = {}
         for path, of_layers in lora_leaves.items():
@@ -286,12 +305,19 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
         template = peft_keys.module_name(key, multimodal)
         names = [f"{name}.weight" if module in parameters else name for name in peft_keys.layer_names(key, multimodal)]
         of_layers = [peft_config.by_pattern(settings.rank_pattern, name, settings.rank) for name in names]
-        tensors = {}
-        for place, rank in zip(key.places(), of_layers):
-            tensors |= dict(peft_keys.parts(module, key, place, rank, settings.dora, multimodal).values())
-        if not tensors.keys() & stored.names() and not peft_config.is_target(names[0], config):
+        tensors = [
+            dict(peft_keys.parts(module, key, place, rank, settings.dora, multimodal).values())
+            for place, rank in zip(key.places(), of_layers)
+        ]
+        named = [peft_config.is_target(name, config) for name in names]
+        if not any(named) and not any(its.keys() & stored.names() for its in tensors):
             continue
-        modules[module], ranks[module], layers[module], expected = key, of_layers, names, expected | tensors
+        if not any(named):  # by a regular expression, which is not followed here: it is every layer that can be meant
+            named = [peft_config.in_chosen_layers(name, config) for name in names]
+        modules[module], layers[module] = key, names
+        ranks[module] = [rank if adapted else 0 for rank, adapted in zip(of_layers, named)]
+        for its in itertools.compress(tensors, named):
+            expected |= its
         if module in (EMBEDDING, HEAD) and (copy := f"{PREFIX}{template}.base_layer.weight") in stored.names():
             copies[copy], expected[copy] = key.name(()), key.shape
     saved = _saved(settings, spec, multimodal)
@@ -301,8 +327,9 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     if tied:
         expected[head] = keys[EMBEDDING].shape
     problems = _problems(stored, expected)
+    adapted_names = [name for module, names in layers.items() for name in itertools.compress(names, ranks[module])]
     for name in ("rank_pattern", "alpha_pattern"):
-        unused = peft_config.unmatched(getattr(settings, name), itertools.chain(*layers.values()))
+        unused = peft_config.unmatched(getattr(settings, name), adapted_names)
         problems += [f"not used: {name} {pattern!r}" for pattern in unused]
     problems += [f"not used: modules_to_save {name!r}" for name in _unused(settings, spec, saved, multimodal)]
     if not modules:
@@ -314,8 +341,8 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     if problems:
         raise UserError(
             "\n  ".join([f"{file}: this adapter does not fit the model:", *problems])
-            + "\nUse the base that it was trained on, and an adapter of the linear layers in every layer; a tied head "
-            "is trained as modules_to_save with ensure_weight_tying."
+            + "\nUse the base that it was trained on, and an adapter of linear layers; a tied head is trained as "
+            "modules_to_save with ensure_weight_tying."
         )
     if tied:
         embedding = peft_keys.whole_name(saved[f"{EMBEDDING}/embedding"], (), multimodal)

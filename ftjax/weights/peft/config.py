@@ -14,7 +14,7 @@ from ftjax.errors import UserError
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.hf.keys import Key
 from ftjax.weights.peft import keys as peft_keys
-from ftjax.weights.peft.keys import EMBEDDING, HEAD
+from ftjax.weights.peft.keys import EMBEDDING, HEAD, Places
 
 # Settings that do not change what a trained adapter computes. A setting in none of these three tables is refused when
 # it has a value: it may come from a newer peft and change the result.
@@ -73,7 +73,7 @@ class LoraSettings(NamedTuple):
 
 
 def adapter_config(
-    layers: Mapping[str, list[tuple[int, float]]],
+    layers: Mapping[str, dict[tuple[int, ...], tuple[int, float]]],
     saved: set[str],
     spec: DecoderSpec,
     rslora: bool,
@@ -84,18 +84,21 @@ def adapter_config(
 ) -> dict[str, Any]:
     """The content of adapter_config.json.
 
-    layers: {module: the (rank, scale) of each of its layers}; saved: the modules that were trained whole.
+    layers: {module: {place of an adapted layer (`Key.places`): its (rank, scale)}}; saved: the modules that were
+    trained whole.
 
     The commonest rank and alpha are `r` and `lora_alpha`; the others go to the patterns.
     """
     keys = peft_keys.adaptable(spec)
-    ranks = {module: [rank for rank, _ in of_layers] for module, of_layers in layers.items()}
-    alphas = {module: [_alpha(*of_layer, rslora) for of_layer in of_layers] for module, of_layers in layers.items()}
-    rank, rank_pattern = _patterns(ranks, keys, spec, multimodal)
-    alpha, alpha_pattern = _patterns(alphas, keys, spec, multimodal)
+    places = {module: list(of_layers) for module, of_layers in layers.items()}
+    ranks = {module: [rank for rank, _ in its.values()] for module, its in layers.items()}
+    alphas = {module: [_alpha(*of_layer, rslora) for of_layer in its.values()] for module, its in layers.items()}
+    rank, rank_pattern = _patterns(ranks, places, keys, spec, multimodal)
+    alpha, alpha_pattern = _patterns(alphas, places, keys, spec, multimodal)
+    numbers = peft_keys.layers_to_transform(places, spec, multimodal)
     names = peft_keys.modules_to_save(saved, spec, multimodal) if saved else []
     tied = spec.tie_word_embeddings and EMBEDDING in saved
-    parameters = peft_keys.target_parameters(layers, spec, multimodal)
+    parameters = peft_keys.target_parameters(places, spec, multimodal)
     if parameters and dora:
         raise UserError(
             f"{parameters[0]}: peft has no DoRA of dense layers beside a mixture; use --format merged or hf"
@@ -109,7 +112,7 @@ def adapter_config(
         "bias": "none",
         "use_rslora": rslora,
         "use_dora": dora,
-        "target_modules": peft_keys.target_modules(layers, spec, multimodal),
+        "target_modules": peft_keys.target_modules(places, spec, multimodal),
         # peft gives each of the two its own copy of a tied matrix, so both must be named.
         "modules_to_save": sorted([*names, HEAD] if tied else names) or None,
         "rank_pattern": rank_pattern,
@@ -119,6 +122,7 @@ def adapter_config(
         "init_lora_weights": True,
         # peft's name for a base layer stored as [in, out]; it changes nothing about the adapter's own matrices.
         "fan_in_fan_out": peft_keys.is_conv1d({module: keys[module] for module in layers}),
+        **({"layers_to_transform": numbers} if numbers is not None else {}),
         **({"target_parameters": parameters} if parameters else {}),
         **({"ensure_weight_tying": True} if tied else {}),  # only where needed: older versions of peft lack it
     }
@@ -134,7 +138,7 @@ def _alpha(rank: int, scale: float, rslora: bool) -> float:
 
 
 def _patterns(
-    values: Mapping[str, list[float]], keys: Mapping[str, Key], spec: DecoderSpec, multimodal: bool
+    values: Mapping[str, list[float]], places: Places, keys: Mapping[str, Key], spec: DecoderSpec, multimodal: bool
 ) -> tuple[float, dict[str, float]]:
     """(the commonest value, or the largest of equally common ones; {peft's pattern: value} of the others)"""
     counts = collections.Counter(value for of_layers in values.values() for value in of_layers)
@@ -148,7 +152,7 @@ def _patterns(
             patterns |= dict.fromkeys(peft_keys.patterns(modules, spec, multimodal), own.pop())
             continue
         for module in modules:
-            names = peft_keys.patterns_of_layers(module, spec, multimodal)
+            names = peft_keys.patterns_of_layers(module, places[module], spec, multimodal)
             patterns |= dict(zip(names, values[module], strict=True))
     return common, {name: value for name, value in patterns.items() if value != common}
 
@@ -166,8 +170,6 @@ def read_settings(path: Path, config: dict[str, Any], spec: DecoderSpec, conv1d:
     problems += [f"{name}={value!r}" for name, value in sorted(config.items()) if name not in known and value]
     if not _only_dense(config.get("target_parameters"), spec):
         problems.append(f"target_parameters={config['target_parameters']!r}")
-    if not _all_layers(config, spec):
-        problems += [f"layers_to_transform={config['layers_to_transform']!r} (every layer must be adapted)"]
     if problems:
         raise UserError(
             f"{file}: settings that are not supported: {', '.join(problems)}; save a plain LoRA adapter "
@@ -177,8 +179,8 @@ def read_settings(path: Path, config: dict[str, Any], spec: DecoderSpec, conv1d:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not _is_positive_int(rank):
         raise UserError(f"{file}: r is {rank!r}, not a positive whole number")
-    if not _is_number(alpha):
-        raise UserError(f"{file}: lora_alpha is {alpha!r}, not a number")
+    if not _is_number(alpha) or alpha == 0:
+        raise UserError(f"{file}: lora_alpha is {alpha!r}, not a number other than 0")
     dropout = config.get("lora_dropout") or 0.0
     if not _is_number(dropout) or not 0 <= dropout < 1:
         raise UserError(f"{file}: lora_dropout is {dropout!r}, not a rate")
@@ -190,6 +192,13 @@ def read_settings(path: Path, config: dict[str, Any], spec: DecoderSpec, conv1d:
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise UserError(f"{file}: modules_to_save is {saved!r}, not a list of names")
+    layers = config.get("layers_to_transform")
+    for layer in [] if layers is None else _as_list(layers):
+        if type(layer) is not int or not 0 <= layer < spec.num_hidden_layers:
+            last = spec.num_hidden_layers - 1
+            raise UserError(f"{file}: layers_to_transform has {layer!r}, and the model the layers 0 to {last}")
+    for pattern in _as_list(config.get("layers_pattern") or []):
+        _check_pattern(file, "layers_pattern", pattern)
     return LoraSettings(
         rank=rank,
         alpha=alpha,
@@ -216,14 +225,30 @@ def unmatched(patterns: Mapping[str, float], names: Iterable[str]) -> list[str]:
 
 
 def is_target(name: str, config: dict[str, Any]) -> bool:
-    """Whether a list of target_modules, or of target_parameters, names this module or parameter.
+    """Whether a list of target_modules, or of target_parameters, names this module or parameter of a layer.
 
-    One layer's name stands for all of its stack. A regular expression (a string) is left to the keys.
+    A regular expression (a string) is left to the keys. As in peft, layers_to_transform counts where a module's name is
+    not given whole.
     """
     targets = config.get("target_parameters" if name.endswith(".weight") else "target_modules")
     if not isinstance(targets, list) or config.get("exclude_modules"):
         return False
-    return any(isinstance(target, str) and f".{name}".endswith(f".{target}") for target in targets)
+    chosen = name in targets or name.endswith(".weight") or in_chosen_layers(name, config)
+    return chosen and any(isinstance(target, str) and f".{name}".endswith(f".{target}") for target in targets)
+
+
+def in_chosen_layers(name: str, config: dict[str, Any]) -> bool:
+    """Whether a module of this name is in layers_to_transform, as all are where that is not set."""
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or []
+    if layers is None or layers == []:
+        return True
+    starts = [rf"(?:^|.*?\.){pattern}" for pattern in _as_list(patterns)] or [r".*?\.[^.]*"]
+    found = next(filter(None, (re.match(rf"{start}\.(?P<number>\d+)\.", name) for start in starts)), None)
+    return found is not None and int(found["number"]) in _as_list(layers)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _only_dense(targets: Any, spec: DecoderSpec) -> bool:
@@ -235,14 +260,6 @@ def _only_dense(targets: Any, spec: DecoderSpec) -> bool:
         isinstance(targets, list)
         and all(isinstance(target, str) and any(name.endswith(f".{target}") for name in names) for target in targets)
     )
-
-
-def _all_layers(config: dict[str, Any], spec: DecoderSpec) -> bool:
-    layers = config.get("layers_to_transform")
-    if layers is None or layers == []:
-        return True
-    layers = layers if isinstance(layers, list) else [layers]
-    return set(map(str, layers)) == set(map(str, range(spec.num_hidden_layers)))
 
 
 def _allowed(name: str, config: dict[str, Any]) -> bool:
@@ -264,8 +281,12 @@ def _pattern_dict(file: str, config: dict[str, Any], name: str, is_valid: Callab
     if not isinstance(patterns, dict) or not all(is_valid(value) for value in patterns.values()):
         raise UserError(f"{file}: {name} is {patterns!r}, not an object of patterns and numbers")
     for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"{file}: {name} has {pattern!r}, which is not a regular expression: {error}") from error
+        _check_pattern(file, name, pattern)
     return patterns
+
+
+def _check_pattern(file: str, name: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise UserError(f"{file}: {name} has {pattern!r}, which is not a regular expression: {error}") from error

@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
+from ftjax import lora
 from ftjax.errors import UserError
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.peft.adapter import StoredAdapter, open_adapter
@@ -57,6 +58,7 @@ def _settings(stored: StoredAdapter) -> dict[str, Any]:
         "rank": settings.rank,
         "alpha": float(settings.alpha),
         "rslora": settings.rslora,
+        "layers": "" if stored.in_all_layers else lora.layers_as_text(stored.layer_numbers),
     }
 
 

@@ -1,7 +1,7 @@
 """What PEFT calls the parts of an adapter, and by which names its config finds the layers they belong to."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ftjax.lora import linear_kernels
 from ftjax.models.groups import stacks
@@ -70,21 +70,49 @@ def whole_name(key: Key, place: tuple[int, ...], multimodal: bool) -> str:
     return PREFIX + key.numbered(tensor_name(key, multimodal), place)
 
 
-def target_modules(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> list[str]:
-    """For adapter_config.json: names that peft finds in the adapted layers of the model and in no others.
+Places = Mapping[str, list[tuple[int, ...]]]  # {module: the places of its layers (`Key.places`) that are adapted}
+
+
+def layers_to_transform(places: Places, spec: DecoderSpec, multimodal: bool) -> list[int] | None:
+    """For adapter_config.json: the numbers of the adapted layers, where not all are and the numbers say which.
+
+    None where all are, and where peft does not ask for numbers or they are not the same for all modules; then the names
+    of `target_modules` say it.
+    """
+    keys, names = adaptable(spec), _names(spec, multimodal)
+    others = {name for module, (name, _) in names.items() if module not in places}
+    if multimodal or as_parameters(places, spec) or any(names[module][0] in others for module in places):
+        return None
+    chosen = {module: {keys[module].layers[place[0]] for place in its if place} for module, its in places.items()}
+    numbers = set().union(*chosen.values())
+    if not _partial(places, spec) or any(
+        not keys[module].layers or its != numbers.intersection(keys[module].layers) for module, its in chosen.items()
+    ):
+        return None
+    return sorted(numbers)
+
+
+def _partial(places: Places, spec: DecoderSpec) -> set[str]:
+    """The modules that are not adapted in every layer."""
+    keys = adaptable(spec)
+    return {module for module, its in places.items() if len(its) < len(keys[module].places())}
+
+
+def target_modules(places: Places, spec: DecoderSpec, multimodal: bool) -> list[str]:
+    """For adapter_config.json: names that peft finds in the adapted layers of the model and in no others, with
+    `layers_to_transform` where that is not None.
 
     peft takes a name for every module that is it or ends with a dot and it. So a name is as short as it can be:
     "q_proj", but "attn.c_proj" where GPT-2's other c_proj is not adapted. A multimodal model has a vision tower with
     such names too, and gets whole names, one for each layer; so do layers of one stack alone, where those of another
     have the same names. Without those of `target_parameters`.
     """
-    modules = set(modules) - as_parameters(modules, spec)
-    return _listed(modules, spec, multimodal, dotted=True)
+    return _listed(set(places) - as_parameters(places, spec), spec, multimodal, True, places)
 
 
-def target_parameters(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> list[str]:
+def target_parameters(places: Places, spec: DecoderSpec, multimodal: bool) -> list[str]:
     """Likewise the weights of those in `as_parameters`."""
-    return [f"{name}.weight" for name in _listed(as_parameters(modules, spec), spec, multimodal, dotted=True)]
+    return [f"{name}.weight" for name in _listed(as_parameters(places, spec), spec, multimodal, True, places)]
 
 
 def modules_to_save(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> list[str]:
@@ -104,10 +132,12 @@ def patterns(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> lis
     return sorted({re.escape(names[module][0]).replace(r"\{\}", r"\d+") for module in modules})
 
 
-def patterns_of_layers(module: str, spec: DecoderSpec, multimodal: bool) -> list[str]:
-    """Keys of rank_pattern for each layer alone, in the order of the module's layers."""
+def patterns_of_layers(
+    module: str, places: Iterable[tuple[int, ...]], spec: DecoderSpec, multimodal: bool
+) -> list[str]:
+    """Keys of rank_pattern for each of these layers of the module alone."""
     end, key = r"\.weight" if as_parameters([module], spec) else "", adaptable(spec)[module]
-    return [re.escape(name) + end for name in layer_names(key, multimodal)]
+    return [re.escape(key.numbered(module_name(key, multimodal), place)) + end for place in places]
 
 
 def layer_names(key: Key, multimodal: bool) -> list[str]:
@@ -120,15 +150,25 @@ def _names(spec: DecoderSpec, multimodal: bool) -> dict[str, tuple[str, Key]]:
     return {path.rpartition("/")[0]: (module_name(key, multimodal), key) for path, key in hf_names(spec).items()}
 
 
-def _listed(modules: Iterable[str], spec: DecoderSpec, multimodal: bool, dotted: bool) -> list[str]:
-    """Names that mean these modules and no others: short ones where they can be told apart so, else of each layer."""
+def _listed(
+    modules: Iterable[str], spec: DecoderSpec, multimodal: bool, dotted: bool, places: Places | None = None
+) -> list[str]:
+    """Names that mean these modules and no others: short ones where they can be told apart so, else of each layer.
+
+    places: of all that are adapted, where `modules` are some of these.
+    """
     modules, names = set(modules), _names(spec, multimodal)
     others = {name for module, (name, _) in names.items() if module not in modules}
+    if places is not None and layers_to_transform(places, spec, multimodal) is None:
+        others |= {names[module][0] for module in _partial(places, spec)}  # of layers that are not adapted
     found = set()
     for module in modules:
         name, key = names[module]
-        whole = multimodal or name in others
-        found |= {key.numbered(name, place) for place in key.places()} if whole else {_suffix(name, others, dotted)}
+        if multimodal or name in others:
+            its = key.places() if places is None else places[module]
+            found |= {key.numbered(name, place) for place in its}
+        else:
+            found.add(_suffix(name, others, dotted))
     return sorted(found)
 
 

@@ -43,5 +43,5 @@ def uniform(adapters: Tree, saved: Collection[str], max_rank: int = MAX_RANK) ->
         missing, before = rank - a.shape[-1], [(0, 0)] * (a.ndim - 2)
         out[f"{module}/lora_a"] = jnp.pad(a, [*before, (0, 0), (0, missing)])
         out[f"{module}/lora_b"] = jnp.pad(b, [*before, (0, missing), (0, 0)])
-        out[f"{module}/lora_scale"] = jnp.ones_like(scale)
+        out[f"{module}/lora_scale"] = jnp.where(jnp.asarray(scale) == 0, 0.0, 1.0)  # 0: a layer without an adapter
     return tree.unflatten(out)

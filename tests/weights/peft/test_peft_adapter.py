@@ -232,7 +232,6 @@ def test_a_target_without_any_tensor_is_missing(written):
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", 1),
         ("fan_in_fan_out", True),
-        ("layers_to_transform", [0]),
         ("lora_bias", True),
         ("a_setting_of_tomorrow", "on"),
     ],
@@ -250,6 +249,7 @@ def test_unsupported_settings_are_named(written, setting, value):
         ("r", 0),
         ("r", "3"),
         ("lora_alpha", None),
+        ("lora_alpha", 0),
         ("use_rslora", "no"),
         ("use_dora", "no"),
         ("lora_dropout", 1.5),
@@ -262,6 +262,23 @@ def test_broken_settings_are_named(written, setting, value):
     config = json.loads((written / "adapter_config.json").read_text())
     (written / "adapter_config.json").write_text(json.dumps(config | {setting: value}))
     with pytest.raises(UserError, match=f"{setting} is"):
+        open_adapter(written, spec())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("layers_to_transform", [0, 2], "layers_to_transform has 2, and the model the layers 0 to 1"),
+        ("layers_to_transform", "0", "layers_to_transform has '0'"),
+        ("layers_pattern", "layers(", r"layers_pattern has 'layers\(', which is not a regular expression"),
+        ("layers_to_transform", [0], r"not used: .*layers\.1\."),
+        ("target_modules", ["model.layers.0.self_attn.q_proj"], r"not used: .*layers\.1\."),
+    ],
+)
+def test_layers_that_the_model_or_the_file_has_not_are_named(written, setting, value, words):
+    config = json.loads((written / "adapter_config.json").read_text())
+    (written / "adapter_config.json").write_text(json.dumps(config | {setting: value}))
+    with pytest.raises(UserError, match=words):
         open_adapter(written, spec())
 
 
