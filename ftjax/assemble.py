@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ftjax import config as configs
 from ftjax import distributed, lora, quant, sharding, tree
+from ftjax.atomic import write_text
 from ftjax.data.pipeline import DataSpec
+from ftjax.data.tokens import templates
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
 from ftjax.method import Method, learning_rate, method_of
@@ -37,8 +39,12 @@ from ftjax.tree import Tree
 from ftjax.weights import load as weights
 from ftjax.weights.hf.keys import hf_names
 from ftjax.weights.peft import continued
-from ftjax.weights.peft.adapter import BaseFacts, StoredAdapter, base_digest
+from ftjax.weights.peft.adapter import BaseFacts, StoredAdapter, base_digest, embedding_rows
+from ftjax.weights.resized import ResizedReader
 from ftjax.weights.source import Reader, locate, open_source
+
+NEW_TOKENS = frozenset({"embed_tokens/embedding", "lm_head/kernel"})  # what has a row for each token
+_TEMPLATE = "chat_template.jinja"  # in the workdir of a run that chose one
 
 
 class Base(NamedTuple):
@@ -50,18 +56,54 @@ class Base(NamedTuple):
     model: Decoder
     tokenizer: PreTrainedTokenizerFast
     end_tokens: tuple[int, ...]  # generation stops at any of them
+    known_rows: int | None = None  # of the embedding in the files; tokens beyond them are new ones
 
 
-def open_base(config: ConfigDict) -> Base:
-    """Finds and describes `config.source`; reads headers and the tokenizer only."""
+def open_base(config: ConfigDict, data: ConfigDict | None = None, adapter: Path | None = None) -> Base:
+    """Finds and describes `config.source`, with the tokens that `config` adds; reads headers and the tokenizer only.
+
+    data: config.data, whose template and system prompt the tokenizer gets. None: the model's own template.
+    adapter: a PEFT directory that is to be used with it, whose tokenizer and number of tokens count, where it has them.
+    """
     path = locate(config.source)
     reader = open_source(path)
+    known_rows = spec_from_config(reader.config).vocab_size
+    if adapter is not None and (rows := embedding_rows(adapter)) > known_rows:
+        reader, known_rows = ResizedReader(reader, rows), rows
+    has_tokenizer = adapter is not None and (adapter / "tokenizer.json").is_file()
+    tokenizer = tokenizers.load(adapter if has_tokenizer else path)
+    template, system = (data.chat_template, data.system) if data is not None else ("", "")
+    tokenizers.prepare(tokenizer, template, system, config.add_tokens)
+    reader = _with_rows(config, reader, tokenizer, known_rows)
     spec = spec_from_config(reader.config)
-    tokenizer = tokenizers.load(path)
-    tokenizers.check_vocab(tokenizer, spec.vocab_size)
     dtypes = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
     model = Decoder(spec, *dtypes, config.remat, config.attention)
-    return Base(config.source, path, reader, model, tokenizer, tokenizers.end_tokens(tokenizer, reader.config))
+    ends = tokenizers.end_tokens(tokenizer, reader.config)
+    return Base(config.source, path, reader, model, tokenizer, ends, known_rows)
+
+
+def _with_rows(config: ConfigDict, reader: Reader, tokenizer: PreTrainedTokenizerFast, known: int) -> Reader:
+    """The reader with rows for every token, where config.model asks for them."""
+    needed = tokenizers.rows_needed(tokenizer)
+    if config.resize_vocab and not config.add_tokens and needed <= known:
+        raise UserError(
+            f"config.model.resize_vocab: the embedding has {known} rows, enough for the {needed} ids of the tokenizer; "
+            "leave it out (config.adapter.modules_to_save=('embed_tokens',) trains the rows that are there)"
+        )
+    if needed > known and _has_new_tokens(config):
+        return ResizedReader(reader, needed)
+    tokenizers.check_vocab(tokenizer, known)
+    return reader
+
+
+def _has_new_tokens(config: ConfigDict) -> bool:
+    """Whether `config`, config.model, has tokens whose rows are still to be learned."""
+    return bool(config.add_tokens) or config.resize_vocab
+
+
+def new_token_paths(config: ConfigDict, paths: Iterable[str]) -> set[str]:
+    """Those of the parameters `paths` that are trained whole because they hold the rows of new tokens."""
+    return NEW_TOKENS & set(paths) if _has_new_tokens(config.model) else set()
 
 
 class Program(NamedTuple):
@@ -161,6 +203,11 @@ def abstract_variables(
         if adapter.source:
             raise UserError("config.adapter.source is an adapter to go on from; adapter.kind='none' has none")
         trained = set(tree.matching(adapter.trainable, list(leaves), "adapter.trainable"))
+        if untrained := sorted(new_token_paths(config, leaves) - trained):
+            raise UserError(
+                f"config.adapter.trainable={adapter.trainable!r} leaves out {', '.join(untrained)}, which must "
+                "learn the new tokens of config.model; let it match them too"
+            )
         if config.quantize.base != "none":
             raise UserError("config.quantize.base is for a base beside adapters; set config.adapter.kind or drop it")
     else:
@@ -198,6 +245,7 @@ def _adapters(config: ConfigDict, model: Decoder, leaves: dict) -> tuple[dict[st
         ranks = lora.by_pattern(adapter.rank, adapter.rank_pattern, targets, "adapter.rank_pattern")
         lora.by_pattern(adapter.alpha, adapter.alpha_pattern, targets, "adapter.alpha_pattern")  # for its errors
         trained = _modules_to_save(adapter.modules_to_save, leaves)
+    trained |= new_token_paths(config, leaves)
     return ranks, [name for name, wanted in chosen.items() if wanted], trained
 
 
@@ -298,6 +346,20 @@ def whole_params(variables: Tree, dtype: jnp.dtype) -> Tree:
     return tree.unflatten(leaves)
 
 
+def keep_template(base: Base, config: ConfigDict, workdir: Path) -> None:
+    """Keeps a template that the run chose in its workdir, since a file of the user's may change or move."""
+    if config.data.chat_template:
+        write_text(workdir / _TEMPLATE, templates.read(config.data.chat_template, base.tokenizer))
+
+
+def with_kept_template(data: ConfigDict, workdir: Path) -> ConfigDict:
+    """config.data with the template that the run in `workdir` keeps, where it has chosen one."""
+    kept = ConfigDict(data)
+    if (workdir / _TEMPLATE).is_file():
+        kept.chat_template = str(workdir / _TEMPLATE)
+    return kept
+
+
 def load_run(workdir: Path, step: int | None = None) -> tuple[ConfigDict, Base, Tree, int]:
     """A run's (config, base, variables, step) from its checkpoint `step`, by default the newest.
 
@@ -305,7 +367,7 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[ConfigDict, Base, 
     The mesh is this machine's, not the run's. Raises UserError where `workdir` holds no run or no such step.
     """
     config = configs.read(workdir / "config.json")
-    base = open_base(config.model)
+    base = open_base(config.model, with_kept_template(config.data, workdir))
     continued.pin(config, workdir, fresh=False)
     mesh = sharding.make_mesh({"fsdp": -1})
     with jax.set_mesh(mesh):

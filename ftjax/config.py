@@ -51,6 +51,16 @@ ANY = Check(lambda value: True, "anything")
 # Every key with its default and its check, in the order of the sections of a config.
 KEYS: dict[str, Key] = {
     "model.source": Key("", Check(bool, "a Hugging Face id, a directory, a .gguf file or package:NAME")),
+    # Tokens to add to the tokenizer; rows of embedding and head are added for them and trained (docs/models.md).
+    "model.add_tokens": Key(
+        (),
+        Check(
+            lambda value: all(type(t) is str and t and t == t.strip() for t in value) and len(set(value)) == len(value),
+            "different tokens, such as ('<|call|>',), without white space around them",
+        ),
+    ),
+    # Add rows for tokens that are in the tokenizer but not in the embedding, and train them.
+    "model.resize_vocab": Key(False, ANY),
     "model.dtype": Key("bfloat16", one_of(*DTYPES)),  # of activations and matrix products
     "model.param_dtype": Key("bfloat16", one_of(*DTYPES)),  # of the stored base
     # What the backward pass recomputes (docs/devices.md).
@@ -84,6 +94,9 @@ KEYS: dict[str, Key] = {
     "data.batch_size": Key(16, number(1)),  # rows in a step, over all devices and micro-batches
     # assistant: every assistant turn; last: the last one; all: every turn.
     "data.train_on": Key("assistant", one_of("assistant", "last", "all")),
+    # Instead of the model's own, if it has one: alpaca, chatml, gemma, llama3, mistral, zephyr, or a Jinja file.
+    "data.chat_template": Key("", ANY),
+    "data.system": Key("", ANY),  # a system prompt for conversations that have none
     # Share of the training rows kept for evaluation instead, chosen by a hash of the prompt.
     "data.holdout": Key(0.0, number(0, 0.5)),
     # Of the rows before training; on: stop on errors, warn: print them.

@@ -18,6 +18,7 @@ float32) and for the logits.
 
 import collections
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -82,6 +83,7 @@ def export_peft(workdir: Path, step: int | None, out: Path, vllm_rank: int | Non
         saved={path: params[path] for path in whole},
         multimodal=is_multimodal(base.reader.config),
         card=model_card(out.name, "peft", config, step, base.path, evaluation(workdir, step)),
+        save_tokenizer=functools.partial(_write_tokenizer, run, base) if _has_own_tokenizer(run) else None,
     )
     if config.quantize.base != "none" and is_first():
         print(f"the adapter was trained beside a base stored as {config.quantize.base}; beside another it differs")
@@ -118,7 +120,7 @@ def export_model(workdir: Path, step: int | None, format: str, out: Path, dtype:
             _write_gguf(written, base, variables, gguf_type, name=out.stem)
         else:
             stored = dtype or stored_dtype(base.reader, config.model.param_dtype)
-            _write_directory(written, base, variables, stored)
+            _write_directory(written, config, base, variables, stored)
         del variables  # releases the run's weights before the export's are loaded
         difference = parity.differences(expected, parity.logits(*parity.reload(written, mesh), texts, mesh))
         parity.check(difference, stored)
@@ -206,7 +208,17 @@ def _refuse_heads(variables: Tree, format: str) -> None:
         )
 
 
-def _write_directory(directory: Path, base: Base, variables: Tree, dtype: str) -> None:
+def _has_own_tokenizer(config: ConfigDict) -> bool:
+    """Whether a run renders with another tokenizer or template than its base's."""
+    model, data = config.model, config.data
+    return bool(model.add_tokens or model.resize_vocab or data.chat_template or data.system)
+
+
+def _write_tokenizer(config: ConfigDict, base: Base, directory: Path) -> None:
+    write_tokenizer(directory, base.tokenizer, base.path, new_tokens=bool(config.model.add_tokens))
+
+
+def _write_directory(directory: Path, config: ConfigDict, base: Base, variables: Tree, dtype: str) -> None:
     sampling = base.path / "generation_config.json"
     generation = read_json(sampling) if base.path.is_dir() and sampling.is_file() else None
     spec, params = _whole(base, variables)
@@ -221,7 +233,7 @@ def _write_directory(directory: Path, base: Base, variables: Tree, dtype: str) -
     )
     with together(f"writing {directory}"):
         if is_first():
-            write_tokenizer(directory, base.tokenizer, base.path)
+            _write_tokenizer(config, base, directory)
 
 
 def _write_gguf(out: Path, base: Base, variables: Tree, kind: str, name: str) -> None:

@@ -48,7 +48,7 @@ _PAGE_ROWS = 1500
 def inspect(config: ConfigDict, options: dict) -> int:
     """Surveys the data of a config and shows it; returns the exit status. options: the flags by name."""
     configs.validate(config)
-    base = assemble.open_base(config.model)
+    base = assemble.open_base(config.model, config.data)
     spec = assemble.data_spec(config, base.model.spec)
     speed = speed_of(options["tokens_per_second"], options["workdir"])
     train = read_sources(configs.sources(config, "train"), spec.max_bad_rows, spec.holdout)
@@ -68,6 +68,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
             spec,
             options["max_rows"],
             lambda done: bar.update(task, completed=done),
+            base.known_rows,
         )
     epoch = epoch_of(result, spec, config.steps, config.epochs)
     if 0 < epoch.rows < spec.batch_size:

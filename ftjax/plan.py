@@ -6,6 +6,7 @@ may be faster.
 Exit status: 0 it fits, 1 it does not, 2 a mistake in what was asked.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from ftjax import cli
 from ftjax import config as configs
 from ftjax.atomic import write_text
+from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
 from ftjax.models import published
 from ftjax.models.families import spec_from_config
@@ -39,13 +41,21 @@ def model_spec(source: str) -> DecoderSpec:
     return spec_from_config(open_source(path).config)
 
 
+def with_new_tokens(config: ConfigDict, spec: DecoderSpec) -> DecoderSpec:
+    """The spec with rows for the tokens that config.model adds, at most so many: some tables have spare ones."""
+    rows = spec.vocab_size
+    if config.resize_vocab:
+        rows = max(rows, tokenizers.rows_needed(tokenizers.load(locate(config.source))))
+    return dataclasses.replace(spec, vocab_size=rows + len(config.add_tokens))
+
+
 def plan(
     config: ConfigDict, topology_name: str, display: Display, out: Path | None = None, search: bool = False
 ) -> int:
     """Prints the plan of `config` on a topology such as "v5e:4x4", and writes it to `out`; returns the exit status."""
     configs.validate(config, data=False)
     slice_ = topology.parse(topology_name)
-    spec = model_spec(config.model.source)
+    spec = with_new_tokens(config.model, model_spec(config.model.source))
     devices = topology.devices(slice_)
     program = compiled.describe(config, spec, devices)
     display.say(f"compiling for {slice_}")

@@ -57,7 +57,7 @@ def _train(
     # Config, mesh, model: described, not read yet.
     mesh = sharding.make_mesh(dict(config.mesh))
     distributed.check()
-    base = assemble.open_base(config.model)
+    base = assemble.open_base(config.model, config.data)
     preflight.check_length(config, base.model.spec)
     preflight.check_mesh(config, base.model.spec, mesh)
 
@@ -88,6 +88,7 @@ def _train(
             display.say(f"resuming after step {there.step}")
         if distributed.is_first():
             configs.write(config, workdir / "config.json")
+            assemble.keep_template(base, config, workdir)
 
         def step(state: TrainState, frozen: Tree, arrays: dict) -> tuple:
             return program.step(state, frozen, place_batch(mesh, arrays, config.accumulate))
