@@ -8,11 +8,11 @@ import pytest
 import torch
 from support.chat_templates import make_tokenizer
 from support.runs import write_run
-from support.tiny import batch_of, logits
+from support.tiny import batch_of, logits, one_device
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ftjax import assemble, export, generate, plan, preflight, tree
+from ftjax import assemble, describe, export, generate, plan, tree
 from ftjax.data.audit import checks
 from ftjax.data.format.example import Row
 from ftjax.data.tokens import chat
@@ -125,6 +125,29 @@ def test_an_adapter_brings_its_tokens_and_template_to_its_base(root, ours):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
+def test_a_run_goes_on_from_an_adapter_with_new_tokens(root, ours):
+    _, variables, _, _ = ours
+    config = config_of(root, model__add_tokens=ADDED, adapter__source=str(root / "adapter"), adapter__rank=16)
+    base = assemble.open_base(config.model)
+    abstract, is_trained = assemble.abstract_variables(config, base.model, one_device())
+    assert is_trained("params/embed_tokens/embedding")
+    start = assemble.load_variables(config, base, abstract, lambda path: "embed_tokens" in path)
+    np.testing.assert_array_equal(
+        start["params"]["embed_tokens"]["embedding"], variables["params"]["embed_tokens"]["embedding"]
+    )
+
+
+def test_the_start_table_says_what_new_tokens_cost(root, ours):
+    base, variables, _, _ = ours
+    config = config_of(root, model__add_tokens=ADDED)
+    said = describe._new_tokens(config, base, {"params": variables["params"]})
+    size = 16 * variables["params"]["embed_tokens"]["embedding"].size / 1e6
+    assert said == {
+        "new tokens": "3 rows more, at first the mean of the others; embed_tokens trained whole, "
+        f"{size:.1f} MB with gradients and moments"
+    }
+
+
 def test_a_run_keeps_the_template_that_came_from_a_file(root, tmp_path):
     assert (root / "run/chat_template.jinja").is_file()
     file = tmp_path / "mine.jinja"
@@ -156,7 +179,7 @@ def test_tokens_of_the_tokenizer_that_the_model_lacks_get_rows(root, tmp_path, c
     facts = checks.TokenFacts.of(base.tokenizer, base.end_tokens, 96, base.known_rows)
     assert "<lamp>" not in facts.special
     assert {"<|im_start|>", "<|im_end|>", "</s>"} <= facts.special
-    abstract, is_trained = assemble.abstract_variables(config, base.model, preflight.sharding.make_mesh({"fsdp": -1}))
+    abstract, is_trained = assemble.abstract_variables(config, base.model, one_device())
     trained = [path for path in tree.flatten(abstract) if is_trained(path) and not path.startswith("lora/")]
     assert trained == ["params/embed_tokens/embedding"]
     assert "beyond" not in caplog.text
