@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ftjax import config as configs
 from ftjax import distributed, lora, origin, quant, sharding, tree
+from ftjax.atomic import write_text
 from ftjax.data.pipeline import DataSpec
+from ftjax.data.tokens import templates
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
 from ftjax.method import Method, learning_rate, method_of
@@ -40,10 +42,14 @@ from ftjax.weights import load as weights
 from ftjax.weights.gguf.read import GGUFReader, hub_id
 from ftjax.weights.hf.keys import hf_names
 from ftjax.weights.peft import continued
-from ftjax.weights.peft.adapter import BaseFacts, StoredAdapter, base_digest
+from ftjax.weights.peft.adapter import BaseFacts, StoredAdapter, base_digest, embedding_rows
+from ftjax.weights.resized import ResizedReader, original
 from ftjax.weights.source import Reader, locate, open_source
 
 log = logging.getLogger(__name__)
+
+NEW_TOKENS = frozenset({"embed_tokens/embedding", "lm_head/kernel"})  # what has a row for each token
+_TEMPLATE = "chat_template.jinja"  # in the workdir of a run that chose one
 
 
 class Base(NamedTuple):
@@ -55,23 +61,59 @@ class Base(NamedTuple):
     model: Decoder
     tokenizer: PreTrainedTokenizerFast
     end_tokens: tuple[int, ...]  # generation stops at any of them
+    known_rows: int | None = None  # of the embedding in the files; tokens beyond them are new ones
 
 
-def open_base(config: ConfigDict, weights: bool = True) -> Base:
-    """Finds and describes `config.source`; reads headers and the tokenizer only.
+def open_base(
+    config: ConfigDict, data: ConfigDict | None = None, adapter: Path | None = None, weights: bool = True
+) -> Base:
+    """Finds and describes `config.source`, with the tokens that `config` adds; reads headers and the tokenizer only.
 
+    data: config.data, whose template and system prompt the tokenizer gets. None: the model's own template.
+    adapter: a PEFT directory that is to be used with it, whose tokenizer and number of tokens count, where it has them.
     weights: False is for looking at it without them: of a Hugging Face id they are not downloaded, and `reader` has no
     tensors.
     """
     path = locate(config.source, config.revision, weights)
     reader = open_source(path, weights)
+    known_rows = spec_from_config(reader.config).vocab_size
+    if adapter is not None and (rows := embedding_rows(adapter)) > known_rows:
+        reader, known_rows = ResizedReader(reader, rows), rows
+    has_tokenizer = adapter is not None and (adapter / "tokenizer.json").is_file()
+    tokenizer = tokenizers.load(adapter if has_tokenizer else path)
+    template, system = (data.chat_template, data.system) if data is not None else ("", "")
+    tokenizers.prepare(tokenizer, template, system, config.add_tokens)
+    reader = _with_rows(config, reader, tokenizer, known_rows)
     spec = spec_from_config(reader.config)
-    tokenizer = tokenizers.load(path)
-    tokenizers.check_vocab(tokenizer, spec.vocab_size)
     dtypes = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
     remat = "none" if config.remat == "auto" else config.remat  # for training, which chooses when it knows its batch
     model = Decoder(spec, *dtypes, remat, config.attention, config.neftune_alpha)
-    return Base(config.source, path, reader, model, tokenizer, tokenizers.end_tokens(tokenizer, reader.config))
+    ends = tokenizers.end_tokens(tokenizer, reader.config)
+    return Base(config.source, path, reader, model, tokenizer, ends, known_rows)
+
+
+def _with_rows(config: ConfigDict, reader: Reader, tokenizer: PreTrainedTokenizerFast, known: int) -> Reader:
+    """The reader with rows for every token, where config.model asks for them."""
+    needed = tokenizers.rows_needed(tokenizer)
+    if config.resize_vocab and not config.add_tokens and needed <= known:
+        raise UserError(
+            f"config.model.resize_vocab: the embedding has {known} rows, enough for the {needed} ids of the tokenizer; "
+            "leave it out (config.adapter.modules_to_save=('embed_tokens',) trains the rows that are there)"
+        )
+    if needed > known and _has_new_tokens(config):
+        return ResizedReader(reader, needed)
+    tokenizers.check_vocab(tokenizer, known)
+    return reader
+
+
+def _has_new_tokens(config: ConfigDict) -> bool:
+    """Whether `config`, config.model, has tokens whose rows are still to be learned."""
+    return bool(config.add_tokens) or config.resize_vocab
+
+
+def new_token_paths(config: ConfigDict, paths: Iterable[str]) -> set[str]:
+    """Those of the parameters `paths` that are trained whole because they hold the rows of new tokens."""
+    return NEW_TOKENS & set(paths) if _has_new_tokens(config.model) else set()
 
 
 class Program(NamedTuple):
@@ -182,6 +224,11 @@ def abstract_variables(
         if adapter.source:
             raise UserError("config.adapter.source is an adapter to go on from; adapter.kind='none' has none")
         trained = set(tree.matching(adapter.trainable, list(leaves), "adapter.trainable"))
+        if untrained := sorted(new_token_paths(config, leaves) - trained):
+            raise UserError(
+                f"config.adapter.trainable={adapter.trainable!r} leaves out {', '.join(untrained)}, which must "
+                "learn the new tokens of config.model; let it match them too"
+            )
         if config.quantize.base != "none":
             raise UserError("config.quantize.base is for a base beside adapters; set config.adapter.kind or drop it")
     else:
@@ -219,6 +266,7 @@ def _adapters(config: ConfigDict, model: Decoder, leaves: dict) -> tuple[dict[st
         ranks = lora.by_pattern(adapter.rank, adapter.rank_pattern, targets, "adapter.rank_pattern")
         lora.by_pattern(adapter.alpha, adapter.alpha_pattern, targets, "adapter.alpha_pattern")  # for its errors
         trained = _modules_to_save(adapter.modules_to_save, leaves)
+    trained |= new_token_paths(config, leaves)
     return ranks, [name for name, wanted in chosen.items() if wanted], trained
 
 
@@ -338,7 +386,7 @@ def base_facts(config: ConfigDict, base: Base) -> BaseFacts:
 
 def published(base: Base) -> str:
     """The Hugging Face id of the model in a GGUF file, as far as the file says it; "" for all else."""
-    return hub_id(base.reader.metadata) if isinstance(base.reader, GGUFReader) else ""
+    return hub_id(reader.metadata) if isinstance(reader := original(base.reader), GGUFReader) else ""
 
 
 def trained_whole(config: ConfigDict, base: Base) -> set[str]:
@@ -365,6 +413,20 @@ def whole_params(variables: Tree, dtype: jnp.dtype) -> Tree:
     return tree.unflatten(leaves)
 
 
+def keep_template(base: Base, config: ConfigDict, workdir: Path) -> None:
+    """Keeps a template that the run chose in its workdir, since a file of the user's may change or move."""
+    if config.data.chat_template:
+        write_text(workdir / _TEMPLATE, templates.read(config.data.chat_template, base.tokenizer))
+
+
+def with_kept_template(data: ConfigDict, workdir: Path) -> ConfigDict:
+    """config.data with the template that the run in `workdir` keeps, where it has chosen one."""
+    kept = ConfigDict(data)
+    if (workdir / _TEMPLATE).is_file():
+        kept.chat_template = str(workdir / _TEMPLATE)
+    return kept
+
+
 def load_run(
     workdir: Path,
     step: int | None = None,
@@ -382,7 +444,7 @@ def load_run(
     """
     config = _found(configs.read(workdir / "config.json"), moved or {})
     origin.check_there(config, workdir)
-    base = open_base(config.model)
+    base = open_base(config.model, with_kept_template(config.data, workdir))
     config = origin.located(config, base.path)
     base = base._replace(source=config.model.source)
     origin.check(config, workdir, origin.contents(config, base.reader, base.model.spec))

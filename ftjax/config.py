@@ -64,6 +64,16 @@ KEYS: dict[str, Key] = {
     "model.source": Key("", Check(bool, "a Hugging Face id, a directory, a .gguf file or package:NAME")),
     # Of a Hugging Face id: a commit, tag or branch; "": the main branch. The run keeps to the commit that it was then.
     "model.revision": Key("", ANY),
+    # Tokens to add to the tokenizer; rows of embedding and head are added for them and trained (docs/models.md).
+    "model.add_tokens": Key(
+        (),
+        Check(
+            lambda value: all(type(t) is str and t and t == t.strip() for t in value) and len(set(value)) == len(value),
+            "different tokens, such as ('<|call|>',), without white space around them",
+        ),
+    ),
+    # Add rows for tokens that are in the tokenizer but not in the embedding, and train them.
+    "model.resize_vocab": Key(False, ANY),
     # Of activations and matrix products; auto: float32 on CPUs, which are slow in bfloat16, and bfloat16 elsewhere.
     "model.dtype": Key("auto", one_of("auto", *DTYPES)),
     "model.param_dtype": Key("auto", one_of("auto", *DTYPES)),  # of the stored base; auto: as model.dtype
@@ -109,6 +119,9 @@ KEYS: dict[str, Key] = {
     "data.row_length": Key(0, number(0)),
     # assistant: every assistant turn; last: the last one; all: every turn.
     "data.train_on": Key("assistant", one_of("assistant", "last", "all")),
+    # Instead of the model's own, if it has one: alpaca, chatml, gemma, llama3, mistral, zephyr, or a Jinja file.
+    "data.chat_template": Key("", ANY),
+    "data.system": Key("", ANY),  # a system prompt for conversations that have none
     # Share of the training rows kept for evaluation instead, chosen by a hash of the prompt.
     "data.holdout": Key(0.0, number(0, 0.5)),
     # Of the rows before training; on: stop on errors, warn: print them.

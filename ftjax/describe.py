@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftjax import memory, quant, sharding, tree
-from ftjax.assemble import Base, Program
+from ftjax.assemble import NEW_TOKENS, Base, Program
 from ftjax.data.batch.loader import Loader
 from ftjax.evals.best import Standing
 from ftjax.evals.evaluator import is_eval
@@ -42,6 +42,7 @@ def run(
         "model": f"{config.model.source}: {spec.family}, {spec.num_hidden_layers} layers, width {spec.hidden_size}, "
         f"vocabulary {spec.vocab_size:,}, {total:,} parameters, in {config.model.dtype}",
         "adapter": _adapter(adapter),
+        **_new_tokens(config, base, trained),
         "trained": _size(trained, program.trained_count),
         **({"average": _average(config.optimizer.ema_decay)} if config.optimizer.ema_decay else {}),
         "frozen": _size(frozen),
@@ -119,6 +120,17 @@ def _of_checkpoints(standing: Standing) -> str:
     if latest != best:
         parts = [f"{parts[0]} ({standing.scored(best)})", f"the latest step {latest} ({standing.scored(latest)})"]
     return ", " + "; ".join(["; ".join(parts), *([better] if better else [])])
+
+
+def _new_tokens(config: ConfigDict, base: Base, trained: Tree) -> dict[str, str]:
+    if not (config.model.add_tokens or config.model.resize_vocab):
+        return {}
+    tables = {path: leaf for path, leaf in tree.flatten(trained["params"]).items() if path in NEW_TOKENS}
+    rows = base.model.spec.vocab_size - base.known_rows
+    where = f"{rows} rows more, at first the mean of the others" if rows else "in spare rows of the embedding"
+    size = sum(16 * leaf.size for leaf in tables.values())  # float32: weight, gradient and AdamW's two moments
+    names = " and ".join(path.split("/")[0] for path in tables)
+    return {"new tokens": f"{where}; {names} trained whole, {size / 1e6:,.1f} MB with gradients and moments"}
 
 
 def _adapter(adapter: ConfigDict) -> str:

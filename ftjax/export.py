@@ -18,6 +18,7 @@ float32) and for the logits.
 
 import collections
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -112,6 +113,7 @@ def export_peft(
                 ends=ends,
             ),
             generation=generation_config(_model_config(base), _sampling(base)) if ends else None,
+            save_tokenizer=functools.partial(_write_tokenizer, run, base) if _has_own_tokenizer(run) else None,
         )
     if ends and is_first():
         print(
@@ -169,7 +171,7 @@ def export_model(
         if format == "gguf":
             _write_gguf(written, base, variables, gguf_type, of_tokenizer, name=out.stem)
         else:
-            _write_directory(written, base, variables, stored)
+            _write_directory(written, config, base, variables, stored)
         del variables  # releases the run's weights before the export's are loaded
         difference = parity.differences(expected, parity.logits(*parity.reload(written, mesh), texts, mesh))
         parity.check(difference, stored)
@@ -294,7 +296,17 @@ def _refuse_heads(variables: Tree, format: str) -> None:
         )
 
 
-def _write_directory(directory: Path, base: Base, variables: Tree, dtype: str) -> None:
+def _has_own_tokenizer(config: ConfigDict) -> bool:
+    """Whether a run renders with another tokenizer or template than its base's."""
+    model, data = config.model, config.data
+    return bool(model.add_tokens or model.resize_vocab or data.chat_template or data.system)
+
+
+def _write_tokenizer(config: ConfigDict, base: Base, directory: Path) -> None:
+    write_tokenizer(directory, _tokenizer(base), base.path, new_tokens=bool(config.model.add_tokens))
+
+
+def _write_directory(directory: Path, config: ConfigDict, base: Base, variables: Tree, dtype: str) -> None:
     spec, params = _whole(base, variables)
     write_model(
         directory,
@@ -307,7 +319,7 @@ def _write_directory(directory: Path, base: Base, variables: Tree, dtype: str) -
     )
     with together(f"writing {directory}"):
         if is_first():
-            write_tokenizer(directory, _tokenizer(base), base.path)
+            _write_tokenizer(config, base, directory)
 
 
 def _check_gguf(base: Base, spec: DecoderSpec) -> dict[str, Any]:

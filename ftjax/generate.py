@@ -53,7 +53,7 @@ def load_model(source: str, adapters: Mapping[str, str], dtype: str) -> tuple[Ba
     """
     config = configs.defaults()
     config.model.source, config.model.dtype, config.model.param_dtype = source, dtype, dtype
-    base = assemble.open_base(config.model)
+    base = assemble.open_base(config.model, adapter=_with_tokenizer(adapters))
     stored = {name: open_adapter(Path(path), base.model.spec) for name, path in adapters.items()}
     facts = assemble.base_facts(config, base) if stored else None
     for adapter in stored.values():
@@ -69,6 +69,19 @@ def load_model(source: str, adapters: Mapping[str, str], dtype: str) -> tuple[Ba
         lora = jax.device_put(adapters, sharding.replicated(mesh))
         variables[name] = {"params": tree.unflatten(leaves), "lora": lora}
     return base, variables
+
+
+def _with_tokenizer(adapters: Mapping[str, str]) -> Path | None:
+    """The adapter that brings the tokenizer of all, if there is one; UserError where two bring different ones."""
+    brought = {name: Path(path).expanduser() for name, path in adapters.items()}
+    brought = {name: path for name, path in brought.items() if (path / "tokenizer.json").is_file()}
+    first = next(iter(brought), None)
+    for name, path in brought.items():
+        for file in ("tokenizer.json", "chat_template.jinja"):
+            contents = [(at / file).read_bytes() if (at / file).is_file() else b"" for at in (path, brought[first])]
+            if contents[0] != contents[1]:
+                raise UserError(f"--adapter: {first} and {name} have another {file} each; use them one at a time")
+    return brought.get(first)
 
 
 def parse_adapters(text: str) -> dict[str, str]:

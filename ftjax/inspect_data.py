@@ -50,7 +50,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
     """Surveys the data of a config and shows it; returns the exit status. options: the flags by name."""
     configs.validate(config)
     config = choices.by_devices(config, "cpu")
-    base = assemble.open_base(config.model, weights=False)
+    base = assemble.open_base(config.model, config.data, weights=False)
     spec = assemble.data_spec(config, base.model.spec)
     speed = speed_of(options["tokens_per_second"], options["workdir"])
     train = read_sources(configs.sources(config, "train"), spec.max_bad_rows, spec.holdout)
@@ -70,6 +70,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
             spec,
             options["max_rows"],
             lambda done: bar.update(task, completed=done),
+            base.known_rows,
         )
     mesh = AbstractMesh(tuple(max(config.mesh[axis], 1) for axis in sharding.MESH_AXES), sharding.MESH_AXES)
     asked, examples = config, examples_in_epoch(result)

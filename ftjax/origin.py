@@ -20,6 +20,7 @@ from ftjax.models.spec import DecoderSpec
 from ftjax.weights.gguf.read import GGUFReader
 from ftjax.weights.hf.files import inside, read_json
 from ftjax.weights.peft.adapter import base_digest, directory_digest
+from ftjax.weights.resized import original
 from ftjax.weights.source import Reader, everywhere, on_hub
 
 FILE = "origin.json"
@@ -38,6 +39,7 @@ def contents(config: ConfigDict, reader: Reader, spec: DecoderSpec) -> dict[str,
     Of the weights a few kilobytes of every tensor are read (`base_digest`), of an adapter all.
     """
     digests = {"weights": base_digest(reader, spec)}
+    reader = original(reader)
     described = _of_gguf(reader.metadata) if isinstance(reader, GGUFReader) else _of_directory(reader.path)
     for part, content in described.items():
         digests[part] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

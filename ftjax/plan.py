@@ -8,6 +8,7 @@ fit, changes that may fit are tried; --search tries changes that may be faster.
 Exit status: 0 it fits, 1 it does not, 2 a mistake in what was asked.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 from ftjax import choices, cli, config_flag, preflight, sharding
 from ftjax import config as configs
 from ftjax.atomic import write_text
+from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
 from ftjax.models import published
 from ftjax.models.families import spec_from_config
@@ -42,6 +44,14 @@ def model_spec(source: str, revision: str = "") -> DecoderSpec:
     return spec_from_config(open_source(path).config)
 
 
+def with_new_tokens(config: ConfigDict, spec: DecoderSpec) -> DecoderSpec:
+    """The spec with rows for the tokens that config.model adds, at most so many: some tables have spare ones."""
+    rows = spec.vocab_size
+    if config.resize_vocab:
+        rows = max(rows, tokenizers.rows_needed(tokenizers.load(locate(config.source))))
+    return dataclasses.replace(spec, vocab_size=rows + len(config.add_tokens))
+
+
 def plan(
     config: ConfigDict, topology_name: str, display: Display, out: Path | None = None, search: bool = False
 ) -> int:
@@ -49,7 +59,7 @@ def plan(
     configs.validate(config, data=False)
     preflight.check_used(config)
     slice_ = topology.parse(topology_name)
-    spec = model_spec(config.model.source, config.model.revision)
+    spec = with_new_tokens(config.model, model_spec(config.model.source, config.model.revision))
     devices = topology.devices(slice_)
     mesh = sharding.make_mesh(dict(config.mesh), devices)
     config = choices.without_data(config, spec, mesh, slice_.chip.usable)

@@ -163,7 +163,7 @@ def check_rows(config: ConfigDict, base: Base, train: Loader, heldout: Loader | 
     evaluated = [read_sources([{"split": "test", **entry} for entry in tasks])] if tasks else []
     if heldout is not None:
         evaluated.append(checks.RowsOf(heldout.examples))
-    facts = checks.TokenFacts.of(base.tokenizer, base.end_tokens, config.data.max_length)
+    facts = checks.TokenFacts.of(base.tokenizer, base.end_tokens, config.data.max_length, base.known_rows)
     findings = checks.at_start(train.examples, evaluated, facts)
     errors = [str(finding) for finding in findings if finding.severity == ERROR]
     stops = bool(errors) and config.data.checks == "on"

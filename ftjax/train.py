@@ -77,11 +77,14 @@ def _train(
     # Config and model: described, not read yet.
     asked = config
     config = choices.by_devices(config, sharding.platform(mesh))
-    base = assemble.open_base(config.model)
-    if there.step is None:
+    goes_on = there.step is not None
+    base = assemble.open_base(
+        config.model, assemble.with_kept_template(config.data, workdir) if goes_on else config.data
+    )
+    if not goes_on:
         preflight.check_used(config)
     contents = origin.contents(config, base.reader, base.model.spec)
-    if there.step is not None:
+    if goes_on:
         origin.check(config, workdir, contents)
     preflight.check_length(config, base.model.spec)
     preflight.check_mesh(config, base.model.spec, mesh)
@@ -126,6 +129,7 @@ def _train(
         if distributed.is_first():
             origin.record(workdir, given, located, contents)
             configs.write(located, workdir / "config.json")
+            assemble.keep_template(base, config, workdir)
 
         def step(state: TrainState, frozen: Tree, arrays: dict) -> tuple:
             return program.step(state, frozen, place_batch(mesh, arrays, config.accumulate))

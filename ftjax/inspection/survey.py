@@ -97,6 +97,7 @@ def survey(
     spec: DataSpec,
     max_rows: int = 0,
     advance: Callable[[int], None] = lambda done: None,
+    known_rows: int | None = None,
 ) -> Survey:
     """Reads, tokenizes and checks the rows.
 
@@ -106,8 +107,9 @@ def survey(
       ends: token ids at which generation stops.
       max_rows: look at no more rows than this, evenly spread over the set; 0: all of them.
       advance: is called with the number of rows that are done.
+      known_rows: see `checks.TokenFacts.of`.
     """
-    surveyor = _Surveyor(train, tokenizer, ends, spec)
+    surveyor = _Surveyor(train, tokenizer, spec, checks.TokenFacts.of(tokenizer, ends, spec.max_length, known_rows))
     for chunk in surveyor.read("train", train, max_rows, advance):
         surveyor.check_rows("train", train, chunk)
         surveyor.check_examples(chunk)
@@ -140,10 +142,9 @@ class _Surveyor:
     What becomes of each row is what `tokens.outcome` says, as in training; only rows with an example are checked.
     """
 
-    def __init__(self, train: Rows, tokenizer, ends: Sequence[int], spec: DataSpec):
+    def __init__(self, train: Rows, tokenizer, spec: DataSpec, facts: checks.TokenFacts):
         self._train, self._tokenizer, self._spec = train, tokenizer, spec
         self._seen = {"train": _Seen(), "eval": _Seen()}
-        facts = checks.TokenFacts.of(tokenizer, ends, spec.max_length)
         self._checks = checks.Checks(facts, {side: seen.origin for side, seen in self._seen.items()})
         counts = zip(train.per_source, train.weights)
         self._out = Survey([SourceCount(name, weight, count) for (name, count), weight in counts])

@@ -73,4 +73,5 @@ def test_a_preference_shows_both_answers_and_an_unpaired_row_its_label(make_toke
 
 
 def documents_of(row, tokenizer):
-    return ROW_KINDS[kind_of(row)].tokenize(row, tokenizer, None, "assistant")
+    (documents,) = ROW_KINDS[kind_of(row)].tokenize(row, tokenizer, None, "assistant")
+    return documents

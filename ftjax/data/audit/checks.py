@@ -38,7 +38,9 @@ class TokenFacts:
       ends: ids at which generation stops.
       bos, pad: ids, or None.
       max_length: where examples are cut.
-      special: the special tokens as text. A tokenizer turns any text that holds one into the control token.
+      special: the special tokens as text. A tokenizer turns any text that holds one into the control token. Without
+        those that are new to the model and that no chat template writes: rows teach them, so they stand there on
+        purpose.
       marks: their ids.
     """
 
@@ -50,9 +52,13 @@ class TokenFacts:
     marks: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, tokenizer, ends: Iterable[int], max_length: int) -> "TokenFacts":
-        added = tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    def of(cls, tokenizer, ends: Iterable[int], max_length: int, known_rows: int | None = None) -> "TokenFacts":
+        """known_rows: tokens from this id on are new to the model; None: none are."""
+        added = tokenizer.added_tokens_decoder
+        special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+        template = str(tokenizer.chat_template)
+        new = {token.content for i, token in added.items() if known_rows is not None and i >= known_rows}
+        special -= {token for token in new if token not in template}
         marks = frozenset(tokenizer.convert_tokens_to_ids(sorted(special)))
         return cls(
             frozenset(ends), tokenizer.bos_token_id, tokenizer.pad_token_id, max_length, frozenset(special), marks

@@ -68,9 +68,9 @@ def template_of(tokenizer: Tokenizer, origin: str, tools: Tools = None) -> str:
     """
     if not tokenizer.chat_template:
         raise UserError(
-            f"{origin}: the tokenizer has no chat template to render messages with; take an "
-            "instruction-tuned model, add chat_template to its tokenizer_config.json, or use rows of "
-            "text or of prompt/completion strings"
+            f"{origin}: the tokenizer has no chat template to render messages with; set config.data.chat_template to "
+            "a known one (alpaca, chatml, gemma, llama3, mistral, zephyr) or to a file, take an instruction-tuned "
+            "model, or use rows of text or of prompt/completion strings"
         )
     try:
         template = tokenizer.get_chat_template(tools=tools)

@@ -1,12 +1,14 @@
 """Tokenizers: from a GGUF file's own metadata or a Hugging Face directory, and the tokens that end a turn."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from ftjax.data.tokens import templates
 from ftjax.data.tokens.rendering import TEMPLATE_ERRORS
 from ftjax.errors import UserError
 from ftjax.weights.gguf.tokenizer import from_gguf
@@ -27,6 +29,39 @@ def load(path: Path) -> PreTrainedTokenizerFast:
     if path.suffix != ".gguf" or not path.is_file():
         raise UserError(f"{path}: no tokenizer there; give a .gguf file or a directory with tokenizer.json")
     return from_gguf(path)
+
+
+def prepare(
+    tokenizer: PreTrainedTokenizerFast, chat_template: str = "", system: str = "", tokens: Sequence[str] = ()
+) -> None:
+    """Gives the tokenizer what a run chooses: a template (see `templates.read`), further tokens, a system prompt.
+
+    A new token is kept whole wherever it stands in a text. One that the chat template writes is a special token, which
+    may end a turn and is not shown in what is generated; the others are ordinary ones, which are.
+
+    Raises:
+      UserError: a token is there already; what `templates` raises.
+    """
+    if chat_template:
+        tokenizer.chat_template = templates.read(chat_template, tokenizer)
+    if there := [token for token in tokens if token in tokenizer.get_vocab()]:
+        raise UserError(
+            f"config.model.add_tokens: the tokenizer has {', '.join(map(repr, there))} already; leave out what is "
+            "there (config.adapter.modules_to_save=('embed_tokens',) trains the rows of all tokens)"
+        )
+    template = str(tokenizer.chat_template)
+    for token in tokens:
+        special = token in template
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=special)], special_tokens=special)
+    if chat_template:
+        templates.check(tokenizer, chat_template)
+    if system:
+        tokenizer.chat_template = templates.with_system(tokenizer, system)
+
+
+def rows_needed(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The rows that an embedding needs for every token id."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_vocab(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:

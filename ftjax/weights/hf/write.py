@@ -32,6 +32,8 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+# Those that name every token, so that the base's lack new ones.
+_VOCABULARIES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt")
 # Settings of generation_config.json that have a meaning only with do_sample, and the values that switch them off.
 _SAMPLING = {
     "temperature": 1.0,
@@ -88,28 +90,33 @@ def write_model(
             write_json(directory / "generation_config.json", generation_config(config, generation))
 
 
-def write_tokenizer(directory: Path, tokenizer: Any, base: Path) -> None:
+def write_tokenizer(directory: Path, tokenizer: Any, base: Path, new_tokens: bool = False) -> None:
     """The tokenizer as transformers saves it, replaced by the base's own files where `base` is a directory with them.
 
     So tokenizer.model is kept, which transformers does not save but llama.cpp's converter needs. `auto_map` is left
-    out: it refers to code that is not written. The end token is the tokenizer's, which may be another than the base's.
+    out: it refers to code that is not written; and so is a chat template other than the tokenizer's. The end token is
+    the tokenizer's, which may be another than the base's.
+
+    new_tokens: the tokenizer has tokens that the base's files lack.
     """
     tokenizer.save_pretrained(directory)
     if not base.is_dir():
         return
     for name in _TOKENIZER_FILES:
         source = inside(base, name)
-        if not source.is_file():
+        if not source.is_file() or (new_tokens and name in _VOCABULARIES):
             continue
-        shutil.copyfile(source, directory / name)
-        if name in ("tokenizer_config.json", "special_tokens_map.json"):
-            content = read_json(source)
-            ours = {key: value for key, value in content.items() if key != "auto_map"}
-            end = content.get("eos_token")
-            if tokenizer.eos_token not in (None, end["content"] if isinstance(end, dict) else end):
-                ours["eos_token"] = tokenizer.eos_token
-            if ours != content:
-                write_json(directory / name, ours)
+        content = read_json(source) if name in ("tokenizer_config.json", "special_tokens_map.json") else {}
+        ours = {key: value for key, value in content.items() if key != "auto_map"}
+        if isinstance(content.get("chat_template"), str) and content["chat_template"] != tokenizer.chat_template:
+            del ours["chat_template"]  # the run's own is in chat_template.jinja
+        end = content.get("eos_token")
+        if content and tokenizer.eos_token not in (None, end["content"] if isinstance(end, dict) else end):
+            ours["eos_token"] = tokenizer.eos_token
+        if ours != content:
+            write_json(directory / name, ours)
+        else:
+            shutil.copyfile(source, directory / name)
 
 
 def generation_config(config: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,16 @@ def directory_digest(path: Path) -> str:
     return sha256.hexdigest()
 
 
+def embedding_rows(path: Path) -> int:
+    """How many tokens the embedding or output head has that an adapter holds whole; 0 where it holds neither."""
+    file = inside(Path(path).expanduser(), WEIGHTS)
+    if not file.is_file():
+        return 0  # which `open_adapter` reports
+    stored = SafetensorsFile(file)
+    tables = tuple(f".{name}.weight" for name in (EMBEDDING, "wte", HEAD))
+    return max((stored.shape(name)[0] for name in stored.names() if name.endswith(tables)), default=0)
+
+
 def write_adapter(
     out: Path,
     adapters: Tree,
@@ -87,6 +97,7 @@ def write_adapter(
     multimodal: bool = False,
     card: str | None = None,
     generation: dict[str, Any] | None = None,
+    save_tokenizer: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the `lora` collection (see `ftjax.lora`) as a PEFT adapter.
 
@@ -98,6 +109,7 @@ def write_adapter(
     multimodal: whether transformers has the base's language model inside another model (Gemma 3).
     card: the text of README.md.
     generation: the content of generation_config.json, where the base's own does not do.
+    save_tokenizer: writes a tokenizer that is not the base's into a directory.
 
     Raises UserError when `out` exists and is not empty, for NaN or infinite values, and for adapters of experts;
     ValueError when the adapters do not belong to `spec`.
@@ -155,6 +167,8 @@ def write_adapter(
                     write_json(directory / "generation_config.json", generation)
                 if card is not None:
                     (directory / "README.md").write_text(card, encoding="utf-8")
+                if save_tokenizer is not None:
+                    save_tokenizer(directory)
 
 
 def refuse_experts(names: Iterable[str]) -> None:
