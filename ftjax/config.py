@@ -47,6 +47,14 @@ def pairs(kind: type) -> Check:
     return Check(holds, f"pairs of a regular expression and a positive {kind.__name__}, such as (('self_attn', 8),)")
 
 
+def tokens() -> Check:
+    def holds(value: Any) -> bool:
+        plain = all(type(token) is str and token and token == token.strip() for token in value)
+        return plain and len(set(value)) == len(value)
+
+    return Check(holds, "different tokens without white space around them, such as ('<|call|>',)")
+
+
 ANY = Check(lambda value: True, "anything")
 
 
@@ -65,13 +73,7 @@ KEYS: dict[str, Key] = {
     # Of a Hugging Face id: a commit, tag or branch; "": the main branch. The run keeps to the commit that it was then.
     "model.revision": Key("", ANY),
     # Tokens to add to the tokenizer; rows of embedding and head are added for them and trained (docs/models.md).
-    "model.add_tokens": Key(
-        (),
-        Check(
-            lambda value: all(type(t) is str and t and t == t.strip() for t in value) and len(set(value)) == len(value),
-            "different tokens, such as ('<|call|>',), without white space around them",
-        ),
-    ),
+    "model.add_tokens": Key((), tokens()),
     # Add rows for tokens that are in the tokenizer but not in the embedding, and train them.
     "model.resize_vocab": Key(False, ANY),
     # Of activations and matrix products; auto: float32 on CPUs, which are slow in bfloat16, and bfloat16 elsewhere.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.chat_templates import make_tokenizer
 from support.runs import write_run
-from support.tiny import batch_of, logits, one_device
+from support.tiny import batch_of, logits, one_device, spec
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +18,7 @@ from ftjax.data.format.example import Row
 from ftjax.data.tokens import chat
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.train import train
 from ftjax.weights.resized import ResizedReader
@@ -123,6 +124,14 @@ def test_an_adapter_brings_its_tokens_and_template_to_its_base(root, ours):
     assert loaded.tokenizer.chat_template == base.tokenizer.chat_template
     found = logits(loaded.model, variables["lamps"], batch_of([[(tokens, tokens > -1)]], len(tokens)))[0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_an_untied_head_learns_new_tokens_too(root):
+    config = config_of(root, model__add_tokens=ADDED)
+    model = Decoder(spec(tie_word_embeddings=False))
+    abstract, is_trained = assemble.abstract_variables(config, model, one_device())
+    trained = [path for path in tree.flatten(abstract) if is_trained(path) and not path.startswith("lora/")]
+    assert sorted(trained) == ["params/embed_tokens/embedding", "params/lm_head/kernel"]
 
 
 def test_a_run_goes_on_from_an_adapter_with_new_tokens(root, ours):

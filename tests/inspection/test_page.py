@@ -102,17 +102,17 @@ def test_the_page_asks_the_network_for_nothing(tokenizer):
 def test_the_verdict_is_a_sentence(tokenizer):
     rows, good = rows_of(tokenizer, ["plain"]), survey()
     bad, good.findings = good.findings, []
-    text = page.render(good, Epoch(100, 3, 0.9, 1, 1.0), SPEC, rows)
+    text = page.render(good, Epoch(100, 3, 0.9, 20.0, 1, 1.0), SPEC, rows)
     assert "<h2>Verdict</h2>\n<p>No errors and no warnings: training can start.</p>\n<ul></ul>" in text
     good.findings = bad
     for checks, what in (("on", "stop before its first step"), ("warn", "start all the same, as config.data.")):
-        text = page.render(good, Epoch(1, 1, 1, 1, 1.0), SPEC, rows, checks)
+        text = page.render(good, Epoch(1, 1, 1, 1.0, 1, 1.0), SPEC, rows, checks)
         assert f"<p>1 error and 0 warnings: training would {what}" in text
 
 
 def test_nothing_runs_over_the_edge_of_a_phone(tokenizer):
     """Long names break anywhere and tables become blocks; that it is so at 320 and 360 pixels was seen in a browser."""
-    style = page.render(survey(), Epoch(1, 1, 1, 1, 1.0), SPEC, []).split("<style>")[1].split("</style>")[0]
+    style = page.render(survey(), Epoch(1, 1, 1, 1.0, 1, 1.0), SPEC, []).split("<style>")[1].split("</style>")[0]
     assert "h2, li, td, p { overflow-wrap: anywhere; }" in style
     phone = style.split("@media (max-width: 40rem) {\n")[1]
     assert "#facts, #facts tbody, #facts tr, #facts th, #facts td { display: block;" in phone

@@ -77,6 +77,7 @@ def test_examples_are_what_chat_makes_of_each_row_cut_at_max_length(rows_file, c
         "split": 0,
         "truncated": sum(len(example.tokens) > 40 for example in whole),
         "divided": 0,
+        "further": 0,
         "dropped": len(whole) - len(kept),
         "unanswered": 0,
         "tokens": sum(len(example.tokens[:40]) for example in kept),

@@ -178,7 +178,7 @@ def test_user_defined_tokens_stay_whole_and_are_not_special(tmp_path):
         ({"model": "llama"}, r"tokenizer\.ggml\.scores is missing"),
         ({"model": "bert"}, "tokenizer.ggml.model is 'bert'"),
         ({"model": None}, "tokenizer.ggml.model is None"),
-        ({"pre": "viking"}, "'viking', known are dbrx, gpt-2, gpt-4o, llama-bpe, qwen2"),
+        ({"pre": "viking"}, "'viking', known are dbrx, deepseek-r1-qwen, gpt-2, gpt-4o, llama-bpe, qwen2"),
         ({"pre": None}, "tokenizer.ggml.pre is None"),
         ({"merges": None}, "tokenizer.ggml.merges is missing"),
         ({"merges": [*MERGES, "q q"]}, r"merge 9 \('q q'\)"),
