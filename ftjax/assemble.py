@@ -36,8 +36,7 @@ from ftjax.training.state import TrainState, abstract_state
 from ftjax.training.step import Batch, Metrics, make_step
 from ftjax.tree import Tree
 from ftjax.weights import load as weights
-from ftjax.weights.gguf.header import read_header
-from ftjax.weights.gguf.read import hub_id
+from ftjax.weights.gguf.read import GGUFReader, hub_id
 from ftjax.weights.hf.keys import hf_names
 from ftjax.weights.peft import continued
 from ftjax.weights.peft.adapter import BaseFacts, StoredAdapter, base_digest
@@ -288,7 +287,7 @@ def base_facts(config: ConfigDict, base: Base) -> BaseFacts:
 
 def published(base: Base) -> str:
     """The Hugging Face id of the model in a GGUF file, as far as the file says it; "" for all else."""
-    return hub_id(read_header(base.path)[0]) if base.path.suffix == ".gguf" else ""
+    return hub_id(base.reader.metadata) if isinstance(base.reader, GGUFReader) else ""
 
 
 def trained_whole(config: ConfigDict, base: Base) -> set[str]:

@@ -17,7 +17,7 @@ from ftjax.atomic import write_text
 from ftjax.data.read import sources
 from ftjax.errors import UserError
 from ftjax.models.spec import DecoderSpec
-from ftjax.weights.gguf.header import read_header
+from ftjax.weights.gguf.read import GGUFReader
 from ftjax.weights.hf.files import inside, read_json
 from ftjax.weights.peft.adapter import base_digest, directory_digest
 from ftjax.weights.source import Reader, everywhere, on_hub
@@ -38,8 +38,7 @@ def contents(config: ConfigDict, reader: Reader, spec: DecoderSpec) -> dict[str,
     Of the weights a few kilobytes of every tensor are read (`base_digest`), of an adapter all.
     """
     digests = {"weights": base_digest(reader, spec)}
-    is_gguf = reader.path.suffix == ".gguf"
-    described = _of_gguf(read_header(reader.path)[0]) if is_gguf else _of_directory(reader.path)
+    described = _of_gguf(reader.metadata) if isinstance(reader, GGUFReader) else _of_directory(reader.path)
     for part, content in described.items():
         digests[part] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     if config.adapter.source:
