@@ -130,12 +130,10 @@ def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None
     else:
         return
     if then.keys() ^ digests.keys() >= {"adapter"}:
-        began = (
-            f"from the adapter {found['adapter.source']}" if "adapter" in then else "without an adapter to go on from"
-        )
+        began = f"from the adapter {found['adapter.source']}" if "adapter" in then else "without one to go on from"
         raise UserError(
-            f"{workdir} holds a run that began {began}, and here is config.adapter.source={config.adapter.source!r}; "
-            "give it its old value, or choose another --workdir"
+            f"config.adapter.source={config.adapter.source!r}: {workdir} has a run that began {began}; give it the old "
+            "value, or choose another --workdir"
         )
     if then.get("adapter") != digests.get("adapter"):
         raise UserError(

@@ -239,9 +239,8 @@ def test_a_run_from_before_origins_goes_on_and_has_one_then(root, caplog):
     assert "too old to say whether" in caplog.text
     unfinish(root)
     with pytest.raises(UserError, match=r"model.source: .*copy/model' -> '../copy/model"):
-        train(config_of(model__source="../copy/model"), root / "run")
-    places = {"model__source": str(root / "model"), "data__train": (str(root / "rows.jsonl"),)}
-    assert train(config_of(**places), root / "run") == 0
+        train(config_of(model__source="../copy/model", data__train=("../copy/rows.jsonl",)), root / "run")
+    assert train(config_of(model__source=str(root / "model"), data__train=("../copy/rows.jsonl",)), root / "run") == 0
     other_weights(root)
     with pytest.raises(UserError, match="holds a run with another base: weights"):
         assemble.load_run(root / "run")
@@ -253,10 +252,10 @@ def test_an_adapter_to_go_on_from_is_known_likewise(tmp_path):
     origin.check(config, tmp_path, then)
     with pytest.raises(UserError, match=r"b: this adapter has changed since the run in .* was then /a; .*--adapter in"):
         origin.check(config, tmp_path, then | {"adapter": "3"})
-    with pytest.raises(UserError, match=r"began from the adapter /a, and here is config.adapter.source='b'"):
+    with pytest.raises(UserError, match=r"adapter.source='b': .* has a run that began from the adapter /a;"):
         origin.check(config, tmp_path, {"weights": "1"})
     origin.record(tmp_path, config, config_of(), {"weights": "1"})
-    with pytest.raises(UserError, match=r"began without an adapter to go on from, and here is .*source='b'"):
+    with pytest.raises(UserError, match=r"has a run that began without one to go on from"):
         origin.check(config, tmp_path, then)
 
 
