@@ -11,14 +11,19 @@ import gguf
 import pytest
 from support.chat_templates import CHATML, make_tokenizer
 from support.gguf_vocab import CODE, MERGES, SPACES, TEXTS, TOKENS, TYPES, UNICODE, WORDS, sample_strings, write
+from support.llama_cpp import LlamaCpp
+from support.tiny import CONFIG, numpy_params
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from ftjax.data.tokens import tokenizer as tok
 from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
 from ftjax.weights.gguf import tokenizer_write as writing
 from ftjax.weights.gguf.header import read_header
+from ftjax.weights.gguf.write import write_gguf
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CORPUS = [" ".join(WORDS), *CODE, "the parcel of the CamelCase 1234 1999", "a  naïve   parcel", *["漢字 文 한국"] * 3]
@@ -177,6 +182,25 @@ def test_runs_of_spaces_in_gemma_files_are_the_longest_first(gemma, tmp_path, be
         for text in (" " * count, f"a{' ' * count}b", "▁" * count, f"a▁{' ' * count}▁b", f" lock{' ' * count}\n lo"):
             assert read(text)["input_ids"] == gemma(text)["input_ids"], repr(text)
             assert read.decode(gemma(text)["input_ids"]) == gemma.decode(gemma(text)["input_ids"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beyond", [-1, 63])
+def test_llama_cpp_splits_runs_of_spaces_as_gemma_does(gemma, tmp_path, beyond):
+    rows = len(gemma) + beyond
+    sizes = CONFIG | {
+        "model_type": "gemma3_text", "vocab_size": rows, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "head_dim": 16, "num_key_value_heads": 1, "query_pre_attn_scalar": 16, "sliding_window": 32,
+        "sliding_window_pattern": 6, "layer_types": ["sliding_attention"], "rope_local_base_freq": 1e4,
+        "hidden_activation": "gelu_pytorch_tanh",
+    }  # fmt: skip
+    spec = spec_from_config(sizes)
+    metadata = writing.to_metadata(gemma, sizes)
+    write_gguf(tmp_path / "m.gguf", numpy_params(Decoder(spec)), spec, sizes, "f16", metadata, name="x")
+    llama_cpp = LlamaCpp(tmp_path / "m.gguf")
+    for count in range(1, 30):
+        for text in (" " * count, f"a{' ' * count}b", f" lock{' ' * count}\n lo"):
+            assert llama_cpp.tokenize(text) == gemma.encode(text, add_special_tokens=False), repr(text)
 
 
 def test_only_added_tokens_may_have_no_row(gemma):
