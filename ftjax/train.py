@@ -84,6 +84,7 @@ def _train(
         # Weights, adapters, state.
         display.say("reading the weights")
         start = resume.start(there, config, base, program, workdir, checkpoints, train_loader.fingerprint())
+        distributed.meet_devices()
         if there.step is not None:
             display.say(f"resuming after step {there.step}")
             if there.planned != total_steps:
