@@ -27,6 +27,7 @@ from absl import flags
 from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 from jax.errors import JaxRuntimeError
+from jax.experimental import multihost_utils
 
 from ftjax import cli
 from ftjax.errors import TransientError, UserError
@@ -182,6 +183,17 @@ def check() -> None:
             f"the devices are those of {jax.process_count()} processes and this run has {count()}; on a TPU pod, start "
             "it on every host with the metadata server in reach, or give --coordinator, --processes and --process"
         )
+
+
+def meet_devices() -> None:
+    """The first computation of all processes together, which connects their devices.
+
+    Gloo waits for all of them for 30 seconds only, and one may compile for so much longer than another.
+    """
+    if count() > 1:
+        with together("loading", limit=LOADING_SECONDS):
+            pass
+        multihost_utils.sync_global_devices("ftjax")
 
 
 def _connect(cluster: Cluster, start_timeout: int, heartbeat_timeout: int) -> None:

@@ -121,6 +121,7 @@ def _train(
         smaller = memory.smaller(config, mesh)
         with memory.exhausted("reading the weights", smaller):
             start = resume.start(there, config, base, program, workdir, checkpoints, train_loader.fingerprint())
+        distributed.meet_devices()
         if there.step is not None:
             display.say(f"resuming after step {there.step}")
             if planned != total_steps:

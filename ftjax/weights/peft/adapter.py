@@ -67,6 +67,7 @@ def base_digest(reader: Reader, spec: DecoderSpec) -> str:
 
 def directory_digest(path: Path) -> str:
     """sha256 of an adapter's two files; UserError where one is absent."""
+    _refuse_run(Path(path))
     sha256 = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):
         file = inside(Path(path), name)
@@ -304,6 +305,7 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     missing, of another shape or not used.
     """
     path = Path(path).expanduser()
+    _refuse_run(Path(path))
     config, keys = read_json(inside(path, CONFIG)), peft_keys.adaptable(spec)
     settings = peft_config.read_settings(path, config, spec, peft_keys.is_conv1d(keys))
     file = inside(path, WEIGHTS)
@@ -366,6 +368,14 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
                 "with ensure_weight_tying"
             )
     return StoredAdapter(path, config, settings, modules, ranks, layers, saved, multimodal, copies, stored)
+
+
+def _refuse_run(path: Path) -> None:
+    if (path / "checkpoints").is_dir():
+        raise UserError(
+            f"{path} is a run, not an adapter; take one out of it: python -m ftjax.export --workdir {path} --step best "
+            "--format peft --out ADAPTER (best, latest or a number), and give that directory"
+        )
 
 
 def _saved(settings: LoraSettings, spec: DecoderSpec, multimodal: bool) -> dict[str, Key]:

@@ -15,7 +15,7 @@ from support.tiny import spec
 
 from ftjax import lora, tree
 from ftjax.errors import UserError
-from ftjax.weights.peft.adapter import BaseFacts, open_adapter, write_adapter
+from ftjax.weights.peft.adapter import BaseFacts, directory_digest, open_adapter, write_adapter
 
 # peft 0.21 asks transformers 5.23 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -305,3 +305,10 @@ def test_adapters_of_another_model_are_a_mistake_of_the_caller(tmp_path):
     with pytest.raises(ValueError, match="down_proj/lora_a has the shape"):
         write(tmp_path / "out", adapters(), of=spec(intermediate_size=40))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_not_an_adapter_and_the_way_to_one_is_told(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for read in (directory_digest, lambda path: open_adapter(path, spec())):
+        with pytest.raises(UserError, match=rf"is a run.*ftjax\.export --workdir {tmp_path} --step best --format peft"):
+            read(tmp_path)
