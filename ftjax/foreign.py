@@ -36,10 +36,11 @@ _LOSS = "the loss is computed in blocks without the logits of all tokens, always
 _PADDING = "padding is left out of attention and loss whatever its token, so none is needed"
 _COMPILE = "every step is compiled, always"
 _CODE = "code from a model's repository is never run; ftjax has its own implementations"
-_WARMUP = "a share of all steps: warm-up steps divided by steps"
+_LAYERS = "numbers and ranges, such as 0-7,20"
 
 TRL: dict[str, Ours] = {
     "model_name_or_path": Ours("model.source", "also a .gguf file or package:NAME"),
+    "model_revision": Ours("model.revision"),
     "dtype": Ours("model.dtype", "of activations; model.param_dtype is that of the stored base"),
     "torch_dtype": Ours("model.dtype", "of activations; model.param_dtype is that of the stored base"),
     "bf16": Ours("model.dtype", "bfloat16, which is the default"),
@@ -64,6 +65,7 @@ TRL: dict[str, Ours] = {
     "lora_modules_to_save": Ours("adapter.modules_to_save"),
     "rank_pattern": Ours("adapter.rank_pattern", "pairs of a regular expression and a rank"),
     "alpha_pattern": Ours("adapter.alpha_pattern", "pairs of a regular expression and an alpha"),
+    "layers_to_transform": Ours("adapter.layers", _LAYERS),
     "use_rslora": Ours("adapter.rslora"),
     "use_dora": Ours("adapter.kind", "dora"),
     "init_lora_weights": Ours("adapter.init", "default or pissa"),
@@ -76,6 +78,7 @@ TRL: dict[str, Ours] = {
     "packing": Ours("data.packing", "on by default; no example sees another"),
     "assistant_only_loss": Ours("data.train_on", "assistant, which is the default"),
     "completion_only_loss": Ours("data.train_on", "of a prompt and its completion only the completion is trained"),
+    "chat_template_path": Ours("data.chat_template", "a Jinja file, or the name of a known template"),
     "pad_token": Ours("", _PADDING),
     "per_device_train_batch_size": Ours("data.batch_size", _BATCH),
     "gradient_accumulation_steps": Ours("accumulate", "micro-batches that data.batch_size is split into"),
@@ -92,11 +95,13 @@ TRL: dict[str, Ours] = {
     "max_grad_norm": Ours("optimizer.clip_norm"),
     "lr_scheduler_type": Ours("schedule.name"),
     "warmup_ratio": Ours("schedule.warmup_ratio"),
-    "warmup_steps": Ours("schedule.warmup_ratio", _WARMUP),
+    "warmup_steps": Ours("schedule.warmup_steps"),
+    "label_smoothing_factor": Ours("objective.label_smoothing"),
     "loss_type": Ours("objective.name", "sft or dpo, whose loss is the sigmoid"),
     "beta": Ours("objective.beta"),
     "ref_model": Ours("", "the reference of dpo is the model as training starts"),
     "seed": Ours("seed"),
+    "data_seed": Ours("data.seed"),
     "output_dir": Ours("", "the flag --workdir says where a run is kept"),
     "logging_steps": Ours("log_every"),
     "save_steps": Ours("checkpoint_every"),
@@ -117,6 +122,7 @@ TRL: dict[str, Ours] = {
 
 AXOLOTL: dict[str, Ours] = {
     "base_model": Ours("model.source", "also a .gguf file or package:NAME"),
+    "revision_of_model": Ours("model.revision"),
     "base_model_config": Ours("", "the model's own config.json is read"),
     "model_type": Ours("", "the architecture is read from the model's config.json"),
     "tokenizer_type": Ours("", "the model's own tokenizer is read"),
@@ -151,6 +157,7 @@ AXOLOTL: dict[str, Ours] = {
     "unfrozen_parameters": Ours("adapter.trainable", "with adapter.kind = none; it is found in paths of ours"),
     "lora_mlp_kernel": Ours("", "compiled kernels need no setting"),
     "lora_fan_in_fan_out": Ours("", "kernels are oriented as the model's files say"),
+    "peft_layers_to_transform": Ours("adapter.layers", _LAYERS),
     "peft_use_rslora": Ours("adapter.rslora"),
     "peft_use_dora": Ours("adapter.kind", "dora"),
     "peft_init_lora_weights": Ours("adapter.init", "default or pissa"),
@@ -168,6 +175,10 @@ AXOLOTL: dict[str, Ours] = {
     "pad_to_sequence_len": Ours("", "packed rows are always padded to one length"),
     "group_by_length": Ours("", "data.packing fills rows; without it batches are padded to one of a few lengths"),
     "train_on_inputs": Ours("data.train_on", "all where it is on, assistant where it is off"),
+    "chat_template": Ours("data.chat_template", "a known template, or the model's own"),
+    "chat_template_jinja": Ours("data.chat_template", "a file"),
+    "default_system_message": Ours("data.system"),
+    "tokens": Ours("model.add_tokens"),
     "eot_tokens": Ours("", "where a turn ends is seen from the chat template"),
     "special_tokens": Ours("", "the tokenizer's own are used; padding is left out of attention and loss"),
     "micro_batch_size": Ours("data.batch_size", _BATCH),
@@ -186,7 +197,7 @@ AXOLOTL: dict[str, Ours] = {
     "lr_scheduler": Ours("schedule.name", "cosine, linear or constant"),
     "cosine_min_lr_ratio": Ours("schedule.final_ratio"),
     "warmup_ratio": Ours("schedule.warmup_ratio"),
-    "warmup_steps": Ours("schedule.warmup_ratio", _WARMUP),
+    "warmup_steps": Ours("schedule.warmup_steps"),
     "rl": Ours("objective.name", "dpo"),
     "rl_beta": Ours("objective.beta"),
     "dpo_beta": Ours("objective.beta"),
@@ -198,7 +209,7 @@ AXOLOTL: dict[str, Ours] = {
     "save_strategy": Ours("", "checkpoint_every counts steps"),
     "save_total_limit": Ours("checkpoint.keep", "the newest so many, and the best"),
     "eval_steps": Ours("eval_every"),
-    "evals_per_epoch": Ours("", _EPOCH_EVAL),
+    "evals_per_epoch": Ours("eval_epochs", "epochs from one to the next: 1 divided by it"),
     "eval_strategy": Ours("", _EPOCH_EVAL),
     "load_best_model_at_end": Ours("", _BEST),
     "early_stopping_patience": Ours("", _STOP),

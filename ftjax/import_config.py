@@ -32,7 +32,8 @@ SAME = (
     "loraplus_lr_ratio", "sequence_len", "sample_packing", "num_epochs", "max_steps", "learning_rate", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "cosine_min_lr_ratio", "warmup_ratio", "dpo_beta",
     "rl_beta", "seed", "logging_steps", "save_total_limit", "tensor_parallel_size", "context_parallel_size",
-    "expert_parallel_size", "dp_shard_size", "dp_replicate_size",
+    "expert_parallel_size", "dp_shard_size", "dp_replicate_size", "revision_of_model", "default_system_message",
+    "tokens",
 )  # fmt: skip
 # Those that the functions below read.
 READ = {
@@ -40,7 +41,8 @@ READ = {
     "lora_target_modules", "lora_rank_pattern", "lora_alpha_pattern", "bf16", "bfloat16", "fp16", "float16",
     "gradient_checkpointing", "activation_offloading", "datasets", "test_datasets", "val_set_size", "train_on_inputs",
     "micro_batch_size", "gradient_accumulation_steps", "batch_size", "optimizer", "lr_scheduler", "warmup_steps",
-    "save_steps", "eval_steps", "rl", "output_dir", "chat_template",
+    "save_steps", "eval_steps", "rl", "output_dir", "chat_template", "chat_template_jinja",
+    "peft_layers_to_transform", "evals_per_epoch",
 }  # fmt: skip
 # Settings in families, each with the member that `foreign.AXOLOTL` explains.
 FAMILIES = {
@@ -50,6 +52,8 @@ FAMILIES = {
     "lora_mlp": "lora_mlp_kernel", "lora_qkv": "lora_mlp_kernel", "lora_o_": "lora_mlp_kernel",
     "dataset_": "dataset_prepared_path",
 }  # fmt: skip
+# Chat templates that have one name in both.
+TEMPLATES = ("alpaca", "chatml", "gemma", "llama3")
 # What Axolotl takes where a setting is left out, and ours is another.
 DEFAULTS = {"sequence_len": 512, "sample_packing": False, "num_epochs": 1.0, "seed": 42}
 
@@ -127,6 +131,8 @@ def _adapter(given: dict, notes: list[str]) -> dict[str, Any]:
         values["adapter.targets"] = "all-linear"
     else:
         values["adapter.targets"] = names if isinstance(names, str) else ",".join(names)
+    if layers := given.get("peft_layers_to_transform"):
+        values["adapter.layers"] = ",".join(map(str, layers if isinstance(layers, list) else [layers]))
     init = given.get("peft_init_lora_weights", True)
     if init in ("pissa", "pissa_niter_4"):
         values["adapter.init"] = "pissa"
@@ -152,8 +158,11 @@ def _precision(given: dict, notes: list[str]) -> dict[str, Any]:
         values["model.remat"] = "offload"
     elif checkpointing is not None:
         values["model.remat"] = "full" if checkpointing else "none"
-    if (template := given.get("chat_template")) not in (None, "tokenizer_default"):
-        notes.append(f"chat_template: left out: {template!r} is Axolotl's own; the model's chat template is used")
+    template = given.get("chat_template_jinja") or given.get("chat_template")
+    if template in TEMPLATES or (template and Path(template).is_file()):
+        values["data.chat_template"] = template
+    elif template not in (None, "tokenizer_default"):
+        notes.append(f"chat_template: left out: {template!r} is unknown here; the model's own chat template is used")
     return values
 
 
@@ -176,6 +185,7 @@ def _data(given: dict, notes: list[str]) -> dict[str, Any]:
 
 
 _OF_A_DATASET = {"path", "name", "data_files", "ds_type", "split", "type", "field_messages", "field"}
+_OF_A_DATASET |= {"field_chosen", "field_rejected"}
 # Values that say what ftjax does anyway.
 _USUAL = {
     "roles_to_train": (["assistant"], ["gpt"]),
@@ -184,7 +194,7 @@ _USUAL = {
 }
 
 
-def _sources(entry: dict, where: str, notes: list[str]) -> list[dict[str, str]]:
+def _sources(entry: dict, where: str, notes: list[str]) -> list[dict[str, Any]]:
     """Entries of data.train for one of their data sets."""
     if not isinstance(entry, dict) or not entry.get("path"):
         raise UserError(f"{where}: has no path")
@@ -197,9 +207,7 @@ def _sources(entry: dict, where: str, notes: list[str]) -> list[dict[str, str]]:
         sources = [path]
     else:
         sources = [f"hf:{path}:{entry['name']}" if entry.get("name") else f"hf:{path}"]
-    options: dict[str, str] = {}
-    if (format := _format(entry, where, notes)) is not None:
-        options["format"] = format
+    options = _format(entry, where, notes)
     if split := entry.get("split"):
         of_files = files or not sources[0].startswith("hf:")
         if not of_files:
@@ -217,27 +225,54 @@ def _is_file(path: str) -> bool:
     return bool(suffixes) and (suffixes[-1] in FILE_KINDS or suffixes[-1] in COMPRESSIONS)
 
 
-def _format(entry: dict, where: str, notes: list[str]) -> str | None:
-    """Our format of their `type`, None where the fields of the rows are to say it."""
+# Their preference rows by the last part of `type`: our names of the fields -> theirs, where they differ.
+_PREFERENCES = {
+    "argilla_chat": {},
+    "prompt_pairs": {},
+    "ultra": {},
+    "intel": {"prompt": "question"},
+    "icr": {"prompt": "input"},
+    "argilla": {"prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response"},
+}
+# The fields that a `type` of one's own names -> ours: of a preference, of an instruction.
+_OWN = (
+    ("preference", {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}),
+    ("alpaca", {"field_instruction": "instruction", "field_output": "output"}),
+)
+
+
+def _format(entry: dict, where: str, notes: list[str]) -> dict[str, Any]:
+    """The options `format` and `columns` for their `type`; none where the fields of the rows are to say it."""
     kind, field = entry.get("type"), entry.get("field_messages") or "messages"
     name, _, style = kind.partition(":" if ":" in kind else ".") if isinstance(kind, str) else ("", "", "")
     if name == "alpaca":
         notes.append(
             f"{where}: instruction and answer become turns of the model's chat template, not '### Instruction:'"
         )
-        return "alpaca"
+        return {"format": "alpaca"}
     if kind == "sharegpt" or (kind == "chat_template" and field == "conversations"):
-        return "sharegpt"
-    if kind == "chat_template" and field == "messages":
-        return "messages"
-    if name in ("completion", "pretrain") and entry.get("field", "text") in (None, "text"):
-        return "text"
-    if style in ("argilla_chat", "prompt_pairs", "ultra"):
-        return "preference"
+        return {"format": "sharegpt"}
+    if kind == "chat_template":
+        return {"format": "messages"} | ({"columns": {"messages": field}} if field != "messages" else {})
+    if name in ("completion", "pretrain"):
+        text = entry.get("field") or "text"
+        return {"format": "text"} | ({"columns": {"text": text}} if text != "text" else {})
+    if kind == "chat_template.default":  # the prompt in messages, and an answer on each side
+        sides = {side: entry.get(f"field_{side}") or side for side in ("chosen", "rejected")}
+        return {"format": "preference", "columns": {"prompt": field, **sides}}
+    if style in _PREFERENCES:
+        columns = _PREFERENCES[style]
+        return {"format": "preference"} | ({"columns": columns} if columns else {})
+    for format, names in _OWN:
+        if isinstance(kind, dict) and kind.keys() & names.keys():
+            columns = {ours: kind[theirs] for theirs, ours in names.items() if kind.get(theirs) not in (None, ours)}
+            if patterns := [key for key in kind if key.endswith("format") and kind[key]]:
+                notes.append(f"{where}.type.{patterns[0]}: left out: the model's chat template is used")
+            return {"format": format} | ({"columns": columns} if columns else {})
     notes.append(
         f"{where}.type: {kind!r}: the format is recognized by the fields of a row; docs/data.md has their names"
     )
-    return None
+    return {}
 
 
 def _optimizer(given: dict, notes: list[str]) -> dict[str, Any]:
@@ -251,7 +286,7 @@ def _optimizer(given: dict, notes: list[str]) -> dict[str, Any]:
         values["optimizer.name"] = name
     else:
         notes.append(f"optimizer: {name!r} is left out, and adamw taken: ftjax has no optimizer of that name")
-    schedule, warmup = given.get("lr_scheduler") or "cosine", given.get("warmup_steps")
+    schedule = given.get("lr_scheduler") or "cosine"
     if configs.KEYS["schedule.name"].check.holds(schedule):
         values["schedule.name"] = schedule
         if schedule == "constant":
@@ -260,14 +295,11 @@ def _optimizer(given: dict, notes: list[str]) -> dict[str, Any]:
         values["schedule.name"] = "constant"
     else:
         notes.append(f"lr_scheduler: {schedule!r} is left out, and cosine taken: ftjax has no schedule of that name")
-    if warmup is not None and float(warmup) < 1:  # a share, as in transformers
-        values["schedule.warmup_ratio"] = float(warmup)
-    elif warmup is not None and given.get("max_steps"):
-        values["schedule.warmup_ratio"] = min(1.0, int(warmup) / int(given["max_steps"]))
-    elif warmup is not None:
-        notes.append(
-            f"warmup_steps: left out: set config.schedule.warmup_ratio, {foreign.AXOLOTL['warmup_steps'].note}"
-        )
+    if (warmup := given.get("warmup_steps")) is not None:  # below 1 it is a share, as in transformers
+        key = "schedule.warmup_ratio" if 0 < float(warmup) < 1 else "schedule.warmup_steps"
+        values[key] = _as(key, "warmup_steps", warmup)
+    if per_epoch := given.get("evals_per_epoch"):
+        values["eval_epochs"] = 1 / float(per_epoch)
     for name in ("save_steps", "eval_steps"):
         steps, key = given.get(name), foreign.AXOLOTL[name].key
         if steps and float(steps) < 1:

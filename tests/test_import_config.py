@@ -49,7 +49,7 @@ gradient_checkpointing: true
 logging_steps: 1
 attn_implementation: flash_attention_2
 warmup_ratio: 0.1
-evals_per_epoch: 4
+saves_per_epoch: 4
 save_steps: 50
 weight_decay: 0.01
 special_tokens:
@@ -99,7 +99,7 @@ def test_a_file_becomes_a_config_that_says_the_same(root, capsys):
     }
     given = yaml.safe_load((root / "ours.yaml").read_text())
     assert (given["data"]["batch_size"], given["data"]["packing"]) == (16, True)
-    for name in ("model_type", "wandb_project", "attn_implementation", "evals_per_epoch", "special_tokens"):
+    for name in ("model_type", "wandb_project", "attn_implementation", "saves_per_epoch", "special_tokens"):
         assert f"{name}: left out: " in told
     assert "made_up: left out: ftjax has nothing of that name" in told
     assert "adamw_bnb_8bit becomes adamw" in told
@@ -138,10 +138,20 @@ def values(**changes):
         ({"adapter": "lora", "lora_rank_pattern": {"q_proj": 4}}, {"adapter.rank_pattern": (("q_proj", 4),)}),
         ({"rl": "dpo", "rl_beta": 0.2}, {"objective.name": "dpo", "objective.beta": 0.2}),
         (
-            {"lr_scheduler": "constant_with_warmup", "warmup_steps": 5, "max_steps": 50},
-            {"schedule.warmup_ratio": 0.1, "steps": 50},
+            {"lr_scheduler": "constant_with_warmup", "warmup_steps": 5},
+            {"schedule.name": "constant", "schedule.warmup_steps": 5},
         ),
-        ({"warmup_steps": 0.1}, {"schedule.warmup_ratio": 0.1}),
+        ({"adapter": "lora", "peft_layers_to_transform": [0, 3]}, {"adapter.layers": "0,3"}),
+        (
+            {"chat_template": "chatml", "default_system_message": "Hi"},
+            {"data.chat_template": "chatml", "data.system": "Hi"},
+        ),
+        (
+            {"tokens": ["<|a|>"], "revision_of_model": "main"},
+            {"model.add_tokens": ("<|a|>",), "model.revision": "main"},
+        ),
+        ({"warmup_steps": 0.1}, {"schedule.warmup_ratio": 0.1, "schedule.warmup_steps": None}),
+        ({"evals_per_epoch": 4}, {"eval_epochs": 0.25}),
         ({"lr_scheduler": "constant"}, {"schedule.name": "constant", "schedule.warmup_ratio": 0.0}),
         ({"bf16": False}, {"model.dtype": "float32", "model.param_dtype": "float32"}),
         ({"gradient_checkpointing": "offload"}, {"model.remat": "offload"}),
@@ -169,6 +179,18 @@ def test_settings_one_by_one(changes, ours):
         (
             {"path": "s3://b/a.jsonl.gz", "ds_type": "json", "type": "chatml.ultra"},
             {"source": "s3://b/a.jsonl.gz", "format": "preference"},
+        ),
+        (
+            {"path": "a.json", "type": "chat_template", "field_messages": "turns"},
+            {"source": "a.json", "format": "messages", "columns": {"messages": "turns"}},
+        ),
+        (
+            {"path": "a.json", "type": "chatml.intel"},
+            {"source": "a.json", "format": "preference", "columns": {"prompt": "question"}},
+        ),
+        (
+            {"path": "a.json", "type": {"field_instruction": "q", "field_output": "output", "format": "{instruction}"}},
+            {"source": "a.json", "format": "alpaca", "columns": {"instruction": "q"}},
         ),
         (
             {"path": "a.json", "type": "chat_template", "field_messages": "conversations"},
