@@ -87,6 +87,7 @@ def test_a_file_becomes_a_config_that_says_the_same(root, capsys):
         "quantize.base": "nf4",
         "data.train": ({"source": str(root / "rows.jsonl"), "format": "messages", "split": "train[:90%]"},),
         "data.max_length": 96,
+        "data.batch_size": 16,
         "data.holdout": 0.1,
         "optimizer.learning_rate": 2e-4,
         "optimizer.weight_decay": 0.01,
