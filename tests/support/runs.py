@@ -1,5 +1,6 @@
 """Small whole runs: a model directory, data and a config file on disk, and the command lines as processes."""
 
+import csv
 import json
 import os
 import signal
@@ -63,6 +64,15 @@ def write_rows(path: Path, count: int, seed: int = 0) -> Path:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": f"send {color}"}]
         lines.append(json.dumps({"messages": messages}))
     path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_table(path: Path, count: int, seed: int = 0) -> Path:
+    """The conversations of `write_rows` as Excel saves a table in Europe: a byte order mark, semicolons, CRLF."""
+    rows = write_rows(path, count, seed).read_text().splitlines()
+    pairs = [[turn["content"] for turn in json.loads(row)["messages"]] for row in rows]
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=";").writerows([["prompt", "completion"], *pairs])
     return path
 
 
