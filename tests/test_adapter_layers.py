@@ -19,6 +19,7 @@ MODEL = Decoder(spec(num_hidden_layers=3))
 def config_of(**changes):
     config = configs.defaults()
     config.model.source = "x"
+    config.data.batch_size = config.accumulate = 1
     config.adapter.update({"rank": 4, "targets": "q_proj,up_proj"} | changes)
     configs.validate(config, data=False)
     return config

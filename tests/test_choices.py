@@ -131,16 +131,27 @@ def test_a_run_that_is_older_than_the_choices_means_what_it_did():
 @pytest.mark.parametrize(("devices", "accumulate"), [(1, 4), (2, 4), (8, 0)])
 def test_micro_batches_that_another_mesh_does_not_allow_are_chosen_anew(tmp_path, devices, accumulate):
     files = {"model.source": "m", "data.train": ("rows.jsonl",)}
-    recorded = configs.changed(configs.defaults(), files | {"data.batch_size": 8, "accumulate": 4, "epochs": 3.0})
+    chosen = {"data.batch_size": 8, "accumulate": 4, "epochs": 3.0, "optimizer.learning_rate": 1e-4}
+    recorded = configs.changed(configs.defaults(), files | chosen)
     configs.write(recorded, tmp_path / "config.json")
     checkpoints = types.SimpleNamespace(latest=lambda: 20)
     mesh = AbstractMesh(tuple(devices if axis == "fsdp" else 1 for axis in sharding.MESH_AXES), sharding.MESH_AXES)
-    config = resume.settled(configs.changed(configs.defaults(), files), mesh, tmp_path, checkpoints)
+    config, _ = resume.find(configs.changed(configs.defaults(), files), mesh, tmp_path, checkpoints)
     assert (config.data.batch_size, config.epochs, config.accumulate) == (8, 3.0, accumulate)
     assert configs.changes(configs.read(tmp_path / "config.json"), config) == []
     # What is given stays, and is refused by the mesh itself where it does not divide.
     given = configs.changed(configs.defaults(), files | {"accumulate": 2})
-    assert resume.settled(given, mesh, tmp_path, checkpoints).accumulate == 2
+    assert resume.find(given, mesh, tmp_path, checkpoints)[0].accumulate == 2
+
+
+def test_a_run_that_left_its_learning_rate_open_keeps_it(tmp_path):
+    """Older runs recorded 0, and took the method's own whatever the width of the model."""
+    files = {"model.source": "m", "data.train": ("rows.jsonl",)}
+    recorded = configs.changed(configs.defaults(), files | {"data.batch_size": 8, "accumulate": 1, "epochs": 1.0})
+    configs.write(recorded, tmp_path / "config.json")
+    checkpoints = types.SimpleNamespace(latest=lambda: 20)
+    config, _ = resume.find(configs.changed(configs.defaults(), files), one_device(), tmp_path, checkpoints)
+    assert config.optimizer.learning_rate == 2e-4
 
 
 def test_a_plan_without_data_takes_full_rows(root):

@@ -88,9 +88,12 @@ def test_generate_says_the_same_from_run_adapter_and_merged_model(root):
         [f"--model={root / 'merged'}"],
     )
     options = ["--prompt=The red lamp is broken", "--max_new_tokens=8"]
-    said = [finish(command("ftjax.generate", *source, *options)).strip() for source in sources]
+    plain, *said = [
+        command("ftjax.generate", *source, *options).communicate(timeout=300)[0]
+        for source in ([f"--model={root / 'model'}"], *sources)
+    ]
     assert said[0] == said[1] == said[2]
-    plain = finish(command("ftjax.generate", f"--model={root / 'model'}", *options)).strip()
+    assert said[0].strip()
     assert plain != said[0]
 
 

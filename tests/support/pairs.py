@@ -15,7 +15,7 @@ from ftjax.data.batch.loader import Loader
 from ftjax.training.loop import Start
 from support.tiny import one_device
 
-FRESH = resume.Resume(None, [], set(), 0)
+FRESH = resume.Resume(None, None, [], set())
 
 
 def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
