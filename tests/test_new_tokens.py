@@ -239,7 +239,8 @@ REFUSED = {
     "rows for nothing": ({"model__resize_vocab": True}, "enough for the .* ids of the tokenizer; leave it out"),
     "no template": ({}, "no chat template.*config.data.chat_template.*chatml"),
     "full training of all but the new rows": (
-        {"model__add_tokens": ("<a>",), "adapter__kind": "none", "adapter__rank": 16, "adapter__trainable": "mlp"} | ALPACA,
+        {"model__add_tokens": ("<a>",), "adapter__kind": "none", "adapter__rank": 16, "adapter__trainable": "mlp"}
+        | ALPACA,
         "adapter.trainable='mlp' leaves out embed_tokens/embedding",
     ),
 }

@@ -30,15 +30,16 @@ def new_directory_together(out: Path) -> Iterator[Path]:
             stack.close()
 
 
-def gather(leaf: jax.Array | np.ndarray, index: tuple[int, ...]) -> np.ndarray:
+def gather(leaf: jax.Array | np.ndarray, index: tuple[int, ...], everywhere: bool = False) -> np.ndarray:
     """leaf[index] on the host of process 0, zeros in the others; all must ask for the same, in the same order.
 
-    Only this part of the array is gathered from the devices that hold it, never the whole.
+    Only this part of the array is gathered from the devices that hold it, never the whole. everywhere: on every host,
+    for what decides which parts are asked for next.
     """
     if not isinstance(leaf, jax.Array):
         return leaf[index]
     part = _gather(leaf.sharding)(leaf, *map(np.int32, index))
-    if not is_first():
+    if not everywhere and not is_first():
         part.block_until_ready()  # at most one part at a time is on the devices
         return np.zeros(part.shape, part.dtype)
     return np.asarray(part)

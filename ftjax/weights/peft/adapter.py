@@ -126,7 +126,7 @@ def write_adapter(
     for module, parts in modules.items():
         _check_parts(module, parts, keys[module], dora)
         rank = rank_of(parts)
-        scales = {place: float(gather(parts["lora_scale"], place)) for place in keys[module].places()}
+        scales = {place: float(gather(parts["lora_scale"], place, everywhere=True)) for place in keys[module].places()}
         layers[module] = {place: (rank, scale) for place, scale in scales.items() if scale}
         for place in layers[module]:
             named = peft_keys.parts(module, keys[module], place, rank, dora, multimodal)
