@@ -61,6 +61,17 @@ def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
     ]
 
 
+def check_steps(config: ConfigDict, done: int | None, steps: int) -> None:
+    """That there is something to do. done: the steps of a run that goes on, None for a new one."""
+    if done is None:
+        check_schedule(config, steps)
+    elif done > steps:
+        raise UserError(
+            f"the run has done {done} steps, and config.steps and config.epochs now ask for {steps}; raise them, go "
+            "back with config.checkpoint.resume_step, or choose another --workdir"
+        )
+
+
 def check_schedule(config: ConfigDict, steps: int) -> None:
     """That a run of so many steps has a step after its warm-up, and with wsd one before it falls."""
     schedule = config.schedule

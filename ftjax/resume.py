@@ -1,7 +1,6 @@
 """Going on with a run that a workdir holds: what is there, whether it may go on, and the state to go on from."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 from ftjax import assemble, distributed, origin, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base, Program
+from ftjax.data.batch.loader import Loader
 from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.evaluator import is_eval
@@ -73,20 +73,9 @@ def find(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints
     return origin.at_hand(config, workdir), Resume(step, before, records, set(evaluated))
 
 
-def planned(config: ConfigDict, there: Resume, workdir: Path, steps_of: Callable[[ConfigDict], int]) -> int:
-    """How many steps the run was to have when it was last started; 0 for a fresh one.
-
-    steps_of: how many steps a config asks for. UserError where that is now less than what is done.
-    """
-    if there.step is None:
-        return 0
-    before, total = steps_of(there.config), steps_of(config)
-    if there.step > total:
-        raise UserError(
-            f"{workdir} holds a run of {before} steps that has done {there.step}, and config.steps and config.epochs "
-            f"now ask for {total}; raise them, go back with config.checkpoint.resume_step, or choose another --workdir"
-        )
-    return before
+def steps_of(config: ConfigDict, loader: Loader) -> int:
+    """How many steps a config asks for."""
+    return config.steps or loader.batches_in(config.epochs)
 
 
 def going_on(config: ConfigDict, step: int, before: int, now: int) -> str:

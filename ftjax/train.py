@@ -77,29 +77,16 @@ def _train(
     # Config and model: described, not read yet.
     asked = config
     config = choices.by_devices(config, sharding.platform(mesh))
-    goes_on = there.step is not None
-    base = assemble.open_base(
-        config.model, assemble.with_kept_template(config.data, workdir) if goes_on else config.data
-    )
-    if not goes_on:
-        preflight.check_used(config)
-    contents = origin.contents(config, base.reader, base.model.spec)
-    if goes_on:
-        origin.check(config, workdir, contents)
+    base, contents = _open_base(config, workdir, there)
     preflight.check_length(config, base.model.spec)
     preflight.check_mesh(config, base.model.spec, mesh)
 
     # Data.
     config, train_loader, heldout, report = _load_data(config, base, mesh, room, display)
     base = base._replace(model=base.model.clone(remat=config.model.remat))
-
-    def steps_of(config: ConfigDict) -> int:
-        return config.steps or train_loader.batches_in(config.epochs)
-
-    total_steps, planned = steps_of(config), resume.planned(config, there, workdir, steps_of)
     preflight.check_same_everywhere(given, contents, train_loader, heldout)
-    if there.step is None:
-        preflight.check_schedule(config, total_steps)
+    total_steps = resume.steps_of(config, train_loader)
+    preflight.check_steps(config, there.step, total_steps)
     if there.finished(config, total_steps):
         display.say(f"This run is finished: {total_steps} steps, saved in {workdir}. Nothing to do.")
         return 0
@@ -124,7 +111,7 @@ def _train(
         distributed.meet_devices()
         if there.step is not None:
             display.say(f"resuming after step {there.step}")
-            if planned != total_steps:
+            if (planned := resume.steps_of(there.config, train_loader)) != total_steps:
                 display.say(resume.going_on(config, there.step, planned, total_steps))
         located = origin.located(config, base.path)
         if distributed.is_first():
@@ -188,6 +175,18 @@ def _stopped(stop: Preempted, began: int | None, checkpoints: Checkpoints, displ
         saved = f"saved step {step}; the same command goes on from there"
     display.say(f"{reason}: {saved}")
     return cli.EXIT_INTERRUPTED if reason == CTRL_C else cli.EXIT_PREEMPTED
+
+
+def _open_base(config: ConfigDict, workdir: Path, there: resume.Resume) -> tuple[Base, dict[str, str]]:
+    """The base, and the digests of what it consists of: of a run that goes on it is the one that it began with."""
+    if there.step is None:
+        preflight.check_used(config)
+        base = assemble.open_base(config.model, config.data)
+        return base, origin.contents(config, base.reader, base.model.spec)
+    base = assemble.open_base(config.model, assemble.with_kept_template(config.data, workdir))
+    contents = origin.contents(config, base.reader, base.model.spec)
+    origin.check(config, workdir, contents)
+    return base, contents
 
 
 def _load_data(

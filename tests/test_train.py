@@ -152,7 +152,7 @@ def test_a_finished_run_is_extended_and_says_what_that_means(root, uninterrupted
     assert "0.00014 in the last, and is that of 26 from here, 0.00047 in the next" in printed
     assert adapters(workdir)[0] == json.loads((workdir / "config.json").read_text())["steps"] == 26
     assert [record["step"] for record in records(workdir) if "loss" in record] == list(range(1, 27))
-    with pytest.raises(UserError, match=r"holds a run of 26 steps that has done 26, and .* now ask for 24"):
+    with pytest.raises(UserError, match=r"has done 26 steps, and .* now ask for 24"):
         train_here(root, workdir, {})
 
 
