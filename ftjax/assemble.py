@@ -417,6 +417,8 @@ def keep_template(base: Base, config: ConfigDict, workdir: Path) -> None:
     """Keeps a template that the run chose in its workdir, since a file of the user's may change or move."""
     if config.data.chat_template:
         write_text(workdir / _TEMPLATE, templates.read(config.data.chat_template, base.tokenizer))
+    else:  # that of a run here which ended before it saved anything
+        (workdir / _TEMPLATE).unlink(missing_ok=True)
 
 
 def with_kept_template(data: ConfigDict, workdir: Path) -> ConfigDict:

@@ -34,7 +34,8 @@ def load(name: str) -> ConfigDict:
     if path.suffix in (".yaml", ".yml"):
         return _from_values(_yaml_values(path))
     if path.suffix == ".json":
-        return _from_values(_json_values(path))
+        chosen = _chosen(path)
+        return _from_values(value for value in _json_values(path) if value[1] not in chosen)
     raise UserError(f"--config {path}: a config is a file in Python, YAML or JSON (.py, .yaml, .yml, .json)")
 
 
@@ -163,6 +164,14 @@ def _json_values(path: Path) -> Iterator[Value]:
     if not isinstance(given, dict):
         raise UserError(f"{path}: must hold an object of keys and values, and holds a {type(given).__name__}")
     yield from _members(given, str(path), "")
+
+
+def _chosen(path: Path) -> set[str]:
+    """The keys of a run's config.json that the run chose for its data, model and devices: open again for another."""
+    record = path.with_name("origin.json")
+    if path.name != "config.json" or not record.is_file():
+        return set()
+    return set(strict_json.loads(record.read_text(encoding="utf-8")).get("chosen", ()))
 
 
 def _members(given: dict, where: str, section: str) -> Iterator[Value]:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ftjax import config as configs
 from ftjax.atomic import write_text
 from ftjax.data.read import sources
+from ftjax.data.tokens import templates
 from ftjax.errors import UserError
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.gguf.read import GGUFReader
@@ -80,6 +81,7 @@ def located(config: ConfigDict, path: Path) -> ConfigDict:
     out.model.source, out.model.revision = everywhere(config.model.source, path)
     if config.adapter.source:
         out.adapter.source = str(Path(config.adapter.source).expanduser().absolute())
+    out.data.chat_template = templates.located(config.data.chat_template)
     for which in ("train", "eval"):
         entries = [(entry, configs.source_entry(entry, f"data.{which}")) for entry in out.data[which]]
         out.data[which] = [
@@ -89,12 +91,18 @@ def located(config: ConfigDict, path: Path) -> ConfigDict:
     return out
 
 
-def record(workdir: Path, given: ConfigDict, found: ConfigDict, digests: Mapping[str, str]) -> None:
+def record(workdir: Path, given: ConfigDict, found: ConfigDict, digests: Mapping[str, str], fresh: bool = True) -> None:
     """Writes origin.json: what the run began with, and where it is now.
 
-    given: the config of the command; found: the same, `located`. digests: of `contents`.
+    given: the config of the command; found: the same, `located`. digests: of `contents`. Which keys the run chose
+    itself when it began is kept: where its config.json serves for another run, they are open again.
+    fresh: it begins, and does not go on.
     """
-    content = {"version": 1, "sha256": dict(digests), "given": _names(given), "found": _names(found)}
+    flat = configs.flat(given)
+    chosen = [key for key in configs.OPEN if flat[key] == configs.KEYS[key].default]
+    if not fresh and is_recorded(workdir):
+        chosen = read_json(workdir / FILE).get("chosen", chosen)
+    content = {"version": 1, "sha256": dict(digests), "given": _names(given), "found": _names(found), "chosen": chosen}
     write_text(workdir / FILE, json.dumps(content, indent=2) + "\n")
 
 

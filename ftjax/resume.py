@@ -14,6 +14,7 @@ from ftjax import assemble, distributed, origin, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base, Program
 from ftjax.data.batch.loader import Loader
+from ftjax.data.tokens import templates
 from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.evaluator import is_eval
@@ -52,6 +53,7 @@ def find(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints
       UserError: the run there has another config.
     """
     step = checkpoints.latest() if config.checkpoint.resume_step < 0 else config.checkpoint.resume_step
+    config = configs.changed(config, {"data.chat_template": templates.located(config.data.chat_template)})
     if step is None:
         return config, Resume(None, None, [], set())
     before = configs.read(workdir / "config.json")
@@ -60,6 +62,12 @@ def find(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints
     leaves_open, config = config, configs.with_recorded(config, before)
     if not leaves_open.accumulate and config.data.batch_size % (config.accumulate * sharding.row_parts(mesh)):
         config = configs.changed(config, {"accumulate": 0})  # this mesh does not allow what the last one did
+    configs.validate(config)  # what is given now beside what was chosen then
+    if config.steps and config.epochs != before.epochs:
+        raise UserError(
+            f"config.epochs={config.epochs:g}: config.steps={config.steps} decides how long this run is; set "
+            "config.steps to more, or to 0"
+        )
     # The base of an older run is known by its name alone.
     places = configs.PLACES if origin.is_recorded(workdir) else ("data.train",)
     if changed := configs.changes(before, config, places):

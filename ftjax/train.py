@@ -115,9 +115,10 @@ def _train(
                 display.say(resume.going_on(config, there.step, planned, total_steps))
         located = origin.located(config, base.path)
         if distributed.is_first():
-            origin.record(workdir, given, located, contents)
+            origin.record(workdir, given, located, contents, fresh=there.step is None)
             configs.write(located, workdir / "config.json")
-            assemble.keep_template(base, config, workdir)
+            if there.step is None:
+                assemble.keep_template(base, config, workdir)
 
         def step(state: TrainState, frozen: Tree, arrays: dict) -> tuple:
             return program.step(state, frozen, place_batch(mesh, arrays, config.accumulate))

@@ -10,7 +10,7 @@ from support.pairs import write_pairs
 from support.runs import write_model, write_rows
 from support.tiny import one_device, spec
 
-from ftjax import choices, inspect_data, resume, sharding
+from ftjax import choices, config_files, inspect_data, origin, resume, sharding
 from ftjax import config as configs
 from ftjax.data.batch.sizes import FEW_UPDATES
 from ftjax.errors import UserError
@@ -142,6 +142,32 @@ def test_micro_batches_that_another_mesh_does_not_allow_are_chosen_anew(tmp_path
     # What is given stays, and is refused by the mesh itself where it does not divide.
     given = configs.changed(configs.defaults(), files | {"accumulate": 2})
     assert resume.find(given, mesh, tmp_path, checkpoints)[0].accumulate == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"accumulate": 3}, "data.batch_size=8 is not a multiple of config.accumulate=3"),
+        ({"steps": 4, "epochs": 9.0}, "config.steps=4 decides how long this run is"),
+    ],
+)
+def test_what_does_not_go_with_what_was_chosen_is_refused(tmp_path, given, message):
+    files = {"model.source": "m", "data.train": ("rows.jsonl",), "steps": given.get("steps", 0)}
+    chosen = {"data.batch_size": 8, "accumulate": 4, "epochs": 3.0, "optimizer.learning_rate": 1e-4}
+    configs.write(configs.changed(configs.defaults(), files | chosen), tmp_path / "config.json")
+    checkpoints = types.SimpleNamespace(latest=lambda: 4)
+    with pytest.raises(UserError, match=message):
+        resume.find(configs.changed(configs.defaults(), files | given), one_device(), tmp_path, checkpoints)
+
+
+def test_what_a_run_chose_is_open_again_where_its_config_serves_for_another(tmp_path):
+    given = configs.changed(configs.defaults(), {"model.source": "m", "epochs": 5.0})
+    found = configs.changed(given, {"optimizer.learning_rate": 9e-4, "data.batch_size": 4, "accumulate": 2})
+    configs.write(found, tmp_path / "config.json")
+    origin.record(tmp_path, given, found, {})
+    origin.record(tmp_path, found, found, {}, fresh=False)  # a resume by other words changes nothing about it
+    config = config_files.load(str(tmp_path / "config.json"))
+    assert (config.optimizer.learning_rate, config.data.batch_size, config.accumulate, config.epochs) == (0, 0, 0, 5)
 
 
 def test_a_run_that_left_its_learning_rate_open_keeps_it(tmp_path):

@@ -168,6 +168,26 @@ def test_a_run_keeps_the_template_that_came_from_a_file(root, tmp_path):
     assert base.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "user: Hi</s>"
     assert base.end_tokens == (base.tokenizer.convert_tokens_to_ids("</s>"),)
     assert config.data.chat_template == str(file)
+    # A run that begins here later without one keeps none.
+    assemble.keep_template(base, config_of(root), tmp_path)
+    assert not (tmp_path / "chat_template.jinja").exists()
+
+
+def test_a_run_whose_template_changed_or_is_gone_goes_on_with_its_own(root, tmp_path, monkeypatch):
+    """From another directory, too; what it keeps stays as it was."""
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}")
+    monkeypatch.chdir(tmp_path)
+    config = config_of(root, data__chat_template="mine.jinja", steps=2)
+    assert train(config, tmp_path / "run") == 0
+    kept = (tmp_path / "run/chat_template.jinja").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    for steps, change in ((3, lambda: file.write_text("{{ 'changed' }}")), (4, file.unlink)):
+        change()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        config = config_of(root, data__chat_template=str(file), steps=steps)
+        assert train(config, tmp_path / "run") == 0
+        assert (tmp_path / "run/chat_template.jinja").read_text() == kept
 
 
 def test_tokens_of_the_tokenizer_that_the_model_lacks_get_rows(root, tmp_path, caplog):

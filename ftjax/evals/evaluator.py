@@ -158,7 +158,7 @@ def _tasks(config: ConfigDict) -> list[dict[str, Any]]:
 def _examples(entry: dict[str, Any]) -> tuple[ModuleType, list[dict]]:
     """The task of an entry, and the examples that its `split` and `limit` select, like `sources`."""
     source = entry["source"]
-    if unused := sorted({"format", "weight"} & entry.keys()):
+    if unused := sorted({"columns", "format", "weight"} & entry.keys()):
         raise UserError(f"config.data.eval: {source} is scored, which knows no {unused[0]!r}; leave it out")
     task, split = registry.get(source.removeprefix(TASK)), splits.parse_split(entry.get("split", "test"), source)
     examples = registry.examples(task, split.name)

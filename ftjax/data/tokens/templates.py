@@ -29,6 +29,11 @@ _SYSTEM = (
 )
 
 
+def located(name: str) -> str:
+    """A value of config.data.chat_template, a file's path made absolute."""
+    return name if not name or name in KNOWN else str(Path(name).expanduser().absolute())
+
+
 def read(name: str, tokenizer: Tokenizer) -> str:
     """The source of a known template, with a BOS where this tokenizer puts one before a text; or that of a file.
 
