@@ -3,6 +3,7 @@ process is started alike on the same files, and that the rows are worth training
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -14,6 +15,7 @@ from ftjax.data.audit import checks
 from ftjax.data.audit.findings import ERROR
 from ftjax.data.batch.loader import Loader
 from ftjax.data.read.sources import TASK, read_sources
+from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
 from ftjax.method import learning_rate
 from ftjax.models.spec import DecoderSpec
@@ -59,6 +61,27 @@ def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
         (["schedule.decay_ratio"], schedule.name != "wsd", f"schedule.name={schedule.name!r}"),
         (["schedule.final_ratio"], schedule.name == "constant", "schedule.name='constant'"),
     ]
+
+
+def check_adapter_tokenizer(config: ConfigDict, base: Base, display: Display) -> None:
+    """That the adapter which a run goes on from numbers the tokens as the base does, and says where it renders chats
+    in another way. Adapters bring a tokenizer where theirs is not the base's.
+    """
+    directory = Path(config.adapter.source).expanduser()
+    if not config.adapter.source or not (directory / "tokenizer.json").is_file():
+        return
+    own = tokenizers.load(directory)
+    theirs, ours = own.get_vocab(), base.tokenizer.get_vocab()
+    if other := sorted(token for token in theirs if theirs[token] != ours.get(token)):
+        raise UserError(
+            f"config.adapter.source: {directory} has another tokenizer than this run, {other[0]!r} among others; set "
+            "config.model.add_tokens (in the same order) and config.data.chat_template as they were when it was trained"
+        )
+    if own.chat_template != base.tokenizer.chat_template:
+        display.say(
+            f"warning: {directory} was trained with another chat template; set config.data.chat_template="
+            f"{directory / 'chat_template.jinja'} and config.data.system as they were then, unless that is meant"
+        )
 
 
 def check_steps(config: ConfigDict, done: int | None, steps: int) -> None:

@@ -78,6 +78,7 @@ def _train(
     asked = config
     config = choices.by_devices(config, sharding.platform(mesh))
     base, contents = _open_base(config, workdir, there)
+    preflight.check_adapter_tokenizer(config, base, display)
     preflight.check_length(config, base.model.spec)
     preflight.check_mesh(config, base.model.spec, mesh)
 

@@ -1,6 +1,8 @@
 """Tokens that are new to a model: in a whole run with a template of its own, and in everything that is made of it."""
 
+import re
 import runpy
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -12,7 +14,7 @@ from support.tiny import batch_of, logits, one_device, spec
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ftjax import assemble, describe, export, generate, plan, tree
+from ftjax import assemble, describe, export, generate, plan, preflight, tree
 from ftjax.data.audit import checks
 from ftjax.data.format.example import Row
 from ftjax.data.tokens import chat
@@ -188,6 +190,22 @@ def test_a_run_whose_template_changed_or_is_gone_goes_on_with_its_own(root, tmp_
         config = config_of(root, data__chat_template=str(file), steps=steps)
         assert train(config, tmp_path / "run") == 0
         assert (tmp_path / "run/chat_template.jinja").read_text() == kept
+
+
+def test_going_on_from_an_adapter_its_tokens_are_asked_for_in_their_order(root):
+    said, source = [], str(root / "adapter")
+    for added, other in (((), ADDED), (ADDED[::-1], ADDED)):
+        config = config_of(root, model__add_tokens=added, adapter__source=source)
+        base = assemble.open_base(config.model, config.data)
+        with pytest.raises(UserError, match=f"another tokenizer.*{re.escape(sorted(other)[0])}.*in the same order"):
+            preflight.check_adapter_tokenizer(config, base, SimpleNamespace(say=said.append))
+    config = config_of(root, model__add_tokens=ADDED, adapter__source=source)
+    base = assemble.open_base(config.model, config.data)
+    preflight.check_adapter_tokenizer(config, base, SimpleNamespace(say=said.append))
+    assert not said or "another chat template" in said[0]
+    base.tokenizer.chat_template = "other"
+    preflight.check_adapter_tokenizer(config, base, SimpleNamespace(say=said.append))
+    assert "was trained with another chat template" in said[-1]
 
 
 def test_tokens_of_the_tokenizer_that_the_model_lacks_get_rows(root, tmp_path, caplog):
