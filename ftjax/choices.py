@@ -62,7 +62,7 @@ def by_data(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh, lengths: np.nd
             f"config.data.row_length={data.row_length}: the longest example has {longest} tokens; set it to as many or "
             "more, or lower config.data.max_length, where examples are cut"
         )
-    chosen = sizes.choose(_given(config), lengths, count, config.steps, limits(config, spec, mesh))
+    chosen = sizes.choose(_given(config), lengths, count, limits(config, spec, mesh))
     return _with(config, chosen)
 
 

@@ -1,6 +1,8 @@
 """A run in words, for the tables that are shown at its start and end."""
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -99,15 +101,23 @@ def result(workdir: Path, standing: Standing) -> dict[str, str]:
     for name in [name for name in evals[-1] if name != "step"] if evals else ():
         before = f"{evals[0][name]:.4g} at step {evals[0]['step']} -> " if len(evals) > 1 else ""
         rows[name] = f"{before}{evals[-1][name]:.4g} at step {evals[-1]['step']}"
-    quoted = shlex.quote(str(workdir))
+    quoted, python = shlex.quote(str(workdir)), shlex.quote(_python())
     rows |= {"checkpoints": str(workdir / "checkpoints") + _of_checkpoints(standing)}
     if (workdir / "samples.jsonl").exists():
         rows["completions"] = str(workdir / "samples.jsonl")
     return rows | {
         "metrics": f"{workdir / 'metrics.jsonl'}, and tensorboard --logdir {quoted}/tensorboard",
-        "use it": f"python -m ftjax.generate --workdir {quoted} --prompt '...'",
-        "take it out": f"python -m ftjax.export --workdir {quoted} --format peft --out ADAPTER",
+        "use it": f"{python} -m ftjax.generate --workdir {quoted} --prompt '...'",
+        "take it out": f"{python} -m ftjax.export --workdir {quoted} --format peft --out ADAPTER",
     }
+
+
+def _python() -> str:
+    """This interpreter, as a command to be typed here."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    here = Path(sys.executable)
+    return str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here)
 
 
 def _of_checkpoints(standing: Standing) -> str:

@@ -1,6 +1,7 @@
 """Going on with a run that a workdir holds: what is there, whether it may go on, and the state to go on from."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +100,19 @@ def going_on(config: ConfigDict, step: int, before: int, now: int) -> str:
     )
 
 
+def check_data(meta: Mapping[str, Any], workdir: Path, fingerprint: str) -> None:
+    """UserError where the data is not what the run in `workdir` began with. meta: that of a checkpoint of it."""
+    if meta["data"] != fingerprint:
+        config = configs.read(workdir / "config.json")
+        # So, too, says `configs.read` of a run that is older than the key.
+        cut = "; it cut long texts: config.data.long_text=cut" if config.data.long_text == "cut" else ""
+        raise UserError(
+            f"{workdir}: the training data, its tokenizer or its chat template is not what this run began with (then "
+            f"config.data.train={list(config.data.train)}); restore it, say where it is now, or choose another "
+            f"--workdir{cut}"
+        )
+
+
 def start(
     there: Resume,
     config: ConfigDict,
@@ -127,13 +141,7 @@ def start(
         return Start(init_state(program.optimizer, trainable, program.state, program.kept), frozen)
     del trainable
     _, state, meta = checkpoints.restore(program.state, there.step)
-    if meta["data"] != fingerprint:
-        raise UserError(
-            f"{workdir}: the training data, its tokenizer or its chat template is not what this run began with "
-            f"(then config.data.train={list(configs.read(workdir / 'config.json').data.train)}); restore it, say where "
-            "it is now, or choose another --workdir (older versions cut a text that is longer than data.max_length: "
-            "config.data.long_text=cut)"
-        )
+    check_data(meta, workdir, fingerprint)
     checkpoints.rewind(there.step)
     for step, score in best.scores(config, there.records).items():
         if 0 < step <= there.step:

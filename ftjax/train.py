@@ -89,6 +89,7 @@ def _train(
     total_steps = resume.steps_of(config, train_loader)
     preflight.check_steps(config, there.step, total_steps)
     if there.finished(config, total_steps):
+        resume.check_data(checkpoints.meta(there.step), workdir, train_loader.fingerprint())
         display.say(f"This run is finished: {total_steps} steps, saved in {workdir}. Nothing to do.")
         return 0
     preflight.check_rows(config, base, train_loader, heldout, display)

@@ -266,6 +266,11 @@ class Checkpoints:
             raise self._unusable(step, f"the digests of {len(wrong)} arrays do not match: {', '.join(wrong)}")
         return step, loaded["state"], loaded["meta"]
 
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state of `step`, one of `steps()`."""
+        with _context():
+            return ocp.load_checkpointables(self.directory / str(step), {"meta": None})["meta"]
+
     def rewind(self, step: int) -> None:
         """Rename all later steps to `<n>.set-aside`, where they stay until overwritten, to continue from `step`."""
         if self._read_only:

@@ -42,29 +42,26 @@ class Limits(NamedTuple):
     epochs: tuple[float, float]
 
 
-def choose(given: Sizes, lengths: np.ndarray, count: float, steps: int, limits: Limits) -> Sizes:
+def choose(given: Sizes, lengths: np.ndarray, count: float, limits: Limits) -> Sizes:
     """`given` with what is open in it chosen.
 
     An update sees about sqrt(s) / 4 examples, where s is how many the whole run sees: so it has 4 sqrt(s) updates, and
     both grow with the data. 300 examples seen make 69 updates of 4; LIMA's 15,000 make 490 of 31 (it took 32), Alpaca's
-    156,000 make 1,580 of 99 (it took 128).
+    156,000 make 1,580 of 99 (it took 128). A number of steps that is given changes nothing about it.
 
     Args:
       lengths: int [n], tokens of each example, or of a fair share of them; n > 0.
       count: how many examples an epoch has.
-      steps: config.steps, 0 where the epochs decide.
     """
     epochs = given.epochs or usual_epochs(count, limits.epochs)
     seen = count * epochs
-    update = seen / steps if steps else math.sqrt(seen) / 4
+    update = math.sqrt(seen) / 4
     if given.batch_size:
         return Sizes(given.batch_size, given.row_length or limits.length, epochs)
     most = max(limits.length, given.row_length)
     length = given.row_length or _row_length(lengths, update * float(lengths.mean()), limits)
     each = rows_of(lengths, length, limits.packing) / len(lengths) / limits.rows
-    units = [round(max(update, 1.0) * each), _ROWS * most // (length * limits.rows)]
-    if not steps:
-        units.append(int(seen * each / FEW_UPDATES))
+    units = [round(max(update, 1.0) * each), _ROWS * most // (length * limits.rows), int(seen * each / FEW_UPDATES)]
     return Sizes(limits.rows * max(min(units), 1), length, epochs)
 
 

@@ -46,9 +46,8 @@ def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
         misfit = f"does not fit the format {format!r}" if format else "fits no known format"
         if meant := {} if format else guess.columns(fields):
             theirs, ours = ", ".join(meant.values()), " and ".join(meant)
-            misfit += (
-                f": columns {theirs} look like {ours}: write {{'source': ..., 'columns': {meant}}} if they are. It"
-            )
+            option = f"{{'source': {origin.rpartition(':')[0]!r}, 'columns': {meant}}}"
+            misfit += f': columns {theirs} look like {ours}: if they are, write --config.data.train="{option}". It'
         else:
             misfit += ": it"
         raise UserError(

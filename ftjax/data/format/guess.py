@@ -27,6 +27,8 @@ def columns(fields: dict) -> dict[str, str]:
         found = {"instruction": names["instruction"], "input": names["input"], "output": answer}
     elif prompt and answer:
         found = {"prompt": prompt, "completion": answer}
+    elif len(names) == len(fields) == 2 and all(isinstance(value, str) for value in fields.values()):
+        found = dict(zip(("prompt", "completion"), names.values()))  # a table of two columns, in whatever language
     else:
         found = {"text": first(_TEXTS)} if len(names) == 1 else {}
     return {ours: theirs for ours, theirs in found.items() if theirs and theirs != ours}

@@ -103,6 +103,7 @@ GUESSED = [
     ({"chat": CHAT, "id": "x"}, {"messages": "chat"}),
     ({"dialog": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, {"conversations": "dialog"}),
     ({"content": "Once."}, {"text": "content"}),
+    ({"Frage": "q", "Antwort": "a"}, {"prompt": "Frage", "completion": "Antwort"}),
 ]  # fmt: skip
 
 
@@ -110,12 +111,17 @@ GUESSED = [
 def test_usual_names_are_guessed_and_the_guess_fits(tmp_path, fields, columns):
     with pytest.raises(UserError, match="look like") as caught:
         check_row(fields, "a.jsonl:1")
-    assert f"write {{'source': ..., 'columns': {columns}}}" in str(caught.value)
+    assert f"write --config.data.train=\"{{'source': 'a.jsonl', 'columns': {columns}}}\"" in str(caught.value)
     source = written(tmp_path, "jsonl", [fields])
     assert read(source, columns)[0].fields
 
 
 def test_nothing_is_guessed_from_names_that_say_too_little():
-    for fields in ({"text": "a", "label": 1}, {"a": "x", "b": "y"}, {"question": "q"}, {"question": "q", "answer": 3}):
+    for fields in (
+        {"text": "a", "label": 1},
+        {"a": "x", "b": "y", "c": "z"},
+        {"question": "q"},
+        {"question": "q", "answer": 3},
+    ):
         assert guess.columns(fields) == {}
     assert detect({"question": "q", "answer": "a"}) == []
