@@ -15,6 +15,8 @@ from ftjax import distributed
 
 SIGTERM, CTRL_C = "SIGTERM", "Ctrl-C"  # what a `Preempted` says
 _NAMES = {signal.SIGTERM: SIGTERM, signal.SIGINT: CTRL_C}
+# Seconds within which signals are one: `timeout`, a terminal or a scheduler may send one to the process and its group.
+AT_ONCE = 0.5
 
 
 class Preempted(Exception):
@@ -41,7 +43,8 @@ class Preemption:
         self._hours = max_hours
         self._deadline = time.monotonic() + 3600 * max_hours if max_hours else None
         self._reason: str | None = None
-        self._deferred = self._signaled = False
+        self._deferred = False
+        self._signaled: float | None = None  # when, by time.monotonic
         self._checks = itertools.count()
         self._checked: deque[float] = deque(maxlen=8)  # when, by the clock of the deadline
 
@@ -94,9 +97,11 @@ class Preemption:
 
     def _note(self, number: int) -> None:
         name = _NAMES[number]
-        if self._signaled:
+        if self._signaled is not None and time.monotonic() - self._signaled < AT_ONCE:
+            return
+        if self._signaled is not None:
             distributed.end_now(128 + number, f"{name}: ended at once; the same command goes on from the last save")
-        self._signaled = True
+        self._signaled = time.monotonic()
         if self._deferred or number != signal.SIGINT:  # else the main thread raises KeyboardInterrupt
             self._request(name)
             if number == signal.SIGINT:

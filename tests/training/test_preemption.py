@@ -47,8 +47,21 @@ def test_before_there_is_anything_to_save_ctrl_c_is_what_it_is_elsewhere(ended):
     assert not ended
 
 
-def test_a_second_signal_ends_at_once_though_the_main_thread_is_busy(ended):
+def test_a_signal_that_comes_twice_at_once_is_one(ended):
+    """As `timeout` sends it: to the process, and to its group."""
+    with Preemption() as active:
+        active.defer_interrupts()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        send(signal.SIGTERM)
+        with pytest.raises(Preempted, match="SIGTERM"):
+            active.check()
+    assert not ended
+
+
+def test_a_second_signal_ends_at_once_though_the_main_thread_is_busy(ended, monkeypatch):
     """As in a compilation: python's own handlers would run after it."""
+    monkeypatch.setattr(preemption, "AT_ONCE", 0.1)
 
     def twice():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
