@@ -47,7 +47,10 @@ def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
         if meant := {} if format else guess.columns(fields):
             theirs, ours = ", ".join(meant.values()), " and ".join(meant)
             option = f"{{'source': {origin.rpartition(':')[0]!r}, 'columns': {meant}}}"
-            misfit += f': columns {theirs} look like {ours}: if they are, write --config.data.train="{option}". It'
+            misfit += (
+                f": columns {theirs} look like {ours}: if they are names of columns, write "
+                f'--config.data.train="{option}". It'
+            )
         else:
             misfit += ": it"
         raise UserError(
