@@ -5,6 +5,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -41,8 +42,13 @@ def run(main: Callable[[list[str]], int | None], parse: Callable[[list[str]], li
     logger.propagate = False
     # Orbax's threads log the traceback of an error that its caller gets, and reports, as well.
     absl_logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    exit_with(lambda: app.run(main, flags_parser=parse))
+
+
+def exit_with(main: Callable[[], int | None]) -> NoReturn:
+    """Runs `main` and exits with its status (None is 0); mistakes end with their status and one message."""
     try:
-        app.run(main, flags_parser=parse)
+        sys.exit(main())
     except (UserError, OSError, KeyboardInterrupt) as error:
         status, text = explain(error)
         print(text, file=sys.stderr)

@@ -279,9 +279,4 @@ def _share(text: str) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        status, text = cli.explain(error)
-        print(text, file=sys.stderr)
-        sys.exit(status)
+    cli.exit_with(lambda: main(sys.argv[1:]))

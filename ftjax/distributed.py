@@ -237,7 +237,7 @@ def _give_up(cluster: Cluster, seconds: int) -> None:
 def _ending_all(client: Any, failing: threading.Event) -> Iterator[None]:
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C and sys.exit, too: the others would wait for this process without end
         failing.set()
         end_now(*cli.explain(error))
 

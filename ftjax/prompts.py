@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ftjax.assemble import Base
 from ftjax.atomic import write_text
-from ftjax.data.format.unanswered import unanswered
+from ftjax.data.format.prompt import prompt_of
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
@@ -27,7 +27,7 @@ class Prompt(NamedTuple):
 
     Attributes:
       origin: where it is, for messages: "rows.jsonl:12" or "--prompt".
-      fields: {"messages", "tools"?}, {"prompt"} or {"text"}, see `unanswered.unanswered`.
+      fields: {"messages", "tools"?}, {"prompt"} or {"text"}, see `data.format.prompt.prompt_of`.
     """
 
     origin: str
@@ -54,7 +54,7 @@ def of_file(source: str) -> list[Prompt]:
     if path.suffix != ".txt":
         rows = read_sources([{"source": source}])
         origins = [rows.origin(i) for i in range(len(rows))]
-        return [Prompt(origin, unanswered(rows.raw(i), origin)) for i, origin in enumerate(origins)]
+        return [Prompt(origin, prompt_of(rows.raw(i), origin)) for i, origin in enumerate(origins)]
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     try:
@@ -63,7 +63,7 @@ def of_file(source: str) -> list[Prompt]:
         raise UserError(f"{path}: is not UTF-8 text ({error}); convert it") from error
     if not lines:
         raise UserError(f"{path}: is empty; write a prompt on each line")
-    return [Prompt(f"{path}:{i}", unanswered({"prompt": line}, f"{path}:{i}")) for i, line in enumerate(lines, 1)]
+    return [Prompt(f"{path}:{i}", prompt_of({"prompt": line}, f"{path}:{i}")) for i, line in enumerate(lines, 1)]
 
 
 def tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerFast, system: str = "", raw: bool = False) -> np.ndarray:

@@ -100,6 +100,19 @@ def going_on(config: ConfigDict, step: int, before: int, now: int) -> str:
     )
 
 
+def other_evaluation(before: ConfigDict, now: ConfigDict) -> str:
+    """What it means that a run goes on with other evaluation rows than it had; "" where it has the same.
+
+    before, now: configs, both `origin.located`.
+    """
+    if configs.as_json(before)["data"]["eval"] == configs.as_json(now)["data"]["eval"]:
+        return ""
+    return (
+        "warning: config.data.eval is not what it was: scores from here on are of other rows, and which step is best "
+        "is decided over all scores alike; --step latest or a number does without them"
+    )
+
+
 def check_data(meta: Mapping[str, Any], workdir: Path, fingerprint: str) -> None:
     """UserError where the data is not what the run in `workdir` began with. meta: that of a checkpoint of it."""
     if meta["data"] != fingerprint:

@@ -116,6 +116,8 @@ def _train(
             if (planned := resume.steps_of(there.config, train_loader)) != total_steps:
                 display.say(resume.going_on(config, there.step, planned, total_steps))
         located = origin.located(config, base.path)
+        if there.step is not None and (warning := resume.other_evaluation(there.config, located)):
+            display.say(warning)
         if distributed.is_first():
             origin.record(workdir, given, located, contents, fresh=there.step is None)
             configs.write(located, workdir / "config.json")

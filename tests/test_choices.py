@@ -170,6 +170,12 @@ def test_what_a_run_chose_is_open_again_where_its_config_serves_for_another(tmp_
     assert (config.optimizer.learning_rate, config.data.batch_size, config.accumulate, config.epochs) == (0, 0, 0, 5)
 
 
+def test_scores_of_other_evaluation_rows_are_said():
+    before = configs.changed(configs.defaults(), {"data.eval": ("/a.jsonl",)})
+    assert resume.other_evaluation(before, configs.changed(before, {"data.eval": ["/a.jsonl"]})) == ""
+    assert "of other rows" in resume.other_evaluation(before, configs.changed(before, {"data.eval": ("/b.jsonl",)}))
+
+
 def test_a_run_that_left_its_learning_rate_open_keeps_it(tmp_path):
     """Older runs recorded 0, and took the method's own whatever the width of the model."""
     files = {"model.source": "m", "data.train": ("rows.jsonl",)}

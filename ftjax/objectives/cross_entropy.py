@@ -361,12 +361,12 @@ def _backward(unembed, cut, further, split, head, hidden, targets, wanted, rng, 
             indices = token_index[positions]
             logits, pull = jax.vjp(lambda part, rows: unembed(part, rows, rng, indices), part, rows[positions])
             # d loss / d logits is the softmax less 1 at the target; what this token's loss counts is a factor.
-            probabilities, wanted = jnp.exp(logits - log_norm[:, None]), ids == target[:, None]
+            probabilities, ideal = jnp.exp(logits - log_norm[:, None]), ids == target[:, None]
             if further.z_loss:  # d log(Z) / d logits is the softmax
                 probabilities = probabilities * (1 + 2 * further.z_loss * log_norm[:, None])
             if further.label_smoothing:
-                wanted = (1 - further.label_smoothing) * wanted + further.label_smoothing / _all_columns(head, split)
-            d_logits = (probabilities - wanted) * gradient[:, None]
+                ideal = (1 - further.label_smoothing) * ideal + further.label_smoothing / _all_columns(head, split)
+            d_logits = (probabilities - ideal) * gradient[:, None]
             d_logits = jnp.where(ids >= fresh, d_logits, 0)
             of_part, of_rows = pull(d_logits)
             add = lambda total, new: total + new.astype(total.dtype)  # noqa: E731

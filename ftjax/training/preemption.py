@@ -97,9 +97,9 @@ class Preemption:
 
     def _note(self, number: int) -> None:
         name = _NAMES[number]
-        if self._signaled is not None and time.monotonic() - self._signaled < AT_ONCE:
-            return
         if self._signaled is not None:
+            if time.monotonic() - self._signaled < AT_ONCE:
+                return
             distributed.end_now(128 + number, f"{name}: ended at once; the same command goes on from the last save")
         self._signaled = time.monotonic()
         if self._deferred or number != signal.SIGINT:  # else the main thread raises KeyboardInterrupt

@@ -18,7 +18,7 @@ MATTERS = {
     "same_pair": (0.01, "so few pairs without a difference teach nothing, and hide nothing"),
 }
 # Errors with which training does not start, whatever config.data.checks says.
-STOPPING = {"refused", "empty", "few", "dropped", "eval_empty"}
+STOPPING = {"refused", "empty", "dropped", "eval_empty"}
 _PLACES = 3  # that a message names
 _VARIES = re.compile(r"\d+|'[^']*'")  # numbers and quotations: messages that differ in nothing else are one finding
 

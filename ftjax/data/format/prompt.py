@@ -5,7 +5,7 @@ from ftjax.data.format.conversation import check_filled, conversation, tools_of
 from ftjax.errors import UserError
 
 
-def unanswered(fields: dict, origin: str) -> dict:
+def prompt_of(fields: dict, origin: str) -> dict:
     """{"messages": [message], "tools"?: [schema]}, {"prompt": str} or {"text": str} of a row.
 
     A conversation ends with its last turn of the user or of a tool. A `text` row has no answer: it is to be continued.

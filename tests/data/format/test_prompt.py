@@ -2,7 +2,7 @@
 
 import pytest
 
-from ftjax.data.format.unanswered import unanswered
+from ftjax.data.format.prompt import prompt_of
 from ftjax.errors import UserError
 
 USER, SYSTEM = {"role": "user", "content": "Why?"}, {"role": "system", "content": "Be brief."}
@@ -35,7 +35,7 @@ TOOL = {"type": "function", "function": {"name": "clock"}}
     ],
 )
 def test_a_row_of_each_format_without_its_answer(fields, asked):
-    assert unanswered(fields, "rows.jsonl:1") == asked
+    assert prompt_of(fields, "rows.jsonl:1") == asked
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,4 @@ def test_a_row_of_each_format_without_its_answer(fields, asked):
 )
 def test_a_row_that_asks_nothing_is_refused_with_its_place(fields, message):
     with pytest.raises(UserError, match=message):
-        unanswered(fields, "rows.jsonl:1")
+        prompt_of(fields, "rows.jsonl:1")
