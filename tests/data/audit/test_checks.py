@@ -1,11 +1,11 @@
 """Each trap of a data set is found with its place, good rows raise none, and findings do not grow with their number."""
 
 import json
-import time
 
 import numpy as np
 import pytest
 from support.chat_templates import CHATML, HEADERS
+from support.timing import cpu_seconds
 
 from ftjax import curate
 from ftjax.data.audit import checks
@@ -331,13 +331,8 @@ def test_the_checks_at_the_start_cost_less_than_a_twentieth_of_tokenizing(tmp_pa
     held = write(tmp_path / "eval.jsonl", support_ticket.test_examples(200))
     facts = TokenFacts.of(tokenizer, [tokenizer.eos_token_id], 208)
 
-    def seconds(function):
-        started = time.process_time()
-        result = function()
-        return time.process_time() - started, result
-
     # Both in one process.
-    tokenizing, examples = seconds(lambda: tokenize(rows, tokenizer, 208, workers=0))
-    checking = min(seconds(lambda: at_start(examples, [held], facts))[0] for _ in range(2))
+    tokenizing, examples = cpu_seconds(lambda: tokenize(rows, tokenizer, 208, workers=0))
+    checking = min(cpu_seconds(at_start, examples, [held], facts)[0] for _ in range(3))
     record_figure("share of the time of tokenizing", checking / tokenizing)
     assert checking < 0.05 * tokenizing
