@@ -165,6 +165,11 @@ KEYS: dict[str, Key] = {
     "evaluate.max_new_tokens": Key(128, number(1)),
     "evaluate.batch_size": Key(64, number(1)),  # prompts completed together
     "evaluate.before": Key(True, ANY),  # also before the first step
+    # What decides which checkpoint is best: "eval_loss", "eval_NAME/score - 0.5 * eval_general/change", after "min:" or
+    # "max:" where that is not plain; "": the first task's score, else eval_loss.
+    "evaluate.best": Key("", ANY),
+    "evaluate.patience": Key(0, number(0)),  # evaluations without improvement of it that end the run; 0: none do
+    "evaluate.min_delta": Key(0.0, number(0)),  # what counts as an improvement: more than this
     "checkpoint.keep": Key(2, number(1)),  # the newest so many, and the best
     # Go back to this step once, setting later ones aside; -1: the newest.
     "checkpoint.resume_step": Key(-1, number(-1)),

@@ -1,5 +1,6 @@
 """Evaluation of a run at one step, on everything in `data.eval`: rows by their loss, tasks by their score."""
 
+import hashlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +38,7 @@ def is_eval(record: dict) -> bool:
 
 
 def best_metric(config: ConfigDict) -> tuple[str | None, str]:
-    """The metric of the best checkpoint, and "max" or "min": the first task's score, else the held-out loss."""
+    """What decides unless config.evaluate.best does, and "max" or "min": the first task's score, else the loss."""
     if tasks := _tasks(config):
         return _score_name(tasks[0]), "max"
     return ("eval_loss" if configs.evaluates(config) else None), "min"
@@ -69,6 +70,17 @@ class Evaluator:
         self._samples = workdir / "samples.jsonl"
         self._preemption, self._display = preemption, display
         self._check_lengths()
+
+    def digest(self) -> str:
+        """Of what is measured on: rows, examples, and settings that a score depends on; two that differ do not compare.
+
+        Not of the places where rows are found, which may change.
+        """
+        parts: list[Any] = [self._loader.examples.digest] if self._loader is not None else []
+        for entry in self._tasks:
+            options = {name: value for name, value in entry.items() if name != "source"}
+            parts.append([_name(entry), options, _examples(entry)[1], self._config.max_new_tokens])
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
     def __call__(self, step: int, trainable: Tree, frozen: Tree) -> dict[str, float]:
         metrics = {}

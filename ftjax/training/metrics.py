@@ -47,7 +47,7 @@ class MetricsWriter:
             return
         self._file.write(json.dumps({"step": step} | metrics) + "\n")
         self._file.flush()
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers(metrics).items()]
         self._event(step=step, summary=Summary(value=values))
 
     def close(self) -> None:
@@ -59,6 +59,11 @@ class MetricsWriter:
     def _event(self, **fields: Any) -> None:
         self._board.write(Event(wall_time=time.time(), **fields).SerializeToString())
         self._board_file.flush()
+
+
+def numbers(record: dict[str, Any]) -> dict[str, float]:
+    """A record without what is no number: the mark of the evaluation set."""
+    return {name: value for name, value in record.items() if not isinstance(value, str)}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
