@@ -55,6 +55,13 @@ def tokens() -> Check:
     return Check(holds, "different tokens without white space around them, such as ('<|call|>',)")
 
 
+def some_of(*names: str) -> Check:
+    def holds(value: Any) -> bool:
+        return all(name in names for name in value) and len(set(value)) == len(value)
+
+    return Check(holds, f"some of {', '.join(names)}")
+
+
 ANY = Check(lambda value: True, "anything")
 
 
@@ -178,6 +185,8 @@ KEYS: dict[str, Key] = {
     "accumulate": Key(0, number(0)),  # micro-batches in a step; 0: as few as fit the memory
     "seed": Key(0, number(0, 2**31 - 1)),
     "log_every": Key(10, number(1)),
+    # What gets the metrics beside metrics.jsonl and TensorBoard (docs/running.md): ("wandb",)
+    "trackers": Key((), some_of("wandb", "mlflow", "trackio")),
     "eval_every": Key(0, number(0)),  # steps; 0: only at the end
     "eval_epochs": Key(0.0, number(0)),  # instead, in epochs: 0.5 is twice in each
     "checkpoint_every": Key(100, number(1)),
@@ -225,6 +234,7 @@ ENTRY_OPTIONS = {
 # Keys that may differ between a run and its resumption: they change nothing that is learned.
 FREE_TO_CHANGE = (
     "log_every",
+    "trackers",
     "checkpoint_every",
     "checkpoint.",
     "evaluate.",

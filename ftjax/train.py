@@ -43,7 +43,7 @@ from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.evaluator import Evaluator
 from ftjax.planning import flops
-from ftjax.training import metrics
+from ftjax.training import metrics, trackers
 from ftjax.training import workdir as workdirs
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.display import Display
@@ -58,6 +58,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
     """Runs or resumes a run in `workdir`; returns the exit status of the command."""
     configs.validate(config)
     preflight.check_evaluation(config)
+    if distributed.is_first():
+        trackers.check(config.trackers)
     decides = best.decides(config)
     mode = decides.mode if decides else "min"
     with (
@@ -154,7 +156,8 @@ def _train(
             return bool(early)
 
         # Loop, checkpoints.
-        writer = metrics.MetricsWriter(workdir, -1 if there.step is None else there.step)
+        began, plain = -1 if there.step is None else there.step, configs.flat(ConfigDict(configs.as_json(located)))
+        writer, finished = metrics.MetricsWriter(workdir, began, config.trackers, plain), False
         rows = sharding.local_rows(mesh, config.data.batch_size, config.accumulate)
         meta = {"config": configs.as_json(located), "data": train_loader.fingerprint()}
         seconds = flops.seconds_per_token(program)
@@ -173,10 +176,11 @@ def _train(
         try:
             with memory.exhausted("training", smaller):
                 run(loop, start)
+            finished = True
         except Preempted as stop:
             return _stopped(stop, there.step, checkpoints, display)
         finally:
-            writer.close()
+            writer.close(finished)
     display.table("finished", describe.result(workdir, best.Standing.of(config, workdir, checkpoints.steps())))
     return 0
 

@@ -11,7 +11,8 @@ from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.evaluator import Evaluator
 from ftjax.train import train
-from ftjax.training import metrics
+from ftjax.training import metrics, trackers
+from ftjax.training.trackers import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +41,20 @@ def evaluated(workdir):
 def test_killed_where_it_ends_early_a_run_is_finished(root, tmp_path, monkeypatch, capsys):
     measures(monkeypatch, {0: 0.0, 2: 0.2, 4: 0.5, 6: 0.4, 8: 0.5, 10: 0.6})
     early = {"evaluate__best": "eval_x/score - 0 * eval_loss", "evaluate__patience": 2, "checkpoint__keep": 1}
+    sent, ended = [], []
+
+    def tracker(workdir, known, config):
+        assert config["adapter.rank"] == 4
+        return Tracker("wandb", "1", lambda step, values: sent.append(step), ended.append)
+
+    monkeypatch.setattr(trackers, "_START", {"wandb": tracker})
+    early["trackers"] = ("wandb",)
     with monkeypatch.context() as patch:
         patch.setattr(best, "stalled", lambda config, records: 1 // (len(records) < 5) - 1)  # killed after the fifth
         with pytest.raises(ZeroDivisionError):
             run(root, tmp_path, **early)
     assert evaluated(tmp_path) == [0, 2, 4, 6, 8]
+    assert (sent, ended) == ([0, 1, 2, 4, 6, 8], [False])
     capsys.readouterr()
     assert run(root, tmp_path, **early) == 0
     said = capsys.readouterr().out
