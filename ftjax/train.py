@@ -43,7 +43,7 @@ from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.evaluator import Evaluator
 from ftjax.planning import flops
-from ftjax.training import metrics, trackers
+from ftjax.training import curves, metrics, trackers
 from ftjax.training import workdir as workdirs
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.display import Display
@@ -181,7 +181,9 @@ def _train(
             return _stopped(stop, there.step, checkpoints, display)
         finally:
             writer.close(finished)
-    display.table("finished", describe.result(workdir, best.Standing.of(config, workdir, checkpoints.steps())))
+    standing = best.Standing.of(config, workdir, checkpoints.steps())
+    display.draw(curves.draw(metrics.read(workdir / "metrics.jsonl"), standing.scores, standing.metric))
+    display.table("finished", describe.result(workdir, standing))
     return 0
 
 
