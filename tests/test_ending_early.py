@@ -77,7 +77,8 @@ def test_left_alone_it_ends_there_as_well_and_goes_on_without(root, tmp_path, mo
     assert evaluated(tmp_path) == [0, 2, 4, 6, 8, 10]
 
 
-def test_a_metric_that_is_not_measured_is_refused_before_step_1(root, tmp_path):
+def test_a_metric_that_is_not_measured_is_refused_before_step_1(root, tmp_path, monkeypatch):
+    measures(monkeypatch, {0: 0.0})
     with pytest.raises(UserError, match="measures no eval_los; did you mean 'eval_loss'"):
         run(root, tmp_path, evaluate__best="eval_los")
     assert not metrics.read(tmp_path / "metrics.jsonl")
