@@ -33,6 +33,10 @@ def one_of(*values: str) -> Check:
     return Check(lambda value: value in values, f"one of {', '.join(values)}")
 
 
+def several(*values: str) -> Check:
+    return Check(lambda given: set(given) <= set(values), f"some of {', '.join(values)}")
+
+
 def number(low: float, high: float = math.inf) -> Check:
     wanted = f"a number from {low:g} to {high:g}" if high < math.inf else f"a finite number, {low:g} or more"
     return Check(lambda value: math.isfinite(value) and low <= value <= high, wanted)
@@ -176,6 +180,8 @@ KEYS: dict[str, Key] = {
     "eval_every": Key(0, number(0)),  # steps; 0: only at the end
     "eval_epochs": Key(0.0, number(0)),  # instead, in epochs: 0.5 is twice in each
     "checkpoint_every": Key(100, number(1)),
+    # What the result is meant for: peft, merged, hf, gguf; what an export would refuse is refused before step 1.
+    "export_formats": Key((), several("peft", "merged", "hf", "gguf")),
     # Hours after which the run saves and ends with status 75, in time for what a scheduler allows; 0: no limit.
     "max_hours": Key(0.0, number(0)),
 }
@@ -233,6 +239,7 @@ FREE_TO_CHANGE = (
     "data.eval",
     "data.checks",
     "max_hours",
+    "export_formats",
     "data.long_text",  # the tokens decide whether a run may go on
 )
 

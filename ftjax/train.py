@@ -27,6 +27,7 @@ from ftjax import (
     config_flag,
     describe,
     distributed,
+    exportable,
     memory,
     origin,
     preflight,
@@ -97,6 +98,7 @@ def _train(
         # Shardings, objective, optimizer and step: shapes only.
         program = assemble.program(config, base.model, mesh, total_steps)
         preflight.check_ranks(program.variables.get("lora", {}), display)
+        exportable.check(tuple(config.export_formats), config, base, program.variables)
         evaluator = Evaluator(config, base, mesh, program.objective, heldout, workdir, preemption, display)
         described = continued.effective(config, base.model.spec)
         display.table("ftjax.train", describe.run(described, asked, base, room, program, train_loader, report))

@@ -38,7 +38,7 @@ FLOORS = [
     {"choices"},
     {"prompts"},
     {"evals"},
-    {"describe", "inspection", "parity", "preflight", "resume"},
+    {"describe", "exportable", "inspection", "parity", "preflight", "resume"},
     {"planning"},
     {"__main__", "train", "generate", "export", "plan", "inspect_data", "curate", "import_config"},
 ]
