@@ -253,7 +253,7 @@ def test_a_run_without_an_adapter_has_none_to_merge_or_write(full, tmp_path):
 def test_what_a_format_cannot_hold_is_said_before_the_first_step(root, tmp_path, monkeypatch):
     config = runpy.run_path(str(root / "run.py"))["get_config"]()
     config.adapter.kind, config.adapter.rank, config.export_formats = "none", 16, ("hf", "merged")
-    with pytest.raises(UserError, match=r"export_formats: 'merged' would be refused at the end: this run has no adapter"):
+    with pytest.raises(UserError, match=r"export_formats: 'merged' would be refused at the end: .* no adapter"):
         train(config, tmp_path / "whole")
     config = runpy.run_path(str(root / "run.py"))["get_config"]()
     config.export_formats = ("peft", "gguf")
@@ -264,7 +264,7 @@ def test_what_a_format_cannot_hold_is_said_before_the_first_step(root, tmp_path,
     for name in ("whole", "adapter"):
         assert not (tmp_path / name / "config.json").exists()  # nothing was begun
     config.export_formats = ("onnx",)
-    with pytest.raises(UserError, match="export_formats=.*some of peft, merged, hf, gguf"):
+    with pytest.raises(UserError, match=r"export_formats=.*some of peft, merged, hf, gguf"):
         train(config, tmp_path / "onnx")
 
 

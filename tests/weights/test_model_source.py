@@ -53,7 +53,7 @@ def test_a_run_is_no_model_and_says_how_it_becomes_one(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     for name in ("config.json", "metrics.jsonl"):
         (tmp_path / name).write_text("{}\n")
-    with pytest.raises(UserError, match=r"is a run, not a model; .* --workdir, .* ftjax.export --workdir .* --format hf"):
+    with pytest.raises(UserError, match=r"is a run, not a model; .* --workdir, .*ftjax.export --workdir .*--format hf"):
         locate(str(tmp_path))
 
 
