@@ -59,6 +59,17 @@ def tokens() -> Check:
     return Check(holds, "different tokens without white space around them, such as ('<|call|>',)")
 
 
+def losses() -> Check:
+    def holds(value: Any) -> bool:
+        entries = [(entry, 1.0) if isinstance(entry, str) else entry for entry in value]
+        fits = [isinstance(entry, tuple | list) and len(entry) == 2 for entry in entries]
+        return all(fits) and all(
+            type(name) is str and type(weight) in (int, float) and 0 < weight < math.inf for name, weight in entries
+        )
+
+    return Check(holds, "names, or pairs of a name and a positive weight, such as ('sigmoid', ('sft', 0.2))")
+
+
 ANY = Check(lambda value: True, "anything")
 
 
@@ -133,12 +144,21 @@ KEYS: dict[str, Key] = {
     # Of the rows before training; on: stop on errors, warn: print them.
     "data.checks": Key("on", one_of("on", "warn", "off")),
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
-    "objective.name": Key("sft", ANY),  # a method of ftjax/method.py: sft or dpo
-    # sft: the share of a target's probability that is spread over the vocabulary
+    "objective.name": Key("sft", ANY),  # a method of ftjax/method.py: sft, dpo, cpo, simpo, orpo
+    # sft: the share of a target's probability that is spread over the vocabulary; of pairs: of labels taken to be wrong
     "objective.label_smoothing": Key(0.0, number(0, 0.99)),
     # sft: so much of log(Z)^2 is added, Z being the sum of a softmax; 1e-4 is usual
     "objective.z_loss": Key(0.0, number(0)),
-    "objective.beta": Key(0.1, number(1e-6)),  # dpo: how strongly the reference holds the policy
+    # of pairs: how strongly the reference holds the policy; the scale of a margin where there is none
+    "objective.beta": Key(0.1, number(1e-6)),
+    # dpo, cpo: losses of a pair, by name or with their weights: ("sigmoid", ("sft", 0.2)); (): the method's own
+    "objective.loss": Key((), losses()),
+    # dpo: the divergence that holds the policy
+    "objective.divergence": Key("reverse_kl", one_of("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")),
+    "objective.divergence_alpha": Key(0.5, number(0)),  # alpha_divergence: its alpha
+    "objective.discopop_tau": Key(0.05, number(1e-6)),  # the loss discopop: its temperature
+    "objective.ld_alpha": Key(1.0, number(0, 1)),  # what tokens beyond the shorter answer's length count; 1: all alike
+    "objective.gamma": Key(0.5, number(0)),  # the loss simpo: the margin that is aimed at
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.
     "optimizer.learning_rate": Key(0.0, number(0)),
@@ -363,6 +383,13 @@ def with_recorded(config: ConfigDict, recorded: ConfigDict) -> ConfigDict:
     """`config` where what it leaves open is what a run has, which goes on with what it chose when it began."""
     given, chosen = flat(config), flat(recorded)
     return changed(config, {key: chosen[key] for key in OPEN if given[key] == KEYS[key].default})
+
+
+def is_default(config: ConfigDict, key: str) -> bool:
+    """Whether a key, by its dotted name, has its default; a list, as JSON has it, is a tuple here."""
+    section, _, leaf = key.rpartition(".")
+    value = (config[section] if section else config)[leaf]
+    return json.dumps(value) == json.dumps(KEYS[key].default)
 
 
 def changed(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:

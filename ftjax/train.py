@@ -85,6 +85,7 @@ def _train(
     # Data.
     config, train_loader, heldout, report = _load_data(config, base, mesh, room, display)
     base = base._replace(model=base.model.clone(remat=config.model.remat))
+    preflight.check_whole_step(config)
     preflight.check_same_everywhere(given, contents, train_loader, heldout)
     total_steps = resume.steps_of(config, train_loader)
     preflight.check_steps(config, there.step, total_steps)
