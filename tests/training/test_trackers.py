@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import struct
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -37,9 +38,15 @@ def test_wandb(tmp_path, monkeypatch):
     from wandb.proto.wandb_internal_pb2 import Record
 
     losses, scores, runs, exits = [], [], [], []
-    for path in sorted((tmp_path / "mine/wandb").glob(f"offline-run-*-{known}*/run-{known}.wandb")):
-        for data in leveldb_log(path):
-            record = Record.FromString(data)
+    files = list((tmp_path / "mine/wandb").glob(f"offline-run-*/run-{known}.wandb"))
+    assert len(files) == 2
+    for path in sorted(files, key=lambda path: path.parent.name):
+        records = []
+        deadline = time.monotonic() + 20
+        while not (records and records[-1].WhichOneof("record_type") in ("exit", "footer")):
+            assert time.monotonic() < deadline  # its own process writes behind
+            records = [Record.FromString(data) for data in leveldb_log(path)]
+        for record in records:
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 runs.append((record.run.display_name, record.run.project, record.run.run_id))
@@ -65,6 +72,8 @@ def leveldb_log(path):
             position += left
             continue
         length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        if position + 7 + length > len(data):  # not written yet
+            return
         whole += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last fragment of one
