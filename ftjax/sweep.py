@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from ftjax import cli, config_files, config_flag
+from ftjax import cli, config_files, config_flag, preflight
 from ftjax import config as configs
 from ftjax.atomic import write_text
 from ftjax.errors import UserError
@@ -65,9 +65,12 @@ def main(argv: list[str]) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
     if not _SWEEP.value:
         raise UserError("--sweep is missing; such as --sweep 'optimizer.learning_rate=1e-4,3e-4', or a YAML file")
-    where = Path(_WORKDIR.value or f"runs/{config_flag.name()}-sweep")
+    if sum([_DRY_RUN.value, _INDEX.value is not None, _REPORT.value]) > 1:
+        raise UserError("--dry_run, --index and --report exclude each other; give one of them")
     config, common = config_flag.value(), config_flag.overrides()
+    where = Path(_WORKDIR.value or f"runs/{config_flag.name()}-sweep")
     runs = planned(read(_SWEEP.value), where, flags.FLAGS.config, common)
+    decides = best.decides(config)
     if _DRY_RUN.value:
         for run in runs:
             print(shlex.join(["python", "-m", "ftjax.train", *run.arguments]))
@@ -81,7 +84,7 @@ def main(argv: list[str]) -> int:
     statuses, stopped = {}, 0
     if not _REPORT.value:
         statuses, stopped = run_all(runs)
-    report(where, best.decides(config), [result(run, statuses.get(run.name)) for run in runs])
+    report(where, decides, [result(run, statuses.get(run.name)) for run in runs])
     return stopped or int(any(statuses.values()))
 
 
@@ -162,7 +165,9 @@ def planned(
     shared = [f"--config={config}", *(f"--config.{key}={text}" for key, text in common)]
     runs = []
     for one in settings:
-        configs.validate(config_flag.overridden(config_files.load(config), [*common, *one.items()]))
+        its = config_flag.overridden(config_files.load(config), [*common, *one.items()])
+        configs.validate(its)
+        preflight.check_evaluation(its)
         name = _name(one, keys)
         if name in [run.name for run in runs]:
             raise UserError(f"--sweep: {name} stands there twice")

@@ -95,6 +95,7 @@ def test_each_run_has_a_name_that_says_what_is_different_and_its_command(tmp_pat
         ("adapter.rank=8,8", "rank=8 stands there twice"),
         ("data.train=a.jsonl,b.jsonl", r"--config\.data\.train is for all runs, and --sweep changes it"),
         ("evaluate.best=eval_loss,eval_x/score", "runs that differ in evaluate.best are measured differently"),
+        ("evaluate.patience=1,2", r"config\.evaluate\.patience=1 does nothing"),
         (";", "names no setting"),
     ],
 )
@@ -194,6 +195,7 @@ def test_the_commands_are_listed_for_others_to_run(tmp_path):
         rows,
     ]
     assert "there are 2 runs, 0 to 1" in finish(command("ftjax.sweep", *arguments, "--index=2"), 2)
+    assert "exclude each other" in finish(command("ftjax.sweep", *arguments, "--index=2", "--report"), 2)
 
 
 @pytest.mark.slow
