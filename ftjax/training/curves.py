@@ -47,12 +47,11 @@ def _resampled(points: Mapping[int, float], ends: tuple[int, int], count: int) -
     NaN before the first point and after the last.
     """
     steps, values = np.array(sorted(points), float), np.array([points[step] for step in sorted(points)], float)
-    grid = np.linspace(*ends, count)
-    width = max((ends[1] - ends[0]) / max(count - 1, 1), 1e-9)
-    near = np.abs(steps[None, :] - grid[:, None]) <= width / 2
-    between = np.interp(grid, steps, values, left=np.nan, right=np.nan)
-    counts = near.sum(1)
-    return np.where(counts > 0, (near * values).sum(1) / np.maximum(counts, 1), between)
+    between = np.interp(np.linspace(*ends, count), steps, values, left=np.nan, right=np.nan)
+    inside = (steps >= ends[0]) & (steps <= ends[1])
+    nearest = np.rint((steps[inside] - ends[0]) / (ends[1] - ends[0]) * (count - 1)).astype(int)
+    counts, sums = (np.bincount(nearest, weights, minlength=count) for weights in (None, values[inside]))
+    return np.where(counts > 0, sums / np.maximum(counts, 1), between)
 
 
 def _braille(values: np.ndarray, low: float, high: float, rows: int) -> Sequence[str]:
