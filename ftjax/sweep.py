@@ -269,7 +269,8 @@ def report(where: Path, decides: Deciding | None, results: Sequence[Result]) -> 
         ]
         for one in ranked
     ]
-    notes = [f"python -m ftjax.report {shlex.join(str(one.run.workdir) for one in ranked if one.step)}"]
+    workdirs = [str(one.run.workdir) for one in ranked if one.step]
+    notes = [f"side by side: python -m ftjax.report {shlex.join(workdirs)}"] if workdirs else []
     if len({one.mark for one in results if one.mark}) > 1:
         notes.insert(
             0, "the evaluation sets are not the same, for a setting changes rows or tokens: scores do not compare"
@@ -285,7 +286,7 @@ def report(where: Path, decides: Deciding | None, results: Sequence[Result]) -> 
         for one in ranked
     ]
     write_text(where / "sweep.json", json.dumps(record, indent=2) + "\n")
-    _print(header, rows, [*notes, f"in {where / 'sweep.md'} and sweep.json"])
+    _print(header, rows, [*notes, f"this table: {where / 'sweep.md'} and sweep.json"])
 
 
 def _said(one: Result) -> str:
