@@ -37,9 +37,9 @@ FLOORS = [
     {"memory"},
     {"choices"},
     {"evals"},
-    {"describe", "inspection", "parity", "preflight", "prompts", "resume"},
+    {"describe", "inspection", "parity", "preflight", "prompts", "reporting", "resume"},
     {"planning"},
-    {"__main__", "train", "generate", "export", "plan", "inspect_data", "curate", "import_config"},
+    {"__main__", "train", "generate", "report", "export", "plan", "inspect_data", "curate", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]

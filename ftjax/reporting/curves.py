@@ -1,0 +1,72 @@
+"""Which curves there are of a run's records, or of several runs', and which of them share a chart."""
+
+from collections.abc import Sequence
+
+from ftjax.reporting.charts import Chart, Series
+from ftjax.reporting.gather import Run, is_finite, shows_share
+
+_LEFT_OUT = ("step", "epoch", "num_tokens")
+_GENERAL = "general"  # the set whose loss says what was forgotten
+# In this order; scores of sets come after the loss, all others are further curves.
+_FIRST = ("loss", "mean_token_accuracy", "learning_rate", "grad_norm", "tokens_per_second")
+_TITLES = {
+    "loss": "Loss",
+    "mean_token_accuracy": "Accuracy of tokens",
+    "learning_rate": "Learning rate",
+    "grad_norm": "Norm of the gradient",
+    "tokens_per_second": "Tokens per second",
+}
+
+
+def of_run(run: Run) -> tuple[list[Chart], list[Chart]]:
+    """(the curves to see first, the further ones). Training and held-out rows share a chart, as do scored sets."""
+    trained = {name for record in run.records for name in record if not name.startswith("eval_")}
+    groups: dict[str, list[Series]] = {}
+    for name, series in _metrics(run).items():
+        group, label = _place(name, trained)
+        groups.setdefault(group, []).append(Series(label, series.points))
+    first = [name for name in _FIRST if name in groups]
+    scored = [name for name in groups if name not in trained]
+    order = [*first[:1], *scored, *first[1:]] if "loss" in groups else [*scored, *first]
+    charts = {name: _chart(name, groups[name]) for name in groups}
+    return [charts[name] for name in order], [chart for name, chart in charts.items() if name not in order]
+
+
+def of_runs(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[Chart], list[Chart]]:
+    """The same of several runs: a chart for each metric, with a curve for each run that has it."""
+    groups: dict[str, list[Series]] = {}
+    for run, name in zip(runs, names):
+        for metric, series in _metrics(run).items():
+            groups.setdefault(metric, []).append(Series(name, series.points))
+    order = [name for name in groups if name == "loss" or name.startswith("eval_")]
+    order += [name for name in _FIRST if name in groups and name not in order]
+    charts = {name: _chart(name, groups[name]) for name in groups}
+    return [charts[name] for name in order], [chart for name, chart in charts.items() if name not in order]
+
+
+def _metrics(run: Run) -> dict[str, Series]:
+    """{name: its finite values}, in order of steps; the later where a step has two."""
+    points: dict[str, dict[int, float]] = {}
+    for record in run.records:
+        for name, value in record.items():
+            if name not in _LEFT_OUT and is_finite(value):
+                points.setdefault(name, {})[record["step"]] = value
+    return {name: Series(name, sorted(values.items())) for name, values in points.items()}
+
+
+def _place(name: str, trained: set[str]) -> tuple[str, str]:
+    """(chart, label in it) of a metric."""
+    rest = name.removeprefix("eval_")
+    if rest == name:
+        return name, "training"
+    if rest in trained:
+        return rest, "held out"
+    scored, _, metric = rest.rpartition("/")
+    if scored == _GENERAL:
+        return ("Forgetting: nats per token" if metric in ("change", "kl") else "General text: nats per token"), metric
+    return (metric, scored) if scored else (rest, "held out")
+
+
+def _chart(name: str, series: Sequence[Series]) -> Chart:
+    is_share = shows_share(name, [value for one in series for _, value in one.points])
+    return Chart(_TITLES.get(name, name), series, is_share)
