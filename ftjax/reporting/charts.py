@@ -31,7 +31,7 @@ class Chart(NamedTuple):
 
 def figure(value: float) -> str:
     """Such as 1,234,567 or 0.05788: four digits, and no exponent where there need not be one."""
-    if abs(value) >= 1e4 and math.isfinite(value):
+    if abs(value) >= 1000 and math.isfinite(value):
         return f"{value:,.0f}" if abs(value) < 1e12 else f"{value:.3g}"
     return f"{value:.4g}"
 

@@ -6,6 +6,7 @@ from ftjax.reporting.charts import Chart, Series
 from ftjax.reporting.gather import Run, is_finite, shows_share
 
 _LEFT_OUT = ("step", "epoch", "num_tokens")
+_TRAINING = "training"
 _GENERAL = "general"  # the set whose loss says what was forgotten
 # In this order; scores of sets come after the loss, all others are further curves.
 _FIRST = ("loss", "mean_token_accuracy", "learning_rate", "grad_norm", "tokens_per_second")
@@ -28,6 +29,8 @@ def of_run(run: Run) -> tuple[list[Chart], list[Chart]]:
     first = [name for name in _FIRST if name in groups]
     scored = [name for name in groups if name not in trained]
     order = [*first[:1], *scored, *first[1:]] if "loss" in groups else [*scored, *first]
+    for together in groups.values():
+        together.sort(key=lambda series: series.name != _TRAINING)
     charts = {name: _chart(name, groups[name]) for name in groups}
     return [charts[name] for name in order], [chart for name, chart in charts.items() if name not in order]
 
@@ -58,7 +61,7 @@ def _place(name: str, trained: set[str]) -> tuple[str, str]:
     """(chart, label in it) of a metric."""
     rest = name.removeprefix("eval_")
     if rest == name:
-        return name, "training"
+        return name, _TRAINING
     if rest in trained:
         return rest, "held out"
     scored, _, metric = rest.rpartition("/")

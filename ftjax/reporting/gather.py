@@ -21,7 +21,8 @@ from ftjax.training import environment, metrics
 from ftjax.training.checkpoint import complete_steps
 
 _SHARES = ("score", "accuracy", "accuracies", "match", "f1", "win_rate", "valid")
-_SMALL = ("loss", "perplexity", "kl", "change")  # what is better the smaller it is
+_SMALLER = ("loss", "perplexity", "kl", "change")  # is better
+GENERAL = "eval_general/"  # metrics of general text, which say what was forgotten
 
 
 class Sample(NamedTuple):
@@ -84,27 +85,38 @@ class Run(NamedTuple):
 
 
 class Change(NamedTuple):
-    """An evaluation metric before training (None: not measured then) and at the step that is shown."""
+    """An evaluation metric.
+
+    Attributes:
+      before: before training; None where it was not measured then.
+      after: at the step that is shown.
+      last: at the last step that was evaluated.
+      mode: which values are better, "max" or "min"; "" where that is not known.
+    """
 
     name: str
     before: float | None
     after: float
+    last: float
     share: bool
-    smaller_is_better: bool
+    mode: str
 
     def shown(self, value: float) -> str:
         return share(value) if self.share else figure(value)
 
     @property
     def better(self) -> bool | None:
-        """None where nothing changed or the start was not measured."""
-        if self.before is None or self.before == self.after:
+        """None where nothing changed, the start was not measured, or nobody knows which way is better."""
+        if self.before is None or self.before == self.after or not self.mode:
             return None
-        return (self.after < self.before) == self.smaller_is_better
+        return (self.after > self.before) == (self.mode == "max")
 
 
-def gather(workdir: Path) -> Run:
-    """Raises UserError where a file there is damaged, or it is no workdir of a run."""
+def gather(workdir: Path, step: int | None = None) -> Run:
+    """step: whose result is wanted, without an evaluation of another; None: see `Run`.
+
+    Raises UserError where a file there is damaged, or it is no workdir of a run.
+    """
     config = configs.read(workdir / "config.json")
     try:
         records = metrics.read(workdir / "metrics.jsonl")
@@ -115,7 +127,10 @@ def gather(workdir: Path) -> Run:
         raise UserError(f"{workdir / 'metrics.jsonl'}: {error}; remove the line that is not a record") from error
     standing = Standing.of(config, workdir, complete_steps(workdir / "checkpoints"))
     evaluation = evaluations.read(workdir / evaluations.FILE)
-    step = evaluation.step if evaluation and evaluation.step is not None else standing.best()
+    if step is None:
+        step = evaluation.step if evaluation and evaluation.step is not None else standing.best()
+    elif evaluation and evaluation.step != step:
+        evaluation = None
     evaluated = [record["step"] for record in records if is_eval(record)]
     if step is None:
         step = max(evaluated or [record["step"] for record in records], default=0)
@@ -135,67 +150,88 @@ def gather(workdir: Path) -> Run:
 
 
 def changes(run: Run) -> list[Change]:
-    """The evaluation metrics of the step that is shown, the one that decides which step is best first."""
+    """The evaluation metrics at the step that is shown, the one that decides which step is best first."""
+    trained = {name for record in run.records for name in record if not name.startswith("eval_")}
     values: dict[str, dict[int, float]] = {}
     for record in run.records:
         for name, value in record.items():
-            if name.startswith("eval_") and is_finite(value) and record["step"] <= run.step:
+            if name.startswith("eval_") and is_finite(value):
                 values.setdefault(name, {})[record["step"]] = value
     found = []
     for name in sorted(values, key=lambda name: name != run.standing.metric):
-        last = max(values[name])
-        before = values[name][0] if last and 0 in values[name] else None
-        both = [value for value in (before, values[name][last]) if value is not None]
-        found.append(Change(name, before, values[name][last], shows_share(name, both), smaller_is_better(name)))
+        of_steps = values[name]
+        step = max((step for step in of_steps if step <= run.step), default=None)
+        if step is not None:
+            before = of_steps[0] if step and 0 in of_steps else None
+            percent = shows_share(name, list(of_steps.values()))
+            mode = run.standing.mode if name == run.standing.metric else _mode(name, trained)
+            found.append(Change(name, before, of_steps[step], of_steps[max(of_steps)], percent, mode))
     return found
 
 
 def shows_share(name: str, values: Sequence[float]) -> bool:
     """Whether a metric is shown in percent: by its name, and if its values are all from 0 to 1."""
-    last = name.rpartition("/")[2]
-    return any(word in last for word in _SHARES) and all(0 <= value <= 1 for value in values)
+    return any(word in _last_part(name) for word in _SHARES) and all(0 <= value <= 1 for value in values)
 
 
-def smaller_is_better(name: str) -> bool:
-    return any(word in name.rpartition("/")[2] for word in _SMALL)
+def _mode(name: str, trained: set[str]) -> str:
+    """Which values of a metric are better. trained: the names of what is recorded of every step."""
+    if any(word in _last_part(name) for word in _SMALLER):
+        return "min"
+    # What a set is scored by, and not a figure of the objective over held-out rows, which may mean anything.
+    scored = "/" in name and name.removeprefix("eval_") not in trained
+    return "max" if scored or any(word in _last_part(name) for word in _SHARES) else ""
 
 
-def results(run: Run) -> list[str]:
-    """What came of a run, in a few sentences: for the page, and for the card of an export."""
-    sentences = []
-    for change in changes(run):
+def _last_part(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def summary(run: Run) -> list[str]:
+    """What came of a run, in a few sentences: whether it helped, as far as what was measured tells, then the rest.
+
+    Of a run that was not evaluated, that this is not known.
+    """
+    evaluation, found = run.evaluation, changes(run)
+    if evaluation and evaluation.verdict:
+        sentences = [evaluation.verdict]
+    elif found:
+        sentences = [_verdict(found.pop(0), run.step)]
+    else:
+        sentences = ["Whether training helped is not known: this run was not evaluated on rows held out from training."]
+    for change in found:
+        if not change.mode or change.name.startswith(GENERAL):
+            continue
         after = f"{change.shown(change.after)} at step {run.step}"
         if change.before is None:
             sentences.append(f"{change.name} {after}")
         else:
             word = {None: "unchanged", True: "better", False: "worse"}[change.better]
-            before = f"{change.shown(change.before)} before training"
-            sentences.append(f"{change.name} {before}, {after}: {word}")
-    evaluation = run.evaluation
-    if evaluation and evaluation.forgetting:
-        forgetting = evaluation.forgetting
-        if forgetting.verdict:
-            sentences.append(forgetting.verdict)
-        elif forgetting.change is not None:
-            sentences.append(
-                f"cross-entropy of general text {forgetting.change:+.3g} nats per token{interval(forgetting.interval)}"
-            )
-    return sentences
+            sentences.append(f"{change.name} {change.shown(change.before)} before training, {after}: {word}")
+    return sentences + _forgotten(run, found)
 
 
-def verdict(run: Run) -> str:
-    """Whether it helped, as far as what was measured tells."""
-    if run.evaluation and run.evaluation.verdict:
-        return run.evaluation.verdict
-    found = changes(run)
-    if not found:
-        return "Whether training helped is not known: this run was not evaluated on rows held out from training."
-    main = found[0]
-    after = f"{main.shown(main.after)} at step {run.step}"
+def _verdict(main: Change, step: int) -> str:
+    after = f"{main.shown(main.after)} at step {step}"
     if main.before is None:
         return f"{main.name} is {after}. It was not measured before training, so whether that helped is not known."
-    helped = {None: "Training changed nothing", True: "Training helped", False: "Training made it worse"}[main.better]
-    return f"{helped}: {main.name} {main.shown(main.before)} before, {after}."
+    if main.before == main.after:
+        return f"Training changed nothing: {main.name} {after}, as before."
+    helped = {None: "Training made a difference", True: "Training helped", False: "Training made it worse"}
+    return f"{helped[main.better]}: {main.name} {main.shown(main.before)} before, {after}."
+
+
+def _forgotten(run: Run, found: Sequence[Change]) -> list[str]:
+    """What is known of it: by the evaluation, or else by what was measured during training."""
+    forgetting = run.evaluation.forgetting if run.evaluation else None
+    if forgetting and forgetting.verdict:
+        return [forgetting.verdict]
+    change, ends = (forgetting.change, forgetting.interval) if forgetting else (None, None)
+    if change is None:
+        change = next((one.after for one in found if one.name == f"{GENERAL}change"), None)
+    if change is None:
+        return []
+    return [f"cross-entropy of general text {change:+.3g} nats per token{interval(ends)} against the base"]
 
 
 def interval(ends: Sequence[float] | None, scale: float = 1.0) -> str:

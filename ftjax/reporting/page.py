@@ -62,22 +62,21 @@ def render(run: Run) -> str:
     given, defaults = configs.as_json(run.config), configs.as_json(configs.defaults())
     every = _settings(given, defaults)
     differ = [(key, value) for key, value, default in every if value != default]
-    derived = not (run.evaluation and run.evaluation.verdict)  # so that the verdict is the first result
+    changes = gather.changes(run)
     name = gather.names([run.workdir])[0]
     return _page(
         "run.html",
         title=f"Fine-tuning report: {name}",
         run=run,
-        verdict=gather.verdict(run),
-        better=run.evaluation is None and next((change.better for change in gather.changes(run)), None),
-        results=gather.results(run)[1 if derived else 0 :],
+        summary=gather.summary(run),
+        better=None if run.evaluation else next((change.better for change in changes), None),
         unkept=run.standing.better_unkept(),
         best=run.standing.best(),
         evaluate=f"python -m ftjax.evaluate --workdir {shlex.quote(str(run.workdir))}",
         charts=first,
         further=further,
         samples=[(samples, groups(samples.samples)) for samples in run.samples],
-        last_general={change.name: change for change in gather.changes(run) if change.name.startswith("eval_general/")},
+        last_general=[change for change in changes if change.name.startswith(gather.GENERAL)],
         cost=cost(run),
         sources=[
             (what, _setting(entry))
@@ -104,7 +103,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
         title=f"Comparison of {len(runs)} fine-tuning runs",
         runs=list(zip(names, runs)),
         names=names,
-        verdicts=[gather.verdict(run) for run in runs],
+        verdicts=[gather.summary(run)[0] for run in runs],
         verdict=_which_is_best(names, changes, metrics),
         metrics=[(name, [found.get(name) for found in changes]) for name in metrics],
         keys=[(key, [_setting(values.get(key, "")) for values in flat]) for key in keys],
@@ -170,7 +169,7 @@ def _which_is_best(names: Sequence[str], changes: Sequence[dict[str, gather.Chan
         return "No evaluation metric is in all of these runs, so none of them can be called the best."
     name = shared[0]
     values = [found[name] for found in changes]
-    pick = min if values[0].smaller_is_better else max
+    pick = {"min": min, "max": max, "": max}[values[0].mode]
     best = pick(values, key=lambda change: change.after)
     winners = [run for run, change in zip(names, values) if change.after == best.after]
     if len(winners) == len(names):

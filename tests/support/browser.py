@@ -19,26 +19,19 @@ class Browser:
         self._profile = tempfile.mkdtemp(prefix="chromium-")
         (commands, self._out), (self._in, answers) = os.pipe(), os.pipe()
 
-        # --remote-debugging-pipe reads from 3 and writes to 4.
-        def pipes() -> None:
-            low, high = os.dup(commands), os.dup(answers)
-            os.dup2(low, 3)
-            os.dup2(high, 4)
-
         self._process = subprocess.Popen(
             [
+                *("bash", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "bash"),
                 CHROMIUM,
                 "--headless",
                 "--no-sandbox",
                 "--disable-gpu",
                 "--disable-dev-shm-usage",
                 f"--user-data-dir={self._profile}",
-                "--remote-debugging-pipe",
+                "--remote-debugging-pipe",  # reads from 3 and writes to 4
                 "about:blank",
             ],
-            preexec_fn=pipes,
-            close_fds=False,
-            pass_fds=(),
+            pass_fds=(commands, answers),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -73,13 +66,15 @@ class Browser:
         assert "error" not in answer, answer
         return answer["result"]
 
-    def open(self, path: Path, width: int, dark: bool = False) -> None:
-        """Loads a file in a window of so many CSS pixels, as on a phone below 600 of them."""
+    def view(self, width: int, dark: bool = False) -> None:
+        """In a window of so many CSS pixels, as on a phone below 600 of them."""
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
+
+    def open(self, path: Path) -> None:
         self._events.clear()
         self.send("Page.navigate", url=path.absolute().as_uri())
         while "Page.loadEventFired" not in self._events:
