@@ -174,9 +174,13 @@ def shows_share(name: str, values: Sequence[float]) -> bool:
     return any(word in _last_part(name) for word in _SHARES) and all(0 <= value <= 1 for value in values)
 
 
+def smaller_is_better(name: str) -> bool:
+    return any(word in _last_part(name) for word in _SMALLER)
+
+
 def _mode(name: str, trained: set[str]) -> str:
     """Which values of a metric are better. trained: the names of what is recorded of every step."""
-    if any(word in _last_part(name) for word in _SMALLER):
+    if smaller_is_better(name):
         return "min"
     # What a set is scored by, and not a figure of the objective over held-out rows, which may mean anything.
     scored = "/" in name and name.removeprefix("eval_") not in trained
@@ -290,7 +294,7 @@ def _chosen(workdir: Path) -> Sequence[str]:
 
 
 def _samples(workdir: Path, step: int, evaluation: Evaluation | None) -> list[Samples]:
-    """Of every scored set; those of the evaluation where it has some, else those of samples.jsonl."""
+    """Of every scored set: those of the evaluation, or those of samples.jsonl where these are more."""
     found = {}
     for source, steps in _of_file(workdir / "samples.jsonl").items():
         upto = [number for number in steps if number <= step]
@@ -314,7 +318,7 @@ def _samples(workdir: Path, step: int, evaluation: Evaluation | None) -> list[Sa
             for one in scored.samples
             if tuned in one.completions
         ]
-        if pairs:
+        if len(pairs) >= max(len(found[scored.name].samples) if scored.name in found else 0, 1):
             found[scored.name] = Samples(scored.name, base, tuned, pairs)
     return list(found.values())
 

@@ -7,6 +7,7 @@ out. A content security policy forbids every request and every script and style 
 import base64
 import datetime
 import hashlib
+import itertools
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ FILE = "report.html"
 MAX_SAMPLES = 50  # of a set
 OPEN_SAMPLES = 3  # of an outcome; the others are folded away
 MAX_CHARACTERS = 3000  # of a text
+_PROMPTS = ("base", "shots", "retrieved", "instruction")  # kinds of contestants: the base, however it is asked
 _GENERATOR = '<meta name="generator" content="ftjax.report">'
 
 # Controls, lone surrogates, and what changes the direction of the text after it.
@@ -98,6 +100,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
     keys = [key for key in flat[0] if len({str(values.get(key)) for values in flat}) > 1]
     changes = [{change.name: change for change in gather.changes(run)} for run in runs]
     metrics = list(dict.fromkeys(name for found in changes for name in found))
+    costs = [dict(cost(run)) for run in runs]
     return _page(
         "comparison.html",
         title=f"Comparison of {len(runs)} fine-tuning runs",
@@ -106,8 +109,9 @@ def render_comparison(runs: Sequence[Run]) -> str:
         verdicts=[gather.summary(run)[0] for run in runs],
         verdict=_which_is_best(names, changes, metrics),
         metrics=[(name, [found.get(name) for found in changes]) for name in metrics],
+        evaluated=_evaluated(runs),
         keys=[(key, [_setting(values.get(key, "")) for values in flat]) for key in keys],
-        costs=[cost(run) for run in runs],
+        costs=[(what, [spent.get(what, "") for spent in costs]) for what in dict.fromkeys(itertools.chain(*costs))],
         charts=first,
         further=further,
         samples=_together(runs),
@@ -150,7 +154,7 @@ def cost(run: Run) -> list[tuple[str, str]]:
     if spent.step_seconds is not None:
         count = run.starts[-1]["devices"]["count"] if run.starts else None
         device_hours = f", {hours(spent.step_seconds * count)} device-hours" if count else " on all devices together"
-        rows.append(("training steps alone", f"{hours(spent.step_seconds)} hours{device_hours}"))
+        rows.append(("training steps alone", f"about {hours(spent.step_seconds)} hours{device_hours}"))
     tokens = max((record["num_tokens"] for record in run.records if "num_tokens" in record), default=None)
     if tokens:
         rows.append(("tokens trained on", figure(tokens)))
@@ -164,18 +168,48 @@ def hours(seconds: float) -> str:
 
 
 def _which_is_best(names: Sequence[str], changes: Sequence[dict[str, gather.Change]], metrics: Sequence[str]) -> str:
-    shared = [name for name in metrics if all(name in found for found in changes)]
+    shared = [name for name in metrics if all(name in found and found[name].mode for found in changes)]
     if not shared:
         return "No evaluation metric is in all of these runs, so none of them can be called the best."
     name = shared[0]
     values = [found[name] for found in changes]
-    pick = {"min": min, "max": max, "": max}[values[0].mode]
+    pick = {"min": min, "max": max}[values[0].mode]
     best = pick(values, key=lambda change: change.after)
     winners = [run for run, change in zip(names, values) if change.after == best.after]
     if len(winners) == len(names):
         return f"All are alike by {name}: {best.shown(best.after)}."
     verb = "is" if len(winners) == 1 else "are"
     return f"{' and '.join(winners)} {verb} best by {name}: {best.shown(best.after)}."
+
+
+def _evaluated(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(what, of each run) of what ftjax.evaluate measured: the tuned model, the best prompt, what was forgotten."""
+    rows: dict[str, list[str]] = {}
+
+    def note(what: str, number: int, text: str) -> None:
+        rows.setdefault(what, [""] * len(runs))[number] = text
+
+    for number, run in enumerate(runs):
+        if run.evaluation is None:
+            continue
+        for scored in run.evaluation.sets:
+            known = [one for one in scored.contestants if one.score is not None]
+            pick = min if gather.smaller_is_better(scored.metric) else max
+            percent = _in_percent(known, scored.metric)
+            for what, kinds in (("tuned", ("tuned",)), ("best prompt", _PROMPTS)):
+                best = pick((one for one in known if one.kind in kinds), key=lambda one: one.score, default=None)
+                if best:
+                    ends = gather.interval(best.interval, 100 if percent else 1)
+                    text = f"{share(best.score) if percent else figure(best.score)}{ends}"
+                    text += f", {best.name}" if what != "tuned" else ""
+                    note(f"{scored.name}: {scored.metric}, {what}", number, text)
+        forgetting = run.evaluation.forgetting
+        if forgetting and forgetting.change is not None:
+            text = f"{forgetting.change:+.3g} nats per token{gather.interval(forgetting.interval)}"
+            note("cross-entropy of general text, change", number, text)
+        if forgetting and forgetting.kl is not None:
+            note("KL(base || tuned)", number, f"{figure(forgetting.kl)} nats per token")
+    return list(rows.items())
 
 
 def _together(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str | None, list[Sample]]], int]]:

@@ -73,6 +73,10 @@ def test_an_evaluation_is_read_whole_and_its_samples_come_first(tmp_path):
     assert run.samples[0].samples[0][2:] == ("send blue lamps", "send 6 blue lamps tuning wins", 0.0, None)
     assert gather.summary(run)[0] == "Tuning wins: tuning wins"
     assert gather.gather(workdir, 80).evaluation is None  # an export of step 80 says nothing of step 40
+    fewer = evaluation()
+    fewer["sets"][0]["samples"].pop()
+    (workdir / "evaluation.json").write_text(json.dumps(fewer))
+    assert gather.gather(workdir).samples[0].before == "before training"
     (workdir / "evaluation.json").write_text("{}")
     assert gather.gather(workdir).evaluation == ((None, "", "", (), None))
 

@@ -118,7 +118,7 @@ def test_it_says_all_that_was_measured(tmp_path):
         "KL(base || tuned) on the held-out prompts: 0.8",
         "60 55 % 53 %",
         "device-hours 6, from start to end, over 2 starts",
-        "training steps alone 0.0444 hours, 0.178 device-hours",
+        "training steps alone about 0.0444 hours, 0.178 device-hours",
         "tokens trained on 16,000",
         "model.source package:small",
         "examples 120",
@@ -156,7 +156,7 @@ def test_what_differs_is_marked_on_both_sides(tmp_path):
     (workdir / "evaluation.json").write_text(json.dumps(evaluation(text="")))
     text = page.render(gather.gather(workdir))
     assert '<pre dir="auto">send <ins>6 </ins>blue lamps <ins>' not in text  # the space belongs to its word
-    assert re.findall(r"<(ins|del|mark)>(.*?)</", text) == [
+    assert re.findall(r"<(ins|del|mark)>(.*?)</", text) == 16 * [
         ("del", "lamps"),
         ("ins", "6 "),
         ("ins", "lamps "),
@@ -182,6 +182,9 @@ def test_samples_for_the_worse_come_first_and_all_outcomes_have_room(tmp_path):
 def test_runs_are_compared(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_workdir(tmp_path / "one/run", evil=True)
+    measured = evaluation(text="")
+    measured["sets"][0]["samples"] = []
+    (tmp_path / "one/run/evaluation.json").write_text(json.dumps(measured))
     write_workdir(tmp_path / "two/run", scores=(0.0, 0.75, 0.5), evil=True, **{"adapter.rank": 4, "seed": 7})
     assert report.main(["one/run", "two/run"]) == 0
     assert capsys.readouterr().out == "report: comparison.html\n"
@@ -191,6 +194,10 @@ def test_runs_are_compared(tmp_path, capsys, monkeypatch):
         f"two/run: Training helped: {NAME} 0 % before, 75 % at step 40.",
         "Settings that differ key one/run two/run adapter.rank 16 4 seed 0 7",
         f"{NAME} 87.5 % from 0 % 75 % from 0 % and 50 % at the end",
+        "support_ticket: score, tuned 90.5 % [86, 94]",
+        "support_ticket: score, best prompt 49 % [42, 56], base, 8 examples",
+        "cross-entropy of general text, change +0.03 nats per token [0.01, 0.05]",
+        "training steps alone about 0.0444 hours on all devices together about 0.0444",
         "16 prompts that all runs answered; where the runs differ most comes first",
         "1. one/run 1, two/run 0",
     ):

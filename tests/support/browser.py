@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -110,6 +111,7 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            assert select.select([self._in], [], [], 60)[0], "the browser does not answer"
             more = os.read(self._in, 1 << 20)
             assert more, "the browser has ended"
             self._buffer += more

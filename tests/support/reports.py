@@ -72,7 +72,7 @@ def evaluation(step: int = 80, text: str = "tuning wins") -> dict[str, Any]:
     forgetting = {"categories": categories, "base": 2.9, "tuned": 2.93, "change": 0.03, "interval": [0.01, 0.05]}
     forgetting |= {"kl": 0.8, "abilities": [{"name": text, "examples": 60, "base": 0.55, "tuned": 0.53}]}
     forgetting |= {"drift": [{"layer": layer, "relative": 0.011} for layer in range(3)], "verdict": None}
-    sets = [scored | {"differences": differences, "samples": [answers]}]
+    sets = [scored | {"differences": differences, "samples": [answers] * 16}]
     return {"version": 1, "step": step, "verdict": f"Tuning wins: {text}", "sets": sets, "forgetting": forgetting}
 
 
