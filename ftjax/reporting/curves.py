@@ -9,10 +9,20 @@ _LEFT_OUT = ("step", "epoch", "num_tokens")
 _TRAINING = "training"
 _GENERAL = "general"  # the set whose loss says what was forgotten
 # In this order; scores of sets come after the loss, all others are further curves.
-_FIRST = ("loss", "mean_token_accuracy", "learning_rate", "grad_norm", "tokens_per_second")
+_FIRST = (
+    "loss",
+    "mean_token_accuracy",
+    "rewards/accuracies",
+    "rewards/margins",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+)
 _TITLES = {
     "loss": "Loss",
     "mean_token_accuracy": "Accuracy of tokens",
+    "rewards/accuracies": "Pairs with the better answer preferred",
+    "rewards/margins": "Margin of the rewards",
     "learning_rate": "Learning rate",
     "grad_norm": "Norm of the gradient",
     "tokens_per_second": "Tokens per second",

@@ -308,15 +308,15 @@ def _samples(workdir: Path, step: int, evaluation: Evaluation | None) -> list[Sa
         base, tuned = by_kind.get("base", "base"), by_kind.get("tuned", "tuned")
         pairs = [
             Sample(
-                one.prompt,
-                one.expected,
-                one.completions.get(base),
-                one.completions[tuned],
-                one.scores.get(base),
-                one.scores.get(tuned),
+                answers.prompt,
+                answers.expected,
+                answers.completions.get(base),
+                answers.completions[tuned],
+                answers.scores.get(base),
+                answers.scores.get(tuned),
             )
-            for one in scored.samples
-            if tuned in one.completions
+            for answers in scored.samples
+            if tuned in answers.completions
         ]
         if len(pairs) >= max(len(found[scored.name].samples) if scored.name in found else 0, 1):
             found[scored.name] = Samples(scored.name, base, tuned, pairs)

@@ -52,10 +52,15 @@ def write(workdirs: Sequence[Path], out: Path) -> None:
     Raises:
       UserError: a workdir holds no run or a damaged file; `out` is something else.
     """
-    if out.is_dir() or (out.is_file() and _GENERATOR.encode() not in out.read_bytes()[:1000]):
+    if out.is_dir() or (out.is_file() and not _is_report(out)):
         raise UserError(f"{out}: exists and is no report; name another --out or remove it")
     runs = [gather.gather(workdir) for workdir in workdirs]
     write_text(out, render(runs[0]) if len(runs) == 1 else render_comparison(runs))
+
+
+def _is_report(file: Path) -> bool:
+    with file.open("rb") as content:
+        return _GENERATOR.encode() in content.read(1000)
 
 
 def render(run: Run) -> str:
