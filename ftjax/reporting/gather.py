@@ -126,7 +126,10 @@ def gather(workdir: Path, step: int | None = None) -> Run:
     except ValueError as error:
         raise UserError(f"{workdir / 'metrics.jsonl'}: {error}; remove the line that is not a record") from error
     standing = Standing.of(config, workdir, complete_steps(workdir / "checkpoints"))
+    starts = _starts(workdir)
     evaluation = evaluations.read(workdir / evaluations.FILE)
+    if evaluation and starts and (workdir / evaluations.FILE).stat().st_mtime < starts[0]["began"]:
+        evaluation = None  # of another run, which was here before
     if step is None:
         step = evaluation.step if evaluation and evaluation.step is not None else standing.best()
     elif evaluation and evaluation.step != step:
@@ -134,7 +137,6 @@ def gather(workdir: Path, step: int | None = None) -> Run:
     evaluated = [record["step"] for record in records if is_eval(record)]
     if step is None:
         step = max(evaluated or [record["step"] for record in records], default=0)
-    starts = _starts(workdir)
     return Run(
         workdir,
         config,

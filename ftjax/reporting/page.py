@@ -92,6 +92,7 @@ def render(run: Run) -> str:
         ],
         settings=[(key, _setting(value) + ", chosen by the run" * (key in run.chosen)) for key, value in differ],
         everything=[(key, _setting(value)) for key, value, _ in every],
+        versions=_versions(run.starts),
         about=run.starts[-1].get("run", {}) if run.starts else {},
         data=run.starts[-1].get("data", {}) if run.starts else {},
     )
@@ -247,6 +248,16 @@ def _settings(config: dict[str, Any], defaults: dict[str, Any], prefix: str = ""
             found += _settings(value, default if isinstance(default, dict) else {}, f"{prefix}{key}.")
         else:
             found.append((prefix + key, value, default))
+    return found
+
+
+def _versions(starts: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, str]]]:
+    """(step, versions) of each start that had others than the one before it."""
+    found: list[tuple[int, dict[str, str]]] = []
+    for start in starts:
+        versions = start.get("versions") or {}
+        if not found or found[-1][1] != versions:
+            found.append((start.get("step", 0), versions))
     return found
 
 

@@ -108,11 +108,16 @@ def test_damaged_files_are_named(tmp_path, file, text, said):
     assert said in str(error.value)
 
 
-def test_device_time_adds_up_over_starts(tmp_path):
+def test_device_time_adds_up_over_starts_and_an_older_evaluation_is_not_of_this_run(tmp_path):
     workdir = write_workdir(tmp_path / "a", steps=4)
     starts = [start(0, 1000.0, 1100.0, count=2), start(2, 2000.0, None, count=8)]
     (workdir / "environment.json").write_text(json.dumps({"version": 1, "starts": starts}))
     os.utime(workdir / "metrics.jsonl", (2050, 2050))  # when the second, which was killed, wrote for the last time
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation(step=2)))
+    os.utime(workdir / "evaluation.json", (999, 999))
+    assert gather.gather(workdir).evaluation is None  # it is of a run that was here before
+    os.utime(workdir / "evaluation.json", (1001, 1001))
+    assert gather.gather(workdir).evaluation.step == 2
     assert gather.cost(gather.gather(workdir)) == (100 * 2 + 50 * 8, 4 * 2.0)
 
 

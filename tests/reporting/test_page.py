@@ -8,7 +8,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from support.reports import EVIL, NAME, evaluation, write_all, write_workdir
+from support.reports import EVIL, NAME, evaluation, start, write_all, write_workdir
 
 from ftjax import report
 from ftjax.errors import UserError
@@ -107,6 +107,9 @@ def test_something_nasty_in_every_text_is_shown_and_harmless(tmp_path):
 def test_it_says_all_that_was_measured(tmp_path):
     workdir = write_all(tmp_path / "a")
     (workdir / "evaluation.json").write_text(json.dumps(evaluation()))
+    starts = [start(0, 1000.0, 4600.0), start(20, 5000.0, 6000.0), start(40, 6000.0, 6800.0)]
+    starts[2]["versions"] = {"jax": "0.10.3"}
+    (workdir / "environment.json").write_text(json.dumps({"version": 1, "starts": starts}))
     text = check(page.render(gather.gather(workdir))).text
     for said in (
         "Verdict Tuning wins",
@@ -117,14 +120,15 @@ def test_it_says_all_that_was_measured(tmp_path):
         "all 2.9 2.93 +0.03 [0.01, 0.05]",
         "KL(base || tuned) on the held-out prompts: 0.8",
         "60 55 % 53 %",
-        "device-hours 6, from start to end, over 2 starts",
+        "device-hours 6, from start to end, over 3 starts",
         "training steps alone about 0.0444 hours, 0.178 device-hours",
         "tokens trained on 16,000",
         "model.source package:small",
         "examples 120",
-        "Start 2, at step 40",
+        "From step 40 on jax 0.10.3",
     ):
         assert said in text
+    assert "From step 20" not in text  # with the same versions as before
     assert "cost of 1,000" not in text  # which nobody has
     assert "python -m ftjax.evaluate" not in text
 
