@@ -14,11 +14,13 @@ from ftjax.assemble import Base
 from ftjax.data.audit import checks
 from ftjax.data.audit.findings import ERROR
 from ftjax.data.batch.loader import Loader
-from ftjax.data.read.sources import TASK, read_sources
+from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
-from ftjax.method import learning_rate
+from ftjax.evals import scored
+from ftjax.method import learning_rate, method_of
 from ftjax.models.spec import DecoderSpec
+from ftjax.objectives.preference import compares_pairs
 from ftjax.training import optim
 from ftjax.training.display import Display
 from ftjax.tree import Tree
@@ -148,6 +150,16 @@ def check_mesh(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
         )
 
 
+def check_whole_step(config: ConfigDict) -> None:
+    """UserError where the objective compares the pairs of a step with each other and micro-batches keep them apart."""
+    if method_of(config).rows == "pair" and (name := compares_pairs(config.objective)) and config.accumulate > 1:
+        raise UserError(
+            f"config.objective.loss: {name!r} compares all pairs of a step with each other, which "
+            f"{config.accumulate} micro-batches keep apart; set config.accumulate=1, and config.data.batch_size lower "
+            "if the memory asks for it"
+        )
+
+
 def check_ranks(adapters: Tree, display: Display) -> None:
     """Says which of the abstract `adapters` have a rank above the width of their layer: no mistake, but a waste."""
     wide = {}
@@ -193,8 +205,8 @@ def check_rows(config: ConfigDict, base: Base, train: Loader, heldout: Loader | 
     """Says what the checks of the rows find; errors end the run here, unless config.data.checks is "warn" or "off"."""
     if config.data.checks == "off":
         return
-    tasks = [entry for entry in configs.sources(config, "eval") if entry["source"].startswith(TASK)]
-    evaluated = [read_sources([{"split": "test", **entry} for entry in tasks])] if tasks else []
+    entries, _ = scored.split_entries(config)
+    evaluated = [read_sources(entries)] if entries else []
     if heldout is not None:
         evaluated.append(checks.RowsOf(heldout.examples))
     facts = checks.TokenFacts.of(base.tokenizer, base.end_tokens, config.data.max_length, base.known_rows)

@@ -28,6 +28,7 @@ from ftjax import (
     config_flag,
     describe,
     distributed,
+    exportable,
     memory,
     origin,
     preflight,
@@ -38,9 +39,8 @@ from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data import pipeline
 from ftjax.data.batch.loader import Loader
-from ftjax.data.read.sources import TASK
 from ftjax.errors import UserError
-from ftjax.evals import best
+from ftjax.evals import best, scored
 from ftjax.evals.evaluator import Evaluator, best_metric
 from ftjax.planning import flops
 from ftjax.reporting import page
@@ -93,6 +93,7 @@ def _train(
     # Data.
     config, train_loader, heldout, report = _load_data(config, base, mesh, room, display)
     base = base._replace(model=base.model.clone(remat=config.model.remat))
+    preflight.check_whole_step(config)
     preflight.check_same_everywhere(given, contents, train_loader, heldout)
     total_steps = resume.steps_of(config, train_loader)
     preflight.check_steps(config, there.step, total_steps)
@@ -106,6 +107,7 @@ def _train(
         # Shardings, objective, optimizer and step: shapes only.
         program = assemble.program(config, base.model, mesh, total_steps)
         preflight.check_ranks(program.variables.get("lora", {}), display)
+        exportable.check(tuple(config.export_formats), config, base, program.variables)
         evaluator = Evaluator(config, base, mesh, program.objective, heldout, workdir, preemption, display)
         described = continued.effective(config, base.model.spec)
         about = describe.run(described, asked, base, room, program, train_loader, report)
@@ -226,15 +228,14 @@ def _load_data(
     """The config with all that it left open chosen, the training rows, the held-out rows (None without any), and the
     report on the former. room: bytes of a device's memory.
     """
-    model, train, heldout = base.model, configs.sources(config, "train"), configs.sources(config, "eval")
+    model, train, (_, heldout) = base.model, configs.sources(config, "train"), scored.split_entries(config)
     examples = pipeline.read(train, base.tokenizer, assemble.data_spec(config, model.spec, mesh), display.counter)
     config = choices.by_data(choices.by_model(config, model.spec), model.spec, mesh, examples.lengths, examples.count)
     config = choices.by_memory(config, model, mesh, room)
     spec = assemble.data_spec(config, model.spec, mesh)
     loader = pipeline.training_loader(examples, spec)
-    rows = [entry for entry in heldout if not entry["source"].startswith(TASK)]
     spec = dataclasses.replace(spec, batch_size=spec.batch_size // config.accumulate)
-    return config, loader, pipeline.load_heldout(rows, train, base.tokenizer, spec, display.counter), examples.report
+    return config, loader, pipeline.load_heldout(heldout, train, base.tokenizer, spec, display.counter), examples.report
 
 
 def main(argv: list[str]) -> int:

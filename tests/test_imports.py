@@ -36,8 +36,9 @@ FLOORS = [
     {"assemble"},
     {"memory"},
     {"choices"},
+    {"prompts"},
     {"evals"},
-    {"describe", "inspection", "parity", "preflight", "prompts", "reporting", "resume"},
+    {"describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
     {"planning"},
     {"__main__", "train", "generate", "report", "export", "plan", "inspect_data", "curate", "import_config"},
 ]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ftjax.errors import UserError
 
 FILE = "evaluation.json"
+_LOSS = "loss"  # the metric of rows that are not scored
 
 Interval = tuple[float, float]
 
@@ -35,8 +36,18 @@ class Difference(NamedTuple):
     of: str = ""
     against: str = ""
     score: float | None = None
+    loss: float | None = None
     interval: Interval | None = None
     prompt_tokens: float | None = None  # relative: -0.92 is 92 % fewer
+
+
+class WinRate(NamedTuple):
+    """How often a judge preferred the answers of one."""
+
+    of: str = ""
+    against: str = ""
+    rate: float | None = None
+    interval: Interval | None = None
 
 
 class Answers(NamedTuple):
@@ -49,6 +60,8 @@ class Answers(NamedTuple):
 
 
 class ScoredSet(NamedTuple):
+    """What was measured on a set of examples. Where the metric is "loss", every `score` in it is a loss."""
+
     name: str = ""
     metric: str = "score"
     examples: int | None = None
@@ -56,6 +69,7 @@ class ScoredSet(NamedTuple):
     contestants: tuple[Contestant, ...] = ()
     differences: tuple[Difference, ...] = ()
     samples: tuple[Answers, ...] = ()
+    win_rate: WinRate | None = None
 
 
 class Category(NamedTuple):
@@ -109,9 +123,17 @@ def read(path: Path) -> Evaluation | None:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); write it again with python -m ftjax.evaluate") from error
     try:
-        return _as(Evaluation, content, "the whole")
+        found = _as(Evaluation, content, "the whole")
     except TypeError as error:
         raise UserError(f"{path}: {error}; write it again with python -m ftjax.evaluate") from None
+    return found._replace(sets=tuple(_with_losses(its) if its.metric == _LOSS else its for its in found.sets))
+
+
+def _with_losses(its: ScoredSet) -> ScoredSet:
+    """A set without a score, whose losses are what is compared."""
+    contestants = tuple(one._replace(score=one.loss, loss=None) for one in its.contestants)
+    differences = tuple(one._replace(score=one.loss, loss=None) for one in its.differences)
+    return its._replace(contestants=contestants, differences=differences)
 
 
 def _as(kind: Any, value: Any, place: str) -> Any:

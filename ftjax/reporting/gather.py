@@ -20,9 +20,10 @@ from ftjax.reporting.evaluation import Evaluation
 from ftjax.training import environment, metrics
 from ftjax.training.checkpoint import complete_steps
 
-_SHARES = ("score", "accuracy", "accuracies", "match", "f1", "win_rate", "valid")
-_SMALLER = ("loss", "perplexity", "kl", "change")  # is better
-GENERAL = "eval_general/"  # metrics of general text, which say what was forgotten
+# Last words of the names of metrics.
+_SHARES = ("accuracy", "accuracies")
+_SMALLER = ("loss", "cross_entropy", "perplexity", "nll", "kl", "change")  # is better
+GENERAL = "eval_general/"  # metrics of general text, which say what was forgotten: of all of it, and by category
 
 
 class Sample(NamedTuple):
@@ -160,37 +161,37 @@ def changes(run: Run) -> list[Change]:
             if name.startswith("eval_") and is_finite(value):
                 values.setdefault(name, {})[record["step"]] = value
     found = []
-    for name in sorted(values, key=lambda name: name != run.standing.metric):
+    decides = run.standing.metric or ""  # a metric, or a sum that begins with what counts most
+    for name in sorted(values, key=lambda name: decides.find(name) if name in decides else len(decides)):
         of_steps = values[name]
         step = max((step for step in of_steps if step <= run.step), default=None)
         if step is not None:
             before = of_steps[0] if step and 0 in of_steps else None
-            percent = shows_share(name, list(of_steps.values()))
-            mode = run.standing.mode if name == run.standing.metric else _mode(name, trained)
+            mode = run.standing.mode if name == decides else mode_of(name, trained)
+            percent = shows_share(mode, list(of_steps.values()))
             found.append(Change(name, before, of_steps[step], of_steps[max(of_steps)], percent, mode))
     return found
 
 
-def shows_share(name: str, values: Sequence[float]) -> bool:
-    """Whether a metric is shown in percent: by its name, and if its values are all from 0 to 1."""
-    return any(word in _last_part(name) for word in _SHARES) and all(0 <= value <= 1 for value in values)
+def shows_share(mode: str, values: Sequence[float]) -> bool:
+    """Whether values are shown in percent: of what is better the larger it is, if all are from 0 to 1."""
+    return mode == "max" and all(0 <= value <= 1 for value in values)
 
 
 def smaller_is_better(name: str) -> bool:
-    return any(word in _last_part(name) for word in _SMALLER)
+    return name.endswith(_SMALLER)
 
 
-def _mode(name: str, trained: set[str]) -> str:
-    """Which values of a metric are better. trained: the names of what is recorded of every step."""
-    if smaller_is_better(name):
+def mode_of(name: str, trained: set[str]) -> str:
+    """Which values of a metric are better, "max" or "min"; "" where that cannot be said.
+
+    trained: the names of what is recorded of every step.
+    """
+    if name.startswith(GENERAL) or smaller_is_better(name):
         return "min"
     # What a set is scored by, and not a figure of the objective over held-out rows, which may mean anything.
-    scored = "/" in name and name.removeprefix("eval_") not in trained
-    return "max" if scored or any(word in _last_part(name) for word in _SHARES) else ""
-
-
-def _last_part(name: str) -> str:
-    return name.rpartition("/")[2]
+    scored = name.startswith("eval_") and "/" in name and name.removeprefix("eval_") not in trained
+    return "max" if scored or name.endswith(_SHARES) else ""
 
 
 def summary(run: Run) -> list[str]:
@@ -311,7 +312,7 @@ def _samples(workdir: Path, step: int, evaluation: Evaluation | None) -> list[Sa
         pairs = [
             Sample(
                 answers.prompt,
-                answers.expected,
+                answers.expected or None,
                 answers.completions.get(base),
                 answers.completions[tuned],
                 answers.scores.get(base),

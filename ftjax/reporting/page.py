@@ -105,7 +105,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
     flat = [{key: value for key, value, _ in _settings(configs.as_json(run.config), {})} for run in runs]
     keys = [key for key in flat[0] if len({str(values.get(key)) for values in flat}) > 1]
     changes = [{change.name: change for change in gather.changes(run)} for run in runs]
-    metrics = list(dict.fromkeys(name for found in changes for name in found))
+    metrics = list(dict.fromkeys(name for found in changes for name in found if not curves.is_category(name)))
     costs = [dict(cost(run)) for run in runs]
     return _page(
         "comparison.html",
@@ -329,7 +329,7 @@ def _cut(text: str) -> str:
 
 def _in_percent(contestants: Sequence[Contestant], metric: str) -> bool:
     values = [one.score for one in contestants if one.score is not None]
-    return gather.shows_share(metric, values)
+    return gather.shows_share("min" if gather.smaller_is_better(metric) else "max", values)
 
 
 def _top(contestants: Sequence[Contestant]) -> float:

@@ -81,6 +81,47 @@ def test_an_evaluation_is_read_whole_and_its_samples_come_first(tmp_path):
     assert gather.gather(workdir).evaluation == ((None, "", "", (), None))
 
 
+def test_rows_that_are_not_scored_are_compared_by_their_loss(tmp_path):
+    workdir = write_workdir(tmp_path / "a")
+    contestants = [{"name": name, "kind": name, "loss": loss} for name, loss in (("base", 2.5), ("tuned", 0.5))]
+    rows = {
+        "name": "rows",
+        "metric": "loss",
+        "contestants": contestants,
+        "differences": [{"of": "tuned", "loss": -2.0}],
+    }
+    (workdir / "evaluation.json").write_text(json.dumps({"sets": [rows]}))
+    (found,) = gather.gather(workdir).evaluation.sets
+    assert [(one.score, one.loss) for one in found.contestants] == [(2.5, None), (0.5, None)]
+    assert found.differences[0].score == -2.0
+
+
+def test_a_sum_that_decides_is_told_by_its_first_metric(tmp_path):
+    run = gather.gather(write_workdir(tmp_path / "a"))
+    standing = run.standing._replace(metric=f"{NAME} - 0.5 * eval_general/change", mode="max")
+    found = gather.changes(run._replace(standing=standing))
+    assert [one.name for one in found[:2]] == [NAME, "eval_general/change"]
+    assert [one.mode for one in found[:2]] == ["max", "min"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("eval_loss", "min"),
+        ("eval_rows/perplexity", "min"),
+        ("eval_rows/rouge_l", "max"),
+        ("eval_mean_token_accuracy", "max"),
+        ("eval_entropy", ""),
+        ("eval_rewards/chosen", ""),
+        ("eval_rewards/accuracies", "max"),
+        ("eval_general/news", "min"),
+        ("learning_rate", ""),
+    ],
+)
+def test_which_way_a_metric_is_better(name, mode):
+    assert gather.mode_of(name, {"rewards/chosen", "rewards/accuracies"}) == mode
+
+
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [

@@ -116,6 +116,8 @@ def test_it_says_all_that_was_measured(tmp_path):
         f"{NAME} 0 % before training, 87.5 % at step 80: better",
         "90.5 % [86, 94]",
         "tuned against base, 8 examples: +41 points [33, 49], 92 % fewer prompt tokens",
+        "A judge preferred tuned to base in 75 % [70, 80] of the examples.",
+        "What each of them answered to 16 of the examples",
         "code en 812 2.31 2.35 +0.04",
         "all 2.9 2.93 +0.03 [0.01, 0.05]",
         "KL(base || tuned) on the held-out prompts: 0.8",
@@ -202,11 +204,15 @@ def test_runs_are_compared(tmp_path, capsys, monkeypatch):
         "support_ticket: score, best prompt 49 % [42, 56], base, 8 examples",
         "cross-entropy of general text, change +0.03 nats per token [0.01, 0.05]",
         "training steps alone about 0.0444 hours on all devices together about 0.0444",
+        "eval_general/loss 2.92 from 2.9",
         "16 prompts that all runs answered; where the runs differ most comes first",
         "1. one/run 1, two/run 0",
     ):
         assert said in read.text
     assert not read.all("img")
+    shown, folded = read.text.split("Further curves: ")
+    assert "eval_general/news" not in shown  # there may be dozens
+    assert "eval_general/news" in folded
 
 
 def test_the_command_writes_the_page_again_and_replaces_nothing_else(tmp_path, capsys):

@@ -27,7 +27,7 @@ def write_workdir(
             records.append({"step": step, **loss, "tokens_per_second": 100.0, "num_tokens": 200 * step, "epoch": 0.1})
         if step % (steps // 2) == 0:
             number = step // (steps // 2)
-            general = {"loss": 2.9 + number / 100, "change": number / 100, "kl": number / 10}
+            general = {"loss": 2.9 + number / 100, "change": number / 100, "kl": number / 10, "news": 3.0}
             metrics = {NAME: scores[number], "eval_loss": 2.0 - number / 2}
             records.append({"step": step, **metrics, **{f"eval_general/{name}": v for name, v in general.items()}})
             samples += [sample(step, i, scores[number], evil) for i in range(16)]
@@ -72,7 +72,8 @@ def evaluation(step: int = 80, text: str = "tuning wins") -> dict[str, Any]:
     forgetting = {"categories": categories, "base": 2.9, "tuned": 2.93, "change": 0.03, "interval": [0.01, 0.05]}
     forgetting |= {"kl": 0.8, "abilities": [{"name": text, "examples": 60, "base": 0.55, "tuned": 0.53}]}
     forgetting |= {"drift": [{"layer": layer, "relative": 0.011} for layer in range(3)], "verdict": None}
-    sets = [scored | {"differences": differences, "samples": [answers] * 16}]
+    win_rate = {"of": "tuned", "against": "base", "rate": 0.75, "interval": [0.7, 0.8]}
+    sets = [scored | {"differences": differences, "samples": [answers] * 16, "win_rate": win_rate}]
     return {"version": 1, "step": step, "verdict": f"Tuning wins: {text}", "sets": sets, "forgetting": forgetting}
 
 
