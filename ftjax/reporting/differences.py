@@ -8,9 +8,9 @@ _MAX_WORDS = 600  # of a text that is compared word by word: the matcher is quad
 _MIN_ALIKE = 0.3  # texts that have less in common are wholly different; marks between chance matches help nobody
 
 # Characters of scripts without spaces are words of their own. Elsewhere only ASCII punctuation ends a word: a mark that
-# combines with the letter before it must not be torn from it. Spaces belong to the word before them.
+# combines with the letter before it must not be torn from it. Spaces belong to the word after them.
 _WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff]|[^\s!-/:-@\[-`{-~\u3040-\u30ff\u3400-\u9fff]+\s*|[!-/:-@\[-`{-~]\s*|\s+"
+    r"\s*(?:[\u3040-\u30ff\u3400-\u9fff]|[^\s!-/:-@\[-`{-~\u3040-\u30ff\u3400-\u9fff]+|[!-/:-@\[-`{-~])|\s+"
 )
 
 Pieces = list[tuple[str, bool]]  # (text, whether it differs)
