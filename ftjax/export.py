@@ -44,6 +44,7 @@ from ftjax.evals.evaluator import is_eval
 from ftjax.method import learning_rate
 from ftjax.models.families import is_multimodal, spec_from_config
 from ftjax.models.spec import DecoderSpec
+from ftjax.reporting import gather
 from ftjax.training import metrics
 from ftjax.tree import Tree
 from ftjax.weights.gguf.write import GGUF_TYPES, write_gguf
@@ -99,6 +100,7 @@ def export_peft(
                 evaluation(workdir, step),
                 published=assemble.published(base),
                 ends=ends,
+                results=results(workdir, step),
             ),
             generation=generation_config(exportable.model_config(base), _sampling(base)) if ends else None,
             save_tokenizer=functools.partial(_write_tokenizer, run, base) if _has_own_tokenizer(run) else None,
@@ -135,6 +137,7 @@ def export_model(
         of_tokenizer.update(exportable.check_model(format, base, variables))
 
     config, base, variables, step = assemble.load_run(workdir, step, moved, check)
+    came_of_it = results(workdir, step)
     config = _effective(config, base)
     mesh = jax.tree.leaves(variables)[0].sharding.mesh
     texts = parity.prompts(base.tokenizer, workdir / "samples.jsonl", base.model.spec.max_position_embeddings)
@@ -177,6 +180,7 @@ def export_model(
                     evaluation(workdir, step),
                     report,
                     assemble.published(base),
+                    results=came_of_it,
                 )
                 (directory / "README.md").write_text(card, encoding="utf-8")
     if format == "gguf":
@@ -210,6 +214,12 @@ def evaluation(workdir: Path, step: int) -> dict[str, float]:
     records = filter(is_eval, metrics.read(workdir / "metrics.jsonl"))
     records = [record for record in records if record["step"] <= step]
     return {name: value for name, value in records[-1].items() if name.startswith("eval_")} if records else {}
+
+
+def results(workdir: Path, step: int) -> list[str]:
+    """What the card says of the run's evaluations: sentences, none of a run without one."""
+    run = gather.gather(workdir, step)
+    return gather.summary(run) if run.evaluation or gather.changes(run) else []
 
 
 def _notes(config: ConfigDict, base: Base, variables: Tree) -> list[str]:

@@ -13,6 +13,7 @@ last checkpoint).
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ from ftjax.errors import UserError
 from ftjax.evals import best, scored
 from ftjax.evals.evaluator import Evaluator
 from ftjax.planning import flops
-from ftjax.training import curves, metrics, trackers
+from ftjax.reporting import page
+from ftjax.training import curves, environment, metrics, trackers
 from ftjax.training import workdir as workdirs
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.display import Display
@@ -56,6 +58,7 @@ from ftjax.weights.peft import continued
 
 def train(config: ConfigDict, workdir: Path) -> int:
     """Runs or resumes a run in `workdir`; returns the exit status of the command."""
+    began = time.time()
     configs.validate(config)
     preflight.check_evaluation(config)
     if distributed.is_first():
@@ -68,11 +71,16 @@ def train(config: ConfigDict, workdir: Path) -> int:
         Display(config.log_every, quiet=not distributed.is_first()) as display,
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep, mode) as checkpoints,
     ):
-        return _train(config, workdir, preemption, display, checkpoints)
+        return _train(config, workdir, began, preemption, display, checkpoints)
 
 
 def _train(
-    config: ConfigDict, workdir: Path, preemption: Preemption, display: Display, checkpoints: Checkpoints
+    config: ConfigDict,
+    workdir: Path,
+    began: float,
+    preemption: Preemption,
+    display: Display,
+    checkpoints: Checkpoints,
 ) -> int:
     # Mesh, and what is there already.
     mesh = sharding.make_mesh(dict(config.mesh))
@@ -110,7 +118,8 @@ def _train(
         exportable.check(tuple(config.export_formats), config, base, program.variables)
         evaluator = Evaluator(config, base, mesh, program.objective, heldout, workdir, preemption, display)
         described = continued.effective(config, base.model.spec)
-        display.table("ftjax.train", describe.run(described, asked, base, room, program, train_loader, report))
+        about = describe.run(described, asked, base, room, program, train_loader, report)
+        display.table("ftjax.train", about)
         rows, examples = train_loader.rows_per_epoch(0), train_loader.examples.count
         if few := choices.few_updates(config, asked, base.model.spec, mesh, rows, examples, total_steps):
             display.say(f"warning: {few}, and more rows help most")
@@ -130,6 +139,8 @@ def _train(
             display.say(warning)
         if distributed.is_first():
             origin.record(workdir, given, located, contents, fresh=there.step is None)
+            counts = report | ({"heldout_examples": len(heldout.examples)} if heldout else {})
+            environment.begin(workdir, mesh, began, there.step, total_steps, about, counts)
             configs.write(located, workdir / "config.json")
             if there.step is None:
                 assemble.keep_template(base, config, workdir)
@@ -158,8 +169,8 @@ def _train(
             return bool(early)
 
         # Loop, checkpoints.
-        began, plain = -1 if there.step is None else there.step, configs.flat(ConfigDict(configs.as_json(located)))
-        writer, finished = metrics.MetricsWriter(workdir, began, config.trackers, plain), False
+        after, plain = -1 if there.step is None else there.step, configs.flat(ConfigDict(configs.as_json(located)))
+        writer, finished = metrics.MetricsWriter(workdir, after, config.trackers, plain), False
         rows = sharding.local_rows(mesh, config.data.batch_size, config.accumulate)
         meta = {"config": configs.as_json(located), "data": train_loader.fingerprint()}
         seconds = flops.seconds_per_token(program)
@@ -183,10 +194,24 @@ def _train(
             return _stopped(stop, there.step, checkpoints, display)
         finally:
             writer.close(finished)
+            environment.end(workdir)
     standing = best.Standing.of(config, workdir, checkpoints.steps())
     display.draw(curves.draw(metrics.read(workdir / "metrics.jsonl"), standing.scores, standing.metric))
-    display.table("finished", describe.result(workdir, standing))
+    display.table("finished", describe.result(workdir, standing) | _report(workdir, display))
     return 0
+
+
+def _report(workdir: Path, display: Display) -> dict[str, str]:
+    """Writes the page about the run; the row that names it. The run is saved, whether that works or not."""
+    file = workdir / page.FILE
+    if not distributed.is_first():
+        return {}
+    try:
+        page.write([workdir], file)
+    except (OSError, UserError) as error:
+        display.say(f"warning: {file} is not written: {error}. python -m ftjax.report {workdir} tries again")
+        return {}
+    return {"report": str(file)}
 
 
 def cadence(config: ConfigDict, loader: Loader, total_steps: int) -> Cadence:

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 from support.chat_templates import CHATML, make_tokenizer
+from support.reports import NAME, evaluation, write_workdir
 from support.runs import command, finish, write_run
 from support.tiny import batch_of, logits, one_device
 from tokenizers import pre_tokenizers
@@ -148,6 +149,17 @@ def test_the_cards_are_read_by_the_hub(root):
         assert "| steps | 12 |" in card.text
     adapter = {"adapter_config.json", "adapter_model.safetensors", "ftjax_adapter.json"}
     assert files(root / "adapter") == {"README.md"} | adapter
+
+
+def test_the_card_says_what_the_evaluation_of_its_step_said(tmp_path):
+    workdir = write_workdir(tmp_path / "run")
+    assert export.results(workdir, 40)[0] == f"Training helped: {NAME} 0 % before, 50 % at step 40."
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation(step=80)))
+    assert export.results(workdir, 40)[0].startswith("Training helped: ")
+    assert export.results(workdir, 80)[0] == "Tuning wins: tuning wins"
+    for name in ("metrics.jsonl", "evaluation.json"):
+        (workdir / name).unlink()
+    assert export.results(workdir, 80) == []
 
 
 def test_a_narrower_type_is_written_where_it_is_asked_for(root, tmp_path, capsys):
