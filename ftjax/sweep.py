@@ -34,7 +34,7 @@ from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.deciding import Deciding
 from ftjax.training import metrics
-from ftjax.training.checkpoint import Checkpoints
+from ftjax.training.checkpoint import complete_steps
 
 # Runs that differ in these are measured differently, and none of them is the best.
 _MEASURES = ("evaluate.best", "evaluate.max_new_tokens", "data.eval", "data.holdout")
@@ -245,8 +245,7 @@ def result(run: Run, status: int | None) -> Result:
     if not (run.workdir / "config.json").exists():
         return Result(run, status)
     config = configs.read(run.workdir / "config.json")
-    with Checkpoints(run.workdir / "checkpoints", read_only=True) as checkpoints:
-        standing = best.Standing.of(config, run.workdir, checkpoints.steps())
+    standing = best.Standing.of(config, run.workdir, complete_steps(run.workdir / "checkpoints"))
     step = standing.best()
     measured = best.evaluations(metrics.read(run.workdir / "metrics.jsonl"))
     mark = measured[-1].get(best.SET) if measured else None
@@ -270,7 +269,8 @@ def report(where: Path, decides: Deciding | None, results: Sequence[Result]) -> 
         for one in ranked
     ]
     workdirs = [str(one.run.workdir) for one in ranked if one.step]
-    notes = [f"side by side: python -m ftjax.report {shlex.join(workdirs)}"] if workdirs else []
+    page = shlex.join([*workdirs, "--out", str(where / "comparison.html")])
+    notes = [f"side by side: python -m ftjax.report {page}"] if workdirs else []
     if len({one.mark for one in results if one.mark}) > 1:
         notes.insert(
             0, "the evaluation sets are not the same, for a setting changes rows or tokens: scores do not compare"

@@ -164,7 +164,8 @@ def test_the_table_has_the_best_first(tmp_path, capsys):
         ["16", "not", "run", "rank=16"],
     ]
     assert "scores do not compare" in " ".join(lines[5])
-    assert lines[6] == f"side by side: python -m ftjax.report {tmp_path}/rank=4 {tmp_path}/rank=2".split()
+    page = f"side by side: python -m ftjax.report {tmp_path}/rank=4 {tmp_path}/rank=2 --out {tmp_path}/comparison.html"
+    assert lines[6] == page.split()
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert (record["metric"], record["mode"]) == ("eval_x[train]/score", "max")
     assert [(run["name"], run["value"], run["status"]) for run in record["runs"]] == [
