@@ -215,6 +215,7 @@ ENTRY_OPTIONS = {
         lambda value: hasattr(value, "items") and value and all(isinstance(s, str) for s in (*value, *value.values())),
         "a mapping from our names to the source's, such as {'prompt': 'question', 'completion': 'answer'}",
     ),
+    "score": Check(lambda value: isinstance(value, str) and value, "the name of a score, or MODULE:FUNCTION"),
 }
 
 # Keys that may differ between a run and its resumption: they change nothing that is learned.
@@ -327,7 +328,7 @@ def source_entry(entry: Any, key: str) -> dict[str, Any]:
     """One entry of data.train or data.eval, a string or a mapping, as a dict of "source" and, where given, options.
 
     Options: "format" and "split" (strings), "weight" (how many times an epoch has each row), "limit" (rows at most),
-    "columns" (our names of columns -> the source's).
+    "columns" (our names of columns -> the source's), "score" (data.eval: how completions are scored).
     """
     if isinstance(entry, str):
         return {"source": entry}
@@ -338,6 +339,8 @@ def source_entry(entry: Any, key: str) -> dict[str, Any]:
             raise UserError(
                 f"config.{key}: entry {dict(entry)} has no option {name!r}{did_you_mean(name, ENTRY_OPTIONS)}"
             )
+        if name == "score" and key != "data.eval":
+            raise UserError(f"config.{key}: entry {dict(entry)}: a score is for data.eval; leave it out here")
         check = ENTRY_OPTIONS[name]
         if not check.holds(value):
             raise UserError(f"config.{key}: {name!r} of entry {dict(entry)} must be {check.wanted}")

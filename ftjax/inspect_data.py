@@ -35,9 +35,10 @@ from ftjax.data.audit import checks
 from ftjax.data.audit.findings import Findings
 from ftjax.data.pipeline import read_heldout
 from ftjax.data.read.rows import Rows
-from ftjax.data.read.sources import TASK, read_sources
+from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens.outcome import outcome
 from ftjax.errors import UserError
+from ftjax.evals import scored
 from ftjax.inspection import page, terminal
 from ftjax.inspection.pieces import Piece, pieces
 from ftjax.inspection.survey import Epoch, Survey, epoch_of, examples_in_epoch, survey
@@ -54,11 +55,8 @@ def inspect(config: ConfigDict, options: dict) -> int:
     spec = assemble.data_spec(config, base.model.spec)
     speed = speed_of(options["tokens_per_second"], options["workdir"])
     train = read_sources(configs.sources(config, "train"), spec.max_bad_rows, spec.holdout)
-    entries = [
-        {"split": "test", **entry} if entry["source"].startswith(TASK) else entry
-        for entry in configs.sources(config, "eval")
-    ]
-    heldout = read_heldout(entries, configs.sources(config, "train"), spec)
+    entries, by_loss = scored.split_entries(config)
+    heldout = read_heldout([*entries, *by_loss], configs.sources(config, "train"), spec)
     out = terminal.console()
     with Progress(console=out, disable=not out.is_terminal, transient=True) as bar:
         task = bar.add_task("reading and tokenizing", total=min(len(train), options["max_rows"] or len(train)))

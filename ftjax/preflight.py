@@ -14,9 +14,10 @@ from ftjax.assemble import Base
 from ftjax.data.audit import checks
 from ftjax.data.audit.findings import ERROR
 from ftjax.data.batch.loader import Loader
-from ftjax.data.read.sources import TASK, read_sources
+from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
+from ftjax.evals import scored
 from ftjax.method import learning_rate
 from ftjax.models.spec import DecoderSpec
 from ftjax.training import optim
@@ -193,8 +194,8 @@ def check_rows(config: ConfigDict, base: Base, train: Loader, heldout: Loader | 
     """Says what the checks of the rows find; errors end the run here, unless config.data.checks is "warn" or "off"."""
     if config.data.checks == "off":
         return
-    tasks = [entry for entry in configs.sources(config, "eval") if entry["source"].startswith(TASK)]
-    evaluated = [read_sources([{"split": "test", **entry} for entry in tasks])] if tasks else []
+    entries, _ = scored.split_entries(config)
+    evaluated = [read_sources(entries)] if entries else []
     if heldout is not None:
         evaluated.append(checks.RowsOf(heldout.examples))
     facts = checks.TokenFacts.of(base.tokenizer, base.end_tokens, config.data.max_length, base.known_rows)

@@ -37,9 +37,8 @@ from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data import pipeline
 from ftjax.data.batch.loader import Loader
-from ftjax.data.read.sources import TASK
 from ftjax.errors import UserError
-from ftjax.evals import best
+from ftjax.evals import best, scored
 from ftjax.evals.evaluator import Evaluator, best_metric
 from ftjax.planning import flops
 from ftjax.training import metrics
@@ -200,15 +199,14 @@ def _load_data(
     """The config with all that it left open chosen, the training rows, the held-out rows (None without any), and the
     report on the former. room: bytes of a device's memory.
     """
-    model, train, heldout = base.model, configs.sources(config, "train"), configs.sources(config, "eval")
+    model, train, (_, heldout) = base.model, configs.sources(config, "train"), scored.split_entries(config)
     examples = pipeline.read(train, base.tokenizer, assemble.data_spec(config, model.spec, mesh), display.counter)
     config = choices.by_data(choices.by_model(config, model.spec), model.spec, mesh, examples.lengths, examples.count)
     config = choices.by_memory(config, model, mesh, room)
     spec = assemble.data_spec(config, model.spec, mesh)
     loader = pipeline.training_loader(examples, spec)
-    rows = [entry for entry in heldout if not entry["source"].startswith(TASK)]
     spec = dataclasses.replace(spec, batch_size=spec.batch_size // config.accumulate)
-    return config, loader, pipeline.load_heldout(rows, train, base.tokenizer, spec, display.counter), examples.report
+    return config, loader, pipeline.load_heldout(heldout, train, base.tokenizer, spec, display.counter), examples.report
 
 
 def main(argv: list[str]) -> int:

@@ -36,8 +36,9 @@ FLOORS = [
     {"assemble"},
     {"memory"},
     {"choices"},
+    {"prompts"},
     {"evals"},
-    {"describe", "inspection", "parity", "preflight", "prompts", "resume"},
+    {"describe", "inspection", "parity", "preflight", "resume"},
     {"planning"},
     {"__main__", "train", "generate", "export", "plan", "inspect_data", "curate", "import_config"},
 ]

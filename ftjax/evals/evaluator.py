@@ -1,9 +1,7 @@
-"""Evaluation of a run at one step, on everything in `data.eval`: rows by their loss, tasks by their score."""
+"""Evaluation of a run at one step, on everything in `data.eval`: rows by their loss, or by the score of completions."""
 
 import json
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +14,14 @@ from ftjax import distributed, sharding, tree
 from ftjax.assemble import Base
 from ftjax.atomic import write_text
 from ftjax.data.batch.loader import Loader
-from ftjax.data.read import splits
-from ftjax.data.read.sources import TASK
-from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
+from ftjax.evals import scored
+from ftjax.evals.scored import ScoredSet
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.reference import policy_and_reference
+from ftjax.prompts import tokens
 from ftjax.sampling.engine import generate
 from ftjax.sampling.sampler import Sampling
-from ftjax.tasks import registry
 from ftjax.training.display import Display
 from ftjax.training.preemption import Preemption
 from ftjax.training.step import make_eval_step, means
@@ -37,9 +34,9 @@ def is_eval(record: dict) -> bool:
 
 
 def best_metric(config: ConfigDict) -> tuple[str | None, str]:
-    """The metric of the best checkpoint, and "max" or "min": the first task's score, else the held-out loss."""
-    if tasks := _tasks(config):
-        return _score_name(tasks[0]), "max"
+    """The metric of the best checkpoint, and "max" or "min": the first score, else the held-out loss."""
+    if names := scored.metric_names(config):
+        return names[0], "max"
     return ("eval_loss" if configs.evaluates(config) else None), "min"
 
 
@@ -49,7 +46,7 @@ class Evaluator:
     After SIGTERM it raises Preempted between two batches.
 
     Raises:
-      UserError: on creation, if a task's prompts and completions together are too long for the model.
+      UserError: on creation, if a row cannot be scored, or prompts and completions together are too long for the model.
     """
 
     def __init__(
@@ -64,7 +61,8 @@ class Evaluator:
         display: Display,
     ):
         self._config, self._base, self._mesh, self._loader = config.evaluate, base, mesh, loader
-        self._tasks = _tasks(config)
+        self._sets = scored.scored_sets(config)
+        self._prompts = [[tokens(q.prompt, base.tokenizer) for q in its.questions] for its in self._sets]
         self._eval_step = make_eval_step(objective)
         self._samples = workdir / "samples.jsonl"
         self._preemption, self._display = preemption, display
@@ -75,12 +73,12 @@ class Evaluator:
         if self._loader is not None:
             metrics |= self._heldout_metrics(trainable, frozen)
             self._display.say(f"step {step}: held-out loss {metrics['eval_loss']:.4f}")
-        for entry in self._tasks:
-            score, records = self._score(step, entry, policy_and_reference(tree.combine(trainable, frozen))[0])
-            metrics[_score_name(entry)] = score
+        for its, prompts in zip(self._sets, self._prompts, strict=True):
+            records = self._score(step, its, prompts, policy_and_reference(tree.combine(trainable, frozen))[0])
+            score = metrics[its.metric] = sum(record["score"] for record in records) / len(records)
             if distributed.is_first():
-                self._write_samples(step, _name(entry), records)
-            self._display.say(f"step {step}: {entry['source']} scores {score:.1%} on {len(records)} examples")
+                self._write_samples(step, its.name, records)
+            self._display.say(f"step {step}: {its.name} scores {score:.1%} on {len(records)} examples")
         return metrics
 
     def _heldout_metrics(self, trainable: Tree, frozen: Tree) -> dict[str, float]:
@@ -93,10 +91,9 @@ class Evaluator:
             total = loss if total is None else jax.tree.map(jnp.add, total, loss)
         return {f"eval_{name}": float(value) for name, value in means(total).items()}
 
-    def _score(self, step: int, entry: dict[str, str], variables: Tree) -> tuple[float, list[dict]]:
-        """The mean score over a task's examples, and a record of each: prompt, completion, expected, score."""
-        task, examples = _examples(entry)
-        with self._display.counter(f"{entry['source']} at step {step}", len(examples)) as advance:
+    def _score(self, step: int, its: ScoredSet, prompts: list[np.ndarray], variables: Tree) -> list[dict]:
+        """A record of each question: prompt, completion, expected, score."""
+        with self._display.counter(f"{its.name} at step {step}", len(prompts)) as advance:
 
             def on_progress(done: int, total: int) -> None:
                 advance(done)
@@ -105,7 +102,7 @@ class Evaluator:
             completions = generate(
                 self._base.model,
                 variables,
-                self._prompts(examples),
+                prompts,
                 self._config.max_new_tokens,
                 self._base.end_tokens,
                 Sampling(),
@@ -113,63 +110,34 @@ class Evaluator:
                 on_progress,
             )
         records = []
-        for example, completion in zip(examples, completions, strict=True):
+        for question, completion in zip(its.questions, completions, strict=True):
             text = self._base.tokenizer.decode(completion.tokens, skip_special_tokens=True)
-            *prompt, expected = example["messages"]
+            fields = question.prompt.fields
             records.append(
                 {
-                    "prompt": prompt[-1]["content"],
+                    "prompt": fields["prompt"] if "prompt" in fields else fields["messages"][-1]["content"],
                     "completion": text,
-                    "expected": expected["content"],
-                    "score": float(task.score(text, example)),
+                    "expected": question.expected,
+                    "score": its.grade(text, question),
                 }
             )
-        return sum(record["score"] for record in records) / len(records), records
-
-    def _prompts(self, examples: list[dict]) -> list[np.ndarray]:
-        """The tokens of each conversation before its last turn, which is the expected answer."""
-        return [render_prompt(example["messages"][:-1], self._base.tokenizer) for example in examples]
+        return records
 
     def _check_lengths(self) -> None:
         """UserError for prompts that leave no room for a completion: now, and not after hours of training."""
         positions = self._base.model.spec.max_position_embeddings
-        for entry in self._tasks:
-            longest = max(map(len, self._prompts(_examples(entry)[1])))
+        for its, prompts in zip(self._sets, self._prompts, strict=True):
+            longest = max(map(len, prompts))
             if longest + self._config.max_new_tokens > positions:
                 raise UserError(
                     f"config.evaluate.max_new_tokens={self._config.max_new_tokens}: with a prompt of {longest} tokens "
-                    f"({entry['source']}) that exceeds the model's {positions} positions; lower it"
+                    f"({its.name}) that exceeds the model's {positions} positions; lower it"
                 )
 
     def _write_samples(self, step: int, name: str, records: list[dict]) -> None:
-        """Replaces this step's lines of this source, and those of later steps, which a killed run left."""
+        """Replaces this step's lines of this set, and those of later steps, which a killed run left."""
         lines = self._samples.read_text().splitlines() if self._samples.exists() else []
         samples = [json.loads(line) for line in lines]
         kept = [old for old in samples if old["step"] < step or (old["step"] == step and old["source"] != name)]
         new = [{"step": step, "source": name} | record for record in records]
         write_text(self._samples, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in kept + new))
-
-
-def _tasks(config: ConfigDict) -> list[dict[str, Any]]:
-    """The entries of data.eval that are tasks."""
-    return [entry for entry in configs.sources(config, "eval") if entry["source"].startswith(TASK)]
-
-
-def _examples(entry: dict[str, Any]) -> tuple[ModuleType, list[dict]]:
-    """The task of an entry, and the examples that its `split` and `limit` select, like `sources`."""
-    source = entry["source"]
-    if unused := sorted({"columns", "format", "weight"} & entry.keys()):
-        raise UserError(f"config.data.eval: {source} is scored, which knows no {unused[0]!r}; leave it out")
-    task, split = registry.get(source.removeprefix(TASK)), splits.parse_split(entry.get("split", "test"), source)
-    examples = registry.examples(task, split.name)
-    return task, [examples[i] for i in splits.select(len(examples), split, entry.get("limit"), source)]
-
-
-def _name(entry: dict[str, str]) -> str:
-    """support_ticket, or support_ticket[train] for another split than test."""
-    split = entry.get("split", "test")
-    return entry["source"].removeprefix(TASK) + (f"[{split}]" if split != "test" else "")
-
-
-def _score_name(entry: dict[str, str]) -> str:
-    return f"eval_{_name(entry)}/score"

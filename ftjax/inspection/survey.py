@@ -13,7 +13,6 @@ from ftjax.data.batch import buckets, packing
 from ftjax.data.format.example import Document, Row
 from ftjax.data.pipeline import DataSpec
 from ftjax.data.read.rows import BadRows, Rows
-from ftjax.data.read.sources import TASK
 from ftjax.data.tokens.outcome import Outcome, outcome
 from ftjax.errors import UserError
 
@@ -190,7 +189,7 @@ class _Surveyor:
                 self._checks.findings.add("empty", what=str(error))
 
     def _outcome(self, rows: Rows, i: int) -> Outcome | None:
-        if not rows.sources[rows.source_of(i)].name.startswith(TASK) or rows is self._train:
+        if not rows.sources[rows.source_of(i)].scored:
             return outcome(rows, i, self._tokenizer, self._spec.rules)
         row = rows.check(i)  # scored by generating, without a loss
         return row and Outcome(row, ())

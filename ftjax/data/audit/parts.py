@@ -12,7 +12,7 @@ class Parts(NamedTuple):
 
     Attributes:
       prompt: all that comes before the answer, roles and tools included; "" for a row of text.
-      answers: the answer; two for a preference, the chosen one first.
+      answers: the answer; two for a preference, the chosen one first; none of a question that is only scored.
       verdicts: whether each answer is called good: (True, False) for a preference, the label of an unpaired row; ()
         where the answers are only there to be learned.
       muted: which of the assistant's turns have weight 0, as "2,4"; "" where all are learned.
@@ -42,6 +42,8 @@ def parts(fields: dict) -> Parts:
     prompt = conversation(fields["prompt"]) + _tools(fields)
     if "chosen" in fields:
         return Parts(prompt, (conversation(fields["chosen"]), conversation(fields["rejected"])), (True, False))
+    if "completion" not in fields:
+        return Parts(prompt, ())
     verdicts = (bool(fields["label"]),) if "label" in fields else ()
     return Parts(prompt, (conversation(fields["completion"]),), verdicts)
 

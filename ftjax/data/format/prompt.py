@@ -2,6 +2,8 @@
 
 from ftjax.data.format import pairs, sharegpt
 from ftjax.data.format.conversation import check_filled, conversation, tools_of
+from ftjax.data.format.example import Row
+from ftjax.data.format.formats import check_row, detect
 from ftjax.errors import UserError
 
 
@@ -44,6 +46,26 @@ def prompt_of(fields: dict, origin: str) -> dict:
     if last["role"] == "user":
         check_filled(last["content"], f"{origin}: the prompt")
     return {"messages": turns[: asked[-1] + 1], **tools_of(fields, origin)}
+
+
+def check_question(fields: dict, origin: str, format: str | None = None) -> Row:
+    """A row whose completions are scored: as `check_row` gives it, or without an answer only its "prompt" and "tools".
+
+    Raises:
+      UserError: with the origin; it is malformed, or is text, which nobody has asked for.
+    """
+    turns = fields.get("messages")
+    asks = isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "user"
+    if not asks and (format or detect(fields)):
+        row = check_row(fields, origin, format)
+        if "text" not in row.fields:
+            return row
+    prompt = prompt_of(fields, origin)
+    if "text" in prompt:
+        raise UserError(f"{origin}: is text, which asks nothing; leave out the option 'score': its loss is measured")
+    if "messages" in prompt:
+        prompt = {"prompt": prompt.pop("messages"), **prompt}
+    return Row(prompt, origin)
 
 
 def _of_a_string(fields: dict, origin: str) -> dict:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ftjax.data.format.example import Row
 from ftjax.data.format.formats import check_row
+from ftjax.data.format.prompt import check_question
 from ftjax.data.read.columns import Columns
 from ftjax.data.read.holdout import held_out
 from ftjax.errors import SourceError, UserError
@@ -68,6 +69,7 @@ class Source:
       format: a key of `formats.FORMATS`, or None to detect it row by row.
       weight: how many times an epoch has each row (0.5: every second row).
       columns: under which names `records` finds our columns.
+      scored: its completions are scored, so that a row may do without an answer.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Source:
     format: str | None = None
     weight: float = 1.0
     columns: Columns = field(default_factory=dict)
+    scored: bool = False
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -87,7 +90,8 @@ class Source:
         return self.records[int(self.chosen[i])]
 
     def row(self, i: int) -> Row:
-        return check_row(self.raw(i), self.origin(i), self.format)
+        check = check_question if self.scored else check_row
+        return check(self.raw(i), self.origin(i), self.format)
 
     def digest(self) -> str:
         columns = [sorted(self.columns.items())] if self.columns else []

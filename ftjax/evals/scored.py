@@ -1,0 +1,146 @@
+"""What is answered and scored of `data.eval`: tasks, and sources that have a `score`; everything else has a loss."""
+
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from ftjax import config as configs
+from ftjax.data.read.sources import TASK, read_sources
+from ftjax.errors import UserError
+from ftjax.evals import scores
+from ftjax.evals.scores import Score
+from ftjax.prompts import Prompt
+from ftjax.tasks import registry
+
+_TASK_SCORE = "score"  # the name of a task's own
+
+
+class Question(NamedTuple):
+    """What is asked, and what a score is told of it."""
+
+    prompt: Prompt
+    example: dict  # see `scores`
+
+    @property
+    def expected(self) -> str:
+        """The row's answer, "" where it has none."""
+        last = self.example["messages"][-1]
+        return last["content"] if last["role"] == "assistant" else ""
+
+
+class ScoredSet(NamedTuple):
+    """The questions of one entry.
+
+    Attributes:
+      name: support_ticket, or support_ticket[train] for another split than test; of a file its name without suffixes.
+      score: the name of the score, "score" for that of a task.
+    """
+
+    name: str
+    score: str
+    questions: Sequence[Question]
+    how: Score
+
+    @property
+    def metric(self) -> str:
+        """The name of its mean in metrics.jsonl."""
+        return f"eval_{self.name}/{self.score}"
+
+    def grade(self, completion: str, question: Question) -> float:
+        """The score of a completion; UserError with the row where the score's function fails."""
+        where = f"{question.prompt.origin}: {self.score}"
+        try:
+            value = self.how.function(completion, question.example)
+        except UserError:
+            raise
+        except Exception as error:  # a person's own function may raise anything, which is never a 0
+            raise UserError(f"{where}: {type(error).__name__}: {error}; the completion was {completion!r}") from error
+        return scores.checked(value, where)
+
+
+def split_entries(config: ConfigDict) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(the entries of data.eval that are scored, those that have a loss), each as `configs.sources` gives it."""
+    scored, by_loss = [], []
+    for entry in configs.sources(config, "eval"):
+        if entry["source"].startswith(TASK):
+            scored.append({"split": "test", "score": _TASK_SCORE, **entry})
+        elif "score" in entry:
+            scored.append(entry)
+        else:
+            by_loss.append(entry)
+    return scored, by_loss
+
+
+def metric_names(config: ConfigDict) -> list[str]:
+    """The metrics of the scored entries, without reading them."""
+    return [f"eval_{_name(entry)}/{_score_name(entry)}" for entry in split_entries(config)[0]]
+
+
+def scored_sets(config: ConfigDict) -> list[ScoredSet]:
+    """The scored entries of data.eval, read.
+
+    Raises:
+      UserError: an entry that cannot be read or has an option that scoring does not know; two of one name and score; a
+        row without an answer where the score compares with one.
+    """
+    sets = [_read(entry) for entry in split_entries(config)[0]]
+    metrics = [one.metric for one in sets]
+    if twice := next((metric for metric in metrics if metrics.count(metric) > 1), None):
+        raise UserError(f"config.data.eval: two entries are recorded as {twice}; rename one of the files")
+    return sets
+
+
+def _read(entry: dict[str, Any]) -> ScoredSet:
+    source = entry["source"]
+    task = registry.get(source.removeprefix(TASK)) if source.startswith(TASK) else None
+    unknown = {"weight"} | ({"columns", "format"} if task else set())
+    if unused := sorted(unknown & entry.keys()):
+        raise UserError(f"config.data.eval: {source} is scored, which knows no {unused[0]!r}; leave it out")
+    where = f"config.data.eval: {source}"
+    is_own = task is not None and entry["score"] == _TASK_SCORE
+    how = Score(task.score) if is_own else scores.find(entry["score"], where)
+    rows = read_sources([entry])
+    questions = []
+    for i in range(len(rows)):
+        row, raw = rows[i], rows.raw(i)
+        prompt, answer = _parts(row.fields)
+        if answer is None and how.needs_answer:
+            raise UserError(f"{row.origin}: has no answer, with which the score {entry['score']!r} compares")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        example = raw | {"messages": [*messages, *([answer] if answer else [])]}
+        tools = {"tools": row.fields["tools"]} if row.fields.get("tools") else {}
+        fields = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+        questions.append(Question(Prompt(row.origin, fields | tools), example))
+    return ScoredSet(_name(entry), _score_name(entry), questions, how)
+
+
+def _parts(fields: dict) -> tuple[str | list[dict], dict | None]:
+    """(prompt, the assistant's turn that answers it or None) of a checked row; a preference's chosen one."""
+    if "messages" in fields:
+        turns = [_plain(turn) for turn in fields["messages"]]
+        last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+        return turns[:last], turns[last]
+    prompt, answer = fields["prompt"], fields.get("chosen", fields.get("completion"))
+    prompt = prompt if isinstance(prompt, str) else [_plain(turn) for turn in prompt]
+    if isinstance(answer, str):
+        return prompt, {"role": "assistant", "content": answer}
+    return prompt, _plain(answer[-1]) if answer else None
+
+
+def _plain(turn: dict) -> dict:
+    """Without its weight, which says whether it is trained."""
+    return {key: value for key, value in turn.items() if key != "weight"}
+
+
+def _name(entry: dict[str, Any]) -> str:
+    source, split = entry["source"], entry.get("split")
+    if source.startswith(TASK):
+        return source.removeprefix(TASK) + (f"[{split}]" if split != "test" else "")
+    path = source.partition("?")[0].removeprefix("hf:").removeprefix("tfds:").rstrip("/")
+    return (PurePath(path).name.partition(".")[0] or source) + (f"[{split}]" if split else "")
+
+
+def _score_name(entry: dict[str, Any]) -> str:
+    return entry["score"].rpartition(":")[2]
