@@ -17,7 +17,7 @@ from ftjax.data import pipeline
 from ftjax.evals import forgetting, general
 from ftjax.evals.general import Text
 from ftjax.evals.likelihood import Item
-from ftjax.objectives.reference import policy_and_reference
+from ftjax.objectives.reference import REFERENCE, policy_and_reference
 from ftjax.training.loop import place_batch
 
 WORDS = ("color", "shape")
@@ -117,16 +117,32 @@ def test_loss_change_and_divergence_are_those_of_transformers(name, root):
     assert after["eval_general/change"] == pytest.approx(mean, abs=1e-5)
     assert after["eval_general/loss"] - before["eval_general/loss"] == pytest.approx(mean, abs=1e-5)
 
-    if name == "full":  # of which no copy is kept
-        assert "eval_general/kl" not in before | after
-        return
+    config = config_of(root, **CHANGES[name])
+    ours = {key: part for key, part in variables.items() if key != REFERENCE}  # as `load_run` has them
+    prompts = forgetting.prompts_of(heldout)
+    with jax.set_mesh(one_device()):
+        texts = general.read(configs.general_sources(config), base.tokenizer, 512)
+        reference = forgetting.reference_of(config, base, ours)
+        found = forgetting.forgetting(base, ours, reference, texts, prompts)
+    assert json.loads(json.dumps(found)) == found
+    assert [its["name"] for its in found["categories"]] == list(WORDS)
+    for its in found["categories"]:
+        assert its["base"] == pytest.approx(loss(loaded, its["name"]), abs=1e-5)
+        assert its["tuned"] == pytest.approx(loss(tuned, its["name"]), abs=1e-5)
+    assert found["change"] == pytest.approx(mean, abs=1e-5)
+    assert found["interval"][0] <= found["change"] <= found["interval"][1]
+
     each = []
-    for prompt in forgetting.prompts_of(heldout):
+    for prompt in prompts:
         assert base.tokenizer.decode(prompt).endswith("assistant\n")  # up to where the answer begins
         log_p, log_q = (log_probs(its, prompt[-forgetting.LONGEST :])[:-1] for its in (loaded, tuned))
         each.append((np.exp(log_p) * (log_p - log_q)).sum(-1))
-    assert before["eval_general/kl"] == 0
-    assert after["eval_general/kl"] == pytest.approx(np.concatenate(each).mean(), abs=1e-5)
+    assert found["kl"] == pytest.approx(np.concatenate(each).mean(), abs=1e-5)
+    if name == "full":  # of which no copy is kept during training
+        assert "eval_general/kl" not in before | after
+    else:
+        assert before["eval_general/kl"] == 0
+        assert after["eval_general/kl"] == pytest.approx(found["kl"], abs=1e-5)
 
 
 def test_general_text_within_a_budget_is_of_every_category_first():
@@ -167,3 +183,23 @@ def test_the_interval_of_the_mean_is_that_of_scipy_and_of_one_value_alone_there_
     assert high == pytest.approx(changes.mean() + half, abs=0.01)
     assert forgetting.interval(np.zeros(3)) == [0, 0]
     assert forgetting.interval(np.ones(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "bounds", "said"),
+    [
+        (0.02, [0.01, 0.03], "+0.020 nats per token [+0.010, +0.030], most in code (+0.110): little was forgotten"),
+        (0.02, [-0.01, 0.05], "most in code (+0.110): no forgetting can be told from chance"),
+        (0.1, [0.05, 0.15], "something was forgotten"),
+        (0.3, [0.2, 0.4], "much was forgotten"),
+        (-0.1, [-0.2, 0.0], "nothing was forgotten"),
+    ],
+)
+def test_the_verdict(change, bounds, said):
+    categories = [{"name": "news", "base": 2.0, "tuned": 2.0}, {"name": "code", "base": 2.0, "tuned": 2.11}]
+    found = {"categories": categories, "change": change, "interval": bounds}
+    assert forgetting.verdict(found).endswith(said)
+    lost = {"name": "multiple choice", "base": 0.6, "tuned": 0.4, "interval": [-0.3, -0.1]}
+    same = {"name": "instructions", "base": 0.6, "tuned": 0.5, "interval": [-0.3, 0.1]}
+    text = forgetting.verdict(found | {"abilities": [lost, same]})
+    assert text.endswith(f"{said}; worse at multiple choice 60% -> 40%")
