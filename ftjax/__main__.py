@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "whether a run fits a TPU slice that need not be there, and how fast it can be",
     "train": "fine-tune a model as a config says; the same command resumes",
     "generate": "text from a model, an adapter or a run: one prompt, a conversation, or a file of prompts",
+    "harness": "EleutherAI's lm-evaluation-harness on a run or a model",
     "export": "a run's result for other software: a PEFT adapter, a Hugging Face model, a GGUF",
     "import_config": "a config of Axolotl's as one of ours",
 }

@@ -168,7 +168,7 @@ KEYS: dict[str, Key] = {
     "evaluate.before": Key(True, ANY),  # also before the first step
     # Text on which to see what a run forgets (docs/forgetting.md): "general", which ships, or sources; (): none.
     "evaluate.general": Key((SHIPPED,), ANY),
-    "evaluate.general_tokens": Key(2048, number(128)),  # of it, at each evaluation
+    "evaluate.general_tokens": Key(1280, number(128)),  # of it, at each evaluation
     "checkpoint.keep": Key(2, number(1)),  # the newest so many, and the best
     # Go back to this step once, setting later ones aside; -1: the newest.
     "checkpoint.resume_step": Key(-1, number(-1)),

@@ -40,7 +40,7 @@ FLOORS = [
     {"evals"},
     {"describe", "inspection", "parity", "preflight", "resume"},
     {"planning"},
-    {"__main__", "train", "generate", "export", "plan", "inspect_data", "curate", "import_config"},
+    {"__main__", "train", "generate", "export", "plan", "inspect_data", "curate", "harness", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]
