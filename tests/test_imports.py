@@ -38,9 +38,9 @@ FLOORS = [
     {"choices"},
     {"prompts"},
     {"evals"},
-    {"describe", "inspection", "parity", "preflight", "resume"},
+    {"describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
     {"planning"},
-    {"__main__", "train", "generate", "export", "plan", "inspect_data", "curate", "harness", "import_config"},
+    {"__main__", "train", "generate", "report", "export", "plan", "inspect_data", "curate", "harness", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]

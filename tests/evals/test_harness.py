@@ -5,6 +5,9 @@ import json
 import pytest
 from support.runs import command, finish, write_run
 
+from ftjax import assemble, harness
+from ftjax.evals import best
+
 TASKS = {
     "lamps_choice": """
 output_type: multiple_choice
@@ -77,3 +80,9 @@ def test_a_run_has_the_numbers_of_its_export_under_the_harness_s_own_backend(tmp
                 assert ours[name][metric] == pytest.approx(value, rel=1e-4, abs=1e-9), (name, metric)
                 compared += 1
     assert compared >= 5
+
+    _, base, variables, _ = assemble.load_run(tmp_path / "run", best.choose(tmp_path / "run", None))
+    answers = harness.evaluate(base, variables, ["lamps_answer"], str(tasks), 4)["samples"]["lamps_answer"]
+    written = [[sample["resps"] for sample in samples] for samples in (answers, theirs["samples"]["lamps_answer"])]
+    assert written[0] == written[1]
+    assert len({str(answer) for answer in written[0]}) > 1

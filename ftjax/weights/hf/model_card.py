@@ -27,6 +27,7 @@ def model_card(
     parity: Mapping[str, Any] | None = None,
     published: str = "",
     ends: Sequence[str] = (),
+    results: Sequence[str] = (),
 ) -> str:
     """Markdown with YAML front matter as the Hub reads it.
 
@@ -34,7 +35,7 @@ def model_card(
     method. base: where the base model is; its own card, if it has one, gives the license, and nothing else does.
     evaluation: the last `eval_*` metrics of the run. parity: `parity.json`, where there is one. published: the Hub's id
     of the model in a GGUF base, where the file says it. ends: end tokens that the base of an adapter does not name, but
-    the generation_config.json beside it.
+    the generation_config.json beside it. results: what came of the run, in sentences.
     """
     source, sources = config.model.source, configs.sources(config, "train")
     notes = list((parity or {}).get("notes", ()))
@@ -72,6 +73,7 @@ def model_card(
         evaluation=evaluation,
         parity=parity,
         ends=ends,
+        results=[" ".join(sentence.split()) for sentence in results],
     )
     return str(card).rstrip() + "\n"
 
