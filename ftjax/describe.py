@@ -12,6 +12,7 @@ from ftjax import memory, quant, sharding, tree
 from ftjax.assemble import NEW_TOKENS, Base, Program
 from ftjax.data.batch.loader import Loader
 from ftjax.evals.best import Standing, evaluations
+from ftjax.evals.general import is_category
 from ftjax.method import learning_rate
 from ftjax.models import kernels, params
 from ftjax.objectives.reference import REFERENCE
@@ -97,8 +98,10 @@ def result(workdir: Path, standing: Standing) -> dict[str, str]:
     """The results of a run, and where they are."""
     evals = evaluations(metrics.read(workdir / "metrics.jsonl"))
     rows = {}
-    for name in [name for name in evals[-1] if name.startswith("eval_")] if evals else ():
-        before = f"{evals[0][name]:.4g} at step {evals[0]['step']} -> " if name in evals[0] and len(evals) > 1 else ""
+    names = [name for name in evals[-1] if name.startswith("eval_") and not is_category(name)] if evals else ()
+    for name in names:
+        first = next(record for record in evals if name in record)
+        before = f"{first[name]:.4g} at step {first['step']} -> " if first is not evals[-1] else ""
         rows[name] = f"{before}{evals[-1][name]:.4g} at step {evals[-1]['step']}"
     quoted, python = shlex.quote(str(workdir)), shlex.quote(_python())
     rows |= {"checkpoints": str(workdir / "checkpoints") + _of_checkpoints(standing)}

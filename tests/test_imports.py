@@ -40,7 +40,8 @@ FLOORS = [
     {"evals"},
     {"describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
     {"planning"},
-    {"__main__", "train", "sweep", "generate", "report", "export", "plan", "inspect_data", "curate", "import_config"},
+    {"__main__", "train", "sweep", "generate", "report", "export", "harness"}
+    | {"plan", "inspect_data", "curate", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]
