@@ -18,10 +18,12 @@ class Score(NamedTuple):
     Attributes:
       function: (completion, example) -> a number; the higher, the better.
       needs_answer: it compares with the expected answer, so that a row must have one.
+      valid: (completion, example) -> whether the completion has the form that is wanted, right or wrong; None: any has.
     """
 
     function: Callable[[str, dict], float]
     needs_answer: bool = True
+    valid: Callable[[str, dict], bool] | None = None
 
 
 def expected(example: dict) -> str:
