@@ -100,7 +100,7 @@ def _read(entry: dict[str, Any]) -> ScoredSet:
         raise UserError(f"config.data.eval: {source} is scored, which knows no {unused[0]!r}; leave it out")
     where = f"config.data.eval: {source}"
     is_own = task is not None and entry["score"] == _TASK_SCORE
-    how = Score(task.score) if is_own else scores.find(entry["score"], where)
+    how = Score(task.score, valid=getattr(task, "valid", None)) if is_own else scores.find(entry["score"], where)
     rows = read_sources([entry])
     questions = []
     for i in range(len(rows)):
@@ -113,7 +113,20 @@ def _read(entry: dict[str, Any]) -> ScoredSet:
         tools = {"tools": row.fields["tools"]} if row.fields.get("tools") else {}
         fields = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
         questions.append(Question(Prompt(row.origin, fields | tools), example))
-    return ScoredSet(_name(entry), _score_name(entry), questions, how)
+    found = ScoredSet(_name(entry), _score_name(entry), questions, how)
+    if how.compares:
+        _check_answers(found)
+    return found
+
+
+def _check_answers(its: ScoredSet) -> None:
+    """UserError for a row whose own answer does not score 1: the score cannot read it, and every model would fail."""
+    for question in its.questions:
+        if (score := its.grade(question.expected, question)) < 0.999999:  # of floating-point sums
+            raise UserError(
+                f"{question.prompt.origin}: its own answer {question.expected!r} scores {score:g} by {its.score!r}, "
+                f"which compares {its.how.compares}"
+            )
 
 
 def _parts(fields: dict) -> tuple[str | list[dict], dict | None]:

@@ -1,7 +1,8 @@
 """Scores of a completion by name, and those of a person's own function: `score` of an entry in `data.eval`.
 
 A score is a function of the completion and the example: the row's own fields, and under "messages" the conversation,
-which ends with the expected answer where there is one. The score of a task (`ftjax/tasks/`) has the same form.
+which ends with the expected answer where there is one. The score of a task (`ftjax/tasks/`) has the same form, and so
+has one that asks a reward model.
 """
 
 import importlib
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ftjax.errors import UserError, did_you_mean
+from ftjax.evals import json_scores, text_scores
 
 
 class Score(NamedTuple):
@@ -19,24 +21,26 @@ class Score(NamedTuple):
       function: (completion, example) -> a number; the higher, the better.
       needs_answer: it compares with the expected answer, so that a row must have one.
       valid: (completion, example) -> whether the completion has the form that is wanted, right or wrong; None: any has.
+      compares: what an expected answer must be, where not any can be compared with; such a score gives 1 to the
+        expected answer itself, which is checked.
     """
 
     function: Callable[[str, dict], float]
     needs_answer: bool = True
     valid: Callable[[str, dict], bool] | None = None
+    compares: str = ""
 
 
-def expected(example: dict) -> str:
-    """The answer that a row gives."""
-    return example["messages"][-1]["content"]
+_JSON = "JSON, with nothing around it"
 
-
-def exact(completion: str, example: dict) -> float:
-    """1.0 where the completion is the expected answer, but for white space around it."""
-    return float(completion.strip() == expected(example).strip())
-
-
-SCORES = {"exact": Score(exact)}
+SCORES = {
+    "exact": Score(text_scores.exact),
+    "f1": Score(text_scores.f1),
+    "rouge_l": Score(text_scores.rouge_l, compares="words of the letters a to z and digits; 'chrf' reads any"),
+    "chrf": Score(text_scores.chrf, compares="text"),
+    "json": Score(json_scores.fields, valid=json_scores.valid, compares=_JSON),
+    "json_exact": Score(json_scores.exact, valid=json_scores.valid, compares=_JSON),
+}
 
 
 def find(name: str, where: str) -> Score:
