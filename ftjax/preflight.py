@@ -59,6 +59,11 @@ def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
         ([*adapters, "optimizer.loraplus_ratio"], adapter.kind == "none", "adapter.kind='none'"),
         (["adapter.trainable"], adapter.kind != "none", f"adapter.kind={adapter.kind!r}"),
         ([f"optimizer.{key}" for key in others], True, f"optimizer.name={optimizer.name!r}"),
+        (
+            ["evaluate.samples", "evaluate.temperature"],
+            not scored.split_entries(config)[0],
+            "no scored entry in config.data.eval",
+        ),
         (["schedule.decay_ratio"], schedule.name != "wsd", f"schedule.name={schedule.name!r}"),
         (["schedule.final_ratio"], schedule.name == "constant", "schedule.name='constant'"),
     ]

@@ -59,6 +59,10 @@ IDLE = [
     (LION, "optimizer.learning_rate (a third to a tenth of AdamW's, which is 0.0002 here)"),
     ({"schedule.decay_ratio": 0.1}, "schedule.decay_ratio=0.1 does nothing with schedule.name='cosine'"),
     ({"schedule.name": "constant", "schedule.final_ratio": 0.1}, "schedule.final_ratio=0.1 does nothing"),
+    (
+        {"evaluate.temperature": 0.5},
+        "evaluate.temperature=0.5 does nothing with no scored entry in config.data.eval",
+    ),
     ({"schedule.warmup_steps": 10, "schedule.warmup_ratio": 0.1}, "both say how long the warm-up is"),
 ]
 

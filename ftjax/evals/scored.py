@@ -1,6 +1,8 @@
 """What is answered and scored of `data.eval`: tasks, and sources that have a `score`; everything else has a loss."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from ftjax.prompts import Prompt
 from ftjax.tasks import registry
 
 _TASK_SCORE = "score"  # the name of a task's own
+_PASS_AT = (10, 100)  # the k of pass@k beside 1, the mean, and the number of samples
 
 
 class Question(NamedTuple):
@@ -59,6 +62,26 @@ class ScoredSet(NamedTuple):
             raise UserError(f"{where}: {type(error).__name__}: {error}; the completion was {completion!r}") from error
         return scores.checked(value, where)
 
+    def grade_all(self, completions: Sequence[str], questions: Sequence[Question]) -> list[float]:
+        """`grade` of each; programs run side by side."""
+        if not self.how.runs_code:
+            return list(map(self.grade, completions, questions))
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            return list(threads.map(self.grade, completions, questions))
+
+    def means(self, grades: Sequence[float], samples: int) -> dict[str, float]:
+        """{metric: mean}, and {"eval_NAME/pass@K": ...} where a 0 or 1 was given to each of several samples.
+
+        grades: [questions * samples], those of a question beside each other.
+        """
+        means = {self.metric: sum(grades) / len(grades)}
+        if self.how.binary and samples > 1:
+            passed = [round(sum(grades[i : i + samples])) for i in range(0, len(grades), samples)]
+            for k in sorted({samples, *(k for k in _PASS_AT if k < samples)}):
+                chances = [scores.pass_at(k, count, samples) for count in passed]
+                means[f"eval_{self.name}/pass@{k}"] = sum(chances) / len(chances)
+        return means
+
 
 def split_entries(config: ConfigDict) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(the entries of data.eval that are scored, those that have a loss), each as `configs.sources` gives it."""
@@ -85,14 +108,14 @@ def scored_sets(config: ConfigDict) -> list[ScoredSet]:
       UserError: an entry that cannot be read or has an option that scoring does not know; two of one name and score; a
         row without an answer where the score compares with one.
     """
-    sets = [_read(entry) for entry in split_entries(config)[0]]
+    sets = [_read(entry, config.evaluate.run_code) for entry in split_entries(config)[0]]
     metrics = [one.metric for one in sets]
     if twice := next((metric for metric in metrics if metrics.count(metric) > 1), None):
         raise UserError(f"config.data.eval: two entries are recorded as {twice}; rename one of the files")
     return sets
 
 
-def _read(entry: dict[str, Any]) -> ScoredSet:
+def _read(entry: dict[str, Any], run_code: bool) -> ScoredSet:
     source = entry["source"]
     task = registry.get(source.removeprefix(TASK)) if source.startswith(TASK) else None
     unknown = {"weight"} | ({"columns", "format"} if task else set())
@@ -101,6 +124,11 @@ def _read(entry: dict[str, Any]) -> ScoredSet:
     where = f"config.data.eval: {source}"
     is_own = task is not None and entry["score"] == _TASK_SCORE
     how = Score(task.score, valid=getattr(task, "valid", None)) if is_own else scores.find(entry["score"], where)
+    if how.runs_code and not run_code:
+        raise UserError(
+            f"{where}: the score {entry['score']!r} runs what the model writes, on this machine and with few guards "
+            "(docs/evaluation.md); allow it with --config.evaluate.run_code=True"
+        )
     rows = read_sources([entry])
     questions = []
     for i in range(len(rows)):
@@ -110,23 +138,20 @@ def _read(entry: dict[str, Any]) -> ScoredSet:
             raise UserError(f"{row.origin}: has no answer, with which the score {entry['score']!r} compares")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         example = raw | {"messages": [*messages, *([answer] if answer else [])]}
+        _check(how, example, f"{row.origin}: score {entry['score']!r}")
         tools = {"tools": row.fields["tools"]} if row.fields.get("tools") else {}
         fields = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
         questions.append(Question(Prompt(row.origin, fields | tools), example))
-    found = ScoredSet(_name(entry), _score_name(entry), questions, how)
-    if how.compares:
-        _check_answers(found)
-    return found
+    return ScoredSet(_name(entry), _score_name(entry), questions, how)
 
 
-def _check_answers(its: ScoredSet) -> None:
-    """UserError for a row whose own answer does not score 1: the score cannot read it, and every model would fail."""
-    for question in its.questions:
-        if (score := its.grade(question.expected, question)) < 0.999999:  # of floating-point sums
-            raise UserError(
-                f"{question.prompt.origin}: its own answer {question.expected!r} scores {score:g} by {its.score!r}, "
-                f"which compares {its.how.compares}"
-            )
+def _check(how: Score, example: dict, where: str) -> None:
+    """UserError with `where` for an example that cannot be scored."""
+    try:
+        if how.check is not None:
+            how.check(example)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _parts(fields: dict) -> tuple[str | list[dict], dict | None]:

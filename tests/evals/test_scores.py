@@ -81,12 +81,14 @@ def read(tmp_path, name, *rows):
 
 @pytest.mark.parametrize(
     ("name", "answer", "wanted"),
-    [("json", "{'a': 1}", "which compares JSON"), ("rouge_l", "東京です", "'chrf' reads any")],
+    [("json", "{'a': 1}", "the score compares JSON"), ("rouge_l", "東京です", "use 'chrf' for others")],
 )
 def test_an_answer_that_a_score_cannot_read_is_refused_with_its_row(tmp_path, name, answer, wanted):
     good = {"prompt": "?", "completion": '{"a": 1}'}
     read(tmp_path, name, good)
-    with pytest.raises(UserError, match=rf"rows.jsonl:2: its own answer .* scores 0 by '{name}'.*{wanted}"):
+    with pytest.raises(
+        UserError, match=rf"rows.jsonl:2: score '{name}': its own answer .* scores 0, not 1: .*{wanted}"
+    ):
         read(tmp_path, name, good, {"prompt": "?", "completion": answer})
 
 
