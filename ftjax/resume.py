@@ -67,7 +67,7 @@ def find(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints
     if config.steps and config.epochs != before.epochs:
         raise UserError(
             f"config.epochs={config.epochs:g}: config.steps={config.steps} decides how long this run is; set "
-            "config.steps to more, or to 0"
+            "--config.steps to more, or to 0"
         )
     # The base of an older run is known by its name alone.
     places = configs.PLACES if origin.is_recorded(workdir) else ("data.train",)
@@ -118,7 +118,7 @@ def check_data(meta: Mapping[str, Any], workdir: Path, fingerprint: str) -> None
     if meta["data"] != fingerprint:
         config = configs.read(workdir / "config.json")
         # So, too, says `configs.read` of a run that is older than the key.
-        cut = "; it cut long texts: config.data.long_text=cut" if config.data.long_text == "cut" else ""
+        cut = "; it cut long texts: --config.data.long_text=cut" if config.data.long_text == "cut" else ""
         raise UserError(
             f"{workdir}: the training data, its tokenizer or its chat template is not what this run began with (then "
             f"config.data.train={list(config.data.train)}); restore it, say where it is now, or choose another "
