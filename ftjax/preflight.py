@@ -48,8 +48,8 @@ def check_used(config: ConfigDict) -> None:
         )
     if config.optimizer.name == "lion" and not {"optimizer.learning_rate", "optimizer.b2"} <= changed.keys():
         raise UserError(
-            "config.optimizer.name='lion': the defaults are AdamW's; set "
-            f"--config.optimizer.b2=0.99, as in Lion's paper, and a third to a tenth of AdamW's learning rate, which is {learning_rate(config):g} here, such as "
+            "config.optimizer.name='lion': the defaults are AdamW's; set --config.optimizer.b2=0.99, as its paper has, "
+            f"and a third to a tenth of AdamW's learning rate, which is {learning_rate(config):g} here, such as "
             f"--config.optimizer.learning_rate={learning_rate(config) / 5:.2g}"
         )
 
