@@ -100,6 +100,18 @@ def going_on(config: ConfigDict, step: int, before: int, now: int) -> str:
     )
 
 
+def extended(given: ConfigDict, config: ConfigDict, workdir: Path) -> str:
+    """What a command that leaves the epochs open takes over where the run was given others since it began; "" else.
+
+    given, config: of the command, and the same with what the run in `workdir` has where that leaves it open.
+    """
+    began = origin.epochs(workdir)
+    if given.epochs or config.steps or began in (None, config.epochs):
+        return ""
+    goal = f"the run goes on to {config.epochs:g}, as it was told since it began with {began:g}"
+    return f"config.epochs is left open: {goal}"
+
+
 def other_evaluation(before: ConfigDict, now: ConfigDict) -> str:
     """What it means that a run goes on with other evaluation rows than it had; "" where it has the same.
 
