@@ -75,13 +75,13 @@ class Evaluator:
             self._display.say(f"step {step}: held-out loss {metrics['eval_loss']:.4f}")
         for its, prompts in zip(self._sets, self._prompts, strict=True):
             records = self._score(step, its, prompts, policy_and_reference(tree.combine(trainable, frozen))[0])
-            means = its.means([record["score"] for record in records], self._config.samples)
-            metrics |= means
+            found = its.means([record["score"] for record in records], self._config.samples)
+            metrics |= found
             if distributed.is_first():
                 self._write_samples(step, its.name, records)
-            told = ", ".join(f"{name.rpartition('/')[2]} {value:.1%}" for name, value in list(means.items())[1:])
+            told = ", ".join(f"{name.rpartition('/')[2]} {value:.1%}" for name, value in list(found.items())[1:])
             self._display.say(
-                f"step {step}: {its.name} scores {means[its.metric]:.1%} on {len(its.questions)} examples"
+                f"step {step}: {its.name} scores {found[its.metric]:.1%} on {len(its.questions)} examples"
                 + (f" ({self._config.samples} answers each; {told})" if told else "")
             )
         return metrics
