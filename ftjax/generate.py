@@ -2,6 +2,7 @@
 
     python -m ftjax.generate --model M [--adapter A] --prompt "..."     M: Hugging Face id, directory, .gguf, package:X
     python -m ftjax.generate --workdir runs/quickstart --prompt "..."   the best checkpoint of a run
+    python -m ftjax.generate --workdir runs/quickstart --interpolate 0.7 --prompt "..."   so far from base to tuned
     python -m ftjax.generate --workdir runs/quickstart --chat           a conversation; an empty line ends it
     python -m ftjax.generate --workdir runs/quickstart --model M --prompt "..."   where the run's base is now at M
     python -m ftjax.generate --model M --adapter tickets=A,haiku=B --use haiku --chat
@@ -28,7 +29,7 @@ import numpy as np
 from absl import flags
 from transformers import PreTrainedTokenizerFast
 
-from ftjax import assemble, cli, distributed, prompts, sharding, tree
+from ftjax import assemble, cli, distributed, interpolation, prompts, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data.tokens.chat import render_prompt
@@ -143,6 +144,9 @@ def main(argv: list[str]) -> int:
         raise UserError("--raw gives the prompt as it is; it takes no --system and no --chat")
     if FLAGS.workdir and FLAGS["dtype"].present:
         raise UserError("--dtype goes with --model alone; a --workdir has the dtype of its config")
+    if not FLAGS.workdir and FLAGS["interpolate"].present:
+        raise UserError("--interpolate goes with --workdir: it is between the base of a run and what was trained")
+    share = interpolation.check(FLAGS.interpolate)
     distributed.refuse_several("ftjax.generate")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
     if FLAGS.prompts:
@@ -155,7 +159,7 @@ def main(argv: list[str]) -> int:
     else:
         in_use = "run"
         workdir, moved = Path(FLAGS.workdir), {"model": FLAGS.model, "adapter": FLAGS.adapter}
-        _, base, trained, _ = assemble.load_run(workdir, best.choose(workdir, FLAGS.step), moved)
+        _, base, trained, _ = assemble.load_run(workdir, best.choose(workdir, FLAGS.step), moved, share=share)
         variables = {in_use: trained}
 
     def answer(prompt: np.ndarray) -> str:
@@ -226,6 +230,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("use", None, "which of several adapters; none: the base alone")
     flags.DEFINE_string("workdir", None, "a run of ftjax.train; --model and --adapter beside it: where its own are now")
     flags.DEFINE_string("step", None, best.STEP_HELP)
+    flags.DEFINE_float("interpolate", 1.0, interpolation.HELP)
     flags.DEFINE_string("prompt", None, "what to answer; - reads it from standard input")
     flags.DEFINE_string(
         "prompts", None, "a file of prompts to answer: .txt, one a line, or rows as training reads them"

@@ -18,7 +18,7 @@ FLOORS = [
     {"config_flag"},
     {"sharding", "quant"},
     {"models"},
-    {"lora", "tasks"},
+    {"interpolation", "lora", "tasks"},
     {"weights.hf"},
     {"weights.gguf"},
     {"weights"},
