@@ -224,8 +224,8 @@ def _table(entry: dict) -> Table:
     """The contestants of a set, as a person reads them."""
     title = f"{entry['name']}: {entry['metric']} on {entry['examples']:,} examples"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1), header_style="bold")
-    table.add_column("")
-    names = ("95 %", "valid", "prompt tokens", "answer tokens", "s/answer", "at once", "cost of 1,000")
+    table.add_column("", no_wrap=True)
+    names = ("95 %", "valid", "prompt tokens", "answer tokens", "s/answer", "at once", "cost/1,000")
     for name in (entry["metric"], *names):
         table.add_column(name, justify="right")
     for its in entry["contestants"]:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from ftjax import prompts
 from ftjax.assemble import Base
 from ftjax.atomic import write_text
+from ftjax.errors import UserError
 from ftjax.evals import heldout, verdict
 from ftjax.evals.heldout import LOSS, HeldOut
 from ftjax.evals.intervals import interval
@@ -80,7 +81,10 @@ class Record:
 
     def __init__(self, path: Path, step: int, model: str):
         self._path = path
-        old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}); remove it, and everything is measured again") from error
         if old.get("version") != 1 or old.get("step") != step:
             old = {}  # of another model: nothing of the tuned one is true any more
         self.document = {"version": 1, "step": step, "model": model, "verdict": "", "sets": []} | old

@@ -78,16 +78,20 @@ def with_instruction(
     examples = examples[:budget]
     key = digest_of([base.digest, tried, budget, settings.max_new_tokens, [its.example for its in examples]])
 
-    def answer(instruction: Instruction, which: range) -> list[tuple[float, float]]:
+    def answer(rivals: Sequence[Instruction], which: range) -> list[list[tuple[float, float]]]:
         its = [examples[i] for i in which]
-        ids = prompts.encode([applied(one.prompt, instruction) for one in its], base.base, settings.max_new_tokens)
-        rows, what = rows_together(ids, settings), f"{held.name}: trying instructions"
+        asked = [applied(question.prompt, rival) for rival in rivals for question in its]
+        ids = prompts.encode(asked, base.base, settings.max_new_tokens)
+        limits = settings.max_new_tokens, Sampling(), rows_together(ids, settings)
         made = prompts.complete(
-            base.base, base.variables, ids, settings.max_new_tokens, Sampling(), rows, display, what
+            base.base, base.variables, ids, *limits, display, f"{held.name}: trying {len(rivals)} instructions"
         )
-        texts = [one.text for one in made]
         valid = held.valid or (lambda text, question: False)
-        return [(held.grade(text, one), float(valid(text, one))) for text, one in zip(texts, its, strict=True)]
+        graded = [
+            (held.grade(one.text, question), float(valid(one.text, question)))
+            for one, question in zip(made, [*its] * len(rivals), strict=True)
+        ]
+        return [graded[i : i + len(its)] for i in range(0, len(graded), len(its))]
 
     if key not in searches:
         try:

@@ -54,7 +54,8 @@ def _of_objects(values: Sequence[dict]) -> Format:
         return isinstance(value, dict) and needed <= value.keys() <= known.keys()
 
     optional = [key for key in known if key not in needed]
-    name = f"a JSON object with the keys {_listed(list(known), 'and')}" if known else "an empty JSON object"
+    keys = f"the key{'s' if len(known) > 1 else ''} {_listed(list(known), 'and')}" if known else "no key"
+    name = f"a JSON object with {keys}"
     name += f" ({_listed(optional, 'and')} may be missing)" if optional else ""
     parts = [f'"{key}": {_of_part([value[key] for value in values if key in value])}' for key in known]
     return Format(name, f"{name}: {{{', '.join(parts)}}}", matches)

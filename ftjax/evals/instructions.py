@@ -90,7 +90,7 @@ def search(
     tried: Sequence[Instruction],
     examples: int,
     budget: int,
-    answer: Callable[[Instruction, range], Sequence[tuple[float, float]]],
+    answer: Callable[[Sequence[Instruction], range], Sequence[Sequence[tuple[float, float]]]],
 ) -> list[Tried]:
     """Every instruction as it did, the best first. UNCHANGED is among them, and wins where all are equal.
 
@@ -99,7 +99,8 @@ def search(
 
     Args:
       examples: how many there are to be answered.
-      answer: (instruction, which examples) -> (score, whether it is valid) of each; the score decides, then validity.
+      answer: (instructions, which examples) -> of each instruction, of each example (score, whether it is valid); the
+        mean score decides, then how many are valid.
 
     Raises:
       UserError: the budget does not give each instruction an answer.
@@ -117,9 +118,10 @@ def search(
         more = min(budget // rounds // len(alive), examples - done)
         if more < 1 and done:
             break
-        for rival in alive:
-            found[rival] += answer(rival, range(done, done + max(more, 1)))
-        done += max(more, 1)
+        which = range(done, done + max(more, 1))
+        for rival, answers in zip(alive, answer(alive, which), strict=True):
+            found[rival] += answers
+        done = which.stop
         alive = sorted(alive, key=lambda rival: _means(found[rival]), reverse=True)[: math.ceil(len(alive) / 2)]
     order = sorted(rivals, key=lambda rival: (len(found[rival]), _means(found[rival])), reverse=True)
     return [Tried(rival, len(found[rival]), *_means(found[rival])) for rival in order]

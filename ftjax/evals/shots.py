@@ -4,6 +4,7 @@ They stand before the question as earlier turns of its conversation, under its o
 chat template as text. Training rows whose prompt is also a held-out question are never among them.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -49,6 +50,8 @@ def nearest(examples: Sequence[Question], questions: Sequence[Question], k: int)
     BM25 weighs words by how rare they are (Robertson and Zaragoza 2009); it is what retrieval is compared with.
     """
     import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of each step
 
     def words(its: Sequence[Question]):
         return bm25s.tokenize([_text(question) for question in its], stopwords=None, show_progress=False)
