@@ -17,6 +17,7 @@ COMMANDS = {
     "curate": "deduplicate, filter, split, mix, convert and sample files of rows",
     "plan": "whether a run fits a TPU slice that need not be there, and how fast it can be",
     "train": "fine-tune a model as a config says; the same command resumes",
+    "evaluate": "whether a run helped: its model against what prompts can do with its base, and a verdict",
     "generate": "text from a model, an adapter or a run: one prompt, a conversation, or a file of prompts",
     "export": "a run's result for other software: a PEFT adapter, a Hugging Face model, a GGUF",
     "import_config": "a config of Axolotl's as one of ours",

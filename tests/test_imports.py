@@ -18,7 +18,7 @@ FLOORS = [
     {"config_flag"},
     {"sharding", "quant"},
     {"models"},
-    {"lora", "tasks"},
+    {"interpolation", "lora", "tasks"},
     {"weights.hf"},
     {"weights.gguf"},
     {"weights"},
@@ -36,11 +36,11 @@ FLOORS = [
     {"assemble"},
     {"memory"},
     {"choices"},
-    {"prompts"},
+    {"adapted", "prompts"},
     {"evals"},
     {"describe", "inspection", "parity", "preflight", "resume"},
     {"planning"},
-    {"__main__", "train", "generate", "export", "plan", "inspect_data", "curate", "import_config"},
+    {"__main__", "train", "generate", "evaluate", "export", "plan", "inspect_data", "curate", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
+from ftjax.data.format.example import Row
 from ftjax.data.read.sources import TASK, read_sources
 from ftjax.errors import UserError
 from ftjax.evals import scores
@@ -27,10 +28,13 @@ class Question(NamedTuple):
     example: dict  # see `scores`
 
     @property
+    def has_answer(self) -> bool:
+        return self.example["messages"][-1]["role"] == "assistant"
+
+    @property
     def expected(self) -> str:
         """The row's answer, "" where it has none."""
-        last = self.example["messages"][-1]
-        return last["content"] if last["role"] == "assistant" else ""
+        return self.example["messages"][-1]["content"] if self.has_answer else ""
 
 
 class ScoredSet(NamedTuple):
@@ -56,8 +60,8 @@ class ScoredSet(NamedTuple):
         where = f"{question.prompt.origin}: {self.score}"
         try:
             value = self.how.function(completion, question.example)
-        except UserError:
-            raise
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         except Exception as error:  # a person's own function may raise anything, which is never a 0
             raise UserError(f"{where}: {type(error).__name__}: {error}; the completion was {completion!r}") from error
         return scores.checked(value, where)
@@ -132,26 +136,33 @@ def _read(entry: dict[str, Any], run_code: bool) -> ScoredSet:
     rows = read_sources([entry])
     questions = []
     for i in range(len(rows)):
-        row, raw = rows[i], rows.raw(i)
-        prompt, answer = _parts(row.fields)
-        if answer is None and how.needs_answer:
-            raise UserError(f"{row.origin}: has no answer, with which the score {entry['score']!r} compares")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        example = raw | {"messages": [*messages, *([answer] if answer else [])]}
-        _check(how, example, f"{row.origin}: score {entry['score']!r}")
-        tools = {"tools": row.fields["tools"]} if row.fields.get("tools") else {}
-        fields = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
-        questions.append(Question(Prompt(row.origin, fields | tools), example))
+        question = question_of(rows[i], rows.raw(i))
+        if how.needs_answer and not question.has_answer:
+            raise UserError(
+                f"{question.prompt.origin}: has no answer, with which the score {entry['score']!r} compares"
+            )
+        _check(how, question, f"{question.prompt.origin}: score {entry['score']!r}")
+        questions.append(question)
     return ScoredSet(_name(entry), _score_name(entry), questions, how)
 
 
-def _check(how: Score, example: dict, where: str) -> None:
-    """UserError with `where` for an example that cannot be scored."""
+def _check(how: Score, question: Question, where: str) -> None:
+    """UserError with `where` for a question whose answers cannot be scored."""
     try:
         if how.check is not None:
-            how.check(example)
+            how.check(question.example)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def question_of(row: Row, raw: dict) -> Question:
+    """What a row asks, of any format but text. raw: its fields as they are stored, which the score gets too."""
+    prompt, answer = _parts(row.fields)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    example = raw | {"messages": [*messages, *([answer] if answer else [])]}
+    tools = {"tools": row.fields["tools"]} if row.fields.get("tools") else {}
+    fields = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+    return Question(Prompt(row.origin, fields | tools), example)
 
 
 def _parts(fields: dict) -> tuple[str | list[dict], dict | None]:
