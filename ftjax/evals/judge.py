@@ -48,10 +48,12 @@ class Judge(NamedTuple):
     """Who is asked, and how.
 
     Attributes:
+      name: of the model.
       verdicts: questions -> "A", "B" or "TIE" for each.
       template: of a question, with {prompt}, {a} and {b}.
     """
 
+    name: str
     verdicts: Callable[[Sequence[str]], Sequence[str]]
     template: str
 
@@ -112,7 +114,7 @@ def local(base: Base, variables: Tree, template: str = LETTER) -> Judge:
             found = [its.total for its in log_likelihoods(base.model, variables, items)]
         return [_likelier(a, b) for a, b in zip(found[::2], found[1::2], strict=True)]
 
-    return Judge(verdicts, template)
+    return Judge(base.source, verdicts, template)
 
 
 def endpoint(url: str, model: str, template: str = REASONED, **settings: Any) -> Judge:
@@ -130,7 +132,7 @@ def endpoint(url: str, model: str, template: str = REASONED, **settings: Any) ->
     def verdicts(questions: Sequence[str]) -> list[str]:
         return [verdict_of(*both) for both in zip(questions, ask(questions), strict=True)]
 
-    return Judge(verdicts, template)
+    return Judge(model, verdicts, template)
 
 
 def verdict_of(question: str, reply: str) -> str:

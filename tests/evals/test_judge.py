@@ -23,7 +23,7 @@ TEMPLATE = "{prompt}|{a}|{b}"
 
 def knowing(verdict):
     """A judge from (prompt, a, b) -> verdict."""
-    return Judge(lambda questions: [verdict(*question.split("|")) for question in questions], TEMPLATE)
+    return Judge("someone", lambda questions: [verdict(*question.split("|")) for question in questions], TEMPLATE)
 
 
 def longer(prompt, a, b):
@@ -54,7 +54,7 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(UserError, match="two answers to each prompt; got 2, 2, 1"):
         win_rate(knowing(longer), ["p", "q"], ["x", "y"], ["z"])
     with pytest.raises(UserError, match=r"template lacks \{b\}"):
-        win_rate(Judge(list, "{prompt} {a}"), ["p"], ["x"], ["y"])
+        win_rate(Judge("someone", list, "{prompt} {a}"), ["p"], ["x"], ["y"])
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_model_here_prefers_the_likelier_letter():
     params = {"params": numpy_params(model)}
     mesh = one_device()
     placed = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
-    judge = judges.local(SimpleNamespace(model=model, tokenizer=tokenizer), placed, TEMPLATE)
+    judge = judges.local(SimpleNamespace(source="m", model=model, tokenizer=tokenizer), placed, TEMPLATE)
     questions = [f"{word}|x|y" for word in ("one", "two", "red", "lamp", "seven", "send it")]
     rows = [prompts.tokens(prompts.Prompt("", {"prompt": text}), tokenizer) for text in questions]
     ends = np.array([len(row) for row in rows])
