@@ -32,10 +32,10 @@ from ftjax import config as configs
 from ftjax.adapted import NONE, load_model, parse_adapters
 from ftjax.assemble import Base
 from ftjax.errors import UserError, did_you_mean
-from ftjax.evals import best, comparison, contestants, heldout, instructions, shots, verdict
+from ftjax.evals import best, comparison, contestants, heldout, rewrites, shots, verdict
 from ftjax.evals.comparison import Contestant, Judge, Model, Record, Settings, digest_of
 from ftjax.evals.heldout import LOSS, HeldOut
-from ftjax.evals.instructions import Instruction
+from ftjax.evals.rewrites import Instruction
 from ftjax.evals.scored import Question
 from ftjax.method import method_of
 from ftjax.training.display import Display
@@ -112,11 +112,12 @@ def evaluate(workdir: Path, options: Options, given: ConfigDict | None = None) -
         # The contestants, the tuned model first: its memory is then free for the base, where all of it was trained.
         if "tuned" in wanted:
             unprompted(tuned, "tuned", "tuned")
-        if set(verdict.PROMPTS) & set(wanted):
+        prompted = set(verdict.PROMPTS) & set(wanted)
+        if prompted:
             model = Model(base, base_variables(config, base, variables), digest)
             if "base" in wanted:
                 unprompted(model, "base", "base")
-            for held in sets:
+            for held in sets if prompted != {"base"} else ():
                 if held.metric != LOSS:
                     for contestant in _prompted(held, training, model, wanted, options, settings, record, display):
                         run(contestant, held, model)
@@ -191,21 +192,17 @@ def _prompted(
     if not training:
         display.say(f"{held.name}: no prompts with examples: no training row is a question with an answer")
         return
-    room = base.base.model.spec.max_position_embeddings - settings.max_new_tokens
-    limit = min(options.max_prompt_tokens, room)
-    done = 0  # the fixed examples are the first ones
-    for kind, numbers in {"shots": options.shots, "retrieved": options.retrieved}.items():
-        for k in numbers if kind in wanted else ():
-            near = kind == "retrieved"
-            found = contestants.with_shots(held, training, base.base, k, limit, near, display)
-            if found is not None and (near or found.shots > done):
-                done = done if near else found.shots
-                yield found
     if "instruction" in wanted and options.instruction_budget:
         searches = record.set_of(held, settings)["searches"]
         its = options.instructions, options.instruction_budget, searches, settings, display
-        if found := contestants.with_instruction(held, training[done:] or training, base, *its):
+        if found := contestants.with_instruction(held, training, base, *its):
             yield found
+    room = base.base.model.spec.max_position_embeddings - settings.max_new_tokens
+    limit = min(options.max_prompt_tokens, room)
+    for kind, numbers in {"shots": options.shots, "retrieved": options.retrieved}.items():
+        for k in numbers if kind in wanted else ():
+            if found := contestants.with_shots(held, training, base.base, k, limit, kind == "retrieved", display):
+                yield found
 
 
 def _other(name: str, options: Options, config: ConfigDict) -> Model:
@@ -285,7 +282,7 @@ def main(argv: list[str]) -> int:
         shots=_numbers("shots", FLAGS.shots),
         retrieved=_numbers("retrieved", FLAGS.retrieved),
         max_prompt_tokens=FLAGS.max_prompt_tokens,
-        instructions=tuple(instructions.of_file(Path(FLAGS.instructions))) if FLAGS.instructions else (),
+        instructions=tuple(rewrites.of_file(Path(FLAGS.instructions))) if FLAGS.instructions else (),
         instruction_budget=FLAGS.instruction_budget,
         adapters=adapters,
         models=_models(FLAGS.model, {*comparison.KINDS, *adapters}),

@@ -37,7 +37,7 @@ class Tried(NamedTuple):
 UNCHANGED = Instruction()
 
 
-def rewrites(form: Format | None) -> list[Instruction]:
+def usual(form: Format | None) -> list[Instruction]:
     """What is tried where nothing is given: to say that only the answer is wanted, its form, and to take care."""
     only = f"Answer only with {form.name if form else 'the answer'}, and with nothing else."
     care = "You are an expert at this task. Read carefully, and leave nothing out."
@@ -109,7 +109,7 @@ def search(
     if budget < len(rivals):
         raise UserError(
             f"--instruction_budget={budget}: {len(tried)} instructions and the prompt as it is need an answer each; "
-            f"give {len(rivals)} or more, or 0 for no search"
+            f"give {len(rivals)} or more"
         )
     rounds = max(math.ceil(math.log2(len(rivals))), 1)
     found: dict[Instruction, list[tuple[float, float]]] = {rival: [] for rival in rivals}
