@@ -163,7 +163,7 @@ def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) ->
     method = method_of(config)
     variables, is_trained = abstract_variables(config, model, mesh, method.head)
     trainable, frozen = tree.partition(variables, is_trained)
-    if method.reference and not _starts_as_base(config, trainable):
+    if not starts_as_base(config, trainable) and (method.reference or _watches_forgetting(config, trainable)):
         frozen = frozen_with_reference(frozen, trainable)
     schedule = optim.make_schedule(learning_rate(config), config.schedule, total_steps)
     optim.rate_factors(config.optimizer, list(tree.flatten(trainable)))  # for its errors
@@ -181,10 +181,15 @@ def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) ->
     )
 
 
-def _starts_as_base(config: ConfigDict, trainable: Tree) -> bool:
+def starts_as_base(config: ConfigDict, trainable: Tree) -> bool:
     """Whether what is trained changes nothing at first: LoRA alone, whose B is zero, and not gone on from."""
     fresh = not config.adapter.source and config.adapter.kind == "lora" and config.adapter.init == "default"
     return fresh and set(trainable) <= {"lora", COLLECTION}
+
+
+def _watches_forgetting(config: ConfigDict, trainable: Tree) -> bool:
+    """Whether evaluations are to compare with the values that adapters had at first; a copy of more would be large."""
+    return bool(configs.general_sources(config)) and set(trainable) <= {"lora", COLLECTION}
 
 
 def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -> DataSpec:

@@ -13,6 +13,7 @@ from ftjax.atomic import write_text
 from ftjax.errors import UserError, did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16")
+SHIPPED = "general"  # as a source of config.evaluate.general: the texts that come with this package
 
 
 class Check(NamedTuple):
@@ -169,6 +170,9 @@ KEYS: dict[str, Key] = {
     "evaluate.temperature": Key(0.0, number(0)),  # of answers that are scored; 0: the likeliest tokens
     "evaluate.run_code": Key(False, ANY),  # whether the score `python` may run what the model writes
     "evaluate.before": Key(True, ANY),  # also before the first step
+    # Text on which to see what a run forgets (docs/forgetting.md): "general", which ships, or sources; (): none.
+    "evaluate.general": Key((SHIPPED,), ANY),
+    "evaluate.general_tokens": Key(2048, number(128)),  # of it, at each evaluation
     "checkpoint.keep": Key(2, number(1)),  # the newest so many, and the best
     # Go back to this step once, setting later ones aside; -1: the newest.
     "checkpoint.resume_step": Key(-1, number(-1)),
@@ -248,7 +252,7 @@ PLACES = ("model.source", "model.revision", "adapter.source", "data.train")
 LENGTH = ("steps", "epochs")
 
 # What a run did that is older than a key, where that is not the key's default.
-BEFORE = {"data.long_text": "cut"}
+BEFORE = {"data.long_text": "cut", "evaluate.general": ()}
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
@@ -323,6 +327,7 @@ def validate(config: ConfigDict, data: bool = True) -> None:
         for entry in sources(config, which):
             if which == "eval" and entry["source"].startswith(("tfds:", "hf:")) and "split" not in entry:
                 raise UserError(f"config.data.eval: say which split of {entry['source']}, as {{'source', 'split'}}")
+    general_sources(config)
     evaluated = [json.dumps(entry, sort_keys=True) for entry in sources(config, "eval")]
     if twice := sorted({entry for entry in evaluated if evaluated.count(entry) > 1}):
         raise UserError(f"config.data.eval: {twice[0]} stands there twice")
@@ -359,6 +364,12 @@ def source_entry(entry: Any, key: str) -> dict[str, Any]:
 def sources(config: ConfigDict, which: str) -> list[dict[str, Any]]:
     """The entries of data.train or data.eval, `which`, each as `source_entry` gives it."""
     return [source_entry(entry, f"data.{which}") for entry in config.data[which]]
+
+
+def general_sources(config: ConfigDict) -> list[dict[str, Any]]:
+    """The entries of evaluate.general, likewise; [] where nothing is evaluated at all."""
+    entries = [source_entry(entry, "evaluate.general") for entry in config.evaluate.general]
+    return entries if evaluates(config) else []
 
 
 def with_recorded(config: ConfigDict, recorded: ConfigDict) -> ConfigDict:

@@ -13,6 +13,7 @@ from ftjax.assemble import NEW_TOKENS, Base, Program
 from ftjax.data.batch.loader import Loader
 from ftjax.evals.best import Standing
 from ftjax.evals.evaluator import is_eval
+from ftjax.evals.general import is_category
 from ftjax.method import learning_rate
 from ftjax.models import kernels, params
 from ftjax.objectives.reference import REFERENCE
@@ -98,8 +99,9 @@ def result(workdir: Path, standing: Standing) -> dict[str, str]:
     """The results of a run, and where they are."""
     evals = [record for record in metrics.read(workdir / "metrics.jsonl") if is_eval(record)]
     rows = {}
-    for name in [name for name in evals[-1] if name != "step"] if evals else ():
-        before = f"{evals[0][name]:.4g} at step {evals[0]['step']} -> " if len(evals) > 1 else ""
+    for name in [name for name in evals[-1] if name != "step" and not is_category(name)] if evals else ():
+        first = next(record for record in evals if name in record)
+        before = f"{first[name]:.4g} at step {first['step']} -> " if first is not evals[-1] else ""
         rows[name] = f"{before}{evals[-1][name]:.4g} at step {evals[-1]['step']}"
     quoted, python = shlex.quote(str(workdir)), shlex.quote(_python())
     rows |= {"checkpoints": str(workdir / "checkpoints") + _of_checkpoints(standing)}

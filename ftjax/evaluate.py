@@ -9,13 +9,15 @@
 The contestants: the base as it is; with 1, 4, 8 and as many training examples in the prompt as fit (--shots), the same
 ones for every question; with those nearest to each question (--retrieved); with another instruction, searched on
 training examples (--instructions, --instruction_budget); and the tuned model without any. A table shows scores with
-95 % intervals, valid answers, tokens and seconds, and with --price_in and --price_out costs; a verdict follows.
-With --judge_url and --judge_model, a model says how often the tuned model's answers are better than the base's.
+95 % intervals, valid answers, tokens and seconds, and with --price_in and --price_out costs; a verdict follows. What
+the tuned model has forgotten is measured beside it, on general text (--abilities: more of it). With --judge_url and
+--judge_model, a model says how often the tuned model's answers are better than the base's.
 
 All of it is in WORKDIR/evaluation.json, which is written after each contestant: the same command goes on where it was
 stopped, and what is there is not measured again.
 """
 
+import contextlib
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,22 +30,24 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from ftjax import assemble, cli, config_flag, distributed, interpolation, origin, tree
+from ftjax import assemble, cli, config_flag, distributed, interpolation, origin, prompts, tree
 from ftjax import config as configs
 from ftjax.adapted import NONE, load_model, parse_adapters
 from ftjax.assemble import Base
 from ftjax.errors import UserError, did_you_mean
-from ftjax.evals import best, comparison, contestants, heldout, instructions, shots, verdict
+from ftjax.evals import best, comparison, contestants, forgetting, general, heldout, rewrites, shots, verdict
 from ftjax.evals.comparison import Contestant, Model, Record, Settings, digest_of
 from ftjax.evals.heldout import LOSS, HeldOut
-from ftjax.evals.instructions import Instruction
 from ftjax.evals.judge import Judge, endpoint
+from ftjax.evals.rewrites import Instruction
 from ftjax.evals.scored import Question
 from ftjax.method import method_of
 from ftjax.training.display import Display
 from ftjax.tree import Tree
 from ftjax.weights.load import load_params
 from ftjax.weights.peft.adapter import base_digest, directory_digest
+
+FORGETTING = "forgetting"
 
 
 class Options(NamedTuple):
@@ -55,6 +59,7 @@ class Options(NamedTuple):
       max_prompt_tokens: of prompts with examples.
       instructions: what is tried as another instruction; (): some that are generic.
       adapters, models: {name: where it is}.
+      abilities: of what was forgotten also what takes longer: multiple choice, instructions, drift of the weights.
       judge: says how often the tuned model's answers are better than the base's.
     """
 
@@ -68,6 +73,7 @@ class Options(NamedTuple):
     instruction_budget: int = 48
     adapters: Mapping[str, str] = MappingProxyType({})
     models: Mapping[str, str] = MappingProxyType({})
+    abilities: bool = False
     price_in: float | None = None
     price_out: float | None = None
     judge: Judge | None = None
@@ -82,7 +88,7 @@ def evaluate(workdir: Path, options: Options, given: ConfigDict | None = None) -
       UserError: no run, another config than the run's, nothing to compare on, an unknown contestant.
     """
     named = {**options.adapters, **options.models}
-    known = [*comparison.KINDS[:-1], *named]
+    known = [*comparison.KINDS[:-1], FORGETTING, *named]
     if unknown := next((name for name in options.only if name not in known), None):
         raise UserError(f"--only: there is no contestant {unknown!r}{did_you_mean(unknown, known)}")
     wanted = options.only or known
@@ -114,11 +120,14 @@ def evaluate(workdir: Path, options: Options, given: ConfigDict | None = None) -
         # The contestants, the tuned model first: its memory is then free for the base, where all of it was trained.
         if "tuned" in wanted:
             unprompted(tuned, "tuned", "tuned")
-        if set(verdict.PROMPTS) & set(wanted):
+        if FORGETTING in wanted:
+            _forgotten(config, sets, tuned, options.abilities, record, display)
+        prompted = set(verdict.PROMPTS) & set(wanted)
+        if prompted:
             model = Model(base, base_variables(config, base, variables), digest)
             if "base" in wanted:
                 unprompted(model, "base", "base")
-            for held in sets:
+            for held in sets if prompted != {"base"} else ():
                 if held.metric != LOSS:
                     for contestant in _prompted(held, training, model, wanted, options, settings, record, display):
                         run(contestant, held, model)
@@ -138,7 +147,9 @@ def evaluate(workdir: Path, options: Options, given: ConfigDict | None = None) -
         record.write()
         for entry in document["sets"]:
             display.console.print(_table(entry))
-        display.say(f"{document['verdict']}\nAll of it is in {workdir / comparison.FILE}")
+        forgotten = document.get(FORGETTING, {}).get("verdict")
+        said = [text for text in (document["verdict"], forgotten) if text]
+        display.say("\n".join([*said, f"All of it is in {workdir / comparison.FILE}"]))
     return document
 
 
@@ -194,21 +205,49 @@ def _prompted(
     if not training:
         display.say(f"{held.name}: no prompts with examples: no training row is a question with an answer")
         return
-    room = base.base.model.spec.max_position_embeddings - settings.max_new_tokens
-    limit = min(options.max_prompt_tokens, room)
-    done = 0  # the fixed examples are the first ones
-    for kind, numbers in {"shots": options.shots, "retrieved": options.retrieved}.items():
-        for k in numbers if kind in wanted else ():
-            near = kind == "retrieved"
-            found = contestants.with_shots(held, training, base.base, k, limit, near, display)
-            if found is not None and (near or found.shots > done):
-                done = done if near else found.shots
-                yield found
     if "instruction" in wanted and options.instruction_budget:
         searches = record.set_of(held, settings)["searches"]
         its = options.instructions, options.instruction_budget, searches, settings, display
-        if found := contestants.with_instruction(held, training[done:] or training, base, *its):
+        if found := contestants.with_instruction(held, training, base, *its):
             yield found
+    room = base.base.model.spec.max_position_embeddings - settings.max_new_tokens
+    limit = min(options.max_prompt_tokens, room)
+    for kind, numbers in {"shots": options.shots, "retrieved": options.retrieved}.items():
+        for k in numbers if kind in wanted else ():
+            if found := contestants.with_shots(held, training, base.base, k, limit, kind == "retrieved", display):
+                yield found
+
+
+def _forgotten(
+    config: ConfigDict, sets: Sequence[HeldOut], tuned: Model, abilities: bool, record: Record, display: Display
+) -> None:
+    """Records what the tuned model has forgotten, where that is not there yet, of config.evaluate.general."""
+    base, positions = tuned.base, tuned.base.model.spec.max_position_embeddings
+    if not (entries := configs.general_sources(config)):
+        display.say("what was forgotten is not measured: config.evaluate.general is empty ('general' is what ships)")
+        return
+    texts = general.read(entries, base.tokenizer, positions)
+    asked = [prompts.tokens(question.prompt, base.tokenizer) for held in sets for question in held.questions]
+    of = [tuned.digest, abilities, [its.tolist() for its in asked], [[*map(int, text.item[1])] for text in texts]]
+    if record.document.get(FORGETTING, {}).get("digest") == digest_of(of):
+        return
+    with contextlib.ExitStack() as bar, jax.set_mesh(jax.tree.leaves(tuned.variables)[0].sharding.mesh):
+        shown, advance = "", None
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            nonlocal shown, advance
+            if what != shown:
+                bar.close()
+                shown, advance = what, bar.enter_context(display.counter(what, total))
+                display.say(what)
+            advance(done)
+
+        reference = forgetting.reference_of(config, base, tuned.variables)
+        found = forgetting.forgetting(
+            base, tuned.variables, reference, texts, asked, (), abilities, abilities, on_progress
+        )
+    record.document[FORGETTING] = found | {"digest": digest_of(of), "model": tuned.digest}
+    record.write()
 
 
 def _other(name: str, options: Options, config: ConfigDict) -> Model:
@@ -290,10 +329,11 @@ def main(argv: list[str]) -> int:
         shots=_numbers("shots", FLAGS.shots),
         retrieved=_numbers("retrieved", FLAGS.retrieved),
         max_prompt_tokens=FLAGS.max_prompt_tokens,
-        instructions=tuple(instructions.of_file(Path(FLAGS.instructions))) if FLAGS.instructions else (),
+        instructions=tuple(rewrites.of_file(Path(FLAGS.instructions))) if FLAGS.instructions else (),
         instruction_budget=FLAGS.instruction_budget,
         adapters=adapters,
         models=_models(FLAGS.model, {*comparison.KINDS, *adapters}),
+        abilities=FLAGS.abilities,
         price_in=FLAGS.price_in,
         price_out=FLAGS.price_out,
         judge=endpoint(FLAGS.judge_url, FLAGS.judge_model, key=FLAGS.judge_key) if FLAGS.judge_url else None,
@@ -309,7 +349,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the run (default: runs/NAME-OF-THE-CONFIG)")
     flags.DEFINE_string("step", None, best.STEP_HELP)
     flags.DEFINE_integer("limit", 200, "examples of each set, drawn from one seed; 0: all", lower_bound=0)
-    flags.DEFINE_list("only", None, f"of {', '.join(comparison.KINDS[:-1])}, and names of adapters and models")
+    kinds = ", ".join((*comparison.KINDS[:-1], FORGETTING))
+    flags.DEFINE_list("only", None, f"of {kinds}, and names of adapters and models")
     flags.DEFINE_string("shots", "1,4,8,fit", "numbers of training examples in the prompt; fit: as many as fit")
     flags.DEFINE_string("retrieved", "8", "numbers of training examples that are the nearest of each question")
     flags.DEFINE_integer("max_prompt_tokens", 4096, "of prompts with examples; the model's positions at most")
@@ -317,6 +358,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("instruction_budget", 48, "answers that the search of an instruction may cost; 0: none")
     flags.DEFINE_multi_string("adapter", None, "name=DIR: another PEFT adapter of the run's base")
     flags.DEFINE_multi_string("model", [], "name=M: a whole model: a Hugging Face id, a directory, a .gguf, package:X")
+    flags.DEFINE_boolean("abilities", False, "what was forgotten also by multiple choice, instructions, and layers")
     flags.DEFINE_float("price_in", None, "what a million prompt tokens cost", lower_bound=0)
     flags.DEFINE_float("price_out", None, "what a million generated tokens cost", lower_bound=0)
     flags.DEFINE_string("judge_url", None, "an OpenAI-compatible endpoint that compares answers, up to and with /v1")

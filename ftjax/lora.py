@@ -224,14 +224,13 @@ def merge(params: Tree, adapters: Tree) -> Tree:
     for module, parts in tree.by_module(adapters).items():
         name = f"{module}/embedding" if f"{module}/embedding" in leaves else f"{module}/kernel"
         a, b, scaling = parts["lora_a"], parts["lora_b"], parts["lora_scale"]
-        leaves[name] = _merged(leaves[name], a, b, scaling, parts.get("lora_magnitude"))
+        leaves[name] = merged(leaves[name], a, b, scaling, parts.get("lora_magnitude"))
     return tree.unflatten(leaves)
 
 
 @jax.jit
-def _merged(
-    kernel: jax.Array, a: jax.Array, b: jax.Array, scaling: jax.Array, magnitude: jax.Array | None
-) -> jax.Array:
+def merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scaling: jax.Array, magnitude: jax.Array | None) -> jax.Array:
+    """One W [..., in, out] of `merge` with its adapter, in its own dtype."""
     scaled_b = jnp.asarray(b) * jnp.asarray(scaling)[..., None, None]
     whole = jnp.asarray(kernel, jnp.float32) + jnp.matmul(a, scaled_b, precision="highest")
     if magnitude is not None:

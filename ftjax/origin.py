@@ -82,13 +82,17 @@ def located(config: ConfigDict, path: Path) -> ConfigDict:
     if config.adapter.source:
         out.adapter.source = str(Path(config.adapter.source).expanduser().absolute())
     out.data.chat_template = templates.located(config.data.chat_template)
-    for which in ("train", "eval"):
-        entries = [(entry, configs.source_entry(entry, f"data.{which}")) for entry in out.data[which]]
-        out.data[which] = [
-            sources.absolute(entry) if isinstance(entry, str) else given | {"source": sources.absolute(given["source"])}
+    for section, key in (("data", "train"), ("data", "eval"), ("evaluate", "general")):
+        entries = [(entry, configs.source_entry(entry, f"{section}.{key}")) for entry in out[section][key]]
+        out[section][key] = [
+            _absolute(entry) if isinstance(entry, str) else given | {"source": _absolute(given["source"])}
             for entry, given in entries
         ]
     return out
+
+
+def _absolute(source: str) -> str:
+    return source if source == configs.SHIPPED else sources.absolute(source)
 
 
 def record(workdir: Path, given: ConfigDict, found: ConfigDict, digests: Mapping[str, str], fresh: bool = True) -> None:

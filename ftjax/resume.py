@@ -1,7 +1,7 @@
 """Going on with a run that a workdir holds: what is there, whether it may go on, and the state to go on from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from ftjax.training import metrics, optim
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.loop import Start
 from ftjax.training.state import init_state
+from ftjax.tree import Tree
 
 
 class Resume(NamedTuple):
@@ -146,16 +147,18 @@ def start(
     workdir: Path,
     checkpoints: Checkpoints,
     fingerprint: str,
+    begin: Callable[[Tree], None] = lambda variables: None,
 ) -> Start:
     """The state to begin with: fresh, or that of the checkpoint that is there; later checkpoints are set aside.
 
     The reference of a method that has one is rebuilt from the base and the seed, or the adapter that training went on
-    from, in both cases alike. fingerprint: of the data.
+    from, in both cases alike. fingerprint: of the data. begin: called with the variables that the run began with.
 
     Raises:
       UserError: the checkpoint is damaged or does not fit; the data is not what the run began with.
     """
     variables = assemble.load_variables(config, base, program.variables)
+    begin(variables)
     trainable, frozen = tree.partition(variables, program.is_trained)
     del variables  # the step donates the state: no second copy may stay alive
     if REFERENCE in program.frozen:

@@ -108,7 +108,8 @@ def _train(
         display.say("reading the weights")
         smaller = memory.smaller(config, mesh)
         with memory.exhausted("reading the weights", smaller):
-            start = resume.start(there, config, base, program, workdir, checkpoints, train_loader.fingerprint())
+            fingerprint = train_loader.fingerprint()
+            start = resume.start(there, config, base, program, workdir, checkpoints, fingerprint, evaluator.begin)
         distributed.meet_devices()
         if there.step is not None:
             display.say(f"resuming after step {there.step}")

@@ -37,8 +37,8 @@ def config_of(root, **changes):
     """A config with nothing set but model, data and what a test needs to be small."""
     config = configs.defaults()
     files = {"model.source": str(root / "model"), "data.train": (str(root / "train.jsonl"),)}
-    small = {"data.max_length": 96, "data.checks": "off", "adapter.rank": 4, "mesh.fsdp": 1, "checkpoint_every": 1000}
-    return configs.changed(config, files | small | changes)
+    small = {"data.max_length": 96, "data.checks": "off", "adapter.rank": 4, "mesh.fsdp": 1, "evaluate.general": ()}
+    return configs.changed(config, files | small | {"checkpoint_every": 1000} | changes)
 
 
 def test_dtypes_follow_the_devices_unless_they_are_given():

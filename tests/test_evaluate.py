@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from ftjax import assemble, evaluate, prompts, tree
 from ftjax import config as configs
 from ftjax.errors import UserError
-from ftjax.evals import comparison, shots
+from ftjax.evals import comparison, forgetting, shots
 from ftjax.evals.judge import Judge
 from ftjax.evaluate import Options
 from ftjax.models.params import abstract_params
@@ -51,6 +51,7 @@ def run(tmp_path_factory):
     config.data.train = (write(root / "train.jsonl", [row(i, True) for i in range(9)]),)
     config.data.batch_size, config.data.row_length, config.steps, config.accumulate = 2, 64, 1, 1
     config.data.max_length = 64
+    config.evaluate.general = ()
     given = {"adapter.rank": 2, "adapter.modules_to_save": ("norm",)}
     with Checkpoints(root / "run/checkpoints") as checkpoints:
         checkpoints.save(1, {"trainable": moved(assembled(root / "model", **given)).trained}, {})
@@ -58,6 +59,8 @@ def run(tmp_path_factory):
     held = [row(i, False) for i in range(12)]
     scored, plain = write(root / "scored.jsonl", held), write(root / "plain.jsonl", held[:10])
     config.data.eval = ({"source": scored, "score": "exact"}, plain)
+    texts = [{"text": f"Long ago {color} birds were in every garden.", "category": "tales"} for color in COLORS]
+    config.evaluate.general = (write(root / "texts.jsonl", texts),)
     config.evaluate.max_new_tokens = 4
     return root / "run", config
 
@@ -90,6 +93,12 @@ def test_everybody_is_measured_on_every_set(run, document):
     assert set(scored["samples"][0]["completions"]) == set(NAMES)
     assert document["verdict"] == f"scored: {scored['verdict']} rows: {rows['verdict']}"
     assert document["step"] == 1
+    (tales,) = document["forgetting"]["categories"]
+    assert (tales["name"], tales["texts"]) == ("tales", 6)
+    assert document["forgetting"]["change"] == pytest.approx(tales["tuned"] - tales["base"])
+    assert document["forgetting"]["change"] != 0
+    assert document["forgetting"]["kl"] > 0
+    assert document["forgetting"]["verdict"].startswith("general text: ")
 
 
 def test_the_base_and_its_examples_are_what_transformers_answers(run, document):
@@ -150,12 +159,14 @@ def test_the_same_command_measures_nothing_again(run, document, monkeypatch):
         raise AssertionError("measured again")
 
     monkeypatch.setattr(prompts, "complete", never)
+    monkeypatch.setattr(forgetting, "forgetting", never)
     again = evaluate.evaluate(workdir, OPTIONS._replace(price_in=4.0), config)
     first, second = ([its["answers"] for its in doc["sets"][0]["contestants"]] for doc in (document, again))
     assert first == second
     assert again["sets"][0]["contestants"][0]["cost"] > document["sets"][0]["contestants"][0]["cost"]
     fewer = evaluate.evaluate(workdir, OPTIONS._replace(only=("base",)), config)
     assert [its["name"] for its in fewer["sets"][0]["contestants"]] == NAMES  # what was measured stays
+    assert fewer["forgetting"] == document["forgetting"]
     with pytest.raises(AssertionError, match="measured again"):
         evaluate.evaluate(workdir, OPTIONS._replace(only=("base",), limit=5), config)
 

@@ -105,6 +105,8 @@ class Record:
 
     def drop_others(self, digests: dict[str, str]) -> None:
         """Takes out what another base or tuned model did. digests: of those that are compared, by kind."""
+        if self.document.get("forgetting", {}).get("model") != digests["tuned"]:
+            self.document.pop("forgetting", None)
         for entry in self.document["sets"]:
             kinds = {its["name"]: "tuned" if its["kind"] == "tuned" else "base" for its in entry["contestants"]}
             kept = [

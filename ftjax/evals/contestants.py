@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from ftjax import prompts
 from ftjax.assemble import Base
 from ftjax.errors import UserError
-from ftjax.evals import formats, instructions, shots
+from ftjax.evals import formats, rewrites, shots
 from ftjax.evals.comparison import Contestant, Model, Settings, digest_of, rows_together
 from ftjax.evals.heldout import HeldOut
-from ftjax.evals.instructions import UNCHANGED, Instruction, Tried, applied
+from ftjax.evals.rewrites import UNCHANGED, Instruction, Tried, applied
 from ftjax.evals.scored import Question
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
@@ -24,8 +24,7 @@ def with_shots(
     near: the nearest of each question, instead of the same ones for all.
     """
     chat = bool(base.tokenizer.chat_template)
-    length = {id(question): len(prompts.tokens(question.prompt, base.tokenizer)) for question in held.questions}
-    longest = max(held.questions, key=lambda question: length[id(question)])
+    longest = max(held.questions, key=lambda question: len(prompts.tokens(question.prompt, base.tokenizer)))
 
     def fits(examples: Sequence[Question], question: Question) -> bool:
         return len(prompts.tokens(shots.with_examples(question.prompt, examples, chat), base.tokenizer)) <= limit
@@ -71,10 +70,10 @@ def with_instruction(
 ) -> Contestant | None:
     """The base with the instruction that does best on `examples`; None, which is said, where none does better.
 
-    examples: training rows, with answers. given: what is tried; (): `instructions.rewrites`.
+    examples: training rows, with answers. given: what is tried; (): `rewrites.rewrites`.
     searches: {digest: what was tried and how it did}, of earlier searches; a new one is added.
     """
-    tried = list(given) or instructions.rewrites(formats.of_answers([its.expected for its in examples]))
+    tried = list(given) or rewrites.usual(formats.of_answers([its.expected for its in examples]))
     examples = examples[:budget]
     key = digest_of([base.digest, tried, budget, settings.max_new_tokens, [its.example for its in examples]])
 
@@ -95,9 +94,10 @@ def with_instruction(
 
     if key not in searches:
         try:
-            searches[key] = instructions.search(tried, len(examples), budget, answer)
+            searches[key] = rewrites.search(tried, len(examples), budget, answer)
         except UserError as error:
-            raise UserError(f"no search of an instruction on training rows: {error}") from error
+            hint = "--instruction_budget=0 does without a search of instructions on training rows"
+            raise UserError(f"{error}; {hint}") from error
     best = Tried(*searches[key][0])
     best = best._replace(instruction=Instruction(*best.instruction))
     spent = sum(Tried(*its).answers for its in searches[key])

@@ -15,7 +15,7 @@ from ftjax.assemble import Base
 from ftjax.atomic import write_text
 from ftjax.data.batch.loader import Loader
 from ftjax.errors import UserError
-from ftjax.evals import scored
+from ftjax.evals import forgetting, scored
 from ftjax.evals.scored import ScoredSet
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.reference import policy_and_reference
@@ -67,6 +67,13 @@ class Evaluator:
         self._samples = workdir / "samples.jsonl"
         self._preemption, self._display = preemption, display
         self._check_lengths()
+        asked = [prompt for prompts in self._prompts for prompt in prompts]
+        asked += forgetting.prompts_of(loader)
+        self._watch = forgetting.Watch(config, base, asked, lambda done, total: preemption.check())
+
+    def begin(self, variables: Tree) -> None:
+        """To be called before all else with the variables that training starts from, in runs that go on, too."""
+        self._watch.begin(variables)
 
     def __call__(self, step: int, trainable: Tree, frozen: Tree) -> dict[str, float]:
         metrics = {}
@@ -84,6 +91,9 @@ class Evaluator:
                 f"step {step}: {its.name} scores {found[its.metric]:.1%} on {len(its.questions)} examples"
                 + (f" ({self._config.samples} answers each; {told})" if told else "")
             )
+        if watched := self._watch(step, trainable, frozen):
+            metrics |= watched
+            self._display.say(f"step {step}: {forgetting.in_short(watched)}")
         return metrics
 
     def _heldout_metrics(self, trainable: Tree, frozen: Tree) -> dict[str, float]:

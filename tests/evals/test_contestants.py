@@ -6,8 +6,8 @@ import pytest
 
 from ftjax import config as configs
 from ftjax.errors import UserError
-from ftjax.evals import formats, instructions, shots
-from ftjax.evals.instructions import UNCHANGED, Instruction, applied
+from ftjax.evals import formats, rewrites, shots
+from ftjax.evals.rewrites import UNCHANGED, Instruction, applied
 from ftjax.evals.scored import Question
 from ftjax.prompts import Prompt
 
@@ -73,12 +73,12 @@ def test_an_instruction_takes_the_place_of_the_system_message_or_comes_before_th
 def test_instructions_are_those_of_the_file_a_line_each(tmp_path):
     path = tmp_path / "tries.txt"
     path.write_text("{system} Only JSON.\n\nBe brief.\n")
-    assert instructions.of_file(path) == [Instruction("{system} Only JSON."), Instruction("Be brief.")]
+    assert rewrites.of_file(path) == [Instruction("{system} Only JSON."), Instruction("Be brief.")]
     path.write_text("\n")
     with pytest.raises(UserError, match="is empty; write an instruction on each line"):
-        instructions.of_file(path)
+        rewrites.of_file(path)
     with pytest.raises(UserError, match="no such file"):
-        instructions.of_file(tmp_path / "none.txt")
+        rewrites.of_file(tmp_path / "none.txt")
 
 
 def test_the_search_spends_its_budget_on_the_better_ones():
@@ -90,16 +90,16 @@ def test_the_search_spends_its_budget_on_the_better_ones():
         asked.extend((rival.text, i) for rival in rivals for i in which)
         return [[skill.get(rival.text, (0.0, 1.0))] * len(which) for rival in rivals]
 
-    found = instructions.search(tried, 30, 40, answer)
+    found = rewrites.search(tried, 30, 40, answer)
     assert [its.instruction.text for its in found[:3]] == ["c", "d", UNCHANGED.text]  # of equal scores the valid one
     assert len(asked) == len(set(asked)) == sum(its.answers for its in found) <= 40
     assert found[0].answers > found[-1].answers
     assert found[0].score == 0.5
     skill.clear()
-    assert instructions.search(tried, 30, 40, answer)[0].instruction == UNCHANGED
-    assert max(its.answers for its in instructions.search(tried, 3, 400, answer)) == 3  # no more than there are
+    assert rewrites.search(tried, 30, 40, answer)[0].instruction == UNCHANGED
+    assert max(its.answers for its in rewrites.search(tried, 3, 400, answer)) == 3  # no more than there are
     with pytest.raises(UserError, match=r"--instruction_budget=4: 4 instructions and the prompt as it is"):
-        instructions.search(tried, 30, 4, answer)
+        rewrites.search(tried, 30, 4, answer)
 
 
 @pytest.mark.parametrize(

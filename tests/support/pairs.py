@@ -46,6 +46,7 @@ def config_of(root: Path, **changes) -> ConfigDict:
         "data.batch_size": 4,
         "mesh.fsdp": 1,
         "objective.name": "dpo",
+        "evaluate.general": (),
         "optimizer.learning_rate": 1e-2,
         "steps": 4,
     }
