@@ -8,6 +8,7 @@ ftjax help train                 what it takes
 import runpy
 import sys
 
+from ftjax import cli
 from ftjax.errors import did_you_mean
 
 # In the order in which they are used.
@@ -17,6 +18,7 @@ COMMANDS = {
     "plan": "whether a run fits a TPU slice that need not be there, and how fast it can be",
     "train": "fine-tune a model as a config says; the same command resumes",
     "sweep": "runs with other settings each, one after another or as a job array, and which is best",
+    "evaluate": "whether a run helped: its model against what prompts can do with its base, and a verdict",
     "generate": "text from a model, an adapter or a run: one prompt, a conversation, or a file of prompts",
     "harness": "EleutherAI's lm-evaluation-harness on a run or a model",
     "report": "what came of a run as one page, or of several beside each other",
@@ -39,7 +41,8 @@ def main() -> int | None:
         words = [*words[1:], *(["--help"] if len(words) > 1 else [])]
     if not words or words[0] in ("--help", "-h"):
         width = max(map(len, COMMANDS))
-        print(_USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())))
+        with cli.piped():
+            print(_USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())))
         return 0
     name = words[0].removeprefix("ftjax.").replace("-", "_")
     if name not in COMMANDS:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ftjax import config as configs
-from ftjax import distributed, lora, origin, quant, sharding, tree
+from ftjax import distributed, interpolation, lora, origin, quant, sharding, tree
 from ftjax.atomic import write_text
 from ftjax.data.pipeline import DataSpec
 from ftjax.data.tokens import templates
@@ -440,10 +440,12 @@ def load_run(
     step: int | None = None,
     moved: Mapping[str, str] | None = None,
     check: Callable[[ConfigDict, Base, Tree], None] | None = None,
+    share: float = 1.0,
 ) -> tuple[ConfigDict, Base, Tree, int]:
     """A run's (config, base, variables, step) from its checkpoint `step`, by default the newest.
 
     check: is called with the config, the base and the variables' shapes before any weights are read.
+    share: how far to go from the base to what was trained, 1 for all the way (see `interpolation`).
 
     What was trained, or where the run keeps one its average, comes from the checkpoint, without the optimizer's state,
     and only what was not from the base. The mesh is this machine's, not the run's. moved: {"model" or "adapter": where
@@ -469,7 +471,15 @@ def load_run(
             step, state, _ = checkpoints.restore(part, step, partial=True)
         result = state["kept"][AVERAGE] if averaged else state["trainable"]
         frozen = load_variables(config, base, run.variables, lambda path: not run.is_trained(path))
-        return config, base, tree.combine(result, frozen), step
+        variables = tree.combine(result, frozen)
+        return config, base, variables if share == 1 else _interpolated(base, run, variables, share), step
+
+
+def _interpolated(base: Base, run: Program, variables: Tree, share: float) -> Tree:
+    wanted = interpolation.changed(tree.flatten(run.variables), run.is_trained)
+    abstract, _ = tree.partition(run.variables["params"], wanted.__contains__)
+    params = tree.flatten(weights.load_params(base.reader, base.model.spec, abstract)) if wanted else {}
+    return interpolation.interpolated(variables, params, kernel, share)
 
 
 def _found(config: ConfigDict, moved: Mapping[str, str]) -> ConfigDict:

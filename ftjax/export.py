@@ -9,6 +9,8 @@
 merged), `merged` only of a run with an adapter. The dtype is that of the base's files (bfloat16 stays bfloat16), or of
 the run where the base is a GGUF; --dtype float32 keeps every bit that was trained.
 
+--interpolate 0.7 goes only so much of the way from the base to what was trained, in any format (docs/remedies.md).
+
 What is written is read back and compared before it takes its name; an --out that exists is never overwritten. Whole
 models are also loaded again and given prompts, in float32; parity.json in the directory (MODEL.gguf.parity.json beside
 a GGUF) says how far their logits are from the run's, and the export fails if they differ by more than the stored type
@@ -32,7 +34,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from ftjax import assemble, cli, distributed, exportable, lora, parity, tree
+from ftjax import assemble, cli, distributed, exportable, interpolation, lora, parity, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.atomic import room_for
@@ -66,16 +68,21 @@ assert _GGUF_STORES.keys() == GGUF_TYPES.keys()
 
 
 def export_peft(
-    workdir: Path, step: int | None, out: Path, vllm_rank: int | None = None, moved: Mapping[str, str] | None = None
+    workdir: Path,
+    step: int | None,
+    out: Path,
+    vllm_rank: int | None = None,
+    moved: Mapping[str, str] | None = None,
+    share: float = 1.0,
 ) -> int:
     """Writes the adapter alone; returns its step. Raises UserError for a run that trained the base itself.
 
     vllm_rank: the largest rank of the vLLM that is to read it (see `ftjax.weights.peft.vllm`); None: it is for peft.
-    moved: as in `load_run`.
+    moved, share: as in `load_run`.
     """
 
     check = functools.partial(exportable.check_peft, vllm_rank=vllm_rank)
-    run, base, variables, step = assemble.load_run(workdir, step, moved, check)
+    run, base, variables, step = assemble.load_run(workdir, step, moved, check, share)
     config = _effective(run, base)
     params, whole = tree.flatten(variables["params"]), assemble.trained_whole(run, base)
     ends = base.tokenizer.convert_ids_to_tokens(unnamed(base.reader.config, base.end_tokens))
@@ -101,6 +108,7 @@ def export_peft(
                 published=assemble.published(base),
                 ends=ends,
                 results=results(workdir, step),
+                notes=_of_share(share),
             ),
             generation=generation_config(exportable.model_config(base), _sampling(base)) if ends else None,
             save_tokenizer=functools.partial(_write_tokenizer, run, base) if _has_own_tokenizer(run) else None,
@@ -123,10 +131,11 @@ def export_model(
     dtype: str | None,
     gguf_type: str,
     moved: Mapping[str, str] | None = None,
+    share: float = 1.0,
 ) -> int:
     """Writes the whole model (`merged`, `hf` or `gguf`) with its parity.json; returns its step.
 
-    All processes of a run call it alike; `out` must be on a disk that they share. moved: as in `load_run`.
+    All processes of a run call it alike; `out` must be on a disk that they share. moved, share: as in `load_run`.
     """
     if format == "gguf" and distributed.count() > 1:
         raise UserError("--format gguf is for one process; export --format hf, and that with llama.cpp's converter")
@@ -136,7 +145,7 @@ def export_model(
     def check(config: ConfigDict, base: Base, variables: Tree) -> None:
         of_tokenizer.update(exportable.check_model(format, base, variables))
 
-    config, base, variables, step = assemble.load_run(workdir, step, moved, check)
+    config, base, variables, step = assemble.load_run(workdir, step, moved, check, share)
     came_of_it = results(workdir, step)
     config = _effective(config, base)
     mesh = jax.tree.leaves(variables)[0].sharding.mesh
@@ -149,7 +158,7 @@ def export_model(
 
     # A GGUF gets a temporary directory too, so that it and its parity.json appear only when both are complete.
     target = out.with_name(f".{out.name}.export") if format == "gguf" else out
-    notes = _notes(config, base, variables)
+    notes = _of_share(share) + _notes(config, base, variables)
     stored = _GGUF_STORES[gguf_type]
     if format != "gguf":
         stored = dtype or stored_dtype(base.reader, config.model.param_dtype)
@@ -163,6 +172,8 @@ def export_model(
         difference = parity.differences(expected, parity.logits(*parity.reload(written, mesh), texts, mesh))
         parity.check(difference, stored)
         about = {"run": workdir.resolve().name, "step": step, "format": format, "base_model": shown(base.source)}
+        if share != 1:
+            about["interpolate"] = share
         if notes:
             about["notes"] = notes
         report = parity.report(texts, stored, difference, base_difference, **about)
@@ -236,6 +247,15 @@ def _notes(config: ConfigDict, base: Base, variables: Tree) -> list[str]:
             "(tie_word_embeddings is false), and the head is the base's."
         )
     return notes
+
+
+def _of_share(share: float) -> list[str]:
+    if share == 1:
+        return []
+    return [
+        f"The weights are interpolated: {share:g} of the way from the base to what was trained. The run's evaluation "
+        "is of what was trained, at 1."
+    ]
 
 
 def _whole(base: Base, variables: Tree) -> tuple[DecoderSpec, Tree]:
@@ -339,15 +359,17 @@ def main(argv: list[str]) -> int:
         raise UserError(f"give --workdir (a run), --format ({', '.join(FORMATS)}) and --out (what to make)")
     workdir, out = Path(FLAGS.workdir), Path(FLAGS.out).absolute()
     check(FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type)
+    share = interpolation.check(FLAGS.interpolate)
     if FLAGS.format != "peft" and FLAGS.vllm:
         raise UserError("--vllm goes with --format peft; whole models are read by vLLM as they are")
     moved = {"model": FLAGS.model, "adapter": FLAGS.adapter}
     with distributed.connected(FLAGS):
         step = best.choose(workdir, FLAGS.step)
         if FLAGS.format == "peft":
-            step = export_peft(workdir, step, out, FLAGS.vllm_rank if FLAGS.vllm else None, moved)
+            step = export_peft(workdir, step, out, FLAGS.vllm_rank if FLAGS.vllm else None, moved, share)
         else:
-            step = export_model(workdir, step, FLAGS.format, out, FLAGS.dtype, FLAGS.gguf_type or "f16", moved)
+            gguf_type = FLAGS.gguf_type or "f16"
+            step = export_model(workdir, step, FLAGS.format, out, FLAGS.dtype, gguf_type, moved, share)
         if is_first():
             print(f"step {step} of {FLAGS.workdir} is in {FLAGS.out}")
     return 0
@@ -362,6 +384,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("format", None, FORMATS, "an adapter, a merged model, any whole model, or a GGUF")
     flags.DEFINE_string("out", None, "the directory, or the .gguf file, to make")
     flags.DEFINE_string("step", None, best.STEP_HELP)
+    flags.DEFINE_float("interpolate", 1.0, interpolation.HELP)
     flags.DEFINE_enum("dtype", None, configs.DTYPES, "of a merged or whole model (default: that of the base's files)")
     flags.DEFINE_boolean("vllm", False, "an adapter for vLLM: plain LoRA of one rank, or refused")
     flags.DEFINE_integer("vllm_rank", MAX_RANK, "the --max-lora-rank that vLLM is started with", lower_bound=1)

@@ -2,6 +2,7 @@
 
     python -m ftjax.generate --model M [--adapter A] --prompt "..."     M: Hugging Face id, directory, .gguf, package:X
     python -m ftjax.generate --workdir runs/quickstart --prompt "..."   the best checkpoint of a run
+    python -m ftjax.generate --workdir runs/quickstart --interpolate 0.7 --prompt "..."   so far from base to tuned
     python -m ftjax.generate --workdir runs/quickstart --chat           a conversation; an empty line ends it
     python -m ftjax.generate --workdir runs/quickstart --model M --prompt "..."   where the run's base is now at M
     python -m ftjax.generate --model M --adapter tickets=A,haiku=B --use haiku --chat
@@ -18,85 +19,24 @@ The prompt is put into the model's chat template where it has one; --raw leaves 
 the model's end tokens. --temperature 0 (the default) is greedy.
 """
 
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 from transformers import PreTrainedTokenizerFast
 
-from ftjax import assemble, cli, distributed, prompts, sharding, tree
+from ftjax import assemble, cli, distributed, interpolation, prompts
 from ftjax import config as configs
+from ftjax.adapted import NONE, load_model, parse_adapters
 from ftjax.assemble import Base
 from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
 from ftjax.evals import best
-from ftjax.models.params import abstract_params
 from ftjax.sampling.engine import stream
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
-from ftjax.tree import Tree
-from ftjax.weights.load import load_params
-from ftjax.weights.peft.adapter import open_adapter
-
-NONE = "none"  # the name of the base without an adapter
-
-
-def load_model(source: str, adapters: Mapping[str, str], dtype: str) -> tuple[Base, dict[str, Tree]]:
-    """(base, {name: variables}) over this machine's devices, of a model and PEFT adapters {name: directory}.
-
-    The adapters share the base's arrays; the name NONE has the base alone. Raises UserError for an
-    adapter that does not fit it or was trained on another base.
-    """
-    config = configs.defaults()
-    config.model.source, config.model.dtype, config.model.param_dtype = source, dtype, dtype
-    base = assemble.open_base(config.model, adapter=_with_tokenizer(adapters))
-    stored = {name: open_adapter(Path(path), base.model.spec) for name, path in adapters.items()}
-    facts = assemble.base_facts(config, base) if stored else None
-    for adapter in stored.values():
-        adapter.check_base(facts, base.reader)
-    mesh = sharding.make_mesh({"fsdp": -1})
-    params = load_params(base.reader, base.model.spec, abstract_params(base.model, mesh))
-    variables = {NONE: {"params": params}}
-    for name, adapter in stored.items():
-        adapters, saved = adapter.read()
-        leaves = tree.flatten(params)
-        for path, values in saved.items():
-            leaves[path] = jax.device_put(values.astype(leaves[path].dtype), leaves[path].sharding)
-        lora = jax.device_put(adapters, sharding.replicated(mesh))
-        variables[name] = {"params": tree.unflatten(leaves), "lora": lora}
-    return base, variables
-
-
-def _with_tokenizer(adapters: Mapping[str, str]) -> Path | None:
-    """The adapter that brings the tokenizer of all, if there is one; UserError where two bring different ones."""
-    brought = {name: Path(path).expanduser() for name, path in adapters.items()}
-    brought = {name: path for name, path in brought.items() if (path / "tokenizer.json").is_file()}
-    first = next(iter(brought), None)
-    for name, path in brought.items():
-        for file in ("tokenizer.json", "chat_template.jinja"):
-            contents = [(at / file).read_bytes() if (at / file).is_file() else b"" for at in (path, brought[first])]
-            if contents[0] != contents[1]:
-                raise UserError(f"--adapter: {first} and {name} have another {file} each; use them one at a time")
-    return brought.get(first)
-
-
-def parse_adapters(text: str) -> dict[str, str]:
-    """{name: directory} of "DIR", whose name is then "adapter", or "name=DIR,other=DIR2"."""
-    if not re.match(r"[\w-]+=", text):
-        return {"adapter": text}
-    directories: dict[str, str] = {}
-    for part in text.split(","):
-        name, _, directory = part.partition("=")
-        if not re.fullmatch(r"[\w-]+", name) or not directory:
-            raise UserError(f"--adapter: {part!r} is not NAME=DIRECTORY, with commas between several")
-        if name in directories or name == NONE:
-            raise UserError(f"--adapter: the name {name!r} is " + ("the base's own" if name == NONE else "there twice"))
-        directories[name] = directory
-    return directories
 
 
 def initial_adapter(name: str | None, names: Iterable[str]) -> str:
@@ -143,6 +83,9 @@ def main(argv: list[str]) -> int:
         raise UserError("--raw gives the prompt as it is; it takes no --system and no --chat")
     if FLAGS.workdir and FLAGS["dtype"].present:
         raise UserError("--dtype goes with --model alone; a --workdir has the dtype of its config")
+    if not FLAGS.workdir and FLAGS["interpolate"].present:
+        raise UserError("--interpolate goes with --workdir: it is between the base of a run and what was trained")
+    share = interpolation.check(FLAGS.interpolate)
     distributed.refuse_several("ftjax.generate")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
     if FLAGS.prompts:
@@ -155,7 +98,7 @@ def main(argv: list[str]) -> int:
     else:
         in_use = "run"
         workdir, moved = Path(FLAGS.workdir), {"model": FLAGS.model, "adapter": FLAGS.adapter}
-        _, base, trained, _ = assemble.load_run(workdir, best.choose(workdir, FLAGS.step), moved)
+        _, base, trained, _ = assemble.load_run(workdir, best.choose(workdir, FLAGS.step), moved, share=share)
         variables = {in_use: trained}
 
     def answer(prompt: np.ndarray) -> str:
@@ -182,19 +125,12 @@ def main(argv: list[str]) -> int:
         answer(prompts.tokens(asked[0], base.tokenizer, FLAGS.system or "", FLAGS.raw))
     else:
         with Display(1) as display:
-            completions = prompts.complete(
-                base,
-                variables[in_use],
-                asked,
-                FLAGS.max_new_tokens,
-                sampling,
-                FLAGS.batch_size,
-                display,
-                FLAGS.system or "",
-                FLAGS.raw,
+            ids = prompts.encode(asked, base, FLAGS.max_new_tokens, FLAGS.system or "", FLAGS.raw)
+            answers = prompts.complete(
+                base, variables[in_use], ids, FLAGS.max_new_tokens, sampling, FLAGS.batch_size, display
             )
-            prompts.write(Path(FLAGS.out), asked, completions)
-            display.say(f"{len(completions):,} completions are in {FLAGS.out}")
+            prompts.write(Path(FLAGS.out), asked, [answer.text for answer in answers])
+            display.say(f"{len(answers):,} completions are in {FLAGS.out}")
     return 0
 
 
@@ -226,6 +162,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("use", None, "which of several adapters; none: the base alone")
     flags.DEFINE_string("workdir", None, "a run of ftjax.train; --model and --adapter beside it: where its own are now")
     flags.DEFINE_string("step", None, best.STEP_HELP)
+    flags.DEFINE_float("interpolate", 1.0, interpolation.HELP)
     flags.DEFINE_string("prompt", None, "what to answer; - reads it from standard input")
     flags.DEFINE_string(
         "prompts", None, "a file of prompts to answer: .txt, one a line, or rows as training reads them"

@@ -210,6 +210,14 @@ def pissa(params: Tree, adapters: Tree) -> tuple[Tree, Tree]:
     return tree.unflatten(leaves), tree.unflatten(modules)
 
 
+def of_whole_base(parts: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """PiSSA's adapter of a module as one of W as it was: A B - A0 B0, as one product of twice the rank."""
+    a = jnp.concatenate([parts["lora_a"], parts["lora_a0"]], axis=-1)
+    b = jnp.concatenate([parts["lora_b"], -parts["lora_b0"]], axis=-2)
+    others = {name: leaf for name, leaf in parts.items() if name not in ("lora_a0", "lora_b0")}
+    return others | {"lora_a": a, "lora_b": b}
+
+
 def merge(params: Tree, adapters: Tree) -> Tree:
     """W + scale A B for every adapted layer, with DoRA's norms; in float32, then cast back to W's dtype."""
     leaves = tree.flatten(params)

@@ -2,12 +2,14 @@
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from ftjax.assemble import Base
@@ -16,7 +18,7 @@ from ftjax.data.format.prompt import prompt_of
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
-from ftjax.sampling.engine import generate
+from ftjax.sampling.engine import generate, rows_per_batch
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
 from ftjax.tree import Tree
@@ -88,39 +90,81 @@ def tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerFast, system: str = "",
     return render_prompt(turns, tokenizer, fields.get("tools"), prompt.origin)
 
 
-def complete(
-    base: Base,
-    variables: Tree,
+class Answer(NamedTuple):
+    """A completion; its tokens are with the one that ended it."""
+
+    text: str
+    prompt_tokens: int
+    generated_tokens: int
+
+
+def encode(
     prompts: Sequence[Prompt],
+    base: Base,
     max_new_tokens: int,
-    sampling: Sampling,
-    batch_size: int,
-    display: Display,
     system: str = "",
     raw: bool = False,
-) -> list[str]:
-    """The completion of every prompt, in their order; see `sampling.engine.generate`, and `tokens` for the rest."""
+    key: str = "--max_new_tokens",
+) -> list[np.ndarray]:
+    """The `tokens` of every prompt; UserError for one that leaves no room for an answer. key: what limits answers."""
     ids = [tokens(prompt, base.tokenizer, system, raw) for prompt in prompts]
     positions = base.model.spec.max_position_embeddings
     for prompt, array in zip(prompts, ids, strict=True):
         if len(array) + max_new_tokens > positions:
             raise UserError(
-                f"{prompt.origin}: its {len(array)} tokens and --max_new_tokens={max_new_tokens} exceed the model's "
-                f"{positions} positions; shorten it, or lower --max_new_tokens"
+                f"{prompt.origin}: its {len(array)} tokens and {key}={max_new_tokens} exceed the model's {positions} "
+                f"positions; shorten it, or lower {key}"
             )
+    return ids
+
+
+def complete(
+    base: Base,
+    variables: Tree,
+    ids: Sequence[np.ndarray],
+    max_new_tokens: int,
+    sampling: Sampling,
+    batch_size: int,
+    display: Display,
+    what: str = "completing",
+) -> list[Answer]:
+    """The answers to prompts that `encode` made, in their order; see `sampling.engine.generate`."""
     shown = 0
-    with jax.set_mesh(jax.tree.leaves(variables)[0].sharding.mesh), display.counter("completing", len(ids)) as advance:
+    with jax.set_mesh(_mesh(variables)), display.counter(what, len(ids)) as advance:
 
         def on_progress(done: int, total: int) -> None:
             nonlocal shown
             advance(done)
             if not display.console.is_terminal and (done - shown >= total / 10 or done == total):
                 shown = done
-                display.say(f"completed {done:,} of {total:,}")
+                display.say(f"{what}: {done:,} of {total:,}")
 
         ends = base.end_tokens
-        done = generate(base.model, variables, ids, max_new_tokens, ends, sampling, batch_size, on_progress)
-    return [base.tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in done]
+        made = generate(base.model, variables, ids, max_new_tokens, ends, sampling, batch_size, on_progress)
+    texts = [base.tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in made]
+    counts = [len(completion.tokens) + completion.stopped for completion in made]
+    return [Answer(text, len(prompt), count) for text, prompt, count in zip(texts, ids, counts, strict=True)]
+
+
+def seconds_per_answer(
+    base: Base, variables: Tree, ids: Sequence[np.ndarray], max_new_tokens: int, batch_size: int
+) -> tuple[float, int]:
+    """(seconds of a batch over its answers, how many these are): the greedy answers to the prompts of medium length.
+
+    Call it after `complete` with the same arguments: nothing is compiled then.
+    """
+    with jax.set_mesh(_mesh(variables)):
+        rows = min(rows_per_batch(len(ids), batch_size), len(ids))
+        by_length = sorted(ids, key=len)
+        first = (len(ids) // rows // 2) * rows
+        batch = by_length[first : first + rows] if first + rows <= len(ids) else by_length[-rows:]
+        began = time.perf_counter()
+        generate(base.model, variables, batch, max_new_tokens, base.end_tokens, Sampling(), rows)
+        return (time.perf_counter() - began) / rows, rows
+
+
+def _mesh(variables: Tree) -> Mesh:
+    return jax.tree.leaves(variables)[0].sharding.mesh
 
 
 def check_out(out: Path) -> None:

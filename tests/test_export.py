@@ -254,30 +254,33 @@ def test_a_model_trained_whole_is_stored_as_its_base_or_to_the_last_bit(full, tm
         assert "SFT of all parameters" in card.text
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_interpolated_export_is_on_the_line_from_the_base_to_the_run(root, ours, tmp_path, record_figure):
+    """Against the line between two of transformers' models."""
+    export.export_peft(root / "run", None, tmp_path / "adapter", share=0.3)
+    export.export_model(root / "run", None, "hf", tmp_path / "model", None, "f16", share=0.3)
+    between, merged = (AutoModelForCausalLM.from_pretrained(root / name) for name in ("model", "merged"))
+    tuned = merged.state_dict()
+    between.load_state_dict({name: value.lerp(tuned[name], 0.3) for name, value in between.state_dict().items()})
+    with torch.no_grad():
+        expected = between(torch.tensor(ours[0][None], dtype=torch.long)).logits[0].numpy()
+    assert np.abs(expected - ours[1]).max() > 0.5
+    base = AutoModelForCausalLM.from_pretrained(root / "model")
+    for model in (peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), tmp_path / "model"):
+        model = AutoModelForCausalLM.from_pretrained(model) if model == tmp_path / "model" else model
+        assert_same_logits(model, (ours[0], expected), record_figure)
+    said = parity_of(tmp_path / "model/parity.json")
+    assert (said["interpolate"], said["relative_difference"] < 1e-5) == (0.3, True)
+    for card in (tmp_path / "adapter/README.md", tmp_path / "model/README.md"):
+        assert "0.3 of the way from the base" in card.read_text()
+
+
 def test_a_run_without_an_adapter_has_none_to_merge_or_write(full, tmp_path):
     with pytest.raises(UserError, match=r"no adapter to merge .* use --format hf"):
         export.export_model(full, None, "merged", tmp_path / "out", None, "f16")
     with pytest.raises(UserError, match=r"no adapter .* use --format hf"):
         export.export_peft(full, None, tmp_path / "out")
     assert not files(tmp_path)
-
-
-def test_what_a_format_cannot_hold_is_said_before_the_first_step(root, tmp_path, monkeypatch):
-    config = runpy.run_path(str(root / "run.py"))["get_config"]()
-    config.adapter.kind, config.adapter.rank, config.export_formats = "none", 16, ("hf", "merged")
-    with pytest.raises(UserError, match=r"export_formats: 'merged' would be refused at the end: .* no adapter"):
-        train(config, tmp_path / "whole")
-    config = runpy.run_path(str(root / "run.py"))["get_config"]()
-    config.export_formats = ("peft", "gguf")
-    refused = UserError("a GGUF file cannot hold this tokenizer")
-    monkeypatch.setattr("ftjax.exportable.to_metadata", lambda *_: (_ for _ in ()).throw(refused))
-    with pytest.raises(UserError, match=r"'gguf' would be refused at the end: a GGUF file cannot hold this tokenizer"):
-        train(config, tmp_path / "adapter")
-    for name in ("whole", "adapter"):
-        assert not (tmp_path / name / "config.json").exists()  # nothing was begun
-    config.export_formats = ("onnx",)
-    with pytest.raises(UserError, match=r"export_formats=.*some of peft, merged, hf, gguf"):
-        train(config, tmp_path / "onnx")
 
 
 def short_run(root, workdir, quantized="none", steps=2, **adapter):
@@ -473,7 +476,7 @@ def test_mistakes_are_told(root, arguments, words):
 def test_no_format_drops_a_head(root, tmp_path, monkeypatch, format):
     load = assemble.load_run
 
-    def with_head(workdir, step, moved, check):
+    def with_head(workdir, step, moved, check, share):
         return load(workdir, step, moved, lambda config, base, variables: check(config, base, variables | heads))
 
     heads = {"heads": {"score": np.zeros(8, np.float32)}}

@@ -18,7 +18,7 @@ FLOORS = [
     {"config_flag"},
     {"sharding", "quant"},
     {"models"},
-    {"lora", "tasks"},
+    {"interpolation", "lora", "tasks"},
     {"weights.hf"},
     {"weights.gguf"},
     {"weights"},
@@ -36,11 +36,11 @@ FLOORS = [
     {"assemble"},
     {"memory"},
     {"choices"},
-    {"prompts"},
+    {"adapted", "prompts"},
     {"evals"},
     {"describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
     {"planning"},
-    {"__main__", "train", "sweep", "generate", "report", "export", "harness"}
+    {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness"}
     | {"plan", "inspect_data", "curate", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -40,23 +40,27 @@ def rows(tmp_path):
 
 
 def complete(loaded, asked, **options):
+    base, variables = loaded
+    ids = prompts.encode(asked, base, 6, **options)
     with Display(1) as display:
-        return prompts.complete(*loaded, asked, 6, Sampling(), 4, display, **options)
+        return prompts.complete(base, variables, ids, 6, Sampling(), 4, display)
 
 
 def test_a_file_is_answered_in_its_order_as_transformers_does(model, loaded, rows, tmp_path, capsys):
     asked, tokenizer = prompts.of_file(rows), loaded[0].tokenizer
-    completions = complete(loaded, asked)
+    answers = complete(loaded, asked)
+    completions = [answer.text for answer in answers]
     theirs = AutoModelForCausalLM.from_pretrained(model)
-    for prompt, completion in zip(asked, completions, strict=True):
+    for prompt, answer in zip(asked, answers, strict=True):
         ids = torch.tensor(prompts.tokens(prompt, tokenizer)[None], dtype=torch.long)
         mask, ends = torch.ones_like(ids), list(loaded[0].end_tokens)
         made = theirs.generate(
             ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=ends, pad_token_id=0
         )
-        assert completion == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        assert answer.text == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        assert answer[1:] == (ids.shape[1], made.shape[1] - ids.shape[1])
     assert len(set(completions)) > 1
-    assert "completed 4 of 4" in capsys.readouterr().out
+    assert "completing: 4 of 4" in capsys.readouterr().out
     prompts.write(tmp_path / "out.jsonl", asked, completions)
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["completion"] for row in written] == completions

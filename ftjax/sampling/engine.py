@@ -63,7 +63,7 @@ def generate(
         raise UserError(f"batch_size={batch_size}: use 1 or more")
     if not prompts:
         return []
-    rows = _rows_per_batch(len(prompts), batch_size)
+    rows = rows_per_batch(len(prompts), batch_size)
     # Prompts of similar length share a batch, which saves computing padding.
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     is_stop = _stop_mask(model, stop_tokens)
@@ -256,7 +256,7 @@ def _static(sampling: Sampling) -> Sampling:
     return dataclasses.replace(sampling, seed=0) if sampling.temperature else Sampling()
 
 
-def _rows_per_batch(prompts: int, batch_size: int) -> int:
+def rows_per_batch(prompts: int, batch_size: int) -> int:
     """The size of equal batches, so that the last one has few dummy rows, rounded up to what the mesh divides."""
     rows = math.ceil(prompts / math.ceil(prompts / batch_size))
     mesh = jax.sharding.get_mesh()

@@ -28,6 +28,7 @@ def model_card(
     published: str = "",
     ends: Sequence[str] = (),
     results: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """Markdown with YAML front matter as the Hub reads it.
 
@@ -35,10 +36,11 @@ def model_card(
     method. base: where the base model is; its own card, if it has one, gives the license, and nothing else does.
     evaluation: the last `eval_*` metrics of the run. parity: `parity.json`, where there is one. published: the Hub's id
     of the model in a GGUF base, where the file says it. ends: end tokens that the base of an adapter does not name, but
-    the generation_config.json beside it. results: what came of the run, in sentences.
+    the generation_config.json beside it. results: what came of the run, in sentences. notes: what else a user should
+    know, before those of `parity`.
     """
     source, sources = config.model.source, configs.sources(config, "train")
-    notes = list((parity or {}).get("notes", ()))
+    notes = [*notes, *(parity or {}).get("notes", ())]
     if library == "peft" and config.quantize.base != "none":
         notes.append(
             f"The adapter was trained beside the base stored as {config.quantize.base}. Beside the base in another "

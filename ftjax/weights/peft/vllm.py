@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 import jax.numpy as jnp
 
-from ftjax import tree
+from ftjax import lora, tree
 from ftjax.errors import UserError
 from ftjax.tree import Tree
 from ftjax.weights.peft.adapter import rank_of
@@ -35,10 +35,8 @@ def uniform(adapters: Tree, saved: Collection[str], max_rank: int = MAX_RANK) ->
         raise UserError(f"--vllm: vLLM does not take {', '.join(wrong)}; use --format merged, or peft without --vllm")
     out = {}
     for module, parts in modules.items():
-        a, b, scale = (parts[part] for part in ("lora_a", "lora_b", "lora_scale"))
-        if "lora_a0" in parts:
-            a = jnp.concatenate([a, parts["lora_a0"]], axis=-1)
-            b = jnp.concatenate([b, -parts["lora_b0"]], axis=-2)
+        plain = lora.of_whole_base(parts) if "lora_a0" in parts else parts
+        a, b, scale = (plain[part] for part in ("lora_a", "lora_b", "lora_scale"))
         b = b * jnp.asarray(scale)[..., None, None]
         missing, before = rank - a.shape[-1], [(0, 0)] * (a.ndim - 2)
         out[f"{module}/lora_a"] = jnp.pad(a, [*before, (0, 0), (0, missing)])

@@ -1,0 +1,72 @@
+"""A model with adapters as PEFT directories, loaded: what is used without being a run."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from ftjax import assemble, sharding, tree
+from ftjax import config as configs
+from ftjax.assemble import Base
+from ftjax.errors import UserError
+from ftjax.models.params import abstract_params
+from ftjax.tree import Tree
+from ftjax.weights.load import load_params
+from ftjax.weights.peft.adapter import open_adapter
+
+NONE = "none"  # the name of the base without an adapter
+
+
+def load_model(source: str, adapters: Mapping[str, str], dtype: str) -> tuple[Base, dict[str, Tree]]:
+    """(base, {name: variables}) over this machine's devices, of a model and PEFT adapters {name: directory}.
+
+    The adapters share the base's arrays; the name NONE has the base alone. Raises UserError for an
+    adapter that does not fit it or was trained on another base.
+    """
+    config = configs.defaults()
+    config.model.source, config.model.dtype, config.model.param_dtype = source, dtype, dtype
+    base = assemble.open_base(config.model, adapter=_with_tokenizer(adapters))
+    stored = {name: open_adapter(Path(path), base.model.spec) for name, path in adapters.items()}
+    facts = assemble.base_facts(config, base) if stored else None
+    for adapter in stored.values():
+        adapter.check_base(facts, base.reader)
+    mesh = sharding.make_mesh({"fsdp": -1})
+    params = load_params(base.reader, base.model.spec, abstract_params(base.model, mesh))
+    variables = {NONE: {"params": params}}
+    for name, adapter in stored.items():
+        adapters, saved = adapter.read()
+        leaves = tree.flatten(params)
+        for path, values in saved.items():
+            leaves[path] = jax.device_put(values.astype(leaves[path].dtype), leaves[path].sharding)
+        lora = jax.device_put(adapters, sharding.replicated(mesh))
+        variables[name] = {"params": tree.unflatten(leaves), "lora": lora}
+    return base, variables
+
+
+def _with_tokenizer(adapters: Mapping[str, str]) -> Path | None:
+    """The adapter that brings the tokenizer of all, if there is one; UserError where two bring different ones."""
+    brought = {name: Path(path).expanduser() for name, path in adapters.items()}
+    brought = {name: path for name, path in brought.items() if (path / "tokenizer.json").is_file()}
+    first = next(iter(brought), None)
+    for name, path in brought.items():
+        for file in ("tokenizer.json", "chat_template.jinja"):
+            contents = [(at / file).read_bytes() if (at / file).is_file() else b"" for at in (path, brought[first])]
+            if contents[0] != contents[1]:
+                raise UserError(f"--adapter: {first} and {name} have another {file} each; use them one at a time")
+    return brought.get(first)
+
+
+def parse_adapters(text: str) -> dict[str, str]:
+    """{name: directory} of "DIR", whose name is then "adapter", or "name=DIR,other=DIR2"."""
+    if not re.match(r"[\w-]+=", text):
+        return {"adapter": text}
+    directories: dict[str, str] = {}
+    for part in text.split(","):
+        name, _, directory = part.partition("=")
+        if not re.fullmatch(r"[\w-]+", name) or not directory:
+            raise UserError(f"--adapter: {part!r} is not NAME=DIRECTORY, with commas between several")
+        if name in directories or name == NONE:
+            raise UserError(f"--adapter: the name {name!r} is " + ("the base's own" if name == NONE else "there twice"))
+        directories[name] = directory
+    return directories
