@@ -85,7 +85,8 @@ class Evaluator:
         asked = [[its.metric, [question.example for question in its.questions]] for its in self._sets]
         answers = ("max_new_tokens", "samples", "temperature")  # settings that a score depends on
         settings = [self._config[key] for key in answers if asked]
-        whole = json.dumps([rows, asked, settings], sort_keys=True, default=str)
+        general = [list(self._config.general), self._config.general_tokens]
+        whole = json.dumps([rows, asked, settings, general], sort_keys=True, default=str)
         return hashlib.sha256(whole.encode()).hexdigest()[:8]
 
     def __call__(self, step: int, trainable: Tree, frozen: Tree) -> dict[str, float]:
