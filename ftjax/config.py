@@ -134,6 +134,9 @@ KEYS: dict[str, Key] = {
     "objective.label_smoothing": Key(0.0, number(0, 0.99)),
     # sft: so much of log(Z)^2 is added, Z being the sum of a softmax; 1e-4 is usual
     "objective.z_loss": Key(0.0, number(0)),
+    # sft: so much of KL(the model before training || now) is what a token of a replayed source counts, instead of its
+    # cross-entropy; 0: its cross-entropy, as any other's
+    "objective.kl_coef": Key(0.0, number(0)),
     "objective.beta": Key(0.1, number(1e-6)),  # dpo: how strongly the reference holds the policy
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.
@@ -142,6 +145,8 @@ KEYS: dict[str, Key] = {
     "optimizer.b2": Key(0.999, number(0, 1)),
     "optimizer.eps": Key(1e-8, number(0)),
     "optimizer.weight_decay": Key(0.0, number(0)),
+    # L2-SP: a decay towards the values that training starts from, where weight decay is one towards zero
+    "optimizer.l2_sp": Key(0.0, number(0)),
     "optimizer.clip_norm": Key(1.0, number(0)),  # global gradient norm; 0 turns clipping off
     # LoRA+: how much larger the learning rate of lora_b is; 16 is usual
     "optimizer.loraplus_ratio": Key(1.0, number(1e-3)),
@@ -210,6 +215,7 @@ ENTRY_OPTIONS = {
     "format": Check(lambda value: isinstance(value, str), "a string"),
     "split": Check(lambda value: isinstance(value, str), "a string"),
     "weight": Check(lambda value: type(value) in (int, float) and 0 < value < math.inf, "a positive, finite number"),
+    "replay": Check(lambda value: type(value) is float and 0 < value < 1, "a share between 0 and 1, such as 0.2"),
     "limit": Check(lambda value: type(value) is int and value > 0, "a positive whole number"),
     "columns": Check(
         lambda value: hasattr(value, "items") and value and all(isinstance(s, str) for s in (*value, *value.values())),
@@ -313,6 +319,7 @@ def validate(config: ConfigDict, data: bool = True) -> None:
         for entry in sources(config, which):
             if which == "eval" and entry["source"].startswith(("tfds:", "hf:")) and "split" not in entry:
                 raise UserError(f"config.data.eval: say which split of {entry['source']}, as {{'source', 'split'}}")
+    _check_replay(config)
     evaluated = [json.dumps(entry, sort_keys=True) for entry in sources(config, "eval")]
     if twice := sorted({entry for entry in evaluated if evaluated.count(entry) > 1}):
         raise UserError(f"config.data.eval: {twice[0]} stands there twice")
@@ -326,8 +333,9 @@ def evaluates(config: ConfigDict) -> bool:
 def source_entry(entry: Any, key: str) -> dict[str, Any]:
     """One entry of data.train or data.eval, a string or a mapping, as a dict of "source" and, where given, options.
 
-    Options: "format" and "split" (strings), "weight" (how many times an epoch has each row), "limit" (rows at most),
-    "columns" (our names of columns -> the source's).
+    Options: "format" and "split" (strings), "weight" (how many times an epoch has each row), "replay" (instead, the
+    share of an epoch's trained tokens that are the source's), "limit" (rows at most), "columns" (our names of columns
+    -> the source's).
     """
     if isinstance(entry, str):
         return {"source": entry}
@@ -342,6 +350,25 @@ def source_entry(entry: Any, key: str) -> dict[str, Any]:
         if not check.holds(value):
             raise UserError(f"config.{key}: {name!r} of entry {dict(entry)} must be {check.wanted}")
     return {name: dict(value) if name == "columns" else value for name, value in entry.items()}
+
+
+def _check_replay(config: ConfigDict) -> None:
+    if wrong := [entry["source"] for entry in sources(config, "eval") if "replay" in entry]:
+        raise UserError(f"config.data.eval: {wrong[0]} has the option 'replay', which is for data.train; leave it out")
+    train = sources(config, "train")
+    if both := [entry["source"] for entry in train if {"weight", "replay"} <= entry.keys()]:
+        raise UserError(f"config.data.train: 'weight' and 'replay' of {both[0]} both say how often; leave one out")
+    total = sum(entry.get("replay", 0) for entry in train)
+    if total >= 1 or (train and all("replay" in entry for entry in train)):
+        raise UserError(
+            f"config.data.train: the shares 'replay' are {total:g} together, beside {len(train)} sources in all; they "
+            "must leave room for a source without, which the run is to learn"
+        )
+
+
+def replays(config: ConfigDict) -> bool:
+    """Whether a source of data.train is replayed: general data, against forgetting."""
+    return any("replay" in entry for entry in sources(config, "train"))
 
 
 def sources(config: ConfigDict, which: str) -> list[dict[str, Any]]:
