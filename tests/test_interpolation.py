@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from support.adapted import assembled, moved
 from support.peft_witness import base_in_torch
+from support.runs import command, finish
 from support.tiny import one_device
 
 from ftjax import assemble, interpolation, tree
@@ -79,3 +80,8 @@ def test_the_share_is_above_0_and_at_most_1():
     for share in (0.0, -0.5, 1.5, float("nan")):
         with pytest.raises(UserError, match=f"--interpolate={share:g}: it must be above 0"):
             interpolation.check(share)
+
+
+def test_generate_refuses_it_without_a_run():
+    said = finish(command("ftjax.generate", "--model=m", "--prompt=p", "--interpolate=0.5"), status=2)
+    assert "--interpolate goes with --workdir" in said
