@@ -163,7 +163,8 @@ def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) ->
     method = method_of(config)
     variables, is_trained = abstract_variables(config, model, mesh, method.head)
     trainable, frozen = tree.partition(variables, is_trained)
-    if not starts_as_base(config, trainable) and (method.reference or _watches_forgetting(config, trainable)):
+    watched = method.reference or _watches_forgetting(config, trainable)
+    if config.optimizer.l2_sp or (watched and not starts_as_base(config, trainable)):
         frozen = frozen_with_reference(frozen, trainable)
     schedule = optim.make_schedule(learning_rate(config), config.schedule, total_steps)
     optim.rate_factors(config.optimizer, list(tree.flatten(trainable)))  # for its errors

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,17 +10,11 @@ from ml_collections import ConfigDict
 
 from ftjax import foreign
 from ftjax.atomic import write_text
+from ftjax.config_checks import ANY, LAYERS, Check, losses, number, one_of, pairs, some_of, tokens
 from ftjax.errors import UserError, did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHIPPED = "general"  # as a source of config.evaluate.general: the texts that come with this package
-
-
-class Check(NamedTuple):
-    """What a value must be."""
-
-    holds: Callable[[Any], Any]
-    wanted: str
 
 
 class Key(NamedTuple):
@@ -29,66 +23,6 @@ class Key(NamedTuple):
     default: Any
     check: Check
 
-
-def one_of(*values: str) -> Check:
-    return Check(lambda value: value in values, f"one of {', '.join(values)}")
-
-
-def several(*values: str) -> Check:
-    return Check(lambda given: set(given) <= set(values), f"some of {', '.join(values)}")
-
-
-def number(low: float, high: float = math.inf) -> Check:
-    wanted = f"a number from {low:g} to {high:g}" if high < math.inf else f"a finite number, {low:g} or more"
-    return Check(lambda value: math.isfinite(value) and low <= value <= high, wanted)
-
-
-def pairs(kind: type) -> Check:
-    def holds(value: Any) -> bool:
-        entries = [entry for entry in value if isinstance(entry, tuple | list) and len(entry) == 2]
-        fits = [type(pattern) is str and type(number) in (int, kind) and number > 0 for pattern, number in entries]
-        return len(entries) == len(value) and all(fits)
-
-    return Check(holds, f"pairs of a regular expression and a positive {kind.__name__}, such as (('self_attn', 8),)")
-
-
-def tokens() -> Check:
-    def holds(value: Any) -> bool:
-        plain = all(type(token) is str and token and token == token.strip() for token in value)
-        return plain and len(set(value)) == len(value)
-
-    return Check(holds, "different tokens without white space around them, such as ('<|call|>',)")
-
-
-def some_of(*names: str) -> Check:
-    def holds(value: Any) -> bool:
-        return all(name in names for name in value) and len(set(value)) == len(value)
-
-    return Check(holds, f"some of {', '.join(names)}")
-
-
-def losses() -> Check:
-    def holds(value: Any) -> bool:
-        entries = [(entry, 1.0) if isinstance(entry, str) else entry for entry in value]
-        fits = [isinstance(entry, tuple | list) and len(entry) == 2 for entry in entries]
-        return all(fits) and all(
-            type(name) is str and type(weight) in (int, float) and 0 < weight < math.inf for name, weight in entries
-        )
-
-    return Check(holds, "names, or pairs of a name and a positive weight, such as ('sigmoid', ('sft', 0.2))")
-
-
-ANY = Check(lambda value: True, "anything")
-
-
-def _is_layers(text: str) -> bool:
-    parts = [part.split("-") for part in text.split(",")]
-    return not text or all(
-        len(ends) < 3 and all(end.isdecimal() for end in ends) and int(ends[0]) <= int(ends[-1]) for ends in parts
-    )
-
-
-LAYERS = Check(_is_layers, "numbers and ranges of layers, such as '0-7,20'")
 
 # Every key with its default and its check, in the order of the sections of a config.
 KEYS: dict[str, Key] = {
@@ -157,6 +91,9 @@ KEYS: dict[str, Key] = {
     "objective.label_smoothing": Key(0.0, number(0, 0.99)),
     # sft: so much of log(Z)^2 is added, Z being the sum of a softmax; 1e-4 is usual
     "objective.z_loss": Key(0.0, number(0)),
+    # sft: so much of KL(the model before training || now) is what a token of a replayed source counts, instead of its
+    # cross-entropy; 0: its cross-entropy, as any other's
+    "objective.kl_coef": Key(0.0, number(0)),
     # of pairs: how strongly the reference holds the policy; the scale of a margin where there is none
     "objective.beta": Key(0.1, number(1e-6)),
     # dpo, cpo: losses of a pair, by name or with their weights: ("sigmoid", ("sft", 0.2)); (): the method's own
@@ -174,6 +111,8 @@ KEYS: dict[str, Key] = {
     "optimizer.b2": Key(0.999, number(0, 1)),
     "optimizer.eps": Key(1e-8, number(0)),
     "optimizer.weight_decay": Key(0.0, number(0)),
+    # L2-SP: a decay towards the values that training starts from, where weight decay is one towards zero
+    "optimizer.l2_sp": Key(0.0, number(0)),
     "optimizer.clip_norm": Key(1.0, number(0)),  # global gradient norm; 0 turns clipping off
     # LoRA+: how much larger the learning rate of lora_b is; 16 is usual
     "optimizer.loraplus_ratio": Key(1.0, number(1e-3)),
@@ -223,7 +162,7 @@ KEYS: dict[str, Key] = {
     "eval_epochs": Key(0.0, number(0)),  # instead, in epochs: 0.5 is twice in each
     "checkpoint_every": Key(100, number(1)),
     # What the result is meant for: peft, merged, hf, gguf; what an export would refuse is refused before step 1.
-    "export_formats": Key((), several("peft", "merged", "hf", "gguf")),
+    "export_formats": Key((), some_of("peft", "merged", "hf", "gguf")),
     # Hours after which the run saves and ends with status 75, in time for what a scheduler allows; 0: no limit.
     "max_hours": Key(0.0, number(0)),
 }
@@ -258,6 +197,7 @@ ENTRY_OPTIONS = {
     "format": Check(lambda value: isinstance(value, str), "a string"),
     "split": Check(lambda value: isinstance(value, str), "a string"),
     "weight": Check(lambda value: type(value) in (int, float) and 0 < value < math.inf, "a positive, finite number"),
+    "replay": Check(lambda value: type(value) is float and 0 < value < 1, "a share between 0 and 1, such as 0.2"),
     "limit": Check(lambda value: type(value) is int and value > 0, "a positive whole number"),
     "columns": Check(
         lambda value: hasattr(value, "items") and value and all(isinstance(s, str) for s in (*value, *value.values())),
@@ -370,6 +310,7 @@ def validate(config: ConfigDict, data: bool = True) -> None:
             if which == "eval" and entry["source"].startswith(("tfds:", "hf:")) and "split" not in entry:
                 raise UserError(f"config.data.eval: say which split of {entry['source']}, as {{'source', 'split'}}")
     general_sources(config)
+    _check_replay(config)
     evaluated = [json.dumps(entry, sort_keys=True) for entry in sources(config, "eval")]
     if twice := sorted({entry for entry in evaluated if evaluated.count(entry) > 1}):
         raise UserError(f"config.data.eval: {twice[0]} stands there twice")
@@ -383,8 +324,9 @@ def evaluates(config: ConfigDict) -> bool:
 def source_entry(entry: Any, key: str) -> dict[str, Any]:
     """One entry of data.train or data.eval, a string or a mapping, as a dict of "source" and, where given, options.
 
-    Options: "format" and "split" (strings), "weight" (how many times an epoch has each row), "limit" (rows at most),
-    "columns" (our names of columns -> the source's), "score" (data.eval: how completions are scored).
+    Options: "format" and "split" (strings), "weight" (how many times an epoch has each row), "replay" (instead, the
+    share of an epoch's trained tokens that are the source's), "limit" (rows at most), "columns" (our names of columns
+    -> the source's), "score" (data.eval: how completions are scored).
     """
     if isinstance(entry, str):
         return {"source": entry}
@@ -401,6 +343,25 @@ def source_entry(entry: Any, key: str) -> dict[str, Any]:
         if not check.holds(value):
             raise UserError(f"config.{key}: {name!r} of entry {dict(entry)} must be {check.wanted}")
     return {name: dict(value) if name == "columns" else value for name, value in entry.items()}
+
+
+def _check_replay(config: ConfigDict) -> None:
+    if wrong := [entry["source"] for entry in sources(config, "eval") if "replay" in entry]:
+        raise UserError(f"config.data.eval: {wrong[0]} has the option 'replay', which is for data.train; leave it out")
+    train = sources(config, "train")
+    if both := [entry["source"] for entry in train if {"weight", "replay"} <= entry.keys()]:
+        raise UserError(f"config.data.train: 'weight' and 'replay' of {both[0]} both say how often; leave one out")
+    total = sum(entry.get("replay", 0) for entry in train)
+    if total >= 1 or (train and all("replay" in entry for entry in train)):
+        raise UserError(
+            f"config.data.train: the shares 'replay' are {total:g} together, beside {len(train)} sources in all; they "
+            "must leave room for a source without, which the run is to learn"
+        )
+
+
+def replays(config: ConfigDict) -> bool:
+    """Whether a source of data.train is replayed: general data, against forgetting."""
+    return any("replay" in entry for entry in sources(config, "train"))
 
 
 def sources(config: ConfigDict, which: str) -> list[dict[str, Any]]:

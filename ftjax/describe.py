@@ -48,7 +48,7 @@ def run(
         "trained": _size(trained, program.trained_count),
         **({"average": _average(config.optimizer.ema_decay)} if config.optimizer.ema_decay else {}),
         "frozen": _size(frozen),
-        **({"reference": _reference(program)} if program.method.reference else {}),
+        **({"reference": _reference(program)} if program.method.reference or REFERENCE in program.frozen else {}),
         **({"quantized": f"{_size(packed, quant.count(packed))}, {config.quantize.base}"} if packed else {}),
         "mesh": _mesh(mesh, base, abstract["params"]),
         "attention": attention.name + (f"; {attention.reason}" if attention.reason else ""),

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from ftjax import config as configs
 from ftjax.data.batch.loader import Loader
-from ftjax.data.batch.packing import BATCH
+from ftjax.data.batch.packing import BATCH, REPLAY
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.loss import Objective
@@ -40,7 +40,8 @@ class Method(NamedTuple):
       learning_rates: by config.adapter.kind, where optimizer.learning_rate is 0; those of adapters at a width of 4,096.
       epochs: how many there are usually, and at most for few rows, where config.epochs is 0.
       settings: the keys of config.objective that it reads, beside `name`; any other one that is set is refused.
-      reference: whether the objective compares with the model as it was before training (`objectives.reference`).
+      reference: whether the objective compares with the model as it was before training (`objectives.reference`); with
+        objective.kl_coef every one does.
       head: the scalar head that it adds (`models.heads`), "" for none.
       batch: the arrays [rows, length] of its batches.
       totals: (model, config.objective) -> sums that the objective needs of a whole step first (`make_step`).
@@ -76,7 +77,7 @@ METHODS = {
         rows="conversation",
         learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5},
         epochs=(3.0, 15.0),  # Alpaca's 52,000 rows (Taori et al. 2023), LIMA's 1,000 (Zhou et al. 2023)
-        settings=("label_smoothing", "z_loss"),
+        settings=("label_smoothing", "z_loss", "kl_coef"),
     ),
     "dpo": _PAIRS._replace(
         objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),)),
@@ -117,7 +118,13 @@ def method_of(config: ConfigDict) -> Method:
         users = [other for other, its in METHODS.items() if unused[0].removeprefix("objective.") in its.settings]
         hint = f"; {', '.join(users)} does" if users else ""
         raise UserError(f"config.{unused[0]}: objective.name={name!r} does not use it{hint}; leave it at its default")
-    return method
+    if method.rows != "conversation" and configs.replays(config):
+        raise UserError(
+            f"config.data.train: the option 'replay' is for conversations and texts, which {name!r} does not learn "
+            "from; mix rows of pairs by 'weight'"
+        )
+    batch = dict(method.batch) | (REPLAY if configs.replays(config) else {})
+    return method._replace(reference=method.reference or config.objective.kl_coef > 0, batch=batch)
 
 
 def learning_rate(config: ConfigDict) -> float:

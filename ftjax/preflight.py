@@ -40,6 +40,11 @@ def check_used(config: ConfigDict) -> None:
                     f"config.{key}={changed[key]!r} does nothing with {why}; leave it out, or set "
                     f"{config_flag.spelled(key, configs.KEYS[key].default)}"
                 )
+    if config.objective.kl_coef and not configs.replays(config):
+        raise UserError(
+            f"config.objective.kl_coef={config.objective.kl_coef} does nothing without rows that are replayed; add a "
+            "source of general data to config.data.train, such as {'source': 'general.jsonl', 'replay': 0.2}"
+        )
     schedule = config.schedule
     if schedule.warmup_steps and schedule.warmup_ratio and "schedule.warmup_ratio" in changed:
         raise UserError(

@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "ftjax").rglob("*.py"))
 # of its own; "weights" alone is what stands in none of its wings. `data` and `tasks` stay on the host.
 FLOORS = [
     {"errors"},
-    {"atomic", "cli", "foreign", "strict_json", "tree"},
+    {"atomic", "cli", "config_checks", "foreign", "strict_json", "tree"},
     {"config", "distributed"},
     {"config_files"},
     {"config_flag"},

@@ -89,7 +89,8 @@ def training_loader(examples: Examples, spec: DataSpec) -> Loader:
 
 
 def read_heldout(entries: Sequence[dict], train: Sequence[dict], spec: DataSpec) -> list[Rows]:
-    """All rows of `entries`, and those of `train` that are held out, where there are such."""
+    """All rows of `entries`, and those of `train` that are held out, where there are such; none that are replayed."""
+    train = [entry for entry in train if "replay" not in entry]
     sets = [read_sources(entries, spec.max_bad_rows)] if entries else []
     if spec.holdout:
         sets.append(read_sources(train, spec.max_bad_rows, spec.holdout, heldout_side=True))

@@ -145,8 +145,8 @@ class _Surveyor:
         self._train, self._tokenizer, self._spec = train, tokenizer, spec
         self._seen = {"train": _Seen(), "eval": _Seen()}
         self._checks = checks.Checks(facts, {side: seen.origin for side, seen in self._seen.items()})
-        counts = zip(train.per_source, train.weights)
-        self._out = Survey([SourceCount(name, weight, count) for (name, count), weight in counts])
+        counts = zip(train.per_source, train.sources)
+        self._out = Survey([SourceCount(name, source.weight, count) for (name, count), source in counts])
         self._lengths, self._cut = array("i"), array("i")
         self._length_rows = array("q")  # the index of the training row of each of the lengths
 
@@ -260,6 +260,9 @@ class _Surveyor:
 
     def finish(self) -> Survey:
         out, findings = self._out, self._checks.findings
+        trained = [source.trained * source.rows / max(1, source.picked) for source in out.sources]
+        for source, weight in zip(out.sources, self._train.weights(trained)):
+            source.weight = weight
         out.lengths, out.cut = np.array(self._lengths, np.int32), np.array(self._cut, np.int32)
         if out.dropped > MAX_DROPPED * out.looked_at:
             findings.add("dropped", count=out.dropped)

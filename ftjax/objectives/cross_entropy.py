@@ -1,34 +1,20 @@
 """Next-token cross-entropy that holds the logits of a few tokens and a part of the vocabulary at a time.
 
-The head is used a chunk of columns at a time: that chunk is gathered from the devices it is split over, multiplied by
-blocks of this device's own tokens, and let go. So each device holds at most BLOCK logits, whatever the vocabulary,
-the batch and the number of devices, and the whole head crosses the network once forward and once backward, its
-gradient once. The logits of the backward pass are computed again.
+Each device holds at most BLOCK logits, whatever the vocabulary, the batch and the number of devices (`parts`), and the
+whole head crosses the network once forward and once backward, its gradient once. The logits of the backward pass are
+computed again.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from ftjax.objectives import head as heads
+from ftjax.objectives import parts
 from ftjax.objectives.head import Head, Unembed
-from ftjax.sharding import partition_spec
-
-BLOCK = 2**25  # logits of a device at a time: 128 MiB in float32
-COLUMNS = 8192  # of the vocabulary at a time, where the head has to be gathered
-TOKENS = 512  # in a block, at most, where it has not: blocks without a trained token are skipped
-LOWEST = -1e30  # finite, because the difference of two infinities is NaN
-
-
-class Chunks(NamedTuple):
-    """How the logits are cut: columns of the vocabulary, and tokens in a block. The product is what is held of them."""
-
-    columns: int
-    tokens: int
+from ftjax.objectives.parts import LOWEST, Chunks, HeadSplit
 
 
 class Further(NamedTuple):
@@ -41,14 +27,6 @@ class Further(NamedTuple):
 
 
 PLAIN = Further()
-
-
-class HeadSplit(NamedTuple):
-    """What is split over which mesh axes, () where nothing is."""
-
-    width: tuple[str, ...]  # the model width of the head
-    vocabulary: tuple[str, ...]
-    tokens: tuple[str, ...]
 
 
 class Sums(NamedTuple):
@@ -112,17 +90,17 @@ def per_token(
 
 def _per_token_forward(unembed, chunks, further, head, hidden, targets, wanted, rng):
     """(what `per_token` returns, what its backward pass needs)"""
-    mesh, split, specs, by_token = _placed(head, hidden)
+    mesh, split, specs, by_token = parts.placed(head, hidden)
 
     def local(head, hidden, targets, wanted, rng, token_index):
-        cut = _cut(chunks, hidden, head, split)
+        cut = parts.cut(chunks, hidden, head, split)
         return _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, token_index)
 
     if mesh is not None:
         inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), by_token(2))
         outputs = ((by_token(2),) * 4, by_token(2))
         local = jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)
-    out, log_norms = local(head, hidden, targets, wanted, rng, _token_index(hidden))
+    out, log_norms = local(head, hidden, targets, wanted, rng, parts.token_index(hidden))
     return out, (head, hidden, targets, wanted, rng, log_norms)
 
 
@@ -131,10 +109,10 @@ def _per_token_backward(unembed, chunks, further, saved, gradients):
     argument of `per_token` that can have one, None for the others.
     """
     head, hidden, *_ = saved
-    mesh, split, specs, by_token = _placed(head, hidden)
+    mesh, split, specs, by_token = parts.placed(head, hidden)
 
     def local(head, hidden, targets, wanted, rng, log_norms, gradient, token_index):
-        cut = _cut(chunks, hidden, head, split)
+        cut = parts.cut(chunks, hidden, head, split)
         its = (head, hidden, targets, wanted, rng, log_norms, gradient, token_index)
         return _backward(unembed, cut, further, split, *its)
 
@@ -142,104 +120,11 @@ def _per_token_backward(unembed, chunks, further, saved, gradients):
         inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), *(by_token(2),) * 3)
         local = jax.shard_map(local, in_specs=inputs, out_specs=(specs, by_token(3)), check_vma=False)
     # The others are metrics: their gradients are dropped, and so no loss may be made of them.
-    d_head, d_hidden = local(*saved, gradients[0], _token_index(hidden))
+    d_head, d_hidden = local(*saved, gradients[0], parts.token_index(hidden))
     return d_head, d_hidden, None, None, None
 
 
 per_token.defvjp(_per_token_forward, _per_token_backward)
-
-
-def _token_index(hidden: jax.Array) -> jax.Array:
-    """int32 [B, T]: the index of each token in the whole batch, by which the dropout of an adapter on the head draws.
-
-    Made before `shard_map`, inside which a device would count its own tokens from 0.
-    """
-    return jnp.arange(math.prod(hidden.shape[:2]), dtype=jnp.int32).reshape(hidden.shape[:2])
-
-
-def _placed(head: Head, hidden: jax.Array):
-    """(the mesh or None, what it splits, the spec of each array of the head, rank -> the spec of arrays by token).
-
-    hidden [B, T, D] and head, {path: array}, are whole here, outside `shard_map`.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return None, HeadSplit((), (), ()), None, None
-    rows, length, _ = partition_spec(("batch", "length", "width"), hidden.shape, mesh)
-    specs = {path: partition_spec(heads.axes(path), leaf.shape, mesh) for path, leaf in head.items()}
-    kernel = next(path for path in head if path.startswith("params/") and len(heads.axes(path)) == 2)
-    vocabulary = specs[kernel][heads.axes(kernel).index("vocab")]
-    split = HeadSplit(
-        _names(specs[kernel][heads.width_axis(kernel)]), _names(vocabulary), _names(rows) + _names(length)
-    )
-    return mesh, split, specs, lambda rank: P(rows, length, *[None] * (rank - 2))
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _cut(chunks: Chunks | None, hidden: jax.Array, head: Head, split: HeadSplit) -> Chunks:
-    """The given cut or the usual one, for this device's part of hidden [B, T, D] and of the head."""
-    here, tokens = _columns(head), math.prod(hidden.shape[:2])
-    if chunks is None:
-        columns = min(here, COLUMNS) if split.width else here
-        chunks = Chunks(columns, max(BLOCK // columns, 1) if split.width else TOKENS)
-    return Chunks(min(chunks.columns, here), min(chunks.tokens, tokens))
-
-
-def _columns(head: Head) -> int:
-    paths = (path for path in head if path.startswith("params/"))
-    return next(head[path].shape[heads.axes(path).index("vocab")] for path in paths)
-
-
-def _blocks(wanted: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """bool [B, T] -> int32 [blocks, size]: the positions, those that are wanted first; and bool [blocks, size], whether
-    one is there and wanted.
-
-    So the tokens that are not trained on, prompts and padding, fill whole blocks, which are then skipped.
-    """
-    flat = wanted.reshape(-1)
-    order = jnp.argsort(~flat, stable=True)
-    fill = (0, -flat.size % size)
-    return jnp.pad(order, fill).reshape(-1, size), jnp.pad(flat[order], fill).reshape(-1, size)
-
-
-def _part(head: Head, columns: int, start: jax.Array, split: HeadSplit, dtype: jnp.dtype) -> Head:
-    """`columns` of the head from `start` on, whole along the model's width; of a matrix in the dtype of its product."""
-    exact = any(path.endswith("/lora_magnitude") for path in head)  # DoRA takes norms of what is stored
-    out = {}
-    for path, leaf in head.items():
-        names = heads.axes(path)
-        if len(names) == 2 and not exact:
-            leaf = leaf.astype(dtype)  # before it travels
-        if "vocab" in names:
-            leaf = jax.lax.dynamic_slice_in_dim(leaf, start, columns, names.index("vocab"))
-        if split.width and (axis := heads.width_axis(path)) is not None:
-            leaf = jax.lax.all_gather(leaf, split.width, axis=axis, tiled=True)
-        out[path] = leaf
-    return out
-
-
-def _starts(head: Head, columns: int) -> tuple[jax.Array, jax.Array]:
-    """int32 [chunks]: where each begins, and the first column that the one before it did not have.
-
-    Chunks are all of one size, as a scan wants them, so the last one begins early where they do not divide the
-    vocabulary; the columns that it has again are masked.
-    """
-    here = _columns(head)
-    fresh = jnp.arange(0, here, columns, dtype=jnp.int32)
-    return jnp.minimum(fresh, here - columns), fresh
-
-
-def _all_columns(head: Head, split: HeadSplit) -> int:
-    """Of the whole vocabulary."""
-    return _columns(head) * math.prod(jax.lax.axis_size(axis) for axis in split.vocabulary)
-
-
-def _first_column(head: Head, split: HeadSplit) -> jax.Array | int:
-    """Of this device's part of the vocabulary."""
-    return jax.lax.axis_index(split.vocabulary) * _columns(head) if split.vocabulary else 0
 
 
 def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, token_index):
@@ -248,13 +133,13 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
     cut: Chunks; further: Further; split: HeadSplit; head: this device's part; hidden [B, T, D], targets int32 [B, T],
     wanted bool [B, T] and token_index int32 [B, T], of its own tokens; rng as in `per_token`.
     """
-    order, real = _blocks(wanted, cut.tokens)
+    order, real = parts.blocks(wanted, cut.tokens)
     rows, token_index = hidden.reshape(-1, hidden.shape[-1]), token_index.reshape(-1)
-    targets = targets.reshape(-1)[order] - _first_column(head, split)
+    targets = targets.reshape(-1)[order] - parts.first_column(head, split)
 
     def over_columns(sums, chunk):
         start, fresh = chunk
-        part = _part(head, cut.columns, start, split, hidden.dtype)
+        part = parts.part(head, cut.columns, start, split, hidden.dtype)
         ids = start + jnp.arange(cut.columns)
 
         def add(sums, positions, target):
@@ -293,18 +178,19 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
     # Columns outside, tokens inside: a chunk of a split head is gathered once, not once for each block.
     zeros = jnp.zeros(order.shape, jnp.float32)
     first = Sums(zeros + LOWEST, zeros, zeros, zeros + LOWEST, jnp.zeros(order.shape, jnp.int32), zeros)
-    sums, _ = jax.lax.scan(over_columns, first, _starts(head, cut.columns))
+    sums, _ = jax.lax.scan(over_columns, first, parts.starts(head, cut.columns))
     highest, exponentials, moments, target, is_best, logits = _over_vocabulary(sums, targets, split)
     log_norms = highest + jnp.log(jnp.where(real, exponentials, 1))
     # Of probabilities p = exp(l - m) / s: -sum p log p = log s - sum (exp(l - m) (l - m)) / s.
     entropy = jnp.log(jnp.where(real, exponentials, 1)) - moments / jnp.where(real, exponentials, 1)
     loss = nll = log_norms - target
     if further.label_smoothing:
-        loss = nll + further.label_smoothing * (target - logits / _all_columns(head, split))
+        loss = nll + further.label_smoothing * (target - logits / parts.all_columns(head, split))
     if further.z_loss:
         loss = loss + further.z_loss * log_norms**2
-    out = (loss, is_best.astype(jnp.float32), entropy, nll)
-    return tuple(_back(jnp.where(real, x, 0), order, real, wanted) for x in out), _back(log_norms, order, real, wanted)
+    out = (jnp.where(real, x, 0) for x in (loss, is_best.astype(jnp.float32), entropy, nll))
+    *out, log_norms = (parts.back(x, order, real, wanted) for x in (*out, log_norms))
+    return tuple(out), log_norms
 
 
 def _over_vocabulary(sums: Sums, targets: jax.Array, split: HeadSplit):
@@ -329,32 +215,21 @@ def _over_vocabulary(sums: Sums, targets: jax.Array, split: HeadSplit):
     return highest, exponentials, moments, target, is_best, jax.lax.psum(sums.logits, split.vocabulary)
 
 
-def _back(values: jax.Array, order: jax.Array, real: jax.Array, like: jax.Array) -> jax.Array:
-    """values [blocks, tokens, ...] in `order`, int32 [blocks, tokens] -> [B, T, ...], the first two sides of `like`.
-
-    What fills the last block up is dropped.
-    """
-    count = math.prod(like.shape)
-    flat = values.reshape(-1, *values.shape[2:])[:count]
-    out = jnp.zeros_like(flat).at[order.reshape(-1)[:count]].set(flat, unique_indices=True)
-    return out.reshape(*like.shape, *values.shape[2:])
-
-
 def _backward(unembed, cut, further, split, head, hidden, targets, wanted, rng, log_norms, gradient, token_index):
     """This device's (gradient of its part of the head, {path: array} in the head's dtypes, and of hidden [B, T, D]).
 
     As `_forward`, with log_norms, its second result, and gradient, that of the losses, float32 [B, T] both.
     """
-    order, real = _blocks(wanted, cut.tokens)
+    order, real = parts.blocks(wanted, cut.tokens)
     width = hidden.shape[-1]
     rows, token_index = hidden.reshape(-1, width), token_index.reshape(-1)
-    targets = targets.reshape(-1)[order] - _first_column(head, split)
+    targets = targets.reshape(-1)[order] - parts.first_column(head, split)
     log_norms, gradient = (jnp.where(real, x.reshape(-1)[order], 0) for x in (log_norms, gradient))
 
     def over_columns(carry, chunk):
         d_head, d_rows = carry
         start, fresh = chunk
-        part = _part(head, cut.columns, start, split, hidden.dtype)
+        part = parts.part(head, cut.columns, start, split, hidden.dtype)
         ids = start + jnp.arange(cut.columns)
 
         def add(d_part, d_block, positions, target, log_norm, gradient):
@@ -365,7 +240,7 @@ def _backward(unembed, cut, further, split, head, hidden, targets, wanted, rng, 
             if further.z_loss:  # d log(Z) / d logits is the softmax
                 probabilities = probabilities * (1 + 2 * further.z_loss * log_norm[:, None])
             if further.label_smoothing:
-                ideal = (1 - further.label_smoothing) * ideal + further.label_smoothing / _all_columns(head, split)
+                ideal = (1 - further.label_smoothing) * ideal + further.label_smoothing / parts.all_columns(head, split)
             d_logits = (probabilities - ideal) * gradient[:, None]
             d_logits = jnp.where(ids >= fresh, d_logits, 0)
             of_part, of_rows = pull(d_logits)
@@ -380,45 +255,13 @@ def _backward(unembed, cut, further, split, head, hidden, targets, wanted, rng, 
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), part)
         blocks = (d_rows, order, targets, log_norms, gradient, real)
         d_part, d_rows = jax.lax.scan(over_tokens, zeros, blocks)
-        return (_add_part(d_head, d_part, start, split, hidden.dtype), d_rows), None
+        return (parts.add_part(d_head, d_part, start, split, hidden.dtype), d_rows), None
 
     # In float32: of thousands of blocks that are summed, bfloat16 would round the later ones away.
     d_head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
     d_rows = jnp.zeros((*order.shape, width), jnp.float32)
-    (d_head, d_rows), _ = jax.lax.scan(over_columns, (d_head, d_rows), _starts(head, cut.columns))
+    (d_head, d_rows), _ = jax.lax.scan(over_columns, (d_head, d_rows), parts.starts(head, cut.columns))
     if split.vocabulary:  # each device had its own columns' share of what hidden is to change by
         d_rows = jax.lax.psum(d_rows, split.vocabulary)
-    d_head = {path: _of_shared(path, leaf, split).astype(head[path].dtype) for path, leaf in d_head.items()}
-    return d_head, _back(d_rows, order, real, wanted).astype(hidden.dtype)
-
-
-def _add_part(d_head: Head, d_part: Head, start: jax.Array, split: HeadSplit, dtype: jnp.dtype) -> Head:
-    """Sums a chunk's gradient over the devices that had other tokens, and adds it in its place."""
-    others = tuple(axis for axis in split.tokens if axis not in split.width)
-    # Devices that share the tokens but not the width computed the same, and would be summed as if they had not.
-    twice = [axis for axis in split.width if axis not in split.tokens]
-    out = {}
-    for path, new in d_part.items():
-        names = heads.axes(path)
-        new = jax.lax.psum(new, others) if others else new
-        if split.width and (axis := heads.width_axis(path)) is not None:
-            if twice:
-                new = new / math.prod(jax.lax.axis_size(axis) for axis in twice)
-            new = new.astype(dtype)  # as the gradients of the layers travel
-            new = jax.lax.psum_scatter(new, split.width, scatter_dimension=axis, tiled=True)
-            new = new.astype(jnp.float32)
-        elif split.width:
-            shared = tuple(axis for axis in split.width if axis in split.tokens)
-            new = jax.lax.psum(new, shared) if shared else new
-        if "vocab" in names:
-            axis = names.index("vocab")
-            old = jax.lax.dynamic_slice_in_dim(d_head[path], start, new.shape[axis], axis)
-            out[path] = jax.lax.dynamic_update_slice_in_dim(d_head[path], old + new, start, axis)
-        else:
-            out[path] = d_head[path] + new
-    return out
-
-
-def _of_shared(path: str, leaf: jax.Array, split: HeadSplit) -> jax.Array:
-    """What is whole on devices that share the vocabulary got a part of its gradient on each."""
-    return jax.lax.psum(leaf, split.vocabulary) if split.vocabulary and "vocab" not in heads.axes(path) else leaf
+    d_head = {path: parts.of_shared(path, leaf, split).astype(head[path].dtype) for path, leaf in d_head.items()}
+    return d_head, parts.back(d_rows, order, real, wanted).astype(hidden.dtype)

@@ -1,31 +1,53 @@
-"""Supervised fine-tuning: cross-entropy of the trained tokens."""
+"""Supervised fine-tuning: cross-entropy of the trained tokens, and KL to the model before training on replayed ones."""
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.cross_entropy import PLAIN, Further, cross_entropy
+from ftjax.objectives.divergence import kl_per_token
 from ftjax.objectives.head import head_of, make_unembed
 from ftjax.objectives.loss import Loss, Objective
+from ftjax.objectives.reference import policy_and_reference
 
 
 def make_sft(model: Decoder, config: ConfigDict | None = None) -> Objective:
     """The objective over batches of the arrays of `packing.BATCH`, all [B, T].
 
-    config: `label_smoothing` and `z_loss` (see `Further`); None is without. With either there is one more metric, the
-    cross-entropy alone.
+    config: `label_smoothing` and `z_loss` (see `Further`), and `kl_coef`; None is without. With any of them there is
+    one more metric, the cross-entropy alone.
+
+    With `kl_coef` a trained token of a document that is replayed (`packing.REPLAY`) counts kl_coef KL(reference ||
+    policy) instead of its cross-entropy, and as much as any other in the weight. So the sum does not depend on how a
+    batch is split, and a step has as much of it as it has of replayed tokens.
     """
     unembed = make_unembed(model)
     further = Further(config.label_smoothing, config.z_loss) if config is not None else PLAIN
+    kl_coef = config.kl_coef if config is not None else 0.0
+
+    def hidden_of(variables, batch, rng):
+        rngs = None if rng is None else {"dropout": rng}
+        return model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)[0]
 
     def sft(variables, batch, rng):
-        rngs = None if rng is None else {"dropout": rng}
-        hidden, _ = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
-        head = head_of(model, variables)
-        totals = cross_entropy(unembed, head, hidden, batch["targets"], batch["weights"], rng, further=further)
-        weight = batch["weights"].sum()
+        policy, reference = policy_and_reference(variables)
+        hidden, head = hidden_of(policy, batch, rng), head_of(model, policy)
+        # In an evaluation there is no replay.
+        is_replay = batch["replay"] > 0 if kl_coef and "replay" in batch else jnp.zeros_like(batch["weights"], bool)
+        weights = jnp.where(is_replay, 0, batch["weights"])
+        totals = cross_entropy(unembed, head, hidden, batch["targets"], weights, rng, further=further)
+        weight = weights.sum()
         metrics = {"mean_token_accuracy": (totals["correct"], weight), "entropy": (totals["entropy"], weight)}
-        if further != PLAIN:
+        if further != PLAIN or kl_coef:
             metrics["cross_entropy"] = (totals["nll"], weight)
-        return Loss(totals["loss"], weight, metrics)
+        if not kl_coef or "replay" not in batch:
+            return Loss(totals["loss"], weight, metrics)
+        replayed = jnp.where(is_replay, batch["weights"], 0)
+        # Never dropout in the reference: it is what the model says, not a noisy version of it.
+        theirs = jax.lax.stop_gradient((head_of(model, reference), hidden_of(reference, batch, None)))
+        kl = (kl_per_token(unembed, None, head, hidden, *theirs, replayed != 0, rng) * replayed).sum()
+        metrics["kl"] = (kl, replayed.sum())
+        return Loss(totals["loss"] + kl_coef * kl, weight + replayed.sum(), metrics)
 
     return sft

@@ -55,12 +55,14 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     step is less than half of bfloat16's last place, and it would stand still.
 
     Weight decay is decoupled (Loshchilov and Hutter 2019) for all of them, and spares vectors (norm scales, biases,
-    sinks, DoRA's magnitudes): decaying those towards zero changes the function, not its complexity.
+    sinks, DoRA's magnitudes): decaying those towards zero changes the function, not its complexity. With `l2_sp` there
+    is a second decay, towards what training starts from, which `update` then takes as `initial`.
     `loraplus_ratio` and `groups`: see `rate_factors`.
     """
     inner = optax.chain(
         OPTIMIZERS[config.name].direction(config),
         optax.add_decayed_weights(config.weight_decay, functools.partial(_by_path, lambda path: not _is_vector(path))),
+        *([_decay_to_start(config.l2_sp)] if config.l2_sp else []),
         optax.scale_by_learning_rate(schedule),
     )
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
@@ -68,6 +70,21 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     if config.loraplus_ratio != 1.0 or config.groups:
         parts.append(optax.stateless(functools.partial(_scaled, config)))
     return optax.chain(*parts) if len(parts) > 1 else inner
+
+
+def _decay_to_start(strength: float) -> optax.GradientTransformationExtraArgs:
+    """L2-SP (Li et al. 2018, arXiv 1802.01483, equation 2), of everything trained but what has no start to keep to.
+
+    Decoupled, as weight decay is: as a part of the gradient Adam would divide it by the size of the others.
+    """
+
+    def update(updates: Tree, state: optax.EmptyState, params: Tree, *, initial: Tree, **others: Any) -> tuple:
+        start, now = tree.flatten(initial), tree.flatten(params)
+        leaves = tree.flatten(updates)
+        pulled = {path: leaves[path] + strength * (now[path] - start[path]) for path in start}
+        return tree.unflatten(leaves | pulled), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def rate_factors(config: ConfigDict, paths: Sequence[str]) -> dict[str, float]:

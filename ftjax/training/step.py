@@ -9,6 +9,7 @@ import optax
 
 from ftjax import tree
 from ftjax.objectives.loss import TOTALS, Loss, Objective
+from ftjax.objectives.reference import REFERENCE
 from ftjax.training.state import Kept, TrainState
 from ftjax.tree import Tree
 
@@ -36,6 +37,8 @@ def make_step(
     in the collection TOTALS; they have no gradient.
     metrics: float32 scalars `loss`, `grad_norm` (before clipping), `learning_rate`, and those of the objective.
     """
+
+    updating = optax.with_extra_args_support(optimizer).update
 
     def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -70,7 +73,8 @@ def make_step(
 
         weight = jnp.maximum(loss.weight, 1.0)
         gradients = jax.tree.map(lambda leaf: leaf / weight, gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        initial = frozen.get(REFERENCE)  # which an optimizer without L2-SP does not look at
+        updates, opt_state = updating(gradients, state.opt_state, state.trainable, initial=initial)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = means(loss) | {
             "grad_norm": optax.tree.norm(gradients),

@@ -24,7 +24,7 @@ def found():
 
 def test_every_mesh_gives_the_same_loss_and_gradients(found, record_figure):
     assert found["largest"] > 1, "there is something to compare"
-    meshes = {name: errors for name, errors in found.items() if name not in ("largest", "dropping")}
+    meshes = {name: errors for name, errors in found.items() if name not in ("largest", "dropping", "kl")}
     assert len(meshes) == 6
     for mesh, errors in meshes.items():
         assert errors["loss"] < 1e-6, mesh
@@ -40,3 +40,12 @@ def test_what_the_adapter_of_the_head_drops_depends_on_neither_mesh_nor_cut(foun
     for where, (its, error) in dropping.items():
         assert abs(its / loss - 1) < 1e-6, where
         assert error < 2e-5, where
+
+
+def test_so_has_the_kl_to_a_reference(found):
+    errors = dict(found["kl"])
+    assert errors.pop("largest") > 0.1
+    assert len(errors) == 3
+    for mesh, (of_value, of_gradients) in errors.items():
+        assert of_value < 1e-6, mesh
+        assert of_gradients < 2e-5, mesh

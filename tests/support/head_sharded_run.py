@@ -10,6 +10,7 @@ from ftjax import sharding, tree
 from ftjax.models.layers import Linear
 from ftjax.objectives import head as heads
 from ftjax.objectives.cross_entropy import Chunks, Further, cross_entropy
+from ftjax.objectives.divergence import kl_per_token
 
 BATCH, LENGTH, WIDTH, VOCAB, RANK = 8, 6, 16, 96, 4
 MESHES = {
@@ -91,6 +92,33 @@ def naive(head, hidden, targets, weights):
     return jnp.sum(losses * weights), correct
 
 
+def divergences(head, hidden, wanted):
+    """{mesh: the greatest errors of the KL to another head and of its gradients}, and how large the gradients are."""
+    theirs = jax.tree.map(lambda leaf: np.roll(leaf, 1, -1) / 2, (head, hidden))
+
+    def whole(head, hidden):
+        ours, other = (jax.nn.log_softmax(unembed(*one, None, None)) for one in ((head, hidden), theirs))
+        return jnp.sum(jnp.sum(jnp.exp(other) * (other - ours), -1) * wanted)
+
+    expected = jax.value_and_grad(whole, argnums=(0, 1))(head, hidden)
+    out = {"largest": max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))}
+
+    def ours(head, hidden, their_head, their_hidden):
+        return kl_per_token(unembed, Chunks(20, 5), head, hidden, their_head, their_hidden, wanted, None).sum()
+
+    for name in ("data=2 x fsdp=2 x tensor=2", "tensor=8", "fsdp=2 x context=2 x tensor=2"):
+        mesh = sharding.make_mesh(MESHES[name])
+        with jax.set_mesh(mesh):
+            at = []
+            for one, its in ((head, hidden), theirs):
+                at.append({path: sharding.place(mesh, heads.axes(path), leaf) for path, leaf in one.items()})
+                at.append(sharding.place(mesh, ("batch", "length", "width"), its))
+            found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(*at)
+        errors = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), found, expected)
+        out[name] = [errors[0] / float(expected[0]), max(jax.tree.leaves(errors[1]))]
+    return out
+
+
 def main():
     (head, hidden), targets, weights = numbers()
     wanted = jax.value_and_grad(naive, argnums=(0, 1), has_aux=True)(head, hidden, targets, weights)
@@ -119,6 +147,7 @@ def main():
     out["largest"] = float(max(np.abs(leaf).max() for leaf in d_head.values()))
     some = ("fsdp=8", "fsdp=4 x tensor=2", "data=8", "fsdp=2 x context=2 x tensor=2")
     out["dropping"] = dropping({name: MESHES[name] for name in some}, head, hidden, targets, weights)
+    out["kl"] = divergences(head, hidden, weights != 0)
     print(json.dumps(out))
 
 

@@ -9,7 +9,7 @@ from ftjax.data.tokens import examples as examples_lib
 from ftjax.data.tokens.examples import Examples, Part
 
 
-def examples_of(given, source_ids=None, weights=(1.0,)):
+def examples_of(given, source_ids=None, weights=(1.0,), replayed=None):
     """The `Examples` of a list of `Example`."""
     flat = [np.where(one.trained, one.tokens | examples_lib.TRAINED, one.tokens) for one in given]
     lengths = np.array([len(one) for one in flat], np.int32)
@@ -21,6 +21,7 @@ def examples_of(given, source_ids=None, weights=(1.0,)):
         rows=np.arange(len(given)),
         source_ids=np.zeros(len(given), np.int32) if source_ids is None else np.asarray(source_ids, np.int32),
         weights=tuple(weights),
+        replayed=replayed or (False,) * len(weights),
         digest=hashlib.sha256(tokens.tobytes() + lengths.tobytes()).hexdigest(),
         report={},
     )

@@ -284,3 +284,32 @@ def test_a_group_that_matches_nothing_is_refused():
         "lora/layers/up_proj/lora_b": 8.0,
         "lora/layers/up_proj/lora_a": 2.0,
     }
+
+
+@pytest.mark.parametrize("changes", [{}, {"groups": (("scale", 0.1),), "weight_decay": 0.05}])
+def test_l2_sp_is_a_decay_to_the_start_that_spares_nothing(changes):
+    """torch's AdamW, beside whose step everything is moved by rate x strength towards where it began."""
+    rng = np.random.default_rng(0)
+    start = params = tree_of(rng)
+    config = ConfigDict(OPTIMIZER.to_dict() | {"clip_norm": 0.0, "l2_sp": 3.0} | changes)
+    optimizer = make_optimizer(config, optax.constant_schedule(0.01))
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    firsts = [(kind, torch.tensor(array, dtype=torch.float64)) for kind, array in leaves(start)]
+    tensors = [torch.nn.Parameter(first.clone()) for _, first in firsts]
+    rates = [0.001 if changes and kind == "scale" else 0.01 for kind, _ in firsts]
+    decays = [0.0 if kind == "scale" else config.weight_decay for kind, _ in firsts]
+    groups = [{"params": [one], "lr": rate, "weight_decay": d} for one, rate, d in zip(tensors, rates, decays)]
+    witness = torch.optim.AdamW(groups)
+    for _ in range(6):
+        gradients = tree_of(rng)
+        updates, state = update(gradients, state, params, initial=start)
+        params = optax.apply_updates(params, updates)
+        for tensor, (_, gradient) in zip(tensors, leaves(gradients)):
+            tensor.grad = torch.tensor(gradient, dtype=torch.float64)
+        pulls = [rate * 3.0 * (one.detach() - first) for one, rate, (_, first) in zip(tensors, rates, firsts)]
+        witness.step()
+        with torch.no_grad():
+            for tensor, pull in zip(tensors, pulls):
+                tensor -= pull
+    for (kind, ours), theirs in zip(leaves(params), tensors):
+        np.testing.assert_allclose(ours, theirs.detach(), rtol=0, atol=2e-6, err_msg=kind)

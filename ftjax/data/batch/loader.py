@@ -123,6 +123,8 @@ class Loader:
         names = ("batch_size", "max_length", "packing", "seed", "shuffle")
         order = {name: getattr(self, name) for name in names}
         order |= {"weights": [str(weight) for weight in self._weights], "version": packing.ORDER_VERSION}
+        if any(self.examples.replayed):
+            order["replayed"] = list(self.examples.replayed)
         sources = hashlib.sha256(np.ascontiguousarray(self.examples.source_ids, "<i4").data).hexdigest()
         return hashlib.sha256(json.dumps([order, self.examples.digest, sources]).encode()).hexdigest()
 

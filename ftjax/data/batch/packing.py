@@ -27,6 +27,9 @@ BATCH = {
     "segment_ids": np.int32,  # 1, 2, ... by document, and 0 for padding
 }
 
+# And where a source is replayed: 1 at the tokens of its documents, else 0.
+REPLAY = {"replay": np.float32}
+
 
 @dataclass(frozen=True)
 class RowPlan:
@@ -143,13 +146,16 @@ def _reorder(values: np.ndarray, starts: np.ndarray, row_order: np.ndarray) -> t
 def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np.ndarray]:
     """The arrays of BATCH, [len(rows), T], for rows of example indices; an empty row is all zeros (padding).
 
+    Where a source is replayed, those of REPLAY, too.
+
     Each document is a segment of its own, and the documents of one example are adjacent: if examples are pairs,
     segments 1 and 2 are the first pair, 3 and 4 the next.
 
     Raises:
       ValueError: the examples of a row are longer than T together.
     """
-    batch = {name: np.zeros((len(rows), T), dtype) for name, dtype in BATCH.items()}
+    names = BATCH | (REPLAY if any(examples.replayed) else {})
+    batch = {name: np.zeros((len(rows), T), dtype) for name, dtype in names.items()}
     for b, row in enumerate(rows):
         start = 0
         documents = itertools.chain.from_iterable(map(examples.documents_of, row))
@@ -163,4 +169,7 @@ def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np
             batch["positions"][b, start:stop] = np.arange(stop - start)
             batch["segment_ids"][b, start:stop] = segment
             start = stop
+        if "replay" in batch:
+            is_replay = np.asarray(examples.replayed)[examples.source_ids[row]]
+            batch["replay"][b, :start] = np.repeat(is_replay, examples.lengths[row])
     return batch

@@ -68,6 +68,7 @@ class Source:
       chosen: indices of the records that `split` and `limit` leave, rising: a range, or int64 [n].
       format: a key of `formats.FORMATS`, or None to detect it row by row.
       weight: how many times an epoch has each row (0.5: every second row).
+      replay: where it is not 0 instead the share of an epoch's trained tokens that are of this source.
       columns: under which names `records` finds our columns.
       scored: its completions are scored, so that a row may do without an answer.
     """
@@ -78,6 +79,7 @@ class Source:
     format: str | None = None
     weight: float = 1.0
     columns: Columns = field(default_factory=dict)
+    replay: float = 0.0
     scored: bool = False
 
     def __len__(self) -> int:
@@ -127,10 +129,20 @@ class Rows(Sequence[Row]):
         """The name and the number of candidate rows of each source."""
         return [(source.name, len(source)) for source in self.sources]
 
-    @property
-    def weights(self) -> list[float]:
-        """The weight of each source."""
-        return [source.weight for source in self.sources]
+    def weights(self, trained: Sequence[float]) -> list[float]:
+        """The weight of each source; of those that are replayed the one that gives them their share.
+
+        trained: the trained tokens of each source. UserError where one to be replayed has none.
+        """
+        left = 1 - sum(source.replay for source in self.sources)
+        new = sum(source.weight * count for source, count in zip(self.sources, trained) if not source.replay)
+        weights = []
+        for source, count in zip(self.sources, trained, strict=True):
+            if source.replay and not count:
+                raise UserError(f"{source.name}: none of its rows has a trained token, so there is nothing to replay")
+            # In few digits: a fraction of them says which rows each epoch has.
+            weights.append(float(f"{source.replay / left * new / count:.6g}") if source.replay else source.weight)
+        return weights
 
     def source_of(self, i: int) -> int:
         """The index in `sources` and `per_source` of the source of row i."""

@@ -37,7 +37,8 @@ def read_sources(
     """The rows of all entries, in their order.
 
     Args:
-      entries: {"source", "format"?, "split"?, "weight"?, "limit"?, "columns"?, "score"?}; see docs/data.md.
+      entries: {"source", "format"?, "split"?, "weight"?, "replay"?, "limit"?, "columns"?, "score"?}; see
+        docs/data.md.
       max_bad_rows: how many bad rows of each entry may be skipped.
       holdout: the share of the rows that is held out (`holdout.held_out`).
       heldout_side: give the rows that are held out, instead of the others.
@@ -112,7 +113,8 @@ def _open(entry: dict) -> Source:
     records = _records(source, split.name, names)
     chosen = splits.select(len(records), split, entry.get("limit"), source)
     name = f"{source} {entry['split']}" if "split" in entry else source
-    return Source(name, records, chosen, format, float(entry.get("weight", 1.0)), names, "score" in entry)
+    weight, replay = float(entry.get("weight", 1.0)), entry.get("replay", 0.0)
+    return Source(name, records, chosen, format, weight, names, replay, "score" in entry)
 
 
 def _records(source: str, split: str, names: Columns) -> Records:

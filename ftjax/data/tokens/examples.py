@@ -57,6 +57,7 @@ class Examples:
     weights: tuple[float, ...]  # how often an epoch has the examples of each source
     digest: str  # sha256 (hex) of all tokens, masks and lengths in their order, and of the tokenizer and its template
     report: dict  # what was counted while tokenizing (see `tokenize.tokenize`)
+    replayed: tuple[bool, ...]  # which sources are general data that is replayed
 
     @property
     def count(self) -> float:
@@ -109,6 +110,7 @@ def join(sets: Sequence[Examples]) -> Examples:
         part_ids=np.concatenate(part_ids).astype(np.uint8),
         source_ids=np.concatenate([k + s.source_ids for k, s in zip(first_source, sets)]),
         weights=tuple(weight for s in sets for weight in s.weights),
+        replayed=tuple(flag for s in sets for flag in s.replayed),
         digest=hashlib.sha256(" ".join(s.digest for s in sets).encode()).hexdigest(),
         report=sets[0].report,
         **{name: np.concatenate([getattr(s, name) for s in sets]) for name in names},

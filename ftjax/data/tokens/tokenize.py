@@ -110,7 +110,8 @@ def tokenize(
         parts=(Part(columns.arrays["tokens"], rows),),
         rows=columns.arrays["rows"],
         source_ids=columns.arrays["sources"],
-        weights=tuple(rows.weights),
+        weights=tuple(rows.weights([source["trained_tokens"] for source in columns.header["per_source"]])),
+        replayed=tuple(source.replay > 0 for source in rows.sources),
         digest=_digest([columns.digest, identity]),
         report=_report(rows, columns.header),
     )

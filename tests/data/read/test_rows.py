@@ -55,7 +55,7 @@ def test_sources_follow_one_another_and_are_kept_apart(two):
 
 def test_weights_are_handed_on(two):
     rows = read_sources([{"source": two[0], "weight": 2}, {"source": two[1]}])
-    assert rows.weights == [2.0, 1.0]
+    assert rows.weights([1, 1]) == [2.0, 1.0]
     assert len(rows) == 8
 
 

@@ -63,7 +63,7 @@ def test_a_mixture_counts_its_sources_with_their_splits(sources):
         (sources["a.parquet"], 7),
         ("task:support_ticket train[-3:]", 3),
     ]
-    assert rows.weights == [1.0, 2.0, 1.0]
+    assert rows.weights([1, 1, 1]) == [1.0, 2.0, 1.0]
     assert len(list(rows)) == 20
 
 

@@ -1,0 +1,69 @@
+"""What a value of the config must be, and how that is said."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Check(NamedTuple):
+    """What a value must be."""
+
+    holds: Callable[[Any], Any]
+    wanted: str
+
+
+def one_of(*values: str) -> Check:
+    return Check(lambda value: value in values, f"one of {', '.join(values)}")
+
+
+def number(low: float, high: float = math.inf) -> Check:
+    wanted = f"a number from {low:g} to {high:g}" if high < math.inf else f"a finite number, {low:g} or more"
+    return Check(lambda value: math.isfinite(value) and low <= value <= high, wanted)
+
+
+def pairs(kind: type) -> Check:
+    def holds(value: Any) -> bool:
+        entries = [entry for entry in value if isinstance(entry, tuple | list) and len(entry) == 2]
+        fits = [type(pattern) is str and type(number) in (int, kind) and number > 0 for pattern, number in entries]
+        return len(entries) == len(value) and all(fits)
+
+    return Check(holds, f"pairs of a regular expression and a positive {kind.__name__}, such as (('self_attn', 8),)")
+
+
+def tokens() -> Check:
+    def holds(value: Any) -> bool:
+        plain = all(type(token) is str and token and token == token.strip() for token in value)
+        return plain and len(set(value)) == len(value)
+
+    return Check(holds, "different tokens without white space around them, such as ('<|call|>',)")
+
+
+def some_of(*names: str) -> Check:
+    def holds(value: Any) -> bool:
+        return all(name in names for name in value) and len(set(value)) == len(value)
+
+    return Check(holds, f"some of {', '.join(names)}")
+
+
+def losses() -> Check:
+    def holds(value: Any) -> bool:
+        entries = [(entry, 1.0) if isinstance(entry, str) else entry for entry in value]
+        fits = [isinstance(entry, tuple | list) and len(entry) == 2 for entry in entries]
+        return all(fits) and all(
+            type(name) is str and type(weight) in (int, float) and 0 < weight < math.inf for name, weight in entries
+        )
+
+    return Check(holds, "names, or pairs of a name and a positive weight, such as ('sigmoid', ('sft', 0.2))")
+
+
+ANY = Check(lambda value: True, "anything")
+
+
+def _is_layers(text: str) -> bool:
+    parts = [part.split("-") for part in text.split(",")]
+    return not text or all(
+        len(ends) < 3 and all(end.isdecimal() for end in ends) and int(ends[0]) <= int(ends[-1]) for ends in parts
+    )
+
+
+LAYERS = Check(_is_layers, "numbers and ranges of layers, such as '0-7,20'")
