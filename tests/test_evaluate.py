@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.adapted import assembled, moved
-from support.runs import write_model
+from support.runs import command, finish, write_model
 from support.tiny import one_device
 from transformers import AutoModelForCausalLM
 
@@ -168,6 +168,29 @@ def test_the_same_command_measures_nothing_again(run, document, monkeypatch):
     assert fewer["forgetting"] == document["forgetting"]
     with pytest.raises(AssertionError, match="measured again"):
         evaluate.evaluate(workdir, OPTIONS._replace(only=("base",), limit=5), config)
+
+
+def test_the_command_line_compares_the_same(run, document):
+    workdir, config = run
+    before = (workdir / "evaluation.json").read_text()
+    configs.write(config, workdir.parent / "again.json")
+    given = ("--shots=2", "--retrieved=1", "--instruction_budget=8", "--price_in=2", "--price_out=10")
+    said = finish(command("ftjax.evaluate", f"--config={workdir.parent}/again.json", f"--workdir={workdir}", *given))
+    table = [line for line in said.splitlines() if line.startswith(" ") and "[0, 0]" in line]
+    assert [line.split("  ")[0].strip() for line in table] == NAMES
+    assert document["verdict"] in said
+    assert (workdir / "evaluation.json").read_text() == before
+    assert "--workdir, the run that is evaluated" in finish(command("ftjax.evaluate"), 2)
+
+
+def test_of_another_checkpoint_the_base_is_not_measured_again(run, document):
+    workdir, _ = run
+    record = comparison.Record(workdir / "evaluation.json", 2, "model")
+    entry = record.document["sets"][0]
+    record.drop_others({"base": entry["contestants"][0]["model"], "tuned": "another"})
+    assert [its["name"] for its in entry["contestants"]] == NAMES[:-1]
+    assert (record.document["step"], entry["verdict"], entry["differences"]) == (2, "", [])
+    assert "forgetting" not in record.document
 
 
 def test_a_judge_says_whose_answers_win(run, document):

@@ -85,9 +85,12 @@ class Record:
             old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except ValueError as error:
             raise UserError(f"{path}: not JSON ({error}); remove it, and everything is measured again") from error
-        if old.get("version") != 1 or old.get("step") != step:
-            old = {}  # of another model: nothing of the tuned one is true any more
-        self.document = {"version": 1, "step": step, "model": model, "verdict": "", "sets": []} | old
+        if old.get("version") != 1:
+            old = {}
+        if old.get("step") != step:  # what is said is of another model; what the base did stays
+            for entry in old.get("sets", ()):
+                entry |= {"verdict": "", "differences": [], "samples": []}
+        self.document = {"version": 1, "verdict": "", "sets": []} | old | {"step": step, "model": model}
 
     def set_of(self, held: HeldOut, settings: Settings) -> dict[str, Any]:
         """The entry of a set, with what is known of the same examples and none of what is of others."""

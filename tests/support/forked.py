@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
-MODULES = ("ftjax.train", "ftjax.generate", "ftjax.export", "ftjax.inspect_data", "ftjax.plan")
+MODULES = ("ftjax.train", "ftjax.evaluate", "ftjax.generate", "ftjax.export", "ftjax.inspect_data", "ftjax.plan")
 # A command whose environment has others of these is started anew.
 READ_WHEN_IMPORTED = ("JAX_", "HF_", "OMP_", "PYTHON")
 
