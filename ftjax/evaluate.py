@@ -107,6 +107,9 @@ def evaluate(workdir: Path, options: Options, given: ConfigDict | None = None) -
         tuned = Model(base, variables, digest_of([digest, step, _checkpoint(workdir, step)]))
         record = Record(workdir / comparison.FILE, step, config.model.source)
         record.drop_others({"base": digest, "tuned": tuned.digest})
+        for held in sets:
+            for its in record.set_of(held, settings)["contestants"]:
+                comparison.grade(its, held)
 
         def run(contestant: Contestant, held: HeldOut, model: Model) -> None:
             comparison.run(contestant, held, model, settings, record, display)

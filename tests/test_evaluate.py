@@ -10,7 +10,7 @@ from support.runs import command, finish, write_model
 from support.tiny import one_device
 from transformers import AutoModelForCausalLM
 
-from ftjax import assemble, evaluate, prompts, tree
+from ftjax import assemble, evaluate, export, prompts, tree
 from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.evals import comparison, forgetting, shots
@@ -56,7 +56,7 @@ def run(tmp_path_factory):
         checkpoints.save(1, {"trainable": moved(assembled(root / "model", **given)).trained}, {})
     configs.write(config, root / "run/config.json")
     held = [row(i, False) for i in range(12)]
-    scored, plain = write(root / "scored.jsonl", held), write(root / "plain.jsonl", held[:10])
+    scored, plain = write(root / "scored.jsonl", held), write(root / "plain.jsonl", held)
     config.data.eval = ({"source": scored, "score": "exact"}, plain)
     texts = [{"text": f"Long ago {color} birds were in every garden.", "category": "tales"} for color in COLORS]
     config.evaluate.general = (write(root / "texts.jsonl", texts),)
@@ -75,7 +75,7 @@ def test_everybody_is_measured_on_every_set(run, document):
     assert json.loads((workdir / "evaluation.json").read_text()) == json.loads(json.dumps(document))
     scored, rows = document["sets"]
     assert (scored["name"], scored["metric"], scored["examples"]) == ("scored", "exact", 12)
-    assert (rows["name"], rows["metric"], rows["examples"]) == ("rows", "loss", 10)
+    assert (rows["name"], rows["metric"], rows["examples"]) == ("rows", "loss", 12)
     assert [its["name"] for its in scored["contestants"]] == NAMES
     assert [its["name"] for its in rows["contestants"]] == ["base", "tuned"]
     assert scored["form"] == "a JSON object with the key color"
@@ -128,7 +128,7 @@ def test_the_loss_of_the_base_is_that_of_torch(run, document):
     _, config = run
     theirs, base = AutoModelForCausalLM.from_pretrained(config.model.source), assemble.open_base(config.model)
     sums, tokens = [], []
-    for i in range(10):
+    for i in range(12):
         turns = row(i, False)["messages"]
         whole, before = (
             base.tokenizer(base.tokenizer.apply_chat_template(its, tokenize=False, add_generation_prompt=prompt))
@@ -157,6 +157,9 @@ def test_the_same_command_measures_nothing_again(run, document, monkeypatch):
     def never(*arguments):
         raise AssertionError("measured again")
 
+    spoiled = json.loads((workdir / "evaluation.json").read_text())
+    spoiled["sets"][0]["contestants"][0]["answers"][0]["score"] = 7  # as an older version of the score gave
+    (workdir / "evaluation.json").write_text(json.dumps(spoiled))
     monkeypatch.setattr(prompts, "complete", never)
     monkeypatch.setattr(forgetting, "forgetting", never)
     again = evaluate.evaluate(workdir, OPTIONS._replace(price_in=4.0), config)
@@ -191,6 +194,20 @@ def test_of_another_checkpoint_the_base_is_not_measured_again(run, document):
     assert [its["name"] for its in entry["contestants"]] == NAMES[:-1]
     assert (record.document["step"], entry["verdict"], entry["differences"]) == (2, "", [])
     assert "forgetting" not in record.document
+
+
+def test_adapters_and_whole_models_answer_too(run, document, tmp_path):
+    """The run's own adapter answers as the run does, its base as a whole model as the base."""
+    workdir, config = run
+    export.export_peft(workdir, 1, tmp_path / "adapter")
+    others = {"adapters": {"same": str(tmp_path / "adapter")}, "models": {"whole": config.model.source}}
+    found = evaluate.evaluate(workdir, OPTIONS._replace(only=("same", "whole"), **others), config)
+    scored, rows = ({its["name"]: its for its in entry["contestants"]} for entry in found["sets"])
+    assert [*scored] == [*NAMES, "same", "whole"]
+    assert scored["same"]["answers"] == scored["tuned"]["answers"]
+    assert scored["whole"]["answers"] == scored["base"]["answers"]
+    assert rows["same"]["loss"] == pytest.approx(rows["tuned"]["loss"], rel=1e-5)
+    assert rows["whole"]["loss"] is None  # of other tokens, as far as can be known
 
 
 def test_a_judge_says_whose_answers_win(run, document):
