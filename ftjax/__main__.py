@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "fine-tune a model as a config says; the same command resumes",
     "evaluate": "whether a run helped: its model against what prompts can do with its base, and a verdict",
     "generate": "text from a model, an adapter or a run: one prompt, a conversation, or a file of prompts",
+    "report": "what came of a run as one page, or of several beside each other",
     "export": "a run's result for other software: a PEFT adapter, a Hugging Face model, a GGUF",
     "import_config": "a config of Axolotl's as one of ours",
 }

@@ -34,6 +34,10 @@ def one_of(*values: str) -> Check:
     return Check(lambda value: value in values, f"one of {', '.join(values)}")
 
 
+def several(*values: str) -> Check:
+    return Check(lambda given: set(given) <= set(values), f"some of {', '.join(values)}")
+
+
 def number(low: float, high: float = math.inf) -> Check:
     wanted = f"a number from {low:g} to {high:g}" if high < math.inf else f"a finite number, {low:g} or more"
     return Check(lambda value: math.isfinite(value) and low <= value <= high, wanted)
@@ -54,6 +58,17 @@ def tokens() -> Check:
         return plain and len(set(value)) == len(value)
 
     return Check(holds, "different tokens without white space around them, such as ('<|call|>',)")
+
+
+def losses() -> Check:
+    def holds(value: Any) -> bool:
+        entries = [(entry, 1.0) if isinstance(entry, str) else entry for entry in value]
+        fits = [isinstance(entry, tuple | list) and len(entry) == 2 for entry in entries]
+        return all(fits) and all(
+            type(name) is str and type(weight) in (int, float) and 0 < weight < math.inf for name, weight in entries
+        )
+
+    return Check(holds, "names, or pairs of a name and a positive weight, such as ('sigmoid', ('sft', 0.2))")
 
 
 ANY = Check(lambda value: True, "anything")
@@ -130,12 +145,21 @@ KEYS: dict[str, Key] = {
     # Of the rows before training; on: stop on errors, warn: print them.
     "data.checks": Key("on", one_of("on", "warn", "off")),
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
-    "objective.name": Key("sft", ANY),  # a method of ftjax/method.py: sft or dpo
-    # sft: the share of a target's probability that is spread over the vocabulary
+    "objective.name": Key("sft", ANY),  # a method of ftjax/method.py: sft, dpo, cpo, simpo, orpo
+    # sft: the share of a target's probability that is spread over the vocabulary; of pairs: of labels taken to be wrong
     "objective.label_smoothing": Key(0.0, number(0, 0.99)),
     # sft: so much of log(Z)^2 is added, Z being the sum of a softmax; 1e-4 is usual
     "objective.z_loss": Key(0.0, number(0)),
-    "objective.beta": Key(0.1, number(1e-6)),  # dpo: how strongly the reference holds the policy
+    # of pairs: how strongly the reference holds the policy; the scale of a margin where there is none
+    "objective.beta": Key(0.1, number(1e-6)),
+    # dpo, cpo: losses of a pair, by name or with their weights: ("sigmoid", ("sft", 0.2)); (): the method's own
+    "objective.loss": Key((), losses()),
+    # dpo: the divergence that holds the policy
+    "objective.divergence": Key("reverse_kl", one_of("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")),
+    "objective.divergence_alpha": Key(0.5, number(0)),  # alpha_divergence: its alpha
+    "objective.discopop_tau": Key(0.05, number(1e-6)),  # the loss discopop: its temperature
+    "objective.ld_alpha": Key(1.0, number(0, 1)),  # what tokens beyond the shorter answer's length count; 1: all alike
+    "objective.gamma": Key(0.5, number(0)),  # the loss simpo: the margin that is aimed at
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.
     "optimizer.learning_rate": Key(0.0, number(0)),
@@ -180,6 +204,8 @@ KEYS: dict[str, Key] = {
     "eval_every": Key(0, number(0)),  # steps; 0: only at the end
     "eval_epochs": Key(0.0, number(0)),  # instead, in epochs: 0.5 is twice in each
     "checkpoint_every": Key(100, number(1)),
+    # What the result is meant for: peft, merged, hf, gguf; what an export would refuse is refused before step 1.
+    "export_formats": Key((), several("peft", "merged", "hf", "gguf")),
     # Hours after which the run saves and ends with status 75, in time for what a scheduler allows; 0: no limit.
     "max_hours": Key(0.0, number(0)),
 }
@@ -237,6 +263,7 @@ FREE_TO_CHANGE = (
     "data.eval",
     "data.checks",
     "max_hours",
+    "export_formats",
     "data.long_text",  # the tokens decide whether a run may go on
 )
 
@@ -367,6 +394,13 @@ def with_recorded(config: ConfigDict, recorded: ConfigDict) -> ConfigDict:
     """`config` where what it leaves open is what a run has, which goes on with what it chose when it began."""
     given, chosen = flat(config), flat(recorded)
     return changed(config, {key: chosen[key] for key in OPEN if given[key] == KEYS[key].default})
+
+
+def is_default(config: ConfigDict, key: str) -> bool:
+    """Whether a key, by its dotted name, has its default; a list, as JSON has it, is a tuple here."""
+    section, _, leaf = key.rpartition(".")
+    value = (config[section] if section else config)[leaf]
+    return json.dumps(value) == json.dumps(KEYS[key].default)
 
 
 def changed(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:

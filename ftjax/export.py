@@ -19,7 +19,6 @@ float32) and for the logits.
 """
 
 import collections
-import dataclasses
 import functools
 import math
 import os
@@ -34,9 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from transformers import PreTrainedTokenizerFast
 
-from ftjax import assemble, cli, distributed, interpolation, lora, parity, tree
+from ftjax import assemble, cli, distributed, exportable, interpolation, lora, parity, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.atomic import room_for
@@ -48,19 +46,18 @@ from ftjax.evals.evaluator import is_eval
 from ftjax.method import learning_rate
 from ftjax.models.families import is_multimodal, spec_from_config
 from ftjax.models.spec import DecoderSpec
+from ftjax.reporting import gather
 from ftjax.training import metrics
 from ftjax.tree import Tree
-from ftjax.weights.gguf.tokenizer import from_metadata
-from ftjax.weights.gguf.tokenizer_write import check_same, to_metadata
-from ftjax.weights.gguf.write import GGUF_TYPES, gguf_header, write_gguf
-from ftjax.weights.hf.end_tokens import unnamed, with_end_of_turn, with_ends
+from ftjax.weights.gguf.write import GGUF_TYPES, write_gguf
+from ftjax.weights.hf.end_tokens import unnamed
 from ftjax.weights.hf.files import read_json
 from ftjax.weights.hf.keys import FLOATS, hf_names
 from ftjax.weights.hf.model_card import model_card, shown
 from ftjax.weights.hf.together import new_directory_together
 from ftjax.weights.hf.write import generation_config, write_json, write_model, write_tokenizer
 from ftjax.weights.peft import continued
-from ftjax.weights.peft.adapter import refuse_experts, write_adapter
+from ftjax.weights.peft.adapter import write_adapter
 from ftjax.weights.peft.vllm import MAX_RANK, uniform
 from ftjax.weights.source import Reader
 
@@ -84,15 +81,7 @@ def export_peft(
     moved, share: as in `load_run`.
     """
 
-    def check(run: ConfigDict, base: Base, variables: Tree) -> None:
-        _refuse_heads(variables, "peft")
-        if "lora" not in variables:
-            raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
-        whole = assemble.trained_whole(run, base)
-        refuse_experts([*tree.by_module(variables["lora"]), *whole])
-        if vllm_rank is not None:
-            jax.eval_shape(lambda adapters: uniform(adapters, whole, vllm_rank), variables["lora"])
-
+    check = functools.partial(exportable.check_peft, vllm_rank=vllm_rank)
     run, base, variables, step = assemble.load_run(workdir, step, moved, check, share)
     config = _effective(run, base)
     params, whole = tree.flatten(variables["params"]), assemble.trained_whole(run, base)
@@ -118,9 +107,10 @@ def export_peft(
                 evaluation(workdir, step),
                 published=assemble.published(base),
                 ends=ends,
+                results=results(workdir, step),
                 notes=_of_share(share),
             ),
-            generation=generation_config(_model_config(base), _sampling(base)) if ends else None,
+            generation=generation_config(exportable.model_config(base), _sampling(base)) if ends else None,
             save_tokenizer=functools.partial(_write_tokenizer, run, base) if _has_own_tokenizer(run) else None,
         )
     if ends and is_first():
@@ -153,13 +143,10 @@ def export_model(
     of_tokenizer: dict[str, Any] = {}  # the metadata of a GGUF
 
     def check(config: ConfigDict, base: Base, variables: Tree) -> None:
-        _refuse_heads(variables, format)
-        if format == "merged" and "lora" not in variables:
-            raise UserError("this run has no adapter to merge (config.adapter.kind='none'); use --format hf")
-        if format == "gguf":
-            of_tokenizer.update(_check_gguf(base, _written_spec(base, variables)))
+        of_tokenizer.update(exportable.check_model(format, base, variables))
 
     config, base, variables, step = assemble.load_run(workdir, step, moved, check, share)
+    came_of_it = results(workdir, step)
     config = _effective(config, base)
     mesh = jax.tree.leaves(variables)[0].sharding.mesh
     texts = parity.prompts(base.tokenizer, workdir / "samples.jsonl", base.model.spec.max_position_embeddings)
@@ -204,6 +191,7 @@ def export_model(
                     evaluation(workdir, step),
                     report,
                     assemble.published(base),
+                    results=came_of_it,
                 )
                 (directory / "README.md").write_text(card, encoding="utf-8")
     if format == "gguf":
@@ -239,6 +227,12 @@ def evaluation(workdir: Path, step: int) -> dict[str, float]:
     return {name: value for name, value in records[-1].items() if name.startswith("eval_")} if records else {}
 
 
+def results(workdir: Path, step: int) -> list[str]:
+    """What the card says of the run's evaluations: sentences, none of a run without one."""
+    run = gather.gather(workdir, step)
+    return gather.summary(run) if run.evaluation or gather.changes(run) else []
+
+
 def _notes(config: ConfigDict, base: Base, variables: Tree) -> list[str]:
     """Effects of merging that a user should know; for the terminal, parity.json and the card."""
     notes = []
@@ -247,7 +241,7 @@ def _notes(config: ConfigDict, base: Base, variables: Tree) -> list[str]:
             f"The adapter was trained beside a base stored as {config.quantize.base}. It is merged into that base, "
             f"dequantized, and not into the weights of {shown(base.source)} as they were published."
         )
-    if _must_untie(base.model.spec, variables):
+    if exportable.must_untie(base.model.spec, variables):
         notes.append(
             "The adapter changes the token embedding and not the output head, which were one matrix. They are two here "
             "(tie_word_embeddings is false), and the head is the base's."
@@ -264,33 +258,12 @@ def _of_share(share: float) -> list[str]:
     ]
 
 
-def _must_untie(spec: DecoderSpec, variables: Tree) -> bool:
-    return spec.tie_word_embeddings and "embed_tokens" in variables.get("lora", {})
-
-
-def _written_spec(base: Base, variables: Tree) -> DecoderSpec:
-    spec = base.model.spec
-    return dataclasses.replace(spec, tie_word_embeddings=False) if _must_untie(spec, variables) else spec
-
-
 def _whole(base: Base, variables: Tree) -> tuple[DecoderSpec, Tree]:
     """(spec, dequantized parameters) that the adapters are to be merged into."""
     params = assemble.whole_params(variables, base.model.param_dtype)
-    if _must_untie(base.model.spec, variables):
+    if exportable.must_untie(base.model.spec, variables):
         params = params | {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
-    return _written_spec(base, variables), params
-
-
-def _model_config(base: Base) -> dict[str, Any]:
-    return with_ends(base.reader.config, base.end_tokens)
-
-
-def _gguf_config(base: Base, spec: DecoderSpec) -> dict[str, Any]:
-    return _model_config(base) | {"tie_word_embeddings": spec.tie_word_embeddings, "vocab_size": spec.vocab_size}
-
-
-def _tokenizer(base: Base) -> PreTrainedTokenizerFast:
-    return with_end_of_turn(base.tokenizer, base.reader.config, base.end_tokens)
+    return exportable.written_spec(base, variables), params
 
 
 def _sampling(base: Base) -> dict[str, Any] | None:
@@ -306,16 +279,6 @@ def _effective(config: ConfigDict, base: Base) -> ConfigDict:
     return effective
 
 
-def _refuse_heads(variables: Tree, format: str) -> None:
-    """UserError for a run with parameters that no format can hold: an export never drops any silently."""
-    written = {"params", "lora", "quant"}
-    if heads := list(tree.flatten({name: part for name, part in variables.items() if name not in written})):
-        raise UserError(
-            f"this run has a head ({', '.join(heads)}), which --format {format} cannot hold, nor can any other format; "
-            "use the run itself (--workdir), whose checkpoints hold it"
-        )
-
-
 def _has_own_tokenizer(config: ConfigDict) -> bool:
     """Whether a run renders with another tokenizer or template than its base's."""
     model, data = config.model, config.data
@@ -323,7 +286,7 @@ def _has_own_tokenizer(config: ConfigDict) -> bool:
 
 
 def _write_tokenizer(config: ConfigDict, base: Base, directory: Path) -> None:
-    write_tokenizer(directory, _tokenizer(base), base.path, new_tokens=bool(config.model.add_tokens))
+    write_tokenizer(directory, exportable.written_tokenizer(base), base.path, new_tokens=bool(config.model.add_tokens))
 
 
 def _write_directory(directory: Path, config: ConfigDict, base: Base, variables: Tree, dtype: str) -> None:
@@ -332,7 +295,7 @@ def _write_directory(directory: Path, config: ConfigDict, base: Base, variables:
         directory,
         params,
         spec,
-        _model_config(base),
+        exportable.model_config(base),
         adapters=variables.get("lora"),
         generation=_sampling(base),
         dtype=jnp.dtype(dtype),
@@ -342,20 +305,11 @@ def _write_directory(directory: Path, config: ConfigDict, base: Base, variables:
             _write_tokenizer(config, base, directory)
 
 
-def _check_gguf(base: Base, spec: DecoderSpec) -> dict[str, Any]:
-    """The tokenizer's metadata; UserError where a GGUF file has no words for the decoder or the tokenizer."""
-    config = _gguf_config(base, spec)
-    architecture, *_ = gguf_header(spec, config)
-    metadata = to_metadata(_tokenizer(base), config)
-    check_same(from_metadata(base.path, metadata | {"general.architecture": architecture}), base.tokenizer)
-    return metadata
-
-
 def _write_gguf(out: Path, base: Base, variables: Tree, kind: str, of_tokenizer: dict[str, Any], name: str) -> None:
     spec, merged = _whole(base, variables)
     if "lora" in variables:
         merged = lora.merge(merged, variables["lora"])
-    write_gguf(out, merged, spec, _gguf_config(base, spec), kind, of_tokenizer, name, shown(base.source))
+    write_gguf(out, merged, spec, exportable.gguf_config(base, spec), kind, of_tokenizer, name, shown(base.source))
 
 
 def _check_tokenizer(directory: Path, texts: list[parity.Prompt], workdir: Path) -> None:

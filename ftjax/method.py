@@ -5,6 +5,7 @@ arrays in a batch, state that it keeps. Data, planner, loader, inspection, evalu
 method by name.
 """
 
+import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -17,8 +18,8 @@ from ftjax.data.batch.loader import Loader
 from ftjax.data.batch.packing import BATCH
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
-from ftjax.objectives.dpo import make_dpo
 from ftjax.objectives.loss import Objective
+from ftjax.objectives.preference import make_preference, make_totals
 from ftjax.objectives.sft import make_sft
 from ftjax.training.source import FileSource, Source
 from ftjax.training.state import Kept
@@ -42,6 +43,7 @@ class Method(NamedTuple):
       reference: whether the objective compares with the model as it was before training (`objectives.reference`).
       head: the scalar head that it adds (`models.heads`), "" for none.
       batch: the arrays [rows, length] of its batches.
+      totals: (model, config.objective) -> sums that the objective needs of a whole step first (`make_step`).
       kept: what it keeps from step to step beside the weights, such as a controller or a moving average.
       source: (assemble.Program, frozen variables, loader of its rows, the rows of a batch that this process fills, the
         number of steps) -> where its batches come from.
@@ -55,9 +57,18 @@ class Method(NamedTuple):
     reference: bool = False
     head: str = ""
     batch: Mapping[str, type[np.generic]] = types.MappingProxyType(BATCH)
+    totals: Callable[[Decoder, ConfigDict], Callable[[Tree, dict], Tree]] | None = None
     kept: Kept | None = None
     source: Callable[..., Source] = from_files
 
+
+_PAIRS = Method(
+    make_preference,
+    rows="pair",
+    learning_rates={"lora": 1e-5, "dora": 1e-5, "none": 1e-6},
+    epochs=(1.0, 3.0),  # Rafailov et al. 2023; Zephyr (Tunstall et al. 2023), where more made it worse
+    totals=make_totals,
+)
 
 METHODS = {
     "sft": Method(
@@ -67,13 +78,22 @@ METHODS = {
         epochs=(3.0, 15.0),  # Alpaca's 52,000 rows (Taori et al. 2023), LIMA's 1,000 (Zhou et al. 2023)
         settings=("label_smoothing", "z_loss"),
     ),
-    "dpo": Method(
-        make_dpo,
-        rows="pair",
-        learning_rates={"lora": 1e-5, "dora": 1e-5, "none": 1e-6},
-        epochs=(1.0, 3.0),  # Rafailov et al. 2023; Zephyr (Tunstall et al. 2023), where more made it worse
-        settings=("beta",),
+    "dpo": _PAIRS._replace(
+        objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),)),
+        settings=("beta", "loss", "label_smoothing", "divergence", "divergence_alpha", "discopop_tau", "ld_alpha"),
         reference=True,
+    ),
+    "cpo": _PAIRS._replace(
+        objective=functools.partial(make_preference, usual=(("sigmoid", 1.0), ("sft", 1.0)), reference=False),
+        settings=("beta", "loss", "label_smoothing", "ld_alpha", "gamma"),
+    ),
+    "simpo": _PAIRS._replace(
+        objective=functools.partial(make_preference, usual=(("simpo", 1.0),), reference=False),
+        settings=("beta", "gamma", "label_smoothing"),
+    ),
+    "orpo": _PAIRS._replace(
+        objective=functools.partial(make_preference, usual=(("sft", 1.0), ("odds_ratio", 1.0)), reference=False),
+        settings=("beta",),
     ),
 }
 
@@ -88,11 +108,11 @@ def method_of(config: ConfigDict) -> Method:
     name = config.objective.name
     if name not in METHODS:
         raise UserError(f"config.objective.name={name!r} is no method{did_you_mean(name, METHODS)}")
-    method, defaults = METHODS[name], configs.defaults()
-    unread = [key for key in config.objective if key not in ("name", *method.settings)]
-    unused = [f"objective.{key}" for key in unread if config.objective[key] != defaults.objective[key]]
+    method = METHODS[name]
+    unused = [f"objective.{key}" for key in config.objective if key not in ("name", *method.settings)]
     if method.rows != "conversation":
-        unused += [f"data.{key}" for key in ("train_on", "long_text") if config.data[key] != defaults.data[key]]
+        unused += ["data.train_on", "data.long_text"]
+    unused = [key for key in unused if not configs.is_default(config, key)]
     if unused:
         users = [other for other, its in METHODS.items() if unused[0].removeprefix("objective.") in its.settings]
         hint = f"; {', '.join(users)} does" if users else ""

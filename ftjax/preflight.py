@@ -18,8 +18,9 @@ from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
 from ftjax.evals import scored
-from ftjax.method import learning_rate
+from ftjax.method import learning_rate, method_of
 from ftjax.models.spec import DecoderSpec
+from ftjax.objectives.preference import compares_pairs
 from ftjax.training import optim
 from ftjax.training.display import Display
 from ftjax.tree import Tree
@@ -146,6 +147,16 @@ def check_mesh(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
         raise UserError(
             f"config.mesh.expert={mesh.shape['expert']}: {config.model.source} has {has} to split; "
             "set it to 1 (mesh.data and mesh.fsdp split rows as well) or to a divisor"
+        )
+
+
+def check_whole_step(config: ConfigDict) -> None:
+    """UserError where the objective compares the pairs of a step with each other and micro-batches keep them apart."""
+    if method_of(config).rows == "pair" and (name := compares_pairs(config.objective)) and config.accumulate > 1:
+        raise UserError(
+            f"config.objective.loss: {name!r} compares all pairs of a step with each other, which "
+            f"{config.accumulate} micro-batches keep apart; set config.accumulate=1, and config.data.batch_size lower "
+            "if the memory asks for it"
         )
 
 

@@ -13,6 +13,7 @@ last checkpoint).
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -27,6 +28,7 @@ from ftjax import (
     config_flag,
     describe,
     distributed,
+    exportable,
     memory,
     origin,
     preflight,
@@ -41,7 +43,8 @@ from ftjax.errors import UserError
 from ftjax.evals import best, scored
 from ftjax.evals.evaluator import Evaluator, best_metric
 from ftjax.planning import flops
-from ftjax.training import metrics
+from ftjax.reporting import page
+from ftjax.training import environment, metrics
 from ftjax.training import workdir as workdirs
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.display import Display
@@ -54,6 +57,7 @@ from ftjax.weights.peft import continued
 
 def train(config: ConfigDict, workdir: Path) -> int:
     """Runs or resumes a run in `workdir`; returns the exit status of the command."""
+    began = time.time()
     configs.validate(config)
     with (
         workdirs.hold(workdir),
@@ -61,11 +65,16 @@ def train(config: ConfigDict, workdir: Path) -> int:
         Display(config.log_every, quiet=not distributed.is_first()) as display,
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep, best_metric(config)[1]) as checkpoints,
     ):
-        return _train(config, workdir, preemption, display, checkpoints)
+        return _train(config, workdir, began, preemption, display, checkpoints)
 
 
 def _train(
-    config: ConfigDict, workdir: Path, preemption: Preemption, display: Display, checkpoints: Checkpoints
+    config: ConfigDict,
+    workdir: Path,
+    began: float,
+    preemption: Preemption,
+    display: Display,
+    checkpoints: Checkpoints,
 ) -> int:
     # Mesh, and what is there already.
     mesh = sharding.make_mesh(dict(config.mesh))
@@ -84,6 +93,7 @@ def _train(
     # Data.
     config, train_loader, heldout, report = _load_data(config, base, mesh, room, display)
     base = base._replace(model=base.model.clone(remat=config.model.remat))
+    preflight.check_whole_step(config)
     preflight.check_same_everywhere(given, contents, train_loader, heldout)
     total_steps = resume.steps_of(config, train_loader)
     preflight.check_steps(config, there.step, total_steps)
@@ -97,9 +107,11 @@ def _train(
         # Shardings, objective, optimizer and step: shapes only.
         program = assemble.program(config, base.model, mesh, total_steps)
         preflight.check_ranks(program.variables.get("lora", {}), display)
+        exportable.check(tuple(config.export_formats), config, base, program.variables)
         evaluator = Evaluator(config, base, mesh, program.objective, heldout, workdir, preemption, display)
         described = continued.effective(config, base.model.spec)
-        display.table("ftjax.train", describe.run(described, asked, base, room, program, train_loader, report))
+        about = describe.run(described, asked, base, room, program, train_loader, report)
+        display.table("ftjax.train", about)
         rows, examples = train_loader.rows_per_epoch(0), train_loader.examples.count
         if few := choices.few_updates(config, asked, base.model.spec, mesh, rows, examples, total_steps):
             display.say(f"warning: {few}, and more rows help most")
@@ -120,6 +132,8 @@ def _train(
             display.say(warning)
         if distributed.is_first():
             origin.record(workdir, given, located, contents, fresh=there.step is None)
+            counts = report | ({"heldout_examples": len(heldout.examples)} if heldout else {})
+            environment.begin(workdir, mesh, began, there.step, total_steps, about, counts)
             configs.write(located, workdir / "config.json")
             if there.step is None:
                 assemble.keep_template(base, config, workdir)
@@ -156,8 +170,23 @@ def _train(
             return _stopped(stop, there.step, checkpoints, display)
         finally:
             writer.close()
-    display.table("finished", describe.result(workdir, best.Standing.of(config, workdir, checkpoints.steps())))
+            environment.end(workdir)
+    rows = describe.result(workdir, best.Standing.of(config, workdir, checkpoints.steps()))
+    display.table("finished", rows | _report(workdir, display))
     return 0
+
+
+def _report(workdir: Path, display: Display) -> dict[str, str]:
+    """Writes the page about the run; the row that names it. The run is saved, whether that works or not."""
+    file = workdir / page.FILE
+    if not distributed.is_first():
+        return {}
+    try:
+        page.write([workdir], file)
+    except (OSError, UserError) as error:
+        display.say(f"warning: {file} is not written: {error}. python -m ftjax.report {workdir} tries again")
+        return {}
+    return {"report": str(file)}
 
 
 def cadence(config: ConfigDict, loader: Loader, total_steps: int) -> Cadence:

@@ -14,6 +14,8 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 from support.chat_templates import CHATML, make_tokenizer
+from support.model_dirs import files, parity_of
+from support.reports import NAME, evaluation, write_workdir
 from support.runs import command, finish, write_run
 from support.tiny import batch_of, logits, one_device
 from tokenizers import pre_tokenizers
@@ -111,14 +113,6 @@ def test_chat_answers_line_by_line(root):
     assert out.count("> ") == 3
 
 
-def files(directory):
-    return {path.name for path in directory.iterdir()}
-
-
-def parity_of(path):
-    return json.loads(path.read_text())
-
-
 def test_a_merged_export_says_how_near_to_the_run_it_is(root, ours, record_figure):
     """The figures against transformers' logits of the same prompts."""
     said = parity_of(root / "merged/parity.json")
@@ -148,6 +142,17 @@ def test_the_cards_are_read_by_the_hub(root):
         assert "| steps | 12 |" in card.text
     adapter = {"adapter_config.json", "adapter_model.safetensors", "ftjax_adapter.json"}
     assert files(root / "adapter") == {"README.md"} | adapter
+
+
+def test_the_card_says_what_the_evaluation_of_its_step_said(tmp_path):
+    workdir = write_workdir(tmp_path / "run")
+    assert export.results(workdir, 40)[0] == f"Training helped: {NAME} 0 % before, 50 % at step 40."
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation(step=80)))
+    assert export.results(workdir, 40)[0].startswith("Training helped: ")
+    assert export.results(workdir, 80)[0] == "Tuning wins: tuning wins"
+    for name in ("metrics.jsonl", "evaluation.json"):
+        (workdir / name).unlink()
+    assert export.results(workdir, 80) == []
 
 
 def test_a_narrower_type_is_written_where_it_is_asked_for(root, tmp_path, capsys):
@@ -253,9 +258,8 @@ def test_an_interpolated_export_is_on_the_line_from_the_base_to_the_run(root, ou
     with torch.no_grad():
         expected = between(torch.tensor(ours[0][None], dtype=torch.long)).logits[0].numpy()
     assert np.abs(expected - ours[1]).max() > 0.5
-    base = AutoModelForCausalLM.from_pretrained(root / "model")
-    for model in (peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), tmp_path / "model"):
-        model = AutoModelForCausalLM.from_pretrained(model) if model == tmp_path / "model" else model
+    base, whole = (AutoModelForCausalLM.from_pretrained(path) for path in (root / "model", tmp_path / "model"))
+    for model in (peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), whole):
         assert_same_logits(model, (ours[0], expected), record_figure)
     said = parity_of(tmp_path / "model/parity.json")
     assert (said["interpolate"], said["relative_difference"] < 1e-5) == (0.3, True)
@@ -269,6 +273,24 @@ def test_a_run_without_an_adapter_has_none_to_merge_or_write(full, tmp_path):
     with pytest.raises(UserError, match=r"no adapter .* use --format hf"):
         export.export_peft(full, None, tmp_path / "out")
     assert not files(tmp_path)
+
+
+def test_what_a_format_cannot_hold_is_said_before_the_first_step(root, tmp_path, monkeypatch):
+    config = runpy.run_path(str(root / "run.py"))["get_config"]()
+    config.adapter.kind, config.adapter.rank, config.export_formats = "none", 16, ("hf", "merged")
+    with pytest.raises(UserError, match=r"export_formats: 'merged' would be refused at the end: .* no adapter"):
+        train(config, tmp_path / "whole")
+    config = runpy.run_path(str(root / "run.py"))["get_config"]()
+    config.export_formats = ("peft", "gguf")
+    refused = UserError("a GGUF file cannot hold this tokenizer")
+    monkeypatch.setattr("ftjax.exportable.to_metadata", lambda *_: (_ for _ in ()).throw(refused))
+    with pytest.raises(UserError, match=r"'gguf' would be refused at the end: a GGUF file cannot hold this tokenizer"):
+        train(config, tmp_path / "adapter")
+    for name in ("whole", "adapter"):
+        assert not (tmp_path / name / "config.json").exists()  # nothing was begun
+    config.export_formats = ("onnx",)
+    with pytest.raises(UserError, match=r"export_formats=.*some of peft, merged, hf, gguf"):
+        train(config, tmp_path / "onnx")
 
 
 def short_run(root, workdir, quantized="none", steps=2, **adapter):

@@ -38,9 +38,20 @@ FLOORS = [
     {"choices"},
     {"adapted", "prompts"},
     {"evals"},
-    {"describe", "inspection", "parity", "preflight", "resume"},
+    {"describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
     {"planning"},
-    {"__main__", "train", "generate", "evaluate", "export", "plan", "inspect_data", "curate", "import_config"},
+    {
+        "__main__",
+        "train",
+        "generate",
+        "evaluate",
+        "report",
+        "export",
+        "plan",
+        "inspect_data",
+        "curate",
+        "import_config",
+    },
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]

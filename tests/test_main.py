@@ -53,6 +53,8 @@ def test_a_wheel_holds_the_configs_and_the_command(tmp_path):
     for path in [*(ROOT / "configs").glob("*.py"), *(ROOT / "ftjax").rglob("*.py")]:
         name = str(path.relative_to(ROOT))
         assert f"ftjax/{name}" in names if path.parent.name == "configs" else name in names
+    data = [path for path in (ROOT / "ftjax").rglob("*.*") if path.suffix not in (".py", ".pyc")]
+    assert {str(path.relative_to(ROOT)) for path in data} - names == set()
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
     (entry,) = installed.glob("*.dist-info/entry_points.txt")

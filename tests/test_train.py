@@ -9,14 +9,17 @@ import time
 
 import numpy as np
 import pytest
+from support.reports import write_workdir
 from support.runs import command, finish, signal_at_step, write_model, write_rows, write_run
 
 from ftjax import assemble, tree
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import Evaluator
+from ftjax.train import _report
 from ftjax.train import train as run_config
-from ftjax.training import metrics
+from ftjax.training import environment, metrics
 from ftjax.training.checkpoint import Checkpoints
+from ftjax.training.display import Display
 
 TIMES = {"step_time", "tokens_per_second", "data_wait"}
 
@@ -71,6 +74,8 @@ def test_it_learns_and_says_what_it_does(uninterrupted):
         assert word in printed
     for name in ("config.json", "metrics.jsonl", "checkpoints", "tensorboard"):
         assert (workdir / name).exists(), name
+    assert "report  " in printed
+    assert "Training helped: eval_loss " in (workdir / "report.html").read_text()
     expected = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "mean_token_accuracy", "entropy"}
     assert expected | {"packing_efficiency", "step"} <= records(workdir)[-2].keys()
 
@@ -104,6 +109,18 @@ def test_sigterm_saves_and_ends_with_75(root, uninterrupted, capsys):
     assert train_here(root, workdir, {}) == 0
     assert "resuming after step" in capsys.readouterr().out
     assert_same_run(workdir, uninterrupted[0])
+    first, second = environment.read(workdir)
+    assert (first["step"], first["steps"], first["data"]["heldout_examples"]) == (0, 24, 20)
+    assert second["step"] >= 10
+    assert first["began"] < first["ended"] <= second["began"] < second["ended"]
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    workdir = write_workdir(tmp_path / "run", steps=2)
+    assert _report(workdir, Display(1)) == {"report": str(workdir / "report.html")}
+    (workdir / "evaluation.json").write_text("{")
+    assert _report(workdir, Display(1)) == {}
+    assert "report.html is not written: " in capsys.readouterr().out
 
 
 def test_ctrl_c_in_an_evaluation_saves_and_the_evaluation_is_repeated(root, uninterrupted, monkeypatch, capsys):

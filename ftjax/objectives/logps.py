@@ -1,6 +1,7 @@
 """Log-probabilities of documents: what every objective over whole answers is made of."""
 
 import jax
+import jax.numpy as jnp
 
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.cross_entropy import PLAIN, per_token
@@ -31,3 +32,17 @@ def pair_sums(values: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax
     count = max(values.shape[1] // 4, 1)
     sums = jax.vmap(lambda row, ids: jax.ops.segment_sum(row, ids, num_segments=2 * count + 1))(values, segment_ids)
     return sums[:, 1::2], sums[:, 2::2]
+
+
+def shared_weights(weights: jax.Array, segment_ids: jax.Array, beyond: float) -> jax.Array:
+    """float32 [B, T]: 1 at the first n scored tokens of both documents of a pair, n being the smaller of their numbers,
+    and `beyond` at further ones. weights float32 and segment_ids int32 [B, T], as of `pair_sums`.
+    """
+    scored = (weights != 0).astype(jnp.float32)
+    first, second = pair_sums(scored, segment_ids)
+    shared = jnp.repeat(jnp.minimum(first, second), 2, axis=1)  # by document
+    before = jnp.cumsum(jnp.stack([first, second], -1).reshape(*first.shape[:-1], -1), axis=1)
+    starts = jnp.pad(before, [(0, 0), (1, 0)])[:, :-1]  # scored tokens of the row before each document
+    document = jnp.maximum(segment_ids - 1, 0)
+    place = jnp.cumsum(scored, axis=1) - jnp.take_along_axis(starts, document, axis=1)  # 1 at the first scored token
+    return jnp.where(place <= jnp.take_along_axis(shared, document, axis=1), 1.0, beyond)

@@ -20,4 +20,7 @@ class Loss:
     metrics: dict[str, tuple[jax.Array, jax.Array]]
 
 
+# The collection of what an objective must know of the whole step before its micro-batches (`method.Method.totals`).
+TOTALS = "totals"
+
 Objective = Callable[[Tree, dict[str, jax.Array], jax.Array | None], Loss]  # (variables, batch, rng; None: evaluation)

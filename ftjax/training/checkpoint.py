@@ -300,13 +300,10 @@ class Checkpoints:
 
     def _numbered(self) -> dict[int, Path]:
         """Every directory that looks like a step, complete or not, ascending."""
-        if not self.directory.is_dir():
-            return {}
-        paths = [path for path in self.directory.iterdir() if path.name.isdecimal()]
-        return {int(path.name): path for path in sorted(paths, key=lambda path: int(path.name))}
+        return _numbered(self.directory)
 
     def _complete(self) -> list[int]:
-        return [step for step, path in self._numbered().items() if (path / digest.FILE).is_file()]
+        return complete_steps(self.directory)
 
     def _unusable(self, step: int, why: str) -> UserError:
         others = [other for other in self._complete() if other != step]
@@ -354,6 +351,18 @@ class Checkpoints:
         for path in self.directory.iterdir():
             if path.name.startswith((_WRITING, _TRASH)):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """The complete steps in a directory of checkpoints, ascending, for who only wants to know them."""
+    return [step for step, path in _numbered(directory).items() if (path / digest.FILE).is_file()]
+
+
+def _numbered(directory: Path) -> dict[int, Path]:
+    if not directory.is_dir():
+        return {}
+    paths = [path for path in directory.iterdir() if path.name.isdecimal()]
+    return {int(path.name): path for path in sorted(paths, key=lambda path: int(path.name))}
 
 
 def _reason(error: BaseException) -> str:

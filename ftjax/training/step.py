@@ -1,5 +1,6 @@
 """The one training step: gradient accumulation, one division, one optax update, sharded over the mesh."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ftjax import tree
-from ftjax.objectives.loss import Loss, Objective
+from ftjax.objectives.loss import TOTALS, Loss, Objective
 from ftjax.training.state import Kept, TrainState
 from ftjax.tree import Tree
 
@@ -23,6 +24,7 @@ def make_step(
     seed: int,
     dtype: jnp.dtype | None = None,
     kept: Kept | None = None,
+    totals: Callable[[Tree, Batch], Tree] | None = None,
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]:
     """`step(state, frozen, batch) -> (state, metrics)`, compiled once; the old state's buffers are donated.
 
@@ -30,15 +32,23 @@ def make_step(
     `lax.scan` and divided once, by the weight of the whole global batch.
     dtype: the model's compute dtype. Gradients of kernels then stay in it until they are summed: the backward pass
     computes them in it anyway, and they take half the memory.
+    totals: (variables, micro-batch) -> sums that the objective must know of all micro-batches together. It finds them
+    in the collection TOTALS; they have no gradient.
     metrics: float32 scalars `loss`, `grad_norm` (before clipping), `learning_rate`, and those of the objective.
     """
 
     def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        collections = state.collections
+        if totals is not None:
+            variables = tree.combine(state.trainable, frozen) | collections
+            of_each = jax.lax.map(functools.partial(totals, variables), batch)
+            whole = jax.tree.map(lambda leaf: leaf.sum(axis=0), of_each)
+            collections = collections | {TOTALS: jax.lax.stop_gradient(whole)}
 
         def micro_step(index: jax.Array | int, micro: Batch) -> tuple[Tree, Loss]:
             def loss_sum(trainable: Tree) -> tuple[jax.Array, Loss]:
-                variables = tree.combine(trainable, frozen) | state.collections
+                variables = tree.combine(trainable, frozen) | collections
                 loss = objective(variables, micro, jax.random.fold_in(rng, index))
                 return loss.sum, loss
 

@@ -105,6 +105,11 @@ def locate(source: str, revision: str = "", weights: bool = True) -> Path:
             return path
         raise UserError(f"{source}: not a model; give a .gguf file or the directory that holds config.json")
     if path.is_dir():
+        if (path / "checkpoints").is_dir() and (path / "metrics.jsonl").exists():
+            raise UserError(
+                f"{source} is a run, not a model; generate and export take it as --workdir, and for a model to train "
+                f"take one out of it: python -m ftjax.export --workdir {path} --step best --format hf --out MODEL"
+            )
         if (path / "config.json").is_file():
             return path
         raise UserError(f"{source}: no config.json in this directory; give the directory of a Hugging Face model")

@@ -14,12 +14,13 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from ftjax import config as configs
 from ftjax import lora, sharding, tree
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.heads import abstract_head, init_heads
 from ftjax.models.params import abstract_params, logical_axes
-from ftjax.objectives.dpo import make_dpo
+from ftjax.objectives.preference import make_preference, preference_totals
 from ftjax.objectives.sft import make_sft
 from ftjax.training.optim import OPTIMIZERS, make_optimizer, make_schedule
 from ftjax.training.state import abstract_state, init_state
@@ -132,8 +133,11 @@ def train(name, kind, mesh, accumulate, packed, remat):
     state = init_state(optimizer, trainable, abstract)
     start = {path: np.array(leaf) for path, leaf in tree.flatten(trainable).items()}
     first = jax.tree.leaves(state)
-    objective = make_dpo(model, ConfigDict({"beta": 0.1})) if kind == "dpo" else make_sft(model)
-    step = make_step(objective, optimizer, schedule, abstract, seed=0)
+    objective, totals = make_sft(model), None
+    if kind == "dpo":  # with a part that must know the whole step's number of tokens
+        settings = configs.changed(configs.defaults(), {"objective.loss": ("sigmoid", ("sft", 0.2))}).objective
+        objective, totals = make_preference(model, settings, ()), preference_totals
+    step = make_step(objective, optimizer, schedule, abstract, seed=0, totals=totals)
     losses = []
     with jax.set_mesh(mesh):
         for batch in batches(kind, accumulate, packed):

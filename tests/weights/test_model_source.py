@@ -49,6 +49,14 @@ def test_local_paths(tmp_path):
         locate(str(tmp_path / "model.safetensors"))
 
 
+def test_a_run_is_no_model_and_says_how_it_becomes_one(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    with pytest.raises(UserError, match=r"is a run, not a model; .* --workdir, .*ftjax.export --workdir .*--format hf"):
+        locate(str(tmp_path))
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".pkl", ".npy"])
 def test_pickles_are_refused_whether_there_or_not(tmp_path, suffix):
     (tmp_path / f"a{suffix}").write_bytes(b"cos\nsystem\n(S'false'\ntR.")

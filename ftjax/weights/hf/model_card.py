@@ -27,6 +27,7 @@ def model_card(
     parity: Mapping[str, Any] | None = None,
     published: str = "",
     ends: Sequence[str] = (),
+    results: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> str:
     """Markdown with YAML front matter as the Hub reads it.
@@ -35,7 +36,8 @@ def model_card(
     method. base: where the base model is; its own card, if it has one, gives the license, and nothing else does.
     evaluation: the last `eval_*` metrics of the run. parity: `parity.json`, where there is one. published: the Hub's id
     of the model in a GGUF base, where the file says it. ends: end tokens that the base of an adapter does not name, but
-    the generation_config.json beside it. notes: what else a user should know, before those of `parity`.
+    the generation_config.json beside it. results: what came of the run, in sentences. notes: what else a user should
+    know, before those of `parity`.
     """
     source, sources = config.model.source, configs.sources(config, "train")
     notes = [*notes, *(parity or {}).get("notes", ())]
@@ -73,6 +75,7 @@ def model_card(
         evaluation=evaluation,
         parity=parity,
         ends=ends,
+        results=[" ".join(sentence.split()) for sentence in results],
     )
     return str(card).rstrip() + "\n"
 

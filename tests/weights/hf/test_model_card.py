@@ -122,3 +122,9 @@ def test_names_cannot_break_out_of_the_front_matter(tmp_path):
     data, _ = read(model_card("x", "transformers", strange, 1, tmp_path, {"eval_a|b": 1.0}))
     assert data["datasets"] == ["a: b\n---\nlicense: mit"]
     assert "license" not in data
+
+
+def test_what_came_of_the_run_is_a_list_before_the_figures(tmp_path):
+    results = ["Training helped:\n a 1 before, 2 at step 120.", "b is 3"]
+    _, text = read(model_card("x", "peft", config(), 1, tmp_path, {"eval_a": 2.0}, results=results))
+    assert "## Evaluation\n\n- Training helped: a 1 before, 2 at step 120.\n- b is 3\n\n| | |\n" in text

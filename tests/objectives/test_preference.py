@@ -1,4 +1,4 @@
-"""Direct preference optimization against transformers' torch model, its reference, and how pairs lie in rows."""
+"""Learning from pairs against transformers' torch model: plain DPO, its reference, and how pairs lie in rows."""
 
 import functools
 import math
@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 import torch
-from ml_collections import ConfigDict
 from support.tiny import CONFIG, batch_of, documents, numpy_params, spec
 from support.witness import from_torch, torch_llama
 
+from ftjax import config as configs
 from ftjax import tree
 from ftjax.models.decoder import Decoder
-from ftjax.objectives.dpo import make_dpo
-from ftjax.objectives.logps import pair_sums
+from ftjax.objectives.logps import pair_sums, shared_weights
+from ftjax.objectives.preference import make_preference
 from ftjax.objectives.reference import frozen_with_reference
 
 BETA = 0.3
@@ -22,9 +22,15 @@ MODEL = Decoder(spec())
 PAIRS = [documents(seed, [9 + seed, 6 + 2 * seed]) for seed in range(3)]  # (chosen, rejected) each
 
 
+def settings(**changes):
+    config = configs.defaults()
+    config.objective.update({"name": "dpo"} | changes)
+    return config.objective
+
+
 @functools.cache
 def dpo():
-    objective = make_dpo(MODEL, ConfigDict({"name": "dpo", "beta": BETA}))
+    objective = make_preference(MODEL, settings(beta=BETA), (("sigmoid", 1.0),))
     return jax.jit(
         jax.value_and_grad(lambda params, frozen, batch: sums(objective, params, frozen, batch), has_aux=True)
     )
@@ -111,3 +117,10 @@ def test_pair_sums_take_the_documents_of_each_pair_apart():
     first, second = pair_sums(values, segments)
     np.testing.assert_array_equal(first, [[3, 13, 0]])
     np.testing.assert_array_equal(second, [[12, 17, 0]])
+
+
+def test_what_an_answer_has_beyond_the_other_counts_less():
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 3, 4, 4, 4, 0]], np.int32)
+    weights = np.array([[0, 1, 1, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0]], np.float32)
+    shares = np.asarray(shared_weights(weights, segments, 0.25))
+    np.testing.assert_array_equal(shares * weights, [[0, 1, 1, 0, 1, 1, 0.25, 0, 1, 0, 1, 0.25, 0]])

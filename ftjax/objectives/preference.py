@@ -1,0 +1,136 @@
+"""Learning from pairs of answers, one preferred: DPO and its family, with a reference or without (SimPO, ORPO, CPO)."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ftjax import config as configs
+from ftjax.errors import UserError, did_you_mean
+from ftjax.models.decoder import Decoder
+from ftjax.objectives.head import make_unembed
+from ftjax.objectives.logps import Batch, pair_sums, shared_weights, token_logps
+from ftjax.objectives.loss import TOTALS, Loss, Objective
+from ftjax.objectives.pair_losses import LOSSES, Pairs
+from ftjax.objectives.reference import policy_and_reference
+from ftjax.tree import Tree
+
+SFT = "sft"  # in a mixture: the cross-entropy of the chosen answers, a mean over their tokens and not over pairs
+Weighted = Sequence[tuple[str, float]]
+
+
+def make_preference(model: Decoder, config: ConfigDict, usual: Weighted, reference: bool = True) -> Objective:
+    """The objective over batches of pairs, packed or not.
+
+    The loss is the weighted sum of `config.loss` (`usual` where that is empty), a sum over pairs whose weight is their
+    number. Metrics have TRL's names: rewards are beta h, h = log p / p_reference of a whole answer, and without a
+    reference beta log p.
+
+    reference: there is one; without, only losses that have a meaning then are allowed.
+
+    Raises:
+      UserError: an unknown loss, one that needs a reference, or a setting that none of them uses or that is out of its
+        range.
+    """
+    weights = dict(_losses(config, usual))
+    _check(weights, config, reference)
+    unembed = make_unembed(model)
+
+    def preference(variables, batch, rng):
+        segments = batch["segment_ids"]
+        policy, frozen = policy_and_reference({k: v for k, v in variables.items() if k != TOTALS})
+        # LD-DPO (Liu et al. 2024, equation 11): what the longer answer has beyond the length of the other counts less.
+        shares = shared_weights(batch["weights"], segments, config.ld_alpha) if config.ld_alpha != 1 else 1.0
+        by_token = token_logps(model, unembed, policy, batch, rng)
+        logps = pair_sums(by_token * shares, segments)
+        reference_logps = (jnp.zeros_like(logps[0]),) * 2
+        if reference:
+            # Never dropout here: the reference is what the model says, not a noisy version of it.
+            theirs = jax.lax.stop_gradient(token_logps(model, unembed, frozen, batch, None))
+            reference_logps = pair_sums(theirs * shares, segments)
+        tokens = pair_sums((batch["weights"] != 0).astype(jnp.float32), segments)
+        there = (tokens[0] > 0).astype(jnp.float32)
+        pairs = Pairs(*logps, *reference_logps, *tokens, there)
+        count = there.sum()
+
+        loss = jnp.zeros(())
+        for name, weight in weights.items():
+            if name == SFT:
+                totals = variables.get(TOTALS) or preference_totals(variables, batch)
+                # The mean over the chosen tokens of the whole step, as the other losses are means over its pairs.
+                nll = -jnp.sum(pair_sums(by_token, segments)[0] * there)
+                loss += weight * nll * totals["pairs"] / jnp.maximum(totals["chosen_tokens"], 1)
+            else:
+                loss += weight * jnp.sum(LOSSES[name].function(pairs, config) * there)
+        chosen, rejected = (config.beta * ratio for ratio in pairs.ratios())
+        metrics = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
+            "logps/chosen": pairs.chosen,
+            "logps/rejected": pairs.rejected,
+        }
+        return Loss(loss, count, {name: (jnp.sum(values * there), count) for name, values in metrics.items()})
+
+    return preference
+
+
+def preference_totals(variables: Tree, batch: Batch) -> dict[str, jax.Array]:
+    """What a loss needs to know of the whole step: the number of pairs and of tokens of the chosen answers."""
+    chosen, _ = pair_sums((batch["weights"] != 0).astype(jnp.float32), batch["segment_ids"])
+    return {"pairs": (chosen > 0).astype(jnp.float32).sum(), "chosen_tokens": chosen.sum()}
+
+
+def make_totals(model: Decoder, config: ConfigDict) -> Callable[[Tree, Batch], dict[str, jax.Array]]:
+    """`preference_totals`, as a method's line has it."""
+    return preference_totals
+
+
+def compares_pairs(config: ConfigDict) -> str:
+    """The name of a loss in `config.loss` that compares all pairs of a step with each other; "" for none."""
+    return next((name for name, _ in _losses(config, ()) if name != SFT and LOSSES[name].over_batch), "")
+
+
+def _losses(config: ConfigDict, usual: Weighted) -> list[tuple[str, float]]:
+    """(name, weight) of each entry of config.loss: a name, whose weight is 1, or both."""
+    losses = [(entry, 1.0) if isinstance(entry, str) else tuple(entry) for entry in config.loss] or list(usual)
+    for name, _ in losses:
+        if name not in (*LOSSES, SFT):
+            raise UserError(f"config.objective.loss: {name!r} is no loss{did_you_mean(name, [*LOSSES, SFT])}")
+    if len({name for name, _ in losses}) < len(losses):
+        raise UserError(f"config.objective.loss={tuple(config.loss)}: a loss stands there twice; add its weights up")
+    return losses
+
+
+def _check(weights: dict[str, float], config: ConfigDict, reference: bool) -> None:
+    names = [name for name in weights if name != SFT]
+    if not names:
+        raise UserError("config.objective.loss: 'sft' alone does not compare answers; use objective.name='sft'")
+    if not reference and (needy := [name for name in names if LOSSES[name].reference]):
+        free = ", ".join(name for name, loss in LOSSES.items() if not loss.reference)
+        raise UserError(
+            f"config.objective.loss: {needy[0]!r} compares with a reference, which objective.name={config.name!r} has "
+            f"not; use objective.name='dpo', or one of {free}"
+        )
+    defaults, read = configs.defaults().objective, {key for name in names for key in LOSSES[name].settings}
+    for key in ("label_smoothing", "divergence", "divergence_alpha", "discopop_tau"):
+        if key not in read and config[key] != defaults[key]:
+            users = ", ".join(name for name, loss in LOSSES.items() if key in loss.settings)
+            raise UserError(
+                f"config.objective.{key}={config[key]!r} does nothing with the loss {', '.join(names)}; leave it at "
+                f"its default, or use one of {users}"
+            )
+    # With another divergence, losses that are not made of its scores would go on as if it were not there.
+    if config.divergence != defaults.divergence:
+        if fixed := [name for name in names if "divergence" not in LOSSES[name].settings]:
+            raise UserError(f"config.objective.divergence: the loss {fixed[0]!r} has none; leave it at reverse_kl")
+        if not reference:
+            raise UserError(f"config.objective.divergence: {config.name!r} has no reference; leave it at reverse_kl")
+    elif config.divergence_alpha != defaults.divergence_alpha:
+        raise UserError("config.objective.divergence_alpha is of objective.divergence='alpha_divergence'; set both")
+    if "robust" in names and config.label_smoothing >= 0.5:
+        raise UserError("config.objective.label_smoothing: of the loss 'robust' it must be below 0.5; 0.1 is usual")
+    if "exo_pair" in names and not config.label_smoothing:
+        raise UserError("config.objective.label_smoothing: the loss 'exo_pair' needs one above 0; 1e-3 is usual")
