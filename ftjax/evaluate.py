@@ -13,7 +13,7 @@ training examples (--instructions, --instruction_budget); and the tuned model wi
 the tuned model has forgotten is measured beside it, on general text (--abilities: more of it).
 
 All of it is in WORKDIR/evaluation.json, which is written after each contestant: the same command goes on where it was
-stopped, and what is there is not measured again.
+stopped, and what is there is not measured again. WORKDIR/report.html shows it.
 """
 
 import contextlib
@@ -40,6 +40,7 @@ from ftjax.evals.heldout import LOSS, HeldOut
 from ftjax.evals.rewrites import Instruction
 from ftjax.evals.scored import Question
 from ftjax.method import method_of
+from ftjax.reporting import page
 from ftjax.training.display import Display
 from ftjax.tree import Tree
 from ftjax.weights.load import load_params
@@ -148,8 +149,11 @@ def evaluate(workdir: Path, options: Options, given: ConfigDict | None = None) -
         for entry in document["sets"]:
             display.console.print(_table(entry))
         forgotten = document.get(FORGETTING, {}).get("verdict")
-        said = [text for text in (document["verdict"], forgotten) if text]
-        display.say("\n".join([*said, f"All of it is in {workdir / comparison.FILE}"]))
+        for text in (document["verdict"], forgotten, f"All of it is in {workdir / comparison.FILE}"):
+            if text:
+                display.say(text)
+        page.write([workdir], workdir / page.FILE)
+        display.say(f"as a page: {workdir / page.FILE}")
     return document
 
 

@@ -1,5 +1,6 @@
 """ftjax.evaluate on a tiny run: every contestant is given and measured as transformers and torch say; nothing twice."""
 
+import html
 import json
 
 import numpy as np
@@ -92,6 +93,7 @@ def test_everybody_is_measured_on_every_set(run, document):
     assert set(scored["samples"][0]["completions"]) == set(NAMES)
     assert document["verdict"] == f"scored: {scored['verdict']} rows: {rows['verdict']}"
     assert document["step"] == 1
+    assert scored["verdict"] in html.unescape((workdir / "report.html").read_text())
     (tales,) = document["forgetting"]["categories"]
     assert (tales["name"], tales["texts"]) == ("tales", 6)
     assert document["forgetting"]["change"] == pytest.approx(tales["tuned"] - tales["base"])
