@@ -140,21 +140,27 @@ def evaluate(workdir: Path, options: Options, given: ConfigDict | None = None) -
                 unprompted(_other(name, options, config), name, "other")
 
         # What it says.
-        if options.judge:
-            for held in sets:
-                comparison.judge(record.set_of(held, settings), held, options.judge)
-        document = record.document
-        document["verdict"] = verdict.overall({its["name"]: its["verdict"] for its in document["sets"]})
+        for held in sets:
+            entry = record.set_of(held, settings)
+            comparison.summarize(entry, held, settings)
+            if options.judge:
+                comparison.judge(entry, held, options.judge)
+        record.document["verdict"] = verdict.overall({its["name"]: its["verdict"] for its in record.document["sets"]})
         record.write()
-        for entry in document["sets"]:
-            display.console.print(_table(entry))
-        forgotten = document.get(FORGETTING, {}).get("verdict")
-        for text in (document["verdict"], forgotten, f"All of it is in {workdir / comparison.FILE}"):
-            if text:
-                display.say(text)
-        page.write([workdir], workdir / page.FILE)
-        display.say(f"as a page: {workdir / page.FILE}")
-    return document
+        _say(record.document, workdir, display)
+    return record.document
+
+
+def _say(document: dict, workdir: Path, display: Display) -> None:
+    """The tables and the verdicts, on the terminal and in the run's report."""
+    for entry in document["sets"]:
+        display.console.print(_table(entry))
+    forgotten = document.get(FORGETTING, {}).get("verdict")
+    for text in (document["verdict"], forgotten, f"All of it is in {workdir / comparison.FILE}"):
+        if text:
+            display.say(text)
+    page.write([workdir], workdir / page.FILE)
+    display.say(f"as a page: {workdir / page.FILE}")
 
 
 def _evaluated(recorded: ConfigDict, given: ConfigDict | None) -> dict[str, Any]:
