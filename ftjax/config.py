@@ -60,6 +60,13 @@ def tokens() -> Check:
     return Check(holds, "different tokens without white space around them, such as ('<|call|>',)")
 
 
+def some_of(*names: str) -> Check:
+    def holds(value: Any) -> bool:
+        return all(name in names for name in value) and len(set(value)) == len(value)
+
+    return Check(holds, f"some of {', '.join(names)}")
+
+
 def losses() -> Check:
     def holds(value: Any) -> bool:
         entries = [(entry, 1.0) if isinstance(entry, str) else entry for entry in value]
@@ -190,9 +197,14 @@ KEYS: dict[str, Key] = {
     "evaluate.max_new_tokens": Key(128, number(1)),
     "evaluate.batch_size": Key(64, number(1)),  # prompts completed together
     "evaluate.before": Key(True, ANY),  # also before the first step
+    # What decides which checkpoint is best: "eval_loss", "eval_NAME/score - 0.5 * eval_general/change", after "min:" or
+    # "max:" where that is not plain; "": the first task's score, else eval_loss.
+    "evaluate.best": Key("", ANY),
+    "evaluate.patience": Key(0, number(0)),  # evaluations without improvement of it that end the run; 0: none do
+    "evaluate.min_delta": Key(0.0, number(0)),  # what counts as an improvement: more than this
     # Text on which to see what a run forgets (docs/forgetting.md): "general", which ships, or sources; (): none.
     "evaluate.general": Key((SHIPPED,), ANY),
-    "evaluate.general_tokens": Key(2048, number(128)),  # of it, at each evaluation
+    "evaluate.general_tokens": Key(1280, number(128)),  # of it, at each evaluation
     "checkpoint.keep": Key(2, number(1)),  # the newest so many, and the best
     # Go back to this step once, setting later ones aside; -1: the newest.
     "checkpoint.resume_step": Key(-1, number(-1)),
@@ -201,6 +213,8 @@ KEYS: dict[str, Key] = {
     "accumulate": Key(0, number(0)),  # micro-batches in a step; 0: as few as fit the memory
     "seed": Key(0, number(0, 2**31 - 1)),
     "log_every": Key(10, number(1)),
+    # What gets the metrics beside metrics.jsonl and TensorBoard (docs/running.md): ("wandb",)
+    "trackers": Key((), some_of("wandb", "mlflow", "trackio")),
     "eval_every": Key(0, number(0)),  # steps; 0: only at the end
     "eval_epochs": Key(0.0, number(0)),  # instead, in epochs: 0.5 is twice in each
     "checkpoint_every": Key(100, number(1)),
@@ -251,6 +265,7 @@ ENTRY_OPTIONS = {
 # Keys that may differ between a run and its resumption: they change nothing that is learned.
 FREE_TO_CHANGE = (
     "log_every",
+    "trackers",
     "checkpoint_every",
     "checkpoint.",
     "evaluate.",

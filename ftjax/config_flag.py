@@ -45,6 +45,11 @@ def value() -> ConfigDict:
     return overridden(config_files.load(flags.FLAGS.config), _overrides)
 
 
+def overrides() -> list[tuple[str, str]]:
+    """The --config.KEY=VALUE of the command line, [(key, text)]."""
+    return list(_overrides)
+
+
 def name() -> str:
     """`quickstart` for --config configs/quickstart.py:args; of a run's own config.json the name of its workdir."""
     path, _ = config_files.find(flags.FLAGS.config)

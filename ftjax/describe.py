@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 from ftjax import memory, quant, sharding, tree
 from ftjax.assemble import NEW_TOKENS, Base, Program
 from ftjax.data.batch.loader import Loader
-from ftjax.evals.best import Standing
-from ftjax.evals.evaluator import is_eval
+from ftjax.evals.best import Standing, evaluations
 from ftjax.evals.general import is_category
 from ftjax.method import learning_rate
 from ftjax.models import kernels, params
@@ -97,9 +96,10 @@ def counted(report: dict[str, int]) -> str:
 
 def result(workdir: Path, standing: Standing) -> dict[str, str]:
     """The results of a run, and where they are."""
-    evals = [record for record in metrics.read(workdir / "metrics.jsonl") if is_eval(record)]
+    evals = evaluations(metrics.read(workdir / "metrics.jsonl"))
     rows = {}
-    for name in [name for name in evals[-1] if name != "step" and not is_category(name)] if evals else ():
+    names = [name for name in evals[-1] if name.startswith("eval_") and not is_category(name)] if evals else ()
+    for name in names:
         first = next(record for record in evals if name in record)
         before = f"{first[name]:.4g} at step {first['step']} -> " if first is not evals[-1] else ""
         rows[name] = f"{before}{evals[-1][name]:.4g} at step {evals[-1]['step']}"
@@ -131,7 +131,7 @@ def _of_checkpoints(standing: Standing) -> str:
     parts = [f"the best is step {best}"]
     if latest != best:
         parts = [f"{parts[0]} ({standing.scored(best)})", f"the latest step {latest} ({standing.scored(latest)})"]
-    return ", " + "; ".join(["; ".join(parts), *([better] if better else [])])
+    return ", " + "; ".join(["; ".join(parts), *filter(None, [better, standing.incomparable()])])
 
 
 def _new_tokens(config: ConfigDict, base: Base, trained: Tree) -> dict[str, str]:

@@ -21,12 +21,11 @@ class Ours(NamedTuple):
 _BATCH = "it counts the rows of a step over all devices and micro-batches, theirs those of one device at a time"
 _LENGTH = "tokens of a document, where it is cut"
 _REMAT = "full where theirs is on, none where it is off"
-_TRACKERS = "metrics.jsonl and TensorBoard files are always written to the workdir"
+_TRACKERS = "wandb, mlflow or trackio; metrics.jsonl and TensorBoard files are always written to the workdir"
 _SHARDING = "parameters are always sharded over the devices; the mesh.* keys say how"
 _KERNELS = "model.attention chooses the kernel, and auto takes the fastest that fits"
 _RESUME = "the same command resumes; checkpoint.resume_step goes back to a step"
-_BEST = "the best checkpoint is always kept beside the newest"
-_STOP = "there is no early stopping; the best checkpoint is kept beside the newest"
+_BEST = "the best checkpoint is kept beside the newest, and ftjax.generate and ftjax.export take it"
 _EPOCH_EVAL = "eval_every counts steps and eval_epochs epochs; with neither it is evaluated at the end"
 _HUB = "nothing is uploaded; ftjax.export writes a directory to upload"
 _TF32 = "the precision of matrix products follows from model.dtype"
@@ -68,7 +67,9 @@ _BOTH: dict[str, Ours] = {
     "save_total_limit": Ours("checkpoint.keep", "the newest so many, and the best"),
     "eval_steps": Ours("eval_every"),
     "load_best_model_at_end": Ours("", _BEST),
-    "early_stopping_patience": Ours("", _STOP),
+    "metric_for_best_model": Ours("evaluate.best", "eval_loss, eval_NAME/score, or a sum of metrics with factors"),
+    "greater_is_better": Ours("evaluate.best", "min: or max: before it; of losses and scores it is known"),
+    "early_stopping_patience": Ours("evaluate.patience"),
     "resume_from_checkpoint": Ours("", _RESUME),
     "deepspeed": Ours("", _SHARDING),
 }
@@ -117,8 +118,9 @@ TRL: dict[str, Ours] = _BOTH | {
     "data_seed": Ours("data.seed"),
     "save_strategy": Ours("checkpoint_every", "in steps"),
     "eval_strategy": Ours("eval_every", _EPOCH_EVAL),
-    "early_stopping": Ours("", _STOP),
-    "report_to": Ours("", _TRACKERS),
+    "early_stopping": Ours("evaluate.patience", "evaluations without improvement that end a run"),
+    "early_stopping_threshold": Ours("evaluate.min_delta", "from the last improvement that was one, not from the best"),
+    "report_to": Ours("trackers", _TRACKERS),
     "run_name": Ours("", "the flag --workdir names a run"),
     "push_to_hub": Ours("", _HUB),
     "fsdp": Ours("mesh.fsdp", _SHARDING),
@@ -197,8 +199,8 @@ AXOLOTL: dict[str, Ours] = _BOTH | {
     "fsdp": Ours("", _SHARDING),
     "fsdp_config": Ours("", _SHARDING),
     "fsdp_version": Ours("", _SHARDING),
-    "wandb_project": Ours("", _TRACKERS),
-    "use_tensorboard": Ours("", _TRACKERS),
+    "wandb_project": Ours("trackers", _TRACKERS),
+    "use_tensorboard": Ours("trackers", _TRACKERS),
     "hub_model_id": Ours("", _HUB),
     "plugins": Ours("", _LOSS),
     "cut_cross_entropy": Ours("", _LOSS),

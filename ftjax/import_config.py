@@ -42,7 +42,7 @@ READ = {
     "gradient_checkpointing", "activation_offloading", "datasets", "test_datasets", "val_set_size", "train_on_inputs",
     "micro_batch_size", "gradient_accumulation_steps", "batch_size", "optimizer", "lr_scheduler", "warmup_steps",
     "save_steps", "eval_steps", "rl", "output_dir", "chat_template", "chat_template_jinja",
-    "peft_layers_to_transform", "evals_per_epoch",
+    "peft_layers_to_transform", "evals_per_epoch", "early_stopping_patience",
 }  # fmt: skip
 # Settings in families, each with the member that `foreign.AXOLOTL` explains.
 FAMILIES = {
@@ -306,6 +306,11 @@ def _optimizer(given: dict, notes: list[str]) -> dict[str, Any]:
             notes.append(f"{name}: left out: {steps} is a share of all steps, and config.{key} counts steps")
         elif steps:
             values[key] = _as(key, name, steps)
+    if patience := given.get("early_stopping_patience"):
+        if values.keys() & {"eval_every", "eval_epochs"}:
+            values["evaluate.patience"] = _as("evaluate.patience", "early_stopping_patience", patience)
+        else:
+            notes.append("early_stopping_patience: left out: neither eval_steps nor evals_per_epoch says how often")
     return values
 
 

@@ -65,6 +65,20 @@ def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
     ]
 
 
+def check_evaluation(config: ConfigDict) -> None:
+    """UserError for a setting of what decides that does nothing, in a run that goes on too: it may be set for that."""
+    evaluate = config.evaluate
+    during = "config.eval_every (steps) or config.eval_epochs says how often"
+    for key, why, fix in (
+        ("best", not configs.evaluates(config), "nothing is evaluated; set config.data.eval"),
+        ("patience", not configs.evaluates(config), "nothing is evaluated; set config.data.eval"),
+        ("patience", not (config.eval_every or config.eval_epochs), f"a run is evaluated only at its end; {during}"),
+        ("min_delta", not evaluate.patience, "it says what counts as an improvement for config.evaluate.patience"),
+    ):
+        if evaluate[key] and why:
+            raise UserError(f"config.evaluate.{key}={evaluate[key]!r} does nothing: {fix}")
+
+
 def check_adapter_tokenizer(config: ConfigDict, base: Base, display: Display) -> None:
     """That the adapter which a run goes on from numbers the tokens as the base does, and says where it renders chats
     in another way. Adapters bring a tokenizer where theirs is not the base's.

@@ -46,6 +46,14 @@ class Resume(NamedTuple):
     def finished(self, config: ConfigDict, total_steps: int) -> bool:
         return self.step == total_steps and (total_steps in self.evaluated or not configs.evaluates(config))
 
+    def ended_early(self, config: ConfigDict) -> str:
+        """Why the run is at its end before its last step; "" where it is not. All processes call it alike."""
+        return best.stalled(config, self.reached()) if self.step in self.evaluated else ""
+
+    def reached(self) -> list[dict[str, Any]]:
+        """The records of what the checkpoint to go on from has behind it."""
+        return [] if self.step is None else [record for record in self.records if record["step"] <= self.step]
+
 
 def find(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints) -> tuple[ConfigDict, Resume]:
     """(the config, what there is to go on from). Of a run that goes on, the config has what the run chose when it began
@@ -109,8 +117,8 @@ def other_evaluation(before: ConfigDict, now: ConfigDict) -> str:
     if configs.as_json(before)["data"]["eval"] == configs.as_json(now)["data"]["eval"]:
         return ""
     return (
-        "warning: config.data.eval is not what it was: scores from here on are of other rows, and which step is best "
-        "is decided over all scores alike; --step latest or a number does without them"
+        "warning: config.data.eval is not what it was: where its rows are others, the next evaluation begins anew, and "
+        "only its scores and later ones are compared to find the best step"
     )
 
 
@@ -159,7 +167,5 @@ def start(
     _, state, meta = checkpoints.restore(program.state, there.step)
     check_data(meta, workdir, fingerprint)
     checkpoints.rewind(there.step)
-    for step, score in best.scores(config, there.records).items():
-        if 0 < step <= there.step:
-            checkpoints.score(step, score)
+    checkpoints.rate(best.scores(config, there.reached()))
     return Start(state, frozen, there.step, meta["num_tokens"], evaluated=there.step in there.evaluated)

@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -41,10 +42,10 @@ from ftjax.data import pipeline
 from ftjax.data.batch.loader import Loader
 from ftjax.errors import UserError
 from ftjax.evals import best, scored
-from ftjax.evals.evaluator import Evaluator, best_metric
+from ftjax.evals.evaluator import Evaluator
 from ftjax.planning import flops
 from ftjax.reporting import page
-from ftjax.training import environment, metrics
+from ftjax.training import curves, environment, metrics, trackers
 from ftjax.training import workdir as workdirs
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.display import Display
@@ -59,11 +60,16 @@ def train(config: ConfigDict, workdir: Path) -> int:
     """Runs or resumes a run in `workdir`; returns the exit status of the command."""
     began = time.time()
     configs.validate(config)
+    preflight.check_evaluation(config)
+    if distributed.is_first():
+        trackers.check(config.trackers)
+    decides = best.decides(config)
+    mode = decides.mode if decides else "min"
     with (
         workdirs.hold(workdir),
         Preemption(config.max_hours) as preemption,
         Display(config.log_every, quiet=not distributed.is_first()) as display,
-        Checkpoints(workdir / "checkpoints", config.checkpoint.keep, best_metric(config)[1]) as checkpoints,
+        Checkpoints(workdir / "checkpoints", config.checkpoint.keep, mode) as checkpoints,
     ):
         return _train(config, workdir, began, preemption, display, checkpoints)
 
@@ -97,9 +103,11 @@ def _train(
     preflight.check_same_everywhere(given, contents, train_loader, heldout)
     total_steps = resume.steps_of(config, train_loader)
     preflight.check_steps(config, there.step, total_steps)
-    if there.finished(config, total_steps):
+    early = there.ended_early(config)
+    if early or there.finished(config, total_steps):
         resume.check_data(checkpoints.meta(there.step), workdir, train_loader.fingerprint())
-        display.say(f"This run is finished: {total_steps} steps, saved in {workdir}. Nothing to do.")
+        on = f" It ended early: {early}; to go on, raise config.evaluate.patience, or set it to 0." if early else ""
+        display.say(f"This run is finished: {there.step} steps, saved in {workdir}. Nothing to do.{on}")
         return 0
     preflight.check_rows(config, base, train_loader, heldout, display)
 
@@ -141,13 +149,29 @@ def _train(
         def step(state: TrainState, frozen: Tree, arrays: dict) -> tuple:
             return program.step(state, frozen, place_batch(mesh, arrays, config.accumulate))
 
-        def evaluate(number: int, state: TrainState) -> dict[str, float]:
+        evaluated, digest = there.reached(), evaluator.digest()
+        for record in evaluated:
+            if record.get(best.SET) == digest:  # what is measured is known before it is measured again
+                best.decides(config).check(record)
+
+        def evaluate(number: int, state: TrainState) -> dict[str, Any]:
             fewer = f"--config.evaluate.batch_size={max(config.evaluate.batch_size // 2, 1)} (prompts at a time)"
             with memory.exhausted("evaluating", [fewer, *smaller]):
-                return evaluator(number, state.result, start.frozen | state.collections)
+                measured = evaluator(number, state.result, start.frozen | state.collections)
+            best.decides(config).check(measured)
+            return measured | {best.SET: digest}
+
+        def judge(number: int, measured: dict[str, Any]) -> bool:
+            """Says which checkpoint is the best now, and whether the run ends."""
+            evaluated.append({"step": number} | measured)
+            checkpoints.rate(best.scores(config, evaluated))
+            if early := best.stalled(config, evaluated):
+                display.say(f"step {number}: the run ends early, with {early}")
+            return bool(early)
 
         # Loop, checkpoints.
-        writer = metrics.MetricsWriter(workdir, -1 if there.step is None else there.step)
+        after, plain = -1 if there.step is None else there.step, configs.flat(ConfigDict(configs.as_json(located)))
+        writer, finished = metrics.MetricsWriter(workdir, after, config.trackers, plain), False
         rows = sharding.local_rows(mesh, config.data.batch_size, config.accumulate)
         meta = {"config": configs.as_json(located), "data": train_loader.fingerprint()}
         seconds = flops.seconds_per_token(program)
@@ -156,7 +180,7 @@ def _train(
             program.method.source(program, start.frozen, train_loader, rows, total_steps),
             evaluate if configs.evaluates(config) else None,
             cadence(config, train_loader, total_steps),
-            Records(checkpoints, writer, display, meta, best_metric(config)[0], seconds),
+            Records(checkpoints, writer, display, meta, judge, seconds),
             preemption,
         )
         display.start_training(there.step or 0, total_steps)
@@ -166,13 +190,15 @@ def _train(
         try:
             with memory.exhausted("training", smaller):
                 run(loop, start)
+            finished = True
         except Preempted as stop:
             return _stopped(stop, there.step, checkpoints, display)
         finally:
-            writer.close()
+            writer.close(finished)
             environment.end(workdir)
-    rows = describe.result(workdir, best.Standing.of(config, workdir, checkpoints.steps()))
-    display.table("finished", rows | _report(workdir, display))
+    standing = best.Standing.of(config, workdir, checkpoints.steps())
+    display.draw(curves.draw(metrics.read(workdir / "metrics.jsonl"), standing.scores, standing.metric))
+    display.table("finished", describe.result(workdir, standing) | _report(workdir, display))
     return 0
 
 

@@ -141,7 +141,8 @@ def test_names_that_people_bring_along_find_ours(name):
         ("--rank=3", "there is no flag --rank; did you mean --config.adapter.rank=3?"),
         ("--num_train_epochs=3", "did you mean --config.epochs=3?"),
         ("--per_device_train_batch_size=3", "did you mean --config.data.batch_size? (it counts"),
-        ("--report_to=wandb", "there is no flag --report_to: metrics.jsonl and TensorBoard"),
+        ("--report_to=wandb", "did you mean --config.trackers? (wandb, mlflow or trackio;"),
+        ("--early_stopping_patience=3", "did you mean --config.evaluate.patience=3?"),
         ("--notthere=3", "notthere"),
     ],
 )

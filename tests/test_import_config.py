@@ -153,6 +153,8 @@ def values(**changes):
         ),
         ({"warmup_steps": 0.1}, {"schedule.warmup_ratio": 0.1, "schedule.warmup_steps": None}),
         ({"evals_per_epoch": 4}, {"eval_epochs": 0.25}),
+        ({"eval_steps": 20, "early_stopping_patience": 3}, {"eval_every": 20, "evaluate.patience": 3}),
+        ({"early_stopping_patience": 3}, {"evaluate.patience": None}),
         ({"lr_scheduler": "constant"}, {"schedule.name": "constant", "schedule.warmup_ratio": 0.0}),
         ({"bf16": False}, {"model.dtype": "float32", "model.param_dtype": "float32"}),
         ({"gradient_checkpointing": "offload"}, {"model.remat": "offload"}),

@@ -40,18 +40,8 @@ FLOORS = [
     {"evals"},
     {"describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
     {"planning"},
-    {
-        "__main__",
-        "train",
-        "generate",
-        "evaluate",
-        "report",
-        "export",
-        "plan",
-        "inspect_data",
-        "curate",
-        "import_config",
-    },
+    {"__main__", "train", "sweep", "generate", "evaluate", "report", "export", "harness"}
+    | {"plan", "inspect_data", "curate", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]

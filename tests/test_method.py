@@ -200,7 +200,7 @@ def rolled_out(root, workdir, preempt_at=None):
             source,
             None,
             Cadence(config.steps, 1, 2, 0, False),
-            Records(checkpoints, writer, silent, {"data": loader.fingerprint()}, None, None),
+            Records(checkpoints, writer, silent, {"data": loader.fingerprint()}, lambda *_: False, None),
             Preempting(preempt_at),
         )
         try:

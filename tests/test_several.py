@@ -222,3 +222,12 @@ def test_a_task_is_scored_by_all_and_written_by_one_and_the_run_is_exported(root
         assert list(out.glob("*.safetensors"))
     parity = json.loads((tmp_path / "merged" / "parity.json").read_text())
     assert parity["relative_difference"] < 1e-5
+
+
+@pytest.mark.slow
+def test_all_end_early_alike(root):
+    ending = ("--config.eval_every=2", "--config.evaluate.patience=2", "--config.evaluate.min_delta=100.0")
+    for said in ("step 4: the run ends early", "This run is finished: 4 steps"):
+        with together(root, root / "early", 2, *ending) as processes:
+            assert said in finished(processes)[0]
+    assert adapters(root / "early")[0] == 4

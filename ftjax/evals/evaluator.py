@@ -1,5 +1,6 @@
 """Evaluation of a run at one step, on everything in `data.eval`: rows by their loss, or by the score of completions."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def is_eval(record: dict) -> bool:
 
 
 def best_metric(config: ConfigDict) -> tuple[str | None, str]:
-    """The metric of the best checkpoint, and "max" or "min": the first score, else the held-out loss."""
+    """What decides unless config.evaluate.best does, and "max" or "min": the first score, else the held-out loss."""
     if names := scored.metric_names(config):
         return names[0], "max"
     return ("eval_loss" if configs.evaluates(config) else None), "min"
@@ -74,6 +75,16 @@ class Evaluator:
     def begin(self, variables: Tree) -> None:
         """To be called before all else with the variables that training starts from, in runs that go on, too."""
         self._watch.begin(variables)
+
+    def digest(self) -> str:
+        """Of what is measured on: rows, questions, settings that a score depends on. Two that differ do not compare.
+
+        Not of the places where rows are found, which may change.
+        """
+        rows = self._loader and self._loader.examples.digest
+        asked = [[its.metric, [question.example for question in its.questions]] for its in self._sets]
+        whole = json.dumps([rows, asked, asked and self._config.max_new_tokens], sort_keys=True, default=str)
+        return hashlib.sha256(whole.encode()).hexdigest()[:8]
 
     def __call__(self, step: int, trainable: Tree, frozen: Tree) -> dict[str, float]:
         metrics = {}

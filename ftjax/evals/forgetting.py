@@ -29,6 +29,7 @@ from ftjax.sampling.sampler import Sampling
 from ftjax.tree import Tree
 
 LONGEST = 64  # tokens of a text or a prompt during training
+PROMPTS = 8  # of the task during training
 ANSWER = 64  # tokens of an answer whose form is checked, at most
 LITTLE, MUCH = 0.05, 0.2  # nats per token: less is little, more is much; perplexity is then 5 % and 22 % higher
 
@@ -97,7 +98,7 @@ class Watch:
         self._model, self._on_progress = base.model, on_progress
         texts = general.read(entries, base.tokenizer, base.model.spec.max_position_embeddings)
         self._texts = general.within(texts, tokens, LONGEST) if texts else []
-        self._prompts = _prompt_items(_spread(prompts, tokens // 2 // LONGEST), LONGEST) if texts else []
+        self._prompts = _prompt_items(_spread(prompts, PROMPTS), LONGEST) if texts else []
         self._of_base = None
 
     def begin(self, variables: Tree) -> None:

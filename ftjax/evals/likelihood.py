@@ -60,6 +60,11 @@ class Likelihood(NamedTuple):
         return len(self.logps)
 
 
+def perplexity(found: Sequence[Likelihood]) -> float:
+    """exp of the mean of -log p over all tokens of all continuations."""
+    return math.exp(-sum(one.total for one in found) / sum(one.tokens for one in found))
+
+
 class Batch(NamedTuple):
     """Items of similar length, one a row.
 
@@ -90,7 +95,7 @@ def log_likelihoods(
     on_progress: called with (done items, all items) after each batch.
 
     Raises:
-      UserError: an item is longer than the model's positions.
+      UserError: an item without its last token is longer than the model's positions.
       ValueError: an empty context or continuation, or token ids outside the vocabulary.
     """
     found, done = {}, 0
@@ -108,7 +113,7 @@ def batches(model: Decoder, items: Sequence[Item]) -> Iterator[Batch]:
     """The items in batches, the short ones first; errors are those of `log_likelihoods`, before the first batch."""
     _check(model, items)
     mesh = jax.sharding.get_mesh()
-    sizes = np.array([len(item.context) + len(item.continuation) for item in items])
+    sizes = np.array([len(item.context) + len(item.continuation) - 1 for item in items])  # the last is a target alone
     lengths = np.array([_row_length(size, model.spec.max_position_embeddings, mesh) for size in sizes])
     for length in sorted(set(lengths.tolist())):
         indices = np.flatnonzero(lengths == length)
@@ -153,13 +158,13 @@ def _fill(items: Sequence[Item], rows: int, length: int) -> dict[str, np.ndarray
     arrays = {name: np.zeros((rows, length), np.int32) for name in names}
     arrays["wanted"] = np.zeros((rows, length), bool)
     for row, (context, continuation) in enumerate(items):
-        before, size = len(context), len(context) + len(continuation)
         tokens = np.concatenate([np.asarray(context, np.int32), np.asarray(continuation, np.int32)])
-        arrays["tokens"][row, :size] = tokens
-        arrays["targets"][row, : size - 1] = tokens[1:]
+        size = len(tokens) - 1
+        arrays["tokens"][row, :size] = tokens[:-1]
+        arrays["targets"][row, :size] = tokens[1:]
         arrays["positions"][row, :size] = np.arange(size)
         arrays["segment_ids"][row, :size] = 1
-        arrays["wanted"][row, before - 1 : size - 1] = True
+        arrays["wanted"][row, len(context) - 1 : size] = True
     return arrays
 
 
@@ -170,8 +175,8 @@ def _check(model: Decoder, items: Sequence[Item]) -> None:
         ids = [*context, *continuation]
         if min(ids) < 0 or max(ids) >= model.spec.vocab_size:
             raise ValueError(f"item {index} has token ids outside the model's vocabulary of {model.spec.vocab_size}")
-        if len(ids) > model.spec.max_position_embeddings:
+        if len(ids) - 1 > model.spec.max_position_embeddings:
             raise UserError(
-                f"text {index} has {len(ids)} tokens, more than the model's {model.spec.max_position_embeddings} "
-                "positions; shorten it"
+                f"text {index} has {len(ids)} tokens, of which all but the last must fit the model's "
+                f"{model.spec.max_position_embeddings} positions; shorten it"
             )

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -66,14 +66,14 @@ def _context(partial: bool = False) -> ocp.Context:
 class Checkpoints:
     """The checkpoints in `directory`, the newest `keep` of them and the best one.
 
-    The best is the step whose `score` is the smallest or the largest, among those that have one.
+    The best is the step whose score (`rate`) is the smallest or the largest, among those that have one.
     There may be only one writer (`workdir.lock`), because opening removes what an interrupted save left.
     `read_only` neither creates nor removes anything, and works while another process writes.
 
     One save is written at a time, in the background. Every method but `check` waits for it first; if it failed, the
     next method that is called raises TransientError, once.
 
-    With several processes all of them make the same calls in the same order, except `score`; what fails in one of them
+    With several processes all of them make the same calls in the same order, except `rate`; what fails in one of them
     fails in all.
 
     Raises UserError where `directory` cannot be created.
@@ -219,11 +219,13 @@ class Checkpoints:
             raise self._unusable(newest, f"it is incomplete, {digest.FILE} is missing")
         return newest
 
-    def score(self, step: int, value: float) -> None:
-        """Record how good a saved step is; NaN is never the best. Scores last as long as this object."""
+    def rate(self, scores: Mapping[int, float]) -> None:
+        """Record how good steps are, {step: score}, in place of all earlier scores; NaN is never the best.
+
+        Scores last as long as this object.
+        """
         self.wait()
-        if value == value:
-            self._scores[step] = value
+        self._scores = {step: score for step, score in scores.items() if score == score}
 
     def restore(
         self, abstract_state: Any, step: int | None = None, *, partial: bool = False
@@ -337,7 +339,9 @@ class Checkpoints:
 
     def _best(self, steps: list[int]) -> int | None:
         extreme = {"max": max, "min": min}[self._best_mode]
-        return extreme((step for step in steps if step in self._scores), key=self._scores.__getitem__, default=None)
+        # Not step 0: older runs saved it, in which nothing is trained.
+        scored = (step for step in steps if step and step in self._scores)
+        return extreme(scored, key=self._scores.__getitem__, default=None)
 
     def _remove(self, path: Path) -> None:
         """Delete a directory; after an interruption no half of it remains under its own name."""

@@ -49,6 +49,11 @@ class Display:
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False)
 
+    def draw(self, text: str) -> None:
+        """Shows what is drawn in characters that not every output has."""
+        if text and not self.console.options.ascii_only:
+            self.console.print(text, soft_wrap=True, markup=False, emoji=False)
+
     def table(self, title: str, rows: dict[str, str]) -> None:
         """A two-column table, one line for each key."""
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))

@@ -42,7 +42,7 @@ class Records(NamedTuple):
     writer: MetricsWriter
     progress: Display
     meta: dict[str, Any]  # JSON that every checkpoint carries (config, fingerprint of the data)
-    best_metric: str | None  # the evaluation metric that decides which checkpoint is best
+    judge: Callable[[int, dict[str, Any]], bool]  # takes note of an evaluation; whether the run ends with it
     seconds_per_token: float | None  # the FLOPs of one token / the peak of all devices together; None: unknown
 
 
@@ -52,7 +52,7 @@ class Loop:
 
     step: Step
     source: Source
-    evaluate: Callable[[int, TrainState], dict[str, float]] | None  # step and state -> metrics with the prefix `eval_`
+    evaluate: Callable[[int, TrainState], dict[str, Any]] | None  # step and state -> metrics with the prefix `eval_`
     cadence: Cadence
     records: Records
     preemption: Preemption
@@ -69,7 +69,7 @@ class Start(NamedTuple):
 
 
 def run(loop: Loop, start: Start) -> TrainState:
-    """Trains from the step of `start` to the last one.
+    """Trains from the step of `start` to the last one, or to an evaluation that is judged to be the last.
 
     When it is to stop before (see `Preemption`), the state is saved and Preempted raised. A NaN or infinite loss or
     gradient raises UserError before the step is saved. A save that fails ends the run at the next step.
@@ -112,14 +112,14 @@ def run(loop: Loop, start: Start) -> TrainState:
             saved = done
             timer.restart()
 
-    def evaluate() -> None:
+    def evaluate() -> bool:
+        """Measures and records; whether the run ends with it."""
         metrics = loop.evaluate(done, state)
         # Recorded only when its checkpoint is complete, so that a restart knows what is left to do.
         records.checkpoints.wait()
         records.writer.write(done, metrics)
-        if done and records.best_metric in metrics:
-            records.checkpoints.score(done, metrics[records.best_metric])
         timer.restart()
+        return records.judge(done, metrics)
 
     with source:
         while True:
@@ -132,7 +132,7 @@ def run(loop: Loop, start: Start) -> TrainState:
                 if due or at_end or any(step and step % cadence.checkpoint == 0 for step in since):
                     save()
                 if due:
-                    evaluate()
+                    at_end |= evaluate()
                 if at_end:
                     return state
                 try:

@@ -11,7 +11,7 @@ from ftjax.evals import likelihood
 from ftjax.evals.likelihood import Item, log_likelihoods
 from ftjax.models.decoder import Decoder
 
-LENGTHS = [2, 3, 31, 32, 33, 40, 64]
+LENGTHS = [2, 3, 31, 32, 33, 40, 65]
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +37,18 @@ def test_they_are_those_of_transformers(model, params, monkeypatch, record_figur
         found = log_likelihoods(model, {"params": params}, items(), lambda done, total: seen.append((done, total)))
     assert seen[-1] == (len(LENGTHS), len(LENGTHS))
     assert len(seen) > 3
-    worst = 0.0
+    worst, every = 0.0, []
     for item, mine in zip(items(), found, strict=True):
         logits = torch_logits(witness, np.concatenate(item)).astype(np.float64)[len(item.context) - 1 : -1]
         logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         wanted = np.take_along_axis(logps, item.continuation[:, None], -1)[:, 0]
+        every.extend(wanted)
         worst = max(worst, np.abs(mine.logps - wanted).max())
         np.testing.assert_allclose(mine.logps, wanted, atol=1e-5)
         assert mine.total == pytest.approx(wanted.sum(), abs=1e-4)
         assert mine.tokens == len(item.continuation)
         assert mine.greedy == (logits.argmax(-1) == item.continuation).all()
+    assert likelihood.perplexity(found) == pytest.approx(np.exp(-np.mean(every)), rel=1e-5)
     record_figure("largest difference of a log-probability", worst)
 
 
@@ -59,5 +61,5 @@ def test_what_greedy_decoding_would_write_is_said_so(model, params):
 
 
 def test_a_text_beyond_the_positions_is_refused(model, params):
-    with pytest.raises(UserError, match="text 1 has 65 tokens, more than the model's 64 positions; shorten it"):
-        log_likelihoods(model, {"params": params}, [Item([1], [2]), Item([1], [2] * 64)])
+    with pytest.raises(UserError, match="text 1 has 66 tokens, of which all but the last must fit the model's 64 pos"):
+        log_likelihoods(model, {"params": params}, [Item([1], [2]), Item([1], [2] * 65)])

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -202,3 +204,30 @@ def test_mistakes_are_told_before_the_cluster_sees_them(options, arguments, told
     assert done.stdout == ""
     assert f"error: {done.stderr.removeprefix('error: ')}" == done.stderr
     assert told in done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_is_a_jobset_for_each_of_its_runs():
+    page = (ROOT / "docs/gke.md").read_text()
+    (script,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    environment = os.environ | {
+        "IMAGE": ASKED["--image"],
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    script = script.replace("kubectl apply -f -", "cat")
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    manifests = list(filter(None, yaml.safe_load_all(done.stdout)))
+    for manifest in manifests:
+        jsonschema.validate(manifest, SCHEMA)
+    names = [manifest["metadata"]["name"] for manifest in manifests]
+    assert names == ["sweep-0", "sweep-1", "sweep-2", "sweep-3"]
+    workdirs = [container(manifest)["args"][-1] for manifest in manifests]
+    assert workdirs[3] == "--workdir=/mnt/ftjax/runs/sweep/learning_rate=3e-4,rank=16"

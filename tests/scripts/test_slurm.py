@@ -80,6 +80,15 @@ def test_arguments_arrive_at_every_task_as_they_were_given(submit):
     assert "--kill-on-bad-exit=0" in json.loads((submit.fake / "srun").read_text())
 
 
+def test_a_job_of_an_array_is_one_run_of_a_sweep(submit):
+    arguments = ["--config", "c.py", "--workdir=/shared/sweep", "--sweep", "adapter.rank=8,16;seed=1,2"]
+    status, requeued, told = submit(*arguments, SLURM_ARRAY_TASK_ID="3")
+    assert (status, requeued) == (75, ["requeue 4711"]), told
+    for task in (0, 1):
+        wanted = ["-m", "ftjax.sweep", *arguments, "--index=3"]
+        assert json.loads((submit.fake / f"task-{task}").read_text()) == wanted
+
+
 @pytest.mark.parametrize(
     ("status", "state", "ends", "requeues"),
     [
@@ -111,6 +120,7 @@ def test_requeueing_comes_to_an_end(submit):
         (["--config", "c.py"], {}, "give --workdir"),
         (["--workdir=/x"], {"FTJAX_ROOT": "/"}, "no .venv/bin/python"),
         (["--workdir=/x"], {"SLURM_JOB_ID": ""}, "this is for sbatch"),
+        (["--workdir=/x", "--sweep=seed=1,2"], {}, "a sweep is a job array: sbatch --array=0-N"),
         (["--workdir=/x"], {"SLURM_NTASKS_PER_NODE": "2", "SLURM_GPUS_ON_NODE": "8"}, "some of 8 GPUs idle"),
     ],
 )

@@ -184,9 +184,11 @@ def test_meta_that_json_would_change_is_rejected(tmp_path, meta):
 
 def test_nan_is_never_the_best(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
+        scores = {}
         for step, loss in enumerate([float("nan"), 7.0, float("nan"), 8.0], start=1):
             checkpoints.save(step, make_state(step), META)
-            checkpoints.score(step, loss)
+            scores[step] = loss
+            checkpoints.rate(scores)
         assert checkpoints.steps() == [2, 4]
 
 
@@ -299,11 +301,24 @@ def test_a_step_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(("mode", "best", "left"), [("min", 2, [2, 4, 5]), ("max", 3, [3, 4, 5])])
 def test_the_newest_and_the_best_are_kept(tmp_path, mode, best, left):
     with Checkpoints(tmp_path, keep=2, best_mode=mode) as checkpoints:
+        scores = {}
         for step, loss in enumerate([0.5, 0.1, 0.9, 0.3, 0.3], start=1):
             checkpoints.save(step, make_state(step), META)
-            checkpoints.score(step, loss)
+            scores[step] = loss
+            checkpoints.rate(scores)
         assert checkpoints.steps() == left
         assert_same(checkpoints.restore(abstract(make_state()), best)[1], make_state(best))
+
+
+def test_of_one_to_keep_the_newest_and_the_best_are_left_and_never_step_0(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step, loss in {0: 0.0, 4: 0.2, 8: 0.1, 12: 0.3, 16: 0.4}.items():  # older runs saved step 0
+            checkpoints.save(step, make_state(step), META)
+            checkpoints.rate({0: 0.0, 4: 0.2, 8: 0.1} if step < 12 else {0: 0.0, 8: 0.1, step: loss})
+        assert checkpoints.steps() == [8, 16]
+        checkpoints.rate({})  # another evaluation set: what was best is no more
+        checkpoints.save(20, make_state(20), META)
+        assert checkpoints.steps() == [20]
 
 
 def test_what_an_interrupted_save_or_removal_left_is_not_listed_and_goes(tmp_path):

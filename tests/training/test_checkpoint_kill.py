@@ -34,11 +34,13 @@ def train(directory: Path, events) -> None:
         if step:
             assert checkpoints.restore(like())[2]["step"] == step
         events.send(step)
+        scores = {}
         while True:
             step += 1
             checkpoints.save(step, jax.tree.map(jax.numpy.asarray, values(step)), {"step": step})
             # The best is one of every seven, so that steps in the middle are removed, too.
-            checkpoints.score(step, step % 7 - step // 7)
+            scores[step] = step % 7 - step // 7
+            checkpoints.rate(scores)
             events.send(step)
 
 

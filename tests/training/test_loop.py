@@ -18,7 +18,7 @@ PLACES = 2 * 3
 class Recorder:
     """Stands for everything around the loop, and keeps what happened in order."""
 
-    def __init__(self, total_steps, losses=(), checkpoint_every=100, preempt_before=None):
+    def __init__(self, total_steps, losses=(), checkpoint_every=100, preempt_before=None, evaluate_every=0):
         self.events, self.records, self.saved = [], {}, {}
         self._losses, self._preempt_before = dict(losses), preempt_before
         checkpoints = SimpleNamespace(wait=lambda: None, save=self._save, check=self._check_save)
@@ -27,13 +27,14 @@ class Recorder:
         self.loop = Loop(
             step=self._step,
             source=self,
-            evaluate=None,
-            cadence=Cadence(total_steps, log=1, checkpoint=checkpoint_every, evaluate=0, evaluate_before=False),
-            records=Records(checkpoints, writer, progress, {}, best_metric=None, seconds_per_token=0.25),
+            evaluate=(lambda step, state: {"eval_loss": 0.5}) if evaluate_every else None,
+            cadence=Cadence(total_steps, 1, checkpoint_every, evaluate_every, evaluate_before=False),
+            records=Records(checkpoints, writer, progress, {}, self._judge, seconds_per_token=0.25),
             preemption=SimpleNamespace(check=self._check),
         )
 
     updates = 1
+    last_evaluation = None
     failed_save = False
 
     def batch(self, index, state):
@@ -66,6 +67,11 @@ class Recorder:
         assert state.step == step
         self.events.append(f"saved {step}")
         self.saved[step] = meta
+
+    def _judge(self, step, metrics):
+        assert step in self.saved
+        assert self.records[step] == metrics
+        return step == self.last_evaluation
 
     def _check_save(self):
         if self.failed_save and self.saved:
@@ -162,3 +168,12 @@ def test_saves_and_preemption_wait_for_the_bounds_of_a_source_that_makes_several
     with pytest.raises(Preempted):
         recorder.run()
     assert list(recorder.saved) == [4]
+
+
+def test_an_evaluation_that_is_judged_to_be_the_last_ends_the_run_there():
+    recorder = Recorder(9, evaluate_every=2)
+    recorder.last_evaluation = 4
+    assert recorder.run().step == 4
+    assert list(recorder.saved) == [2, 4]
+    assert list(recorder.records) == [1, 2, 3, 4]
+    assert "started 5" not in recorder.events
