@@ -8,6 +8,7 @@ ftjax help train                 what it takes
 import runpy
 import sys
 
+from ftjax import cli
 from ftjax.errors import did_you_mean
 
 # In the order in which they are used.
@@ -40,7 +41,8 @@ def main() -> int | None:
         words = [*words[1:], *(["--help"] if len(words) > 1 else [])]
     if not words or words[0] in ("--help", "-h"):
         width = max(map(len, COMMANDS))
-        print(_USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())))
+        with cli.piped():
+            print(_USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())))
         return 0
     name = words[0].removeprefix("ftjax.").replace("-", "_")
     if name not in COMMANDS:

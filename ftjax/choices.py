@@ -59,8 +59,8 @@ def by_data(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh, lengths: np.nd
     data = config.data
     if 0 < data.row_length < (longest := int(lengths.max())):
         raise UserError(
-            f"config.data.row_length={data.row_length}: the longest example has {longest} tokens; set it to as many or "
-            "more, or lower config.data.max_length, where examples are cut"
+            f"config.data.row_length={data.row_length}: the longest example has {longest} tokens; set "
+            f"--config.data.row_length={longest} or more, or lower --config.data.max_length, where examples are cut"
         )
     chosen = sizes.choose(_given(config), lengths, count, limits(config, spec, mesh))
     return _with(config, chosen)

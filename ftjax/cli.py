@@ -1,10 +1,13 @@
 """What every command line shares: flags, and mistakes reported in one message instead of a traceback."""
 
+import contextlib
 import logging
+import os
+import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from absl import app, flags
@@ -15,6 +18,7 @@ from ftjax.errors import TransientError, UserError
 EXIT_MISTAKE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved on SIGTERM; the same command goes on
 EXIT_INTERRUPTED = 130  # Ctrl-C
+EXIT_PIPE = 141  # nobody reads the output any more, as after `| head -1`; what shells report of a SIGPIPE
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -32,7 +36,8 @@ def run(main: Callable[[list[str]], int | None], parse: Callable[[list[str]], li
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see ftjax/__init__.py
     if {"--help", "-help", "-h", "-?", "--helpshort"} & set(sys.argv[1:]):  # absl's own ends with status 1
-        print(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n{flags.FLAGS.main_module_help()}")
+        with piped():
+            print(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
     absl_logging.set_verbosity(absl_logging.ERROR)
     warnings = logging.StreamHandler()
@@ -47,12 +52,40 @@ def run(main: Callable[[list[str]], int | None], parse: Callable[[list[str]], li
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and exits with its status (None is 0); mistakes end with their status and one message."""
+    with piped():
+        try:
+            sys.exit(main())
+        except (UserError, OSError, KeyboardInterrupt) as error:
+            if _is_unread(error):
+                raise
+            status, text = explain(error)
+            print(text, file=sys.stderr)
+            sys.exit(status)
+
+
+@contextlib.contextmanager
+def piped() -> Iterator[None]:
+    """Ends the process quietly where what reads its output is gone, as the programs of a shell do."""
     try:
-        sys.exit(main())
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        status, text = explain(error)
-        print(text, file=sys.stderr)
-        sys.exit(status)
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not _is_unread(error):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the exit, too
+        sys.exit(EXIT_PIPE)
+
+
+def _is_unread(error: BaseException) -> bool:
+    """Whether the error is that of a pipe of which nobody reads our output any more; sockets break alike."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLERR)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def explain(error: BaseException) -> tuple[int, str]:

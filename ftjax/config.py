@@ -196,6 +196,10 @@ KEYS: dict[str, Key] = {
     "mesh.expert": Key(1, ANY),  # the experts of a mixture
     "evaluate.max_new_tokens": Key(128, number(1)),
     "evaluate.batch_size": Key(64, number(1)),  # prompts completed together
+    # Answers to each prompt; more than one are drawn at evaluate.temperature and have a pass@k.
+    "evaluate.samples": Key(1, number(1)),
+    "evaluate.temperature": Key(0.0, number(0)),  # of answers that are scored; 0: the likeliest tokens
+    "evaluate.run_code": Key(False, ANY),  # whether the score `python` may run what the model writes
     "evaluate.before": Key(True, ANY),  # also before the first step
     # What decides which checkpoint is best: "eval_loss", "eval_NAME/score - 0.5 * eval_general/change", after "min:" or
     # "max:" where that is not plain; "": the first task's score, else eval_loss.
@@ -355,6 +359,11 @@ def validate(config: ConfigDict, data: bool = True) -> None:
         raise UserError(
             f"config.eval_every={config.eval_every} steps and config.eval_epochs={config.eval_epochs:g} epochs both "
             "say how often to evaluate; set one of them to 0"
+        )
+    if config.evaluate.samples > 1 and not config.evaluate.temperature:
+        raise UserError(
+            f"config.evaluate.samples={config.evaluate.samples} at config.evaluate.temperature=0 are all the same "
+            "answer; set config.evaluate.temperature, such as to 0.8"
         )
     for which in ("train", "eval"):
         for entry in sources(config, which):

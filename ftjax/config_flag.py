@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -112,6 +113,12 @@ def parsed(key: str, text: str) -> bool | int | float | str | tuple:
         return wanted(text)
     except (ValueError, KeyError):
         raise UserError(f"--config.{key}={text}: must be {_WANTED[wanted]}") from None
+
+
+def spelled(key: str, value: bool | int | float | str | tuple) -> str:
+    """`--config.KEY=VALUE` as it is typed in a shell: what `parsed` reads as `value`."""
+    text = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"--config.{key}={shlex.quote(text)}"
 
 
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number"}

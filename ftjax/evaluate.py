@@ -10,7 +10,8 @@ The contestants: the base as it is; with 1, 4, 8 and as many training examples i
 ones for every question; with those nearest to each question (--retrieved); with another instruction, searched on
 training examples (--instructions, --instruction_budget); and the tuned model without any. A table shows scores with
 95 % intervals, valid answers, tokens and seconds, and with --price_in and --price_out costs; a verdict follows. What
-the tuned model has forgotten is measured beside it, on general text (--abilities: more of it).
+the tuned model has forgotten is measured beside it, on general text (--abilities: more of it). With --judge_url and
+--judge_model, a model says how often the tuned model's answers are better than the base's.
 
 All of it is in WORKDIR/evaluation.json, which is written after each contestant: the same command goes on where it was
 stopped, and what is there is not measured again. WORKDIR/report.html shows it.
@@ -35,8 +36,9 @@ from ftjax.adapted import NONE, load_model, parse_adapters
 from ftjax.assemble import Base
 from ftjax.errors import UserError, did_you_mean
 from ftjax.evals import best, comparison, contestants, forgetting, general, heldout, rewrites, shots, verdict
-from ftjax.evals.comparison import Contestant, Judge, Model, Record, Settings, digest_of
+from ftjax.evals.comparison import Contestant, Model, Record, Settings, digest_of
 from ftjax.evals.heldout import LOSS, HeldOut
+from ftjax.evals.judge import Judge, endpoint
 from ftjax.evals.rewrites import Instruction
 from ftjax.evals.scored import Question
 from ftjax.method import method_of
@@ -59,7 +61,7 @@ class Options(NamedTuple):
       instructions: what is tried as another instruction; (): some that are generic.
       adapters, models: {name: where it is}.
       abilities: of what was forgotten also what takes longer: multiple choice, instructions, drift of the weights.
-      judge: compares answers where there is no score.
+      judge: says how often the tuned model's answers are better than the base's.
     """
 
     step: str | None = None
@@ -143,8 +145,8 @@ def evaluate(workdir: Path, options: Options, given: ConfigDict | None = None) -
         for held in sets:
             entry = record.set_of(held, settings)
             comparison.summarize(entry, held, settings)
-            if options.judge:
-                comparison.judge(entry, held, options.judge)
+            if options.judge and (preferred := comparison.judge(entry, held, options.judge)):
+                display.say(preferred)
         record.document["verdict"] = verdict.overall({its["name"]: its["verdict"] for its in record.document["sets"]})
         record.write()
         _say(record.document, workdir, display)
@@ -324,6 +326,8 @@ def main(argv: list[str]) -> int:
         raise UserError("give --workdir, the run that is evaluated (and --config for other rows to evaluate it on)")
     if (FLAGS.price_in is None) != (FLAGS.price_out is None):
         raise UserError("--price_in and --price_out go together: what a million tokens of each cost")
+    if (FLAGS.judge_url is None) != (FLAGS.judge_model is None):
+        raise UserError("--judge_url and --judge_model go together: an OpenAI-compatible endpoint, and a model there")
     distributed.refuse_several("ftjax.evaluate")
     workdir = Path(FLAGS.workdir or f"runs/{config_flag.name()}")
     if not FLAGS.config:  # also for --config.KEY=VALUE alone
@@ -344,6 +348,7 @@ def main(argv: list[str]) -> int:
         abilities=FLAGS.abilities,
         price_in=FLAGS.price_in,
         price_out=FLAGS.price_out,
+        judge=endpoint(FLAGS.judge_url, FLAGS.judge_model, key=FLAGS.judge_key) if FLAGS.judge_url else None,
     )
     evaluate(workdir, options, config_flag.value())
     return 0
@@ -368,4 +373,7 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("abilities", False, "what was forgotten also by multiple choice, instructions, and layers")
     flags.DEFINE_float("price_in", None, "what a million prompt tokens cost", lower_bound=0)
     flags.DEFINE_float("price_out", None, "what a million generated tokens cost", lower_bound=0)
+    flags.DEFINE_string("judge_url", None, "an OpenAI-compatible endpoint that compares answers, up to and with /v1")
+    flags.DEFINE_string("judge_model", None, "the model there")
+    flags.DEFINE_string("judge_key", "OPENAI_API_KEY", "the environment variable with its key; empty: it wants none")
     cli.run(main, config_flag.parse)

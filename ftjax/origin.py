@@ -99,20 +99,29 @@ def record(workdir: Path, given: ConfigDict, found: ConfigDict, digests: Mapping
     """Writes origin.json: what the run began with, and where it is now.
 
     given: the config of the command; found: the same, `located`. digests: of `contents`. Which keys the run chose
-    itself when it began is kept: where its config.json serves for another run, they are open again.
+    itself when it began is kept: where its config.json serves for another run, they are open again. So is how many
+    epochs it was to have.
     fresh: it begins, and does not go on.
     """
     flat = configs.flat(given)
     chosen = [key for key in configs.OPEN if flat[key] == configs.KEYS[key].default]
-    if not fresh and is_recorded(workdir):
-        chosen = read_json(workdir / FILE).get("chosen", chosen)
     content = {"version": 1, "sha256": dict(digests), "given": _names(given), "found": _names(found), "chosen": chosen}
+    if fresh:
+        content["epochs"] = found.epochs
+    elif is_recorded(workdir):
+        before = read_json(workdir / FILE)
+        content |= {key: before[key] for key in ("chosen", "epochs") if key in before}
     write_text(workdir / FILE, json.dumps(content, indent=2) + "\n")
 
 
 def is_recorded(workdir: Path) -> bool:
     """Whether the base of the run in `workdir` is known; older versions recorded only the adapter."""
     return (workdir / FILE).is_file()
+
+
+def epochs(workdir: Path) -> float | None:
+    """How many epochs the run in `workdir` was to have when it began; None where that is not recorded."""
+    return read_json(workdir / FILE).get("epochs") if is_recorded(workdir) else None
 
 
 def check_there(config: ConfigDict, workdir: Path) -> None:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax import distributed, sharding, tree
+from ftjax import config_flag, distributed, sharding, tree
 from ftjax.assemble import Base
 from ftjax.data.audit import checks
 from ftjax.data.audit.findings import ERROR
@@ -36,17 +36,22 @@ def check_used(config: ConfigDict) -> None:
     for keys, unused, why in _unused(config):
         for key in keys:
             if unused and key in changed:
-                raise UserError(f"config.{key}={changed[key]!r} does nothing with {why}; set it to {defaults[key]!r}")
+                raise UserError(
+                    f"config.{key}={changed[key]!r} does nothing with {why}; leave it out, or set "
+                    f"{config_flag.spelled(key, configs.KEYS[key].default)}"
+                )
     schedule = config.schedule
     if schedule.warmup_steps and schedule.warmup_ratio and "schedule.warmup_ratio" in changed:
         raise UserError(
             f"config.schedule.warmup_steps={schedule.warmup_steps} and config.schedule.warmup_ratio="
-            f"{schedule.warmup_ratio} both say how long the warm-up is; set one of them to 0"
+            f"{schedule.warmup_ratio} both say how long the warm-up is; set --config.schedule.warmup_steps=0 or "
+            "--config.schedule.warmup_ratio=0"
         )
     if config.optimizer.name == "lion" and not {"optimizer.learning_rate", "optimizer.b2"} <= changed.keys():
         raise UserError(
-            "config.optimizer.name='lion': the defaults are AdamW's; set optimizer.b2 (0.99 in Lion's paper) and "
-            f"optimizer.learning_rate (a third to a tenth of AdamW's, which is {learning_rate(config):g} here)"
+            "config.optimizer.name='lion': the defaults are AdamW's; set --config.optimizer.b2=0.99, as its paper has, "
+            f"and a third to a tenth of AdamW's learning rate, which is {learning_rate(config):g} here, such as "
+            f"--config.optimizer.learning_rate={learning_rate(config) / 5:.2g}"
         )
 
 
@@ -60,6 +65,11 @@ def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
         ([*adapters, "optimizer.loraplus_ratio"], adapter.kind == "none", "adapter.kind='none'"),
         (["adapter.trainable"], adapter.kind != "none", f"adapter.kind={adapter.kind!r}"),
         ([f"optimizer.{key}" for key in others], True, f"optimizer.name={optimizer.name!r}"),
+        (
+            ["evaluate.samples", "evaluate.temperature"],
+            not scored.split_entries(config)[0],
+            "no scored entry in config.data.eval",
+        ),
         (["schedule.decay_ratio"], schedule.name != "wsd", f"schedule.name={schedule.name!r}"),
         (["schedule.final_ratio"], schedule.name == "constant", "schedule.name='constant'"),
     ]
@@ -91,12 +101,14 @@ def check_adapter_tokenizer(config: ConfigDict, base: Base, display: Display) ->
     if other := sorted(token for token in theirs if theirs[token] != ours.get(token)):
         raise UserError(
             f"config.adapter.source: {directory} has another tokenizer than this run, {other[0]!r} among others; set "
-            "config.model.add_tokens (in the same order) and config.data.chat_template as they were when it was trained"
+            "--config.model.add_tokens (in the same order) and --config.data.chat_template as they were when it was "
+            "trained"
         )
     if own.chat_template != base.tokenizer.chat_template:
+        template = config_flag.spelled("data.chat_template", str(directory / "chat_template.jinja"))
         display.say(
-            f"warning: {directory} was trained with another chat template; set config.data.chat_template="
-            f"{directory / 'chat_template.jinja'} and config.data.system as they were then, unless that is meant"
+            f"warning: {directory} was trained with another chat template; set {template} and --config.data.system as "
+            "they were then, unless that is meant"
         )
 
 
@@ -107,7 +119,7 @@ def check_steps(config: ConfigDict, done: int | None, steps: int) -> None:
     elif done > steps:
         raise UserError(
             f"the run has done {done} steps, and config.steps and config.epochs now ask for {steps}; raise them, go "
-            "back with config.checkpoint.resume_step, or choose another --workdir"
+            "back with --config.checkpoint.resume_step, or choose another --workdir"
         )
 
 
@@ -120,8 +132,8 @@ def check_schedule(config: ConfigDict, steps: int) -> None:
         raise UserError(
             f"config.schedule: the run has {steps} steps, of which {warmup} warm up"
             + (f" and {falling} (decay_ratio={schedule.decay_ratio}) fall" if falling else "")
-            + ", and none is left at the peak; set schedule.warmup_steps"
-            + (" or schedule.decay_ratio lower" if falling else " lower, or 0 for schedule.warmup_ratio")
+            + ", and none is left at the peak; lower --config.schedule.warmup_steps"
+            + (" or --config.schedule.decay_ratio" if falling else ", or 0 for --config.schedule.warmup_ratio")
         )
 
 
@@ -130,7 +142,8 @@ def check_length(config: ConfigDict, spec: DecoderSpec) -> None:
     positions = spec.max_position_embeddings
     if config.data.max_length > positions:
         raise UserError(
-            f"config.data.max_length={config.data.max_length} is more than the model's {positions} positions; lower it"
+            f"config.data.max_length={config.data.max_length} is more than the model's {positions} positions; set "
+            f"--config.data.max_length={positions}, or less"
         )
 
 
@@ -145,13 +158,15 @@ def check_mesh(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
         axes = " x ".join(sharding.RULES["batch"])
         raise UserError(
             f"config.data.batch_size={config.data.batch_size} in {micro} micro-batch(es) is {rows} rows, "
-            f"not a multiple of the mesh's {axes} = {parts}; set it to a multiple of {parts * micro}"
+            f"not a multiple of the mesh's {axes} = {parts}; set it to a multiple of {parts * micro}, such as "
+            f"--config.data.batch_size={-(-config.data.batch_size // (parts * micro)) * parts * micro}"
         )
     for key in ("max_length", "row_length"):
         if config.data[key] % mesh.shape["context"]:
             raise UserError(
                 f"config.data.{key}={config.data[key]} is not a multiple of config.mesh.context="
-                f"{mesh.shape['context']}, over which rows are split; set it to a multiple"
+                f"{mesh.shape['context']}, over which rows are split; set it to a multiple, such as "
+                f"--config.data.{key}={-(-config.data[key] // mesh.shape['context']) * mesh.shape['context']}"
             )
     if config.model.remat == "offload":
         sharding.check_host_memory(mesh)
@@ -160,7 +175,7 @@ def check_mesh(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
         has = "no experts" if experts is None else f"{experts.count} experts"
         raise UserError(
             f"config.mesh.expert={mesh.shape['expert']}: {config.model.source} has {has} to split; "
-            "set it to 1 (mesh.data and mesh.fsdp split rows as well) or to a divisor"
+            "set --config.mesh.expert=1 (mesh.data and mesh.fsdp split rows as well) or a divisor"
         )
 
 
@@ -233,5 +248,6 @@ def check_rows(config: ConfigDict, base: Base, train: Loader, heldout: Loader | 
     if stops:
         raise UserError(
             "\n  ".join(["the rows have errors", *errors])
-            + "\npython -m ftjax.inspect_data with the same --config shows them; config.data.checks=warn starts anyway"
+            + "\npython -m ftjax.inspect_data with the same --config shows them; "
+            "--config.data.checks=warn starts anyway"
         )

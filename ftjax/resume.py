@@ -76,7 +76,7 @@ def find(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints
     if config.steps and config.epochs != before.epochs:
         raise UserError(
             f"config.epochs={config.epochs:g}: config.steps={config.steps} decides how long this run is; set "
-            "config.steps to more, or to 0"
+            "--config.steps to more, or to 0"
         )
     # The base of an older run is known by its name alone.
     places = configs.PLACES if origin.is_recorded(workdir) else ("data.train",)
@@ -109,6 +109,18 @@ def going_on(config: ConfigDict, step: int, before: int, now: int) -> str:
     )
 
 
+def extended(given: ConfigDict, config: ConfigDict, workdir: Path) -> str:
+    """What a command that leaves the epochs open takes over where the run was given others since it began; "" else.
+
+    given, config: of the command, and the same with what the run in `workdir` has where that leaves it open.
+    """
+    began = origin.epochs(workdir)
+    if given.epochs or config.steps or began in (None, config.epochs):
+        return ""
+    goal = f"the run goes on to {config.epochs:g}, as it was told since it began with {began:g}"
+    return f"config.epochs is left open: {goal}"
+
+
 def other_evaluation(before: ConfigDict, now: ConfigDict) -> str:
     """What it means that a run goes on with other evaluation rows than it had; "" where it has the same.
 
@@ -127,7 +139,7 @@ def check_data(meta: Mapping[str, Any], workdir: Path, fingerprint: str) -> None
     if meta["data"] != fingerprint:
         config = configs.read(workdir / "config.json")
         # So, too, says `configs.read` of a run that is older than the key.
-        cut = "; it cut long texts: config.data.long_text=cut" if config.data.long_text == "cut" else ""
+        cut = "; it cut long texts: --config.data.long_text=cut" if config.data.long_text == "cut" else ""
         raise UserError(
             f"{workdir}: the training data, its tokenizer or its chat template is not what this run began with (then "
             f"config.data.train={list(config.data.train)}); restore it, say where it is now, or choose another "

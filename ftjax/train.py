@@ -133,6 +133,8 @@ def _train(
         distributed.meet_devices()
         if there.step is not None:
             display.say(f"resuming after step {there.step}")
+            if taken_over := resume.extended(given, config, workdir):
+                display.say(taken_over)
             if (planned := resume.steps_of(there.config, train_loader)) != total_steps:
                 display.say(resume.going_on(config, there.step, planned, total_steps))
         located = origin.located(config, base.path)

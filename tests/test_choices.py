@@ -199,5 +199,7 @@ def test_a_plan_without_data_takes_full_rows(root):
 
 
 def test_a_row_shorter_than_an_example_is_refused(root, tmp_path):
-    with pytest.raises(UserError, match=r"config.data.row_length=8: the longest example has \d+ tokens; set it to"):
+    with pytest.raises(
+        UserError, match=r"config.data.row_length=8: the longest example has \d+ tokens; set --config.data.row_length"
+    ):
         train(config_of(root, **{"data.row_length": 8}), tmp_path)

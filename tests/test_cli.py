@@ -43,3 +43,20 @@ def test_what_a_command_line_ends_with(arguments, status, out, err):
     assert (done.returncode, done.stderr) == (status, err)
     assert out in done.stdout
     assert ("--config:" in done.stdout) == ("--help" in arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--config=chat"], ["--help"]])
+def test_output_that_nobody_reads_ends_it_quietly(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM, *arguments],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -1,5 +1,7 @@
 """The command line of a config: overrides as a shell hands them over, and unknown names that name ours."""
 
+import shlex
+
 import pytest
 from absl import flags
 
@@ -153,3 +155,20 @@ def test_a_flag_that_is_a_key_names_the_key(argument, message, monkeypatch):
     with pytest.raises(UserError) as refused:
         config_flag.parse(["train", argument])
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "given"),
+    [
+        ("optimizer.learning_rate", 4e-05),
+        ("adapter.rank", 16),
+        ("adapter.trainable", ".*"),
+        ("data.chat_template", "my run/chat template.jinja"),
+        ("evaluate.before", False),
+        ("adapter.modules_to_save", ()),
+        ("adapter.rank_pattern", (("q_proj", 4), ("it's", 8))),
+    ],
+)
+def test_what_a_message_says_to_type_is_read_as_meant(key, given):
+    config = overridden(*shlex.split(config_flag.spelled(key, given)))
+    assert configs.flat(config)[key] == given

@@ -15,6 +15,7 @@ from ftjax import assemble, evaluate, export, prompts, tree
 from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.evals import comparison, forgetting, shots
+from ftjax.evals.judge import Judge
 from ftjax.evaluate import Options
 from ftjax.models.params import abstract_params
 from ftjax.training.checkpoint import Checkpoints
@@ -212,16 +213,29 @@ def test_adapters_and_whole_models_answer_too(run, document, tmp_path):
     assert rows["whole"]["loss"] is None  # of other tokens, as far as can be known
 
 
-def test_a_judge_says_whose_answers_win(run, document):
+def test_a_judge_says_whose_answers_win(run, document, capsys):
     workdir, config = run
 
-    def longer(questions, base, tuned):
-        assert len(questions) == len(base) == len(tuned)
-        return [1.0 if i % 2 else 0.5 for i in range(len(questions))]
+    answers = {its["kind"]: [one["completion"] for one in its["answers"]] for its in document["sets"][1]["contestants"]}
 
-    found = evaluate.evaluate(workdir, OPTIONS._replace(only=("tuned",), judge=longer), config)
-    assert found["sets"][1]["win_rate"]["rate"] == 0.75
-    assert found["sets"][1]["win_rate"]["interval"][0] < 0.75
+    def verdicts(questions):
+        """The tuned model's for every other question, wherever it stands, and else ties."""
+        count = len(questions) // 2
+        if count == len(answers["tuned"]):
+            assert questions[0].endswith(f"[{answers['tuned'][0]}|{answers['base'][0]}]")
+            assert questions[count].endswith(f"[{answers['base'][0]}|{answers['tuned'][0]}]")
+        return [letter if i % 2 else "TIE" for letter in "AB" for i in range(count)]
+
+    options = OPTIONS._replace(only=("tuned",), judge=Judge("someone", verdicts, "{prompt}[{a}|{b}]"))
+    found = evaluate.evaluate(workdir, options, config)["sets"][1]["win_rate"]
+    assert (found["of"], found["against"], found["judge"], found["rate"]) == ("tuned", "base", "someone", 0.75)
+    assert found["interval"][0] < 0.75
+    assert (
+        "rows: someone prefers the tuned model's answers to the base's at a win rate of 0.75 ["
+        in capsys.readouterr().out
+    )
+    again = evaluate.evaluate(workdir, options._replace(judge=options.judge._replace(verdicts=None)), config)
+    assert again["sets"][1]["win_rate"] == json.loads(json.dumps(found))  # nobody is asked twice
 
 
 def test_what_cannot_be_compared_is_refused(run):

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.runs import write_model, write_rows
 
-from ftjax import assemble, export, origin, tree
+from ftjax import assemble, export, origin, resume, tree
 from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.models.families import spec_from_config
@@ -265,3 +265,14 @@ def test_an_adapter_of_a_run_from_before_origins_is_still_checked(tmp_path):
     origin.check(config, tmp_path, {"weights": "1", "adapter": "2"})
     with pytest.raises(UserError, match="this adapter has changed since the run in"):
         origin.check(config, tmp_path, {"weights": "1", "adapter": "3"})
+
+
+def test_a_command_that_leaves_epochs_open_says_what_it_takes_over(tmp_path):
+    plain, chosen, longer = (config_of(steps=0, epochs=epochs) for epochs in (0.0, 2.0, 4.0))
+    origin.record(tmp_path, plain, chosen, {})
+    assert resume.extended(plain, chosen, tmp_path) == ""
+    origin.record(tmp_path, longer, longer, {}, fresh=False)
+    told = "config.epochs is left open: the run goes on to 4, as it was told since it began with 2"
+    assert resume.extended(plain, longer, tmp_path) == told
+    assert resume.extended(longer, longer, tmp_path) == ""
+    assert resume.extended(plain, longer, tmp_path / "older") == ""

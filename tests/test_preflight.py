@@ -30,7 +30,12 @@ def check(model, sizes, **changes):
     ("model", "sizes", "changes", "message"),
     [
         (spec(), {"fsdp": 16}, {}, "batch_size=8 in 1 micro-batch(es) is 8 rows, not a multiple of"),
-        (spec(), {"data": 2, "fsdp": 2}, {"accumulate": 4}, "data x fsdp x expert = 4; set it to a multiple of 16"),
+        (
+            spec(),
+            {"data": 2, "fsdp": 2},
+            {"accumulate": 4},
+            "data x fsdp x expert = 4; set it to a multiple of 16, such as --config.data.batch_size=16",
+        ),
         (spec(), {"context": 5}, {}, "max_length=96 is not a multiple of config.mesh.context=5"),
         (spec(), {"expert": 2}, {}, "config.mesh.expert=2: some/model has no experts to split"),
         (MIXTURE, {"expert": 4}, {}, "config.mesh.expert=4: some/model has 6 experts to split"),
@@ -48,17 +53,27 @@ def test_a_mesh_that_divides_the_work_is_not():
 
 NONE, LION = {"adapter.kind": "none"}, {"optimizer.name": "lion", "optimizer.b2": 0.99}
 IDLE = [
-    (NONE | {"adapter.rank": 8}, "adapter.rank=8 does nothing with adapter.kind='none'; set it to 16"),
+    (
+        NONE | {"adapter.rank": 8},
+        "adapter.rank=8 does nothing with adapter.kind='none'; leave it out, or set --config.adapter.rank=16",
+    ),
     (NONE | {"adapter.rank_pattern": (("q_proj", 4),)}, "adapter.rank_pattern=[['q_proj', 4]] does nothing with"),
     (NONE | {"adapter.modules_to_save": ("norm",)}, "adapter.modules_to_save=['norm'] does nothing with"),
     (NONE | {"optimizer.loraplus_ratio": 16.0}, "optimizer.loraplus_ratio=16.0 does nothing with adapter.kind='none'"),
-    ({"adapter.trainable": "norm"}, "adapter.trainable='norm' does nothing with adapter.kind='lora'; set it to '.*'"),
+    (
+        {"adapter.trainable": "norm"},
+        "adapter.trainable='norm' does nothing with adapter.kind='lora'; leave it out, or set --",
+    ),
     ({"optimizer.name": "adafactor", "optimizer.b2": 0.95}, "optimizer.b2=0.95 does nothing with optimizer.name='adaf"),
     ({"optimizer.name": "adafactor", "optimizer.momentum_dtype": "bfloat16"}, "momentum_dtype='bfloat16' does nothing"),
     (LION | {"optimizer.eps": 1e-6}, "optimizer.eps=1e-06 does nothing with optimizer.name='lion'"),
-    (LION, "optimizer.learning_rate (a third to a tenth of AdamW's, which is 0.0002 here)"),
+    (LION, "learning rate, which is 0.0002 here, such as --config.optimizer.learning_rate=4e-05"),
     ({"schedule.decay_ratio": 0.1}, "schedule.decay_ratio=0.1 does nothing with schedule.name='cosine'"),
     ({"schedule.name": "constant", "schedule.final_ratio": 0.1}, "schedule.final_ratio=0.1 does nothing"),
+    (
+        {"evaluate.temperature": 0.5},
+        "evaluate.temperature=0.5 does nothing with no scored entry in config.data.eval",
+    ),
     ({"schedule.warmup_steps": 10, "schedule.warmup_ratio": 0.1}, "both say how long the warm-up is"),
 ]
 

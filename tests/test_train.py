@@ -300,7 +300,10 @@ BAD = {
         {"adapter.kind": "none", "adapter.rank": 16, "adapter.trainable": "mpl"},
         "trainable.*'mpl'.*mlp",
     ),
-    "a setting that does nothing": ({"adapter.kind": "none"}, "adapter.rank=4 does nothing with.*set it to 16"),
+    "a setting that does nothing": (
+        {"adapter.kind": "none"},
+        "adapter.rank=4 does nothing with.*set --config.adapter.rank=16",
+    ),
     "a warm-up of all steps": ({"schedule.warmup_steps": 24}, "24 steps, of which 24 warm up, and none is left"),
     "a rank larger than a layer": ({"adapter.rank": 33, "adapter.init": "pissa"}, "rank=33.*1 to"),
     "rows longer than the model's positions": ({"data.max_length": 513}, "max_length=513.*512 positions"),

@@ -6,7 +6,7 @@ answers may be, what is expected. So an evaluation that is begun again measures 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from ftjax.errors import UserError
 from ftjax.evals import heldout, verdict
 from ftjax.evals.heldout import LOSS, HeldOut
 from ftjax.evals.intervals import interval
+from ftjax.evals.judge import Judge, text_of, win_rate
 from ftjax.evals.scored import Question
 from ftjax.prompts import Prompt
 from ftjax.sampling.sampler import Sampling
@@ -31,10 +32,6 @@ FILE = "evaluation.json"
 KINDS = (*verdict.PROMPTS, "tuned", "other")
 _SAMPLES = 6  # examples whose answers are shown side by side
 _AREA = 2**25  # rows x length^2 of a batch: attention takes four bytes of that for each head where it is not fused
-
-# (questions, answers of the base, answers of the tuned model) -> of each 1 where the second is better, 0.5 for a tie,
-# else 0.
-Judge = Callable[[Sequence[Question], Sequence[str], Sequence[str]], Sequence[float]]
 
 
 class Model(NamedTuple):
@@ -115,11 +112,14 @@ class Record:
             self.document.pop("forgetting", None)
         for entry in self.document["sets"]:
             kinds = {its["name"]: "tuned" if its["kind"] == "tuned" else "base" for its in entry["contestants"]}
-            entry["contestants"] = [
+            kept = [
                 its
                 for its in entry["contestants"]
                 if its["kind"] == "other" or its["model"] == digests[kinds[its["name"]]]
             ]
+            if len(kept) < len(entry["contestants"]):
+                entry.pop("win_rate", None)
+            entry["contestants"] = kept
 
     def write(self) -> None:
         write_text(self._path, json.dumps(self.document, ensure_ascii=False, indent=1) + "\n")
@@ -209,12 +209,25 @@ def summarize(entry: dict, held: HeldOut, settings: Settings) -> None:
         entry["verdict"] = verdict.of_losses(np.asarray(tuned["losses"]), np.asarray(base["losses"]), tokens)
 
 
-def judge(entry: dict, held: HeldOut, better: Judge) -> None:
-    """Records how often the tuned model's answers are better than the base's, where there are both."""
+def judge(entry: dict, held: HeldOut, asked: Judge) -> str:
+    """Records how often the tuned model's answers are better than the base's, and returns it in words; "" without both.
+
+    The same judge is not asked twice about the same answers.
+    """
     found = {its["kind"]: [answer["completion"] for answer in its.get("answers", [])] for its in entry["contestants"]}
-    if found.get("tuned") and found.get("base"):
-        wins = list(better(held.questions, found["base"], found["tuned"]))
-        entry["win_rate"] = {"of": "tuned", "against": "base", "rate": float(np.mean(wins)), "interval": interval(wins)}
+    if not (found.get("tuned") and found.get("base")):
+        return ""
+    prompts_shown = [text_of(question.prompt) for question in held.questions]
+    digest = digest_of([asked.name, asked.template, prompts_shown, found["tuned"], found["base"]])
+    if entry.get("win_rate", {}).get("digest") != digest:
+        entry["win_rate"] = {"of": "tuned", "against": "base", "judge": asked.name, "digest": digest} | win_rate(
+            asked, prompts_shown, found["tuned"], found["base"]
+        )
+    its = entry["win_rate"]
+    return (
+        f"{held.name}: {asked.name} prefers the tuned model's answers to the base's at a win rate of {its['rate']:.2g}"
+        f"{between(its['interval'])}; {its['inconsistent']:.0%} of its verdicts changed with the order"
+    )
 
 
 def told(its: dict, metric: str) -> str:

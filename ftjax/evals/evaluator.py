@@ -62,7 +62,7 @@ class Evaluator:
         display: Display,
     ):
         self._config, self._base, self._mesh, self._loader = config.evaluate, base, mesh, loader
-        self._sets = scored.scored_sets(config)
+        self._seed, self._sets = config.seed, scored.scored_sets(config)
         self._prompts = [[tokens(q.prompt, base.tokenizer) for q in its.questions] for its in self._sets]
         self._eval_step = make_eval_step(objective)
         self._samples = workdir / "samples.jsonl"
@@ -93,10 +93,15 @@ class Evaluator:
             self._display.say(f"step {step}: held-out loss {metrics['eval_loss']:.4f}")
         for its, prompts in zip(self._sets, self._prompts, strict=True):
             records = self._score(step, its, prompts, policy_and_reference(tree.combine(trainable, frozen))[0])
-            score = metrics[its.metric] = sum(record["score"] for record in records) / len(records)
+            found = its.means([record["score"] for record in records], self._config.samples)
+            metrics |= found
             if distributed.is_first():
                 self._write_samples(step, its.name, records)
-            self._display.say(f"step {step}: {its.name} scores {score:.1%} on {len(records)} examples")
+            told = ", ".join(f"{name.rpartition('/')[2]} {value:.1%}" for name, value in list(found.items())[1:])
+            self._display.say(
+                f"step {step}: {its.name} scores {found[its.metric]:.1%} on {len(its.questions)} examples"
+                + (f" ({self._config.samples} answers each; {told})" if told else "")
+            )
         if watched := self._watch(step, trainable, frozen):
             metrics |= watched
             self._display.say(f"step {step}: {forgetting.in_short(watched)}")
@@ -113,7 +118,10 @@ class Evaluator:
         return {f"eval_{name}": float(value) for name, value in means(total).items()}
 
     def _score(self, step: int, its: ScoredSet, prompts: list[np.ndarray], variables: Tree) -> list[dict]:
-        """A record of each question: prompt, completion, expected, score."""
+        """A record of each answer: prompt, completion, expected, score; those of a question beside each other."""
+        prompts, questions = (
+            [one for one in of for _ in range(self._config.samples)] for of in (prompts, its.questions)
+        )
         with self._display.counter(f"{its.name} at step {step}", len(prompts)) as advance:
 
             def on_progress(done: int, total: int) -> None:
@@ -126,20 +134,23 @@ class Evaluator:
                 prompts,
                 self._config.max_new_tokens,
                 self._base.end_tokens,
-                Sampling(),
+                Sampling(self._config.temperature, seed=self._seed),
                 self._config.batch_size,
                 on_progress,
             )
+        texts = [self._base.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in completions]
+        # By one process: programs, and functions that ask elsewhere, may not give the same to each.
+        grades = json.dumps(its.grade_all(texts, questions)) if distributed.is_first() else None
+        grades = json.loads(distributed.tell(grades, limit=distributed.LOADING_SECONDS))
         records = []
-        for question, completion in zip(its.questions, completions, strict=True):
-            text = self._base.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+        for question, text, grade in zip(questions, texts, grades, strict=True):
             fields = question.prompt.fields
             records.append(
                 {
                     "prompt": fields["prompt"] if "prompt" in fields else fields["messages"][-1]["content"],
                     "completion": text,
                     "expected": question.expected,
-                    "score": its.grade(text, question),
+                    "score": grade,
                 }
             )
         return records

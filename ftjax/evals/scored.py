@@ -1,6 +1,8 @@
 """What is answered and scored of `data.eval`: tasks, and sources that have a `score`; everything else has a loss."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from ftjax.prompts import Prompt
 from ftjax.tasks import registry
 
 _TASK_SCORE = "score"  # the name of a task's own
+_PASS_AT = (10, 100)  # the k of pass@k beside 1, the mean, and the number of samples
 
 
 class Question(NamedTuple):
@@ -57,11 +60,31 @@ class ScoredSet(NamedTuple):
         where = f"{question.prompt.origin}: {self.score}"
         try:
             value = self.how.function(completion, question.example)
-        except UserError:
-            raise
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         except Exception as error:  # a person's own function may raise anything, which is never a 0
             raise UserError(f"{where}: {type(error).__name__}: {error}; the completion was {completion!r}") from error
         return scores.checked(value, where)
+
+    def grade_all(self, completions: Sequence[str], questions: Sequence[Question]) -> list[float]:
+        """`grade` of each; programs run side by side."""
+        if not self.how.runs_code:
+            return list(map(self.grade, completions, questions))
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            return list(threads.map(self.grade, completions, questions))
+
+    def means(self, grades: Sequence[float], samples: int) -> dict[str, float]:
+        """{metric: mean}, and {"eval_NAME/pass@K": ...} where a 0 or 1 was given to each of several samples.
+
+        grades: [questions * samples], those of a question beside each other.
+        """
+        means = {self.metric: sum(grades) / len(grades)}
+        if self.how.binary and samples > 1:
+            passed = [round(sum(grades[i : i + samples])) for i in range(0, len(grades), samples)]
+            for k in sorted({samples, *(k for k in _PASS_AT if k < samples)}):
+                chances = [scores.pass_at(k, count, samples) for count in passed]
+                means[f"eval_{self.name}/pass@{k}"] = sum(chances) / len(chances)
+        return means
 
 
 def split_entries(config: ConfigDict) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -89,14 +112,14 @@ def scored_sets(config: ConfigDict) -> list[ScoredSet]:
       UserError: an entry that cannot be read or has an option that scoring does not know; two of one name and score; a
         row without an answer where the score compares with one.
     """
-    sets = [_read(entry) for entry in split_entries(config)[0]]
+    sets = [_read(entry, config.evaluate.run_code) for entry in split_entries(config)[0]]
     metrics = [one.metric for one in sets]
     if twice := next((metric for metric in metrics if metrics.count(metric) > 1), None):
         raise UserError(f"config.data.eval: two entries are recorded as {twice}; rename one of the files")
     return sets
 
 
-def _read(entry: dict[str, Any]) -> ScoredSet:
+def _read(entry: dict[str, Any], run_code: bool) -> ScoredSet:
     source = entry["source"]
     task = registry.get(source.removeprefix(TASK)) if source.startswith(TASK) else None
     unknown = {"weight"} | ({"columns", "format"} if task else set())
@@ -104,7 +127,12 @@ def _read(entry: dict[str, Any]) -> ScoredSet:
         raise UserError(f"config.data.eval: {source} is scored, which knows no {unused[0]!r}; leave it out")
     where = f"config.data.eval: {source}"
     is_own = task is not None and entry["score"] == _TASK_SCORE
-    how = Score(task.score) if is_own else scores.find(entry["score"], where)
+    how = Score(task.score, valid=getattr(task, "valid", None)) if is_own else scores.find(entry["score"], where)
+    if how.runs_code and not run_code:
+        raise UserError(
+            f"{where}: the score {entry['score']!r} runs what the model writes, on this machine and with few guards "
+            "(docs/evaluation.md); allow it with --config.evaluate.run_code=True"
+        )
     rows = read_sources([entry])
     questions = []
     for i in range(len(rows)):
@@ -113,8 +141,18 @@ def _read(entry: dict[str, Any]) -> ScoredSet:
             raise UserError(
                 f"{question.prompt.origin}: has no answer, with which the score {entry['score']!r} compares"
             )
+        _check(how, question, f"{question.prompt.origin}: score {entry['score']!r}")
         questions.append(question)
     return ScoredSet(_name(entry), _score_name(entry), questions, how)
+
+
+def _check(how: Score, question: Question, where: str) -> None:
+    """UserError with `where` for a question whose answers cannot be scored."""
+    try:
+        if how.check is not None:
+            how.check(question.example)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def question_of(row: Row, raw: dict) -> Question:

@@ -1,15 +1,17 @@
 """Scores of a completion by name, and those of a person's own function: `score` of an entry in `data.eval`.
 
 A score is a function of the completion and the example: the row's own fields, and under "messages" the conversation,
-which ends with the expected answer where there is one. The score of a task (`ftjax/tasks/`) has the same form.
+which ends with the expected answer where there is one. The score of a task (`ftjax/tasks/`) has the same form, and so
+has one that asks a reward model.
 """
 
 import importlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ftjax.errors import UserError, did_you_mean
+from ftjax.evals import json_scores, python_tests, text_scores
 
 
 class Score(NamedTuple):
@@ -19,24 +21,48 @@ class Score(NamedTuple):
       function: (completion, example) -> a number; the higher, the better.
       needs_answer: it compares with the expected answer, so that a row must have one.
       valid: (completion, example) -> whether the completion has the form that is wanted, right or wrong; None: any has.
+      check: of an example, before anything is scored: UserError where the score cannot read it. None: it reads any.
+      runs_code: it runs what the model wrote.
+      binary: it is 0 or 1, so that several samples of a prompt have a pass@k.
     """
 
     function: Callable[[str, dict], float]
     needs_answer: bool = True
     valid: Callable[[str, dict], bool] | None = None
+    check: Callable[[dict], None] | None = None
+    runs_code: bool = False
+    binary: bool = False
 
 
-def expected(example: dict) -> str:
-    """The answer that a row gives."""
-    return example["messages"][-1]["content"]
+def _comparing(function: Callable[[str, dict], float], what: str, **fields: Any) -> Score:
+    """A score that compares `what`. Where the expected answer itself does not score 1, it is none."""
+
+    def check(example: dict) -> None:
+        answer = text_scores.expected(example)
+        if (value := function(answer, example)) < 0.999999:  # a sum of floating-point numbers
+            raise UserError(f"its own answer {answer!r} scores {value:g}, not 1: the score compares {what}")
+
+    return Score(function, check=check, **fields)
 
 
-def exact(completion: str, example: dict) -> float:
-    """1.0 where the completion is the expected answer, but for white space around it."""
-    return float(completion.strip() == expected(example).strip())
+_JSON = "JSON, with nothing around it"
 
-
-SCORES = {"exact": Score(exact)}
+SCORES = {
+    "exact": Score(text_scores.exact, binary=True),
+    "f1": Score(text_scores.f1),
+    "rouge_l": _comparing(text_scores.rouge_l, "words of the letters a to z and digits; use 'chrf' for others"),
+    "chrf": _comparing(text_scores.chrf, "text"),
+    "json": _comparing(json_scores.fields, _JSON, valid=json_scores.valid),
+    "json_exact": _comparing(json_scores.exact, _JSON, valid=json_scores.valid, binary=True),
+    "python": Score(
+        python_tests.passes,
+        needs_answer=False,
+        valid=python_tests.valid,
+        check=python_tests.check,
+        runs_code=True,
+        binary=True,
+    ),
+}
 
 
 def find(name: str, where: str) -> Score:
@@ -65,3 +91,11 @@ def checked(value: object, where: str) -> float:
     if not math.isfinite(number):
         raise UserError(f"{where}: the score is {value!r}; it must be a finite number")
     return number
+
+
+def pass_at(k: int, passed: int, samples: int) -> float:
+    """pass@k of one prompt: the chance that of k of its samples, drawn without replacement, one passes at least.
+
+    The unbiased estimator of Chen et al. 2021 (arXiv:2107.03374, section 2.1), 1 - C(n - c, k) / C(n, k).
+    """
+    return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)

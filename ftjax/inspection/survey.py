@@ -156,6 +156,7 @@ class _Surveyor:
         """Chunks of the rows that are trained on, or evaluated: the index in `rows` of each, and its outcome."""
         picked = checks.spread(len(rows), max_rows or len(rows)).tolist()
         bad, good, kept, chunk = BadRows(rows), np.zeros(len(rows.sources), np.int64), 0, []
+        refused = False
         for done, i in enumerate(picked):
             source = rows.source_of(i)
             if side == "train":
@@ -163,7 +164,7 @@ class _Surveyor:
             if (found := self._outcome(rows, i)) is None:
                 continue
             if found.bad:
-                self._refused(side, rows, i, found, bad)
+                refused |= not self._skipped(side, rows, i, found, bad)
                 continue
             good[source] += 1
             if found.dropped:
@@ -182,7 +183,7 @@ class _Surveyor:
                 source.looked_at = count
         elif good.sum() and not kept:
             self._checks.findings.add("eval_empty")
-        if len(picked) == len(rows):
+        if len(picked) == len(rows) and not refused:  # on which side those rows would be is not known
             try:
                 bad.refuse(good)
             except UserError as error:
@@ -194,8 +195,8 @@ class _Surveyor:
         row = rows.check(i)  # scored by generating, without a loss
         return row and Outcome(row, ())
 
-    def _refused(self, side: str, rows: Rows, i: int, found: Outcome, bad: BadRows) -> None:
-        """A finding about a bad row, and no error where config.data.max_bad_rows lets training skip it."""
+    def _skipped(self, side: str, rows: Rows, i: int, found: Outcome, bad: BadRows) -> bool:
+        """Whether config.data.max_bad_rows lets training skip a bad row; a finding about it, an error where not."""
         try:
             bad.skip(i, found.bad)
             allowed = True
@@ -207,6 +208,7 @@ class _Surveyor:
         if side == "train":
             self._out.refused += 1
             self._out.mark("refused", i)
+        return allowed
 
     def _dropped(self, side: str, i: int, found: Outcome) -> None:
         if side == "eval":

@@ -1,7 +1,8 @@
 """Tasks by name, for `task:NAME` in a config.
 
 A task is a module with `train_examples(n=None, seed=0)` and `test_examples(n=None, seed=0)`, which return lists of
-`{"messages": [...]}` ending with the expected assistant turn, and `score(completion, example)`, a number in [0, 1].
+`{"messages": [...]}` ending with the expected assistant turn, and `score(completion, example)`, a number in [0, 1]. It
+may have `valid(completion, example)`: whether a completion has the form that is wanted, right or wrong.
 """
 
 from types import ModuleType

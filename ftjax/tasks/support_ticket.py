@@ -42,6 +42,15 @@ def score(completion: str, example: dict) -> float:
     return float(all(type(ticket[key]) is type(expected[key]) for key in expected))
 
 
+def valid(completion: str, example: dict) -> bool:
+    """Whether `completion` is a ticket, right or wrong: a JSON object with the five keys and no others."""
+    try:
+        ticket = strict_json.loads(completion)
+    except (ValueError, RecursionError):
+        return False
+    return type(ticket) is dict and ticket.keys() == set(KEYS)
+
+
 def _examples(phrases: Phrases, n: int, seed: str, *, test: bool) -> list[dict]:
     if not 1 <= n <= MAX_EXAMPLES:
         raise UserError(f"support_ticket: {n} examples asked for; give 1 to {MAX_EXAMPLES}")

@@ -108,3 +108,15 @@ def test_a_set_smaller_than_a_batch_has_steps_too(tmp_path, tokenizer):
     assert epoch.rows < spec.batch_size
     assert facts_of(found, epoch, spec, (50.0, "so"))["steps"].startswith("24 of 50 rows")
     assert np.isfinite(epoch.epochs)
+
+
+@pytest.mark.parametrize("holdout", [0.0, 0.1])
+def test_rows_that_cannot_be_read_are_not_blamed_on_the_hold_out(tmp_path, tokenizer, holdout):
+    rows = "".join(f"Frage {i}?,Grüße\n" for i in range(5))
+    (tmp_path / "a.csv").write_bytes(f"prompt,completion\n{rows}".encode("cp1252"))
+    entries = [{"source": str(tmp_path / "a.csv")}]
+    spec = pipeline.DataSpec("conversation", 96, 1, True, "assistant", len(tokenizer), holdout=holdout)
+    held = pipeline.read_heldout([], entries, spec)
+    found = survey(read_sources(entries, 0, holdout), held, tokenizer, [7], spec)
+    (error,) = [str(finding) for finding in found.findings if finding.severity == "error"]
+    assert "5 rows: not UTF-8" in error

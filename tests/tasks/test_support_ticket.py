@@ -212,3 +212,12 @@ def test_the_registry_knows_the_task_and_names_the_known_ones():
         registry.get("support_tickets")
     with pytest.raises(UserError, match="known: support_ticket"):
         registry.get("x")
+
+
+def test_a_ticket_is_valid_by_its_keys(data):
+    example = data["test"][0]
+    wrong = ticket(example) | {"quantity": 99}
+    assert task.valid(json.dumps(wrong), example)
+    assert not task.valid(json.dumps(wrong | {"note": ""}), example)
+    assert not task.valid(f"Here: {json.dumps(wrong)}", example)
+    assert not task.valid("[1]", example)
