@@ -275,24 +275,6 @@ def test_a_run_without_an_adapter_has_none_to_merge_or_write(full, tmp_path):
     assert not files(tmp_path)
 
 
-def test_what_a_format_cannot_hold_is_said_before_the_first_step(root, tmp_path, monkeypatch):
-    config = runpy.run_path(str(root / "run.py"))["get_config"]()
-    config.adapter.kind, config.adapter.rank, config.export_formats = "none", 16, ("hf", "merged")
-    with pytest.raises(UserError, match=r"export_formats: 'merged' would be refused at the end: .* no adapter"):
-        train(config, tmp_path / "whole")
-    config = runpy.run_path(str(root / "run.py"))["get_config"]()
-    config.export_formats = ("peft", "gguf")
-    refused = UserError("a GGUF file cannot hold this tokenizer")
-    monkeypatch.setattr("ftjax.exportable.to_metadata", lambda *_: (_ for _ in ()).throw(refused))
-    with pytest.raises(UserError, match=r"'gguf' would be refused at the end: a GGUF file cannot hold this tokenizer"):
-        train(config, tmp_path / "adapter")
-    for name in ("whole", "adapter"):
-        assert not (tmp_path / name / "config.json").exists()  # nothing was begun
-    config.export_formats = ("onnx",)
-    with pytest.raises(UserError, match=r"export_formats=.*some of peft, merged, hf, gguf"):
-        train(config, tmp_path / "onnx")
-
-
 def short_run(root, workdir, quantized="none", steps=2, **adapter):
     """A run of a few steps on the model of `root`, with these settings of its adapter."""
     config = runpy.run_path(str(root / "run.py"))["get_config"]()

@@ -40,7 +40,7 @@ FLOORS = [
     {"evals"},
     {"describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
     {"planning"},
-    {"__main__", "train", "sweep", "generate", "evaluate", "report", "export", "harness"}
+    {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness"}
     | {"plan", "inspect_data", "curate", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -83,7 +83,10 @@ class Evaluator:
         """
         rows = self._loader and self._loader.examples.digest
         asked = [[its.metric, [question.example for question in its.questions]] for its in self._sets]
-        whole = json.dumps([rows, asked, asked and self._config.max_new_tokens], sort_keys=True, default=str)
+        answers = ("max_new_tokens", "samples", "temperature")  # settings that a score depends on
+        settings = [self._config[key] for key in answers if asked]
+        general = [list(self._config.general), self._config.general_tokens]
+        whole = json.dumps([rows, asked, settings, general], sort_keys=True, default=str)
         return hashlib.sha256(whole.encode()).hexdigest()[:8]
 
     def __call__(self, step: int, trainable: Tree, frozen: Tree) -> dict[str, float]:

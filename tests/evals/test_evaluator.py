@@ -9,10 +9,11 @@ from ftjax.evals.evaluator import Evaluator
 TASK = "task:support_ticket"
 
 
-def digest(rows="abc", evaluated=({"source": TASK, "limit": 3},), max_new_tokens=8):
+def digest(rows="abc", evaluated=({"source": TASK, "limit": 3},), **evaluate):
     config = configs.defaults()
     config.data.eval = evaluated
-    parts = {"_sets": scored.scored_sets(config), "_config": SimpleNamespace(max_new_tokens=max_new_tokens)}
+    config.evaluate.update(evaluate)
+    parts = {"_sets": scored.scored_sets(config), "_config": config.evaluate}
     return Evaluator.digest(SimpleNamespace(_loader=SimpleNamespace(examples=SimpleNamespace(digest=rows)), **parts))
 
 
@@ -23,7 +24,9 @@ def test_the_digest_of_an_evaluation_set_is_that_of_all_that_its_scores_depend_o
         digest(evaluated=({"source": TASK, "limit": 2},)),
         digest(evaluated=({"source": TASK, "limit": 3, "score": "exact"},)),
         digest(max_new_tokens=9),
+        digest(samples=2, temperature=1.0),
+        digest(general=("own.jsonl",)),
     ]
-    assert len({digest(), *others}) == 6
+    assert len({digest(), *others}) == 8
     assert digest() == digest()
     assert digest(evaluated=(), max_new_tokens=9) == digest(evaluated=())  # nothing is generated

@@ -1,0 +1,28 @@
+"""What a format cannot hold is refused before a run begins."""
+
+import runpy
+
+import pytest
+from support.runs import write_run
+
+from ftjax.errors import UserError
+from ftjax.train import train
+
+
+def test_what_a_format_cannot_hold_is_said_before_the_first_step(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    config = runpy.run_path(str(tmp_path / "run.py"))["get_config"]()
+    config.adapter.kind, config.adapter.rank, config.export_formats = "none", 16, ("hf", "merged")
+    with pytest.raises(UserError, match=r"export_formats: 'merged' would be refused at the end: .* no adapter"):
+        train(config, tmp_path / "whole")
+    config = runpy.run_path(str(tmp_path / "run.py"))["get_config"]()
+    config.export_formats = ("peft", "gguf")
+    refused = UserError("a GGUF file cannot hold this tokenizer")
+    monkeypatch.setattr("ftjax.exportable.to_metadata", lambda *_: (_ for _ in ()).throw(refused))
+    with pytest.raises(UserError, match=r"'gguf' would be refused at the end: a GGUF file cannot hold this tokenizer"):
+        train(config, tmp_path / "adapter")
+    for name in ("whole", "adapter"):
+        assert not (tmp_path / name / "config.json").exists()  # nothing was begun
+    config.export_formats = ("onnx",)
+    with pytest.raises(UserError, match=r"export_formats=.*some of peft, merged, hf, gguf"):
+        train(config, tmp_path / "onnx")
