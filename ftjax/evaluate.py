@@ -14,7 +14,7 @@ the tuned model has forgotten is measured beside it, on general text (--abilitie
 --judge_model, a model says how often the tuned model's answers are better than the base's.
 
 All of it is in WORKDIR/evaluation.json, which is written after each contestant: the same command goes on where it was
-stopped, and what is there is not measured again.
+stopped, and what is there is not measured again. WORKDIR/report.html shows it.
 """
 
 import contextlib
@@ -42,6 +42,7 @@ from ftjax.evals.judge import Judge, endpoint
 from ftjax.evals.rewrites import Instruction
 from ftjax.evals.scored import Question
 from ftjax.method import method_of
+from ftjax.reporting import page
 from ftjax.training.display import Display
 from ftjax.tree import Tree
 from ftjax.weights.load import load_params
@@ -109,6 +110,9 @@ def evaluate(workdir: Path, options: Options, given: ConfigDict | None = None) -
         tuned = Model(base, variables, digest_of([digest, step, _checkpoint(workdir, step)]))
         record = Record(workdir / comparison.FILE, step, config.model.source)
         record.drop_others({"base": digest, "tuned": tuned.digest})
+        for held in sets:
+            for its in record.set_of(held, settings)["contestants"]:
+                comparison.grade(its, held)
 
         def run(contestant: Contestant, held: HeldOut, model: Model) -> None:
             comparison.run(contestant, held, model, settings, record, display)
@@ -138,19 +142,27 @@ def evaluate(workdir: Path, options: Options, given: ConfigDict | None = None) -
                 unprompted(_other(name, options, config), name, "other")
 
         # What it says.
-        if options.judge:
-            for held in sets:
-                if preferred := comparison.judge(record.set_of(held, settings), held, options.judge):
-                    display.say(preferred)
-        document = record.document
-        document["verdict"] = verdict.overall({its["name"]: its["verdict"] for its in document["sets"]})
+        for held in sets:
+            entry = record.set_of(held, settings)
+            comparison.summarize(entry, held, settings)
+            if options.judge and (preferred := comparison.judge(entry, held, options.judge)):
+                display.say(preferred)
+        record.document["verdict"] = verdict.overall({its["name"]: its["verdict"] for its in record.document["sets"]})
         record.write()
-        for entry in document["sets"]:
-            display.console.print(_table(entry))
-        forgotten = document.get(FORGETTING, {}).get("verdict")
-        said = [text for text in (document["verdict"], forgotten) if text]
-        display.say("\n".join([*said, f"All of it is in {workdir / comparison.FILE}"]))
-    return document
+        _say(record.document, workdir, display)
+    return record.document
+
+
+def _say(document: dict, workdir: Path, display: Display) -> None:
+    """The tables and the verdicts, on the terminal and in the run's report."""
+    for entry in document["sets"]:
+        display.console.print(_table(entry))
+    forgotten = document.get(FORGETTING, {}).get("verdict")
+    for text in (document["verdict"], forgotten, f"All of it is in {workdir / comparison.FILE}"):
+        if text:
+            display.say(text)
+    page.write([workdir], workdir / page.FILE)
+    display.say(f"as a page: {workdir / page.FILE}")
 
 
 def _evaluated(recorded: ConfigDict, given: ConfigDict | None) -> dict[str, Any]:

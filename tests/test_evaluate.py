@@ -1,16 +1,17 @@
 """ftjax.evaluate on a tiny run: every contestant is given and measured as transformers and torch say; nothing twice."""
 
+import html
 import json
 
 import numpy as np
 import pytest
 import torch
 from support.adapted import assembled, moved
-from support.runs import write_model
+from support.runs import command, finish, write_model
 from support.tiny import one_device
 from transformers import AutoModelForCausalLM
 
-from ftjax import assemble, evaluate, prompts, tree
+from ftjax import assemble, evaluate, export, prompts, tree
 from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.evals import comparison, forgetting, shots
@@ -57,7 +58,7 @@ def run(tmp_path_factory):
         checkpoints.save(1, {"trainable": moved(assembled(root / "model", **given)).trained}, {})
     configs.write(config, root / "run/config.json")
     held = [row(i, False) for i in range(12)]
-    scored, plain = write(root / "scored.jsonl", held), write(root / "plain.jsonl", held[:10])
+    scored, plain = write(root / "scored.jsonl", held), write(root / "plain.jsonl", held)
     config.data.eval = ({"source": scored, "score": "exact"}, plain)
     texts = [{"text": f"Long ago {color} birds were in every garden.", "category": "tales"} for color in COLORS]
     config.evaluate.general = (write(root / "texts.jsonl", texts),)
@@ -76,7 +77,7 @@ def test_everybody_is_measured_on_every_set(run, document):
     assert json.loads((workdir / "evaluation.json").read_text()) == json.loads(json.dumps(document))
     scored, rows = document["sets"]
     assert (scored["name"], scored["metric"], scored["examples"]) == ("scored", "exact", 12)
-    assert (rows["name"], rows["metric"], rows["examples"]) == ("rows", "loss", 10)
+    assert (rows["name"], rows["metric"], rows["examples"]) == ("rows", "loss", 12)
     assert [its["name"] for its in scored["contestants"]] == NAMES
     assert [its["name"] for its in rows["contestants"]] == ["base", "tuned"]
     assert scored["form"] == "a JSON object with the key color"
@@ -93,6 +94,7 @@ def test_everybody_is_measured_on_every_set(run, document):
     assert set(scored["samples"][0]["completions"]) == set(NAMES)
     assert document["verdict"] == f"scored: {scored['verdict']} rows: {rows['verdict']}"
     assert document["step"] == 1
+    assert scored["verdict"] in html.unescape((workdir / "report.html").read_text())
     (tales,) = document["forgetting"]["categories"]
     assert (tales["name"], tales["texts"]) == ("tales", 6)
     assert document["forgetting"]["change"] == pytest.approx(tales["tuned"] - tales["base"])
@@ -129,7 +131,7 @@ def test_the_loss_of_the_base_is_that_of_torch(run, document):
     _, config = run
     theirs, base = AutoModelForCausalLM.from_pretrained(config.model.source), assemble.open_base(config.model)
     sums, tokens = [], []
-    for i in range(10):
+    for i in range(12):
         turns = row(i, False)["messages"]
         whole, before = (
             base.tokenizer(base.tokenizer.apply_chat_template(its, tokenize=False, add_generation_prompt=prompt))
@@ -158,6 +160,9 @@ def test_the_same_command_measures_nothing_again(run, document, monkeypatch):
     def never(*arguments):
         raise AssertionError("measured again")
 
+    spoiled = json.loads((workdir / "evaluation.json").read_text())
+    spoiled["sets"][0]["contestants"][0]["answers"][0]["score"] = 7  # as an older version of the score gave
+    (workdir / "evaluation.json").write_text(json.dumps(spoiled))
     monkeypatch.setattr(prompts, "complete", never)
     monkeypatch.setattr(forgetting, "forgetting", never)
     again = evaluate.evaluate(workdir, OPTIONS._replace(price_in=4.0), config)
@@ -169,6 +174,43 @@ def test_the_same_command_measures_nothing_again(run, document, monkeypatch):
     assert fewer["forgetting"] == document["forgetting"]
     with pytest.raises(AssertionError, match="measured again"):
         evaluate.evaluate(workdir, OPTIONS._replace(only=("base",), limit=5), config)
+
+
+def test_the_command_line_compares_the_same(run, document):
+    workdir, config = run
+    before = (workdir / "evaluation.json").read_text()
+    configs.write(config, workdir.parent / "again.json")
+    given = ("--shots=2", "--retrieved=1", "--instruction_budget=8", "--price_in=2", "--price_out=10")
+    said = finish(command("ftjax.evaluate", f"--config={workdir.parent}/again.json", f"--workdir={workdir}", *given))
+    table = [line for line in said.splitlines() if line.startswith(" ") and "[0, 0]" in line]
+    assert [line.split("  ")[0].strip() for line in table] == NAMES
+    assert document["verdict"] in said
+    assert (workdir / "evaluation.json").read_text() == before
+    assert "--workdir, the run that is evaluated" in finish(command("ftjax.evaluate"), 2)
+
+
+def test_of_another_checkpoint_the_base_is_not_measured_again(run, document):
+    workdir, _ = run
+    record = comparison.Record(workdir / "evaluation.json", 2, "model")
+    entry = record.document["sets"][0]
+    record.drop_others({"base": entry["contestants"][0]["model"], "tuned": "another"})
+    assert [its["name"] for its in entry["contestants"]] == NAMES[:-1]
+    assert (record.document["step"], entry["verdict"], entry["differences"]) == (2, "", [])
+    assert "forgetting" not in record.document
+
+
+def test_adapters_and_whole_models_answer_too(run, document, tmp_path):
+    """The run's own adapter answers as the run does, its base as a whole model as the base."""
+    workdir, config = run
+    export.export_peft(workdir, 1, tmp_path / "adapter")
+    others = {"adapters": {"same": str(tmp_path / "adapter")}, "models": {"whole": config.model.source}}
+    found = evaluate.evaluate(workdir, OPTIONS._replace(only=("same", "whole"), **others), config)
+    scored, rows = ({its["name"]: its for its in entry["contestants"]} for entry in found["sets"])
+    assert [*scored] == [*NAMES, "same", "whole"]
+    assert scored["same"]["answers"] == scored["tuned"]["answers"]
+    assert scored["whole"]["answers"] == scored["base"]["answers"]
+    assert rows["same"]["loss"] == pytest.approx(rows["tuned"]["loss"], rel=1e-5)
+    assert rows["whole"]["loss"] is None  # of other tokens, as far as can be known
 
 
 def test_a_judge_says_whose_answers_win(run, document, capsys):

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 from support.chat_templates import CHATML, make_tokenizer
+from support.model_dirs import files, parity_of
 from support.reports import NAME, evaluation, write_workdir
 from support.runs import command, finish, write_run
 from support.tiny import batch_of, logits, one_device
@@ -110,14 +111,6 @@ def test_chat_answers_line_by_line(root):
     out, err = process.communicate("The red lamp\nThe blue lamp\n\n", timeout=120)
     assert process.returncode == 0, err
     assert out.count("> ") == 3
-
-
-def files(directory):
-    return {path.name for path in directory.iterdir()}
-
-
-def parity_of(path):
-    return json.loads(path.read_text())
 
 
 def test_a_merged_export_says_how_near_to_the_run_it_is(root, ours, record_figure):
@@ -265,9 +258,8 @@ def test_an_interpolated_export_is_on_the_line_from_the_base_to_the_run(root, ou
     with torch.no_grad():
         expected = between(torch.tensor(ours[0][None], dtype=torch.long)).logits[0].numpy()
     assert np.abs(expected - ours[1]).max() > 0.5
-    base = AutoModelForCausalLM.from_pretrained(root / "model")
-    for model in (peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), tmp_path / "model"):
-        model = AutoModelForCausalLM.from_pretrained(model) if model == tmp_path / "model" else model
+    base, whole = (AutoModelForCausalLM.from_pretrained(path) for path in (root / "model", tmp_path / "model"))
+    for model in (peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), whole):
         assert_same_logits(model, (ours[0], expected), record_figure)
     said = parity_of(tmp_path / "model/parity.json")
     assert (said["interpolate"], said["relative_difference"] < 1e-5) == (0.3, True)

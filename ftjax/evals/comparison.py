@@ -82,9 +82,12 @@ class Record:
             old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except ValueError as error:
             raise UserError(f"{path}: not JSON ({error}); remove it, and everything is measured again") from error
-        if old.get("version") != 1 or old.get("step") != step:
-            old = {}  # of another model: nothing of the tuned one is true any more
-        self.document = {"version": 1, "step": step, "model": model, "verdict": "", "sets": []} | old
+        if old.get("version") != 1:
+            old = {}
+        if old.get("step") != step:  # what is said is of another model; what the base did stays
+            for entry in old.get("sets", ()):
+                entry |= {"verdict": "", "differences": [], "samples": []}
+        self.document = {"version": 1, "verdict": "", "sets": []} | old | {"step": step, "model": model}
 
     def set_of(self, held: HeldOut, settings: Settings) -> dict[str, Any]:
         """The entry of a set, with what is known of the same examples and none of what is of others."""
@@ -164,23 +167,28 @@ def measure(
         its = model.base, model.variables, ids, settings.max_new_tokens
         answers = prompts.complete(*its, Sampling(), rows, display, what)
         out["seconds"], out["batch_size"] = prompts.seconds_per_answer(*its, rows)
-        out["answers"] = [_judged(answer, question, held) for answer, question in zip(answers, held.questions)]
+        out["answers"] = [
+            {"completion": its.text, "prompt_tokens": its.prompt_tokens, "generated_tokens": its.generated_tokens}
+            for its in answers
+        ]
+        grade(out, held)
     return out
+
+
+def grade(contestant: dict, held: HeldOut) -> None:
+    """Gives each answer its "score" and whether it is "valid", None where there is no such thing.
+
+    What is there from an earlier evaluation is graded again: its answers are still true, but a score may have changed.
+    """
+    for answer, question in zip(contestant.get("answers", ()), held.questions):
+        text = answer["completion"]
+        answer["score"] = held.grade(text, question) if held.grade else None
+        answer["valid"] = bool(held.valid(text, question)) if held.valid else None
 
 
 def rows_together(ids: Sequence[np.ndarray], settings: Settings) -> int:
     """How many are answered together: fewer of long prompts, since attention that is not fused takes their square."""
     return int(np.clip(_AREA // max(map(len, ids)) ** 2, 1, settings.batch_size))
-
-
-def _judged(answer: prompts.Answer, question: Question, held: HeldOut) -> dict[str, Any]:
-    return {
-        "completion": answer.text,
-        "score": held.grade(answer.text, question) if held.grade else None,
-        "valid": bool(held.valid(answer.text, question)) if held.valid else None,
-        "prompt_tokens": answer.prompt_tokens,
-        "generated_tokens": answer.generated_tokens,
-    }
 
 
 def summarize(entry: dict, held: HeldOut, settings: Settings) -> None:

@@ -1,5 +1,6 @@
 """Whole models and adapters on disk, as an export leaves them."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,3 +41,13 @@ def with_scale(matrices: Tree, scaling: float) -> Tree:
     for path in [path for path in leaves if path.endswith("/lora_a")]:
         leaves[path.replace("/lora_a", "/lora_scale")] = jnp.full(leaves[path].shape[:-2], scaling, jnp.float32)
     return tree.unflatten(leaves)
+
+
+def files(directory: Path) -> set[str]:
+    """The names of what is in an export."""
+    return {path.name for path in directory.iterdir()}
+
+
+def parity_of(path: Path) -> dict:
+    """What a parity.json says."""
+    return json.loads(path.read_text())
