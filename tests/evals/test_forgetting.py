@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support.chat_templates import CHATML, make_tokenizer
 from support.pairs import FRESH
 from support.runs import write_model, write_rows
 from support.tiny import CONFIG, one_device
@@ -14,6 +15,7 @@ from support.witness import torch_llama, torch_logits
 from ftjax import assemble, lora, resume, tree
 from ftjax import config as configs
 from ftjax.data import pipeline
+from ftjax.errors import UserError
 from ftjax.evals import forgetting, general
 from ftjax.evals.general import Text
 from ftjax.evals.likelihood import Item
@@ -199,3 +201,31 @@ def test_the_verdict(change, bounds, said):
     same = {"name": "instructions", "base": 0.6, "tuned": 0.5, "interval": [-0.3, 0.1]}
     text = forgetting.verdict(found | {"abilities": [lost, same]})
     assert text.endswith(f"{said}; worse at multiple choice 60% -> 40%")
+
+
+def read(path, rows, **options):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return general.read([{"source": str(path), **options}], make_tokenizer(CHATML), 64)
+
+
+def test_of_a_conversation_the_last_answer_is_measured_and_the_source_is_its_category(tmp_path):
+    turns = [("user", "The red lamp"), ("assistant", "send red"), ("user", "and?"), ("assistant", "send blue")]
+    (text,) = read(tmp_path / "talk.jsonl", [{"messages": [{"role": role, "content": words} for role, words in turns]}])
+    decode = make_tokenizer(CHATML).decode
+    assert decode(text.item.context).endswith("<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n")
+    assert decode(text.item.continuation) == "send blue<|im_end|>"
+    assert (text.category, text.language) == ("talk", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "said"),
+    [
+        ({"text": "The lamp"}, {"weight": 2.0}, "is measured, which knows no 'weight'; leave it out"),
+        ({"text": "The lamp", "category": "kl"}, {}, "x.jsonl:1: the category 'kl' has the name of a metric"),
+        ({"text": "T"}, {}, "x.jsonl:1: the text is a single token"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {}, "x.jsonl:1: is a row of preference; general text is"),
+    ],
+)
+def test_what_is_no_general_text_is_refused(row, options, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        read(tmp_path / "x.jsonl", [row], **options)
