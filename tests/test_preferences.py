@@ -72,6 +72,11 @@ def test_it_starts_at_ln_2_and_learns_what_is_preferred(run):
     workdir, printed = run
     records = records_of(workdir)
     first = next(record for record in records if record.get("step") == 1)
+    general = [{name: its[name] for name in its if name.startswith("eval_general/")} for its in records]
+    before, *_, after = filter(None, general)
+    assert before["eval_general/change"] == before["eval_general/kl"] == 0
+    assert after["eval_general/change"] == pytest.approx(after["eval_general/loss"] - before["eval_general/loss"])
+    assert after["eval_general/kl"] > 0
     last = records[-1]
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert first["rewards/margins"] == first["rewards/accuracies"] == 0

@@ -208,11 +208,16 @@ def test_a_process_that_does_not_come_is_told(root, tmp_path):
 @pytest.mark.slow
 def test_a_task_is_scored_by_all_and_written_by_one_and_the_run_is_exported(root, tmp_path):
     scored = ("--config.data.eval=('task:support_ticket',)", "--config.evaluate.max_new_tokens=4", "--config.steps=2")
+    scored += ("--config.evaluate.general=general", "--config.evaluate.general_tokens=384")
     with together(root, tmp_path / "two", 2, *scored) as processes:
         finished(processes)
     alone(root, tmp_path / "one", *scored)
     ours, theirs = ((tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("two", "one"))
     assert [json.loads(line)["completion"] for line in ours] == [json.loads(line)["completion"] for line in theirs]
+    ours, theirs = (metrics.read(tmp_path / name / "metrics.jsonl")[-1] for name in ("two", "one"))
+    general = [name for name in theirs if name.startswith("eval_general/")]
+    assert {"eval_general/loss", "eval_general/change", "eval_general/kl", "eval_general/code"} <= {*general}
+    assert {name: ours[name] for name in general} == pytest.approx({name: theirs[name] for name in general}, abs=1e-4)
     for form in ("peft", "merged"):
         out = tmp_path / form
         with started(2, "ftjax.export", f"--workdir={tmp_path / 'two'}", f"--format={form}", f"--out={out}") as two:

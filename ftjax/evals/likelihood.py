@@ -1,8 +1,8 @@
 """Log-likelihoods of given continuations: what perplexity, multiple choice and forgetting are made of.
 
-Rows have few lengths, powers of two, and a batch of any length has about as many tokens: so there are few shapes to be
-compiled, they are shared by all calls in a process, and a batch takes the same memory whatever its length. The logits
-are never whole (`objectives.cross_entropy`).
+Rows have few lengths, powers of two, and the batches of one length are equal: so few shapes are compiled, and the same
+items again, of other variables, need no new one. A batch has at most about as many tokens whatever its length, and so
+takes the same memory. The logits are never whole (`objectives.cross_entropy`).
 """
 
 import functools
@@ -117,7 +117,7 @@ def batches(model: Decoder, items: Sequence[Item]) -> Iterator[Batch]:
     lengths = np.array([_row_length(size, model.spec.max_position_embeddings, mesh) for size in sizes])
     for length in sorted(set(lengths.tolist())):
         indices = np.flatnonzero(lengths == length)
-        rows = _rows(length, mesh)
+        rows = _rows(len(indices), length, mesh)
         for start in range(0, len(indices), rows):
             part = indices[start : start + rows]
             yield Batch(part, _fill([items[index] for index in part], rows, length))
@@ -147,9 +147,11 @@ def _row_length(size: int, positions: int, mesh: Mesh) -> int:
     return min(shortest * 2 ** max(math.ceil(math.log2(size / shortest)), 0), max(positions, size))
 
 
-def _rows(length: int, mesh: Mesh) -> int:
-    """How many rows of a length are in a batch: a multiple of what the mesh splits rows into."""
-    return max(TOKENS // length, 1) * (1 if mesh.empty else sharding.row_parts(mesh))
+def _rows(count: int, length: int, mesh: Mesh) -> int:
+    """The rows of equal batches of `count` items, so that the last has little padding; a multiple of the mesh's."""
+    parts = 1 if mesh.empty else sharding.row_parts(mesh)
+    rows = math.ceil(count / math.ceil(count / (max(TOKENS // length, 1) * parts)))
+    return math.ceil(rows / parts) * parts
 
 
 def _fill(items: Sequence[Item], rows: int, length: int) -> dict[str, np.ndarray]:

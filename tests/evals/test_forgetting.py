@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support.chat_templates import CHATML, make_tokenizer
 from support.pairs import FRESH
 from support.runs import write_model, write_rows
 from support.tiny import CONFIG, one_device
@@ -14,11 +15,11 @@ from support.witness import torch_llama, torch_logits
 from ftjax import assemble, lora, resume, tree
 from ftjax import config as configs
 from ftjax.data import pipeline
+from ftjax.errors import UserError
 from ftjax.evals import forgetting, general
 from ftjax.evals.general import Text
 from ftjax.evals.likelihood import Item
 from ftjax.objectives.reference import REFERENCE, policy_and_reference
-from ftjax.training.loop import place_batch
 
 WORDS = ("color", "shape")
 CHANGES = {
@@ -33,7 +34,7 @@ CHANGES = {
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("general")
     write_model(root / "model")
-    write_rows(root / "train.jsonl", 40)
+    write_rows(root / "train.jsonl", 4)
     write_rows(root / "eval.jsonl", 8, seed=1)
     texts = [{"text": f"a {word} and {i} more of them", "category": word} for i in range(3) for word in WORDS]
     (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
@@ -62,13 +63,11 @@ def config_of(root, **changes):
     return config
 
 
-def trained(config):
-    """(base, held-out loader, metrics before and after some steps, the variables then, those that were loaded)."""
+def moved(config):
+    """(base, held-out loader, metrics before and after what is trained moves, the variables then, those loaded)."""
     base = assemble.open_base(config.model)
     spec = assemble.data_spec(config, base.model.spec)
-    loader, heldout = (
-        pipeline.load(configs.sources(config, which), base.tokenizer, spec)[0] for which in ("train", "eval")
-    )
+    heldout, _ = pipeline.load(configs.sources(config, "eval"), base.tokenizer, spec)
     watch = forgetting.Watch(config, base, forgetting.prompts_of(heldout), lambda done, total: None)
     loaded = []
 
@@ -79,11 +78,10 @@ def trained(config):
     with jax.set_mesh(one_device()):
         program = assemble.program(config, base.model, one_device(), config.steps)
         start = resume.start(FRESH, config, base, program, Path(), None, "", begin)
-        state, before = start.state, watch(0, start.state.trainable, start.frozen)
-        for index in range(config.steps):
-            state, _ = program.step(state, start.frozen, place_batch(one_device(), loader.batch(index), 1))
-        after = watch(config.steps, state.trainable, start.frozen)
-    return base, heldout, before, after, tree.combine(state.trainable, start.frozen), loaded[0]
+        before, rng = watch(0, start.state.trainable, start.frozen), np.random.default_rng(0)
+        noisy = lambda leaf: leaf + np.float32(0.1) * rng.standard_normal(leaf.shape, np.float32)  # noqa: E731
+        trainable = jax.tree.map(noisy, start.state.trainable)
+        return base, heldout, before, watch(1, trainable, start.frozen), tree.combine(trainable, start.frozen), *loaded
 
 
 def log_probs(variables, tokens):
@@ -99,7 +97,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("fresh LoRA", "f
 
 @pytest.mark.parametrize("name", ["DoRA", *SLOW])
 def test_loss_change_and_divergence_are_those_of_transformers(name, root):
-    base, heldout, before, after, variables, loaded = trained(config_of(root, **CHANGES[name]))
+    base, heldout, before, after, variables, loaded = moved(config_of(root, **CHANGES[name]))
     tuned = jax.tree.map(np.asarray, policy_and_reference(variables)[0])
 
     def loss(variables, word):
@@ -203,3 +201,31 @@ def test_the_verdict(change, bounds, said):
     same = {"name": "instructions", "base": 0.6, "tuned": 0.5, "interval": [-0.3, 0.1]}
     text = forgetting.verdict(found | {"abilities": [lost, same]})
     assert text.endswith(f"{said}; worse at multiple choice 60% -> 40%")
+
+
+def read(path, rows, **options):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return general.read([{"source": str(path), **options}], make_tokenizer(CHATML), 64)
+
+
+def test_of_a_conversation_the_last_answer_is_measured_and_the_source_is_its_category(tmp_path):
+    turns = [("user", "The red lamp"), ("assistant", "send red"), ("user", "and?"), ("assistant", "send blue")]
+    (text,) = read(tmp_path / "talk.jsonl", [{"messages": [{"role": role, "content": words} for role, words in turns]}])
+    decode = make_tokenizer(CHATML).decode
+    assert decode(text.item.context).endswith("<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n")
+    assert decode(text.item.continuation) == "send blue<|im_end|>"
+    assert (text.category, text.language) == ("talk", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "said"),
+    [
+        ({"text": "The lamp"}, {"weight": 2.0}, "is measured, which knows no 'weight'; leave it out"),
+        ({"text": "The lamp", "category": "kl"}, {}, "x.jsonl:1: the category 'kl' has the name of a metric"),
+        ({"text": "T"}, {}, "x.jsonl:1: the text is a single token"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {}, "x.jsonl:1: is a row of preference; general text is"),
+    ],
+)
+def test_what_is_no_general_text_is_refused(row, options, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        read(tmp_path / "x.jsonl", [row], **options)
