@@ -1,8 +1,14 @@
 """Log-likelihoods of continuations are those of transformers' torch model, whatever shares their batches."""
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
+from support import PYTHONPATH, SUPPORT, xla_flags
 from support.tiny import CONFIG, documents, numpy_params, one_device, spec
 from support.witness import torch_llama, torch_logits
 
@@ -63,3 +69,15 @@ def test_what_greedy_decoding_would_write_is_said_so(model, params):
 def test_a_text_beyond_the_positions_is_refused(model, params):
     with pytest.raises(UserError, match="text 1 has 66 tokens, of which all but the last must fit the model's 64 pos"):
         log_likelihoods(model, {"params": params}, [Item([1], [2]), Item([1], [2] * 65)])
+
+
+@pytest.mark.slow
+def test_meshes_give_what_one_device_gives(record_figure):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8), "PYTHONPATH": PYTHONPATH}
+    command = [sys.executable, "-W", "error", str(SUPPORT / "likelihood_sharded_run.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr
+    for mesh, differences in json.loads(done.stdout).items():
+        for name, value in differences.items():
+            record_figure(f"{mesh}: {name}", value)
+            assert value < 1e-5, (mesh, name)
