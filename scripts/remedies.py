@@ -330,7 +330,8 @@ def main() -> None:
         page = (DOCS / "remedies.md").read_text(encoding="utf-8")
         before, _, after = page.partition("<!-- measured -->\n")
         rest = after.partition("<!-- end -->\n")[2]
-        text = f"{before}<!-- measured -->\n{table(records)}<!-- end -->\n{rest}"
+        image = "![Tickets right over what was forgotten](remedies.svg)"
+        text = f"{before}<!-- measured -->\n{table(records)}\n{image}\n<!-- end -->\n{rest}"
         (DOCS / "remedies.md").write_text(text, encoding="utf-8")
 
 
