@@ -50,7 +50,7 @@ def test_finished_results_are_drawn_and_not_measured_again(tmp_path):
 def test_a_variant_is_trained_and_measured_with_its_interpolations(tmp_path):
     general = tmp_path / "general.jsonl"
     general.write_text('{"text": "The sea is wide and the hills are old."}\n' * 2)
-    run(tmp_path, f"--general={general}", "--tickets=2", "--most=5", "--only=LoRA, rank 16")
+    run(tmp_path, f"--general={general}", "--tickets=2", "--most=4", "--only=LoRA, rank 16")
     found = {
         record["name"]: record for record in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     }
