@@ -116,7 +116,7 @@ def method_of(config: ConfigDict) -> Method:
     unused = [key for key in unused if not configs.is_default(config, key)]
     if unused:
         users = [other for other, its in METHODS.items() if unused[0].removeprefix("objective.") in its.settings]
-        hint = f"; {', '.join(users)} does" if users else ""
+        hint = f" (of {', '.join(users)})" if users else ""
         raise UserError(f"config.{unused[0]}: objective.name={name!r} does not use it{hint}; leave it at its default")
     if method.rows != "conversation" and configs.replays(config):
         raise UserError(

@@ -17,7 +17,9 @@ from ftjax.atomic import write_text
 from ftjax.data.batch.loader import Loader
 from ftjax.errors import UserError
 from ftjax.evals import forgetting, scored
+from ftjax.evals.likely import LikelySet, likely_sets
 from ftjax.evals.scored import ScoredSet
+from ftjax.evals.scores import PERPLEXITY
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.reference import policy_and_reference
 from ftjax.prompts import tokens
@@ -38,6 +40,9 @@ def best_metric(config: ConfigDict) -> tuple[str | None, str]:
     """What decides unless config.evaluate.best does, and "max" or "min": the first score, else the held-out loss."""
     if names := scored.metric_names(config):
         return names[0], "max"
+    entries = configs.sources(config, "eval")
+    if entries and all(entry.get("score") == PERPLEXITY for entry in entries) and not config.data.holdout:
+        return f"eval_{scored.entry_name(entries[0])}/{PERPLEXITY}", "min"
     return ("eval_loss" if configs.evaluates(config) else None), "min"
 
 
@@ -64,6 +69,7 @@ class Evaluator:
         self._config, self._base, self._mesh, self._loader = config.evaluate, base, mesh, loader
         self._seed, self._sets = config.seed, scored.scored_sets(config)
         self._prompts = [[tokens(q.prompt, base.tokenizer) for q in its.questions] for its in self._sets]
+        self._likely = likely_sets(config, base.tokenizer, base.model.spec.max_position_embeddings)
         self._eval_step = make_eval_step(objective)
         self._samples = workdir / "samples.jsonl"
         self._preemption, self._display = preemption, display
@@ -85,6 +91,7 @@ class Evaluator:
         asked = [[its.metric, [question.example for question in its.questions]] for its in self._sets]
         answers = ("max_new_tokens", "samples", "temperature")  # settings that a score depends on
         settings = [self._config[key] for key in answers if asked]
+        asked += [[its.metric, its.contents()] for its in self._likely]
         general = [list(self._config.general), self._config.general_tokens]
         whole = json.dumps([rows, asked, settings, general], sort_keys=True, default=str)
         return hashlib.sha256(whole.encode()).hexdigest()[:8]
@@ -105,6 +112,8 @@ class Evaluator:
                 f"step {step}: {its.name} scores {found[its.metric]:.1%} on {len(its.questions)} examples"
                 + (f" ({self._config.samples} answers each; {told})" if told else "")
             )
+        for its in self._likely:
+            metrics |= self._likelihoods(step, its, policy_and_reference(tree.combine(trainable, frozen))[0])
         if watched := self._watch(step, trainable, frozen):
             metrics |= watched
             self._display.say(f"step {step}: {forgetting.in_short(watched)}")
@@ -119,6 +128,18 @@ class Evaluator:
             loss = self._eval_step(trainable, frozen, placed)
             total = loss if total is None else jax.tree.map(jnp.add, total, loss)
         return {f"eval_{name}": float(value) for name, value in means(total).items()}
+
+    def _likelihoods(self, step: int, its: LikelySet, variables: Tree) -> dict[str, float]:
+        with self._display.counter(f"{its.name} at step {step}", len(its.rows)) as advance:
+
+            def on_progress(done: int, total: int) -> None:
+                advance(done * len(its.rows) // total)  # a question has several choices
+                self._preemption.check()
+
+            found = its.measure(self._base.model, variables, self._base.tokenizer, on_progress)
+        told = ", ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in found.items())
+        self._display.say(f"step {step}: {its.name} has {told} on {len(its.rows)} rows")
+        return found
 
     def _score(self, step: int, its: ScoredSet, prompts: list[np.ndarray], variables: Tree) -> list[dict]:
         """A record of each answer: prompt, completion, expected, score; those of a question beside each other."""

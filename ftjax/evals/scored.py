@@ -13,7 +13,7 @@ from ftjax.data.format.example import Row
 from ftjax.data.read.sources import TASK, read_sources
 from ftjax.errors import UserError
 from ftjax.evals import scores
-from ftjax.evals.scores import Score
+from ftjax.evals.scores import LIKELY, MULTIPLE_CHOICE, Score
 from ftjax.prompts import Prompt
 from ftjax.tasks import registry
 
@@ -91,6 +91,8 @@ def split_entries(config: ConfigDict) -> tuple[list[dict[str, Any]], list[dict[s
     """(the entries of data.eval that are scored, those that have a loss), each as `configs.sources` gives it."""
     scored, by_loss = [], []
     for entry in configs.sources(config, "eval"):
+        if entry.get("score") in LIKELY:
+            continue
         if entry["source"].startswith(TASK):
             scored.append({"split": "test", "score": _TASK_SCORE, **entry})
         elif "score" in entry:
@@ -100,9 +102,16 @@ def split_entries(config: ConfigDict) -> tuple[list[dict[str, Any]], list[dict[s
     return scored, by_loss
 
 
+def likely_entries(config: ConfigDict) -> list[dict[str, Any]]:
+    """The entries of data.eval that are measured by likelihoods (`ftjax.evals.likely`)."""
+    return [entry for entry in configs.sources(config, "eval") if entry.get("score") in LIKELY]
+
+
 def metric_names(config: ConfigDict) -> list[str]:
-    """The metrics of the scored entries, without reading them."""
-    return [f"eval_{_name(entry)}/{_score_name(entry)}" for entry in split_entries(config)[0]]
+    """The metrics that entries are scored with, the higher, the better, without reading them."""
+    choices = [entry for entry in likely_entries(config) if entry["score"] == MULTIPLE_CHOICE]
+    entries = [*split_entries(config)[0], *choices]
+    return [f"eval_{entry_name(entry)}/{_score_name(entry)}" for entry in entries]
 
 
 def scored_sets(config: ConfigDict) -> list[ScoredSet]:
@@ -143,7 +152,7 @@ def _read(entry: dict[str, Any], run_code: bool) -> ScoredSet:
             )
         _check(how, question, f"{question.prompt.origin}: score {entry['score']!r}")
         questions.append(question)
-    return ScoredSet(_name(entry), _score_name(entry), questions, how)
+    return ScoredSet(entry_name(entry), _score_name(entry), questions, how)
 
 
 def _check(how: Score, question: Question, where: str) -> None:
@@ -183,7 +192,7 @@ def _plain(turn: dict) -> dict:
     return {key: value for key, value in turn.items() if key != "weight"}
 
 
-def _name(entry: dict[str, Any]) -> str:
+def entry_name(entry: dict[str, Any]) -> str:
     source, split = entry["source"], entry.get("split")
     if source.startswith(TASK):
         return source.removeprefix(TASK) + (f"[{split}]" if split != "test" else "")

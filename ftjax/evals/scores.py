@@ -65,13 +65,17 @@ SCORES = {
 }
 
 
+# Of these nothing is answered: the likelihoods of what stands there are compared (`ftjax.evals.likely`).
+MULTIPLE_CHOICE, PERPLEXITY = LIKELY = ("multiple_choice", "perplexity")
+
+
 def find(name: str, where: str) -> Score:
     """The score called `name`, or the function that MODULE:FUNCTION names; UserError with `where` for others."""
     if name in SCORES:
         return SCORES[name]
     module, colon, function = name.partition(":")
     if not colon:
-        meant = did_you_mean(name, SCORES)
+        meant = did_you_mean(name, [*SCORES, *LIKELY])
         raise UserError(f"{where}: there is no score {name!r}{meant}; a function of your own is MODULE:FUNCTION")
     try:
         found = getattr(importlib.import_module(module), function, None)

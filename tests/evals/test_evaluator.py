@@ -13,7 +13,7 @@ def digest(rows="abc", evaluated=({"source": TASK, "limit": 3},), **evaluate):
     config = configs.defaults()
     config.data.eval = evaluated
     config.evaluate.update(evaluate)
-    parts = {"_sets": scored.scored_sets(config), "_config": config.evaluate}
+    parts = {"_sets": scored.scored_sets(config), "_likely": [], "_config": config.evaluate}
     return Evaluator.digest(SimpleNamespace(_loader=SimpleNamespace(examples=SimpleNamespace(digest=rows)), **parts))
 
 
