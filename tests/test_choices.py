@@ -173,7 +173,8 @@ def test_what_a_run_chose_is_open_again_where_its_config_serves_for_another(tmp_
 def test_scores_of_other_evaluation_rows_are_said():
     before = configs.changed(configs.defaults(), {"data.eval": ("/a.jsonl",)})
     assert resume.other_evaluation(before, configs.changed(before, {"data.eval": ["/a.jsonl"]})) == ""
-    assert "of other rows" in resume.other_evaluation(before, configs.changed(before, {"data.eval": ("/b.jsonl",)}))
+    said = resume.other_evaluation(before, configs.changed(before, {"data.eval": ("/b.jsonl",)}))
+    assert "where its rows are others, the next evaluation begins anew" in said
 
 
 def test_a_run_that_left_its_learning_rate_open_keeps_it(tmp_path):

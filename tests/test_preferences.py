@@ -177,9 +177,7 @@ def place(batch):
 
 
 def test_what_a_method_has_no_use_for_is_refused(root):
-    with pytest.raises(
-        UserError, match=r"objective.beta: objective.name='sft' does not use it \(of dpo, cpo, "
-    ):
+    with pytest.raises(UserError, match=r"objective.beta: objective.name='sft' does not use it \(of dpo, cpo, "):
         begun(config_of(root, **{"objective.name": "sft", "objective.beta": 0.2}))
     with pytest.raises(UserError, match=r"data.train_on: objective.name='dpo' does not use it"):
         begun(config_of(root, **{"data.train_on": "all"}))

@@ -67,6 +67,7 @@ def test_the_share_of_what_is_replayed_is_that_of_the_trained_tokens(root, share
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_all_of_them_is_the_same(root, tmp_path):
     settings = {"objective.kl_coef": 0.5, "optimizer.l2_sp": 0.1, "checkpoint_every": 2, "accumulate": 2}
     config = config_for(root, 0.3, **settings, **{"data.eval": (str(root / "rows.jsonl"),), "evaluate.before": False})

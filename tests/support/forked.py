@@ -92,7 +92,7 @@ def _run(arguments: Sequence[str], environment: dict[str, str], directory: str, 
         with (output / name).open("ab") as file:
             os.dup2(file.fileno(), number)
     sys.argv = list(arguments)
-    sys.modules.pop(arguments[0])  # runpy makes it anew, as __main__
+    sys.modules.pop(arguments[0], None)  # runpy makes it anew, as __main__
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     finally:

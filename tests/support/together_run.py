@@ -76,6 +76,9 @@ shapes, _ = assemble.abstract_variables(config, base.model, MESH)
 with jax.set_mesh(MESH):
     run = assemble.load_variables(config, base, shapes)
     run["lora"] = jax.tree.map(lambda leaf: leaf + jax.numpy.asarray(0.05, leaf.dtype), run["lora"])
+# Each process writes the same: what one finds there may not depend on the other.
+(ROOT / "run").mkdir(exist_ok=True)
+configs.write(config, ROOT / "run/config.json")
 assemble.load_run = lambda *asked: (config, base, run, 3)
 export.export_model(ROOT / "run", None, "merged", ROOT / "exported", None, "f16")
 

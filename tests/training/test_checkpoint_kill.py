@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -51,7 +52,7 @@ def kill_and_check(directory: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     left = set()
     last = 0
-    for _ in range(kills):
+    for kill in range(kills):
         events, child_end = context.Pipe(duplex=False)
         run = context.Process(target=train, args=(directory, child_end), daemon=True)
         run.start()
@@ -62,7 +63,12 @@ def kill_and_check(directory: Path, kills: int, seed: int) -> None:
         for _ in range(rng.randint(0, 2)):
             assert events.poll(60)
             committed = events.recv()
-        run.join(rng.uniform(0, 0.15))  # a save takes about that long: any moment of it
+        if kill % 2:
+            run.join(rng.uniform(0, 0.15))  # a save takes about that long: any moment of it
+        else:  # within a save, on a busy machine too
+            until = time.monotonic() + 60
+            while time.monotonic() < until and not list(directory.glob("writing-*")):
+                time.sleep(0.001)
         os.kill(run.pid, signal.SIGKILL)
         run.join()
         assert run.exitcode == -signal.SIGKILL

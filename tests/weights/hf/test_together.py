@@ -96,4 +96,14 @@ def test_a_failure_of_one_is_an_error_in_both(outcomes):
 
 def test_nothing_half_written_remains(root):
     names = {path.name for path in root.iterdir()}
-    assert names == {"model", "whole", "adapter", "one", "base", "exported", "outcomes-0.json", "outcomes-1.json"}
+    assert names == {
+        "model",
+        "whole",
+        "adapter",
+        "one",
+        "base",
+        "run",
+        "exported",
+        "outcomes-0.json",
+        "outcomes-1.json",
+    }
