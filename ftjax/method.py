@@ -22,7 +22,7 @@ from ftjax.objectives.loss import Objective
 from ftjax.objectives.preference import make_preference, make_totals
 from ftjax.objectives.sft import make_sft
 from ftjax.training.source import FileSource, Source
-from ftjax.training.state import Kept
+from ftjax.training.state import Kept, moving_reference
 from ftjax.tree import Tree
 
 
@@ -81,7 +81,10 @@ METHODS = {
     ),
     "dpo": _PAIRS._replace(
         objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),)),
-        settings=("beta", "loss", "label_smoothing", "divergence", "divergence_alpha", "discopop_tau", "ld_alpha"),
+        settings=(
+            *("beta", "loss", "label_smoothing", "divergence", "divergence_alpha", "discopop_tau", "ld_alpha"),
+            *("reference_every", "reference_share"),
+        ),
         reference=True,
     ),
     "cpo": _PAIRS._replace(
@@ -123,6 +126,10 @@ def method_of(config: ConfigDict) -> Method:
             f"config.data.train: the option 'replay' is for conversations and texts, which {name!r} does not learn "
             "from; mix rows of pairs by 'weight'"
         )
+    if every := config.objective.reference_every:
+        method = method._replace(kept=moving_reference(every, config.objective.reference_share))
+    elif not configs.is_default(config, "objective.reference_share"):
+        raise UserError("config.objective.reference_share is of a reference that moves; set objective.reference_every")
     batch = dict(method.batch) | (REPLAY if configs.replays(config) else {})
     return method._replace(reference=method.reference or config.objective.kl_coef > 0, batch=batch)
 

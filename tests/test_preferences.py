@@ -188,3 +188,28 @@ def test_what_a_method_has_no_use_for_is_refused(root):
     (root / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(UserError, match=r"chats.jsonl:1: is a row of prompt_completion; a preference needs"):
         begun(config_of(root, **{"data.train": (str(root / "chats.jsonl"),)}))
+
+
+def test_a_reference_that_moves_follows_the_policy_and_is_in_the_checkpoint(root, tmp_path):
+    changes = {"objective.reference_every": 2, "objective.reference_share": 0.25, "adapter.kind": "dora", "steps": 4}
+    program, start, loader = begun(config_of(root, **changes))
+    state, expected = start.state, flat(start.state.trainable)
+    with jax.set_mesh(one_device()):
+        for number in range(4):
+            batch = place_batch(one_device(), loader.batch(number), 1)
+            state, step_metrics = program.step(state, start.frozen, batch)
+            if number % 2 == 1:
+                now = flat(state.trainable)
+                expected = {path: 0.75 * expected[path] + 0.25 * now[path] for path in expected}
+            found = flat(state.kept["moving_reference"])
+            assert found.keys() == expected.keys()
+            for path in expected:
+                np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-7, err_msg=path)
+            if number == 0:
+                assert float(step_metrics["rewards/margins"]) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(UserError, match=r"reference_share is of a reference that moves; set objective.reference_every"):
+        begun(config_of(root, **{"objective.reference_share": 0.5}))
+
+
+def flat(trained):
+    return {path: np.asarray(leaf, np.float64) for path, leaf in tree.flatten(trained).items()}

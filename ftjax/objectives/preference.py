@@ -13,7 +13,7 @@ from ftjax.objectives.head import make_unembed
 from ftjax.objectives.logps import Batch, pair_sums, shared_weights, token_logps
 from ftjax.objectives.loss import TOTALS, Loss, Objective
 from ftjax.objectives.pair_losses import LOSSES, Pairs
-from ftjax.objectives.reference import policy_and_reference
+from ftjax.objectives.reference import policy_and_moving_reference
 from ftjax.tree import Tree
 
 SFT = "sft"  # in a mixture: the cross-entropy of the chosen answers, a mean over their tokens and not over pairs
@@ -39,7 +39,7 @@ def make_preference(model: Decoder, config: ConfigDict, usual: Weighted, referen
 
     def preference(variables, batch, rng):
         segments = batch["segment_ids"]
-        policy, frozen = policy_and_reference({k: v for k, v in variables.items() if k != TOTALS})
+        policy, frozen = policy_and_moving_reference({k: v for k, v in variables.items() if k != TOTALS})
         # LD-DPO (Liu et al. 2024, equation 11): what the longer answer has beyond the length of the other counts less.
         shares = shared_weights(batch["weights"], segments, config.ld_alpha) if config.ld_alpha != 1 else 1.0
         by_token = token_logps(model, unembed, policy, batch, rng)

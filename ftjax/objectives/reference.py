@@ -10,6 +10,8 @@ from ftjax.tree import Tree
 
 REFERENCE = "reference"  # the collection of initial values; none is needed where they change nothing
 
+MOVING = "moving_reference"  # in the collection `kept`: a reference that follows the policy
+
 
 def frozen_with_reference(frozen: Tree, initial: Tree) -> Tree:
     """`frozen`, and beside it the initial values of what is trained; a head has no part in what the model says."""
@@ -25,4 +27,15 @@ def policy_and_reference(variables: Tree) -> tuple[Tree, Tree]:
     policy = {name: part for name, part in variables.items() if name != REFERENCE}
     if REFERENCE not in variables:
         return policy, {name: part for name, part in policy.items() if name != "lora"}
-    return policy, tree.unflatten(tree.flatten(policy) | tree.flatten(variables[REFERENCE]))
+    return policy, _overlaid(policy, variables[REFERENCE])
+
+
+def policy_and_moving_reference(variables: Tree) -> tuple[Tree, Tree]:
+    """The same where the reference may follow the policy (`training.state.moving_reference`), as objectives see it."""
+    policy, reference = policy_and_reference(variables)
+    moving = policy.get("kept", {}).get(MOVING)
+    return policy, reference if moving is None else _overlaid(policy, moving)
+
+
+def _overlaid(policy: Tree, values: Tree) -> Tree:
+    return tree.unflatten(tree.flatten(policy) | tree.flatten(values))

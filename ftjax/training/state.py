@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from ftjax import sharding, tree
+from ftjax.objectives.reference import MOVING
 from ftjax.tree import Tree
 
 
@@ -23,6 +24,27 @@ class Kept(NamedTuple):
     update: Callable[[Tree, Tree, dict[str, jax.Array]], Tree]
 
 
+def moving_reference(every: int, share: float) -> Kept:
+    """A reference that follows the policy: after each `every` steps share policy + (1 - share) reference.
+
+    TR-DPO (Gorbatovski et al. 2024, arXiv 2404.09656), equation 1. It begins as what training starts from.
+    """
+
+    def init(trainable: Tree) -> Tree:
+        model = {name: part for name, part in trainable.items() if name != "heads"}
+        return {MOVING: jax.tree.map(jnp.copy, model), _STEPS: jnp.zeros((), jnp.int32)}
+
+    def update(value: Tree, trainable: Tree, metrics: dict[str, jax.Array]) -> Tree:
+        steps = value[_STEPS] + 1
+        by = jnp.where(steps % every == 0, share, 0.0)
+        model = {name: trainable[name] for name in value[MOVING]}
+        moved = jax.tree.map(lambda old, new: old + by * (new - old), value[MOVING], model)
+        return {MOVING: moved, _STEPS: steps}
+
+    return Kept(init, update)
+
+
+_STEPS = "steps_of_reference"  # a key of `kept`
 AVERAGE, AVERAGED = "average_of_trained", "averaged_steps"  # keys of `kept`
 
 
