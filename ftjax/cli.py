@@ -60,6 +60,11 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
                 raise
             status, text = explain(error)
             print(text, file=sys.stderr)
+            if isinstance(error, KeyboardInterrupt):
+                # At once: the interpreter's own end would take devices away from what they still compute, and crash.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
             sys.exit(status)
 
 

@@ -100,7 +100,10 @@ def evaluate(workdir: Path, options: Options, given: ConfigDict | None = None) -
         # The examples.
         sets = heldout.held_out(config, base, options.limit, display)
         if not sets:
-            raise UserError("there is nothing to compare on: config.data.eval is empty; name rows in it")
+            raise UserError(
+                "there is nothing to compare on: config.data.eval has no rows that are answered or have a loss that "
+                "compares; name some with --config.data.eval, pairs with the option 'score'"
+            )
         training = shots.training_questions(config, [question for held in sets for question in held.questions])
         sets = [heldout.with_form(held, training) for held in sets]
         settings = Settings.of(config, options.price_in, options.price_out)
@@ -334,6 +337,11 @@ def main(argv: list[str]) -> int:
         configs.read(workdir / "config.json")  # for its errors
         FLAGS.config = str(workdir / "config.json")
     adapters = parse_adapters(",".join(FLAGS.adapter)) if FLAGS.adapter else {}
+    for name, path in adapters.items():
+        if name in {*comparison.KINDS, FORGETTING}:
+            raise UserError(f"--adapter: {name!r} is the name of another contestant; give it another one, NAME=DIR")
+        if not (Path(path).expanduser() / "adapter_config.json").is_file():
+            raise UserError(f"--adapter {name}: {path} holds no adapter_config.json; give the directory of an adapter")
     options = Options(
         step=FLAGS.step,
         limit=FLAGS.limit,
@@ -344,7 +352,7 @@ def main(argv: list[str]) -> int:
         instructions=tuple(rewrites.of_file(Path(FLAGS.instructions))) if FLAGS.instructions else (),
         instruction_budget=FLAGS.instruction_budget,
         adapters=adapters,
-        models=_models(FLAGS.model, {*comparison.KINDS, *adapters}),
+        models=_models(FLAGS.model, {*comparison.KINDS, FORGETTING, *adapters}),
         abilities=FLAGS.abilities,
         price_in=FLAGS.price_in,
         price_out=FLAGS.price_out,

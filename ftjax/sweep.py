@@ -37,7 +37,8 @@ from ftjax.training import metrics
 from ftjax.training.checkpoint import complete_steps
 
 # Runs that differ in these are measured differently, and none of them is the best.
-_MEASURES = ("evaluate.best", "evaluate.max_new_tokens", "data.eval", "data.holdout")
+_MEASURES = ("data.eval", "data.holdout", "evaluate.best", "evaluate.max_new_tokens")
+_MEASURES += ("evaluate.samples", "evaluate.temperature", "evaluate.general", "evaluate.general_tokens")
 _OPEN, _CLOSE, _QUOTES = "([{", ")]}", "'\""
 
 
@@ -168,6 +169,13 @@ def planned(
         its = config_flag.overridden(config_files.load(config), [*common, *one.items()])
         configs.validate(its)
         preflight.check_evaluation(its)
+        judge = best.decides(its)
+        changed = [key for key in keys if key.startswith("objective.")]
+        if changed and judge and any(name == "eval_loss" for _, name in judge.terms):
+            raise UserError(
+                f"--sweep: {changed[0]} changes what eval_loss is, which decides; name what does not change with "
+                "--config.evaluate.best, such as eval_rewards/accuracies or eval_cross_entropy, or score a source"
+            )
         name = _name(one, keys)
         if name in [run.name for run in runs]:
             raise UserError(f"--sweep: {name} stands there twice")

@@ -77,7 +77,7 @@ def test_everybody_is_measured_on_every_set(run, document):
     assert json.loads((workdir / "evaluation.json").read_text()) == json.loads(json.dumps(document))
     scored, rows = document["sets"]
     assert (scored["name"], scored["metric"], scored["examples"]) == ("scored", "exact", 12)
-    assert (rows["name"], rows["metric"], rows["examples"]) == ("rows", "loss", 12)
+    assert (rows["name"], rows["metric"], rows["examples"]) == ("held-out rows", "loss", 12)
     assert [its["name"] for its in scored["contestants"]] == NAMES
     assert [its["name"] for its in rows["contestants"]] == ["base", "tuned"]
     assert scored["form"] == "a JSON object with the key color"

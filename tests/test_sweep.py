@@ -94,6 +94,8 @@ def test_each_run_has_a_name_that_says_what_is_different_and_its_command(tmp_pat
         ("adapter.rank=8,0", r"config\.adapter\.rank=0: it must be"),
         ("adapter.rank=8,8", "rank=8 stands there twice"),
         ("data.train=a.jsonl,b.jsonl", r"--config\.data\.train is for all runs, and --sweep changes it"),
+        ("evaluate.temperature=0.5,1.0", "runs that differ in evaluate.temperature are measured differently"),
+        ("objective.label_smoothing=0.0,0.3", "objective.label_smoothing changes what eval_loss is, which decides"),
         ("evaluate.best=eval_loss,eval_x/score", "runs that differ in evaluate.best are measured differently"),
         ("evaluate.patience=1,2", r"config\.evaluate\.patience=1 does nothing"),
         (";", "names no setting"),

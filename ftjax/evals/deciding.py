@@ -86,10 +86,16 @@ def parse(text: str) -> Deciding:
     return Deciding(body.strip(), tuple(terms), mode)
 
 
+def smaller_is_better(name: str) -> bool:
+    """Whether a metric is better the smaller it is: losses, divergences, and all of general text."""
+    last = name.removeprefix("eval_").rpartition("/")[2]
+    return name.startswith("eval_general/") or any(last == word or last.endswith(f"_{word}") for word in _SMALLER)
+
+
 def _direction(terms: Iterable[tuple[float, str]]) -> str | None:
     """Which values of a sum are better, where its terms agree."""
     found = set()
     for factor, name in terms:
-        small = name.startswith("eval_general/") or name.removeprefix("eval_").rpartition("/")[2].endswith(_SMALLER)
+        small = smaller_is_better(name)
         found.add(None if _NEITHER.match(name) else "min" if small == (factor > 0) else "max")
     return found.pop() if len(found) == 1 else None

@@ -16,7 +16,7 @@ from ftjax.data import pipeline
 from ftjax.data.batch import packing
 from ftjax.data.tokens.examples import Examples
 from ftjax.evals import formats
-from ftjax.evals.scored import Question, question_of, scored_sets, split_entries
+from ftjax.evals.scored import Question, likely_entries, question_of, scored_sets, split_entries
 from ftjax.method import method_of
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.head import make_unembed
@@ -25,7 +25,7 @@ from ftjax.training.display import Display
 from ftjax.tree import Tree
 
 LOSS = "loss"  # the metric of rows without a score
-ROWS = "rows"  # their name
+ROWS = "held-out rows"  # their name
 _SHORTEST, _TOKENS = 32, 2048  # of a row, and of a batch of them
 
 
@@ -61,6 +61,8 @@ def held_out(config: ConfigDict, base: Base, limit: int, display: Display) -> li
         questions = [its.questions[i] for i in _sample(len(its.questions), limit)]
         valid = its.how.valid and (lambda text, question, how=its.how: how.valid(text, question.example))
         sets.append(HeldOut(its.name, its.score, questions, its.grade, valid))
+    for entry in likely_entries(config):
+        display.say(f"{entry['source']} is left out: its {entry['score']} is measured in training (metrics.jsonl)")
     entries, train = split_entries(config)[1], configs.sources(config, "train")
     if not entries and not config.data.holdout:
         return sets

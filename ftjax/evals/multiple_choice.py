@@ -58,7 +58,7 @@ def question_of(fields: dict, origin: str) -> Question:
     """The question of a row with `question`, `choices` and `answer` (or `answerKey`).
 
     choices: a list of strings, or {"text": such a list, "label": their labels} as in ARC. answer: the index from 0, the
-    label, a letter from A on where there are no labels, or the text of a choice.
+    label where there are labels, a letter from A on where there are none, or the text of a choice.
 
     Raises:
       UserError: with the origin; a field is missing, or the answer is none of the choices.
@@ -74,7 +74,7 @@ def question_of(fields: dict, origin: str) -> Question:
             f"and `answer`, the index from 0 or the label of the right one; this row has {sorted(map(str, fields))}"
         )
     labels = [str(label) for label in labels] if labels else [chr(ord("A") + i) for i in range(len(choices))]
-    index = answer if type(answer) is int else None
+    index = answer if type(answer) is int and not isinstance(fields["choices"], dict) else None
     if index is None:
         known = [names.index(str(answer)) for names in (labels, list(choices)) if str(answer) in names]
         index = known[0] if known else int(answer) if str(answer).isdecimal() else -1

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
+from ftjax.config import SHIPPED
 from ftjax.data.format.example import Row
 from ftjax.data.read.sources import TASK, read_sources
 from ftjax.errors import UserError
 from ftjax.evals import scores
-from ftjax.evals.scores import LIKELY, MULTIPLE_CHOICE, Score
+from ftjax.evals.scores import LIKELY, PERPLEXITY, Score
 from ftjax.prompts import Prompt
 from ftjax.tasks import registry
 
@@ -29,7 +30,8 @@ class Question(NamedTuple):
 
     @property
     def has_answer(self) -> bool:
-        return self.example["messages"][-1]["role"] == "assistant"
+        last = self.example["messages"][-1]
+        return last["role"] == "assistant" and bool(last.get("content")) and not last.get("tool_calls")
 
     @property
     def expected(self) -> str:
@@ -109,9 +111,12 @@ def likely_entries(config: ConfigDict) -> list[dict[str, Any]]:
 
 def metric_names(config: ConfigDict) -> list[str]:
     """The metrics that entries are scored with, the higher, the better, without reading them."""
-    choices = [entry for entry in likely_entries(config) if entry["score"] == MULTIPLE_CHOICE]
-    entries = [*split_entries(config)[0], *choices]
-    return [f"eval_{entry_name(entry)}/{_score_name(entry)}" for entry in entries]
+    names = []
+    for entry in configs.sources(config, "eval"):
+        entry = {"score": _TASK_SCORE, "split": "test", **entry} if entry["source"].startswith(TASK) else entry
+        if entry.get("score", PERPLEXITY) != PERPLEXITY:
+            names.append(f"eval_{entry_name(entry)}/{_score_name(entry)}")
+    return names
 
 
 def scored_sets(config: ConfigDict) -> list[ScoredSet]:
@@ -122,9 +127,12 @@ def scored_sets(config: ConfigDict) -> list[ScoredSet]:
         row without an answer where the score compares with one.
     """
     sets = [_read(entry, config.evaluate.run_code) for entry in split_entries(config)[0]]
-    metrics = [one.metric for one in sets]
-    if twice := next((metric for metric in metrics if metrics.count(metric) > 1), None):
-        raise UserError(f"config.data.eval: two entries are recorded as {twice}; rename one of the files")
+    names = [one.name for one in sets]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(
+            f"config.data.eval: the answers of two entries would be recorded as those of {twice}; give a file one "
+            "score, or a copy of it another name"
+        )
     return sets
 
 
@@ -148,11 +156,14 @@ def _read(entry: dict[str, Any], run_code: bool) -> ScoredSet:
         question = question_of(rows[i], rows.raw(i))
         if how.needs_answer and not question.has_answer:
             raise UserError(
-                f"{question.prompt.origin}: has no answer, with which the score {entry['score']!r} compares"
+                f"{question.prompt.origin}: has no answer in words, with which the score {entry['score']!r} compares; "
+                "remove the row, or score it with a function of your own"
             )
         _check(how, question, f"{question.prompt.origin}: score {entry['score']!r}")
         questions.append(question)
-    return ScoredSet(entry_name(entry), _score_name(entry), questions, how)
+    if (name := entry_name(entry)) == SHIPPED:
+        raise UserError(f"{where}: eval_{name}/... are the metrics of general text (evaluate.general); rename the file")
+    return ScoredSet(name, _score_name(entry), questions, how)
 
 
 def _check(how: Score, question: Question, where: str) -> None:

@@ -25,9 +25,11 @@ _SYSTEM = ("system", "developer")
 def training_questions(config: ConfigDict, heldout: Iterable[Question], seed: int = 0) -> list[Question]:
     """Training rows as questions with their answers, in an order that `seed` decides: the first k are the fixed ones.
 
-    Left out: text, rows with tools, rows that are bad or held out, and those that ask what `heldout` asks.
+    Left out: replayed sources, which are no examples of the task; text, rows with tools, rows that are bad or held out,
+    and those that ask what `heldout` asks.
     """
-    rows = read_sources(configs.sources(config, "train"), config.data.max_bad_rows, config.data.holdout)
+    entries = [entry for entry in configs.sources(config, "train") if "replay" not in entry]
+    rows = read_sources(entries, config.data.max_bad_rows, config.data.holdout)
     asked, found = {_key(question) for question in heldout}, []
     for i in np.random.default_rng(seed).permutation(len(rows))[:MOST]:
         try:

@@ -13,6 +13,7 @@ from ftjax import config as configs
 from ftjax import origin
 from ftjax.errors import UserError
 from ftjax.evals.best import Standing
+from ftjax.evals.deciding import smaller_is_better
 from ftjax.evals.evaluator import is_eval
 from ftjax.reporting import evaluation as evaluations
 from ftjax.reporting.charts import figure, share
@@ -22,7 +23,6 @@ from ftjax.training.checkpoint import complete_steps
 
 # Last words of the names of metrics.
 _SHARES = ("accuracy", "accuracies")
-_SMALLER = ("loss", "cross_entropy", "perplexity", "nll", "kl", "change")  # is better
 GENERAL = "eval_general/"  # metrics of general text, which say what was forgotten: of all of it, and by category
 
 
@@ -178,16 +178,12 @@ def shows_share(mode: str, values: Sequence[float]) -> bool:
     return mode == "max" and all(0 <= value <= 1 for value in values)
 
 
-def smaller_is_better(name: str) -> bool:
-    return name.endswith(_SMALLER)
-
-
 def mode_of(name: str, trained: set[str]) -> str:
     """Which values of a metric are better, "max" or "min"; "" where that cannot be said.
 
     trained: the names of what is recorded of every step.
     """
-    if name.startswith(GENERAL) or smaller_is_better(name):
+    if smaller_is_better(name):
         return "min"
     # What a set is scored by, and not a figure of the objective over held-out rows, which may mean anything.
     scored = name.startswith("eval_") and "/" in name and name.removeprefix("eval_") not in trained
@@ -302,9 +298,9 @@ def _samples(workdir: Path, step: int, evaluation: Evaluation | None) -> list[Sa
     for source, steps in _of_file(workdir / "samples.jsonl").items():
         upto = [number for number in steps if number <= step]
         last, first = max(upto or steps), min(steps)
-        before = {sample["prompt"]: sample for sample in steps[first]} if first != last else {}
+        before = _before(steps[first], steps[last]) if first != last else []
         label = "before training" if first == 0 else f"step {first}"
-        pairs = [_pair(before.get(sample["prompt"], {}), sample) for sample in steps[last]]
+        pairs = [_pair(old, sample) for old, sample in zip(before or [{}] * len(steps[last]), steps[last], strict=True)]
         found[source] = Samples(source, label if before else "", f"step {last}", pairs)
     for scored in evaluation.sets if evaluation else ():
         by_kind = {contestant.kind: contestant.name for contestant in reversed(scored.contestants)}
@@ -324,6 +320,17 @@ def _samples(workdir: Path, step: int, evaluation: Evaluation | None) -> list[Sa
         if len(pairs) >= max(len(found[scored.name].samples) if scored.name in found else 0, 1):
             found[scored.name] = Samples(scored.name, base, tuned, pairs)
     return list(found.values())
+
+
+def _before(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each new sample the old one of the same question, {} without.
+
+    By place where the questions are the same, since the prompts of several may end alike; else by their last turn.
+    """
+    if [sample["prompt"] for sample in old] == [sample["prompt"] for sample in new]:
+        return old
+    by_prompt = {sample["prompt"]: sample for sample in old}
+    return [by_prompt.get(sample["prompt"], {}) for sample in new]
 
 
 def _pair(before: dict[str, Any], after: dict[str, Any]) -> Sample:

@@ -137,3 +137,17 @@ def test_a_form_names_the_choices_and_what_has_none():
     assert formats.of_answers(["a story", "another", "a third"]) is None
     assert formats.of_answers([]) is None
     assert not formats.of_answers(['{"a":1}'] * 3).matches('{"a":1,"a":2}')
+
+
+def test_what_is_replayed_is_no_example_of_the_task(tmp_path):
+    sources = []
+    for name, count in (("task", 5), ("replayed", 50)):
+        rows = [{"messages": [turn(f"{name} {i}"), turn(str(i), "assistant")]} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append({"source": str(tmp_path / f"{name}.jsonl")} | ({"replay": 0.2} if name == "replayed" else {}))
+    config = configs.defaults()
+    config.data.train = tuple(sources)
+    found = shots.training_questions(config, [])
+    assert sorted(question.prompt.fields["messages"][-1]["content"] for question in found) == [
+        f"task {i}" for i in range(5)
+    ]

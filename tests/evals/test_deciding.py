@@ -24,6 +24,7 @@ RECORD = {
         ("eval_a/perplexity", None, "min"),
         ("eval_general/code", None, "min"),
         ("eval_general/kl", None, "min"),
+        ("eval_a/exchange", None, "max"),
         ("eval_mean_token_accuracy", None, "max"),
         ("eval_a/score - 0.5 * eval_general/change", 0.4, "max"),
         ("eval_a/score - eval_general/change*.5", 0.4, "max"),

@@ -25,6 +25,7 @@ CHOICES = ["red", "blue and green", "brown"]
         {"choices": CHOICES, "answer": "B"},
         {"choices": CHOICES, "answer": "blue and green"},
         {"choices": {"text": CHOICES, "label": ["1", "2", "3"]}, "answerKey": "2"},
+        {"choices": {"text": CHOICES, "label": [1, 2, 3]}, "answerKey": 2},
     ],
 )
 def test_rows_as_data_sets_have_them(fields):

@@ -101,7 +101,7 @@ def test_a_function_of_ones_own_scores_rows_without_answers(tmp_path, monkeypatc
     (found,) = sets({"source": path, "score": "own_scores:fails"})
     with pytest.raises(UserError, match=r"asked.jsonl:1: fails: KeyError: 'colour'; the completion was 'x'"):
         found.grade("x", found.questions[0])
-    with pytest.raises(UserError, match=r"asked.jsonl:1: has no answer, with which the score 'exact' compares"):
+    with pytest.raises(UserError, match=r"asked.jsonl:1: has no answer in words, with which the score 'exact'"):
         sets({"source": path, "score": "exact"})
     with pytest.raises(UserError, match="own_scores has no function 'wrods'"):
         sets({"source": path, "score": "own_scores:wrods"})
@@ -115,9 +115,34 @@ def test_what_cannot_be_scored_is_refused_with_its_place(tmp_path):
         sets({"source": text, "score": "exact"})
     with pytest.raises(UserError, match=r"there is no score 'exactly'; did you mean 'exact'"):
         sets({"source": TASK, "score": "exactly"})
-    with pytest.raises(UserError, match=r"two entries are recorded as eval_support_ticket/score"):
+    with pytest.raises(UserError, match=r"two entries would be recorded as those of support_ticket"):
         sets(TASK, {"source": TASK, "limit": 3})
     config = configs.defaults()
     config.data.train = ({"source": text, "score": "exact"},)
     with pytest.raises(UserError, match=r"config.data.train: .* a score is for data.eval"):
         configs.sources(config, "train")
+
+
+def test_a_tool_call_is_no_answer_in_words(tmp_path):
+    call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    turns = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    path = write(tmp_path / "tools.jsonl", {"messages": turns})
+    with pytest.raises(UserError, match=r"tools.jsonl:1: has no answer in words, with which the score 'exact'"):
+        sets({"source": path, "score": "exact"})
+
+
+def test_names_that_the_records_could_not_tell_apart_are_refused(tmp_path):
+    path = write(tmp_path / "sums.jsonl", {"prompt": "2 + 2?", "completion": "4"})
+    with pytest.raises(UserError, match=r"two entries would be recorded as those of sums; give a file one score"):
+        sets({"source": path, "score": "exact"}, {"source": path, "score": "f1"})
+    general = write(tmp_path / "general.jsonl", {"prompt": "2 + 2?", "completion": "4"})
+    with pytest.raises(UserError, match=r"eval_general/... are the metrics of general text"):
+        sets({"source": general, "score": "exact"})
+
+
+def test_the_first_score_of_data_eval_decides():
+    config = configs.defaults()
+    quiz, sums = {"source": "quiz.jsonl", "score": "multiple_choice"}, {"source": "sums.jsonl", "score": "f1"}
+    for entries, first in (((quiz, sums), "eval_quiz/multiple_choice"), ((sums, quiz), "eval_sums/f1")):
+        config.data.eval = ("rows.jsonl", {"source": "texts.jsonl", "score": "perplexity"}, *entries)
+        assert scored.metric_names(config)[0] == first

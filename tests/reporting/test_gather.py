@@ -188,3 +188,14 @@ def test_curves_of_training_and_of_held_out_rows_share_a_chart(tmp_path):
 def test_names_are_as_short_as_they_can_be(tmp_path):
     assert gather.names([tmp_path / "x/one", tmp_path / "x/two"]) == ["one", "two"]
     assert gather.names([tmp_path / "x/one", tmp_path / "y/one"]) == ["x/one", "y/one"]
+
+
+def test_answers_before_and_after_are_those_of_one_question_where_prompts_end_alike():
+    lines = [
+        {"step": step, "source": "rows", "prompt": "So?", "completion": f"{i} at {step}", "expected": "x", "score": 0.0}
+        for step in (0, 9)
+        for i in range(3)
+    ]
+    old, new = lines[:3], lines[3:]
+    assert [one["completion"] for one in gather._before(old, new)] == ["0 at 0", "1 at 0", "2 at 0"]
+    assert gather._before(old[:1], [{"prompt": "else"}]) == [{}]
