@@ -92,7 +92,7 @@ def test_everybody_is_measured_on_every_set(run, document):
     assert scored["differences"][1]["prompt_tokens"] == pytest.approx(ratio - 1)
     assert scored["samples"][0]["expected"] == json.dumps({"color": "blue"})
     assert set(scored["samples"][0]["completions"]) == set(NAMES)
-    assert document["verdict"] == f"scored: {scored['verdict']} rows: {rows['verdict']}"
+    assert document["verdict"] == f"scored: {scored['verdict']} held-out rows: {rows['verdict']}"
     assert document["step"] == 1
     assert scored["verdict"] in html.unescape((workdir / "report.html").read_text())
     (tales,) = document["forgetting"]["categories"]
@@ -244,7 +244,7 @@ def test_what_cannot_be_compared_is_refused(run):
         evaluate.evaluate(workdir, Options(only=("tunde",)), config)
     with pytest.raises(UserError, match=r"--config is not that of the run: adapter.rank: 2 -> 4"):
         evaluate.evaluate(workdir, Options(), configs.changed(config, {"adapter.rank": 4}))
-    with pytest.raises(UserError, match=r"nothing to compare on: config.data.eval is empty"):
+    with pytest.raises(UserError, match=r"nothing to compare on: config.data.eval has no rows"):
         evaluate.evaluate(workdir, Options())
     with pytest.raises(UserError, match="--shots=1,many: 'many' is neither a number"):
         evaluate._numbers("shots", "1,many")

@@ -95,7 +95,6 @@ def test_each_run_has_a_name_that_says_what_is_different_and_its_command(tmp_pat
         ("adapter.rank=8,8", "rank=8 stands there twice"),
         ("data.train=a.jsonl,b.jsonl", r"--config\.data\.train is for all runs, and --sweep changes it"),
         ("evaluate.temperature=0.5,1.0", "runs that differ in evaluate.temperature are measured differently"),
-        ("objective.label_smoothing=0.0,0.3", "objective.label_smoothing changes what eval_loss is, which decides"),
         ("evaluate.best=eval_loss,eval_x/score", "runs that differ in evaluate.best are measured differently"),
         ("evaluate.patience=1,2", r"config\.evaluate\.patience=1 does nothing"),
         (";", "names no setting"),
@@ -104,6 +103,13 @@ def test_each_run_has_a_name_that_says_what_is_different_and_its_command(tmp_pat
 def test_a_mistake_in_any_run_is_told_before_the_first(tmp_path, text, said):
     with pytest.raises(UserError, match=said):
         planned(text, tmp_path)
+
+
+def test_runs_whose_losses_are_not_one_measure_are_not_ranked_by_them(tmp_path):
+    common, text = [*COMMON, ("data.holdout", "0.1")], "objective.label_smoothing=0.0,0.3"
+    with pytest.raises(UserError, match=r"objective\.label_smoothing changes what eval_loss is, which decides"):
+        planned(text, tmp_path, common)
+    assert len(planned(text, tmp_path, [*common, ("evaluate.best", "eval_cross_entropy")])) == 2
 
 
 class Process:
