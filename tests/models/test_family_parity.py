@@ -74,7 +74,7 @@ def configs(quick):
     return [pytest.param(value, id=name, marks=() if name in quick else pytest.mark.slow) for name, value in every]
 
 
-@pytest.fixture(scope="module", params=configs(quick=CONFIGS))
+@pytest.fixture(scope="module", params=configs(quick=[name for name in CONFIGS if "," not in name]))
 def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp("case"))
 
