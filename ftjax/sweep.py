@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from absl import flags
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -33,7 +34,7 @@ from ftjax.atomic import write_text
 from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.deciding import Deciding
-from ftjax.training import metrics
+from ftjax.training import environment, metrics
 from ftjax.training.checkpoint import complete_steps
 
 # Runs that differ in these are measured differently, and none of them is the best.
@@ -59,6 +60,7 @@ class Result(NamedTuple):
     step: int | None = None  # the best checkpoint's
     value: float | None = None  # what decides, there
     mark: str | None = None  # the digest of the evaluation set
+    left: str = ""  # how far an unfinished run has come
 
 
 def main(argv: list[str]) -> int:
@@ -253,11 +255,22 @@ def result(run: Run, status: int | None) -> Result:
     if not (run.workdir / "config.json").exists():
         return Result(run, status)
     config = configs.read(run.workdir / "config.json")
-    standing = best.Standing.of(config, run.workdir, complete_steps(run.workdir / "checkpoints"))
+    steps = complete_steps(run.workdir / "checkpoints")
+    standing = best.Standing.of(config, run.workdir, steps)
     step = standing.best()
-    measured = best.evaluations(metrics.read(run.workdir / "metrics.jsonl"))
+    records = metrics.read(run.workdir / "metrics.jsonl")
+    measured = best.evaluations(records)
     mark = measured[-1].get(best.SET) if measured else None
-    return Result(run, status, step, standing.scores.get(step), mark)
+    return Result(
+        run, status, step, standing.scores.get(step), mark, _left(config, run, records, max(steps, default=0))
+    )
+
+
+def _left(config: ConfigDict, run: Run, records: Sequence[Mapping[str, Any]], last: int) -> str:
+    """Such as "step 435 of 6000"; "" of a run that is finished, also early, or too old to say how long it is."""
+    starts = environment.read(run.workdir)
+    planned = starts[-1]["steps"] if starts else last
+    return f"step {last} of {planned}" if last < planned and not best.stalled(config, records) else ""
 
 
 def report(where: Path, decides: Deciding | None, results: Sequence[Result]) -> None:
@@ -302,7 +315,7 @@ def _said(one: Result) -> str:
         return "stopped"
     if one.status:
         return f"failed ({one.status})"
-    return "" if (one.run.workdir / "config.json").exists() else "not run"
+    return one.left if (one.run.workdir / "config.json").exists() else "not run"
 
 
 def _print(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:

@@ -232,3 +232,18 @@ def test_a_sweep_is_run_run_again_and_compared(tmp_path):
 def _records(where):
     lines = (where / "learning_rate=3e-2,max_length=96/metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def test_a_run_that_was_stopped_is_not_told_as_finished(tmp_path, monkeypatch):
+    (run,) = planned("adapter.rank=2", tmp_path)
+    (run.workdir / "checkpoints").mkdir(parents=True)
+    given = {"model.source": "M", "data.train": ("rows.jsonl",)}
+    configs.write(configs.changed(configs.defaults(), given), run.workdir / "config.json")
+    monkeypatch.setattr(sweep, "complete_steps", lambda path: [400, 435])
+    starts = [{"step": 0, "steps": 6000}]
+    (run.workdir / "environment.json").write_text(json.dumps({"version": 1, "starts": starts}))
+    assert sweep.result(run, None).left == "step 435 of 6000"
+    assert sweep._said(sweep.result(run, None)) == "step 435 of 6000"
+    starts[0]["steps"] = 435
+    (run.workdir / "environment.json").write_text(json.dumps({"version": 1, "starts": starts}))
+    assert sweep._said(sweep.result(run, None)) == ""
