@@ -2,8 +2,8 @@
 
 Each variant is trained at a high rate until the loss of held-out tickets is the same, and then measured: the
 score on test tickets, and by how much general text (texts.jsonl of ftjax.evals) has become less likely. An hour
-and more on two CPU cores. Results are kept in OUT/results.jsonl; the same command again goes on, and a finished one only
-draws. With --write the table and the plot go to docs/.
+and more on two CPU cores. Results are kept in OUT/results.jsonl; the same command again goes on, and a finished one
+only draws. With --write the table and the plot go to docs/.
 """
 
 import argparse
