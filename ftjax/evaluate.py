@@ -178,6 +178,11 @@ def _evaluated(recorded: ConfigDict, given: ConfigDict | None) -> dict[str, Any]
             f"--config is not that of the run: {', '.join(other)}; only its data.eval and evaluate may differ "
             "(the run's own config is config.json in its --workdir)"
         )
+    if given.evaluate.best not in ("", recorded.evaluate.best):
+        raise UserError(
+            f"config.evaluate.best={given.evaluate.best!r}: which checkpoint is the best was decided in training, by "
+            f"{recorded.evaluate.best or 'the first score, or the held-out loss'}; name another checkpoint with --step"
+        )
     return {key: value for key, value in configs.flat(given).items() if key.startswith(("data.eval", "evaluate."))}
 
 

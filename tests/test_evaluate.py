@@ -244,6 +244,8 @@ def test_what_cannot_be_compared_is_refused(run):
         evaluate.evaluate(workdir, Options(only=("tunde",)), config)
     with pytest.raises(UserError, match=r"--config is not that of the run: adapter.rank: 2 -> 4"):
         evaluate.evaluate(workdir, Options(), configs.changed(config, {"adapter.rank": 4}))
+    with pytest.raises(UserError, match=r"was decided in training, by the first score.*name another .* --step"):
+        evaluate.evaluate(workdir, Options(), configs.changed(config, {"evaluate.best": "eval_loss"}))
     with pytest.raises(UserError, match=r"nothing to compare on: config.data.eval has no rows"):
         evaluate.evaluate(workdir, Options())
     with pytest.raises(UserError, match="--shots=1,many: 'many' is neither a number"):
