@@ -172,8 +172,7 @@ def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) ->
     kept = with_average(method.kept, config.optimizer.ema_decay)
     state = abstract_state(optimizer, trainable, mesh, kept)
     objective = method.objective(model, config.objective)
-    totals = method.totals and method.totals(model, config.objective)
-    step = make_step(objective, optimizer, schedule, state, config.seed, model.dtype, kept, totals)
+    step = make_step(objective, optimizer, schedule, state, config.seed, model.dtype, kept, method.totals)
     shape = (config.accumulate, config.data.batch_size // config.accumulate, data_spec(config, model.spec).row_length)
     where = sharding.named(mesh, (None, "batch", "length"), shape)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in method.batch.items()}

@@ -19,7 +19,7 @@ from ftjax.data.batch.packing import BATCH, REPLAY
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.loss import Objective
-from ftjax.objectives.preference import make_preference, make_totals
+from ftjax.objectives.preference import make_preference, preference_totals
 from ftjax.objectives.sft import make_sft
 from ftjax.training.source import FileSource, Source
 from ftjax.training.state import Kept, moving_reference
@@ -44,7 +44,7 @@ class Method(NamedTuple):
         objective.kl_coef every one does.
       head: the scalar head that it adds (`models.heads`), "" for none.
       batch: the arrays [rows, length] of its batches.
-      totals: (model, config.objective) -> sums that the objective needs of a whole step first (`make_step`).
+      totals: (variables, batch) -> sums that the objective needs of a whole step, or evaluation, first (`make_step`).
       kept: what it keeps from step to step beside the weights, such as a controller or a moving average.
       source: (assemble.Program, frozen variables, loader of its rows, the rows of a batch that this process fills, the
         number of steps) -> where its batches come from.
@@ -58,7 +58,7 @@ class Method(NamedTuple):
     reference: bool = False
     head: str = ""
     batch: Mapping[str, type[np.generic]] = types.MappingProxyType(BATCH)
-    totals: Callable[[Decoder, ConfigDict], Callable[[Tree, dict], Tree]] | None = None
+    totals: Callable[[Tree, dict], Tree] | None = None
     kept: Kept | None = None
     source: Callable[..., Source] = from_files
 
@@ -68,7 +68,7 @@ _PAIRS = Method(
     rows="pair",
     learning_rates={"lora": 1e-5, "dora": 1e-5, "none": 1e-6},
     epochs=(1.0, 3.0),  # Rafailov et al. 2023; Zephyr (Tunstall et al. 2023), where more made it worse
-    totals=make_totals,
+    totals=preference_totals,
 )
 
 METHODS = {

@@ -35,6 +35,11 @@ class Prompt(NamedTuple):
     origin: str
     fields: dict
 
+    @property
+    def last(self) -> str:
+        """What is asked last: the prompt, or of a conversation its last turn."""
+        return self.fields["messages"][-1]["content"] if "messages" in self.fields else self.fields["prompt"]
+
 
 def given(text: str) -> Prompt:
     """The prompt of a command line; "-" is all of standard input. UserError where it is empty."""
@@ -57,15 +62,21 @@ def of_file(source: str) -> list[Prompt]:
         rows = read_sources([{"source": source}])
         origins = [rows.origin(i) for i in range(len(rows))]
         return [Prompt(origin, prompt_of(rows.raw(i), origin)) for i, origin in enumerate(origins)]
+    lines = lines_of(path, "a prompt")
+    return [Prompt(f"{path}:{i}", prompt_of({"prompt": line}, f"{path}:{i}")) for i, line in enumerate(lines, 1)]
+
+
+def lines_of(path: Path, what: str) -> list[str]:
+    """The lines of a text file, each of which is `what`; UserError where there is none, or it is not UTF-8."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({error}); convert it") from error
-    if not lines:
-        raise UserError(f"{path}: is empty; write a prompt on each line")
-    return [Prompt(f"{path}:{i}", prompt_of({"prompt": line}, f"{path}:{i}")) for i, line in enumerate(lines, 1)]
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{path}: is empty; write {what} on each line")
+    return lines
 
 
 def tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerFast, system: str = "", raw: bool = False) -> np.ndarray:

@@ -116,7 +116,7 @@ def _train(
         program = assemble.program(config, base.model, mesh, total_steps)
         preflight.check_ranks(program.variables.get("lora", {}), display)
         exportable.check(tuple(config.export_formats), config, base, program.variables)
-        evaluator = Evaluator(config, base, mesh, program.objective, heldout, workdir, preemption, display)
+        evaluator = Evaluator(config, base, program, heldout, workdir, preemption, display)
         described = continued.effective(config, base.model.spec)
         about = describe.run(described, asked, base, room, program, train_loader, report)
         display.table("ftjax.train", about)

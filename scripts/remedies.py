@@ -23,6 +23,7 @@ from ftjax import config as configs
 from ftjax.assemble import Base, Program
 from ftjax.data import pipeline
 from ftjax.data.tokens.chat import render_prompt
+from ftjax.evals import forgetting, general
 from ftjax.objectives.reference import policy_and_reference
 from ftjax.objectives.sft import make_sft
 from ftjax.sampling.engine import generate
@@ -126,21 +127,6 @@ def trained(config: ConfigDict, base: Base, heldout: Callable[[Tree], float], mo
     return variables, program, {"steps": step + 1, "loss": loss, "seconds": round(time.time() - began)}
 
 
-def general_losses(base: Base, texts: list[np.ndarray], variables: Tree) -> np.ndarray:
-    """float64 [texts]: the mean of -log p over the tokens of each, in nats."""
-    objective = make_sft(base.model)
-    score = jax.jit(lambda variables, batch: objective(variables, batch, None).sum)
-    found = []
-    for text in texts:
-        length, last = -(-len(text) // 64) * 64, len(text) - 1
-        batch = {name: np.zeros((1, length), np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
-        batch["tokens"][0, : last + 1], batch["targets"][0, :last] = text, text[1:]
-        batch["positions"][0, : last + 1], batch["segment_ids"][0, : last + 1] = np.arange(last + 1), 1
-        batch["weights"] = (np.arange(length) < last).astype(np.float32)[None]
-        found.append(float(score(variables, batch)) / last)
-    return np.array(found)
-
-
 def ticket_score(base: Base, variables: Tree, examples: list[dict]) -> float:
     prompts = [render_prompt(example["messages"][:-1], base.tokenizer) for example in examples]
     done = generate(base.model, variables, prompts, 48, base.end_tokens, Sampling(), 50)
@@ -158,7 +144,7 @@ def write_replay(base: Base, variables: Tree, file: Path, count: int) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def results(out: Path, general: Path, sizes: Sizes, wanted: list[str]) -> Iterator[dict]:
+def results(out: Path, source: Path, sizes: Sizes, wanted: list[str]) -> Iterator[dict]:
     """Of the base and of each variant that OUT/results.jsonl lacks."""
     file = out / "results.jsonl"
     have = {record["name"] for record in read(file)}
@@ -167,9 +153,8 @@ def results(out: Path, general: Path, sizes: Sizes, wanted: list[str]) -> Iterat
         return
     base = assemble.open_base(config_of(LORA, out).model)
     plain, _ = untrained(base)
-    rows = (json.loads(line)["text"] for line in general.read_text(encoding="utf-8").splitlines())
-    texts = [np.asarray(base.tokenizer.encode(text), np.int32)[:LONGEST] for text in rows]
-    before = general_losses(base, texts, plain)
+    texts = general.read([{"source": str(source)}], base.tokenizer, LONGEST)
+    before = forgetting.losses(base.model, plain, texts)
     tests = support_ticket.test_examples(sizes.tickets)
     heldout_file = out / "heldout.jsonl"
     rows = support_ticket.train_examples(800 + sizes.heldout)[800:]
@@ -185,7 +170,7 @@ def results(out: Path, general: Path, sizes: Sizes, wanted: list[str]) -> Iterat
         return float(means(jax.tree.map(lambda *parts: sum(parts), *losses))["loss"])
 
     def measured(name: str, variables: Tree, **more: Any) -> dict:
-        change = float((general_losses(base, texts, variables) - before).mean()) if variables is not plain else 0.0
+        change = float((forgetting.losses(base.model, variables, texts) - before).mean())
         score = ticket_score(base, variables, tests)
         return {"name": name, "score": score, "change": change, "loss": heldout(variables)} | more
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,11 +15,14 @@ from support.tiny import one_device
 
 from ftjax import assemble, inspect_data, tree
 from ftjax import config as configs
+from ftjax.data import pipeline
 from ftjax.data.read.sources import read_sources
 from ftjax.errors import UserError
+from ftjax.evals.evaluator import Evaluator
 from ftjax.inspection.survey import survey
 from ftjax.training import metrics
 from ftjax.training.loop import place_batch
+from ftjax.training.step import make_eval_step
 
 FILES = ("workdir", "html", "json")
 CONFIG = """
@@ -213,3 +217,21 @@ def test_a_reference_that_moves_follows_the_policy_and_is_in_the_checkpoint(root
 
 def flat(trained):
     return {path: np.asarray(leaf, np.float64) for path, leaf in tree.flatten(trained).items()}
+
+
+def test_the_held_out_loss_of_a_mixture_does_not_depend_on_how_its_rows_are_cut_into_batches(root, monkeypatch):
+    config = config_of(root, **{"objective.loss": ("sigmoid", ("sft", 0.5))})
+    program, start, _ = begun(config)
+    monkeypatch.setattr(Evaluator, "__init__", lambda self: None)
+    base = assemble.open_base(config.model)
+    found = []
+    for rows in (1, 4):
+        evaluator = Evaluator()
+        spec = dataclasses.replace(assemble.data_spec(config, base.model.spec), batch_size=rows)
+        evaluator._loader = pipeline.load_heldout(configs.sources(config, "train"), [], base.tokenizer, spec)
+        evaluator._mesh, evaluator._preemption = one_device(), SimpleNamespace(check=lambda: None)
+        evaluator._eval_step, evaluator._totals = make_eval_step(program.objective), program.method.totals
+        with jax.set_mesh(one_device()):
+            found.append(evaluator._heldout_metrics(start.state.trainable, start.frozen))
+    assert found[0]["eval_loss"] > 1  # the cross-entropy is in it
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-5)

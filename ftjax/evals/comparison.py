@@ -240,7 +240,7 @@ def told(its: dict, metric: str) -> str:
     return ", ".join(parts)
 
 
-def between(ends: tuple[float, float] | None) -> str:
+def between(ends: Sequence[float] | None) -> str:
     """ " [0.42, 0.56]" of an interval, "" of none."""
     return "" if ends is None else f" [{ends[0]:.3g}, {ends[1]:.3g}]"
 
@@ -282,9 +282,7 @@ def _samples(contestants: Sequence[dict], questions: Sequence[Question]) -> list
     answered = [its for its in contestants if "answers" in its]
     out = []
     for i in np.unique(np.linspace(0, len(questions) - 1, _SAMPLES).astype(int)) if questions and answered else ():
-        fields = questions[i].prompt.fields
-        sample = {"prompt": fields["prompt"] if "prompt" in fields else fields["messages"][-1]["content"]}
-        sample |= {"expected": questions[i].expected}
+        sample = {"prompt": questions[i].prompt.last, "expected": questions[i].expected}
         for key, name in {"completions": "completion", "scores": "score"}.items():
             sample[key] = {its["name"]: its["answers"][i][name] for its in answered}
         out.append(sample)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ftjax.errors import UserError, did_you_mean
+from ftjax.evals.general import METRICS
 
 # A factor, "*", a sign, or the name of a metric, in which signs may stand: eval_my-rows/score.
 _TOKEN = re.compile(
@@ -89,7 +90,7 @@ def parse(text: str) -> Deciding:
 def smaller_is_better(name: str) -> bool:
     """Whether a metric is better the smaller it is: losses, divergences, and all of general text."""
     last = name.removeprefix("eval_").rpartition("/")[2]
-    return name.startswith("eval_general/") or any(last == word or last.endswith(f"_{word}") for word in _SMALLER)
+    return name.startswith(METRICS) or any(last == word or last.endswith(f"_{word}") for word in _SMALLER)
 
 
 def _direction(terms: Iterable[tuple[float, str]]) -> str | None:

@@ -2,17 +2,17 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
 from ftjax import distributed, sharding, tree
-from ftjax.assemble import Base
+from ftjax.assemble import Base, Program
 from ftjax.atomic import write_text
 from ftjax.data.batch.loader import Loader
 from ftjax.errors import UserError
@@ -20,7 +20,7 @@ from ftjax.evals import forgetting, scored
 from ftjax.evals.likely import LikelySet, likely_sets
 from ftjax.evals.scored import ScoredSet
 from ftjax.evals.scores import PERPLEXITY
-from ftjax.objectives.loss import Objective
+from ftjax.objectives.loss import TOTALS
 from ftjax.objectives.reference import policy_and_reference
 from ftjax.prompts import tokens
 from ftjax.sampling.engine import generate
@@ -59,18 +59,17 @@ class Evaluator:
         self,
         config: ConfigDict,
         base: Base,
-        mesh: Mesh,
-        objective: Objective,
+        program: Program,
         loader: Loader | None,
         workdir: Path,
         preemption: Preemption,
         display: Display,
     ):
-        self._config, self._base, self._mesh, self._loader = config.evaluate, base, mesh, loader
+        self._config, self._base, self._mesh, self._loader = config.evaluate, base, program.mesh, loader
         self._seed, self._sets = config.seed, scored.scored_sets(config)
         self._prompts = [[tokens(q.prompt, base.tokenizer) for q in its.questions] for its in self._sets]
         self._likely = likely_sets(config, base.tokenizer, base.model.spec.max_position_embeddings)
-        self._eval_step = make_eval_step(objective)
+        self._eval_step, self._totals = make_eval_step(program.objective), program.method.totals
         self._samples = workdir / "samples.jsonl"
         self._preemption, self._display = preemption, display
         self._check_lengths()
@@ -101,8 +100,9 @@ class Evaluator:
         if self._loader is not None:
             metrics |= self._heldout_metrics(trainable, frozen)
             self._display.say(f"step {step}: held-out loss {metrics['eval_loss']:.4f}")
+        policy, _ = policy_and_reference(tree.combine(trainable, frozen))
         for its, prompts in zip(self._sets, self._prompts, strict=True):
-            records = self._score(step, its, prompts, policy_and_reference(tree.combine(trainable, frozen))[0])
+            records = self._score(step, its, prompts, policy)
             found = its.means([record["score"] for record in records], self._config.samples)
             metrics |= found
             if distributed.is_first():
@@ -113,7 +113,7 @@ class Evaluator:
                 + (f" ({self._config.samples} answers each; {told})" if told else "")
             )
         for its in self._likely:
-            metrics |= self._likelihoods(step, its, policy_and_reference(tree.combine(trainable, frozen))[0])
+            metrics |= self._likelihoods(step, its, policy)
         if watched := self._watch(step, trainable, frozen):
             metrics |= watched
             self._display.say(f"step {step}: {forgetting.in_short(watched)}")
@@ -121,13 +121,21 @@ class Evaluator:
 
     def _heldout_metrics(self, trainable: Tree, frozen: Tree) -> dict[str, float]:
         """{"eval_loss", "eval_mean_token_accuracy", ...}: means over the trained tokens of all batches."""
+        if self._totals is not None:
+            variables = tree.combine(trainable, frozen)
+            frozen = frozen | {TOTALS: self._sum(lambda batch: self._totals(variables, batch))}
+        total = self._sum(lambda batch: self._eval_step(trainable, frozen, batch))
+        return {f"eval_{name}": float(value) for name, value in means(total).items()}
+
+    def _sum(self, measure: Callable[[dict[str, jax.Array]], Tree]) -> Tree:
+        """What `measure` gives of all held-out batches, added up."""
         total = None
         for batch in self._loader.eval_batches(sharding.local_rows(self._mesh, self._loader.batch_size)):
             self._preemption.check()
             placed = {name: sharding.place(self._mesh, ("batch", "length"), array) for name, array in batch.items()}
-            loss = self._eval_step(trainable, frozen, placed)
-            total = loss if total is None else jax.tree.map(jnp.add, total, loss)
-        return {f"eval_{name}": float(value) for name, value in means(total).items()}
+            found = measure(placed)
+            total = found if total is None else jax.tree.map(jnp.add, total, found)
+        return total
 
     def _likelihoods(self, step: int, its: LikelySet, variables: Tree) -> dict[str, float]:
         with self._display.counter(f"{its.name} at step {step}", len(its.rows)) as advance:
@@ -166,18 +174,10 @@ class Evaluator:
         # By one process: programs, and functions that ask elsewhere, may not give the same to each.
         grades = json.dumps(its.grade_all(texts, questions)) if distributed.is_first() else None
         grades = json.loads(distributed.tell(grades, limit=distributed.LOADING_SECONDS))
-        records = []
-        for question, text, grade in zip(questions, texts, grades, strict=True):
-            fields = question.prompt.fields
-            records.append(
-                {
-                    "prompt": fields["prompt"] if "prompt" in fields else fields["messages"][-1]["content"],
-                    "completion": text,
-                    "expected": question.expected,
-                    "score": grade,
-                }
-            )
-        return records
+        return [
+            {"prompt": question.prompt.last, "completion": text, "expected": question.expected, "score": grade}
+            for question, text, grade in zip(questions, texts, grades, strict=True)
+        ]
 
     def _check_lengths(self) -> None:
         """UserError for prompts that leave no room for a completion: now, and not after hours of training."""

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from scipy import stats
 
 from ftjax import assemble, tree
 from ftjax import config as configs
@@ -20,6 +19,7 @@ from ftjax.evals import general, instructions, multiple_choice
 from ftjax.evals.divergence import divergences
 from ftjax.evals.drift import drift
 from ftjax.evals.general import METRICS, Text
+from ftjax.evals.intervals import interval
 from ftjax.evals.likelihood import Item, log_likelihoods
 from ftjax.method import method_of
 from ftjax.models.decoder import Decoder
@@ -48,16 +48,6 @@ def by_category(texts: Sequence[Text], values: np.ndarray) -> dict[str, float]:
     for text, value in zip(texts, values, strict=True):
         groups.setdefault(text.category, []).append(float(value))
     return {name: float(np.mean(group)) for name, group in groups.items()}
-
-
-def interval(changes: np.ndarray) -> list[float] | None:
-    """The 95 % interval of the mean of `changes`, one of each text: bootstrap over texts (BCa). None for one text."""
-    if len(changes) < 2:
-        return None
-    if np.ptp(changes) == 0:
-        return [float(changes[0])] * 2
-    found = stats.bootstrap((changes,), np.mean, rng=np.random.default_rng(0)).confidence_interval
-    return [float(found.low), float(found.high)]
 
 
 def prompts_of(loader: Loader | None, most: int = 1000) -> list[np.ndarray]:

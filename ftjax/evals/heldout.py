@@ -1,7 +1,6 @@
 """What contestants are compared on: scored questions, and rows that have only a loss; a sample of large sets."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from ftjax.data import pipeline
 from ftjax.data.batch import packing
 from ftjax.data.tokens.examples import Examples
 from ftjax.evals import formats
+from ftjax.evals.likelihood import TOKENS, placed, row_length
 from ftjax.evals.scored import Question, likely_entries, question_of, scored_sets, split_entries
 from ftjax.method import method_of
 from ftjax.models.decoder import Decoder
@@ -26,7 +26,6 @@ from ftjax.tree import Tree
 
 LOSS = "loss"  # the metric of rows without a score
 ROWS = "held-out rows"  # their name
-_SHORTEST, _TOKENS = 32, 2048  # of a row, and of a batch of them
 
 
 class HeldOut(NamedTuple):
@@ -101,18 +100,17 @@ def losses(
     Rows have few lengths, and batches as many tokens whatever these are. On the mesh of `jax.set_mesh`.
     """
     examples, used = rows
-    lengths = [_SHORTEST * 2 ** max(math.ceil(math.log2(examples.lengths[i] / _SHORTEST)), 0) for i in used]
     mesh = jax.sharding.get_mesh()
+    lengths = [row_length(examples.lengths[i], model.spec.max_position_embeddings, mesh) for i in used]
     sums, tokens, done = np.zeros(len(used)), np.zeros(len(used)), 0
     for length in sorted(set(lengths)):
         places = np.flatnonzero(np.asarray(lengths) == length)
-        size = max(_TOKENS // length, 1) * sharding.row_parts(mesh)
+        size = max(TOKENS // length, 1) * sharding.row_parts(mesh)
         for first in range(0, len(places), size):
             part = places[first : first + size]
             chosen = [used[place : place + 1] for place in part] + [used[:0]] * (size - len(part))
             batch = packing.fill(examples, chosen, length)
-            placed = {name: sharding.place(mesh, ("batch", "length"), array) for name, array in batch.items()}
-            sums[part] = np.asarray(_sums(model, variables, placed), np.float64)[: len(part)]
+            sums[part] = np.asarray(_sums(model, variables, placed(batch)), np.float64)[: len(part)]
             tokens[part] = batch["weights"].sum(-1)[: len(part)]
             done += len(part)
             on_progress(done)

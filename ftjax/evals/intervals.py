@@ -10,7 +10,7 @@ _RESAMPLES = 9999
 _VALUES = 2**22  # that are held at once
 
 
-def interval(values: ArrayLike, weights: ArrayLike | None = None) -> tuple[float, float] | None:
+def interval(values: ArrayLike, weights: ArrayLike | None = None) -> list[float] | None:
     """The 95 % interval of sum(values) / sum(weights), each example drawn as a whole; None of fewer than two examples.
 
     For two contestants on the same examples give their differences: then an example is drawn for both at once (the
@@ -38,7 +38,7 @@ def interval(values: ArrayLike, weights: ArrayLike | None = None) -> tuple[float
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return [float(found.low), float(found.high)]
 
 
 def examples_needed(differences: ArrayLike) -> int | None:

@@ -114,7 +114,7 @@ def batches(model: Decoder, items: Sequence[Item]) -> Iterator[Batch]:
     _check(model, items)
     mesh = jax.sharding.get_mesh()
     sizes = np.array([len(item.context) + len(item.continuation) - 1 for item in items])  # the last is a target alone
-    lengths = np.array([_row_length(size, model.spec.max_position_embeddings, mesh) for size in sizes])
+    lengths = np.array([row_length(size, model.spec.max_position_embeddings, mesh) for size in sizes])
     for length in sorted(set(lengths.tolist())):
         indices = np.flatnonzero(lengths == length)
         rows = _rows(len(indices), length, mesh)
@@ -140,7 +140,7 @@ def _forward(model: Decoder, variables: Tree, batch: dict[str, jax.Array]) -> tu
     return sharding.constrain(nll, None, None), sharding.constrain(correct, None, None)  # whole, for every host
 
 
-def _row_length(size: int, positions: int, mesh: Mesh) -> int:
+def row_length(size: int, positions: int, mesh: Mesh) -> int:
     """The shortest length of a row that holds `size` tokens."""
     parts = 1 if mesh.empty else mesh.shape["context"]
     shortest = SHORTEST if parts == 1 else 128 * parts  # a part of a row has the length that attention kernels want

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ftjax.errors import UserError
 from ftjax.evals.formats import Format
-from ftjax.prompts import Prompt
+from ftjax.prompts import Prompt, lines_of
 
 SYSTEM = "{system}"  # stands for what the prompt's own system message says
 _ROLES = ("system", "developer")
@@ -53,15 +53,7 @@ def usual(form: Format | None) -> list[Instruction]:
 
 def of_file(path: Path) -> list[Instruction]:
     """An instruction a line, {system} in it being what the prompt's own system message says."""
-    if not path.is_file():
-        raise UserError(f"--instructions {path}: no such file; check the path")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--instructions {path}: is not UTF-8 text ({error}); convert it") from error
-    if not (found := [Instruction(line.strip()) for line in lines if line.strip()]):
-        raise UserError(f"--instructions {path}: is empty; write an instruction on each line")
-    return found
+    return [Instruction(line.strip()) for line in lines_of(path, "an instruction") if line.strip()]
 
 
 def applied(prompt: Prompt, instruction: Instruction) -> Prompt:

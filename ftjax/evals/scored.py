@@ -90,33 +90,28 @@ class ScoredSet(NamedTuple):
 
 
 def split_entries(config: ConfigDict) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(the entries of data.eval that are scored, those that have a loss), each as `configs.sources` gives it."""
-    scored, by_loss = [], []
-    for entry in configs.sources(config, "eval"):
-        if entry.get("score") in LIKELY:
-            continue
-        if entry["source"].startswith(TASK):
-            scored.append({"split": "test", "score": _TASK_SCORE, **entry})
-        elif "score" in entry:
-            scored.append(entry)
-        else:
-            by_loss.append(entry)
-    return scored, by_loss
+    """(the entries of data.eval that are answered and scored, those that have a loss)."""
+    entries = _entries(config)
+    scored = [entry for entry in entries if "score" in entry and entry["score"] not in LIKELY]
+    return scored, [entry for entry in entries if "score" not in entry]
 
 
 def likely_entries(config: ConfigDict) -> list[dict[str, Any]]:
     """The entries of data.eval that are measured by likelihoods (`ftjax.evals.likely`)."""
-    return [entry for entry in configs.sources(config, "eval") if entry.get("score") in LIKELY]
+    return [entry for entry in _entries(config) if entry.get("score") in LIKELY]
 
 
 def metric_names(config: ConfigDict) -> list[str]:
-    """The metrics that entries are scored with, the higher, the better, without reading them."""
-    names = []
-    for entry in configs.sources(config, "eval"):
-        entry = {"score": _TASK_SCORE, "split": "test", **entry} if entry["source"].startswith(TASK) else entry
-        if entry.get("score", PERPLEXITY) != PERPLEXITY:
-            names.append(f"eval_{entry_name(entry)}/{_score_name(entry)}")
-    return names
+    """The metrics that entries are scored with, the higher, the better, in their order and without reading them."""
+    entries = [entry for entry in _entries(config) if entry.get("score", PERPLEXITY) != PERPLEXITY]
+    return [f"eval_{entry_name(entry)}/{_score_name(entry)}" for entry in entries]
+
+
+def _entries(config: ConfigDict) -> list[dict[str, Any]]:
+    """Those of data.eval; a task has its own split and score where it is given no others."""
+    own = {"split": "test", "score": _TASK_SCORE}
+    entries = configs.sources(config, "eval")
+    return [own | entry if entry["source"].startswith(TASK) else entry for entry in entries]
 
 
 def scored_sets(config: ConfigDict) -> list[ScoredSet]:

@@ -1,6 +1,6 @@
 """Learning from pairs of answers, one preferred: DPO and its family, with a reference or without (SimPO, ORPO, CPO)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -81,11 +81,6 @@ def preference_totals(variables: Tree, batch: Batch) -> dict[str, jax.Array]:
     """What a loss needs to know of the whole step: the number of pairs and of tokens of the chosen answers."""
     chosen, _ = pair_sums((batch["weights"] != 0).astype(jnp.float32), batch["segment_ids"])
     return {"pairs": (chosen > 0).astype(jnp.float32).sum(), "chosen_tokens": chosen.sum()}
-
-
-def make_totals(model: Decoder, config: ConfigDict) -> Callable[[Tree, Batch], dict[str, jax.Array]]:
-    """`preference_totals`, as a method's line has it."""
-    return preference_totals
 
 
 def compares_pairs(config: ConfigDict) -> str:

@@ -15,6 +15,7 @@ from ftjax.errors import UserError
 from ftjax.evals.best import Standing
 from ftjax.evals.deciding import smaller_is_better
 from ftjax.evals.evaluator import is_eval
+from ftjax.evals.general import METRICS as GENERAL
 from ftjax.reporting import evaluation as evaluations
 from ftjax.reporting.charts import figure, share
 from ftjax.reporting.evaluation import Evaluation
@@ -23,7 +24,6 @@ from ftjax.training.checkpoint import complete_steps
 
 # Last words of the names of metrics.
 _SHARES = ("accuracy", "accuracies")
-GENERAL = "eval_general/"  # metrics of general text, which say what was forgotten: of all of it, and by category
 
 
 class Sample(NamedTuple):

@@ -18,6 +18,7 @@ from ftjax.data import pipeline
 from ftjax.errors import UserError
 from ftjax.evals import forgetting, general
 from ftjax.evals.general import Text
+from ftjax.evals.intervals import interval
 from ftjax.evals.likelihood import Item
 from ftjax.objectives.reference import REFERENCE, policy_and_reference
 
@@ -175,12 +176,12 @@ def test_what_ships_is_text_of_several_kinds_and_languages():
 
 def test_the_interval_of_the_mean_is_that_of_scipy_and_of_one_value_alone_there_is_none():
     changes = np.random.default_rng(0).normal(0.1, 0.2, 40)
-    low, high = forgetting.interval(changes)
+    low, high = interval(changes)
     half = 1.96 * changes.std(ddof=1) / 40**0.5
     assert low == pytest.approx(changes.mean() - half, abs=0.01)
     assert high == pytest.approx(changes.mean() + half, abs=0.01)
-    assert forgetting.interval(np.zeros(3)) == [0, 0]
-    assert forgetting.interval(np.ones(1)) is None
+    assert interval(np.zeros(3)) == [0, 0]
+    assert interval(np.ones(1)) is None
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ def write(path, rows):
 
 def test_choices_and_perplexity_are_measured_in_a_run(tmp_path):
     write_run(tmp_path)
-    texts = write(tmp_path / "texts.jsonl", [{"text": "The red lamp is broken"}, {"text": "send blue and red"}])
+    said = [("The red lamp is broken", "send red"), ("The blue lamp", "send blue")]
+    turns = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in said]
+    texts = write(tmp_path / "texts.jsonl", [{"messages": its} for its in turns])
     questions = write(tmp_path / "quiz.jsonl", QUESTIONS)
     config = runpy.run_path(str(tmp_path / "run.py"))["get_config"]()
     entries = ({"source": questions, "score": "multiple_choice"}, {"source": texts, "score": "perplexity"})
@@ -38,8 +40,7 @@ def test_choices_and_perplexity_are_measured_in_a_run(tmp_path):
         if "eval_loss" in record:
             # Two questions have either answer, and the model cannot tell them apart.
             assert record["eval_quiz/multiple_choice"] == record["eval_quiz/multiple_choice_by_bytes"] == 0.5
-            # A text's end is trained, and not a word of the text: the loss is over one token more.
-            assert record["eval_texts/perplexity"] == pytest.approx(math.exp(record["eval_loss"]), rel=0.5)
+            assert record["eval_texts/perplexity"] == pytest.approx(math.exp(record["eval_loss"]), rel=1e-5)
     assert {"eval_texts/perplexity", "eval_quiz/multiple_choice"} <= record.keys()
 
 

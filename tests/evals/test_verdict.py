@@ -109,7 +109,7 @@ def test_the_interval_of_a_share_is_that_of_the_binomial_distribution():
     for ones, n in ((30, 100), (2, 40)):
         expected = stats.binom.ppf([0.025, 0.975], n, ones / n) / n
         np.testing.assert_allclose(intervals.interval(shares(ones, n)), expected, atol=1 / n)
-    assert intervals.interval(np.zeros(20)) == (0, 0)  # nothing can be drawn but zeros
+    assert intervals.interval(np.zeros(20)) == [0, 0]  # nothing can be drawn but zeros
     assert intervals.interval([1.0]) is None
 
 
