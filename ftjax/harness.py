@@ -13,20 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
-from ftjax import assemble, cli, distributed, sharding
+from ftjax import assemble, cli, distributed
 from ftjax import config as configs
+from ftjax.adapted import NONE, load_model
 from ftjax.assemble import Base
 from ftjax.atomic import write_text
 from ftjax.errors import UserError
 from ftjax.evals import best
-from ftjax.models.params import abstract_params
 from ftjax.prompts import check_out
 from ftjax.training.display import Display
 from ftjax.tree import Tree
-from ftjax.weights.load import load_params
 
 
 def evaluate(base: Base, variables: Tree, tasks: list[str], include_path: str | None, batch_size: int, **options):
@@ -48,16 +46,6 @@ def evaluate(base: Base, variables: Tree, tasks: list[str], include_path: str | 
         raise UserError(f"--tasks: the harness has no task {unknown[0]!r}; --include_path names a folder of your own")
     model = HarnessModel(base, variables, batch_size)
     return lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, **options)
-
-
-def load_base(source: str, dtype: str) -> tuple[Base, Tree]:
-    """A whole model over this machine's devices."""
-    config = configs.defaults()
-    config.model.source, config.model.dtype, config.model.param_dtype = source, dtype, dtype
-    base = assemble.open_base(config.model)
-    mesh = sharding.make_mesh({"fsdp": -1})
-    with jax.set_mesh(mesh):
-        return base, {"params": load_params(base.reader, base.model.spec, abstract_params(base.model, mesh))}
 
 
 def _rows(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -88,7 +76,8 @@ def main(argv: list[str]) -> int:
         workdir = Path(FLAGS.workdir)
         _, base, variables, _ = assemble.load_run(workdir, best.choose(workdir, FLAGS.step))
     else:
-        base, variables = load_base(FLAGS.model, FLAGS.dtype)
+        base, loaded = load_model(FLAGS.model, {}, FLAGS.dtype)
+        variables = loaded[NONE]
     options = {"num_fewshot": FLAGS.num_fewshot, "limit": FLAGS.limit, "apply_chat_template": FLAGS.apply_chat_template}
     found = evaluate(base, variables, FLAGS.tasks, FLAGS.include_path, FLAGS.batch_size, **options)
     with Display(1) as display:
