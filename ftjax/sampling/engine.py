@@ -30,6 +30,7 @@ CAPACITY = 128  # tokens of a slot at first; doubled when a row needs more
 LENGTHS = 32  # the shortest length that prompts are padded to; the others are its doubles
 TOKENS = 2**13  # of prompts that are read together, with padding, unless a single one is longer
 GREEDY = Sampling()
+UNROLLED = 512  # steps of decoding from which on compiling an unrolled decoder pays on a CPU
 PART = 512  # tokens of a long prompt that are read at a time, where attention holds dense scores
 
 
@@ -134,12 +135,17 @@ class Engine:
       variables: {"params": ..., "lora"?: ..., "quant"?: ...}, on one device or sharded.
       slots: rows at once; on a mesh, rounded up to a multiple of the devices that share a batch.
       stops, biases: the most stop tokens and biased tokens of a request.
+      steps: about how many there will be, on which depends what pays.
     """
 
-    def __init__(self, model: Decoder, variables: Tree, slots: int, stops: int = 8, biases: int = 0):
+    def __init__(
+        self, model: Decoder, variables: Tree, slots: int, stops: int = 8, biases: int = 0, steps: int = UNROLLED
+    ):
         self._mesh = jax.sharding.get_mesh()
         self._reader, self._read_variables = model, variables
-        self._model, self._variables = _to_decode(model, variables, self._mesh)
+        self._model, self._variables = model, variables
+        if steps >= UNROLLED and _on_one_cpu(variables):
+            self._model, self._variables = model.clone(unrolled=True), _unrolled(model.spec, variables)
         self._stops, self._biases = stops, biases
         self._rows: list[_Row | None] = [None] * _rounded(slots, self._mesh)
         self._waiting: deque[_Row] = deque()
@@ -319,7 +325,8 @@ def generate(
         request.check(model, f"prompt {number}")
     if not prompts:
         return []
-    engine = Engine(model, variables, min(batch_size, len(prompts)), _most(stop_tokens))
+    steps = math.ceil(len(prompts) / batch_size) * max_new_tokens
+    engine = Engine(model, variables, min(batch_size, len(prompts)), _most(stop_tokens), steps=steps)
     # Prompts of similar length are read together, which saves computing padding.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     for number in order:
@@ -345,7 +352,7 @@ def stream(
 
     prompt: int32 [length]. Raises what `generate` raises, at the call and not at the first token.
     """
-    engine = Engine(model, variables, 1, _most(stop_tokens))
+    engine = Engine(model, variables, 1, _most(stop_tokens), steps=max_new_tokens)
     engine.add(Request(prompt, max_new_tokens, sampling, stop_tokens))
     return _stream(engine)
 
@@ -361,13 +368,10 @@ def rows_per_batch(prompts: int, batch_size: int) -> int:
     return _rounded(min(batch_size, prompts), jax.sharding.get_mesh())
 
 
-def _to_decode(model: Decoder, variables: Tree, mesh: jax.sharding.Mesh) -> tuple[Decoder, Tree]:
-    """The decoder and its variables as they decode fastest: on a CPU without scans (see models.groups)."""
-    on_one = mesh.empty or mesh.size == 1
+def _on_one_cpu(variables: Tree) -> bool:
+    """Whether the variables are on a single device, a CPU: there a scan copies each layer's part for every token."""
     devices = {device for leaf in jax.tree.leaves(variables) for device in _devices(leaf)}
-    if not on_one or len(devices) > 1 or sharding.platform(jax.sharding.get_abstract_mesh()) != "cpu":
-        return model, variables
-    return model.clone(unrolled=True), _unrolled(model.spec, variables)
+    return len(devices) <= 1 and {device.platform for device in devices} <= {"cpu"}
 
 
 def _devices(leaf: jax.Array | np.ndarray) -> set:
