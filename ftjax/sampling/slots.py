@@ -151,7 +151,7 @@ def enter(
         put(slots.active, active),
         jax.tree.map(put, slots.rows, rows),
     )
-    return _lay_out(slots), chosen
+    return _lay_out(slots), _on_all(chosen)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -191,7 +191,7 @@ def decode(
         return slots, step + 1, made, there.at[step].set(was)
 
     slots, _, made, there = jax.lax.while_loop(goes_on, one, (slots, 0, nothing, jnp.zeros((most, batch), bool)))
-    return _lay_out(slots), made, there
+    return _lay_out(slots), _on_all(made), _on_all(there)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -226,8 +226,12 @@ def _lay_out(slots: Slots) -> Slots:
 
     keys, values = jax.tree.map(split, (slots.cache.keys, slots.cache.values))
     cache = slots.cache.replace(keys=keys, values=values)
-    others = jax.tree.map(lambda x: sharding.constrain(x, *[None] * x.ndim), slots.replace(cache=None))
-    return others.replace(cache=cache)
+    return _on_all(slots.replace(cache=None)).replace(cache=cache)
+
+
+def _on_all(arrays: Any) -> Any:
+    """Whole on every device, for the hosts to read."""
+    return jax.tree.map(lambda x: sharding.constrain(x, *[None] * x.ndim), arrays)
 
 
 def rows_of(given: list[Rows], stops: int, biases: int, size: int) -> Rows:
