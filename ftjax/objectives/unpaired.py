@@ -104,6 +104,30 @@ def estimates_kl(config: ConfigDict) -> bool:
     return KTO in _weights(config)
 
 
+def imbalance(config: ConfigDict, good: float, bad: float) -> str:
+    """What to change where so many good and bad answers do not count as equation 8 recommends; "" where they do.
+
+    That is desirable_weight good : undesirable_weight bad from 1 : 1 to 4 : 3.
+    """
+    if not good or not bad:
+        return f"all answers are called {'good' if good else 'bad'}; kto learns from the difference, so add others"
+    weights = {
+        "desirable_weight": config.desirable_weight * good,
+        "undesirable_weight": config.undesirable_weight * bad,
+    }
+    if not all(weights.values()):  # one side is left out on purpose
+        return ""
+    ratio = weights["desirable_weight"] / weights["undesirable_weight"]
+    if 0.99 <= ratio <= 1.34:  # rounded, as people do
+        return ""
+    key, factor = ("desirable_weight", 7 / 6 / ratio) if ratio < 1 else ("undesirable_weight", ratio / (7 / 6))
+    return (
+        f"{good:,.0f} answers are called good and {bad:,.0f} bad, which count as {ratio:.2g} : 1 by "
+        "config.objective.desirable_weight and undesirable_weight; between 1 : 1 and 4 : 3 is recommended (Ethayarajh "
+        f"et al. 2024): --config.objective.{key}={config[key] * factor:.2g} makes it so"
+    )
+
+
 def _weights(config: ConfigDict) -> dict[str, float]:
     return dict(mixture(config, ((KTO, 1.0),), (KTO, APO_ZERO)))
 

@@ -46,7 +46,7 @@ class Loader:
     multiple: int = 1  # batch lengths without packing are multiples of it; it changes padding and nothing else
     mismatched: int = 0  # the most tokens of a mismatched document; 0: there are none
     lengths: tuple[int, ...] = field(init=False)  # all lengths that batches have
-    _prompts: Prompts | None = field(init=False, repr=False, default=None)
+    prompts: Prompts | None = field(init=False, repr=False, default=None)  # with `mismatched`
     _rows: dict[int, int] = field(init=False, repr=False, default_factory=dict)  # rows of each epoch seen so far
     _plan: tuple[int, RowPlan | None] = field(init=False, repr=False, default=(-1, None))  # the last epoch used
 
@@ -67,7 +67,7 @@ class Loader:
         if not self.packing:
             self.lengths = buckets.batch_lengths(self.examples.lengths, self.max_length, self.multiple)
         if self.mismatched:
-            self._prompts = Prompts.of(self.examples)
+            self.prompts = Prompts.of(self.examples)
         if self.shuffle and not self.rows_per_epoch(0):
             raise UserError("an epoch has no examples; raise the weights of data.train, or add rows")
 
@@ -101,7 +101,7 @@ class Loader:
         """int [n]: the examples of the first of so many batches whose prompts are all the same; None: there is none."""
         for index in range(batches):
             documents = np.concatenate(self._batch_rows(index))
-            numbers = self._prompts.numbers[documents]
+            numbers = self.prompts.numbers[documents]
             if (numbers == numbers[0]).all():
                 return documents
         return None
@@ -159,11 +159,11 @@ class Loader:
         batch = packing.fill(self.examples, [row if b in wanted else row[:0] for b, row in enumerate(plan_rows)], T)
         if partners is not None:
             shape, documents = batch["tokens"].shape, np.concatenate(plan_rows)
-            batch |= mismatched.fill(self.examples, self._prompts, documents, partners, shape, self.mismatched, rows)
+            batch |= mismatched.fill(self.examples, self.prompts, documents, partners, shape, self.mismatched, rows)
         return batch
 
     def _partners(self, documents: np.ndarray) -> np.ndarray | None:
-        return mismatched.partners(self._prompts, documents) if self._prompts else None
+        return mismatched.partners(self.prompts, documents) if self.prompts else None
 
     def _batch_rows(self, index: int) -> list[np.ndarray]:
         epoch, row = self._locate(index * self.batch_size)
