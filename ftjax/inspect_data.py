@@ -99,7 +99,9 @@ def inspect(config: ConfigDict, options: dict) -> int:
             for number, documents in enumerate(found.parts, 1)
             for name, document in documents.items()
         ]
-        return found.row.origin, [(name, pieces(*document, base.tokenizer)) for name, document in named]
+        return found.row.origin, [
+            (name, pieces(document.tokens, document.trained, base.tokenizer)) for name, document in named
+        ]
 
     codes = {}
     for code, indices in result.marked.items():

@@ -156,7 +156,7 @@ def test_losses_of_labeled_answers_are_trls(name, record_figure):
         from trl.trainer import kto_trainer
     weights = {"desirable_weight": 1.4, "undesirable_weight": 0.8}
     config, sides = settings({name: 1.0}, name="kto", **weights), [True, False, True]
-    answers, others = documents(7, [9, 12, 7]), documents(9, [8, 11, 9])
+    answers, others = documents(7, [9, 12, 7]), documents(11, [8, 11, 9])
     policy, reference = (Scored(torch_llama(CONFIG, numpy_params(MODEL, seed))) for seed in (0, 1))
     trainer = trainer_of(config, policy, reference, loss_type=name, calculate_KL=name == "kto", **weights)
     trainer._compute_kl_logps = types.MethodType(kto_trainer.KTOTrainer._compute_kl_logps, trainer)
