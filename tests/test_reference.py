@@ -19,7 +19,6 @@ from ftjax.weights.peft.adapter import write_adapter
 KINDS = {
     "fresh LoRA": ({}, set()),
     "gone on from": ({"adapter.source": "SFT"}, {"lora"}),
-    "gone on from, KTO": ({"adapter.source": "SFT", "objective.name": "kto"}, {"lora"}),
 }
 SLOW = {
     "full": ({"adapter.kind": "none", "adapter.rank": 16}, {"params"}),
@@ -29,6 +28,7 @@ SLOW = {
     "DoRA": ({"adapter.kind": "dora"}, {"lora"}),
     "PiSSA": ({"adapter.init": "pissa"}, {"lora"}),
     "int8": ({"quantize.base": "int8"}, set()),
+    "gone on from, KTO": ({"adapter.source": "SFT", "objective.name": "kto"}, {"lora"}),
     "full, KTO": ({"adapter.kind": "none", "adapter.rank": 16, "objective.name": "kto"}, {"params"}),
     "int8, KTO": ({"quantize.base": "int8", "objective.name": "kto"}, set()),
     "TR-KTO": ({"objective.reference_every": 100, "objective.name": "kto"}, set()),

@@ -111,13 +111,10 @@ def imbalance(config: ConfigDict, good: float, bad: float) -> str:
     """
     if not good or not bad:
         return f"all answers are called {'good' if good else 'bad'}; kto learns from the difference, so add others"
-    weights = {
-        "desirable_weight": config.desirable_weight * good,
-        "undesirable_weight": config.undesirable_weight * bad,
-    }
-    if not all(weights.values()):  # one side is left out on purpose
+    ours, theirs = config.desirable_weight * good, config.undesirable_weight * bad
+    if not ours or not theirs:  # a side is left out on purpose
         return ""
-    ratio = weights["desirable_weight"] / weights["undesirable_weight"]
+    ratio = ours / theirs
     if 0.99 <= ratio <= 1.34:  # rounded, as people do
         return ""
     key, factor = ("desirable_weight", 7 / 6 / ratio) if ratio < 1 else ("undesirable_weight", ratio / (7 / 6))

@@ -76,8 +76,11 @@ QUICK = [
     ("mixture", "lora", "fsdp=2 x context=2 x expert=2", 4, True, "none"),
     ("dense", "dpo", "1", 1, True, "none"),
     ("dense", "dpo", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
+]
+LABELED = [
     ("dense", "kto", "1", 1, True, "none"),
     ("dense", "kto", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
+    ("dense", "kto", "data=2 x fsdp=4", 4, True, "full"),
 ]
 
 
@@ -271,4 +274,4 @@ def main(cases):
 
 
 if __name__ == "__main__":
-    main({"quick": QUICK, "full": list(grid())}[sys.argv[1]])
+    main({"quick": QUICK, "labeled": LABELED, "full": list(grid())}[sys.argv[1]])
