@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import re
-import signal
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from support.pairs import begun, config_of, write_labeled
-from support.runs import command, finish, signal_at_step, write_model
+from support.runs import command, finish, write_model
 from support.tiny import one_device
 
 from ftjax import assemble, choices, inspect_data, preflight
@@ -148,25 +147,19 @@ def test_a_run_begins_at_one_half_learns_and_comes_back_with_the_same_bits(root)
     config = configs.changed(config, {"checkpoint_every": 4, "data.checks": "off", "accumulate": 2})
     configs.write(config, root / "run.json")
 
-    def train(name):
-        return command("ftjax.train", "--config", str(root / "run.json"), "--workdir", str(root / name))
-
-    def records(name):
+    def train(*changes):
+        finish(command("ftjax.train", "--config", str(root / "run.json"), "--workdir", str(root / "run"), *changes))
         timed = ("step_time", "tokens_per_second", "data_wait")
-        found = metrics.read(root / name / "metrics.jsonl")
-        return [{key: value for key, value in record.items() if key not in timed} for record in found]
+        found = metrics.read(root / "run/metrics.jsonl")
+        records = [{key: value for key, value in record.items() if key not in timed} for record in found]
+        return records, jax.tree.map(np.asarray, assemble.load_run(root / "run")[2])
 
-    finish(train("whole"))
-    whole = records("whole")
+    whole, weights = train()
     first, last = next(record for record in whole if record["step"] == 1), whole[-1]
     assert first["loss"] == whole[0]["eval_loss"] == 0.5
     assert first["kl"] == first["rewards/margins"] == whole[0]["eval_kl"] == 0
     assert last["eval_loss"] < 0.4
     assert last["eval_rewards/margins"] > 0.5
-    process = train("killed")
-    signal_at_step(process, root / "killed", 6, signal.SIGKILL)
-    process.communicate()
-    finish(train("killed"))
-    assert records("killed") == whole
-    ours, theirs = (assemble.load_run(root / name)[2] for name in ("killed", "whole"))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    records, again = train("--config.checkpoint.resume_step=8")
+    assert records == whole
+    jax.tree.map(np.testing.assert_array_equal, again, weights)
