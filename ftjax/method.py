@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from ftjax import config as configs
 from ftjax.data.batch.loader import Loader
+from ftjax.data.batch.mismatched import MISMATCHED
 from ftjax.data.batch.packing import BATCH, LABELS, REPLAY
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError, did_you_mean
@@ -22,6 +23,7 @@ from ftjax.models.decoder import Decoder
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.preference import make_preference, preference_totals
 from ftjax.objectives.sft import make_sft
+from ftjax.objectives.unpaired import estimates_kl, make_unpaired, make_unpaired_totals
 from ftjax.training.source import FileSource, Source
 from ftjax.training.state import Kept, moving_reference
 from ftjax.tree import Tree
@@ -45,6 +47,8 @@ class Method(NamedTuple):
         objective.kl_coef every one does.
       heads: config.objective -> {name: how many numbers it gives}, the heads that it adds (`models.heads`).
       batch: the arrays [rows, length] of its batches, beside the labels of rows that have some.
+      mismatched: config.objective -> whether batches have prompts with completions of other rows, too
+        (`data.batch.mismatched`).
       totals: (model, config.objective) -> the function (variables, batch) -> sums that the objective needs of a whole
         step, or evaluation, first (`make_step`).
       kept: what it keeps from step to step beside the weights, such as a controller or a moving average.
@@ -60,6 +64,7 @@ class Method(NamedTuple):
     reference: bool = False
     heads: Callable[[ConfigDict], Mapping[str, int]] = lambda config: {}
     batch: Mapping[str, type[np.generic]] = types.MappingProxyType(BATCH)
+    mismatched: Callable[[ConfigDict], bool] = lambda config: False
     totals: Callable[[Decoder, ConfigDict], Callable[[Tree, dict], Tree]] | None = None
     kept: Kept | None = None
     source: Callable[..., Source] = from_files
@@ -88,6 +93,16 @@ METHODS = {
             *("reference_every", "reference_share"),
         ),
         reference=True,
+    ),
+    "kto": Method(
+        make_unpaired,
+        rows="labeled",
+        learning_rates={"lora": 1e-5, "dora": 1e-5, "none": 1e-6},
+        epochs=(1.0, 3.0),
+        settings=("beta", "loss", "desirable_weight", "undesirable_weight", "reference_every", "reference_share"),
+        reference=True,
+        mismatched=estimates_kl,
+        totals=make_unpaired_totals,
     ),
     "cpo": _PAIRS._replace(
         objective=functools.partial(make_preference, usual=(("sigmoid", 1.0), ("sft", 1.0)), reference=False),
@@ -126,7 +141,7 @@ def method_of(config: ConfigDict) -> Method:
     if method.rows != "conversation" and configs.replays(config):
         raise UserError(
             f"config.data.train: the option 'replay' is for conversations and texts, which {name!r} does not learn "
-            "from; mix rows of pairs by 'weight'"
+            "from; mix rows by 'weight'"
         )
     if every := config.objective.reference_every:
         method = method._replace(kept=moving_reference(every, config.objective.reference_share))
@@ -134,6 +149,7 @@ def method_of(config: ConfigDict) -> Method:
         raise UserError("config.objective.reference_share is of a reference that moves; set objective.reference_every")
     batch = dict(method.batch) | (LABELS if ROW_KINDS[method.rows].labeled else {})
     batch |= REPLAY if configs.replays(config) else {}
+    batch |= MISMATCHED if method.mismatched(config.objective) else {}
     return method._replace(reference=method.reference or config.objective.kl_coef > 0, batch=batch)
 
 

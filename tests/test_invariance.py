@@ -54,10 +54,16 @@ def test_twenty_steps_are_the_same_however_they_are_split(quick, record_figure):
     check_invariance(dict(quick), record_figure)
 
 
+@pytest.mark.slow  # in one process, however a step is split, in tests/objectives/test_unpaired.py
+def test_twenty_steps_on_labeled_answers_are_the_same_however_they_are_split(record_figure):
+    """The reference point of KTO is of the whole step: not of a micro-batch, or of a device."""
+    check_invariance(run("labeled", "--xla_backend_optimization_level=0"), record_figure)
+
+
 @pytest.mark.slow
 def test_every_combination_of_mesh_accumulation_and_packing(record_figure):
     out = run("full", "--xla_backend_optimization_level=0", limit=7200)
-    assert len(out) == 4 + (11 + 5) * 3 * 2 + (11 + 5) * 2 + 11
+    assert len(out) == 4 + (11 + 5) * 3 * 2 + (11 + 5) * 2 + 2 * 11
     check_invariance(out, record_figure)
 
 

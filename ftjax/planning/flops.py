@@ -1,10 +1,11 @@
 """How many FLOPs a training step needs: counted from the model, without what is computed twice to save memory."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftjax import tree
 from ftjax.assemble import Program
+from ftjax.data.batch.mismatched import MISMATCHED
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.models.groups import stack_of, stacks
 from ftjax.models.spec import DecoderSpec
@@ -21,7 +22,7 @@ class Flops:
     to_weights: float  # and to the weights, of those that are trained
     attention: float  # scores and sums of values, forward
     attention_backward: float
-    reference: float = 0.0  # the forward pass of a reference beside it
+    reference: float = 0.0  # forward passes without gradients: of a reference, of documents that only measure
 
     @property
     def total(self) -> float:
@@ -53,7 +54,10 @@ def of_step(program: Program) -> Flops:
     accumulate, rows, _ = program.batch["tokens"].shape
     documents, length = _documents(program)
     variables, is_trained, reference = program.variables, program.is_trained, program.method.reference
-    return count(program.model.spec, variables, is_trained, accumulate * rows * documents, length, reference)
+    found = count(program.model.spec, variables, is_trained, accumulate * rows * documents, length, reference)
+    if MISMATCHED.keys() <= program.batch.keys():  # as many tokens again, forward through policy and reference
+        found = replace(found, reference=2 * found.reference + found.forward + found.attention)
+    return found
 
 
 def reaches(program: Program) -> list[float]:

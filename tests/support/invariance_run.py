@@ -22,6 +22,7 @@ from ftjax.models.heads import abstract_heads, init_heads
 from ftjax.models.params import abstract_params, logical_axes
 from ftjax.objectives.preference import make_preference, preference_totals
 from ftjax.objectives.sft import make_sft
+from ftjax.objectives.unpaired import make_unpaired, make_unpaired_totals
 from ftjax.training.optim import OPTIMIZERS, make_optimizer, make_schedule
 from ftjax.training.state import abstract_state, init_state
 from ftjax.training.step import make_step
@@ -30,7 +31,8 @@ from support.tiny import OPTIMIZER as DEFAULTS
 
 STEPS = 20
 OPTIMIZER = ConfigDict(DEFAULTS.to_dict() | {"weight_decay": 0.01})
-RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3}  # dpo: adapters trained on pairs, whose first losses are all ln 2
+# dpo and kto: adapters trained on preferences, whose first losses are all alike
+RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3, "kto": 2e-3}
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64}
 SPECS = {
     "dense": spec(**SIZES),
@@ -75,6 +77,11 @@ QUICK = [
     ("dense", "dpo", "1", 1, True, "none"),
     ("dense", "dpo", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
 ]
+LABELED = [
+    ("dense", "kto", "1", 1, True, "none"),
+    ("dense", "kto", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
+    ("dense", "kto", "data=2 x fsdp=4", 4, True, "full"),
+]
 
 
 def grid():
@@ -91,12 +98,14 @@ def grid():
                 yield model, kind, mesh, accumulate, packed, REMATS[(index + index // 6) % 3]
     for index, mesh in enumerate(MESHES):
         yield "dense", "dpo", mesh, 1 + index % 2, index % 3 > 0, REMATS[index % 3]
+        yield "dense", "kto", mesh, 1 + (index + 1) % 2, index % 3 > 1, REMATS[index % 3]
 
 
 def batches(kind, accumulate, packed):
     """20 batches of 64 documents of 4 to 12 tokens: 32 rows of two, or 64 of one; [accumulate, rows, length].
 
-    For dpo every two documents are a pair: 16 rows of two pairs, or 32 of one.
+    For dpo every two documents are a pair: 16 rows of two pairs, or 32 of one. For kto each is good or bad, and there
+    are as many mismatched documents.
     """
     unit = 2 if kind == "dpo" else 1
     for step in range(STEPS):
@@ -106,7 +115,21 @@ def batches(kind, accumulate, packed):
         each = 2 * unit if packed else unit
         rows = [docs[i : i + each] for i in range(0, 64, each)]
         batch = batch_of(rows, 12 * each if each > 1 else 16)
+        if kind == "kto":
+            batch |= labels_and_mismatched(step, docs, batch, each)
         yield {name: array.reshape(accumulate, -1, array.shape[1]) for name, array in batch.items()}
+
+
+def labels_and_mismatched(step, docs, batch, each):
+    """Labels by lot for a batch of `each` documents to a row, and prompts with the completion of the next document."""
+    length, label = batch["tokens"].shape[1], np.random.default_rng(200 + step).choice([-1.0, 1.0], 64)
+    number = np.arange(0, 64, each)[:, None] + np.maximum(batch["segment_ids"] - 1, 0)
+    labels = np.where(batch["segment_ids"] > 0, label[number], 0).astype(np.float32)
+    parts = [np.split(tokens, [trained.argmax()]) for tokens, trained in docs]
+    others = [np.concatenate([prompt, then]) for (prompt, _), (_, then) in zip(parts, parts[1:] + parts[:1])]
+    others = [(tokens, np.arange(len(tokens)) >= len(prompt)) for tokens, (prompt, _) in zip(others, parts)]
+    mismatched = batch_of([others[i : i + each] for i in range(0, 64, each)], length)
+    return {"labels": labels} | {f"mismatched_{name}": array for name, array in mismatched.items()}
 
 
 def variables_on(mesh, model, kind):
@@ -137,6 +160,9 @@ def train(name, kind, mesh, accumulate, packed, remat):
     if kind == "dpo":  # with a part that must know the whole step's number of tokens
         settings = configs.changed(configs.defaults(), {"objective.loss": ("sigmoid", ("sft", 0.2))}).objective
         objective, totals = make_preference(model, settings, ()), preference_totals
+    if kind == "kto":
+        settings = configs.changed(configs.defaults(), {"objective.desirable_weight": 1.5}).objective
+        objective, totals = make_unpaired(model, settings), make_unpaired_totals(model, settings)
     step = make_step(objective, optimizer, schedule, abstract, seed=0, totals=totals)
     losses = []
     with jax.set_mesh(mesh):
@@ -248,4 +274,4 @@ def main(cases):
 
 
 if __name__ == "__main__":
-    main({"quick": QUICK, "full": list(grid())}[sys.argv[1]])
+    main({"quick": QUICK, "labeled": LABELED, "full": list(grid())}[sys.argv[1]])
