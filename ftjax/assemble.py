@@ -275,9 +275,9 @@ def _adapters(config: ConfigDict, model: Decoder, leaves: dict) -> tuple[dict[st
         lora.by_pattern(adapter.alpha, adapter.alpha_pattern, targets, "adapter.alpha_pattern")  # for its errors
         trained = _modules_to_save(adapter.modules_to_save, leaves)
     trained |= new_token_paths(config, leaves)
-    if useless := sorted(idle(config, {*ranks, *trained})):
+    if vain := sorted(idle(config, {*ranks, *trained})):
         raise UserError(
-            f"config.adapter: objective.name={config.objective.name!r} does not use {useless[0].partition('/')[0]}, which "
+            f"config.adapter: objective.name={config.objective.name!r} does not use {vain[0].partition('/')[0]}, which "
             "would learn nothing; leave it out of targets and modules_to_save"
         )
     return ranks, [name for name, wanted in chosen.items() if wanted], trained
