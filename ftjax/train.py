@@ -112,6 +112,7 @@ def _train(
     preflight.check_partners(train_loader, total_steps)
     preflight.check_balance(config, train_loader, display)
     preflight.check_rows(config, base, train_loader, heldout, display)
+    preflight.check_classes(config, train_loader, display)
 
     with jax.set_mesh(mesh):
         # Shardings, objective, optimizer and step: shapes only.
