@@ -118,6 +118,7 @@ TRL: dict[str, Ours] = _BOTH | {
     "f_alpha_divergence_coef": Ours("objective.divergence_alpha"),
     "discopop_tau": Ours("objective.discopop_tau"),
     "ld_alpha": Ours("objective.ld_alpha", "1 where theirs is None"),
+    "use_weighting": Ours("objective.weighting", "wpo where theirs is on, none where it is off"),
     "simpo_gamma": Ours("objective.gamma"),
     "ref_model_sync_steps": Ours("objective.reference_every", "0 where theirs has sync_ref_model off"),
     "ref_model_mixup_alpha": Ours("objective.reference_share"),

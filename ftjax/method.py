@@ -83,7 +83,7 @@ METHODS = {
         objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),)),
         settings=(
             *("beta", "loss", "label_smoothing", "divergence", "divergence_alpha", "discopop_tau", "ld_alpha"),
-            *("reference_every", "reference_share"),
+            *("weighting", "reference_every", "reference_share"),
         ),
         reference=True,
     ),

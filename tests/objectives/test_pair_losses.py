@@ -192,6 +192,12 @@ REFUSED = [
     ({"loss": ("sigmoid", "aot"), "divergence": "forward_kl"}, True, "the loss 'aot' has none; leave it at reverse_kl"),
     ({"divergence": "forward_kl"}, False, "'cpo' has no reference; leave it at reverse_kl"),
     ({"divergence_alpha": 0.9}, True, "is of objective.divergence='alpha_divergence'; set both"),
+    (
+        {"weighting": "wpo", "loss": ("sigmoid", "sft")},
+        True,
+        "weighs each pair by itself, and the loss 'sft' is one of",
+    ),
+    ({"weighting": "wpo", "loss": ("aot",)}, True, "weighs each pair by itself, and the loss 'aot' is one of a whole"),
     ({"discopop_tau": 0.1}, True, "discopop_tau=0.1 does nothing with the loss sigmoid"),
 ]
 

@@ -14,7 +14,7 @@ from ftjax import config as configs
 from ftjax import tree
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.logps import pair_sums, shared_weights
-from ftjax.objectives.preference import make_preference
+from ftjax.objectives.preference import make_preference, pair_weights
 from ftjax.objectives.reference import frozen_with_reference
 
 BETA = 0.3
@@ -109,6 +109,63 @@ def test_a_policy_that_is_its_reference_has_margin_0_and_loss_ln_2():
     assert float(loss.metrics["rewards/margins"][0]) == 0
     assert float(loss.metrics["rewards/accuracies"][0]) == 0  # strictly greater
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+
+
+def test_what_a_pair_counts_is_the_formula_of_wpo_and_has_no_gradient():
+    """Two pairs in the first row, one in the second, against float64 NumPy by token."""
+    segments = np.array([[1, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 0], [1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0]], np.int32)
+    scored = np.array([[0, 1, 1, 0, 1, 1, 0, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0]], np.float32)
+    rng = np.random.default_rng(0)
+    logps, squares = (-rng.uniform(0.1, 3, (2, *segments.shape)) * scored).astype(np.float32)
+
+    def total(logps, squares):
+        weights = pair_weights(logps, squares, pair_sums(scored, segments), segments)
+        return weights.sum(), weights
+
+    (_, found), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(logps, squares)
+    for (row, pair), sides in {(0, 0): (1, 2), (0, 1): (3, 4), (1, 0): (1, 2)}.items():
+        where = [(segments[row] == side) & (scored[row] > 0) for side in sides]
+        means = [(logps[row].astype(np.float64) - squares[row])[its].mean() for its in where]
+        assert found[row, pair] == pytest.approx(np.exp(sum(means)), rel=1e-6)
+    assert not any(np.any(gradient) for gradient in gradients)
+
+
+@pytest.mark.slow
+def test_wpo_weighs_pairs_by_how_likely_the_policy_writes_them(record_figure):
+    """Values and gradients against torch's autograd in float64 above its logits, for pairs that share a row."""
+    policy, reference = (torch_llama(CONFIG, numpy_params(MODEL, seed)) for seed in (0, 1))
+    total, weights = 0, []
+    for pair in PAIRS:
+        ours = [torch_logp(policy, document) for document in pair]
+        with torch.no_grad():
+            theirs = [torch_logp(reference, document) for document in pair]
+            aligned = [torch_aligned(policy, document) for document in pair]
+        weights.append(float(torch.exp(sum(aligned))))
+        margin = BETA * ((ours[0] - theirs[0]) - (ours[1] - theirs[1]))
+        total = total - weights[-1] * torch.nn.functional.logsigmoid(margin)
+    total.backward()
+    assert max(weights) / min(weights) > 1.5
+
+    objective = make_preference(MODEL, settings(beta=BETA, weighting="wpo"), (("sigmoid", 1.0),))
+    gradient = jax.jit(jax.value_and_grad(lambda *its: sums(objective, *its), has_aux=True))
+    params, frozen = numpy_params(MODEL, 0), frozen_with_reference({}, {"params": numpy_params(MODEL, 1)})
+    (ours, loss), found = gradient(params, frozen, LAYOUTS["packed"]())
+    np.testing.assert_allclose(ours, total.item(), rtol=1e-5)
+    assert float(loss.weight) == len(PAIRS)
+    theirs = from_torch({name: parameter.grad for name, parameter in policy.named_parameters()}, params)
+    flat = tree.flatten(found)
+    worst = max(np.abs(flat[path] - theirs[path]).max() for path in theirs)
+    assert worst < 1e-5 * max(np.abs(theirs[path]).max() for path in theirs)
+    record_figure("gradients", worst)
+
+
+def torch_aligned(model, document):
+    """The mean over an answer's tokens of log p(token) - log sum_v p(v)^2."""
+    tokens, trained = document
+    ids = torch.tensor(tokens, dtype=torch.long)
+    logps = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1].double(), -1)
+    aligned = logps.gather(-1, ids[1:, None])[:, 0] - torch.log((logps.exp() ** 2).sum(-1))
+    return aligned[torch.tensor(trained[1:])].mean()
 
 
 def test_pair_sums_take_the_documents_of_each_pair_apart():

@@ -75,7 +75,8 @@ def by_trl(config, names):
         args=types.SimpleNamespace(
             gradient_checkpointing=False, gradient_checkpointing_kwargs=None, discopop_tau=config.discopop_tau
         ),
-        aux_loss_enabled=False, precompute_ref_logps=False, use_weighting=False, _tp_size=1, _total_train_tokens=0,
+        aux_loss_enabled=False, precompute_ref_logps=False, use_weighting=config.weighting == "wpo", _tp_size=1,
+        _total_train_tokens=0,
         ld_alpha=None if config.ld_alpha == 1 else config.ld_alpha,
         f_divergence_type=config.divergence, f_alpha_divergence_coef=config.divergence_alpha,
         loss_types=list(names), loss_weights=list(names.values()), beta=config.beta,
@@ -104,6 +105,8 @@ CASES |= {
     "aot, smoothed": ({"aot": 1.0}, {"label_smoothing": 0.1}),
     "mixed": ({"sigmoid": 0.8, "bco_pair": 0.3, "sft": 0.5}, {}),
     "LD-DPO": ({"sigmoid": 1.0}, {"ld_alpha": 0.3}),
+    "WPO": ({"sigmoid": 1.0}, {"weighting": "wpo"}),
+    "WPO, mixed": ({"bco_pair": 0.5, "ipo": 1.0}, {"weighting": "wpo", "ld_alpha": 0.5}),
     "forward KL": ({"sigmoid": 1.0}, {"divergence": "forward_kl"}),
     "JS": ({"ipo": 1.0}, {"divergence": "js_divergence"}),
     "alpha": ({"hinge": 1.0}, {"divergence": "alpha_divergence", "divergence_alpha": 0.7}),
