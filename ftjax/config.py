@@ -108,6 +108,8 @@ KEYS: dict[str, Key] = {
     # dpo: steps after which the reference follows the policy (TR-DPO), by that share of the way; 0: it stays
     "objective.reference_every": Key(0, number(0)),
     "objective.reference_share": Key(0.6, number(0, 1)),
+    # dpo: ask the reference of all pairs before the first step, once for all runs over the same base and rows
+    "objective.cache_reference": Key(False, ANY),
     "objective.gamma": Key(0.5, number(0)),  # the loss simpo: the margin that is aimed at
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.

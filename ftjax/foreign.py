@@ -120,6 +120,7 @@ TRL: dict[str, Ours] = _BOTH | {
     "ld_alpha": Ours("objective.ld_alpha", "1 where theirs is None"),
     "use_weighting": Ours("objective.weighting", "wpo where theirs is on, none where it is off"),
     "simpo_gamma": Ours("objective.gamma"),
+    "precompute_ref_log_probs": Ours("objective.cache_reference", "kept for later runs, too"),
     "ref_model_sync_steps": Ours("objective.reference_every", "0 where theirs has sync_ref_model off"),
     "ref_model_mixup_alpha": Ours("objective.reference_share"),
     "beta": Ours("objective.beta"),

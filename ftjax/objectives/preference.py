@@ -48,7 +48,9 @@ def make_preference(model: Decoder, config: ConfigDict, usual: Weighted, referen
         by_token = -found.loss * batch["weights"]
         logps = pair_sums(by_token * shares, segments)
         reference_logps = (jnp.zeros_like(logps[0]),) * 2
-        if reference:
+        if config.cache_reference:
+            reference_logps = pair_sums(batch["reference_logps"], segments)
+        elif reference:
             # Never dropout here: the reference is what the model says, not a noisy version of it.
             theirs = jax.lax.stop_gradient(token_logps(model, unembed, frozen, batch, None))
             reference_logps = pair_sums(theirs * shares, segments)
@@ -149,6 +151,16 @@ def _check(weights: dict[str, float], config: ConfigDict, reference: bool) -> No
         raise UserError(
             f"config.objective.weighting='wpo' weighs each pair by itself, and the loss {whole[0]!r} is one of a whole "
             "step; leave one of them out"
+        )
+    if config.cache_reference and config.ld_alpha != 1:
+        raise UserError(
+            "config.objective.cache_reference keeps one number of each answer, and objective.ld_alpha="
+            f"{config.ld_alpha:g} takes answers apart; leave one of them at its default"
+        )
+    if config.cache_reference and config.reference_every:
+        raise UserError(
+            "config.objective.cache_reference is of a reference that stays, and with objective.reference_every="
+            f"{config.reference_every} it moves; leave one of them at its default"
         )
     if "robust" in names and config.label_smoothing >= 0.5:
         raise UserError("config.objective.label_smoothing: of the loss 'robust' it must be below 0.5; 0.1 is usual")

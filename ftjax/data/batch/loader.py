@@ -68,7 +68,7 @@ class Loader:
 
         rows: fill only these rows, those of one host; the others stay padding. None: all.
         """
-        return self._fill(self._batch_rows(index), rows)
+        return self.fill(self._batch_rows(index), rows)
 
     def batch_tokens(self, index: int) -> int:
         """How many tokens the whole batch holds, without padding; reads none of them."""
@@ -79,12 +79,17 @@ class Loader:
 
         rows: as in `batch`.
         """
+        for examples in self.eval_rows():
+            yield self.fill(examples, rows)
+
+    def eval_rows(self) -> Iterator[list[np.ndarray]]:
+        """The indices of the examples in each row of each of `eval_batches`."""
         every = np.arange(len(self.examples))
         by_length = np.argsort(self.examples.lengths, kind="stable")
         plan = self._packed(every, None) if self.packing else _singles(by_length)
         for start in range(0, len(plan), self.batch_size):
             part = [plan[row] for row in range(start, min(start + self.batch_size, len(plan)))]
-            yield self._fill(part + [every[:0]] * (self.batch_size - len(part)), rows)
+            yield part + [every[:0]] * (self.batch_size - len(part))
 
     def rows_per_epoch(self, epoch: int) -> int:
         """Rows of the epoch. The number differs a little between epochs if a weight is not whole."""
@@ -128,7 +133,8 @@ class Loader:
         sources = hashlib.sha256(np.ascontiguousarray(self.examples.source_ids, "<i4").data).hexdigest()
         return hashlib.sha256(json.dumps([order, self.examples.digest, sources]).encode()).hexdigest()
 
-    def _fill(self, plan_rows: list[np.ndarray], rows: Sequence[int] | None) -> dict[str, np.ndarray]:
+    def fill(self, plan_rows: list[np.ndarray], rows: Sequence[int] | None) -> dict[str, np.ndarray]:
+        """The batch of which each row has the given examples; rows: as in `batch`."""
         longest = max(int(self.examples.lengths[row].sum()) for row in plan_rows)
         T = self.max_length if self.packing else int(buckets.length_of(longest, self.lengths))
         if rows is not None:
