@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.pairs import begun, config_of, write_pairs
 from support.runs import write_model
+from support.several import finished, started
 from support.tiny import one_device
 
 from ftjax import assemble, cached_reference, origin, train, tree
@@ -20,7 +21,7 @@ from ftjax.objectives.reference import REFERENCE
 from ftjax.training import metrics
 from ftjax.training.display import Display
 from ftjax.training.loop import place_batch
-from ftjax.training.preemption import Preempted
+from ftjax.training.preemption import Preempted, Preemption
 from ftjax.weights.peft.adapter import write_adapter
 
 ON = {"objective.cache_reference": True}
@@ -264,3 +265,44 @@ def test_a_step_makes_no_forward_pass_of_the_reference(root, record_figure):
 def test_methods_without_a_reference_refuse_it(root):
     with pytest.raises(UserError, match=r"cache_reference: objective.name='orpo' does not use it \(of dpo\)"):
         begun(config_of(root, **ON, **{"objective.name": "orpo"}))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_while_it_asks_ends_with_75_and_goes_on_there(root, tmp_path, kept, monkeypatch, capsys):
+    config, checks = config_of(root, **ON, **{"data.checks": "off"}), []
+
+    def check(self):
+        checks.append(1)
+        if len(checks) == 2:
+            raise Preempted("SIGTERM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Preemption, "check", check)
+        assert train.train(config, tmp_path / "run") == 75
+    assert "nothing is trained yet; the same command begins again" in capsys.readouterr().out
+    assert len(list(kept.iterdir())) == 1
+    assert train.train(config, tmp_path / "run") == 0
+    assert "are missing" in capsys.readouterr().out
+    assert records(tmp_path / "run")[-1]["step"] == 4
+
+
+@pytest.mark.slow
+def test_several_processes_ask_together_and_train_as_one(root, tmp_path, kept, record_figure):
+    found = {}
+    for count in (1, 2):
+        config, workdir = config_of(root, **ON, **{"mesh.fsdp": count, "log_every": 1}), tmp_path / str(count)
+        configs.write(config, tmp_path / f"{count}.json")
+        printed = []
+        for again in (False, True) if count == 2 else (False,):
+            arguments = [f"--config={tmp_path / f'{count}.json'}", f"--workdir={workdir}{again}"]
+            with started(count, "ftjax.train", *arguments) as processes:
+                printed.append(finished(processes)[0])
+        found[count] = records(tmp_path / f"{count}False")
+        for file in kept.iterdir() if count == 1 else ():
+            file.unlink()
+    assert "are those of" not in printed[0]
+    assert "are those of" in printed[1]
+    assert records(tmp_path / "2True") == found[2]
+    for ours, theirs in zip(found[2], found[1], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    record_figure("loss, relative", abs(found[2][-1]["loss"] / found[1][-1]["loss"] - 1))
