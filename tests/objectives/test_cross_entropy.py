@@ -103,8 +103,7 @@ def test_label_smoothing_and_z_loss_are_torchs(case, chunk, further):
         np.testing.assert_allclose(ours, parameter.grad, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [(5, 4), (97, 39)])
-def test_the_sum_of_squared_probabilities_against_float64(case, chunk):
+def test_the_sum_of_squared_probabilities_against_float64(case):
     """Where it is asked for; at logits whose exponentials are beyond float32. The loss is as without."""
     hidden, head, targets, weights = case
     logits = hidden.astype(np.float64) @ head.astype(np.float64)
@@ -114,7 +113,7 @@ def test_the_sum_of_squared_probabilities_against_float64(case, chunk):
     def found(hidden, further):
         high = lambda *its: unembed(*its) + 200  # noqa: E731
         parts = {"params/lm_head/kernel": head}
-        return per_token(high, Chunks(*chunk), further, parts, hidden, *map(jnp.asarray, (targets, weights != 0)), None)
+        return per_token(high, Chunks(40, 13), further, parts, hidden, *map(jnp.asarray, (targets, weights != 0)), None)
 
     def of_squares(hidden):
         ours = found(hidden, Further(squares=True))

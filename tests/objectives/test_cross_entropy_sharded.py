@@ -52,5 +52,5 @@ def test_so_has_the_kl_to_a_reference(found):
 
 
 def test_so_has_the_sum_of_squared_probabilities(found):
-    assert len(found["squares"]) == 3
+    assert len(found["squares"]) == 2
     assert max(found["squares"].values()) < 1e-5

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from support.witness import from_torch, torch_llama
 from ftjax import config as configs
 from ftjax import tree
 from ftjax.models.decoder import Decoder
+from ftjax.objectives import preference
 from ftjax.objectives.logps import pair_sums, shared_weights
 from ftjax.objectives.preference import make_preference, pair_weights
 from ftjax.objectives.reference import frozen_with_reference
@@ -166,6 +168,24 @@ def torch_aligned(model, document):
     logps = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1].double(), -1)
     aligned = logps.gather(-1, ids[1:, None])[:, 0] - torch.log((logps.exp() ** 2).sum(-1))
     return aligned[torch.tensor(trained[1:])].mean()
+
+
+@pytest.mark.parametrize("name", ["ipo", "sigmoid_norm", "simpo", "odds_ratio"])
+def test_what_a_length_is_divided_by_is_the_number_of_scored_tokens(name, monkeypatch):
+    """Not that of the document's tokens or of its answer's, of which the first may be unscored: where every token says
+    the same, answers of any length do, and there is no margin."""
+    monkeypatch.setattr(preference, "of_tokens", lambda *its: SimpleNamespace(loss=1.0 * (its[3]["weights"] != 0)))
+    monkeypatch.setattr(preference, "token_logps", lambda *its: -3.0 * its[3]["weights"])
+    rows = [[*PAIRS[0], *PAIRS[1]], [*PAIRS[2]]]
+    for _, trained in PAIRS[1]:
+        assert trained.sum() > 3
+    batch = batch_of(rows, 44)
+    batch["weights"][0, np.flatnonzero(batch["weights"][0])[0]] = 0  # a token of an answer that is not scored
+    reference = name in ("ipo", "sigmoid_norm")
+    config = settings(beta=0.5, gamma=0.0, loss=(name,), name="dpo" if reference else "cpo")
+    loss = make_preference(MODEL, config, (), reference)({"params": {}}, batch, None)
+    expected = {"ipo": 1.0, "odds_ratio": 0.5 * math.log(2)}.get(name, math.log(2))
+    assert float(loss.sum) == pytest.approx(3 * expected, rel=1e-6)
 
 
 def test_pair_sums_take_the_documents_of_each_pair_apart():

@@ -128,7 +128,7 @@ def squares(head, hidden, targets, wanted):
         return found.log_squares
 
     out = {}
-    for name in ("fsdp=4 x tensor=2", "tensor=8", "fsdp=2 x context=2 x tensor=2"):
+    for name in ("tensor=8", "fsdp=2 x context=2 x tensor=2"):
         mesh = sharding.make_mesh(MESHES[name])
         with jax.set_mesh(mesh):
             placed = {path: sharding.place(mesh, heads.axes(path), leaf) for path, leaf in head.items()}
