@@ -107,9 +107,13 @@ KEYS: dict[str, Key] = {
     "objective.divergence_alpha": Key(0.5, number(0)),  # alpha_divergence: its alpha
     "objective.discopop_tau": Key(0.05, number(1e-6)),  # the loss discopop: its temperature
     "objective.ld_alpha": Key(1.0, number(0, 1)),  # what tokens beyond the shorter answer's length count; 1: all alike
+    # dpo: what a pair counts; wpo: more, the likelier the policy writes its answers
+    "objective.weighting": Key("none", one_of("none", "wpo")),
     # dpo, kto: steps after which the reference follows the policy (TR-DPO), by that share of the way; 0: it stays
     "objective.reference_every": Key(0, number(0)),
     "objective.reference_share": Key(0.6, number(0, 1)),
+    # dpo: ask the reference of all pairs before the first step, once for all runs over the same base and rows
+    "objective.cache_reference": Key(False, ANY),
     "objective.gamma": Key(0.5, number(0)),  # the loss simpo: the margin that is aimed at
     # reward: so much of (r_chosen + r_rejected)^2 is added, which holds rewards around 0; 0.01 is usual
     "objective.center_coef": Key(0.0, number(0)),

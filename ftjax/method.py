@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ftjax import config as configs
 from ftjax.data.batch.loader import Loader
 from ftjax.data.batch.mismatched import MISMATCHED
-from ftjax.data.batch.packing import BATCH, LABELS, REPLAY
+from ftjax.data.batch.packing import BATCH, LABELS, REFERENCE, REPLAY
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
@@ -46,8 +46,8 @@ class Method(NamedTuple):
       learning_rates: by config.adapter.kind, where optimizer.learning_rate is 0; those of adapters at a width of 4,096.
       epochs: how many there are usually, and at most for few rows, where config.epochs is 0.
       settings: the keys of config.objective that it reads, beside `name`; any other one that is set is refused.
-      reference: whether the objective compares with the model as it was before training (`objectives.reference`); with
-        objective.kl_coef every one does.
+      reference: whether a step compares with the model as it was before training (`objectives.reference`); with
+        objective.kl_coef every one does, and with objective.cache_reference it was asked before (`cached_reference`).
       heads: config.objective -> {name: how many numbers it gives}, the heads that it adds (`models.heads`).
       generates: whether what it trains is to generate. Without, only heads count: those of the vocabulary are neither
         computed nor trained, and no answers are evaluated.
@@ -96,7 +96,7 @@ METHODS = {
         objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),)),
         settings=(
             *("beta", "loss", "label_smoothing", "divergence", "divergence_alpha", "discopop_tau", "ld_alpha"),
-            *("reference_every", "reference_share"),
+            *("weighting", "reference_every", "reference_share", "cache_reference"),
         ),
         reference=True,
     ),
@@ -188,7 +188,10 @@ def method_of(config: ConfigDict) -> Method:
     batch = dict(method.batch) | (LABELS if ROW_KINDS[method.rows].labeled else {})
     batch |= REPLAY if configs.replays(config) else {}
     batch |= MISMATCHED if method.mismatched(config.objective) else {}
-    return method._replace(reference=method.reference or config.objective.kl_coef > 0, batch=batch)
+    cached = config.objective.cache_reference
+    batch |= REFERENCE if cached else {}
+    reference = (method.reference and not cached) or config.objective.kl_coef > 0
+    return method._replace(reference=reference, batch=batch)
 
 
 def learning_rate(config: ConfigDict) -> float:

@@ -38,7 +38,7 @@ FLOORS = [
     {"choices"},
     {"adapted", "prompts"},
     {"evals"},
-    {"describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
+    {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
     {"planning"},
     {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness"}
     | {"plan", "inspect_data", "curate", "import_config"},

@@ -10,6 +10,8 @@ from support.runs import write_model
 from support.tiny import one_device
 
 from ftjax import assemble, train, tree
+from ftjax.objectives.head import make_unembed
+from ftjax.objectives.logps import token_logps
 from ftjax.objectives.reference import REFERENCE, policy_and_reference
 from ftjax.training import metrics
 from ftjax.training.loop import place_batch
@@ -93,6 +95,27 @@ def test_training_starts_at_margin_0_and_the_reference_stays_when_the_policy_mov
         assert float(after.metrics["rewards/margins"][0]) > 0
         again = policy_and_reference(tree.combine(state.trainable, start.frozen))[1]
         jax.tree.map(np.testing.assert_array_equal, reference, jax.tree.map(np.asarray, again))
+
+
+@pytest.mark.parametrize(
+    "name", ["gone on from", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fresh LoRA", *SLOW))]
+)
+def test_the_reference_says_what_a_separately_loaded_model_says_bit_for_bit(name, root):
+    changes = {key: str(root / "sft") if value == "SFT" else value for key, value in (KINDS | SLOW)[name][0].items()}
+    program, start, loader = begun(config_of(root, **changes))
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, start.state.trainable)
+    policy, reference = policy_and_reference(tree.combine(moved, start.frozen))
+    _, again, _ = begun(config_of(root, **changes))
+    separate, _ = policy_and_reference(tree.combine(again.state.trainable, again.frozen))
+    if "lora" not in reference:  # fresh adapters, which change nothing
+        separate.pop("lora", None)
+    with jax.set_mesh(one_device()):
+        batch = {key: value[0] for key, value in place_batch(one_device(), loader.batch(0), 1).items()}
+        unembed = make_unembed(program.model)
+        logps = jax.jit(lambda variables: token_logps(program.model, unembed, variables, batch, None))
+        theirs = np.asarray(logps(reference))
+        np.testing.assert_array_equal(theirs, np.asarray(logps(separate)))
+        assert np.abs(theirs - np.asarray(logps(policy))).max() > 0.01
 
 
 def test_an_adapter_gone_on_from_is_its_own_reference_and_not_the_base(root):

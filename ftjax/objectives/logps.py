@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.models.decoder import Decoder
-from ftjax.objectives.cross_entropy import PLAIN, per_token
+from ftjax.objectives.cross_entropy import PLAIN, Further, PerToken, per_token
 from ftjax.objectives.head import Unembed, head_of
 from ftjax.tree import Tree
 
@@ -12,15 +12,21 @@ Batch = dict[str, jax.Array]
 
 
 def token_logps(model: Decoder, unembed: Unembed, variables: Tree, batch: Batch, rng: jax.Array | None) -> jax.Array:
-    """float32 [B, T]: log p(target) at every position with a weight, 0 elsewhere.
+    """float32 [B, T]: log p(target) at every position with a weight, 0 elsewhere; arguments as of `of_tokens`."""
+    return -of_tokens(model, unembed, variables, batch, rng).loss * batch["weights"]
+
+
+def of_tokens(
+    model: Decoder, unembed: Unembed, variables: Tree, batch: Batch, rng: jax.Array | None, further: Further = PLAIN
+) -> PerToken:
+    """What the model says of the target of every position with a weight.
 
     batch: the arrays of `packing.BATCH`, [B, T]; rng: for dropout, None without it.
     """
     rngs = None if rng is None else {"dropout": rng}
     hidden, _ = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
     head = head_of(model, variables)
-    losses, *_ = per_token(unembed, None, PLAIN, head, hidden, batch["targets"], batch["weights"] != 0, rng)
-    return -losses * batch["weights"]
+    return per_token(unembed, None, further, head, hidden, batch["targets"], batch["weights"] != 0, rng)
 
 
 def pair_sums(values: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:

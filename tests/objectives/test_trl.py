@@ -70,7 +70,7 @@ def by_trl(config, names):
     policy, reference = (Scored(torch_llama(CONFIG, numpy_params(MODEL, seed))) for seed in (0, 1))
     trainer = trainer_of(
         config, policy, reference,
-        use_weighting=False, ld_alpha=None if config.ld_alpha == 1 else config.ld_alpha,
+        use_weighting=config.weighting == "wpo", ld_alpha=None if config.ld_alpha == 1 else config.ld_alpha,
         f_divergence_type=config.divergence, f_alpha_divergence_coef=config.divergence_alpha,
         loss_types=list(names), loss_weights=list(names.values()), label_smoothing=config.label_smoothing,
     )  # fmt: skip
@@ -112,6 +112,8 @@ CASES |= {
     "aot, smoothed": ({"aot": 1.0}, {"label_smoothing": 0.1}),
     "mixed": ({"sigmoid": 0.8, "bco_pair": 0.3, "sft": 0.5}, {}),
     "LD-DPO": ({"sigmoid": 1.0}, {"ld_alpha": 0.3}),
+    "WPO": ({"sigmoid": 1.0}, {"weighting": "wpo"}),
+    "WPO, mixed": ({"bco_pair": 0.5, "ipo": 1.0}, {"weighting": "wpo", "ld_alpha": 0.5}),
     "forward KL": ({"sigmoid": 1.0}, {"divergence": "forward_kl"}),
     "JS": ({"ipo": 1.0}, {"divergence": "js_divergence"}),
     "alpha": ({"hinge": 1.0}, {"divergence": "alpha_divergence", "divergence_alpha": 0.7}),

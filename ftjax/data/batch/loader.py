@@ -77,7 +77,7 @@ class Loader:
         rows: fill only these rows, those of one host; the others stay padding. None: all.
         """
         plan_rows = self._batch_rows(index)
-        return self._fill(plan_rows, rows, self._partners(np.concatenate(plan_rows)))
+        return self.fill(plan_rows, rows, self._partners(np.concatenate(plan_rows)))
 
     def batch_tokens(self, index: int) -> int:
         """How many tokens the whole batch holds, without padding; reads none of them."""
@@ -88,14 +88,19 @@ class Loader:
 
         rows: as in `batch`.
         """
+        partners = self._partners(np.arange(len(self.examples)))
+        for plan_rows in self.eval_rows():
+            of_rows = None if partners is None else partners[np.concatenate(plan_rows)]
+            yield self.fill(plan_rows, rows, of_rows)
+
+    def eval_rows(self) -> Iterator[list[np.ndarray]]:
+        """The indices of the examples in each row of each of `eval_batches`."""
         every = np.arange(len(self.examples))
         by_length = np.argsort(self.examples.lengths, kind="stable")
         plan = self._packed(every, None) if self.packing else _singles(by_length)
-        partners = self._partners(every)
         for start in range(0, len(plan), self.batch_size):
             part = [plan[row] for row in range(start, min(start + self.batch_size, len(plan)))]
-            of_part = None if partners is None else partners[np.concatenate(part)]
-            yield self._fill(part + [every[:0]] * (self.batch_size - len(part)), rows, of_part)
+            yield part + [every[:0]] * (self.batch_size - len(part))
 
     def without_partner(self, batches: int) -> np.ndarray | None:
         """int [n]: the examples of the first of so many batches whose prompts are all the same; None: there is none."""
@@ -150,9 +155,13 @@ class Loader:
         sources = hashlib.sha256(np.ascontiguousarray(self.examples.source_ids, "<i4").data).hexdigest()
         return hashlib.sha256(json.dumps([order, self.examples.digest, sources]).encode()).hexdigest()
 
-    def _fill(
-        self, plan_rows: list[np.ndarray], rows: Sequence[int] | None, partners: np.ndarray | None
+    def fill(
+        self, plan_rows: list[np.ndarray], rows: Sequence[int] | None, partners: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
+        """The batch of which each row has the given examples; rows: as in `batch`.
+
+        partners: int [n], of each of these examples, row by row, the one whose completion its prompt gets.
+        """
         longest = max(int(self.examples.lengths[row].sum()) for row in plan_rows)
         T = self.max_length if self.packing else int(buckets.length_of(longest, self.lengths))
         wanted = set(range(len(plan_rows)) if rows is None else rows)

@@ -31,6 +31,9 @@ BATCH = {
 # And where a source is replayed: 1 at the tokens of its documents, else 0.
 REPLAY = {"replay": np.float32}
 
+# And where a reference was asked before: log p of each document's trained tokens, at its last token, else 0.
+REFERENCE = {"reference_logps": np.float32}
+
 # And where rows say something of their documents: the label of each token, see `Document`.
 LABELS = {"labels": np.float32}
 
@@ -150,7 +153,8 @@ def _reorder(values: np.ndarray, starts: np.ndarray, row_order: np.ndarray) -> t
 def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np.ndarray]:
     """The arrays of BATCH, [len(rows), T], for rows of example indices; an empty row is all zeros (padding).
 
-    Where a source is replayed those of REPLAY, too, and where documents have labels those of LABELS.
+    Where a source is replayed those of REPLAY, too, where a reference was asked of all documents those of REFERENCE,
+    and where documents have labels those of LABELS.
 
     Each document is a segment of its own, and the documents of one example are adjacent: if examples are pairs,
     segments 1 and 2 are the first pair, 3 and 4 the next.
@@ -165,6 +169,11 @@ def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np
         for b, row in enumerate(rows):
             is_replay = np.asarray(examples.replayed)[examples.source_ids[row]]
             batch["replay"][b, : examples.lengths[row].sum()] = np.repeat(is_replay, examples.lengths[row])
+    if examples.reference_logps is not None:
+        batch["reference_logps"] = np.zeros((len(rows), T), REFERENCE["reference_logps"])
+        for b, row in enumerate(rows):
+            last = np.cumsum(examples.document_lengths[row]) - 1
+            batch["reference_logps"][b, last] = examples.reference_logps[row].reshape(-1)
     return batch
 
 

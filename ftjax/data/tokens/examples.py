@@ -61,6 +61,9 @@ class Examples:
     digest: str  # sha256 (hex) of all tokens, masks and lengths in their order, and of the tokenizer and its template
     report: dict  # what was counted while tokenizing (see `tokenize.tokenize`)
     replayed: tuple[bool, ...]  # which sources are general data that is replayed
+    # float32 [N, K]: what a reference says of each document, log p of its trained tokens (`ftjax.cached_reference`);
+    # None where it is asked in each step, or there is none
+    reference_logps: np.ndarray | None = None
 
     @property
     def labeled(self) -> bool:
