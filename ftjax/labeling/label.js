@@ -59,7 +59,7 @@ function show(said) {
     const pieces = pair[side].map(([text, differs]) => (differs ? made("mark", text) : document.createTextNode(text)));
     element(side).replaceChildren(...pieces);
   }
-  element("prompt").scrollTop = 0;
+  element("prompt").scrollTop = element("prompt").lastChild.offsetTop - 12; // where the last turn begins
   scrollTo(0, 0);
 }
 

@@ -19,6 +19,7 @@ from ftjax.labeling.view import view
 from ftjax.reporting.harmless import digest
 
 HOST = "127.0.0.1"
+ACTIONS = ("next", "judge", "undo", "finish")
 
 
 def import_library() -> None:
@@ -58,7 +59,7 @@ def app(session: Session, token: str, question: str, labeler: str, finished: Cal
 
     async def act(request: Request) -> Response:
         check(request.headers.get("authorization", "").removeprefix("Bearer "))
-        action = request.path_params["action"]
+        action = request.url.path.removeprefix("/")
         try:
             given = await request.json()
             who = name_of(given["labeler"])
@@ -91,7 +92,7 @@ def app(session: Session, token: str, question: str, labeler: str, finished: Cal
         return JSONResponse({"error": error.detail}, error.status_code, headers)
 
     return Starlette(
-        routes=[Route("/", show), Route("/{action:word}", act, methods=["POST"])],
+        routes=[Route("/", show), *[Route(f"/{action}", act, methods=["POST"]) for action in ACTIONS]],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)],
         exception_handlers={HTTPException: refused},
     )

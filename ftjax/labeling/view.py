@@ -26,4 +26,14 @@ def view(shown: Shown) -> View:
     pieces = differences(left, right)
     if all(differs for side in pieces for _, differs in side):
         pieces = [(left, False)], [(right, False)]
-    return View(prompt, *pieces)
+    return View(prompt, *map(_tight, pieces))
+
+
+def _tight(pieces: Pieces) -> Pieces:
+    """With the spaces before what differs left unmarked, where it is more than spaces."""
+    tight: Pieces = []
+    for text, differs in pieces:
+        spaces = text[: len(text) - len(text.lstrip())] if differs and text.strip() else ""
+        tight += [(spaces, False)] if spaces else []
+        tight.append((text[len(spaces) :], differs))
+    return tight

@@ -7,6 +7,7 @@ import select
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,10 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
 
-    def open(self, path: Path) -> None:
+    def open(self, path: Path | str) -> None:
+        """A file, or an address."""
         self._events.clear()
-        self.send("Page.navigate", url=path.absolute().as_uri())
+        self.send("Page.navigate", url=path if isinstance(path, str) else path.absolute().as_uri())
         while "Page.loadEventFired" not in self._events:
             self._note(self._read())
 
@@ -87,10 +89,19 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
+    def wait(self, expression: str) -> None:
+        """Until the value is true, for ten seconds at most."""
+        deadline = time.monotonic() + 10
+        while not self.value(expression):
+            assert time.monotonic() < deadline, expression
+            time.sleep(0.01)
+
     def press(self, key: str) -> None:
+        """A character, or a key by its name."""
         for kind in ("keyDown", "keyUp"):
-            text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
-            code = {"Tab": 9, "Enter": 13}[key]
+            typed = "\r" if key == "Enter" else key if len(key) == 1 else ""
+            text = {"text": typed} if typed and kind == "keyDown" else {}
+            code = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}.get(key, 0)
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
