@@ -126,6 +126,7 @@ def listen(port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((HOST, port))
+        sock.listen()  # so that a browser that is faster than the server waits for it
     except OSError as error:
         sock.close()
         raise UserError(f"--port {port}: {error.strerror}; name another, or 0 for one that is free") from error

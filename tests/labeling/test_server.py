@@ -160,7 +160,6 @@ def test_a_missing_library_and_a_port_that_is_taken_are_named(monkeypatch):
     with server.listen(0) as sock:
         host, port = sock.getsockname()
         assert host == "127.0.0.1"
-        sock.listen()
         with pytest.raises(UserError, match=f"--port {port}: Address already in use; name another"):
             server.listen(port)
     monkeypatch.setitem(sys.modules, "uvicorn", None)

@@ -13,6 +13,30 @@ from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
+# Of a page, {element.class: the lowest contrast of its text}, by WCAG 2.2, 1.4.3; disabled buttons may have less.
+CONTRAST = """(() => {
+const TEXTS = "p, li, a, th, td, dt, dd, span, summary, h1, h2, h3, h4, h5, pre, ins, del, mark, label, kbd, "
+  + "button";
+const number = (text) => text.match(/[\\d.]+/g).map(Number);
+const linear = (v) => (v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+const light = ([r, g, b]) => .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255);
+const found = {};
+for (const one of document.querySelectorAll(TEXTS)) {
+  if (one.closest("button:disabled")) continue;
+  let ground = null, opacity = 1;
+  for (let holder = one; holder; holder = holder.parentElement) {
+    const style = getComputedStyle(holder), color = number(style.backgroundColor);
+    opacity *= style.opacity;
+    if (!ground && (color.length < 4 || color[3] > 0)) ground = color;
+  }
+  const ink = number(getComputedStyle(one).color).map((v, i) => v * opacity + ground[i] * (1 - opacity));
+  const [a, b] = [light(ink), light(ground)];
+  const name = one.tagName + "." + one.className;
+  found[name] = Math.min(found[name] ?? 99, (Math.max(a, b) + .05) / (Math.min(a, b) + .05));
+}
+return found;
+})()"""
+
 
 class Browser:
     """One page at a time; `problems` is what it logged, and `requests` the addresses that it asked for."""
