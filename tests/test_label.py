@@ -15,6 +15,7 @@ from ftjax.labeling import samples
 from ftjax.prompts import Prompt
 from ftjax.sampling.sampler import Sampling
 from ftjax.training import metrics
+from ftjax.training.display import Display
 
 
 def run(**given):
@@ -110,22 +111,25 @@ def test_the_models_own_answers_are_drawn_once(tmp_path, monkeypatch, capsys):
         run(out=tmp_path / "labels", **given | {"max_prompts": 1})
 
 
-def test_empty_and_repeated_answers_are_left_out(monkeypatch):
+def test_empty_and_repeated_answers_are_left_out(monkeypatch, capsys):
     drawn = ["one", " ", "two", "one ", "", "alone"]
     monkeypatch.setattr(prompts, "encode", lambda asked, base, most: [prompt.last for prompt in asked])
     monkeypatch.setattr(
-        prompts, "complete", lambda base, variables, ids, *_: [prompts.Answer(text, 1, 1) for text in drawn]
+        prompts,
+        "complete",
+        lambda base, variables, ids, *_: [prompts.Answer(text, 1, 1, bool(text.strip())) for text in drawn],
     )
     asked = [
         Prompt("p.txt:1", {"prompt": "Hi"}),
         Prompt("p.txt:2", {"messages": [{"role": "user", "content": "Why?"}]}),
     ]
-    made = samples.draw(None, None, asked, 3, 8, Sampling(1.0), 4, None)
+    made = samples.draw(None, None, asked, 3, 8, Sampling(1.0), 4, Display(1))
     texts = [[answer[0]["content"] for answer in one.answers] for one in made]
     assert (texts, [one.origin for one in made]) == ([["one", "two"], ["one ", "alone"]], ["p.txt:1", "p.txt:2"])
+    assert "2 of 6 answers are cut at --max_new_tokens=8" in capsys.readouterr().out
     drawn[:] = ["one"] * 6
     with pytest.raises(UserError, match="none of 2 prompts got two answers that differ; raise --temperature"):
-        samples.draw(None, None, asked, 3, 8, Sampling(1.0), 4, None)
+        samples.draw(None, None, asked, 3, 8, Sampling(1.0), 4, Display(1))
 
 
 def test_a_runs_prompts_are_those_of_its_training_rows(tmp_path):

@@ -50,6 +50,11 @@ def draw(
     """
     ids = [tokens for tokens in prompts.encode(asked, base, max_new_tokens) for _ in range(count)]
     drawn = prompts.complete(base, variables, ids, max_new_tokens, sampling, batch_size, display, "sampling")
+    if cut := sum(not answer.stopped for answer in drawn):
+        display.say(
+            f"{cut:,} of {len(drawn):,} answers are cut at --max_new_tokens={max_new_tokens}, and training would teach to "
+            "end there; raise it to have them whole"
+        )
     texts = [answer.text for answer in drawn]
     made = []
     for i, prompt in enumerate(asked):
