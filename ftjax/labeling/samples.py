@@ -52,8 +52,8 @@ def draw(
     drawn = prompts.complete(base, variables, ids, max_new_tokens, sampling, batch_size, display, "sampling")
     if cut := sum(not answer.stopped for answer in drawn):
         display.say(
-            f"{cut:,} of {len(drawn):,} answers are cut at --max_new_tokens={max_new_tokens}, and training would teach to "
-            "end there; raise it to have them whole"
+            f"{cut:,} of {len(drawn):,} answers are cut at --max_new_tokens={max_new_tokens}, and training would teach "
+            "to end there; raise it to have them whole"
         )
     texts = [answer.text for answer in drawn]
     made = []

@@ -59,25 +59,27 @@ def app(session: Session, token: str, question: str, labeler: str, finished: Cal
 
     async def act(request: Request) -> Response:
         check(request.headers.get("authorization", "").removeprefix("Bearer "))
-        action = request.url.path.removeprefix("/")
         try:
             given = await request.json()
             who = name_of(given["labeler"])
-            if action == "judge":
-                if given["choice"] not in CHOICES:
-                    raise ValueError(given["choice"])
-                session.judge(who, given["pair"], given["choice"])
+            match request.url.path:
+                case "/judge":
+                    if given["choice"] not in CHOICES:
+                        raise ValueError(given["choice"])
+                    session.judge(who, given["pair"], given["choice"])
+                case "/undo":
+                    session.undo(who)
+                case "/finish":
+                    session.leave(who)
+                    return JSONResponse({"summary": finished()}, headers=headers)
         except UserError as error:
             raise HTTPException(400, str(error)) from error
         except Stale:
             return JSONResponse({"stale": True, **state(who)}, 409, headers)
         except (ValueError, KeyError, TypeError) as error:
             raise HTTPException(400, f"not understood: {error!r}") from error
-        if action == "undo":
-            session.undo(who)
-        if action == "finish":
-            session.leave(who)
-            return JSONResponse({"summary": finished()}, headers=headers)
+        except OSError as error:  # such as a full disk
+            raise HTTPException(500, str(error)) from error
         return JSONResponse(state(who), headers=headers)
 
     def state(who: str) -> dict:
@@ -108,7 +110,7 @@ def page(question: str, labeler: str) -> tuple[str, dict[str, str]]:
     html = template.render(style=Markup(style), script=Markup(script), question=question, labeler=labeler)
     policy = (
         f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
     )
     return html, {
         "Content-Security-Policy": policy,

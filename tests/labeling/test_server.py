@@ -117,6 +117,7 @@ def test_the_page_has_its_own_script_and_style_and_may_load_nothing(tmp_path):
         "script-src": f"'{hashes[1]}'",
         "connect-src": "'self'",
         "img-src": "data:",
+        "require-trusted-types-for": "'script'",
         **dict.fromkeys(("base-uri", "form-action", "frame-ancestors"), "'none'"),
     }
     assert not re.search(r"https?://|url\(|innerHTML|insertAdjacent|eval\(|onclick|style=|src=", answer.text)
@@ -154,6 +155,19 @@ def test_what_is_not_understood_is_refused(page, content, message):
     assert answer.status_code == 400
     assert message in answer.json()["error"]
     assert not page.kept.labels
+
+
+def test_a_judgement_that_cannot_be_written_is_not_said_to_be_saved(page, monkeypatch):
+    pair = page.ask("next").json()["pair"]["id"]
+    with monkeypatch.context() as patch:
+        patch.setattr(page.kept, "add", full)
+        answer = page.ask("judge", pair=pair, choice="left")
+    assert (answer.status_code, answer.json()) == (500, {"error": "[Errno 28] No space left on device"})
+    assert page.ask("judge", pair=pair, choice="left").json()["progress"]["judged"] == 1
+
+
+def full(label):
+    raise OSError(28, "No space left on device")
 
 
 def test_a_missing_library_and_a_port_that_is_taken_are_named(monkeypatch):
