@@ -96,8 +96,8 @@ for (const button of document.querySelectorAll("[data-act]")) button.addEventLis
 element("go-on").addEventListener("click", () => ask("next"));
 document.addEventListener("keydown", (event) => {
   const what = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  const typing = event.target.matches("input") || event.ctrlKey || event.altKey || event.metaKey || event.repeat;
-  if (!what || typing || element("help").open || labeler === null || !element("start").hidden) return;
+  const other = event.ctrlKey || event.altKey || event.metaKey || event.repeat;
+  if (!what || other || element("help").open || !element("start").hidden) return; // both have fields to type in
   if (!element("keys").checked && what !== "help") return;
   event.preventDefault();
   act(what);
