@@ -33,6 +33,7 @@ from ftjax.models.heads import COLLECTION, abstract_heads, init_heads
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.reference import frozen_with_reference
+from ftjax.objectives.scores import SCORE
 from ftjax.training import optim
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.state import AVERAGE, Kept, TrainState, abstract_state, with_average
@@ -41,7 +42,7 @@ from ftjax.tree import Tree
 from ftjax.weights import load as weights
 from ftjax.weights.gguf.read import GGUFReader, hub_id
 from ftjax.weights.hf.keys import hf_names
-from ftjax.weights.peft import continued
+from ftjax.weights.peft import begun_heads, continued
 from ftjax.weights.peft.adapter import BaseFacts, StoredAdapter, base_digest, embedding_rows
 from ftjax.weights.resized import ResizedReader, original
 from ftjax.weights.source import Reader, locate, open_source
@@ -335,12 +336,16 @@ def load_variables(
     The adapters are fresh ones, or those of config.adapter.source with what was trained whole beside them.
     wanted: of these paths only; the base's other weights are not even read.
     """
+    widths = method_of(config).heads(config.objective)
+    begun_heads.check(config, base.reader, base.model.spec, widths.get(SCORE, 0))
     params = {path: leaf for path, leaf in tree.flatten(abstract["params"]).items() if wanted(f"params/{path}")}
     variables = weights.load_variables(base.reader, base.model.spec, tree.unflatten(params), abstract.get("quant"))
     with distributed.together("reading the weights", limit=distributed.LOADING_SECONDS):
         pass  # some hosts read faster, and what they compute together next waits for none
     if COLLECTION in abstract and any(wanted(f"{COLLECTION}/{path}") for path in tree.flatten(abstract[COLLECTION])):
         variables[COLLECTION] = init_heads(abstract[COLLECTION], config.seed)
+        if (kernel := begun_heads.kernel(config, base.reader, base.model.spec)) is not None:
+            variables[COLLECTION][SCORE]["kernel"] = _placed(kernel, abstract[COLLECTION][SCORE]["kernel"])
     if "lora" in abstract:
         variables = _with_adapters(config, base, abstract, variables)
     return tree.partition(variables, wanted)[0]
@@ -448,7 +453,7 @@ def load_run(
     share: how far to go from the base to what was trained, 1 for all the way (see `interpolation`).
 
     What was trained, or where the run keeps one its average, comes from the checkpoint, without the optimizer's state,
-    and only what was not from the base. The mesh is this machine's, not the run's. moved: {"model" or "adapter": where
+    and only what was not from the base. Beside a head of numbers is what the method keeps, as "kept". The mesh is this machine's, not the run's. moved: {"model" or "adapter": where
     it is now}. Raises UserError where `workdir` holds no run or no such step, and for another base or adapter than the
     run began with.
     """
@@ -463,15 +468,20 @@ def load_run(
     mesh = sharding.make_mesh({"fsdp": -1})
     with jax.set_mesh(mesh):
         run = program(config, base.model, mesh, total_steps=1)  # of which the optimizer is not used
+        if share != 1 and COLLECTION in run.variables:
+            raise UserError("--interpolate: this run has a head, which its base has not; there is nothing between them")
         if check is not None:
             check(config, base, run.variables)
         with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
             averaged = AVERAGE in run.state.kept
-            part = {"kept": {AVERAGE: run.state.result}} if averaged else {"trainable": run.state.result}
+            kept = {AVERAGE: run.state.result} if averaged else {}
+            kept |= run.state.collections.get("kept", {}) if COLLECTION in run.variables else {}
+            part = ({} if averaged else {"trainable": run.state.result}) | ({"kept": kept} if kept else {})
             step, state, _ = checkpoints.restore(part, step, partial=True)
-        result = state["kept"][AVERAGE] if averaged else state["trainable"]
+        kept = dict(state.get("kept", {}))
+        result = kept.pop(AVERAGE) if averaged else state["trainable"]
         frozen = load_variables(config, base, run.variables, lambda path: not run.is_trained(path))
-        variables = tree.combine(result, frozen)
+        variables = tree.combine(result, frozen) | ({"kept": kept} if kept else {})
         return config, base, variables if share == 1 else _interpolated(base, run, variables, share), step
 
 

@@ -37,7 +37,7 @@ FLOORS = [
     {"memory"},
     {"choices"},
     {"adapted", "prompts"},
-    {"evals"},
+    {"evals", "rewards"},
     {"describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
     {"planning"},
     {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness"}
