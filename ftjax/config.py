@@ -86,7 +86,7 @@ KEYS: dict[str, Key] = {
     # Of the rows before training; on: stop on errors, warn: print them.
     "data.checks": Key("on", one_of("on", "warn", "off")),
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
-    "objective.name": Key("sft", ANY),  # a method of ftjax/method.py: sft, dpo, cpo, simpo, orpo
+    "objective.name": Key("sft", ANY),  # a method of ftjax/method.py: sft, dpo, cpo, simpo, orpo, reward
     # sft: the share of a target's probability that is spread over the vocabulary; of pairs: of labels taken to be wrong
     "objective.label_smoothing": Key(0.0, number(0, 0.99)),
     # sft: so much of log(Z)^2 is added, Z being the sum of a softmax; 1e-4 is usual
@@ -107,6 +107,11 @@ KEYS: dict[str, Key] = {
     "objective.reference_every": Key(0, number(0)),
     "objective.reference_share": Key(0.6, number(0, 1)),
     "objective.gamma": Key(0.5, number(0)),  # the loss simpo: the margin that is aimed at
+    # reward: so much of (r_chosen + r_rejected)^2 is added, which holds rewards around 0; 0.01 is usual
+    "objective.center_coef": Key(0.0, number(0)),
+    # reward: heads on the one model, each trained on its own bootstrap of the pairs; where they disagree, it is unsure
+    "objective.ensemble": Key(1, number(1)),
+    "objective.label_noise": Key(0.0, number(0, 0.99)),  # reward: the share of labels that are given at random
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.
     "optimizer.learning_rate": Key(0.0, number(0)),

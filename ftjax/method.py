@@ -21,9 +21,11 @@ from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.preference import make_preference, preference_totals
+from ftjax.objectives.reward import make_reward
+from ftjax.objectives.scores import SCORE
 from ftjax.objectives.sft import make_sft
 from ftjax.training.source import FileSource, Source
-from ftjax.training.state import Kept, moving_reference
+from ftjax.training.state import Kept, moving_reference, reward_sums
 from ftjax.tree import Tree
 
 
@@ -101,6 +103,15 @@ METHODS = {
         objective=functools.partial(make_preference, usual=(("sft", 1.0), ("odds_ratio", 1.0)), reference=False),
         settings=("beta",),
     ),
+    "reward": Method(
+        make_reward,
+        rows="ranked",
+        learning_rates={"lora": 1e-4, "dora": 1e-4, "none": 1e-4},  # TRL's
+        epochs=(1.0, 3.0),  # more overfits (Stiennon et al. 2020, appendix B.1; Touvron et al. 2023, section 3.2.2)
+        settings=("center_coef", "ensemble", "label_noise"),
+        heads=lambda config: {SCORE: config.ensemble},
+        kept=reward_sums(),
+    ),
 }
 
 
@@ -132,6 +143,8 @@ def method_of(config: ConfigDict) -> Method:
         method = method._replace(kept=moving_reference(every, config.objective.reference_share))
     elif not configs.is_default(config, "objective.reference_share"):
         raise UserError("config.objective.reference_share is of a reference that moves; set objective.reference_every")
+    if config.objective.ensemble > 1:
+        method = method._replace(objective=functools.partial(method.objective, seed=config.seed))
     batch = dict(method.batch) | (LABELS if ROW_KINDS[method.rows].labeled else {})
     batch |= REPLAY if configs.replays(config) else {}
     return method._replace(reference=method.reference or config.objective.kl_coef > 0, batch=batch)
