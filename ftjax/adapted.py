@@ -10,9 +10,8 @@ from ftjax import assemble, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.errors import UserError
-from ftjax.models.heads import COLLECTION
+from ftjax.models.heads import COLLECTION, SCORE
 from ftjax.models.params import abstract_params
-from ftjax.objectives.scores import SCORE
 from ftjax.tree import Tree
 from ftjax.weights.load import load_params
 from ftjax.weights.peft.adapter import open_adapter

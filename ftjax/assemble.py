@@ -29,11 +29,10 @@ from ftjax.models import params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.groups import stack_of
-from ftjax.models.heads import COLLECTION, abstract_heads, init_heads
+from ftjax.models.heads import COLLECTION, SCORE, abstract_heads, init_heads
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.reference import frozen_with_reference
-from ftjax.objectives.scores import SCORE
 from ftjax.training import optim
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.state import AVERAGE, Kept, TrainState, abstract_state, with_average
@@ -336,16 +335,15 @@ def load_variables(
     The adapters are fresh ones, or those of config.adapter.source with what was trained whole beside them.
     wanted: of these paths only; the base's other weights are not even read.
     """
-    widths = method_of(config).heads(config.objective)
-    begun_heads.check(config, base.reader, base.model.spec, widths.get(SCORE, 0))
+    begun = begun_heads.kernel(config, base.reader, base.model.spec, abstract.get(COLLECTION, {}))
     params = {path: leaf for path, leaf in tree.flatten(abstract["params"]).items() if wanted(f"params/{path}")}
     variables = weights.load_variables(base.reader, base.model.spec, tree.unflatten(params), abstract.get("quant"))
     with distributed.together("reading the weights", limit=distributed.LOADING_SECONDS):
         pass  # some hosts read faster, and what they compute together next waits for none
     if COLLECTION in abstract and any(wanted(f"{COLLECTION}/{path}") for path in tree.flatten(abstract[COLLECTION])):
         variables[COLLECTION] = init_heads(abstract[COLLECTION], config.seed)
-        if (kernel := begun_heads.kernel(config, base.reader, base.model.spec)) is not None:
-            variables[COLLECTION][SCORE]["kernel"] = _placed(kernel, abstract[COLLECTION][SCORE]["kernel"])
+        if begun is not None:
+            variables[COLLECTION][SCORE]["kernel"] = _placed(begun, abstract[COLLECTION][SCORE]["kernel"])
     if "lora" in abstract:
         variables = _with_adapters(config, base, abstract, variables)
     return tree.partition(variables, wanted)[0]
@@ -453,9 +451,9 @@ def load_run(
     share: how far to go from the base to what was trained, 1 for all the way (see `interpolation`).
 
     What was trained, or where the run keeps one its average, comes from the checkpoint, without the optimizer's state,
-    and only what was not from the base. Beside a head of numbers is what the method keeps, as "kept". The mesh is this machine's, not the run's. moved: {"model" or "adapter": where
-    it is now}. Raises UserError where `workdir` holds no run or no such step, and for another base or adapter than the
-    run began with.
+    and only what was not from the base; beside a head, "kept" is what the method keeps. The mesh is this machine's, not
+    the run's. moved: {"model" or "adapter": where it is now}. Raises UserError where `workdir` holds no run or no such
+    step, and for another base or adapter than the run began with.
     """
     config = _found(configs.read(workdir / "config.json"), moved or {})
     origin.check_there(config, workdir)

@@ -276,9 +276,9 @@ def _of_head(head: Head | None) -> list[str]:
     if head.facts["method"] == "reward":
         parts = [f"{mean:.4g} and {std:.4g}" for mean, std in zip(head.facts["mean"], head.facts["std"], strict=True)]
         notes.append(
-            f"Rewards of the training pairs had the mean and the standard deviation {'; '.join(parts)}. The head has no "
-            "bias that could hold them: transformers gives rewards as they are, and `ftjax_reward` in config.json (of an "
-            "adapter in ftjax_adapter.json) has what ftjax normalizes them with."
+            f"Rewards of the training pairs had the mean and the standard deviation {'; '.join(parts)}. The head has "
+            "no bias that could hold them: transformers gives rewards as they are, and `ftjax_reward` in config.json "
+            "(of an adapter in ftjax_adapter.json) has what ftjax normalizes them with."
         )
     if head.pad is None and not head.of_tokens:
         notes.append(
@@ -380,7 +380,8 @@ def _print_report(report: dict[str, Any], notes: list[str]) -> None:
         )
     print(
         f"against the run, on {len(report['prompts'])} prompts: {what}s differ by "
-        f"{report[f'max_abs_{what}_difference']:.2g} at most, {report[f'mean_abs_{what}_difference']:.2g} in the mean{more}"
+        f"{report[f'max_abs_{what}_difference']:.2g} at most, {report[f'mean_abs_{what}_difference']:.2g} in the mean"
+        f"{more}"
     )
     base_difference = report["base_without_adapter"]
     if base_difference and report["relative_difference"] > base_difference["relative_difference"] / 2:

@@ -11,9 +11,8 @@ from ftjax import assemble, tree
 from ftjax.assemble import Base
 from ftjax.errors import UserError
 from ftjax.method import method_of
-from ftjax.models.heads import COLLECTION
+from ftjax.models.heads import COLLECTION, SCORE
 from ftjax.models.spec import DecoderSpec
-from ftjax.objectives.scores import SCORE
 from ftjax.training.state import normalization
 from ftjax.tree import Tree
 from ftjax.weights.gguf.tokenizer import from_metadata

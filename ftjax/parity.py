@@ -23,9 +23,8 @@ from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
-from ftjax.models.heads import COLLECTION, values
+from ftjax.models.heads import COLLECTION, SCORE, values
 from ftjax.models.params import abstract_params
-from ftjax.objectives.scores import SCORE
 from ftjax.tree import Tree
 from ftjax.weights.hf.classifier import ClassifierReader
 from ftjax.weights.load import load_params
@@ -179,13 +178,15 @@ def check(difference: dict[str, float], stored: str) -> None:
     limit = LIMITS[stored]
     if not difference["relative_difference"] <= limit:  # NaN included
         if "mean_kl" in difference:
-            what = f"logits differ by {difference['max_abs_logit_difference']:.3g} at most, KL {difference['mean_kl']:.2g}"
+            what = (
+                f"logits differ by {difference['max_abs_logit_difference']:.3g} at most, KL {difference['mean_kl']:.2g}"
+            )
         else:
             what = f"scores differ by {difference['max_abs_score_difference']:.3g} at most"
         raise UserError(
             f"the export does not say what the run says: its {what}, {difference['relative_difference']:.2g} of their "
-            f"size, where {stored} explains {limit:g}; nothing was written. Try --dtype float32, and report this if that "
-            "fails as well"
+            f"size, where {stored} explains {limit:g}; nothing was written. Try --dtype float32, and report this if "
+            "that fails as well"
         )
 
 

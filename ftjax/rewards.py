@@ -1,7 +1,7 @@
 """Reward models, and what they say of conversations.
 
-    model = rewards.load("runs/reward")  # a run, an exported directory, or a SEQ_CLS adapter of peft's
-    model.scores([[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}], ("2 + 2?", "5")])
+model = rewards.load("runs/reward")  # a run, an exported directory, or a SEQ_CLS adapter of peft's
+model.scores([[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}], ("2 + 2?", "5")])
 """
 
 import functools
@@ -25,8 +25,8 @@ from ftjax.data.tokens.chat import tokenize_unpaired
 from ftjax.errors import UserError
 from ftjax.evals.likelihood import batch_rows, placed, row_length
 from ftjax.models.decoder import Decoder
-from ftjax.models.heads import COLLECTION
-from ftjax.objectives.scores import SCORE, is_last, scores
+from ftjax.models.heads import COLLECTION, SCORE
+from ftjax.objectives.scores import is_last, scores
 from ftjax.training.state import normalization
 from ftjax.tree import Tree
 from ftjax.weights.hf.classifier import FACTS
@@ -95,7 +95,9 @@ class RewardModel(NamedTuple):
         mesh = jax.tree.leaves(self.variables)[0].sharding.mesh
         with jax.set_mesh(mesh):
             kept = [document[: self.max_length] for document in documents]
-            lengths = np.array([row_length(len(one), self.base.model.spec.max_position_embeddings, mesh) for one in kept])
+            lengths = np.array(
+                [row_length(len(one), self.base.model.spec.max_position_embeddings, mesh) for one in kept]
+            )
             for length in sorted(set(lengths.tolist())):
                 indices = np.flatnonzero(lengths == length)
                 rows = batch_rows(len(indices), length, mesh)
@@ -195,7 +197,7 @@ def _at_end(model: Decoder, variables: Tree, batch: dict[str, jax.Array]) -> jax
 
 
 def _arrays(documents: Sequence[np.ndarray], rows: int, length: int) -> dict[str, np.ndarray]:
-    """"tokens", "positions" and "segment_ids" int32 [rows, length] of one document a row; more rows are empty."""
+    """ "tokens", "positions" and "segment_ids" int32 [rows, length] of one document a row; more rows are empty."""
     arrays = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "positions", "segment_ids")}
     for row, document in enumerate(documents):
         size = len(document)

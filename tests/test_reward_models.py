@@ -2,21 +2,25 @@
 
 import json
 
+import jax
 import numpy as np
 import peft
 import pytest
 import torch
-from support.pairs import config_of, write_pairs
+from support.chat_templates import CHATML, make_tokenizer
+from support.pairs import begun, config_of, write_pairs
 from support.runs import write_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ftjax import export
+from ftjax import export, rewards
+from ftjax.objectives.scores import is_last, scores
 from ftjax.train import train
 
+REWARD = {"objective.name": "reward", "objective.ensemble": 2, "data.checks": "off", "data.max_length": 64}
 CONVERSATIONS = [
     [{"role": "user", "content": "The red lamp"}, {"role": "assistant", "content": "send red"}],
     [{"role": "user", "content": "The blue lamp is broken"}, {"role": "assistant", "content": "it is red and old"}],
-    [
+    [  # with the end token between turns, which pads in the base
         {"role": "user", "content": "The green lamp"},
         {"role": "assistant", "content": "send green"},
         {"role": "user", "content": "And?"},
@@ -27,28 +31,95 @@ CONVERSATIONS = [
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A reward model of two heads in run/, trained for four steps over model/."""
+    """A reward model of two heads in run/, trained for four steps over model/, and exported to hf/ and peft/."""
     path = tmp_path_factory.mktemp("reward")
     write_model(path / "model", tie_word_embeddings=False)
+    make_tokenizer(CHATML, pad_token="<|im_end|>").save_pretrained(path / "model")
     write_pairs(path / "pairs.jsonl", 40)
-    config = config_of(path, **{"objective.name": "reward", "objective.ensemble": 2, "data.checks": "off"})
-    assert train(config, path / "run") == 0
+    assert train(config_of(path, **REWARD), path / "run") == 0
+    export.export_model(path / "run", None, "hf", path / "hf", None, "f16")
+    export.export_peft(path / "run", None, path / "peft")
     return path
 
 
-def test_it(root):
-    export.export_model(root / "run", None, "hf", root / "hf", None, "f16")
-    export.export_peft(root / "run", None, root / "peft")
-    print(sorted(p.name for p in (root/"hf").iterdir()))
-    print((root/"hf/config.json").read_text(), (root/"hf/README.md").read_text(), (root/"hf/parity.json").read_text()[:900])
-    print((root/"peft/adapter_config.json").read_text(), (root/"peft/README.md").read_text(), (root/"peft/ftjax_adapter.json").read_text())
-    m = AutoModelForSequenceClassification.from_pretrained(root/"hf")
-    tok = AutoTokenizer.from_pretrained(root/"hf")
-    b = tok.apply_chat_template(CONVERSATIONS, tokenize=False)
-    i = tok(b, add_special_tokens=False, padding=True, return_tensors="pt")
-    print(i, m(**i).logits)
-    b = AutoModelForSequenceClassification.from_pretrained(root/"model", num_labels=2)
-    p = peft.PeftModel.from_pretrained(b, root/"peft")
-    p.config.get_text_config().pad_token_id = tok.pad_token_id
-    print(p(**i).logits)
-    assert 0
+@pytest.fixture(scope="module")
+def ours(root):
+    return rewards.load(str(root / "run"))
+
+
+def raw(model, conversations):
+    """Rewards before they are normalized, float64 [N, K]."""
+    return model.scores(conversations) * model.std + model.mean
+
+
+def in_torch(model, tokenizer, side):
+    """What transformers gives for CONVERSATIONS in one batch, [N, K]."""
+    tokenizer.padding_side = side
+    texts = tokenizer.apply_chat_template(CONVERSATIONS, tokenize=False)
+    batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+    assert (batch["attention_mask"] == 0).any()
+    with torch.no_grad():
+        return model.eval()(**batch).logits.numpy()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_transformers_scores_the_same_whatever_side_is_padded(root, ours, record_figure, side):
+    tokenizer = AutoTokenizer.from_pretrained(root / "hf")
+    assert tokenizer.pad_token == "<unk>"
+    assert tokenizer.eos_token == "<|im_end|>"
+    model = AutoModelForSequenceClassification.from_pretrained(root / "hf")
+    expected, found = raw(ours, CONVERSATIONS), in_torch(model, tokenizer, side)
+    assert np.ptp(expected, axis=0).min() > 0.5  # so that another place to read it at shows
+    record_figure("largest difference of a score", np.abs(found - expected).max())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_peft_scores_the_same(root, ours, record_figure):
+    base = AutoModelForSequenceClassification.from_pretrained(root / "model", num_labels=2)
+    model = peft.PeftModel.from_pretrained(base, root / "peft")
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    tokenizer.pad_token = "<unk>"
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # as the card says
+    expected, found = raw(ours, CONVERSATIONS), in_torch(model, tokenizer, "right")
+    record_figure("largest difference of a score", np.abs(found - expected).max())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_what_is_exported_is_read_as_a_reward_model_and_normalized_as_the_run_is(root, ours):
+    expected = ours.scores([*CONVERSATIONS, ("The red lamp", "send red")])
+    assert expected.dtype == np.float32
+    np.testing.assert_array_equal(expected[3], expected[0])
+    assert np.abs(ours.mean).min() > 0.01
+    for name in ("hf", "peft"):
+        again = rewards.load(str(root / name))
+        assert (again.max_length, again.label_noise) == (64, 0.0)
+        found = again.scores([*CONVERSATIONS, ("The red lamp", "send red")])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_scores_of_training_documents_are_those_of_training(root, ours, record_figure):
+    """The same tokens, cut in the same place, and read at the same one; packed there, a row of its own here."""
+    program, _, loader = begun(config_of(root, **REWARD | {"data.max_length": 36}))
+    batch = loader.batch(0)
+    by_token = jax.jit(lambda batch: scores(program.model, ours.variables, batch, None))(batch)
+    ends = np.argwhere(np.asarray(is_last(batch["segment_ids"])))
+    in_training = {tuple(_document(batch, row, at)): np.asarray(by_token)[row, at] for row, at in ends}
+
+    rows = [json.loads(line) for line in (root / "pairs.jsonl").read_text().splitlines()]
+    pairs = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    model = ours._replace(max_length=36)
+    tokens = [model.tokens(pair)[:36] for pair in pairs]
+    assert any(len(model.tokens(pair)) > 36 for pair in pairs)
+    assert any(len(document) < 36 for document in tokens)
+    found = {tuple(document): score for document, score in zip(tokens, raw(model, pairs), strict=True)}
+    assert len(in_training) > 6
+    apart = max(np.abs(score - found[document]).max() for document, score in in_training.items())
+    record_figure("largest difference of a score", apart)
+    assert apart < 1e-6 * max(np.abs(score).max() for score in in_training.values()) * 4
+
+
+def _document(batch, row, end):
+    """The tokens of the document that ends at a place of a batch."""
+    segment = batch["segment_ids"][row]
+    return batch["tokens"][row, : end + 1][segment[: end + 1] == segment[end]].tolist()

@@ -4,6 +4,8 @@ A ...ForSequenceClassification gives `num_labels` numbers for a text, read at th
 ...ForTokenClassification for every token. Neither has an output head for tokens.
 """
 
+import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +40,7 @@ class Head(NamedTuple):
     labels: tuple[str, ...]
     of_tokens: bool = False
     pad: int | None = None
-    facts: dict[str, Any] = {}
+    facts: Mapping[str, Any] = types.MappingProxyType({})
 
     @property
     def kind(self) -> str:
@@ -75,7 +77,7 @@ def classifier_config(config: dict[str, Any], head: Head) -> dict[str, Any]:
         "label2id": {label: i for i, label in labels.items()},
         "problem_type": "regression" if head.facts.get("method") == "reward" else "single_label_classification",
         "pad_token_id": head.pad,
-        FACTS: head.facts,
+        FACTS: dict(head.facts),
     }
 
 

@@ -19,7 +19,7 @@ def padding_token(tokenizer: PreTrainedTokenizerFast, ends: Sequence[int], vocab
     """
     rendered, last = _rendered(tokenizer)
     unfit = {*ends, tokenizer.eos_token_id, last, None}
-    added = {i: token for i, token in sorted(tokenizer.added_tokens_decoder.items())}
+    added = dict(sorted(tokenizer.added_tokens_decoder.items()))
     candidates = [
         tokenizer.pad_token_id,
         *(i for i, token in added.items() if "pad" in token.content.lower()),

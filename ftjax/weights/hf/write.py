@@ -169,9 +169,7 @@ def check_fit(leaves: Mapping[str, Any], spec: DecoderSpec, config: dict[str, An
         raise ValueError(f"the config to write describes {spec_from_config(config)}, the parameters {spec}")
 
 
-def _tensors(
-    params: dict[str, Any], adapters: dict[str, Any] | None, spec: DecoderSpec, dtype: Any
-) -> list[Tensor]:
+def _tensors(params: dict[str, Any], adapters: dict[str, Any] | None, spec: DecoderSpec, dtype: Any) -> list[Tensor]:
     """In the order of our paths, and inside one of its layers and experts."""
     keys, leaves, parts = hf_names(spec), tree.flatten(params), tree.by_module(adapters or {})
     adapted = {path for path in leaves if path.endswith(("/kernel", "/embedding")) and path.rpartition("/")[0] in parts}

@@ -167,7 +167,7 @@ def write_adapter(
         config["revision"] = base.revision
     facts = {"version": 1, "base_model": base.name, "base_sha256": base.digest, "base_quantized": base.quantized}
     if head is not None:
-        facts[classifier.FACTS] = head.facts | {"pad_token_id": head.pad}
+        facts[classifier.FACTS] = dict(head.facts) | {"pad_token_id": head.pad}
     with new_directory_together(out) as directory:
         write_safetensors(directory / WEIGHTS, tensors)
         with together(f"writing {directory}"):
