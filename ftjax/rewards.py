@@ -20,10 +20,15 @@ from ftjax import assemble, sharding
 from ftjax import config as configs
 from ftjax.adapted import NONE, load_model
 from ftjax.assemble import Base
+from ftjax.data.format.conversation import conversation as plain_turns
 from ftjax.data.format.example import Row
 from ftjax.data.tokens.chat import tokenize_unpaired
+from ftjax.data.tokens.masks import encode
+from ftjax.data.tokens.rendering import render
 from ftjax.errors import UserError
+from ftjax.evals import best
 from ftjax.evals.likelihood import batch_rows, placed, row_length
+from ftjax.evals.scores import Score
 from ftjax.models.decoder import Decoder
 from ftjax.models.heads import COLLECTION, SCORE
 from ftjax.objectives.scores import is_last, scores
@@ -80,8 +85,17 @@ class RewardModel(NamedTuple):
         turns = _turns(conversation) if isinstance(conversation, tuple) else list(conversation)
         if not turns or turns[-1].get("role") != "assistant":
             raise UserError(f"{origin}: a reward is of an answer; let the conversation end with the assistant's")
-        fields = {"prompt": turns[:-1], "completion": turns[-1:], "label": True} | ({"tools": tools} if tools else {})
-        return tokenize_unpaired(Row(fields, origin), self.base.tokenizer, self.base.model.spec.vocab_size).tokens
+        *prompt, answer = turns
+        fields = {"prompt": prompt, "completion": [answer], "label": True} | ({"tools": tools} if tools else {})
+        tokenizer = self.base.tokenizer
+        try:
+            return tokenize_unpaired(Row(fields, origin), tokenizer, self.base.model.spec.vocab_size).tokens
+        except UserError:
+            # Of such rows nothing could be learned, as when an answer is empty or begins with a space that the
+            # tokenizer merges with the template's text. A model may write them all the same, and they have a reward.
+            checked = plain_turns(prompt, f"{origin}: prompt", needs_assistant=False)
+            text = render([*checked, dict(answer)], tokenizer, origin, tools)
+            return np.asarray(encode([text], tokenizer)[0], np.int32)
 
     def scores_of(self, documents: Sequence[np.ndarray]) -> np.ndarray:
         """float32 [N, K], as `scores` of documents of `tokens`."""
@@ -113,11 +127,33 @@ class RewardModel(NamedTuple):
         return (1 - self.label_noise) * np.exp(-np.logaddexp(0, -difference)) + self.label_noise / 2
 
 
-def load(path: str, step: int | None = None, model: str = "") -> RewardModel:
+def score(path: str, where: str) -> Score:
+    """The mean reward by the reward model at `path` as a score of completions; it is loaded with the first of them.
+
+    where: for messages, what names it.
+    """
+    if not Path(path).expanduser().is_dir():
+        raise UserError(f"{where}: score 'reward:{path}': no such directory; name a run, an export or an adapter")
+    loaded = functools.cache(lambda: load(path))
+
+    def together(completions: Sequence[str], examples: Sequence[dict]) -> list[float]:
+        model = loaded()
+        documents = []
+        for completion, example in zip(completions, examples, strict=True):
+            turns = example["messages"]
+            prompt = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+            turns = [*prompt, {"role": "assistant", "content": completion}]
+            documents.append(model.tokens(turns, example.get("tools")))
+        return model.scores_of(documents).mean(axis=1).tolist()
+
+    return Score(lambda text, example: together([text], [example])[0], False, together=together, share=False)
+
+
+def load(path: str, step: str | None = None, model: str = "") -> RewardModel:
     """The reward model of a run, of a directory of transformers' ...ForSequenceClassification, or of a SEQ_CLS adapter.
 
-    step: of a run, the newest by default. model: where the base of a run or an adapter is, if not where they say.
-    It computes as the run did, or in the type in which a directory's weights are stored.
+    step: of a run: "best", "latest" or a number, by default the best where there is one. model: where the base of a run
+    or an adapter is, if not where they say. It computes as the run did, or in the type of a directory's weights.
 
     Raises:
       UserError: there is no such thing, or it has no head of numbers for a text.
@@ -138,8 +174,8 @@ def load(path: str, step: int | None = None, model: str = "") -> RewardModel:
     return _of_files(path, base, variables[NONE], base.reader.config.get(FACTS))
 
 
-def _of_run(workdir: Path, step: int | None, model: str) -> RewardModel:
-    config, base, variables, _ = assemble.load_run(workdir, step, {"model": model}, _check_run)
+def _of_run(workdir: Path, step: str | None, model: str) -> RewardModel:
+    config, base, variables, _ = assemble.load_run(workdir, best.choose(workdir, step), {"model": model}, _check_run)
     mean, std = normalization(variables.pop("kept"))
     return RewardModel(base, variables, mean, std, config.objective.label_noise, config.data.max_length)
 

@@ -40,7 +40,7 @@ FLOORS = [
     {"evals", "rewards"},
     {"describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
     {"planning"},
-    {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness"}
+    {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness", "score"}
     | {"plan", "inspect_data", "curate", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -10,9 +10,13 @@ import torch
 from support.chat_templates import CHATML, make_tokenizer
 from support.pairs import begun, config_of, write_pairs
 from support.runs import write_model
+from support.tiny import one_device
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ftjax import export, rewards
+from ftjax import assemble, export, rewards
+from ftjax.adapted import load_model
+from ftjax.errors import UserError
+from ftjax.models import heads
 from ftjax.objectives.scores import is_last, scores
 from ftjax.train import train
 
@@ -123,3 +127,57 @@ def _document(batch, row, end):
     """The tokens of the document that ends at a place of a batch."""
     segment = batch["segment_ids"][row]
     return batch["tokens"][row, : end + 1][segment[: end + 1] == segment[end]].tolist()
+
+
+def first_head(config):
+    """float32 [D, K]: the head that a run of `config` begins with."""
+    base = assemble.open_base(config.model)
+    with jax.set_mesh(one_device()):
+        abstract, _ = assemble.abstract_variables(config, base.model, one_device())
+        variables = assemble.load_variables(config, base, abstract, lambda path: path.startswith(heads.COLLECTION))
+    return np.asarray(variables[heads.COLLECTION][heads.SCORE]["kernel"])
+
+
+@pytest.mark.parametrize("given", [{"model.source": "hf"}, {"adapter.source": "peft", "adapter.rank": 16}])
+def test_a_run_goes_on_from_the_head_that_was_trained(root, ours, given):
+    where = {key: str(root / value) if key.endswith("source") else value for key, value in given.items()}
+    trained = np.asarray(ours.variables[heads.COLLECTION][heads.SCORE]["kernel"])
+    assert np.array_equal(first_head(config_of(root, **REWARD | where)), trained)
+    with pytest.raises(UserError, match=r"source: .* has a head of 2 numbers, and this run's head has 3"):
+        first_head(config_of(root, **REWARD | where | {"objective.ensemble": 3}))
+    with pytest.raises(UserError, match=r"a head of 2 numbers \(ForSequence.*and none for tokens, which .*'dpo'"):
+        first_head(config_of(root, **where))
+
+
+def test_what_has_no_head_for_tokens_generates_nothing(root):
+    for model, adapters in ((root / "hf", {}), (root / "model", {"it": str(root / "peft")})):
+        with pytest.raises(UserError, match="is a model ForSequenceClassification, whose head gives no tokens"):
+            load_model(str(model), adapters, "float32")
+    with pytest.raises(UserError, match="has a head for tokens, not for a reward"):
+        rewards.load(str(root / "model"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_what_transformers_and_peft_made_is_gone_on_from(root, tmp_path):
+    """A directory and an adapter of theirs: `score` among the modules to save, and `classifier`, which is not there."""
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(root / "model", num_labels=2)
+    base.save_pretrained(tmp_path / "theirs")
+    make_tokenizer(CHATML).save_pretrained(tmp_path / "theirs")
+    kernel = base.score.weight.detach().numpy().T.copy()
+    assert np.array_equal(first_head(config_of(root, **REWARD | {"model.source": str(tmp_path / "theirs")})), kernel)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
+    torch.nn.init.normal_(adapted.score.modules_to_save["default"].weight)
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = first_head(config_of(root, **REWARD | {"adapter.source": str(tmp_path / "adapter"), "adapter.rank": 16}))
+    assert np.array_equal(found, adapted.score.modules_to_save["default"].weight.detach().numpy().T)
+
+
+def test_formats_that_cannot_hold_a_head_are_refused(root, tmp_path):
+    with pytest.raises(UserError, match=r"has a head of numbers .*, for which a GGUF has no words; use --format hf"):
+        export.export_model(root / "run", None, "gguf", tmp_path / "out.gguf", None, "f16")
+    with pytest.raises(UserError, match="vLLM has no adapters of reward models"):
+        export.export_peft(root / "run", None, tmp_path / "out", vllm_rank=16)
+    with pytest.raises(UserError, match="there is nothing between them"):
+        export.export_model(root / "run", None, "hf", tmp_path / "out", None, "f16", share=0.5)
+    assert not list(tmp_path.iterdir())
