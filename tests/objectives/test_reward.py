@@ -1,7 +1,10 @@
-"""Reward models against transformers' own, however pairs lie in rows; the ensemble and what is kept of rewards."""
+"""Reward models against transformers' and TRL's own, however pairs lie in rows; ensembles; what is kept of rewards."""
 
+import collections
 import functools
 import itertools
+import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ from support.witness import from_torch, torch_scores
 from ftjax import config as configs
 from ftjax import tree
 from ftjax.models.decoder import Decoder
-from ftjax.objectives.loss import merged
+from ftjax.objectives.loss import means, merged
 from ftjax.objectives.reward import bootstrap, log_likelihood, make_reward
 from ftjax.training.state import normalization, reward_sums
 
@@ -212,3 +215,66 @@ def test_rewards_are_normalized_by_those_of_the_last_steps():
     for _ in range(100):
         value = kept.update(value, variables, shifted)
     np.testing.assert_allclose(normalization(value)[0], np.mean(rewards, 1) + 10, rtol=1e-2)
+
+
+def by_trl(margins):
+    """(loss, metrics, gradients by parameter) of TRL's own trainer, whose batch is padded on the right with 0."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from trl.trainer import reward_trainer
+    variables = variables_of()
+    model = torch_scores(CONFIG, variables["params"], variables["heads"]["score"]["kernel"])
+    model.config.pad_token_id = 0
+    rows = [{"chosen_ids": pair[0][0], "rejected_ids": pair[1][0]} for pair in PAIRS]
+    if margins:
+        rows = [row | {"margin": margin} for row, margin in zip(rows, MARGINS)]
+    inputs = reward_trainer.DataCollatorForPreference(pad_token_id=0)(rows)
+    trainer = types.SimpleNamespace(
+        model=model.train(),
+        args=types.SimpleNamespace(center_rewards_coefficient=0.3 if margins else None),
+        accelerator=types.SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
+        _metrics={"train": collections.defaultdict(list)},
+        _tp_size=1,
+        _total_train_tokens=0,
+    )
+    loss = reward_trainer.RewardTrainer.compute_loss(trainer, Marginless(model), inputs)
+    loss.backward()
+    metrics = {name: values[0] for name, values in trainer._metrics["train"].items() if name != "num_tokens"}
+    return loss.item(), metrics, {name: leaf.grad for name, leaf in model.named_parameters()}
+
+
+class Marginless:
+    """What TRL's trainer calls: it gives the margin to the model, too, which takes what it does not know."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, input_ids, attention_mask, margin=None, use_cache=False):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+@pytest.mark.slow  # TRL takes seconds to import
+@pytest.mark.parametrize("margins", [False, True], ids=["plain", "with margins and centering"])
+def test_loss_metrics_and_gradients_are_trls(margins, record_figure):
+    expected, metrics, gradients = by_trl(margins)
+    objective = make_reward(MODEL, settings(center_coef=0.3 if margins else 0.0))
+
+    def mean(variables, batch):
+        loss = objective(variables, batch, None)
+        return loss.sum / loss.weight, means(loss)
+
+    batch = batch_with(LAYOUTS["packed"][0])
+    batch["labels"] *= margins
+    (ours, found), flat = jax.jit(jax.value_and_grad(mean, has_aux=True))(variables_of(), batch)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    assert metrics.keys() == found.keys() - {"loss", "brier", "confidence"}
+    for name in metrics:
+        np.testing.assert_allclose(found[name], metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    head = gradients.pop("score.weight").numpy().T
+    theirs = from_torch(gradients, flat["params"]) | {"head": head}
+    flat = tree.flatten(flat["params"]) | {"head": flat["heads"]["score"]["kernel"]}
+    largest = max(np.abs(leaf).max() for leaf in theirs.values())
+    worst = max(np.abs(flat[path] - theirs[path]).max() for path in theirs) / largest
+    assert worst < 1e-5
+    record_figure("loss, relative", abs(float(ours) / expected - 1))
+    record_figure("gradients, of the largest", worst)
