@@ -117,7 +117,7 @@ def export_peft(
                 head=head and _shown_head(head, base),
             ),
             generation=generation_config(exportable.model_config(base), _sampling(base)) if ends else None,
-            save_tokenizer=functools.partial(_write_tokenizer, run, base) if _has_own_tokenizer(run) else None,
+            save_tokenizer=functools.partial(_write_tokenizer, run, base, head=head) if _has_own_tokenizer(run) else None,
             head=head,
         )
     if ends and is_first():

@@ -1,6 +1,7 @@
 """Reward models go out to transformers and peft and come back in, and score the same everywhere."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -8,9 +9,11 @@ import peft
 import pytest
 import torch
 from support.chat_templates import CHATML, make_tokenizer
+from support.family_configs import CONFIGS
 from support.pairs import begun, config_of, write_pairs
-from support.runs import write_model
+from support.runs import command, finish, write_model, write_rows
 from support.tiny import one_device
+from support.torch_models import torch_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ftjax import assemble, export, rewards
@@ -181,3 +184,61 @@ def test_formats_that_cannot_hold_a_head_are_refused(root, tmp_path):
     with pytest.raises(UserError, match="there is nothing between them"):
         export.export_model(root / "run", None, "hf", tmp_path / "out", None, "f16", share=0.5)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config["model_type"] != "granite"])
+def test_a_reward_model_of_every_family_scores_the_same_in_transformers(tmp_path, name, record_figure):
+    """gemma's scaled embedding, windows, norms after attention, mixtures; the end token pads in the base."""
+    positions = "n_positions" if CONFIGS[name]["model_type"] == "gpt2" else "max_position_embeddings"
+    tokenizer = make_tokenizer(CHATML, pad_token="<|im_end|>")
+    config = CONFIGS[name] | {"vocab_size": 400, positions: 256, "eos_token_id": tokenizer.eos_token_id}
+    torch_model(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_pairs(tmp_path / "pairs.jsonl", 20)
+    assert train(config_of(tmp_path, **REWARD, steps=2), tmp_path / "run") == 0
+    export.export_model(tmp_path / "run", None, "merged", tmp_path / "out", "float32", "f16")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    its = AutoTokenizer.from_pretrained(tmp_path / "out")
+    expected = raw(rewards.load(str(tmp_path / "run")), CONVERSATIONS)
+    assert np.ptp(expected, axis=0).min() > 0.1
+    # GPT-2 learned its positions, and transformers counts them from the left, padding or not.
+    for side in ("left", "right") if name != "gpt2" else ("right",):
+        found = in_torch(theirs, its, side)
+        record_figure(f"largest difference of a score, padded on the {side}", np.abs(found - expected).max())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    again = rewards.load(str(tmp_path / "out"))
+    np.testing.assert_allclose(raw(again, CONVERSATIONS), expected, rtol=0, atol=1e-4)
+
+
+def test_a_family_for_which_transformers_has_no_class_is_refused_before_the_first_step(tmp_path):
+    write_model(tmp_path / "model", model_type="granite")
+    write_pairs(tmp_path / "pairs.jsonl", 8)
+    config = config_of(tmp_path, **REWARD, export_formats=("hf",))
+    with pytest.raises(UserError, match=r"'hf' would be refused .*no ForSequenceClassification of the family 'granite'"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_rewards_of_rows_and_of_answers_in_training(root, tmp_path):
+    """The commands: ftjax.score prints accuracy and calibration, and a run is evaluated by the mean reward."""
+    out = tmp_path / "scored.jsonl"
+    arguments = [f"--reward={root / 'run'}", f"--data={root / 'pairs.jsonl'}", f"--out={out}"]
+    printed = finish(command("ftjax.score", *arguments))
+    assert re.search(r"accuracy +\d+\.\d% of 40 pairs", printed)
+    assert "expected error" in printed
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 40
+    assert lines[0].keys() == {
+        *("prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "likelihood", "disagreement")
+    }
+    assert "exists; name another file" in finish(command("ftjax.score", *arguments), 2)
+    write_rows(tmp_path / "rows.jsonl", 12)
+    given = {"objective.name": "sft", "data.train": (str(tmp_path / "rows.jsonl"),), "data.checks": "off", "steps": 2}
+    score = {"source": str(tmp_path / "rows.jsonl"), "score": f"reward:{root / 'run'}"}
+    config = config_of(root, **given | {"data.eval": (score,), "evaluate.max_new_tokens": 8})
+    assert train(config, tmp_path / "run") == 0
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    means = [record["eval_rows/reward"] for record in records if "eval_rows/reward" in record]
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert means[-1] == pytest.approx(np.mean([line["score"] for line in samples if line["step"] == 2]), rel=1e-6)
