@@ -117,7 +117,9 @@ def export_peft(
                 head=head and _shown_head(head, base),
             ),
             generation=generation_config(exportable.model_config(base), _sampling(base)) if ends else None,
-            save_tokenizer=functools.partial(_write_tokenizer, run, base, head=head) if _has_own_tokenizer(run) else None,
+            save_tokenizer=functools.partial(_write_tokenizer, run, base, head=head)
+            if _has_own_tokenizer(run)
+            else None,
             head=head,
         )
     if ends and is_first():
@@ -273,7 +275,7 @@ def _of_head(head: Head | None) -> list[str]:
     if head is None:
         return []
     notes = []
-    if head.facts["method"] == "reward":
+    if "mean" in head.facts:
         parts = [f"{mean:.4g} and {std:.4g}" for mean, std in zip(head.facts["mean"], head.facts["std"], strict=True)]
         notes.append(
             f"Rewards of the training pairs had the mean and the standard deviation {'; '.join(parts)}. The head has "

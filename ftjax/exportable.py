@@ -13,6 +13,7 @@ from ftjax.errors import UserError
 from ftjax.method import method_of
 from ftjax.models.heads import COLLECTION, SCORE
 from ftjax.models.spec import DecoderSpec
+from ftjax.objectives.reward import REWARDS
 from ftjax.training.state import normalization
 from ftjax.tree import Tree
 from ftjax.weights.gguf.tokenizer import from_metadata
@@ -105,7 +106,7 @@ def head_of(config: ConfigDict, base: Base, variables: Tree) -> Head | None:
         return None
     objective, kernel = config.objective, variables[COLLECTION][SCORE]["kernel"]
     facts = {"method": objective.name, "max_length": config.data.max_length}
-    if "kept" in variables:
+    if REWARDS in variables.get("kept", {}):
         mean, std = normalization(variables["kept"])
         facts |= {"mean": mean.tolist(), "std": std.tolist(), "label_noise": objective.label_noise}
     count = kernel.shape[-1]

@@ -29,14 +29,17 @@ from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.likelihood import batch_rows, placed, row_length
 from ftjax.evals.scores import Score
+from ftjax.method import method_of
 from ftjax.models.decoder import Decoder
 from ftjax.models.heads import COLLECTION, SCORE
 from ftjax.objectives.scores import is_last, scores
 from ftjax.training.state import normalization
 from ftjax.tree import Tree
-from ftjax.weights.hf.classifier import FACTS
+from ftjax.weights.hf.classifier import FACTS, TEXTS
 from ftjax.weights.hf.files import inside, read_json
 from ftjax.weights.peft import adapter as adapters
+from ftjax.weights.peft.begun_heads import classifier
+from ftjax.weights.peft.config import kind_of
 from ftjax.weights.source import locate, open_source
 
 log = logging.getLogger(__name__)
@@ -167,11 +170,13 @@ def load(path: str, step: str | None = None, model: str = "") -> RewardModel:
         facts = read_json(inside(where, adapters.FACTS)) if (where / adapters.FACTS).is_file() else {}
         source = model or read_json(inside(where, adapters.CONFIG)).get("base_model_name_or_path") or ""
         base, variables = load_model(source, {"adapter": path}, _dtype(source), heads=True)
-        return _of_files(path, base, variables["adapter"], facts.get(FACTS))
+        kind = kind_of(read_json(inside(where, adapters.CONFIG)))
+        return _of_files(path, base, variables["adapter"], kind, facts.get(FACTS))
     if model:
         raise UserError(f"{path}: is a whole model, or no model at all, and needs none beside it; leave {model} out")
     base, variables = load_model(path, {}, _dtype(path), heads=True)
-    return _of_files(path, base, variables[NONE], base.reader.config.get(FACTS))
+    its = classifier(base.reader)
+    return _of_files(path, base, variables[NONE], its and its.kind, base.reader.config.get(FACTS))
 
 
 def _of_run(workdir: Path, step: str | None, model: str) -> RewardModel:
@@ -181,17 +186,19 @@ def _of_run(workdir: Path, step: str | None, model: str) -> RewardModel:
 
 
 def _check_run(config: Any, base: Base, variables: Tree) -> None:
-    if config.objective.name != "reward":
+    if method_of(config).rows != "ranked":
         raise UserError(
             f"this is a run of objective.name={config.objective.name!r}, not a reward model; train one with "
             "objective.name=reward"
         )
 
 
-def _of_files(path: str, base: Base, variables: Tree, facts: Any) -> RewardModel:
-    if COLLECTION not in variables:
-        raise UserError(f"{path}: has a head for tokens, not for a reward; train one with objective.name=reward")
-    heads, facts = variables[COLLECTION][SCORE]["kernel"].shape[-1], facts if isinstance(facts, dict) else {}
+def _of_files(path: str, base: Base, variables: Tree, kind: str | None, facts: Any) -> RewardModel:
+    facts = facts if isinstance(facts, dict) else {}
+    if kind != TEXTS or ("method" in facts and "mean" not in facts):
+        has = {None: "a head for tokens", TEXTS: "classes"}.get(kind, f"the head of a model {kind}")
+        raise UserError(f"{path}: has {has}, not for a reward; train one with objective.name=reward")
+    heads = variables[COLLECTION][SCORE]["kernel"].shape[-1]
     mean, std = (_numbers(facts, name, heads, other, path) for name, other in (("mean", 0.0), ("std", 1.0)))
     noise, length = facts.get("label_noise", 0.0), facts.get("max_length", base.model.spec.max_position_embeddings)
     if not isinstance(noise, int | float) or not 0 <= noise < 1 or type(length) is not int or length < 2:

@@ -75,7 +75,7 @@ def classifier_config(config: dict[str, Any], head: Head) -> dict[str, Any]:
         "architectures": [architecture(config["model_type"], head.kind)],
         "id2label": {str(i): label for i, label in labels.items()},
         "label2id": {label: i for i, label in labels.items()},
-        "problem_type": "regression" if head.facts.get("method") == "reward" else "single_label_classification",
+        "problem_type": "regression" if "mean" in head.facts else "single_label_classification",
         "pad_token_id": head.pad,
         FACTS: dict(head.facts),
     }
