@@ -93,6 +93,7 @@ def export_peft(
     ends = [] if head else base.tokenizer.convert_ids_to_tokens(unnamed(base.reader.config, base.end_tokens))
     adapters = variables["lora"] if vllm_rank is None else uniform(variables["lora"], whole, vllm_rank)
     saved = {path: params[path] for path in whole}
+    save_tokenizer = functools.partial(_write_tokenizer, run, base, head=head) if _has_own_tokenizer(run) else None
     with room_for(out, sum(leaf.nbytes for leaf in [*tree.flatten(adapters).values(), *saved.values()])):
         write_adapter(
             out,
@@ -117,9 +118,7 @@ def export_peft(
                 head=head and _shown_head(head, base),
             ),
             generation=generation_config(exportable.model_config(base), _sampling(base)) if ends else None,
-            save_tokenizer=functools.partial(_write_tokenizer, run, base, head=head)
-            if _has_own_tokenizer(run)
-            else None,
+            save_tokenizer=save_tokenizer,
             head=head,
         )
     if ends and is_first():
