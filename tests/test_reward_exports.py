@@ -215,9 +215,7 @@ def test_a_family_for_which_transformers_has_no_class_is_refused_before_the_firs
     write_model(tmp_path / "model", model_type="granite")
     write_pairs(tmp_path / "pairs.jsonl", 8)
     config = config_of(tmp_path, **REWARD, export_formats=("hf",))
-    with pytest.raises(
-        UserError, match=r"'hf' would be refused .*no ForSequenceClassification of the family 'granite'"
-    ):
+    with pytest.raises(UserError, match=r"'hf' would be .*no ForSequenceClassification of the family 'granite'"):
         train(config, tmp_path / "run")
 
 
