@@ -166,12 +166,18 @@ def load(path: str, step: str | None = None, model: str = "") -> RewardModel:
         return _of_run(where, step, model)
     if step is not None:
         raise UserError(f"{path}: is no run, and has no steps; leave the step out")
+    with jax.set_mesh(sharding.make_mesh({"fsdp": -1})):  # which need not be that of a run which asks for rewards
+        return _of_directory(path, model)
+
+
+def _of_directory(path: str, model: str) -> RewardModel:
+    where = Path(path).expanduser()
     if (where / adapters.CONFIG).is_file():
+        config = read_json(inside(where, adapters.CONFIG))
         facts = read_json(inside(where, adapters.FACTS)) if (where / adapters.FACTS).is_file() else {}
-        source = model or read_json(inside(where, adapters.CONFIG)).get("base_model_name_or_path") or ""
+        source = model or config.get("base_model_name_or_path") or ""
         base, variables = load_model(source, {"adapter": path}, _dtype(source), heads=True)
-        kind = kind_of(read_json(inside(where, adapters.CONFIG)))
-        return _of_files(path, base, variables["adapter"], kind, facts.get(FACTS))
+        return _of_files(path, base, variables["adapter"], kind_of(config), facts.get(FACTS))
     if model:
         raise UserError(f"{path}: is a whole model, or no model at all, and needs none beside it; leave {model} out")
     base, variables = load_model(path, {}, _dtype(path), heads=True)
