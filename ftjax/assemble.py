@@ -23,8 +23,9 @@ from ftjax.atomic import write_text
 from ftjax.data.pipeline import DataSpec
 from ftjax.data.tokens import templates
 from ftjax.data.tokens import tokenizer as tokenizers
+from ftjax.data.tokens.kinds import Settings
 from ftjax.errors import UserError
-from ftjax.method import Method, learning_rate, method_of
+from ftjax.method import Method, idle, learning_rate, method_of
 from ftjax.models import params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
@@ -113,7 +114,7 @@ def _has_new_tokens(config: ConfigDict) -> bool:
 
 def new_token_paths(config: ConfigDict, paths: Iterable[str]) -> set[str]:
     """Those of the parameters `paths` that are trained whole because they hold the rows of new tokens."""
-    return NEW_TOKENS & set(paths) if _has_new_tokens(config.model) else set()
+    return (NEW_TOKENS & set(paths)) - idle(config, paths) if _has_new_tokens(config.model) else set()
 
 
 class Program(NamedTuple):
@@ -212,6 +213,7 @@ def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -
         max_bad_rows=data.max_bad_rows,
         holdout=data.holdout,
         long_text=data.long_text,
+        settings=Settings(config.objective.step_separator, tuple(config.objective.classes)),
         # Where rows are split, each part has the length that the attention kernels want.
         multiple=128 * mesh.shape["context"] if mesh is not None and mesh.shape["context"] > 1 else 1,
     )
@@ -229,7 +231,7 @@ def abstract_variables(config: ConfigDict, model: Decoder, mesh: Mesh) -> tuple[
     if adapter.kind == "none":
         if adapter.source:
             raise UserError("config.adapter.source is an adapter to go on from; adapter.kind='none' has none")
-        trained = set(tree.matching(adapter.trainable, list(leaves), "adapter.trainable"))
+        trained = set(tree.matching(adapter.trainable, list(leaves), "adapter.trainable")) - idle(config, leaves)
         if untrained := sorted(new_token_paths(config, leaves) - trained):
             raise UserError(
                 f"config.adapter.trainable={adapter.trainable!r} leaves out {', '.join(untrained)}, which must "
@@ -273,6 +275,11 @@ def _adapters(config: ConfigDict, model: Decoder, leaves: dict) -> tuple[dict[st
         lora.by_pattern(adapter.alpha, adapter.alpha_pattern, targets, "adapter.alpha_pattern")  # for its errors
         trained = _modules_to_save(adapter.modules_to_save, leaves)
     trained |= new_token_paths(config, leaves)
+    if vain := sorted(idle(config, {*ranks, *trained})):
+        raise UserError(
+            f"config.adapter: objective.name={config.objective.name!r} does not use {vain[0].partition('/')[0]}, which "
+            "would learn nothing; leave it out of targets and modules_to_save"
+        )
     return ranks, [name for name, wanted in chosen.items() if wanted], trained
 
 
@@ -363,7 +370,7 @@ def _with_adapters(config: ConfigDict, base: Base, abstract: Tree, variables: Tr
     if adapter.init == "pissa":
         variables["params"], adapters = lora.pissa(variables["params"], adapters)
     if adapter.kind == "dora":
-        adapters = lora.with_magnitudes(functools.partial(kernel, variables), adapters)
+        adapters = lora.with_magnitudes(functools.partial(quant.kernel, variables), adapters)
     return variables | {"lora": adapters}
 
 
@@ -402,24 +409,6 @@ def trained_whole(config: ConfigDict, base: Base) -> set[str]:
     """The paths of the parameters that are trained beside the adapters."""
     leaves = dict.fromkeys(hf_names(base.model.spec))
     return _adapters(config, base.model, leaves)[2]
-
-
-def kernel(variables: Tree, module: str) -> jax.Array:
-    """The kernel [..., in, out] of a module, whole, however it is stored."""
-    leaves = tree.flatten(variables)
-    if f"params/{module}/kernel" in leaves:
-        return leaves[f"params/{module}/kernel"]
-    prefix = f"quant/{module}/"
-    packed = {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
-    return jax.jit(quant.dequantize, static_argnums=1)(packed, jnp.float32)
-
-
-def whole_params(variables: Tree, dtype: jnp.dtype) -> Tree:
-    """`params` with every quantized kernel made whole, in `dtype`: the base that the adapters were trained on."""
-    leaves = tree.flatten(variables["params"])
-    for module in {path.rpartition("/")[0] for path in tree.flatten(variables.get("quant", {}))}:
-        leaves[f"{module}/kernel"] = kernel(variables, module).astype(dtype)
-    return tree.unflatten(leaves)
 
 
 def keep_template(base: Base, config: ConfigDict, workdir: Path) -> None:
@@ -487,7 +476,7 @@ def _interpolated(base: Base, run: Program, variables: Tree, share: float) -> Tr
     wanted = interpolation.changed(tree.flatten(run.variables), run.is_trained)
     abstract, _ = tree.partition(run.variables["params"], wanted.__contains__)
     params = tree.flatten(weights.load_params(base.reader, base.model.spec, abstract)) if wanted else {}
-    return interpolation.interpolated(variables, params, kernel, share)
+    return interpolation.interpolated(variables, params, quant.kernel, share)
 
 
 def _found(config: ConfigDict, moved: Mapping[str, str]) -> ConfigDict:

@@ -34,12 +34,15 @@ def by_devices(config: ConfigDict, platform: str) -> ConfigDict:
 
 
 def by_model(config: ConfigDict, spec: DecoderSpec) -> ConfigDict:
-    """With a learning rate. That of adapters is larger in narrower models.
+    """With a learning rate, and without general text where the method makes a model that does not generate.
 
+    The learning rate of adapters is larger in narrower models.
     As width^-0.78: what the authors of "LoRA Without Regret" (Schulman et al. 2025) fitted to Llama models in
     tinker-cookbook's `hyperparam_utils` (Qwen models depend less on it). QLoRA's 2e-4 at widths of 4,096 and 5,120 and
     1e-4 at 8,192 (Dettmers et al. 2023) agree with it, and so does the quickstart's 1e-3 at 576.
     """
+    if not method_of(config).generates:  # what it would say is no matter any more
+        config = configs.changed(config, {"evaluate.general": ()})
     if config.optimizer.learning_rate:
         return config
     rate = method_of(config).learning_rates[config.adapter.kind]

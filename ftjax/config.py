@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from ftjax import foreign
 from ftjax.atomic import write_text
-from ftjax.config_checks import ANY, LAYERS, Check, losses, number, one_of, pairs, some_of, tokens
+from ftjax.config_checks import ANY, LAYERS, Check, losses, names, number, one_of, pairs, some_of, tokens
 from ftjax.errors import UserError, did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -86,7 +86,7 @@ KEYS: dict[str, Key] = {
     # Of the rows before training; on: stop on errors, warn: print them.
     "data.checks": Key("on", one_of("on", "warn", "off")),
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
-    "objective.name": Key("sft", ANY),  # a method of ftjax/method.py: sft, dpo, cpo, simpo, orpo, reward
+    "objective.name": Key("sft", ANY),  # a method of ftjax/method.py: sft, dpo, cpo, simpo, orpo, reward, prm, classify
     # sft: the share of a target's probability that is spread over the vocabulary; of pairs: of labels taken to be wrong
     "objective.label_smoothing": Key(0.0, number(0, 0.99)),
     # sft: so much of log(Z)^2 is added, Z being the sum of a softmax; 1e-4 is usual
@@ -111,6 +111,9 @@ KEYS: dict[str, Key] = {
     "objective.center_coef": Key(0.0, number(0)),
     # reward: heads on the one model, each trained on its own bootstrap of the pairs; where they disagree, it is unsure
     "objective.ensemble": Key(1, number(1)),
+    "objective.classes": Key((), names()),  # classify: of the labels of its rows, in the order of their logits
+    # prm: what stands between the steps of an answer
+    "objective.step_separator": Key("\n", Check(bool, "text, such as a line break")),
     "objective.label_noise": Key(0.0, number(0, 0.99)),  # reward: the share of labels that are given at random
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.

@@ -35,7 +35,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from ftjax import assemble, cli, distributed, exportable, interpolation, lora, parity, tree
+from ftjax import assemble, cli, distributed, exportable, interpolation, lora, parity, quant, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.atomic import room_for
@@ -298,7 +298,7 @@ def _shown_head(head: Head, base: Base) -> dict[str, Any]:
 
 def _whole(base: Base, variables: Tree) -> tuple[DecoderSpec, Tree]:
     """(spec, dequantized parameters) that the adapters are to be merged into."""
-    params = assemble.whole_params(variables, base.model.param_dtype)
+    params = quant.whole_params(variables, base.model.param_dtype)
     if exportable.must_untie(base.model.spec, variables):
         params = params | {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
     params = exportable.without_token_head(params, variables)

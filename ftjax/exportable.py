@@ -109,10 +109,11 @@ def head_of(config: ConfigDict, base: Base, variables: Tree) -> Head | None:
     if REWARDS in variables.get("kept", {}):
         mean, std = normalization(variables["kept"])
         facts |= {"mean": mean.tolist(), "std": std.tolist(), "label_noise": objective.label_noise}
-    count = kernel.shape[-1]
-    labels = ("reward",) if count == 1 else tuple(f"reward_{i}" for i in range(count))
+    count, of_tokens = kernel.shape[-1], _kind(config) == TOKENS
+    rewards = ("reward",) if count == 1 else tuple(f"reward_{i}" for i in range(count))
+    labels = ("wrong", "right") if of_tokens else tuple(objective.classes) or rewards
     pad = padding_token(base.tokenizer, base.end_tokens, base.model.spec.vocab_size)
-    return Head(kernel, labels, _kind(config) == TOKENS, pad, facts)
+    return Head(kernel, labels, of_tokens, pad, facts)
 
 
 def without_token_head(tree: Tree, variables: Tree) -> Tree:

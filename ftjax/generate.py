@@ -34,6 +34,7 @@ from ftjax.assemble import Base
 from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
 from ftjax.evals import best
+from ftjax.method import check_generates
 from ftjax.sampling.engine import stream
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
@@ -98,7 +99,9 @@ def main(argv: list[str]) -> int:
     else:
         in_use = "run"
         workdir, moved = Path(FLAGS.workdir), {"model": FLAGS.model, "adapter": FLAGS.adapter}
-        _, base, trained, _ = assemble.load_run(workdir, best.choose(workdir, FLAGS.step), moved, share=share)
+        _, base, trained, _ = assemble.load_run(
+            workdir, best.choose(workdir, FLAGS.step), moved, check_generates, share
+        )
         variables = {in_use: trained}
 
     def answer(prompt: np.ndarray) -> str:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -92,6 +93,18 @@ def check_evaluation(config: ConfigDict) -> None:
     ):
         if evaluate[key] and why:
             raise UserError(f"config.evaluate.{key}={evaluate[key]!r} does nothing: {fix}")
+    if not method_of(config).generates:
+        name = config.objective.name
+        if answered := [*scored.split_entries(config)[0], *scored.likely_entries(config)]:
+            raise UserError(
+                f"config.data.eval: {answered[0]['source']} is about what a model says, and objective.name={name!r} "
+                "makes one that gives numbers; give it rows like those of training, which have a loss, and no 'score'"
+            )
+        if evaluate.general and not configs.is_default(config, "evaluate.general"):
+            raise UserError(
+                f"config.evaluate.general: objective.name={name!r} makes a model that gives numbers and says nothing; "
+                "leave it out"
+            )
 
 
 def check_adapter_tokenizer(config: ConfigDict, base: Base, display: Display) -> None:
@@ -232,6 +245,17 @@ def check_same_everywhere(
     if other := [name for name in facts if facts[name] != others[name]]:
         raise UserError(
             f"process {distributed.index()} has other {', '.join(other)} than process 0; give every host the same files"
+        )
+
+
+def check_classes(config: ConfigDict, train: Loader, display: Display) -> None:
+    """Says which classes no row has."""
+    if method_of(config).rows != "classified":
+        return
+    seen = {int(label) for part in train.examples.parts for label in np.unique(part.labels)}
+    if missing := [name for i, name in enumerate(config.objective.classes) if i not in seen]:
+        display.say(
+            f"warning: no row of training has the class {', '.join(map(repr, missing))}, which is then never found"
         )
 
 

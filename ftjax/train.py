@@ -110,6 +110,7 @@ def _train(
         display.say(f"This run is finished: {there.step} steps, saved in {workdir}. Nothing to do.{on}")
         return 0
     preflight.check_rows(config, base, train_loader, heldout, display)
+    preflight.check_classes(config, train_loader, display)
 
     with jax.set_mesh(mesh):
         # Shardings, objective, optimizer and step: shapes only.
