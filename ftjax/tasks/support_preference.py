@@ -61,9 +61,14 @@ def _wrong_quantity(ticket: Ticket, rng: random.Random) -> Ticket:
     return ticket | {"quantity": rng.choice([count for count in range(1, 7) if count != ticket["quantity"]])}
 
 
-def _wrong_item(ticket: Ticket, rng: random.Random) -> Ticket:
-    """The count stands in the item, too, as it does in the message."""
-    return ticket | {"item": f"{ticket['quantity']} {ticket['item']}"}
+def _wrong_copy(ticket: Ticket, rng: random.Random) -> Ticket:
+    """The item or the customer is almost that of the message."""
+    key = rng.choice(["item", "item", "customer"])
+    text = str(ticket[key])
+    place = rng.randrange(1, len(text))
+    missing = text[:place] + text[place + 1 :]
+    others = [f" {text}", text[0].swapcase() + text[1:], missing, text.removesuffix("s") + "s" * (text[-1] != "s")]
+    return ticket | {key: rng.choice(others)}
 
 
 def _missing_field(ticket: Ticket, rng: random.Random) -> Ticket:
@@ -71,12 +76,9 @@ def _missing_field(ticket: Ticket, rng: random.Random) -> Ticket:
     return {key: value for key, value in ticket.items() if key != missing}
 
 
-def _number_for_text(ticket: Ticket, rng: random.Random) -> Ticket:
-    return ticket | {"order": int(ticket["order"])}
-
-
+# As a model makes them that has seen some tickets: most often it takes one issue for another.
 _MISTAKES: tuple[Callable[[Ticket, random.Random], Ticket], ...] = (
-    *(_wrong_issue, _wrong_order, _wrong_quantity, _wrong_item, _missing_field, _number_for_text),
+    *(_wrong_issue, _wrong_issue, _wrong_order, _wrong_quantity, _wrong_copy, _missing_field),
 )
 
 
