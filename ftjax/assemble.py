@@ -29,7 +29,7 @@ from ftjax.models import params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.groups import stack_of
-from ftjax.models.heads import COLLECTION, abstract_head, init_heads
+from ftjax.models.heads import COLLECTION, abstract_heads, init_heads
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.reference import frozen_with_reference
@@ -127,6 +127,7 @@ class Program(NamedTuple):
       frozen: those that it does not, with the reference where the method needs one beside them.
       kept: what the method keeps, and the average of what is trained where config.optimizer.ema_decay asks for it.
       state, batch: what `step` takes, a batch as [accumulate, batch / accumulate, length].
+      totals: those of the method for this model, None where it needs none.
       step: see `training.step.make_step`.
     """
 
@@ -142,6 +143,7 @@ class Program(NamedTuple):
     kept: Kept | None
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
+    totals: Callable[[Tree, Batch], Tree] | None
     step: Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
 
     @property
@@ -161,7 +163,7 @@ def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) ->
       UserError: what `method_of` and `abstract_variables` raise.
     """
     method = method_of(config)
-    variables, is_trained = abstract_variables(config, model, mesh, method.head)
+    variables, is_trained = abstract_variables(config, model, mesh)
     trainable, frozen = tree.partition(variables, is_trained)
     watched = method.reference or _watches_forgetting(config, trainable)
     if config.optimizer.l2_sp or (watched and not starts_as_base(config, trainable)):
@@ -172,13 +174,15 @@ def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) ->
     kept = with_average(method.kept, config.optimizer.ema_decay)
     state = abstract_state(optimizer, trainable, mesh, kept)
     objective = method.objective(model, config.objective)
-    step = make_step(objective, optimizer, schedule, state, config.seed, model.dtype, kept, method.totals)
+    totals = method.totals and method.totals(model, config.objective)
+    step = make_step(objective, optimizer, schedule, state, config.seed, model.dtype, kept, totals)
     shape = (config.accumulate, config.data.batch_size // config.accumulate, data_spec(config, model.spec).row_length)
     where = sharding.named(mesh, (None, "batch", "length"), shape)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in method.batch.items()}
     count = _trained_count(config, model.spec, trainable)
     return Program(
-        model, mesh, method, objective, variables, is_trained, count, frozen, optimizer, kept, state, batch, step
+        *(model, mesh, method, objective, variables, is_trained, count, frozen, optimizer, kept, state, batch),
+        *(totals, step),
     )
 
 
@@ -213,13 +217,9 @@ def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -
     )
 
 
-def abstract_variables(
-    config: ConfigDict, model: Decoder, mesh: Mesh, head: str = ""
-) -> tuple[Tree, Callable[[str], bool]]:
+def abstract_variables(config: ConfigDict, model: Decoder, mesh: Mesh) -> tuple[Tree, Callable[[str], bool]]:
     """({"params", "lora"?, "quant"?, "heads"?} as ShapeDtypeStructs with shardings, and which of their paths training
     changes).
-
-    head: that of a method which has one.
 
     config.adapter and config.quantize decide. What is trained is kept in float32: an update of 1e-5 of a weight is lost
     in bfloat16.
@@ -250,8 +250,8 @@ def abstract_variables(
             raise UserError("config.adapter.init=pissa changes the base; it does not go with config.quantize.base")
         kernels = {path: leaves.pop(path).shape for path in _quantized(leaves) if path not in trained}
         out["quant"] = quant.abstract(config.quantize.base, kernels, axes, mesh)
-    if head:
-        out[COLLECTION] = abstract_head(head, model.spec, mesh)
+    if heads := method_of(config).heads(config.objective):
+        out[COLLECTION] = abstract_heads(heads, model.spec, mesh)
     out["params"] = tree.unflatten(leaves)
     always = (lora.TRAINABLE, re.compile(f"^{COLLECTION}/"))
     return out, lambda path: path.removeprefix("params/") in trained or any(some.match(path) for some in always)

@@ -41,7 +41,6 @@ from ftjax.evals.heldout import LOSS, HeldOut
 from ftjax.evals.judge import Judge, endpoint
 from ftjax.evals.rewrites import Instruction
 from ftjax.evals.scored import Question
-from ftjax.method import method_of
 from ftjax.reporting import page
 from ftjax.training.display import Display
 from ftjax.tree import Tree
@@ -201,7 +200,7 @@ def base_variables(config: ConfigDict, base: Base, variables: Tree) -> Tree:
     params, packed = tree.flatten(variables.pop("params")), variables.pop("quant", None)
     variables.clear()
     with jax.set_mesh(mesh):
-        abstract, is_trained = assemble.abstract_variables(config, base.model, mesh, method_of(config).head)
+        abstract, is_trained = assemble.abstract_variables(config, base.model, mesh)
         changed = {path: params.pop(path) for path in interpolation.changed(tree.flatten(abstract), is_trained)}
         dtype = jnp.dtype(config.model.param_dtype)
         wanted = {p: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding) for p, x in changed.items()}

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from ftjax import config as configs
 from ftjax.data.batch.loader import Loader
-from ftjax.data.batch.packing import BATCH, REPLAY
+from ftjax.data.batch.packing import BATCH, LABELS, REPLAY
+from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.loss import Objective
@@ -42,9 +43,10 @@ class Method(NamedTuple):
       settings: the keys of config.objective that it reads, beside `name`; any other one that is set is refused.
       reference: whether the objective compares with the model as it was before training (`objectives.reference`); with
         objective.kl_coef every one does.
-      head: the scalar head that it adds (`models.heads`), "" for none.
-      batch: the arrays [rows, length] of its batches.
-      totals: (variables, batch) -> sums that the objective needs of a whole step, or evaluation, first (`make_step`).
+      heads: config.objective -> {name: how many numbers it gives}, the heads that it adds (`models.heads`).
+      batch: the arrays [rows, length] of its batches, beside the labels of rows that have some.
+      totals: (model, config.objective) -> the function (variables, batch) -> sums that the objective needs of a whole
+        step, or evaluation, first (`make_step`).
       kept: what it keeps from step to step beside the weights, such as a controller or a moving average.
       source: (assemble.Program, frozen variables, loader of its rows, the rows of a batch that this process fills, the
         number of steps) -> where its batches come from.
@@ -56,9 +58,9 @@ class Method(NamedTuple):
     epochs: tuple[float, float] = (1.0, 3.0)
     settings: tuple[str, ...] = ()
     reference: bool = False
-    head: str = ""
+    heads: Callable[[ConfigDict], Mapping[str, int]] = lambda config: {}
     batch: Mapping[str, type[np.generic]] = types.MappingProxyType(BATCH)
-    totals: Callable[[Tree, dict], Tree] | None = None
+    totals: Callable[[Decoder, ConfigDict], Callable[[Tree, dict], Tree]] | None = None
     kept: Kept | None = None
     source: Callable[..., Source] = from_files
 
@@ -68,7 +70,7 @@ _PAIRS = Method(
     rows="pair",
     learning_rates={"lora": 1e-5, "dora": 1e-5, "none": 1e-6},
     epochs=(1.0, 3.0),  # Rafailov et al. 2023; Zephyr (Tunstall et al. 2023), where more made it worse
-    totals=preference_totals,
+    totals=lambda model, config: preference_totals,
 )
 
 METHODS = {
@@ -130,7 +132,8 @@ def method_of(config: ConfigDict) -> Method:
         method = method._replace(kept=moving_reference(every, config.objective.reference_share))
     elif not configs.is_default(config, "objective.reference_share"):
         raise UserError("config.objective.reference_share is of a reference that moves; set objective.reference_every")
-    batch = dict(method.batch) | (REPLAY if configs.replays(config) else {})
+    batch = dict(method.batch) | (LABELS if ROW_KINDS[method.rows].labeled else {})
+    batch |= REPLAY if configs.replays(config) else {}
     return method._replace(reference=method.reference or config.objective.kl_coef > 0, batch=batch)
 
 

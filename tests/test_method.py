@@ -35,7 +35,7 @@ def make_length_regression(model, config):
     def objective(variables, batch, rng):
         hidden, _ = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"])
         there = (batch["segment_ids"] > 0).astype(jnp.float32)
-        errors = heads.values(variables, "value", hidden) - batch["positions"] / 10
+        errors = heads.values(variables, "value", hidden)[..., 0] - batch["positions"] / 10
         return Loss(jnp.sum(errors**2 * there), there.sum(), {})
 
     return objective
@@ -76,7 +76,9 @@ def root(tmp_path_factory):
 @pytest.fixture
 def methods(monkeypatch):
     table = METHODS | {
-        "length": Method(make_length_regression, rows="conversation", learning_rates=RATES, head="value"),
+        "length": Method(
+            make_length_regression, rows="conversation", learning_rates=RATES, heads=lambda config: {"value": 1}
+        ),
         "pulled": Method(make_pulled, rows="conversation", learning_rates=RATES, kept=AVERAGE),
     }
     monkeypatch.setattr(method, "METHODS", table)

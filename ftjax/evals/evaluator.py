@@ -69,7 +69,7 @@ class Evaluator:
         self._seed, self._sets = config.seed, scored.scored_sets(config)
         self._prompts = [[tokens(q.prompt, base.tokenizer) for q in its.questions] for its in self._sets]
         self._likely = likely_sets(config, base.tokenizer, base.model.spec.max_position_embeddings)
-        self._eval_step, self._totals = make_eval_step(program.objective), program.method.totals
+        self._eval_step, self._totals = make_eval_step(program.objective), program.totals
         self._samples = workdir / "samples.jsonl"
         self._preemption, self._display = preemption, display
         self._check_lengths()

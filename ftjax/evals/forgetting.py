@@ -21,7 +21,6 @@ from ftjax.evals.drift import drift
 from ftjax.evals.general import METRICS, Text
 from ftjax.evals.intervals import interval
 from ftjax.evals.likelihood import Item, log_likelihoods
-from ftjax.method import method_of
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.reference import REFERENCE, frozen_with_reference, policy_and_reference
 from ftjax.sampling.engine import generate
@@ -55,7 +54,7 @@ def prompts_of(loader: Loader | None, most: int = 1000) -> list[np.ndarray]:
     `text` row, which has none, all of it."""
     prompts = []
     for index in _spread(range(len(loader.examples)), most) if loader is not None else []:
-        tokens, trained = loader.examples.documents_of(index)[0]
+        tokens, trained, _ = loader.examples.documents_of(index)[0]
         first = int(np.argmax(trained))
         prompts.append(tokens[:first] if first > 1 else tokens)
     return prompts
@@ -227,7 +226,7 @@ def reference_of(config: ConfigDict, base: Base, variables: Tree) -> Tree:
     it was then. To be called under `jax.set_mesh` with the mesh of the variables.
     """
     mesh = jax.sharding.get_mesh()
-    abstract, is_trained = assemble.abstract_variables(config, base.model, mesh, method_of(config).head)
+    abstract, is_trained = assemble.abstract_variables(config, base.model, mesh)
     if assemble.starts_as_base(config, tree.partition(abstract, is_trained)[0]):
         return policy_and_reference(variables)[1]
     # Fresh DoRA and PiSSA are made of the kernels that they adapt, so those are read as well.

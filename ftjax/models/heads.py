@@ -1,10 +1,11 @@
-"""Heads that give a number for each position: the score of a reward model, the value of a critic.
+"""Heads that give numbers for each position: the score of a reward model, the value of a critic, logits of classes.
 
 They are a collection of their own, `heads`, beside `params` and `lora`: always trained, in float32, never part of what
-the model says. {"score": {"kernel": [D, 1]}}
+the model says. {"score": {"kernel": [D, K]}}
 """
 
 import zlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,14 @@ from ftjax.tree import Tree
 COLLECTION = "heads"
 
 
-def abstract_head(name: str, spec: DecoderSpec, mesh: Mesh) -> Tree:
-    """The head as ShapeDtypeStructs with shardings."""
-    shape = (spec.hidden_size, 1)
-    where = sharding.named(mesh, ("embed", None), shape)
-    return {name: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)}}
+def abstract_heads(widths: Mapping[str, int], spec: DecoderSpec, mesh: Mesh) -> Tree:
+    """The heads as ShapeDtypeStructs with shardings; widths: how many numbers each gives, by its name."""
+
+    def kernel(width: int) -> jax.ShapeDtypeStruct:
+        shape = (spec.hidden_size, width)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.named(mesh, ("embed", None), shape))
+
+    return {name: {"kernel": kernel(width)} for name, width in widths.items()}
 
 
 def init_heads(abstract: Tree, seed: int) -> Tree:
@@ -39,6 +43,6 @@ def init_heads(abstract: Tree, seed: int) -> Tree:
 
 
 def values(variables: Tree, name: str, hidden: jax.Array) -> jax.Array:
-    """float32 [B, T]: what the head `name` gives for hidden states [B, T, D]."""
+    """float32 [B, T, K]: what the head `name` gives for hidden states [B, T, D]."""
     kernel = variables[COLLECTION][name]["kernel"]
-    return jnp.matmul(hidden.astype(jnp.float32), kernel, precision="highest")[..., 0]
+    return jnp.matmul(hidden.astype(jnp.float32), kernel, precision="highest")

@@ -18,7 +18,7 @@ from ftjax import config as configs
 from ftjax import lora, sharding, tree
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
-from ftjax.models.heads import abstract_head, init_heads
+from ftjax.models.heads import abstract_heads, init_heads
 from ftjax.models.params import abstract_params, logical_axes
 from ftjax.objectives.preference import make_preference, preference_totals
 from ftjax.objectives.sft import make_sft
@@ -180,7 +180,7 @@ def same_random_params(meshes):
 
 def head_on(mesh):
     """A fresh scalar head on a mesh: its values, and how it is laid out there."""
-    kernel = init_heads(abstract_head("value", SPECS["dense"], mesh), 7)["value"]["kernel"]
+    kernel = init_heads(abstract_heads({"value": 1}, SPECS["dense"], mesh), 7)["value"]["kernel"]
     return np.array(kernel), spec_of(kernel)
 
 

@@ -17,7 +17,7 @@ def examples_of(given, source_ids=None, weights=(1.0,), replayed=None):
     documents = len(given[0].lengths or (0,)) if given else 1
     return Examples.of(
         np.array([one.lengths or (len(one.tokens),) for one in given], np.int32).reshape(len(given), documents),
-        parts=(Part(tokens, [Row({}, one.origin) for one in given]),),
+        parts=(Part(tokens, _labels(given), [Row({}, one.origin) for one in given]),),
         rows=np.arange(len(given)),
         source_ids=np.zeros(len(given), np.int32) if source_ids is None else np.asarray(source_ids, np.int32),
         weights=tuple(weights),
@@ -25,6 +25,11 @@ def examples_of(given, source_ids=None, weights=(1.0,), replayed=None):
         digest=hashlib.sha256(tokens.tobytes() + lengths.tobytes()).hexdigest(),
         report={},
     )
+
+
+def _labels(given):
+    labels = [one.labels for one in given if one.labels is not None]
+    return np.concatenate(labels or [np.zeros(0, np.float32)])
 
 
 def make_examples(n, longest=16, seed=0):

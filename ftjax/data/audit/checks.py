@@ -161,9 +161,9 @@ class Checks:
         counts = [len(of_example) for of_example in examples]
         owners = np.repeat(np.arange(len(examples)), counts)
         facts, faults = self._facts, []
-        tokens = np.concatenate([tokens for tokens, _ in documents])
-        trained = np.concatenate([trained for _, trained in documents])
-        lengths = np.array([len(tokens) for tokens, _ in documents])
+        tokens = np.concatenate([document.tokens for document in documents])
+        trained = np.concatenate([document.trained for document in documents])
+        lengths = np.array([len(document.tokens) for document in documents])
         starts = np.cumsum(lengths) - lengths
         position = np.arange(len(tokens)) - np.repeat(starts, lengths)  # of each token in its document
         kept = trained & (position < facts.max_length)

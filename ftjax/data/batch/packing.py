@@ -30,6 +30,9 @@ BATCH = {
 # And where a source is replayed: 1 at the tokens of its documents, else 0.
 REPLAY = {"replay": np.float32}
 
+# And where rows say something of their documents: the label of each token, see `Document`.
+LABELS = {"labels": np.float32}
+
 
 @dataclass(frozen=True)
 class RowPlan:
@@ -146,7 +149,7 @@ def _reorder(values: np.ndarray, starts: np.ndarray, row_order: np.ndarray) -> t
 def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np.ndarray]:
     """The arrays of BATCH, [len(rows), T], for rows of example indices; an empty row is all zeros (padding).
 
-    Where a source is replayed, those of REPLAY, too.
+    Where a source is replayed those of REPLAY, too, and where documents have labels those of LABELS.
 
     Each document is a segment of its own, and the documents of one example are adjacent: if examples are pairs,
     segments 1 and 2 are the first pair, 3 and 4 the next.
@@ -154,12 +157,12 @@ def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np
     Raises:
       ValueError: the examples of a row are longer than T together.
     """
-    names = BATCH | (REPLAY if any(examples.replayed) else {})
+    names = BATCH | (REPLAY if any(examples.replayed) else {}) | (LABELS if examples.labeled else {})
     batch = {name: np.zeros((len(rows), T), dtype) for name, dtype in names.items()}
     for b, row in enumerate(rows):
         start = 0
         documents = itertools.chain.from_iterable(map(examples.documents_of, row))
-        for segment, (tokens, trained) in enumerate(documents, 1):
+        for segment, (tokens, trained, labels) in enumerate(documents, 1):
             stop = start + len(tokens)
             if stop > T:
                 raise ValueError(f"row {b} has {stop} or more tokens, more than {T}")
@@ -168,6 +171,8 @@ def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np
             batch["weights"][b, start : stop - 1] = trained[1:]
             batch["positions"][b, start:stop] = np.arange(stop - start)
             batch["segment_ids"][b, start:stop] = segment
+            if labels is not None:
+                batch["labels"][b, start:stop] = labels
             start = stop
         if "replay" in batch:
             is_replay = np.asarray(examples.replayed)[examples.source_ids[row]]

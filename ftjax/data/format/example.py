@@ -26,10 +26,18 @@ class Document(NamedTuple):
     Attributes:
       tokens: int32 [n].
       trained: bool [n]; trained[i] says that token i is predicted with loss. trained[0] is False: nothing predicts it.
+      labels: float32 [n], what the row says of the answer or step that token i belongs to, such as +1 for a good one;
+        None for kinds of rows that say nothing (`kinds.RowKind`). It stands at every token of it, so that a cut leaves
+        it there.
     """
 
     tokens: np.ndarray
     trained: np.ndarray
+    labels: np.ndarray | None = None
+
+    def cut(self, length: int) -> "Document":
+        """Its first `length` tokens."""
+        return Document(*(part if part is None else part[:length] for part in self))
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Example:
     """What the model sees of one row: a document, or several that belong together and share a row of a batch.
 
     Attributes:
-      tokens, trained: those of its documents, one after the other (see `Document`).
+      tokens, trained, labels: those of its documents, one after the other (see `Document`).
       origin: the origin of its row.
       lengths: tokens of each document; () where it is only one.
     """
@@ -46,13 +54,16 @@ class Example:
     trained: np.ndarray
     origin: str
     lengths: tuple[int, ...] = ()
+    labels: np.ndarray | None = None
 
     @property
     def documents(self) -> list[Document]:
         bounds = np.cumsum(self.lengths)[:-1]
-        return [Document(*parts) for parts in zip(np.split(self.tokens, bounds), np.split(self.trained, bounds))]
+        columns = (self.tokens, self.trained) if self.labels is None else (self.tokens, self.trained, self.labels)
+        return [Document(*parts) for parts in zip(*(np.split(column, bounds) for column in columns))]
 
     @classmethod
     def of(cls, documents: Sequence[Document], origin: str) -> "Example":
-        tokens, trained = (np.concatenate(parts) for parts in zip(*documents))
-        return cls(tokens, trained, origin, tuple(len(document.tokens) for document in documents))
+        columns = (None if parts[0] is None else np.concatenate(parts) for parts in zip(*documents))
+        tokens, trained, labels = columns
+        return cls(tokens, trained, origin, tuple(len(document.tokens) for document in documents), labels)

@@ -28,8 +28,9 @@ from ftjax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# One entry per token in the first, per document in the second, per example in the others.
-COLUMNS = {"tokens": "<i4", "lengths": "<i4", "rows": "<i8", "sources": "<i4"}
+# One entry per token in the first two, of which labels is empty for kinds of rows without; per document in the next,
+# per example in the others.
+COLUMNS = {"tokens": "<i4", "labels": "<f4", "lengths": "<i4", "rows": "<i8", "sources": "<i4"}
 TRAINED = np.int32(-(2**31))  # the bit of a token that says that it is predicted with loss
 _ID = np.int32(2**31 - 1)  # its other bits
 _BLOCK = 2**26  # bytes that one thread hashes at a time
@@ -37,9 +38,11 @@ _BLOCK = 2**26  # bytes that one thread hashes at a time
 
 @dataclass(frozen=True)
 class Part:
-    """One tokenized set of rows: its column of tokens with their flags, and the rows, whose origins messages name."""
+    """One tokenized set of rows: its column of tokens with their flags, that of their labels, of size 0 where there are
+    none, and the rows, whose origins messages name."""
 
     tokens: np.ndarray
+    labels: np.ndarray
     rows: Sequence[Row]
 
 
@@ -58,6 +61,11 @@ class Examples:
     digest: str  # sha256 (hex) of all tokens, masks and lengths in their order, and of the tokenizer and its template
     report: dict  # what was counted while tokenizing (see `tokenize.tokenize`)
     replayed: tuple[bool, ...]  # which sources are general data that is replayed
+
+    @property
+    def labeled(self) -> bool:
+        """Whether documents have labels."""
+        return any(part.labels.size for part in self.parts)
 
     @property
     def count(self) -> float:
@@ -79,10 +87,12 @@ class Examples:
 
     def documents_of(self, index: int) -> list[Document]:
         """The documents of an example; reads no row."""
-        column, start, documents = self._part(index).tokens, self.starts[index], []
+        part, start, documents = self._part(index), self.starts[index], []
         for length in self.document_lengths[index]:
-            flagged, start = column[start : start + length], start + length
-            documents.append(Document(flagged & _ID, flagged < 0))
+            place = slice(start, start + length)
+            flagged, labels = part.tokens[place], part.labels[place] if part.labels.size else None
+            documents.append(Document(flagged & _ID, flagged < 0, labels))
+            start += length
         return documents
 
     def origin(self, index: int) -> str:
@@ -118,7 +128,7 @@ def join(sets: Sequence[Examples]) -> Examples:
 
 
 class Columns(NamedTuple):
-    """The arrays of COLUMNS, sha256 (hex) of the tokens and lengths, and what `build` returned (JSON)."""
+    """The arrays of COLUMNS, sha256 (hex) of the tokens, lengths and labels, and what `build` returned (JSON)."""
 
     arrays: dict[str, np.ndarray]
     digest: str
@@ -174,8 +184,9 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _content(described: dict[str, dict]) -> str:
-    """sha256 (hex) of the tokens and lengths."""
-    return hashlib.sha256(" ".join(described[name]["sha256"] for name in ("tokens", "lengths")).encode()).hexdigest()
+    """sha256 (hex) of the tokens, lengths and labels."""
+    names = ("tokens", "lengths", *(["labels"] if described["labels"]["size"] else []))
+    return hashlib.sha256(" ".join(described[name]["sha256"] for name in names).encode()).hexdigest()
 
 
 def _appender(files: dict[str, BinaryIO]) -> Append:

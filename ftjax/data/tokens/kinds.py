@@ -21,6 +21,7 @@ class RowKind(NamedTuple):
     # row, ..., vocab_size, train_on -> the documents of each of its examples, which are not cut yet. There are several
     # where a template rewrites earlier answers (`chat.tokenize_answers`).
     tokenize: Callable[[Row, Tokenizer, int | None, str], list[Documents]]
+    labeled: bool = False  # whether its documents have labels
 
 
 def _conversation(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> list[Documents]:
@@ -33,15 +34,29 @@ def _pair(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str)
     return [{name: Document(side.tokens, side.trained) for name, side in zip(("chosen", "rejected"), sides)}]
 
 
+def _ranked(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> list[Documents]:
+    margin = row.fields.get("margin", 0.0)
+    return [
+        {name: document._replace(labels=_everywhere(document, margin)) for name, document in pair.items()}
+        for pair in _pair(row, tokenizer, vocab_size, train_on)
+    ]
+
+
 def _labeled(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> list[Documents]:
-    example = chat.tokenize_unpaired(row, tokenizer, vocab_size)
-    return [{"good" if row.fields["label"] else "bad": Document(example.tokens, example.trained)}]
+    example, good = chat.tokenize_unpaired(row, tokenizer, vocab_size), row.fields["label"]
+    document = Document(example.tokens, example.trained)
+    return [{"good" if good else "bad": document._replace(labels=_everywhere(document, 1.0 if good else -1.0))}]
+
+
+def _everywhere(document: Document, label: float) -> np.ndarray:
+    return np.full(len(document.tokens), label, np.float32)
 
 
 ROW_KINDS = {
     "conversation": RowKind(1, _conversation),  # a text, a conversation, or a prompt with its completion
     "pair": RowKind(2, _pair),  # a prompt with a chosen and a rejected answer
-    "labeled": RowKind(1, _labeled),  # a prompt with an answer that is called good or bad
+    "ranked": RowKind(2, _ranked, labeled=True),  # the same with its margin, by how much one is better; 0 if not said
+    "labeled": RowKind(1, _labeled, labeled=True),  # a prompt with an answer that is called good (+1) or bad (-1)
 }
 
 
@@ -59,7 +74,7 @@ def divide(documents: Documents, max_length: int, origin: str) -> tuple[Example,
     (whole,) = documents.values()
     examples = []
     for start in range(0, max(1, len(whole.tokens) - 1), max_length - 1):
-        tokens, trained = (part[start : start + max_length].copy() for part in whole)
+        tokens, trained = (part[start : start + max_length].copy() for part in (whole.tokens, whole.trained))
         trained[:1] = False  # nothing in its document predicts it
         examples.append(Example(tokens, trained, origin, (len(tokens),)))
     return tuple(examples)
@@ -72,7 +87,7 @@ def cut(documents: Documents, max_length: int, origin: str) -> Example:
       UserError: there is nothing to compare, because one of several documents has no trained token left, or two have
         become equal.
     """
-    kept = {name: Document(*(part[:max_length] for part in whole)) for name, whole in documents.items()}
+    kept = {name: whole.cut(max_length) for name, whole in documents.items()}
     if len(kept) > 1:
         fix = f"raise data.max_length (now {max_length}), shorten the prompt or remove the row"
         for name, document in kept.items():

@@ -72,7 +72,7 @@ def outcome(rows: Rows, i: int, tokenizer: Tokenizer, rules: TokenRules) -> Outc
         if row is None:
             return None
         parts = tuple(ROW_KINDS[rules.kind].tokenize(row, tokenizer, rules.vocab_size, rules.train_on))
-        if "text" in row.fields and rules.long_text == "divide":
+        if rules.kind == "conversation" and "text" in row.fields and rules.long_text == "divide":
             examples = divide(parts[0], rules.max_length, row.origin)
         else:
             examples = tuple(cut(documents, rules.max_length, row.origin) for documents in parts)

@@ -36,6 +36,7 @@ class Tokenized(NamedTuple):
 
     stop: int  # the end of the chunk
     tokens: np.ndarray  # int32: of all examples one after the other, trained ones flagged with `examples.TRAINED`
+    labels: np.ndarray  # float32: of these tokens, or of size 0
     rows: np.ndarray  # int64 [n]: the index of each good row
     longest: np.ndarray  # int64 [n]: the tokens of its longest document before the cut
     split: np.ndarray  # int64 [n]: whether each of its answers is an example
@@ -107,7 +108,7 @@ def tokenize(
         columns = examples.in_memory(build)
     return Examples.of(
         columns.arrays["lengths"].reshape(-1, kinds.ROW_KINDS[kind].documents),
-        parts=(Part(columns.arrays["tokens"], rows),),
+        parts=(Part(columns.arrays["tokens"], columns.arrays["labels"], rows),),
         rows=columns.arrays["rows"],
         source_ids=columns.arrays["sources"],
         weights=tuple(rows.weights([source["trained_tokens"] for source in columns.header["per_source"]])),
@@ -118,7 +119,7 @@ def tokenize(
 
 
 def _tokenize(rows: Rows, tokenizer: Tokenizer, rules: TokenRules, chunk: range) -> Tokenized:
-    tokens, counts, lengths, dropped, bad, failed = [], [], [], [], [], None
+    tokens, labels, counts, lengths, dropped, bad, failed = [], [], [], [], [], [], None
     for i in chunk:
         try:
             found = outcome(rows, i, tokenizer, rules)
@@ -138,10 +139,12 @@ def _tokenize(rows: Rows, tokenizer: Tokenizer, rules: TokenRules, chunk: range)
         counts.append((i, found.longest, found.split, len(sizes), further, found.unanswered, kept, trained))
         for example in found.examples:
             tokens.append(np.where(example.trained, example.tokens | examples.TRAINED, example.tokens))
+            labels += [] if example.labels is None else [example.labels]
             lengths += example.lengths
     flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
+    flat_labels = np.concatenate(labels) if labels else np.zeros(0, np.float32)
     columns = np.array(counts, np.int64).reshape(-1, 8).T
-    return Tokenized(chunk.stop, flat, *columns, np.array(lengths, np.int64), dropped[:3], bad, failed)
+    return Tokenized(chunk.stop, flat, flat_labels, *columns, np.array(lengths, np.int64), dropped[:3], bad, failed)
 
 
 def _collect(
@@ -164,6 +167,7 @@ def _collect(
             raise UserError(chunk.failed)
         sources = np.searchsorted(ends, chunk.rows, side="right")
         append("tokens", chunk.tokens)
+        append("labels", chunk.labels)
         append("lengths", chunk.lengths)
         append("rows", np.repeat(chunk.rows, chunk.examples))
         append("sources", np.repeat(sources, chunk.examples))

@@ -11,7 +11,7 @@ from ftjax import curate
 from ftjax.data.audit import checks
 from ftjax.data.audit.checks import Checks, TokenFacts, at_start
 from ftjax.data.audit.findings import ERROR, FINDING_KINDS, MATTERS, WARNING, Findings
-from ftjax.data.format.example import Row
+from ftjax.data.format.example import Document, Row
 from ftjax.data.format.formats import check_row
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens import chat
@@ -237,8 +237,8 @@ TOKENS = {
 def test_traps_of_the_tokens(name):
     tokens, trained, codes = TOKENS[name]
     tool = Checks(TokenFacts(frozenset([7]), 1, 0, 100), {"train": str})
-    fine = (np.array([1, 5, 5], np.int32), np.array([0, 0, 1], bool))  # a neighbor, whose edges must not matter
-    documents = [fine, (np.array(tokens, np.int32), np.array(trained, bool)), fine]
+    fine = Document(np.array([1, 5, 5], np.int32), np.array([0, 0, 1], bool))  # a neighbor, whose edges must not matter
+    documents = [fine, Document(np.array(tokens, np.int32), np.array(trained, bool)), fine]
     found = tool.examples([[document] for document in documents], lambda i: f"x.jsonl:{i + 1}")
     assert {(code, 1) for code in codes - {"end_untrained"}} == set(found)
     findings = {finding.code: finding for finding in tool.finish()}
@@ -248,7 +248,7 @@ def test_traps_of_the_tokens(name):
 
 def test_a_padding_token_that_is_the_end_and_masked_with_it_is_named():
     tool = Checks(TokenFacts(frozenset([7]), None, 7, 100), {"train": str})
-    tool.examples([[(np.array([5, 6, 7, 7, 7], np.int32), np.array([0, 1, 0, 0, 0], bool))]], str)
+    tool.examples([[Document(np.array([5, 6, 7, 7, 7], np.int32), np.array([0, 1, 0, 0, 0], bool))]], str)
     assert {finding.code for finding in tool.finish()} == {"pad_is_end", "end_untrained"}
 
 
@@ -263,7 +263,7 @@ def test_an_answer_that_ends_where_generation_does_not_stop_is_named(chatml):
         "x:4": ([9, other, 9, 9, 9, other, 2], np.ones(7, bool)),  # cut before its end
     }
     tool = Checks(facts, {"train": str})
-    examples = [[(np.array(tokens, np.int32), np.array(mask, bool))] for tokens, mask in documents.values()]
+    examples = [[Document(np.array(tokens, np.int32), np.array(mask, bool))] for tokens, mask in documents.values()]
     assert tool.examples(examples, lambda i: list(documents)[i], whole=False) == [
         ("end_unknown", 1),
         ("end_unknown", 2),
@@ -274,7 +274,8 @@ def test_an_answer_that_ends_where_generation_does_not_stop_is_named(chatml):
 
 def test_the_end_of_a_rejected_answer_teaches_nobody_to_stop():
     """It is trained to be less likely; the chosen one, which stands first, is cut before its end."""
-    cut, whole = (np.array([5, 6, 6], np.int32), np.array([0, 1, 1], bool)), (np.array([5, 7]), np.array([0, 1], bool))
+    cut = Document(np.array([5, 6, 6], np.int32), np.array([0, 1, 1], bool))
+    whole = Document(np.array([5, 7]), np.array([0, 1], bool))
     for pair, codes in (([cut, whole], {"end_untrained"}), ([whole, cut], set())):
         tool = Checks(TokenFacts(frozenset([7]), None, None, 3), {"train": str})
         tool.examples([pair], str)

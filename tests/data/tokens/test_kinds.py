@@ -1,5 +1,7 @@
 """Rows of pairs: two documents that share the prompt, each cut by itself, together in one row of a batch."""
 
+import json
+
 import numpy as np
 import pytest
 from support.chat_templates import CHATML
@@ -8,7 +10,7 @@ from support.pairs import write_pairs
 from ftjax.data import pipeline
 from ftjax.data.format.example import Document, Row
 from ftjax.data.format.formats import check_row
-from ftjax.data.tokens import kinds
+from ftjax.data.tokens import kinds, tokenize
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError
 
@@ -95,3 +97,42 @@ def test_padding_has_one_pair_to_a_row_and_no_row_is_longer_than_two_documents(p
     batch = single.batch(0)
     assert set(batch["segment_ids"].max(axis=1)) == {2}
     assert batch["tokens"].shape[1] <= 128
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_rows_say_of_their_documents_stands_at_each_token_and_decides_the_fingerprint(
+    tmp_path, make_tokenizer, cached, monkeypatch
+):
+    monkeypatch.setenv("FTJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tokenize, "MANY_ROWS", 1 if cached else 1000)
+    monkeypatch.setattr(tokenize, "MAX_WORKERS", 0)
+
+    def loader_of(kind, *rows):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        spec = pipeline.DataSpec(kind, 24, 1, True, "assistant", vocab_size=1000, chosen_length=96)
+        loader, _ = pipeline.load([{"source": str(path)}], make_tokenizer(CHATML), spec)
+        assert len(list((tmp_path / "cache").rglob("*/cache.json"))) == cached * (len(list(tmp_path.iterdir())) - 1)
+        return loader
+
+    def answer(label, completion="b"):
+        return {"prompt": "a", "completion": completion, "label": label}
+
+    # The second is cut, which leaves its label.
+    labeled = loader_of("labeled", answer(True), answer(False, "b " * 99))
+    batch = labeled.batch(0)
+    by_document = {
+        (float(batch["labels"][0][batch["segment_ids"][0] == segment].min()), length)
+        for segment in (1, 2)
+        for length in [int((batch["segment_ids"][0] == segment).sum())]
+    }
+    assert {label for label, _ in by_document} == {1.0, -1.0}
+    assert (-1.0, 24) in by_document
+    assert not batch["labels"][0][batch["segment_ids"][0] == 0].any()
+    other = loader_of("labeled", answer(False), answer(False, "b " * 99))
+    assert other.fingerprint() != labeled.fingerprint()
+
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    batch = loader_of("ranked", pair | {"margin": 2.5}).batch(0)
+    assert set(batch["labels"][0][batch["segment_ids"][0] > 0]) == {2.5}
+    assert "labels" not in loader_of("pair", pair | {"margin": 2.5}).batch(0)
