@@ -22,10 +22,10 @@ def get_config() -> ConfigDict:
     )
     config.data.max_length = 128
     config.data.row_length = 432  # two pairs
-    config.data.batch_size = 4
-    config.accumulate = 2  # two rows at a time stay in a CPU's cache
+    config.data.batch_size = 2
+    config.accumulate = 1
 
-    config.optimizer.learning_rate = 2e-4
+    config.optimizer.learning_rate = 3e-4
     config.steps = 24
     config.log_every = 4
     config.checkpoint_every = 24

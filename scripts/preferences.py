@@ -1,6 +1,6 @@
 """What methods make of preferences, on SmolLM2 with the support tickets: python scripts/preferences.py
 
-A short supervised run comes first, a third of the quickstart, so that there is room to rise. Each method goes on from
+A short supervised run comes first, a fifth of the quickstart, so that there is room to rise. Each method goes on from
 its adapter with the config that ships, and all are measured on the same held-out prompts: how often the better answer
 is the likelier one, the score of written tickets, general text. An hour and more on two CPU cores. Results are kept in
 OUT/results.jsonl; the same command again goes on, and a finished one only prints. With --write the table goes to
@@ -35,7 +35,7 @@ from ftjax.tasks import support_preference, support_ticket
 from ftjax.tree import Tree
 
 DOCS = Path(__file__).parent.parent / "docs"
-LONGEST = 128  # tokens of a general text
+LONGEST, GENERAL = 64, 2560  # tokens of a general text, and of all of them
 START = "SFT"  # the run whose adapter all others go on from
 CHOSEN = {"source": "task:support_preference", "format": "prompt_completion", "columns": {"completion": "chosen"}}
 
@@ -49,8 +49,9 @@ class Variant(NamedTuple):
 
 
 VARIANTS: dict[str, Variant] = {
-    START: Variant("quickstart", "192 tickets", {"steps": 24}),
+    START: Variant("quickstart", "128 tickets", {"steps": 16}),
     "DPO": Variant("quickstart_dpo", "pairs"),
+    "DPO + SFT": Variant("quickstart_dpo", "pairs", {"objective.loss": ("sigmoid", ("sft", 1.0))}),
     "SFT on the chosen answers": Variant(
         "quickstart_dpo", "tickets", {"objective.name": "sft", "data.train": (CHOSEN,)}
     ),
@@ -60,8 +61,8 @@ VARIANTS: dict[str, Variant] = {
 class Sizes(NamedTuple):
     """How much is measured, and trained at most; smaller ones only show that it runs."""
 
-    pairs: int = 200
-    tickets: int = 200
+    pairs: int = 100
+    tickets: int = 100
     steps: int = 0  # of a run; 0: those of its config
 
 
@@ -82,7 +83,7 @@ def held_out(base: Base, sizes: Sizes) -> Held:
     for number, pair in enumerate(support_preference.test_examples(sizes.pairs)):
         row = check_row(pair, f"task:support_preference[{number}]")
         answers += map(item, tokenize_preference(row, base.tokenizer))
-    texts = general.read([{"source": configs.SHIPPED}], base.tokenizer, LONGEST)
+    texts = general.within(general.read([{"source": configs.SHIPPED}], base.tokenizer, LONGEST), GENERAL, LONGEST)
     return Held(answers, support_ticket.test_examples(sizes.tickets), texts)
 
 
