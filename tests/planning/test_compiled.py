@@ -104,7 +104,7 @@ def test_preferences_are_planned_with_their_rows_and_their_reference():
 @pytest.mark.slow
 def test_full_tuning_by_preferences_is_planned_with_a_second_model_unless_its_reference_is_asked_once(record_figure):
     """The copy is float32, as what is trained, and on each of 4 chips a quarter of it. As many tokens in all three."""
-    found = run("references")
+    found = run("references", limit=1500)
     sft, dpo, cached = found["sft"], found["dpo"], found["asked once"]
     assert dpo["parameters"] == 2 * sft["parameters"]
     assert cached["parameters"] == sft["parameters"]
@@ -115,7 +115,7 @@ def test_full_tuning_by_preferences_is_planned_with_a_second_model_unless_its_re
     assert dpo["model_flops"] == pytest.approx(4 / 3 * sft["model_flops"], rel=0.01)
     assert cached["model_flops"] == sft["model_flops"]
     record_figure("FLOPs as compiled, of those with a reference", cached["flops"] / dpo["flops"])
-    assert cached["flops"] < 0.85 * dpo["flops"]
+    assert cached["flops"] == sft["flops"] < 0.85 * dpo["flops"]
 
 
 @pytest.mark.slow
