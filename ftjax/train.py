@@ -110,7 +110,10 @@ def _train(
         on = f" It ended early: {early}; to go on, raise config.evaluate.patience, or set it to 0." if early else ""
         display.say(f"This run is finished: {there.step} steps, saved in {workdir}. Nothing to do.{on}")
         return 0
+    preflight.check_partners(train_loader, total_steps)
+    preflight.check_balance(config, train_loader, display)
     preflight.check_rows(config, base, train_loader, heldout, display)
+    preflight.check_classes(config, train_loader, display)
 
     with jax.set_mesh(mesh):
         # Shardings, objective, optimizer and step: shapes only.

@@ -37,11 +37,11 @@ FLOORS = [
     {"memory"},
     {"choices"},
     {"adapted", "prompts"},
-    {"evals"},
+    {"evals", "rewards"},
     {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
-    {"planning"},
-    {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness"}
-    | {"plan", "inspect_data", "curate", "import_config"},
+    {"labeling", "planning"},
+    {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness", "score"}
+    | {"plan", "inspect_data", "curate", "label", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]

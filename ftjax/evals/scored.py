@@ -14,7 +14,7 @@ from ftjax.data.format.example import Row
 from ftjax.data.read.sources import TASK, read_sources
 from ftjax.errors import UserError
 from ftjax.evals import scores
-from ftjax.evals.scores import LIKELY, PERPLEXITY, Score
+from ftjax.evals.scores import LIKELY, PERPLEXITY, REWARD, Score
 from ftjax.prompts import Prompt
 from ftjax.tasks import registry
 
@@ -69,7 +69,11 @@ class ScoredSet(NamedTuple):
         return scores.checked(value, where)
 
     def grade_all(self, completions: Sequence[str], questions: Sequence[Question]) -> list[float]:
-        """`grade` of each; programs run side by side."""
+        """`grade` of each; programs run side by side, and a reward model reads them in batches."""
+        if self.how.together is not None:
+            values = self.how.together(completions, [question.example for question in questions])
+            origins = [question.prompt.origin for question in questions]
+            return [scores.checked(value, f"{at}: {self.score}") for value, at in zip(values, origins, strict=True)]
         if not self.how.runs_code:
             return list(map(self.grade, completions, questions))
         with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -108,10 +112,15 @@ def metric_names(config: ConfigDict) -> list[str]:
 
 
 def _entries(config: ConfigDict) -> list[dict[str, Any]]:
-    """Those of data.eval; a task has its own split and score where it is given no others."""
-    own = {"split": "test", "score": _TASK_SCORE}
+    """Those of data.eval; a task has its own split, and its own score if any, where it is given no others."""
     entries = configs.sources(config, "eval")
-    return [own | entry if entry["source"].startswith(TASK) else entry for entry in entries]
+    return [_own(entry["source"]) | entry if entry["source"].startswith(TASK) else entry for entry in entries]
+
+
+def _own(source: str) -> dict[str, str]:
+    """The options of a task's entry."""
+    has_score = hasattr(registry.get(source.removeprefix(TASK)), "score")
+    return {"split": "test"} | ({"score": _TASK_SCORE} if has_score else {})
 
 
 def scored_sets(config: ConfigDict) -> list[ScoredSet]:
@@ -138,7 +147,7 @@ def _read(entry: dict[str, Any], run_code: bool) -> ScoredSet:
     if unused := sorted(unknown & entry.keys()):
         raise UserError(f"config.data.eval: {source} is scored, which knows no {unused[0]!r}; leave it out")
     where = f"config.data.eval: {source}"
-    is_own = task is not None and entry["score"] == _TASK_SCORE
+    is_own = entry["score"] == _TASK_SCORE and hasattr(task, "score")
     how = Score(task.score, valid=getattr(task, "valid", None)) if is_own else scores.find(entry["score"], where)
     if how.runs_code and not run_code:
         raise UserError(
@@ -207,4 +216,4 @@ def entry_name(entry: dict[str, Any]) -> str:
 
 
 def _score_name(entry: dict[str, Any]) -> str:
-    return entry["score"].rpartition(":")[2]
+    return REWARD if entry["score"].startswith(f"{REWARD}:") else entry["score"].rpartition(":")[2]

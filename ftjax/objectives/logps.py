@@ -35,9 +35,18 @@ def pair_sums(values: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax
     values: float32 [B, T]; segment_ids: int32 [B, T], 1 and 2 for a row's first pair, 3 and 4 for its second, 0 for
     padding. P = T // 4, and 1 at least: a document has two tokens or more, so no row holds more pairs.
     """
-    count = max(values.shape[1] // 4, 1)
-    sums = jax.vmap(lambda row, ids: jax.ops.segment_sum(row, ids, num_segments=2 * count + 1))(values, segment_ids)
-    return sums[:, 1::2], sums[:, 2::2]
+    sums = document_sums(values, segment_ids, 2 * max(values.shape[1] // 4, 1))
+    return sums[:, 0::2], sums[:, 1::2]
+
+
+def document_sums(values: jax.Array, segment_ids: jax.Array, count: int | None = None) -> jax.Array:
+    """float32 [B, count]: sums over each document of a row, the one of segment 1 first; 0 where there are fewer.
+
+    values: float32 [B, T]; segment_ids: int32 [B, T]. count: T // 2 without; a document has two tokens or more.
+    """
+    segments = 1 + (values.shape[1] // 2 if count is None else count)
+    sums = jax.vmap(lambda row, ids: jax.ops.segment_sum(row, ids, num_segments=segments))(values, segment_ids)
+    return sums[:, 1:]
 
 
 def shared_weights(weights: jax.Array, segment_ids: jax.Array, beyond: float) -> jax.Array:

@@ -35,7 +35,7 @@ def make_preference(model: Decoder, config: ConfigDict, usual: Weighted, referen
       UserError: an unknown loss, one that needs a reference, or a setting that none of them uses or that is out of its
         range.
     """
-    weights = dict(_losses(config, usual))
+    weights = dict(mixture(config, usual, (*LOSSES, SFT)))
     _check(weights, config, reference)
     unembed = make_unembed(model)
 
@@ -106,15 +106,20 @@ def preference_totals(variables: Tree, batch: Batch) -> dict[str, jax.Array]:
 
 def compares_pairs(config: ConfigDict) -> str:
     """The name of a loss in `config.loss` that compares all pairs of a step with each other; "" for none."""
-    return next((name for name, _ in _losses(config, ()) if name != SFT and LOSSES[name].over_batch), "")
+    names = [name for name, _ in mixture(config, (), (*LOSSES, SFT)) if name != SFT]
+    return next((name for name in names if LOSSES[name].over_batch), "")
 
 
-def _losses(config: ConfigDict, usual: Weighted) -> list[tuple[str, float]]:
-    """(name, weight) of each entry of config.loss: a name, whose weight is 1, or both."""
+def mixture(config: ConfigDict, usual: Weighted, known: Sequence[str]) -> list[tuple[str, float]]:
+    """(name, weight) of each entry of config.loss, or of `usual` where it is empty: a name, whose weight is 1, or both.
+
+    Raises:
+      UserError: a name that is not in `known`, or stands there twice.
+    """
     losses = [(entry, 1.0) if isinstance(entry, str) else tuple(entry) for entry in config.loss] or list(usual)
     for name, _ in losses:
-        if name not in (*LOSSES, SFT):
-            raise UserError(f"config.objective.loss: {name!r} is no loss{did_you_mean(name, [*LOSSES, SFT])}")
+        if name not in known:
+            raise UserError(f"config.objective.loss: {name!r} is no loss{did_you_mean(name, known)}")
     if len({name for name, _ in losses}) < len(losses):
         raise UserError(f"config.objective.loss={tuple(config.loss)}: a loss stands there twice; add its weights up")
     return losses

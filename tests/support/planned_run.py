@@ -122,6 +122,10 @@ CASES = {
             "asked once": {"objective.name": "dpo", "objective.cache_reference": True},
         }.items()
     },
+    "rewards": lambda: {
+        name: planned("v5e:2x2", {"objective.name": name, **changes})
+        for name, changes in {"sft": {}, "reward": {"data.batch_size": 8}}.items()
+    },
     "slices": slices,
 }
 

@@ -71,6 +71,15 @@ class Examples:
         return any(part.labels.size for part in self.parts)
 
     @property
+    def first_labels(self) -> np.ndarray:
+        """float32 [N]: the label at the first token of each example, where documents have labels."""
+        ids = np.zeros(len(self), np.uint8) if self.part_ids is None else self.part_ids
+        out = np.zeros(len(self), np.float32)
+        for number, part in enumerate(self.parts):
+            out[ids == number] = part.labels[self.starts[ids == number]]
+        return out
+
+    @property
     def count(self) -> float:
         """How many an epoch has, by the weights of their sources."""
         return float(np.asarray(self.weights)[self.source_ids].sum())
