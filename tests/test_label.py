@@ -3,18 +3,18 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from support.labeling import write_candidates
 from support.pairs import config_of
 from support.runs import command, finish, write_model, write_rows
 
-from ftjax import config as configs
-from ftjax import label, prompts
+from ftjax import label, prompts, rewards
 from ftjax.errors import UserError
-from ftjax.labeling import samples
+from ftjax.labeling import candidates, journal, preferences, samples
+from ftjax.labeling.pairs import pairs_of
 from ftjax.prompts import Prompt
 from ftjax.sampling.sampler import Sampling
-from ftjax.training import metrics
 from ftjax.training.display import Display
 
 
@@ -152,20 +152,32 @@ def test_a_runs_prompts_are_those_of_its_training_rows(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_labeling_and_training_on_the_labels(tmp_path):
+def test_labels_train_an_ensemble_which_says_what_to_ask_next(tmp_path):
     write_model(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl", 12)
     small = ("--config.data.max_length=96", "--config.data.batch_size=4", "--config.steps=2", "--config.mesh.fsdp=1")
     small += ("--config.data.checks=off", "--config.model.dtype=float32", f"--config.model.source={tmp_path / 'model'}")
-    first, second, out = (tmp_path / name for name in ("first", "second", "labels"))
+    first, reward, out = (tmp_path / name for name in ("first", "reward", "labels"))
+
+    def labeled(typed, *words):
+        process = command("ftjax.label", *words, f"--out={out}", "--terminal", "--labeler=anna", talks=True)
+        printed, problems = process.communicate(typed, timeout=300)
+        assert process.returncode == 0, problems
+        return printed
+
     data = f"--config.data.train={tmp_path / 'rows.jsonl'}"
     finish(command("ftjax.train", "--config=chat", data, *small, f"--workdir={first}"))
-    words = ("--samples=3", "--max_new_tokens=8", "--terminal", "--labeler=anna", f"--workdir={first}", f"--out={out}")
-    process = command("ftjax.label", *words, talks=True)
-    printed, _ = process.communicate("1\n2\nt\n1\n1\n2\ns\n", timeout=300)
-    assert process.returncode == 0
+    printed = labeled("1\n2\nt\n1\n1\n2\ns\n", "--samples=3", "--max_new_tokens=8", f"--workdir={first}")
     assert "5 preferences in" in printed
-    data = f"--config.data.train={out / 'preferences.jsonl'}"
-    finish(command("ftjax.train", "--config=dpo", data, *small, f"--workdir={second}"))
-    assert configs.read(second / "config.json").objective.name == "dpo"
-    assert metrics.read(second / "metrics.jsonl")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+    data = f"--config.data.train={out / preferences.FILE}"
+    ensemble = ("--config.objective.name=reward", "--config.objective.ensemble=3", "--config.objective.label_noise=0.1")
+    finish(command("ftjax.train", "--config=chat", data, *small, *ensemble, f"--workdir={reward}"))
+    assert "those on which the 3 heads of" in labeled("1\n1\n1\n", f"--reward={reward}")
+    model, unsure = rewards.load(str(reward)), {}
+    for pair in pairs_of(candidates.of_file(str(out / candidates.FILE))):
+        a, b = model.scores([pair.prompt + pair.a, pair.prompt + pair.b]).astype(np.float64)
+        unsure[pair.id] = (a - b).var()
+    said = [json.loads(line)["pair"] for line in (out / journal.FILE).read_text().splitlines()]
+    most = sorted((unsure[pair] for pair in unsure.keys() - set(said[:7])), reverse=True)[:3]
+    np.testing.assert_allclose([unsure[pair] for pair in said[7:]], most, rtol=1e-3)
