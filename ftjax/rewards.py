@@ -149,7 +149,11 @@ def score(path: str, where: str) -> Score:
             documents.append(model.tokens(turns, example.get("tools")))
         return model.scores_of(documents).mean(axis=1).tolist()
 
-    return Score(lambda text, example: together([text], [example])[0], False, together=together, share=False)
+    def alone(completion: str, example: dict) -> float:
+        return together([completion], [example])[0]
+
+    where_it_is = str(Path(path).expanduser().absolute())
+    return Score(alone, needs_answer=False, together=together, share=False, model=where_it_is)
 
 
 def load(path: str, step: str | None = None, model: str = "") -> RewardModel:
