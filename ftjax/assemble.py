@@ -213,6 +213,7 @@ def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -
         max_bad_rows=data.max_bad_rows,
         holdout=data.holdout,
         long_text=data.long_text,
+        mismatched=method_of(config).mismatched(config.objective),
         settings=Settings(config.objective.step_separator, tuple(config.objective.classes)),
         # Where rows are split, each part has the length that the attention kernels want.
         multiple=128 * mesh.shape["context"] if mesh is not None and mesh.shape["context"] > 1 else 1,

@@ -23,6 +23,7 @@ from ftjax.sharding import AnyMesh
 
 _WIDTH, _NARROWEST, _POWER = 4096, 512, 0.78
 _ROWS = 16  # of full length in a batch, where no data is there to choose by
+_SEVERAL = 4  # rows of a batch at least, where their completions are to meet other prompts of it
 
 
 def by_devices(config: ConfigDict, platform: str) -> ConfigDict:
@@ -100,6 +101,8 @@ def limits(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh) -> Limits:
     multiple = 128 * context if context > 1 else 64
     length = assemble.data_spec(config, spec).longest
     rows = parts * max(config.accumulate, 1)
+    if method_of(config).mismatched(config.objective):  # a step needs several prompts
+        rows *= -(-_SEVERAL // rows)
     return Limits(length, config.data.packing, rows, parts, multiple, method_of(config).epochs)
 
 

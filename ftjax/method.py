@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from ftjax import config as configs
 from ftjax.data.batch.loader import Loader
-from ftjax.data.batch.packing import BATCH, LABELS, REPLAY
+from ftjax.data.batch.mismatched import MISMATCHED
+from ftjax.data.batch.packing import BATCH, LABELS, REFERENCE, REPLAY
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
@@ -25,6 +26,7 @@ from ftjax.objectives.preference import make_preference, preference_totals
 from ftjax.objectives.reward import make_reward
 from ftjax.objectives.scores import SCORE
 from ftjax.objectives.sft import make_sft
+from ftjax.objectives.unpaired import estimates_kl, make_unpaired, make_unpaired_totals
 from ftjax.training.source import FileSource, Source
 from ftjax.training.state import Kept, moving_reference, reward_sums
 from ftjax.tree import Tree
@@ -44,12 +46,14 @@ class Method(NamedTuple):
       learning_rates: by config.adapter.kind, where optimizer.learning_rate is 0; those of adapters at a width of 4,096.
       epochs: how many there are usually, and at most for few rows, where config.epochs is 0.
       settings: the keys of config.objective that it reads, beside `name`; any other one that is set is refused.
-      reference: whether the objective compares with the model as it was before training (`objectives.reference`); with
-        objective.kl_coef every one does.
+      reference: whether a step compares with the model as it was before training (`objectives.reference`); with
+        objective.kl_coef every one does, and with objective.cache_reference it was asked before (`cached_reference`).
       heads: config.objective -> {name: how many numbers it gives}, the heads that it adds (`models.heads`).
       generates: whether what it trains is to generate. Without, only heads count: those of the vocabulary are neither
         computed nor trained, and no answers are evaluated.
       batch: the arrays [rows, length] of its batches, beside the labels of rows that have some.
+      mismatched: config.objective -> whether batches have prompts with completions of other rows, too
+        (`data.batch.mismatched`).
       totals: (model, config.objective) -> the function (variables, batch) -> sums that the objective needs of a whole
         step, or evaluation, first (`make_step`).
       kept: what it keeps from step to step beside the weights, such as a controller or a moving average.
@@ -66,6 +70,7 @@ class Method(NamedTuple):
     heads: Callable[[ConfigDict], Mapping[str, int]] = lambda config: {}
     generates: bool = True
     batch: Mapping[str, type[np.generic]] = types.MappingProxyType(BATCH)
+    mismatched: Callable[[ConfigDict], bool] = lambda config: False
     totals: Callable[[Decoder, ConfigDict], Callable[[Tree, dict], Tree]] | None = None
     kept: Kept | None = None
     source: Callable[..., Source] = from_files
@@ -91,9 +96,19 @@ METHODS = {
         objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),)),
         settings=(
             *("beta", "loss", "label_smoothing", "divergence", "divergence_alpha", "discopop_tau", "ld_alpha"),
-            *("reference_every", "reference_share"),
+            *("weighting", "reference_every", "reference_share", "cache_reference"),
         ),
         reference=True,
+    ),
+    "kto": Method(
+        make_unpaired,
+        rows="labeled",
+        learning_rates={"lora": 1e-5, "dora": 1e-5, "none": 1e-6},
+        epochs=(1.0, 3.0),
+        settings=("beta", "loss", "desirable_weight", "undesirable_weight", "reference_every", "reference_share"),
+        reference=True,
+        mismatched=estimates_kl,
+        totals=make_unpaired_totals,
     ),
     "cpo": _PAIRS._replace(
         objective=functools.partial(make_preference, usual=(("sigmoid", 1.0), ("sft", 1.0)), reference=False),
@@ -160,7 +175,7 @@ def method_of(config: ConfigDict) -> Method:
     if method.rows != "conversation" and configs.replays(config):
         raise UserError(
             f"config.data.train: the option 'replay' is for conversations and texts, which {name!r} does not learn "
-            "from; mix rows of pairs by 'weight'"
+            "from; mix rows by 'weight'"
         )
     if every := config.objective.reference_every:
         method = method._replace(kept=moving_reference(every, config.objective.reference_share))
@@ -172,7 +187,11 @@ def method_of(config: ConfigDict) -> Method:
         method = method._replace(objective=functools.partial(method.objective, seed=config.seed))
     batch = dict(method.batch) | (LABELS if ROW_KINDS[method.rows].labeled else {})
     batch |= REPLAY if configs.replays(config) else {}
-    return method._replace(reference=method.reference or config.objective.kl_coef > 0, batch=batch)
+    batch |= MISMATCHED if method.mismatched(config.objective) else {}
+    cached = config.objective.cache_reference
+    batch |= REFERENCE if cached else {}
+    reference = (method.reference and not cached) or config.objective.kl_coef > 0
+    return method._replace(reference=reference, batch=batch)
 
 
 def learning_rate(config: ConfigDict) -> float:

@@ -22,6 +22,7 @@ from ftjax.evals import scored
 from ftjax.method import learning_rate, method_of
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.preference import compares_pairs
+from ftjax.objectives.unpaired import imbalance
 from ftjax.training import optim
 from ftjax.training.display import Display
 from ftjax.tree import Tree
@@ -205,6 +206,32 @@ def check_whole_step(config: ConfigDict) -> None:
             f"{config.accumulate} micro-batches keep apart; set config.accumulate=1, and config.data.batch_size lower "
             "if the memory asks for it"
         )
+
+
+def check_partners(train: Loader, steps: int) -> None:
+    """UserError where one of so many batches has one prompt only, so that no completion can meet another."""
+    if not train.mismatched or (documents := train.without_partner(steps)) is None:
+        return
+    origin, count = train.examples.origin(int(documents[0])), len(documents)
+    if (train.prompts.numbers == train.prompts.numbers[0]).all():
+        raise UserError(f"{origin}: all rows have this prompt, and kto needs answers to several; add rows with others")
+    what = f"all {count} answers of its batch are to this prompt"
+    if count == 1:
+        what = f"it is alone in its batch of {train.batch_size} row(s)"
+    raise UserError(
+        f"{origin}: {what}, and kto estimates a KL divergence from prompts with the answers to other ones of the same "
+        f"step; raise config.data.batch_size (such as --config.data.batch_size={max(4, 2 * train.batch_size)}), or use "
+        "the loss without, --config.objective.loss=apo_zero_unpaired"
+    )
+
+
+def check_balance(config: ConfigDict, train: Loader, display: Display) -> None:
+    """Says so where good and bad answers should be weighed otherwise."""
+    if "desirable_weight" not in method_of(config).settings:
+        return
+    weights, good = np.asarray(train.examples.weights)[train.examples.source_ids], train.examples.first_labels > 0
+    if found := imbalance(config.objective, weights[good].sum(), weights[~good].sum()):
+        display.say(f"warning: {found}")
 
 
 def check_ranks(adapters: Tree, display: Display) -> None:

@@ -112,10 +112,15 @@ def metric_names(config: ConfigDict) -> list[str]:
 
 
 def _entries(config: ConfigDict) -> list[dict[str, Any]]:
-    """Those of data.eval; a task has its own split and score where it is given no others."""
-    own = {"split": "test", "score": _TASK_SCORE}
+    """Those of data.eval; a task has its own split, and its own score if any, where it is given no others."""
     entries = configs.sources(config, "eval")
-    return [own | entry if entry["source"].startswith(TASK) else entry for entry in entries]
+    return [_own(entry["source"]) | entry if entry["source"].startswith(TASK) else entry for entry in entries]
+
+
+def _own(source: str) -> dict[str, str]:
+    """The options of a task's entry."""
+    has_score = hasattr(registry.get(source.removeprefix(TASK)), "score")
+    return {"split": "test"} | ({"score": _TASK_SCORE} if has_score else {})
 
 
 def scored_sets(config: ConfigDict) -> list[ScoredSet]:
@@ -142,7 +147,7 @@ def _read(entry: dict[str, Any], run_code: bool) -> ScoredSet:
     if unused := sorted(unknown & entry.keys()):
         raise UserError(f"config.data.eval: {source} is scored, which knows no {unused[0]!r}; leave it out")
     where = f"config.data.eval: {source}"
-    is_own = task is not None and entry["score"] == _TASK_SCORE
+    is_own = entry["score"] == _TASK_SCORE and hasattr(task, "score")
     how = Score(task.score, valid=getattr(task, "valid", None)) if is_own else scores.find(entry["score"], where)
     if how.runs_code and not run_code:
         raise UserError(

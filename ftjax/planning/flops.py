@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftjax import tree
 from ftjax.assemble import Program
+from ftjax.data.batch.mismatched import MISMATCHED
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.models.groups import stack_of, stacks
 from ftjax.models.spec import DecoderSpec
@@ -22,7 +23,7 @@ class Flops:
     to_weights: float  # and to the weights, of those that are trained
     attention: float  # scores and sums of values, forward
     attention_backward: float
-    reference: float = 0.0  # the forward pass of a reference beside it
+    reference: float = 0.0  # forward passes without gradients: of a reference, of documents that only measure
 
     @property
     def total(self) -> float:
@@ -66,7 +67,10 @@ def of_step(program: Program) -> Flops:
     documents, length = _documents(program)
     method, rows = program.method, accumulate * rows * documents
     its = program.model.spec, program.variables, program.is_trained
-    return count(*its, rows, length, method.reference, method.generates)
+    found = count(*its, rows, length, method.reference, method.generates)
+    if MISMATCHED.keys() <= program.batch.keys():  # as many tokens again, forward through policy and reference
+        found = replace(found, reference=2 * found.reference + found.forward + found.attention)
+    return found
 
 
 def reaches(program: Program) -> list[float]:

@@ -1,16 +1,21 @@
 """Tasks by name, for `task:NAME` in a config.
 
-A task is a module with `train_examples(n=None, seed=0)` and `test_examples(n=None, seed=0)`, which return lists of
-`{"messages": [...]}` ending with the expected assistant turn, and `score(completion, example)`, a number in [0, 1]. It
-may have `valid(completion, example)`: whether a completion has the form that is wanted, right or wrong.
+A task is a module with `train_examples(n=None, seed=0)` and `test_examples(n=None, seed=0)`, which return rows of one
+format: `{"messages": [...]}` ending with the expected assistant turn, or pairs, or answers with labels. It may have
+`score(completion, example)`, a number in [0, 1], without which its rows have a loss alone, and
+`valid(completion, example)`: whether a completion has the form that is wanted, right or wrong.
 """
 
 from types import ModuleType
 
 from ftjax.errors import UserError, did_you_mean
-from ftjax.tasks import support_ticket
+from ftjax.tasks import support_labeled, support_preference, support_ticket
 
-_TASKS = {"support_ticket": support_ticket}
+_TASKS = {
+    "support_ticket": support_ticket,
+    "support_preference": support_preference,
+    "support_labeled": support_labeled,
+}
 
 
 def get(name: str) -> ModuleType:

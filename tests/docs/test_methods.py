@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 from support import ROOT
-from support.pairs import write_pairs
+from support.pairs import write_labeled, write_pairs
 from support.runs import command, finish, write_model, write_rows
 
 from ftjax import config as configs
@@ -39,6 +39,7 @@ def test_supervised_tuning_then_preferences(tmp_path, monkeypatch):
     write_model(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl", 60)
     write_pairs(tmp_path / "pairs.jsonl", 60)
+    write_labeled(tmp_path / "labeled.jsonl", 60)
     for arguments in COMMANDS:
         arguments = [word.replace("MODEL", "model").replace("configs/", f"{ROOT}/configs/") for word in arguments]
         small = SMALL if arguments[0] == "ftjax.train" else ()
@@ -48,3 +49,5 @@ def test_supervised_tuning_then_preferences(tmp_path, monkeypatch):
     first = metrics.read(tmp_path / "runs/dpo/metrics.jsonl")[0]
     assert first["rewards/margins"] == 0
     assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
+    first = metrics.read(tmp_path / "runs/kto/metrics.jsonl")[0]
+    assert (first["loss"], first["kl"]) == (0.5, 0)

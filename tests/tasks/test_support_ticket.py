@@ -208,9 +208,9 @@ def test_conversations_are_short_in_the_quickstart_models_tokens(data):
 
 def test_the_registry_knows_the_task_and_names_the_known_ones():
     assert registry.get("support_ticket") is task
-    with pytest.raises(UserError, match=r"did you mean 'support_ticket'.*known: support_ticket"):
+    with pytest.raises(UserError, match=r"did you mean 'support_ticket'.*known: .*support_ticket"):
         registry.get("support_tickets")
-    with pytest.raises(UserError, match="known: support_ticket"):
+    with pytest.raises(UserError, match=r"known: .*support_ticket"):
         registry.get("x")
 
 

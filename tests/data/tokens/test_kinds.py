@@ -30,6 +30,24 @@ def test_a_side_is_cut_by_itself():
     )
 
 
+def test_a_pair_is_cut_alike_whatever_other_pairs_there_are(tmp_path, make_tokenizer):
+    """Neither a longer prompt nor a longer answer elsewhere takes anything of a pair's own budget."""
+    pair = {"prompt": "a", "chosen": "b " * 40, "rejected": "c"}
+    longer = {"prompt": "a " * 4, "chosen": "b", "rejected": "c " * 90}
+    found = []
+    for number, rows in enumerate([[pair], [pair, longer], [longer, pair]]):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        spec = pipeline.DataSpec("pair", 32, 3, True, "assistant", vocab_size=1000)
+        loader, _ = pipeline.load([{"source": str(path)}], make_tokenizer(CHATML), spec)
+        found.append(loader.examples[rows.index(pair)].documents)
+    assert [len(document.tokens) for document in found[0]] == [32, len(found[0][1].tokens)]
+    for other in found[1:]:
+        for ours, theirs in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+            np.testing.assert_array_equal(ours.trained, theirs.trained)
+
+
 def test_a_pair_that_the_cut_makes_equal_or_empty_is_refused_with_its_row_and_what_to_do():
     pair = {"chosen": document(1, 2, 3, 4), "rejected": document(1, 2, 3, 5)}
     assert kinds.cut(pair, 4, "f:1").lengths == (4, 4)

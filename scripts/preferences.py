@@ -1,0 +1,203 @@
+"""What methods make of preferences, on SmolLM2 with the support tickets: python scripts/preferences.py
+
+A short supervised run comes first, a fifth of the quickstart, so that there is room to rise. Each method goes on from
+its adapter with the config that ships, and all are measured on the same held-out prompts: how often the better answer
+is the likelier one, the score of written tickets, general text. An hour and more on two CPU cores. Results are kept in
+OUT/results.jsonl; the same command again goes on, and a finished one only prints. With --write the table goes to
+docs/preferences.md.
+"""
+
+import argparse
+import json
+import re
+import time
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ftjax import assemble, config_files, export, sharding, train
+from ftjax import config as configs
+from ftjax.assemble import Base
+from ftjax.data.format.formats import check_row
+from ftjax.data.tokens.chat import render_prompt, tokenize_preference
+from ftjax.evals import forgetting, general
+from ftjax.evals.general import Text
+from ftjax.evals.intervals import interval
+from ftjax.evals.likelihood import Item, log_likelihoods
+from ftjax.sampling.engine import generate
+from ftjax.sampling.sampler import Sampling
+from ftjax.tasks import support_preference, support_ticket
+from ftjax.tree import Tree
+
+DOCS = Path(__file__).parent.parent / "docs"
+LONGEST, GENERAL = 64, 2560  # tokens of a general text, and of all of them
+START = "SFT"  # the run whose adapter all others go on from
+CHOSEN = {"source": "task:support_preference", "format": "prompt_completion", "columns": {"completion": "chosen"}}
+
+
+class Variant(NamedTuple):
+    """A run: a config that ships, what is changed in it, and in words what it learns from."""
+
+    config: str
+    data: str
+    changes: Mapping[str, Any] = types.MappingProxyType({})
+
+
+VARIANTS: dict[str, Variant] = {
+    START: Variant("quickstart", "128 tickets", {"steps": 16}),
+    "DPO": Variant("quickstart_dpo", "pairs"),
+    "DPO + SFT": Variant("quickstart_dpo", "pairs", {"objective.loss": ("sigmoid", ("sft", 1.0))}),
+    "SFT on the chosen answers": Variant(
+        "quickstart_dpo", "tickets", {"objective.name": "sft", "data.train": (CHOSEN,)}
+    ),
+}
+
+
+class Sizes(NamedTuple):
+    """How much is measured, and trained at most; smaller ones only show that it runs."""
+
+    pairs: int = 100
+    tickets: int = 100
+    steps: int = 0  # of a run; 0: those of its config
+
+
+class Held(NamedTuple):
+    """What all are measured on.
+
+    Attributes:
+      answers: chosen and rejected of the first pair, of the second ...
+    """
+
+    answers: list[Item]
+    tickets: list[dict]
+    texts: list[Text]
+
+
+def held_out(base: Base, sizes: Sizes) -> Held:
+    answers = []
+    for number, pair in enumerate(support_preference.test_examples(sizes.pairs)):
+        row = check_row(pair, f"task:support_preference[{number}]")
+        answers += map(item, tokenize_preference(row, base.tokenizer))
+    texts = general.within(general.read([{"source": configs.SHIPPED}], base.tokenizer, LONGEST), GENERAL, LONGEST)
+    return Held(answers, support_ticket.test_examples(sizes.tickets), texts)
+
+
+def item(example) -> Item:
+    """An answer, which is what is trained, after its prompt."""
+    (trained,) = np.nonzero(example.trained)
+    return Item(example.tokens[: trained[0]], example.tokens[trained[0] : trained[-1] + 1])
+
+
+def config_of(variant: Variant, out: Path, sizes: Sizes) -> ConfigDict:
+    config = config_files.load(variant.config)
+    changes = {"data.eval": (), **variant.changes}  # it is measured here
+    if config.objective.name != "sft":
+        changes["adapter.source"] = str(out / "adapter")
+    if sizes.steps:
+        changes["steps"] = sizes.steps
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def results(out: Path, sizes: Sizes, wanted: Sequence[str]) -> Iterator[dict]:
+    """Of the run that all start from, and of each wanted variant that OUT/results.jsonl lacks."""
+    have = {record["name"] for record in read(out / "results.jsonl")}
+    held = None
+    for name in dict.fromkeys((START, *wanted)):
+        if name in have:
+            continue
+        print(name, flush=True)
+        workdir = out / re.sub(r"\W+", "-", name)
+        began, used = time.time(), time.process_time()
+        if status := train.train(config_of(VARIANTS[name], out, sizes), workdir):
+            raise SystemExit(status)
+        how = {"name": name, "seconds": round(time.time() - began), "cpu_seconds": round(time.process_time() - used)}
+        _, base, variables, how["steps"] = assemble.load_run(workdir)
+        held = held or held_out(base, sizes)
+        with jax.set_mesh(sharding.make_mesh({"fsdp": -1})):
+            how |= measured(base, variables, held)
+            if name == START:
+                plain = {part: leaves for part, leaves in variables.items() if part != "lora"}
+                how["general_before"] = nats(base, plain, held)
+                if not (out / "adapter").exists():
+                    export.export_peft(workdir, None, out / "adapter")
+        yield how
+
+
+def measured(base: Base, variables: Tree, held: Held) -> dict[str, list[float]]:
+    """Of each held-out example: log p of both answers of a pair, the score of a ticket, nats of a text."""
+    totals = [round(found.total, 4) for found in log_likelihoods(base.model, variables, held.answers)]
+    prompts = [render_prompt(example["messages"][:-1], base.tokenizer) for example in held.tickets]
+    done = generate(base.model, variables, prompts, 48, base.end_tokens, Sampling(), 50)
+    texts = [base.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in done]
+    return {
+        "chosen": totals[::2],
+        "rejected": totals[1::2],
+        "tickets": [support_ticket.score(text, example) for text, example in zip(texts, held.tickets)],
+        "general": nats(base, variables, held),
+    }
+
+
+def nats(base: Base, variables: Tree, held: Held) -> list[float]:
+    """Of each general text, per token."""
+    return [round(float(loss), 4) for loss in forgetting.losses(base.model, variables, held.texts)]
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def table(records: list[dict]) -> str:
+    """Markdown. Pairs, tickets and texts are the same in all records, so that differences are paired."""
+    heads = ["", "learns from", "steps", "CPU minutes", "the better answer is likelier", "where both are terse"]
+    heads += ["margin", "tickets right", "against SFT", "general text"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    start = next((record for record in records if record["name"] == START), None)
+    for record in records if start else []:
+        cells = [record["name"], VARIANTS[record["name"]].data, record["steps"], f"{record['cpu_seconds'] / 60:.0f}"]
+        margins, before = (np.subtract(one["chosen"], one["rejected"]) for one in (record, start))
+        terse = [support_preference.FAULTS[i % len(support_preference.FAULTS)] == "wrong" for i in range(len(margins))]
+        cells += [f"{(margins > 0).mean():.0%}", f"{(margins[terse] > 0).mean():.0%}"]
+        cells += [f"{(margins - before).mean():+.1f}", with_interval(record["tickets"])]
+        cells.append("" if record is start else with_interval(np.subtract(record["tickets"], start["tickets"]), "+"))
+        cells.append(f"{np.subtract(record['general'], start['general_before']).mean():+.3f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_interval(values: Sequence[float], sign: str = "") -> str:
+    """The mean in percent, with its 95 % interval."""
+    low, high = interval(values)
+    return f"{100 * np.mean(values):{sign}.0f} % [{100 * low:{sign}.0f}, {100 * high:{sign}.0f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/preferences"), help="where runs and results are kept")
+    parser.add_argument("--only", action="append", choices=list(VARIANTS), help="these variants alone")
+    for name, default in Sizes()._asdict().items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="how many (0 steps: those of the config)")
+    parser.add_argument("--write", action="store_true", help="also write the table in docs/preferences.md")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    sizes = Sizes(*(getattr(args, name) for name in Sizes._fields))
+    for record in results(args.out, sizes, args.only or list(VARIANTS)):
+        with (args.out / "results.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    latest = {record["name"]: record for record in read(args.out / "results.jsonl")}
+    drawn = table([latest[name] for name in VARIANTS if name in latest])
+    print(drawn)
+    if args.write:
+        page = DOCS / "preferences.md"
+        before, _, after = page.read_text(encoding="utf-8").partition("<!-- measured -->\n")
+        rest = after.partition("<!-- end -->\n")[2]
+        page.write_text(f"{before}<!-- measured -->\n{drawn}<!-- end -->\n{rest}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
