@@ -27,7 +27,7 @@ from ftjax.data.tokens.masks import encode
 from ftjax.data.tokens.rendering import render
 from ftjax.errors import UserError
 from ftjax.evals import best
-from ftjax.evals.likelihood import batch_rows, placed, row_length
+from ftjax.evals.likelihood import TOKENS, placed, row_length
 from ftjax.evals.scores import Score
 from ftjax.method import method_of
 from ftjax.models.decoder import Decoder
@@ -117,7 +117,7 @@ class RewardModel(NamedTuple):
             )
             for length in sorted(set(lengths.tolist())):
                 indices = np.flatnonzero(lengths == length)
-                rows = batch_rows(len(indices), length, mesh)
+                rows = _rows(len(indices), length, sharding.row_parts(mesh))
                 for start in range(0, len(indices), rows):
                     part = indices[start : start + rows]
                     arrays = placed(_arrays([kept[i] for i in part], rows, length))
@@ -149,7 +149,11 @@ def score(path: str, where: str) -> Score:
             documents.append(model.tokens(turns, example.get("tools")))
         return model.scores_of(documents).mean(axis=1).tolist()
 
-    return Score(lambda text, example: together([text], [example])[0], False, together=together, share=False)
+    def alone(completion: str, example: dict) -> float:
+        return together([completion], [example])[0]
+
+    where_it_is = str(Path(path).expanduser().absolute())
+    return Score(alone, needs_answer=False, together=together, share=False, model=where_it_is)
 
 
 def load(path: str, step: str | None = None, model: str = "") -> RewardModel:
@@ -235,6 +239,12 @@ def _dtype(source: str) -> str:
 def _turns(pair: tuple[str, str]) -> list[dict]:
     prompt, answer = pair
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _rows(count: int, length: int, parts: int) -> int:
+    """The rows of a batch, so that few shapes are compiled whatever is scored: powers of two, for each of the mesh's
+    parts that has rows of its own, up to so many tokens."""
+    return parts * min(2 ** math.ceil(math.log2(math.ceil(count / parts))), max(TOKENS // length, 1))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,14 +10,16 @@ import pytest
 import torch
 from support.chat_templates import CHATML, make_tokenizer
 from support.family_configs import CONFIGS
-from support.pairs import begun, config_of, write_pairs
+from support.pairs import config_of, write_pairs
 from support.runs import command, finish, write_model, write_rows
 from support.tiny import one_device
 from support.torch_models import torch_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ftjax import assemble, export, rewards
+from ftjax import config as configs
 from ftjax.adapted import load_model
+from ftjax.data import pipeline
 from ftjax.errors import UserError
 from ftjax.models import heads
 from ftjax.objectives.scores import is_last, scores
@@ -107,9 +109,11 @@ def test_what_is_exported_is_read_as_a_reward_model_and_normalized_as_the_run_is
 
 def test_the_scores_of_training_documents_are_those_of_training(root, ours, record_figure):
     """The same tokens, cut in the same place, and read at the same one; packed there, a row of its own here."""
-    program, _, loader = begun(config_of(root, **REWARD | {"data.max_length": 36}))
+    config, base = config_of(root, **REWARD | {"data.max_length": 36}), ours.base
+    sources = configs.sources(config, "train")
+    loader, _ = pipeline.load(sources, base.tokenizer, assemble.data_spec(config, base.model.spec))
     batch = loader.batch(0)
-    by_token = jax.jit(lambda batch: scores(program.model, ours.variables, batch, None))(batch)
+    by_token = jax.jit(lambda batch: scores(base.model, ours.variables, batch, None))(batch)
     ends = np.argwhere(np.asarray(is_last(batch["segment_ids"])))
     in_training = {tuple(_document(batch, row, at)): np.asarray(by_token)[row, at] for row, at in ends}
 

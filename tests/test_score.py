@@ -48,7 +48,8 @@ def test_rows_of_every_kind_get_their_rewards(root, model, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = read_sources([{"source": str(tmp_path / "rows.jsonl")}])
     *single, pair = score.score_rows(model, [read[i] for i in range(4)])
-    (good, bad) = model.scores([(question, good), (question, bad)]).astype(np.float64)
+    found = model.scores([(question, good), (question, bad), *[(question, "no")] * 3])
+    good, bad = found[:2].astype(np.float64)
     for its in single:
         assert its == pytest.approx({"reward": good.mean(), "disagreement": good.var()}, rel=1e-5)
     chance = 1 / (1 + np.exp(-((good - bad) * [2.0, 0.25]).mean()))  # of rewards as they are, not normalized
@@ -80,13 +81,11 @@ def test_reward_is_a_score_of_completions(root, model, monkeypatch):
     assert its.metric == "eval_eval/reward" == scored.metric_names(config)[0]
     answers = ["send red", "", " it", "send red", "no"]
     prompts = [question.example["messages"][:-1] for question in its.questions]
-    expected = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        turns = [*prompt, {"role": "assistant", "content": answer}]
-        text = model.base.tokenizer.apply_chat_template(turns, tokenize=False)
-        tokens = model.base.tokenizer(text, add_special_tokens=False)["input_ids"]
-        expected.append(float(model.scores_of([np.asarray(tokens)]).mean()))
-    assert its.grade_all(answers, its.questions) == pytest.approx(expected, abs=1e-5)
-    assert its.grade(answers[0], its.questions[0]) == pytest.approx(expected[0], abs=1e-5)
+    turns = [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in zip(prompts, answers)]
+    texts = model.base.tokenizer.apply_chat_template(turns, tokenize=False)
+    tokens = model.base.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    expected = model.scores_of([np.asarray(ids) for ids in tokens]).mean(axis=1)
+    assert len(set(expected.tolist())) > 3
+    assert its.grade_all(answers, its.questions) == pytest.approx(expected.tolist(), abs=1e-5)
     with pytest.raises(UserError, match="score 'reward:nowhere': no such directory"):
         scores.find("reward:nowhere", "config.data.eval: x")

@@ -90,6 +90,7 @@ class Evaluator:
         """
         rows = self._loader and self._loader.examples.digest
         asked = [[its.metric, [question.example for question in its.questions]] for its in self._sets]
+        asked += [its.how.model for its in self._sets if its.how.model]
         answers = ("max_new_tokens", "samples", "temperature")  # settings that a score depends on
         settings = [self._config[key] for key in answers if asked]
         asked += [[its.metric, its.contents()] for its in self._likely]

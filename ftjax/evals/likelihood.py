@@ -117,7 +117,7 @@ def batches(model: Decoder, items: Sequence[Item]) -> Iterator[Batch]:
     lengths = np.array([row_length(size, model.spec.max_position_embeddings, mesh) for size in sizes])
     for length in sorted(set(lengths.tolist())):
         indices = np.flatnonzero(lengths == length)
-        rows = batch_rows(len(indices), length, mesh)
+        rows = _rows(len(indices), length, mesh)
         for start in range(0, len(indices), rows):
             part = indices[start : start + rows]
             yield Batch(part, _fill([items[index] for index in part], rows, length))
@@ -147,7 +147,7 @@ def row_length(size: int, positions: int, mesh: Mesh) -> int:
     return min(shortest * 2 ** max(math.ceil(math.log2(size / shortest)), 0), max(positions, size))
 
 
-def batch_rows(count: int, length: int, mesh: Mesh) -> int:
+def _rows(count: int, length: int, mesh: Mesh) -> int:
     """The rows of equal batches of `count` items, so that the last has little padding; a multiple of the mesh's."""
     parts = 1 if mesh.empty else sharding.row_parts(mesh)
     rows = math.ceil(count / math.ceil(count / (max(TOKENS // length, 1) * parts)))

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax.config import SHIPPED
+from ftjax.config import REWARD, SHIPPED
 from ftjax.data.format.example import Row
 from ftjax.data.read.sources import TASK, read_sources
 from ftjax.errors import UserError
 from ftjax.evals import scores
-from ftjax.evals.scores import LIKELY, PERPLEXITY, REWARD, Score
+from ftjax.evals.scores import LIKELY, PERPLEXITY, Score
 from ftjax.prompts import Prompt
 from ftjax.tasks import registry
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ftjax.config import REWARD
 from ftjax.errors import UserError, did_you_mean
 from ftjax.evals import json_scores, python_tests, text_scores
 
@@ -27,6 +28,7 @@ class Score(NamedTuple):
       together: (completions, examples) -> the numbers of all at once, in every process, where that is how it is
         computed; None: one by one, in one process.
       share: its mean is shown in percent.
+      model: the directory of the model that gives it, if one does; another one's numbers do not compare.
     """
 
     function: Callable[[str, dict], float]
@@ -37,6 +39,7 @@ class Score(NamedTuple):
     binary: bool = False
     together: Callable[[Sequence[str], Sequence[dict]], list[float]] | None = None
     share: bool = True
+    model: str = ""
 
 
 def _comparing(function: Callable[[str, dict], float], what: str, **fields: Any) -> Score:
@@ -70,7 +73,6 @@ SCORES = {
 }
 
 
-REWARD = "reward"  # reward:PATH is the mean reward by the model at PATH
 # Of these nothing is answered: the likelihoods of what stands there are compared (`ftjax.evals.likely`).
 MULTIPLE_CHOICE, PERPLEXITY = LIKELY = ("multiple_choice", "perplexity")
 

@@ -58,6 +58,7 @@ def test_no_document_ends_with_the_token_that_pads():
     assert chosen([], [*end, "<unk>", "<|im_start|>"]) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])  # whose head for tokens is called `classifier`
 def test_a_head_for_every_token_is_one_in_transformers(tmp_path, name, record_figure):
     """It has a bias there, which transformers leaves at random where the files have none."""
