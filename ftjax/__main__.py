@@ -23,6 +23,7 @@ COMMANDS = {
     "harness": "EleutherAI's lm-evaluation-harness on a run or a model",
     "report": "what came of a run as one page, or of several beside each other",
     "export": "a run's result for other software: a PEFT adapter, a Hugging Face model, a GGUF",
+    "label": "ask people which of two answers is better, the most informative pairs first; training reads it",
     "import_config": "a config of Axolotl's as one of ours",
 }
 

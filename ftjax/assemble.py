@@ -23,8 +23,9 @@ from ftjax.atomic import write_text
 from ftjax.data.pipeline import DataSpec
 from ftjax.data.tokens import templates
 from ftjax.data.tokens import tokenizer as tokenizers
+from ftjax.data.tokens.kinds import Settings
 from ftjax.errors import UserError
-from ftjax.method import Method, learning_rate, method_of
+from ftjax.method import Method, idle, learning_rate, method_of
 from ftjax.models import params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
@@ -113,7 +114,7 @@ def _has_new_tokens(config: ConfigDict) -> bool:
 
 def new_token_paths(config: ConfigDict, paths: Iterable[str]) -> set[str]:
     """Those of the parameters `paths` that are trained whole because they hold the rows of new tokens."""
-    return NEW_TOKENS & set(paths) if _has_new_tokens(config.model) else set()
+    return (NEW_TOKENS & set(paths)) - idle(config, paths) if _has_new_tokens(config.model) else set()
 
 
 class Program(NamedTuple):
@@ -212,6 +213,8 @@ def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -
         max_bad_rows=data.max_bad_rows,
         holdout=data.holdout,
         long_text=data.long_text,
+        mismatched=method_of(config).mismatched(config.objective),
+        settings=Settings(config.objective.step_separator, tuple(config.objective.classes)),
         # Where rows are split, each part has the length that the attention kernels want.
         multiple=128 * mesh.shape["context"] if mesh is not None and mesh.shape["context"] > 1 else 1,
     )
@@ -229,7 +232,7 @@ def abstract_variables(config: ConfigDict, model: Decoder, mesh: Mesh) -> tuple[
     if adapter.kind == "none":
         if adapter.source:
             raise UserError("config.adapter.source is an adapter to go on from; adapter.kind='none' has none")
-        trained = set(tree.matching(adapter.trainable, list(leaves), "adapter.trainable"))
+        trained = set(tree.matching(adapter.trainable, list(leaves), "adapter.trainable")) - idle(config, leaves)
         if untrained := sorted(new_token_paths(config, leaves) - trained):
             raise UserError(
                 f"config.adapter.trainable={adapter.trainable!r} leaves out {', '.join(untrained)}, which must "
@@ -273,6 +276,11 @@ def _adapters(config: ConfigDict, model: Decoder, leaves: dict) -> tuple[dict[st
         lora.by_pattern(adapter.alpha, adapter.alpha_pattern, targets, "adapter.alpha_pattern")  # for its errors
         trained = _modules_to_save(adapter.modules_to_save, leaves)
     trained |= new_token_paths(config, leaves)
+    if vain := sorted(idle(config, {*ranks, *trained})):
+        raise UserError(
+            f"config.adapter: objective.name={config.objective.name!r} does not use {vain[0].partition('/')[0]}, which "
+            "would learn nothing; leave it out of targets and modules_to_save"
+        )
     return ranks, [name for name, wanted in chosen.items() if wanted], trained
 
 

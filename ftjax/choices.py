@@ -23,6 +23,7 @@ from ftjax.sharding import AnyMesh
 
 _WIDTH, _NARROWEST, _POWER = 4096, 512, 0.78
 _ROWS = 16  # of full length in a batch, where no data is there to choose by
+_SEVERAL = 4  # rows of a batch at least, where their completions are to meet other prompts of it
 
 
 def by_devices(config: ConfigDict, platform: str) -> ConfigDict:
@@ -34,12 +35,15 @@ def by_devices(config: ConfigDict, platform: str) -> ConfigDict:
 
 
 def by_model(config: ConfigDict, spec: DecoderSpec) -> ConfigDict:
-    """With a learning rate. That of adapters is larger in narrower models.
+    """With a learning rate, and without general text where the method makes a model that does not generate.
 
+    The learning rate of adapters is larger in narrower models.
     As width^-0.78: what the authors of "LoRA Without Regret" (Schulman et al. 2025) fitted to Llama models in
     tinker-cookbook's `hyperparam_utils` (Qwen models depend less on it). QLoRA's 2e-4 at widths of 4,096 and 5,120 and
     1e-4 at 8,192 (Dettmers et al. 2023) agree with it, and so does the quickstart's 1e-3 at 576.
     """
+    if not method_of(config).generates:  # what it would say is no matter any more
+        config = configs.changed(config, {"evaluate.general": ()})
     if config.optimizer.learning_rate:
         return config
     rate = method_of(config).learning_rates[config.adapter.kind]
@@ -97,6 +101,8 @@ def limits(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh) -> Limits:
     multiple = 128 * context if context > 1 else 64
     length = assemble.data_spec(config, spec).longest
     rows = parts * max(config.accumulate, 1)
+    if method_of(config).mismatched(config.objective):  # a step needs several prompts
+        rows *= -(-_SEVERAL // rows)
     return Limits(length, config.data.packing, rows, parts, multiple, method_of(config).epochs)
 
 

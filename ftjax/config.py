@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from ftjax import foreign
 from ftjax.atomic import write_text
-from ftjax.config_checks import ANY, LAYERS, Check, losses, number, one_of, pairs, some_of, tokens
+from ftjax.config_checks import ANY, LAYERS, Check, losses, names, number, one_of, pairs, some_of, tokens
 from ftjax.errors import UserError, did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -86,7 +86,8 @@ KEYS: dict[str, Key] = {
     # Of the rows before training; on: stop on errors, warn: print them.
     "data.checks": Key("on", one_of("on", "warn", "off")),
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
-    "objective.name": Key("sft", ANY),  # a method of ftjax/method.py: sft, dpo, cpo, simpo, orpo
+    # A method of ftjax/method.py: sft; dpo, kto, cpo, simpo, orpo; reward, prm, classify
+    "objective.name": Key("sft", ANY),
     # sft: the share of a target's probability that is spread over the vocabulary; of pairs: of labels taken to be wrong
     "objective.label_smoothing": Key(0.0, number(0, 0.99)),
     # sft: so much of log(Z)^2 is added, Z being the sum of a softmax; 1e-4 is usual
@@ -94,19 +95,34 @@ KEYS: dict[str, Key] = {
     # sft: so much of KL(the model before training || now) is what a token of a replayed source counts, instead of its
     # cross-entropy; 0: its cross-entropy, as any other's
     "objective.kl_coef": Key(0.0, number(0)),
-    # of pairs: how strongly the reference holds the policy; the scale of a margin where there is none
+    # of preferences: how strongly the reference holds the policy; the scale of a margin where there is none
     "objective.beta": Key(0.1, number(1e-6)),
-    # dpo, cpo: losses of a pair, by name or with their weights: ("sigmoid", ("sft", 0.2)); (): the method's own
+    # dpo, cpo, kto: losses, by name or with their weights: ("sigmoid", ("sft", 0.2)); (): the method's own
     "objective.loss": Key((), losses()),
+    # kto: what a good and a bad answer count; docs/methods.md says how to weigh them where one side is larger
+    "objective.desirable_weight": Key(1.0, number(0)),
+    "objective.undesirable_weight": Key(1.0, number(0)),
     # dpo: the divergence that holds the policy
     "objective.divergence": Key("reverse_kl", one_of("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")),
     "objective.divergence_alpha": Key(0.5, number(0)),  # alpha_divergence: its alpha
     "objective.discopop_tau": Key(0.05, number(1e-6)),  # the loss discopop: its temperature
     "objective.ld_alpha": Key(1.0, number(0, 1)),  # what tokens beyond the shorter answer's length count; 1: all alike
-    # dpo: steps after which the reference follows the policy (TR-DPO), by that share of the way; 0: it stays
+    # dpo: what a pair counts; wpo: more, the likelier the policy writes its answers
+    "objective.weighting": Key("none", one_of("none", "wpo")),
+    # dpo, kto: steps after which the reference follows the policy (TR-DPO), by that share of the way; 0: it stays
     "objective.reference_every": Key(0, number(0)),
     "objective.reference_share": Key(0.6, number(0, 1)),
+    # dpo: ask the reference of all pairs before the first step, once for all runs over the same base and rows
+    "objective.cache_reference": Key(False, ANY),
     "objective.gamma": Key(0.5, number(0)),  # the loss simpo: the margin that is aimed at
+    # reward: so much of (r_chosen + r_rejected)^2 is added, which holds rewards around 0; 0.01 is usual
+    "objective.center_coef": Key(0.0, number(0)),
+    # reward: heads on the one model, each trained on its own bootstrap of the pairs; where they disagree, it is unsure
+    "objective.ensemble": Key(1, number(1)),
+    "objective.classes": Key((), names()),  # classify: of the labels of its rows, in the order of their logits
+    # prm: what stands between the steps of an answer
+    "objective.step_separator": Key("\n", Check(bool, "text, such as a line break")),
+    "objective.label_noise": Key(0.0, number(0, 0.99)),  # reward: the share of labels that are given at random
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.
     "optimizer.learning_rate": Key(0.0, number(0)),

@@ -38,6 +38,13 @@ def tokens() -> Check:
     return Check(holds, "different tokens without white space around them, such as ('<|call|>',)")
 
 
+def names() -> Check:
+    def holds(value: Any) -> bool:
+        return all(type(name) is str and name for name in value) and len(set(value)) == len(value) != 1
+
+    return Check(holds, "two or more different names, such as ('spam', 'other')")
+
+
 def some_of(*names: str) -> Check:
     def holds(value: Any) -> bool:
         return all(name in names for name in value) and len(set(value)) == len(value)

@@ -48,7 +48,7 @@ def run(
         "trained": _size(trained, program.trained_count),
         **({"average": _average(config.optimizer.ema_decay)} if config.optimizer.ema_decay else {}),
         "frozen": _size(frozen),
-        **({"reference": _reference(program)} if program.method.reference or REFERENCE in program.frozen else {}),
+        **_reference(config, program),
         **({"quantized": f"{_size(packed, quant.count(packed))}, {config.quantize.base}"} if packed else {}),
         "mesh": _mesh(mesh, base, abstract["params"]),
         "attention": attention.name + (f"; {attention.reason}" if attention.reason else ""),
@@ -161,10 +161,15 @@ def _adapter(adapter: ConfigDict) -> str:
     return ", ".join([what, *filter(None, notes)])
 
 
-def _reference(program: Program) -> str:
-    if REFERENCE not in program.frozen:
-        return "the base, without its adapter"
-    return f"the values that training starts from, {_size(program.frozen[REFERENCE])}"
+def _reference(config: ConfigDict, program: Program) -> dict[str, str]:
+    found = []
+    if config.objective.cache_reference:
+        found.append("asked once, before the first step")
+    if REFERENCE in program.frozen:
+        found.append(f"the values that training starts from, {_size(program.frozen[REFERENCE])}")
+    elif program.method.reference:
+        found.append("the base, without its adapter")
+    return {"reference": "; beside it ".join(found)} if found else {}
 
 
 def _average(decay: float) -> str:

@@ -41,6 +41,7 @@ from ftjax.evals.heldout import LOSS, HeldOut
 from ftjax.evals.judge import Judge, endpoint
 from ftjax.evals.rewrites import Instruction
 from ftjax.evals.scored import Question
+from ftjax.method import check_generates
 from ftjax.reporting import page
 from ftjax.training.display import Display
 from ftjax.tree import Tree
@@ -93,7 +94,8 @@ def evaluate(workdir: Path, options: Options, given: ConfigDict | None = None) -
         raise UserError(f"--only: there is no contestant {unknown!r}{did_you_mean(unknown, known)}")
     wanted = options.only or known
     evaluated = _evaluated(configs.read(workdir / "config.json"), given)
-    config, base, variables, step = assemble.load_run(workdir, best.choose(workdir, options.step))
+    chosen = best.choose(workdir, options.step)
+    config, base, variables, step = assemble.load_run(workdir, chosen, check=check_generates)
     config = configs.changed(config, evaluated)
     with Display(1) as display:
         # The examples.

@@ -34,6 +34,7 @@ from ftjax.assemble import Base
 from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
 from ftjax.evals import best
+from ftjax.method import check_generates
 from ftjax.sampling.engine import stream
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--interpolate goes with --workdir: it is between the base of a run and what was trained")
     share = interpolation.check(FLAGS.interpolate)
     distributed.refuse_several("ftjax.generate")
-    sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
+    sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed, FLAGS.min_p)
     if FLAGS.prompts:
         prompts.check_out(Path(FLAGS.out))
     asked = [] if FLAGS.chat else prompts.of_file(FLAGS.prompts) if FLAGS.prompts else [prompts.given(text)]
@@ -98,7 +99,9 @@ def main(argv: list[str]) -> int:
     else:
         in_use = "run"
         workdir, moved = Path(FLAGS.workdir), {"model": FLAGS.model, "adapter": FLAGS.adapter}
-        _, base, trained, _ = assemble.load_run(workdir, best.choose(workdir, FLAGS.step), moved, share=share)
+        _, base, trained, _ = assemble.load_run(
+            workdir, best.choose(workdir, FLAGS.step), moved, check_generates, share
+        )
         variables = {in_use: trained}
 
     def answer(prompt: np.ndarray) -> str:
@@ -176,6 +179,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", 0.0, "0: always the likeliest token; 1: draw as the model says")
     flags.DEFINE_integer("top_k", 0, "draw from this many likeliest tokens; 0: from all")
     flags.DEFINE_float("top_p", 1.0, "draw from the likeliest tokens that together have this probability")
+    flags.DEFINE_float("min_p", 0.0, "draw from tokens at least this many times as likely as the likeliest")
     flags.DEFINE_integer("seed", 0, "seed of the draws")
     flags.DEFINE_enum("dtype", "float32", configs.DTYPES, "dtype of weights and computation, with --model alone")
     cli.run(main)

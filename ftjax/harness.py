@@ -22,6 +22,7 @@ from ftjax.assemble import Base
 from ftjax.atomic import write_text
 from ftjax.errors import UserError
 from ftjax.evals import best
+from ftjax.method import check_generates
 from ftjax.prompts import check_out
 from ftjax.training.display import Display
 from ftjax.tree import Tree
@@ -74,7 +75,8 @@ def main(argv: list[str]) -> int:
         check_out(Path(FLAGS.out))
     if FLAGS.workdir:
         workdir = Path(FLAGS.workdir)
-        _, base, variables, _ = assemble.load_run(workdir, best.choose(workdir, FLAGS.step))
+        step = best.choose(workdir, FLAGS.step)
+        _, base, variables, _ = assemble.load_run(workdir, step, check=check_generates)
     else:
         base, loaded = load_model(FLAGS.model, {}, FLAGS.dtype)
         variables = loaded[NONE]

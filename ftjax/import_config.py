@@ -13,7 +13,7 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ SAME = (
     "base_model", "lora_model_dir", "lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save", "peft_use_rslora",
     "loraplus_lr_ratio", "sequence_len", "sample_packing", "num_epochs", "max_steps", "learning_rate", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "cosine_min_lr_ratio", "warmup_ratio", "dpo_beta",
-    "rl_beta", "seed", "logging_steps", "save_total_limit", "tensor_parallel_size", "context_parallel_size",
-    "expert_parallel_size", "dp_shard_size", "dp_replicate_size", "revision_of_model", "default_system_message",
-    "tokens",
+    "rl_beta", "kto_desirable_weight", "kto_undesirable_weight", "seed", "logging_steps", "save_total_limit",
+    "tensor_parallel_size", "context_parallel_size", "expert_parallel_size", "dp_shard_size", "dp_replicate_size",
+    "revision_of_model", "default_system_message", "tokens",
 )  # fmt: skip
 # Those that the functions below read.
 READ = {
@@ -172,7 +172,8 @@ def _data(given: dict, notes: list[str]) -> dict[str, Any]:
         entries = given.get(name) or []
         if not isinstance(entries, list):
             raise UserError(f"{name}: must be a list of data sets")
-        found = [part for i, entry in enumerate(entries) for part in _sources(entry, f"{name}[{i}]", notes)]
+        format_of = _labeled_format if given.get("rl") == "kto" else _format
+        found = [part for i, entry in enumerate(entries) for part in _sources(entry, f"{name}[{i}]", format_of, notes)]
         if found or name == "datasets":
             values[foreign.AXOLOTL[name].key] = tuple(found)
     share = float(given.get("val_set_size") or 0)
@@ -194,7 +195,7 @@ _USUAL = {
 }
 
 
-def _sources(entry: dict, where: str, notes: list[str]) -> list[dict[str, Any]]:
+def _sources(entry: dict, where: str, format_of: Callable, notes: list[str]) -> list[dict[str, Any]]:
     """Entries of data.train for one of their data sets."""
     if not isinstance(entry, dict) or not entry.get("path"):
         raise UserError(f"{where}: has no path")
@@ -207,7 +208,7 @@ def _sources(entry: dict, where: str, notes: list[str]) -> list[dict[str, Any]]:
         sources = [path]
     else:
         sources = [f"hf:{path}:{entry['name']}" if entry.get("name") else f"hf:{path}"]
-    options = _format(entry, where, notes)
+    options = format_of(entry, where, notes)
     if split := entry.get("split"):
         of_files = files or not sources[0].startswith("hf:")
         if not of_files:
@@ -234,6 +235,8 @@ _PREFERENCES = {
     "icr": {"prompt": "input"},
     "argilla": {"prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response"},
 }
+# Their rows of answers called good or bad, likewise.
+_LABELED = {"prompt_pairs": {}, "ultra": {}, "intel": {"prompt": "question"}, "argilla": {"prompt": "instruction"}}
 # The fields that a `type` of one's own names -> ours: of a preference, of an instruction.
 _OWN = (
     ("preference", {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}),
@@ -273,6 +276,20 @@ def _format(entry: dict, where: str, notes: list[str]) -> dict[str, Any]:
         f"{where}.type: {kind!r}: the format is recognized by the fields of a row; docs/data.md has their names"
     )
     return {}
+
+
+def _labeled_format(entry: dict, where: str, notes: list[str]) -> dict[str, Any]:
+    """The same with `rl: kto`, where a `type` of one name stands for other rows."""
+    kind = entry.get("type")
+    if isinstance(kind, dict):
+        fields = {name: kind.get(f"field_{name}") for name in ("prompt", "completion", "label")}
+        columns = {ours: theirs for ours, theirs in fields.items() if theirs not in (None, ours)}
+    elif str(kind).rpartition(".")[2] in _LABELED:
+        columns = _LABELED[kind.rpartition(".")[2]]
+    else:
+        notes.append(f"{where}.type: {kind!r}: rows are read as prompt, completion and label; docs/data.md has more")
+        return {}
+    return {"format": "kto"} | ({"columns": columns} if columns else {})
 
 
 def _optimizer(given: dict, notes: list[str]) -> dict[str, Any]:

@@ -42,6 +42,8 @@ from ftjax.evals import scored
 from ftjax.inspection import page, terminal
 from ftjax.inspection.pieces import Piece, pieces
 from ftjax.inspection.survey import Epoch, Survey, epoch_of, examples_in_epoch, survey
+from ftjax.method import method_of
+from ftjax.objectives.unpaired import imbalance
 from ftjax.training import metrics
 
 _PAGE_ROWS = 1500
@@ -77,10 +79,14 @@ def inspect(config: ConfigDict, options: dict) -> int:
         spec = assemble.data_spec(config, base.model.spec)
     epoch = epoch_of(result, spec, config.steps, config.epochs)
     few = choices.few_updates(config, asked, base.model.spec, mesh, epoch.rows, examples, epoch.steps)
+    warnings = Findings()
     if epoch.rows and few:
-        warning = Findings()
-        warning.add("few", what=few)
-        result.findings.extend(warning.all())
+        warnings.add("few", what=few)
+    if epoch.rows and "desirable_weight" in method_of(config).settings:
+        good = examples_in_epoch(result, "good")
+        if unbalanced := imbalance(config.objective, good, examples - good):
+            warnings.add("unbalanced", what=unbalanced)
+    result.findings.extend(warnings.all())
     terminal.summary(out, result, epoch, spec, speed)
 
     def shown(index: int) -> tuple[str, list[tuple[str, list[Piece]]]] | None:
@@ -93,7 +99,9 @@ def inspect(config: ConfigDict, options: dict) -> int:
             for number, documents in enumerate(found.parts, 1)
             for name, document in documents.items()
         ]
-        return found.row.origin, [(name, pieces(*document, base.tokenizer)) for name, document in named]
+        return found.row.origin, [
+            (name, pieces(document.tokens, document.trained, base.tokenizer)) for name, document in named
+        ]
 
     codes = {}
     for code, indices in result.marked.items():

@@ -7,7 +7,7 @@ method by name.
 
 import functools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,15 +15,20 @@ from ml_collections import ConfigDict
 
 from ftjax import config as configs
 from ftjax.data.batch.loader import Loader
-from ftjax.data.batch.packing import BATCH, LABELS, REPLAY
+from ftjax.data.batch.mismatched import MISMATCHED
+from ftjax.data.batch.packing import BATCH, LABELS, REFERENCE, REPLAY
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
+from ftjax.objectives.classify import make_classify, make_prm
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.preference import make_preference, preference_totals
+from ftjax.objectives.reward import make_reward
+from ftjax.objectives.scores import SCORE
 from ftjax.objectives.sft import make_sft
+from ftjax.objectives.unpaired import estimates_kl, make_unpaired, make_unpaired_totals
 from ftjax.training.source import FileSource, Source
-from ftjax.training.state import Kept, moving_reference
+from ftjax.training.state import Kept, moving_reference, reward_sums
 from ftjax.tree import Tree
 
 
@@ -41,10 +46,14 @@ class Method(NamedTuple):
       learning_rates: by config.adapter.kind, where optimizer.learning_rate is 0; those of adapters at a width of 4,096.
       epochs: how many there are usually, and at most for few rows, where config.epochs is 0.
       settings: the keys of config.objective that it reads, beside `name`; any other one that is set is refused.
-      reference: whether the objective compares with the model as it was before training (`objectives.reference`); with
-        objective.kl_coef every one does.
+      reference: whether a step compares with the model as it was before training (`objectives.reference`); with
+        objective.kl_coef every one does, and with objective.cache_reference it was asked before (`cached_reference`).
       heads: config.objective -> {name: how many numbers it gives}, the heads that it adds (`models.heads`).
+      generates: whether what it trains is to generate. Without, only heads count: those of the vocabulary are neither
+        computed nor trained, and no answers are evaluated.
       batch: the arrays [rows, length] of its batches, beside the labels of rows that have some.
+      mismatched: config.objective -> whether batches have prompts with completions of other rows, too
+        (`data.batch.mismatched`).
       totals: (model, config.objective) -> the function (variables, batch) -> sums that the objective needs of a whole
         step, or evaluation, first (`make_step`).
       kept: what it keeps from step to step beside the weights, such as a controller or a moving average.
@@ -59,7 +68,9 @@ class Method(NamedTuple):
     settings: tuple[str, ...] = ()
     reference: bool = False
     heads: Callable[[ConfigDict], Mapping[str, int]] = lambda config: {}
+    generates: bool = True
     batch: Mapping[str, type[np.generic]] = types.MappingProxyType(BATCH)
+    mismatched: Callable[[ConfigDict], bool] = lambda config: False
     totals: Callable[[Decoder, ConfigDict], Callable[[Tree, dict], Tree]] | None = None
     kept: Kept | None = None
     source: Callable[..., Source] = from_files
@@ -85,9 +96,19 @@ METHODS = {
         objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),)),
         settings=(
             *("beta", "loss", "label_smoothing", "divergence", "divergence_alpha", "discopop_tau", "ld_alpha"),
-            *("reference_every", "reference_share"),
+            *("weighting", "reference_every", "reference_share", "cache_reference"),
         ),
         reference=True,
+    ),
+    "kto": Method(
+        make_unpaired,
+        rows="labeled",
+        learning_rates={"lora": 1e-5, "dora": 1e-5, "none": 1e-6},
+        epochs=(1.0, 3.0),
+        settings=("beta", "loss", "desirable_weight", "undesirable_weight", "reference_every", "reference_share"),
+        reference=True,
+        mismatched=estimates_kl,
+        totals=make_unpaired_totals,
     ),
     "cpo": _PAIRS._replace(
         objective=functools.partial(make_preference, usual=(("sigmoid", 1.0), ("sft", 1.0)), reference=False),
@@ -100,6 +121,34 @@ METHODS = {
     "orpo": _PAIRS._replace(
         objective=functools.partial(make_preference, usual=(("sft", 1.0), ("odds_ratio", 1.0)), reference=False),
         settings=("beta",),
+    ),
+    "reward": Method(
+        make_reward,
+        rows="ranked",
+        learning_rates={"lora": 1e-4, "dora": 1e-4, "none": 1e-4},  # TRL's
+        epochs=(1.0, 3.0),  # more overfits (Stiennon et al. 2020, appendix B.1; Touvron et al. 2023, section 3.2.2)
+        settings=("center_coef", "ensemble", "label_noise"),
+        heads=lambda config: {SCORE: config.ensemble},
+        generates=False,
+        kept=reward_sums(),
+    ),
+    "prm": Method(
+        make_prm,
+        rows="stepwise",
+        learning_rates={"lora": 1e-4, "dora": 1e-4, "none": 1e-5},  # TRL's, and for adapters ten times it, as elsewhere
+        epochs=(1.0, 3.0),
+        settings=("step_separator",),
+        heads=lambda config: {SCORE: 2},
+        generates=False,
+    ),
+    "classify": Method(
+        make_classify,
+        rows="classified",
+        learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5},
+        epochs=(3.0, 15.0),  # three is usual (Devlin et al. 2019, appendix A.3)
+        settings=("classes",),
+        heads=lambda config: {SCORE: len(config.classes)},
+        generates=False,
     ),
 }
 
@@ -126,17 +175,39 @@ def method_of(config: ConfigDict) -> Method:
     if method.rows != "conversation" and configs.replays(config):
         raise UserError(
             f"config.data.train: the option 'replay' is for conversations and texts, which {name!r} does not learn "
-            "from; mix rows of pairs by 'weight'"
+            "from; mix rows by 'weight'"
         )
     if every := config.objective.reference_every:
         method = method._replace(kept=moving_reference(every, config.objective.reference_share))
     elif not configs.is_default(config, "objective.reference_share"):
         raise UserError("config.objective.reference_share is of a reference that moves; set objective.reference_every")
+    if "classes" in method.settings and not config.objective.classes:
+        raise UserError("config.objective.classes: name the classes of the rows' labels, such as ('spam', 'other')")
+    if config.objective.ensemble > 1:
+        method = method._replace(objective=functools.partial(method.objective, seed=config.seed))
     batch = dict(method.batch) | (LABELS if ROW_KINDS[method.rows].labeled else {})
     batch |= REPLAY if configs.replays(config) else {}
-    return method._replace(reference=method.reference or config.objective.kl_coef > 0, batch=batch)
+    batch |= MISMATCHED if method.mismatched(config.objective) else {}
+    cached = config.objective.cache_reference
+    batch |= REFERENCE if cached else {}
+    reference = (method.reference and not cached) or config.objective.kl_coef > 0
+    return method._replace(reference=reference, batch=batch)
 
 
 def learning_rate(config: ConfigDict) -> float:
     """The peak learning rate: config.optimizer.learning_rate, or where that is 0 the method's own for its adapters."""
     return config.optimizer.learning_rate or method_of(config).learning_rates[config.adapter.kind]
+
+
+def idle(config: ConfigDict, paths: Iterable[str]) -> set[str]:
+    """Those of the parameters `paths` that the method does not use: of a model that does not generate the head."""
+    return set() if method_of(config).generates else {path for path in paths if path.startswith("lm_head/")}
+
+
+def check_generates(config: ConfigDict, *_: object) -> None:
+    """UserError for a run of a method that does not make a model which generates; as `check` of `assemble.load_run`."""
+    if not method_of(config).generates:
+        raise UserError(
+            f"objective.name={config.objective.name!r} made a model that gives numbers and does not generate, so there "
+            "are no answers of this run; name one of another method"
+        )

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -21,6 +22,7 @@ from ftjax.evals import scored
 from ftjax.method import learning_rate, method_of
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.preference import compares_pairs
+from ftjax.objectives.unpaired import imbalance
 from ftjax.training import optim
 from ftjax.training.display import Display
 from ftjax.tree import Tree
@@ -92,6 +94,18 @@ def check_evaluation(config: ConfigDict) -> None:
     ):
         if evaluate[key] and why:
             raise UserError(f"config.evaluate.{key}={evaluate[key]!r} does nothing: {fix}")
+    if not method_of(config).generates:
+        name = config.objective.name
+        if answered := [*scored.split_entries(config)[0], *scored.likely_entries(config)]:
+            raise UserError(
+                f"config.data.eval: {answered[0]['source']} is about what a model says, and objective.name={name!r} "
+                "makes one that gives numbers; give it rows like those of training, which have a loss, and no 'score'"
+            )
+        if evaluate.general and not configs.is_default(config, "evaluate.general"):
+            raise UserError(
+                f"config.evaluate.general: objective.name={name!r} makes a model that gives numbers and says nothing; "
+                "leave it out"
+            )
 
 
 def check_adapter_tokenizer(config: ConfigDict, base: Base, display: Display) -> None:
@@ -194,6 +208,32 @@ def check_whole_step(config: ConfigDict) -> None:
         )
 
 
+def check_partners(train: Loader, steps: int) -> None:
+    """UserError where one of so many batches has one prompt only, so that no completion can meet another."""
+    if not train.mismatched or (documents := train.without_partner(steps)) is None:
+        return
+    origin, count = train.examples.origin(int(documents[0])), len(documents)
+    if (train.prompts.numbers == train.prompts.numbers[0]).all():
+        raise UserError(f"{origin}: all rows have this prompt, and kto needs answers to several; add rows with others")
+    what = f"all {count} answers of its batch are to this prompt"
+    if count == 1:
+        what = f"it is alone in its batch of {train.batch_size} row(s)"
+    raise UserError(
+        f"{origin}: {what}, and kto estimates a KL divergence from prompts with the answers to other ones of the same "
+        f"step; raise config.data.batch_size (such as --config.data.batch_size={max(4, 2 * train.batch_size)}), or use "
+        "the loss without, --config.objective.loss=apo_zero_unpaired"
+    )
+
+
+def check_balance(config: ConfigDict, train: Loader, display: Display) -> None:
+    """Says so where good and bad answers should be weighed otherwise."""
+    if "desirable_weight" not in method_of(config).settings:
+        return
+    weights, good = np.asarray(train.examples.weights)[train.examples.source_ids], train.examples.first_labels > 0
+    if found := imbalance(config.objective, weights[good].sum(), weights[~good].sum()):
+        display.say(f"warning: {found}")
+
+
 def check_ranks(adapters: Tree, display: Display) -> None:
     """Says which of the abstract `adapters` have a rank above the width of their layer: no mistake, but a waste."""
     wide = {}
@@ -232,6 +272,17 @@ def check_same_everywhere(
     if other := [name for name in facts if facts[name] != others[name]]:
         raise UserError(
             f"process {distributed.index()} has other {', '.join(other)} than process 0; give every host the same files"
+        )
+
+
+def check_classes(config: ConfigDict, train: Loader, display: Display) -> None:
+    """Says which classes no row has."""
+    if method_of(config).rows != "classified":
+        return
+    seen = {int(label) for part in train.examples.parts for label in np.unique(part.labels)}
+    if missing := [name for i, name in enumerate(config.objective.classes) if i not in seen]:
+        display.say(
+            f"warning: no row of training has the class {', '.join(map(repr, missing))}, which is then never found"
         )
 
 

@@ -102,11 +102,12 @@ def tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerFast, system: str = "",
 
 
 class Answer(NamedTuple):
-    """A completion; its tokens are with the one that ended it."""
+    """A completion; its tokens are with the one that ended it. If it has not `stopped`, it was cut."""
 
     text: str
     prompt_tokens: int
     generated_tokens: int
+    stopped: bool
 
 
 def encode(
@@ -153,8 +154,10 @@ def complete(
         ends = base.end_tokens
         made = generate(base.model, variables, ids, max_new_tokens, ends, sampling, batch_size, on_progress)
     texts = [base.tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in made]
-    counts = [len(completion.tokens) + completion.stopped for completion in made]
-    return [Answer(text, len(prompt), count) for text, prompt, count in zip(texts, ids, counts, strict=True)]
+    return [
+        Answer(text, len(prompt), len(completion.tokens) + completion.stopped, completion.stopped)
+        for text, prompt, completion in zip(texts, ids, made, strict=True)
+    ]
 
 
 def seconds_per_answer(

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from ftjax import (
     assemble,
+    cached_reference,
     choices,
     cli,
     config_flag,
@@ -109,7 +110,10 @@ def _train(
         on = f" It ended early: {early}; to go on, raise config.evaluate.patience, or set it to 0." if early else ""
         display.say(f"This run is finished: {there.step} steps, saved in {workdir}. Nothing to do.{on}")
         return 0
+    preflight.check_partners(train_loader, total_steps)
+    preflight.check_balance(config, train_loader, display)
     preflight.check_rows(config, base, train_loader, heldout, display)
+    preflight.check_classes(config, train_loader, display)
 
     with jax.set_mesh(mesh):
         # Shardings, objective, optimizer and step: shapes only.
@@ -127,9 +131,19 @@ def _train(
         # Weights, adapters, state.
         display.say("reading the weights")
         smaller = memory.smaller(config, mesh)
-        with memory.exhausted("reading the weights", smaller):
-            fingerprint = train_loader.fingerprint()
-            start = resume.start(there, config, base, program, workdir, checkpoints, fingerprint, evaluator.begin)
+        fingerprint = train_loader.fingerprint()
+
+        def begin(variables: Tree) -> None:
+            evaluator.begin(variables)
+            if config.objective.cache_reference:
+                for loader in filter(None, (train_loader, heldout)):
+                    cached_reference.add(config, contents, program, variables, loader, display, preemption)
+
+        try:
+            with memory.exhausted("reading the weights", smaller):
+                start = resume.start(there, config, base, program, workdir, checkpoints, fingerprint, begin)
+        except Preempted as stop:
+            return _stopped(stop, there.step, checkpoints, display)
         distributed.meet_devices()
         if there.step is not None:
             display.say(f"resuming after step {there.step}")

@@ -208,10 +208,25 @@ def test_data_sets(entry, ours):
 
 
 @pytest.mark.parametrize(
+    ("type", "options"),
+    [
+        ("chatml.ultra", {"format": "kto"}),
+        ("llama3.argilla", {"format": "kto", "columns": {"prompt": "instruction"}}),
+        ({"field_prompt": "q", "field_label": "good"}, {"format": "kto", "columns": {"prompt": "q", "label": "good"}}),
+    ],
+)
+def test_data_sets_of_labeled_answers(type, options):
+    changes = {"rl": "kto", "kto_desirable_weight": 1.5, "datasets": [{"path": "a.json", "type": type}]}
+    found, _ = values(**changes)
+    assert found["data.train"] == ({"source": "a.json", **options},)
+    assert (found["objective.name"], found["objective.desirable_weight"]) == ("kto", 1.5)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"base_model": None}, "no base_model.*from-trl"),
-        ({"rl": "kto"}, "rl: 'kto' is no method of ftjax, which are sft, dpo"),
+        ({"rl": "grpo"}, "rl: 'grpo' is no method of ftjax, which are sft, dpo"),
         ({"adapter": "llama-adapter"}, "none of ftjax's"),
         ({"unfrozen_parameters": ["^lm_head.weight$"]}, "set config.adapter.trainable then"),
         ({"reward_model": True}, "reward_model: ftjax has no training of that kind"),

@@ -38,10 +38,10 @@ FLOORS = [
     {"choices"},
     {"adapted", "prompts"},
     {"evals"},
-    {"describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
-    {"planning"},
+    {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
+    {"labeling", "planning"},
     {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness"}
-    | {"plan", "inspect_data", "curate", "import_config"},
+    | {"plan", "inspect_data", "curate", "label", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]

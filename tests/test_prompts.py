@@ -58,7 +58,7 @@ def test_a_file_is_answered_in_its_order_as_transformers_does(model, loaded, row
             ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=ends, pad_token_id=0
         )
         assert answer.text == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-        assert answer[1:] == (ids.shape[1], made.shape[1] - ids.shape[1])
+        assert answer[1:] == (ids.shape[1], made.shape[1] - ids.shape[1], int(made[0, -1]) in ends)
     assert len(set(completions)) > 1
     assert "completing: 4 of 4" in capsys.readouterr().out
     prompts.write(tmp_path / "out.jsonl", asked, completions)

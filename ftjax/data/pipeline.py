@@ -11,7 +11,7 @@ from ftjax.data.batch.loader import Loader
 from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens.examples import Examples, join
-from ftjax.data.tokens.kinds import ROW_KINDS
+from ftjax.data.tokens.kinds import PLAIN, ROW_KINDS, Settings
 from ftjax.data.tokens.outcome import TokenRules
 from ftjax.data.tokens.rendering import Tokenizer
 from ftjax.data.tokens.tokenize import tokenize
@@ -38,6 +38,8 @@ class DataSpec:
     multiple: int = 1  # without packing, batch lengths are multiples of it
     long_text: str = "divide"  # or cut: what becomes of a text of more than max_length tokens
     chosen_length: int = 0  # tokens of a row of a batch; 0: `longest`
+    mismatched: bool = False  # batches have prompts with completions of other rows, too (`mismatched.MISMATCHED`)
+    settings: Settings = PLAIN  # what config.objective says about rows
 
     @property
     def longest(self) -> int:
@@ -52,7 +54,7 @@ class DataSpec:
     @property
     def rules(self) -> TokenRules:
         """What decides the tokens of a row."""
-        return TokenRules(self.max_length, self.vocab_size, self.train_on, self.kind, self.long_text)
+        return TokenRules(self.max_length, self.vocab_size, self.train_on, self.kind, self.long_text, self.settings)
 
 
 def _uncounted(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -83,9 +85,7 @@ def load(
 
 
 def training_loader(examples: Examples, spec: DataSpec) -> Loader:
-    return Loader(
-        examples, spec.batch_size, spec.row_length, spec.packing, spec.seed, shuffle=True, multiple=spec.multiple
-    )
+    return _loader(examples, spec, spec.row_length, shuffle=True)
 
 
 def read_heldout(entries: Sequence[dict], train: Sequence[dict], spec: DataSpec) -> list[Rows]:
@@ -114,7 +114,12 @@ def load_heldout(
         return None
     examples = join(tokenized)
     length = spec.row_length if examples.lengths.max(initial=0) <= spec.row_length else spec.longest
-    return Loader(examples, spec.batch_size, length, spec.packing, spec.seed, False, spec.multiple)
+    return _loader(examples, spec, length, shuffle=False)
+
+
+def _loader(examples: Examples, spec: DataSpec, length: int, shuffle: bool) -> Loader:
+    mismatched = spec.max_length if spec.mismatched else 0
+    return Loader(examples, spec.batch_size, length, spec.packing, spec.seed, shuffle, spec.multiple, mismatched)
 
 
 def _tokenized(rows: Rows, tokenizer: Tokenizer, spec: DataSpec, max_dropped: float, counter: Counter) -> Examples:
@@ -127,6 +132,7 @@ def _tokenized(rows: Rows, tokenizer: Tokenizer, spec: DataSpec, max_dropped: fl
             train_on=spec.train_on,
             kind=spec.kind,
             long_text=spec.long_text,
+            settings=spec.settings,
             max_dropped=max_dropped,
             progress=advance,
         )

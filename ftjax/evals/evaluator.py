@@ -1,9 +1,11 @@
 """Evaluation of a run at one step, on everything in `data.eval`: rows by their loss, or by the score of completions."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +22,14 @@ from ftjax.evals import forgetting, scored
 from ftjax.evals.likely import LikelySet, likely_sets
 from ftjax.evals.scored import ScoredSet
 from ftjax.evals.scores import PERPLEXITY
-from ftjax.objectives.loss import TOTALS
+from ftjax.objectives.loss import TOTALS, Loss, means, merged
 from ftjax.objectives.reference import policy_and_reference
 from ftjax.prompts import tokens
 from ftjax.sampling.engine import generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
 from ftjax.training.preemption import Preemption
-from ftjax.training.step import make_eval_step, means
+from ftjax.training.step import make_eval_step
 from ftjax.tree import Tree
 
 
@@ -123,18 +125,19 @@ class Evaluator:
         """{"eval_loss", "eval_mean_token_accuracy", ...}: means over the trained tokens of all batches."""
         if self._totals is not None:
             variables = tree.combine(trainable, frozen)
-            frozen = frozen | {TOTALS: self._sum(lambda batch: self._totals(variables, batch))}
-        total = self._sum(lambda batch: self._eval_step(trainable, frozen, batch))
+            sums = functools.partial(jax.tree.map, jnp.add)
+            frozen = frozen | {TOTALS: self._added(lambda batch: self._totals(variables, batch), sums)}
+        total = self._added(lambda batch: self._eval_step(trainable, frozen, batch), _both)
         return {f"eval_{name}": float(value) for name, value in means(total).items()}
 
-    def _sum(self, measure: Callable[[dict[str, jax.Array]], Tree]) -> Tree:
-        """What `measure` gives of all held-out batches, added up."""
+    def _added(self, measure: Callable[[dict[str, jax.Array]], Any], add: Callable[[Any, Any], Any]) -> Any:
+        """What `measure` gives of all held-out batches, each added to those before it."""
         total = None
         for batch in self._loader.eval_batches(sharding.local_rows(self._mesh, self._loader.batch_size)):
             self._preemption.check()
             placed = {name: sharding.place(self._mesh, ("batch", "length"), array) for name, array in batch.items()}
             found = measure(placed)
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
+            total = found if total is None else add(total, found)
         return total
 
     def _likelihoods(self, step: int, its: LikelySet, variables: Tree) -> dict[str, float]:
@@ -197,3 +200,8 @@ class Evaluator:
         kept = [old for old in samples if old["step"] < step or (old["step"] == step and old["source"] != name)]
         new = [{"step": step, "source": name} | record for record in records]
         write_text(self._samples, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in kept + new))
+
+
+@jax.jit
+def _both(one: Loss, other: Loss) -> Loss:
+    return merged(jax.tree.map(lambda *leaves: jnp.stack(leaves), one, other))

@@ -128,7 +128,7 @@ def _settings(given: dict) -> tuple[int, tuple[str, ...], Sampling]:
     kwargs = normalize_gen_kwargs(given, NEW_TOKENS)
     until, tokens = tuple(kwargs.pop("until") or ()), kwargs.pop("max_gen_toks")
     sampled = kwargs.pop("do_sample", False)
-    drawn = {name: kwargs.pop(name) for name in ("temperature", "top_k", "top_p") if name in kwargs}
+    drawn = {name: kwargs.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in kwargs}
     if kwargs:
         raise UserError(f"the task asks for {sorted(kwargs)[0]!r} in generation_kwargs, which ftjax does not know")
     return tokens, until, Sampling(**drawn) if sampled else Sampling()

@@ -66,7 +66,7 @@ def held_out(config: ConfigDict, base: Base, limit: int, display: Display) -> li
     if not entries and not config.data.holdout:
         return sets
     if method_of(config).rows != "conversation":
-        display.say("rows without a score are left out: here they are pairs, whose loss is no measure of answers")
+        display.say("rows without a score are left out: here they are preferences, whose loss is no measure of answers")
         return sets
     spec = assemble.data_spec(config, base.model.spec)
     loader = pipeline.load_heldout(entries, train, base.tokenizer, spec, display.counter)

@@ -136,8 +136,8 @@ def _forward(model: Decoder, variables: Tree, batch: dict[str, jax.Array]) -> tu
     """(-log p(target), whether the target is the likeliest token), float32 [B, T] each; 0 where it is not wanted."""
     hidden, _ = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"])
     unembed, head = make_unembed(model), head_of(model, variables)
-    _, correct, _, nll = per_token(unembed, None, PLAIN, head, hidden, batch["targets"], batch["wanted"], None)
-    return sharding.constrain(nll, None, None), sharding.constrain(correct, None, None)  # whole, for every host
+    found = per_token(unembed, None, PLAIN, head, hidden, batch["targets"], batch["wanted"], None)
+    return tuple(sharding.constrain(values, None, None) for values in (found.nll, found.correct))  # whole, everywhere
 
 
 def row_length(size: int, positions: int, mesh: Mesh) -> int:

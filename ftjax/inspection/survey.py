@@ -25,7 +25,7 @@ class SourceCount:
 
     Attributes:
       rows: that it has; picked: of these, for the survey; looked_at: of these, that could be read and are not held out;
-        used: examples of these that are trained on.
+        used: examples of these that are trained on; good: of these, that are called good.
       tokens, trained: of its examples as they are cut.
     """
 
@@ -35,6 +35,7 @@ class SourceCount:
     picked: int = 0
     looked_at: int = 0
     used: int = 0
+    good: int = 0
     tokens: int = 0
     trained: int = 0
 
@@ -248,6 +249,7 @@ class _Surveyor:
                 self._cut.append(len(example.tokens))
                 source.tokens += len(example.tokens)
                 source.trained += int(example.trained.sum())
+                source.good += example.labels is not None and bool(example.labels[0] > 0)
         for code, i in self._checks.examples([documents for *_, documents in given], lambda i: given[i][1].origin):
             self._out.mark(code, given[i][0])
 
@@ -287,12 +289,12 @@ def shares(sources: Sequence[SourceCount]) -> list[float]:
     return [rows / (sum(weighted) or 1) for rows in weighted]
 
 
-def examples_in_epoch(survey: Survey) -> float:
-    """How many examples an epoch has.
+def examples_in_epoch(survey: Survey, of: str = "used") -> float:
+    """How many examples an epoch has; of: "good" counts only those that are called good.
 
     A source counts as often as its weight says, and rows not looked at are taken to be like the others.
     """
-    return sum(source.used * source.weight * source.rows / max(1, source.picked) for source in survey.sources)
+    return sum(getattr(source, of) * source.weight * source.rows / max(1, source.picked) for source in survey.sources)
 
 
 @dataclass(frozen=True)

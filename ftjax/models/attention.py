@@ -35,10 +35,55 @@ def attention(
     grouped = grouped.reshape(batch, kv_heads, -1, head_dim) * jnp.asarray(scale, queries.dtype)
     keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bkxd,bksd->bkxs", grouped, keys, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, -1, length, keys.shape[2])
+    seen = sees(query_positions, key_positions, query_segments, key_segments, window)
+    weights = _weights(scores, seen, softcap, sinks).astype(values.dtype)
+    out = jnp.einsum("bkxs,bksd->bkxd", weights, values).reshape(batch, kv_heads, -1, length, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+
+
+def attention_after(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    cached_keys: jax.Array,
+    cached_values: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    scale: float | jax.Array,
+    window: int | jax.Array | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """The same for tokens that go on after those of a cache, of which they see the slots before the first of them.
+
+    queries [B, T, H, d]; keys, values [B, K, T, d] of these tokens; cached_* [B, K, S, d], the token of position p in
+    slot p; positions, segment_ids int32 [B, T]. The cache is only read, in its own order, so that nothing of it is
+    copied. Returns [B, T, H, d].
+    """
+    batch, length, heads, head_dim = queries.shape
+    kv_heads, slots = keys.shape[1], jnp.arange(cached_keys.shape[2])
+    grouped = queries.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, kv_heads, -1, head_dim) * jnp.asarray(scale, queries.dtype)
+    scores = [
+        jnp.einsum("bkxd,bksd->bkxs", grouped, seen, preferred_element_type=jnp.float32) for seen in (cached_keys, keys)
+    ]
+    before = jnp.broadcast_to(slots < positions[:, :1, None], (*positions.shape, len(slots)))
+    if window is not None:
+        before &= positions[:, :, None] - slots < window
+    seen = jnp.concatenate([before, sees(positions, positions, segment_ids, segment_ids, window)], axis=-1)
+    weights = _weights(jnp.concatenate(scores, axis=-1), seen, softcap, sinks).astype(values.dtype)
+    parts = jnp.split(weights, [len(slots)], axis=-1)
+    out = sum(jnp.einsum("bkxs,bksd->bkxd", part, its) for part, its in zip(parts, (cached_values, values)))
+    out = out.reshape(batch, kv_heads, -1, length, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+
+
+def _weights(scores: jax.Array, seen: jax.Array, softcap: float | None, sinks: jax.Array | None) -> jax.Array:
+    """The softmax over keys: scores [B, K, G T, S] of G heads that share keys, seen bool [B, T, S] -> as scores."""
+    batch, kv_heads, _, keys = scores.shape
+    scores = scores.reshape(batch, kv_heads, -1, seen.shape[1], keys)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    seen = sees(query_positions, key_positions, query_segments, key_segments, window)
     scores = jnp.where(seen[:, None, None], scores, MASKED)
     if sinks is None:
         weights = jax.nn.softmax(scores, axis=-1)
@@ -47,9 +92,7 @@ def attention(
         largest = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), sinks))
         weights = jnp.exp(scores - largest)
         weights = weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - largest))
-    weights = weights.astype(values.dtype).reshape(batch, kv_heads, -1, keys.shape[2])
-    out = jnp.einsum("bkxs,bksd->bkxd", weights, values).reshape(batch, kv_heads, -1, length, head_dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+    return weights.reshape(batch, kv_heads, -1, keys)
 
 
 def sees(

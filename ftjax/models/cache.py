@@ -12,38 +12,45 @@ from ftjax.models.spec import DecoderSpec
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the `length` slots written so far, the same slots for every row of the batch.
+    """Keys and values of the tokens before. Each row counts for itself: the token at position p is in slot p.
 
-    Rows of different prompt lengths are padded on the left; a padded slot keeps segment id 0 and is never attended to.
+    So nothing needs to be said of what a slot holds: what lies beyond a row's own position was never written, or by an
+    earlier use of the row, and is not attended to.
     """
 
-    # [layers, batch, slots, kv_heads, head_dim] of each stack of layers (groups.nested), in the compute dtype, RoPE
+    # [layers, batch, kv_heads, slots, head_dim] of each stack of layers (groups.nested), in the compute dtype, RoPE
     # applied. An array for each: slices of one for all would be copied for every token.
     keys: Any
     values: Any  # as keys
-    positions: jax.Array  # int32 [batch, slots]
-    segment_ids: jax.Array  # int32 [batch, slots], 0 where nothing may be attended to
-    length: jax.Array  # int32 scalar
     reach: jax.Array  # int32 [batch], how long each row may become: LongRoPE has to know it from the first token on
 
 
-def init_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype, reach: jax.Array | None = None) -> Cache:
-    """An empty cache; a row becomes at most `reach` tokens long, by default `slots`."""
+def init_cache(
+    spec: DecoderSpec,
+    batch: int,
+    slots: int,
+    dtype: jnp.dtype,
+    reach: jax.Array | None = None,
+    unrolled: bool = False,
+) -> Cache:
+    """An empty cache; a row becomes at most `reach` tokens long, by default `slots`. unrolled: as of the decoder."""
 
     def zeros(stack: Stack) -> jax.Array:
         heads, head_dim = stack.spec.num_key_value_heads, stack.spec.head_dim
-        return jnp.zeros((len(stack.layers), batch, slots, heads, head_dim), dtype)
+        return jnp.zeros((len(stack.layers), batch, heads, slots, head_dim), dtype)
 
     return Cache(
-        keys=nested(spec, zeros),
-        values=nested(spec, zeros),
-        positions=jnp.zeros((batch, slots), jnp.int32),
-        segment_ids=jnp.zeros((batch, slots), jnp.int32),
-        length=jnp.zeros((), jnp.int32),
+        keys=nested(spec, zeros, unrolled),
+        values=nested(spec, zeros, unrolled),
         reach=jnp.full((batch,), slots, jnp.int32) if reach is None else reach,
     )
 
 
-def write(buffer: jax.Array, new: jax.Array, start: jax.Array, axis: int = 1) -> jax.Array:
-    """Puts `new` into `buffer`, [batch, slots, ...] or with layers in front (axis 2), at slots start .. start + n."""
-    return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=axis)
+def write(buffer: jax.Array, new: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Puts new [layers, batch, kv_heads, T, d] into buffer [layers, batch, kv_heads, slots, d], each token at its
+    position, int32 [batch, T]; not those of segment 0.
+    """
+    slots = jnp.where(segment_ids > 0, positions, buffer.shape[3])
+    rows = jnp.arange(buffer.shape[1])[:, None]
+    # Indexed dimensions come first: [batch, T, layers, kv_heads, d].
+    return buffer.at[:, rows, :, slots].set(new.astype(buffer.dtype).transpose(1, 3, 0, 2, 4), mode="drop")

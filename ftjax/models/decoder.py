@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from ftjax.models.attention import attention
+from ftjax.models.attention import attention_after
 from ftjax.models.cache import Cache, write
 from ftjax.models.groups import Group, Stack, groups, nested
 from ftjax.models.kernels import attend, choose
@@ -47,9 +47,6 @@ class Context(NamedTuple):
 
     positions: jax.Array  # int32 [B, T], as segment_ids
     segment_ids: jax.Array
-    key_positions: jax.Array  # int32 [B, S], as key_segments
-    key_segments: jax.Array
-    start: jax.Array | None  # the first slot of the cache to write to
     tables: tuple[jax.Array, jax.Array] | None  # cosines and sines, float32 [ropes, B, T, pairs]
 
 
@@ -61,7 +58,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer_cache, layer, context):
-        """x [B, T, D]; layer_cache: None or (keys, values) [B, S, K, d]. Returns [B, T, D] and the cache's new part.
+        """x [B, T, D] -> [B, T, D], and the keys and values [B, K, T, d] of these tokens unless layer_cache is None.
+
+        layer_cache: (keys, values) [B, K, S, d] of the tokens before; () where there are none.
 
         layer: {"rope", "window", "scale"}, scalars of this layer for those in which layers differ (see `_per_layer`).
         """
@@ -70,24 +69,21 @@ class Attention(nn.Module):
         if context.tables is not None:
             cos, sin = (table[layer.get("rope", _rope_table(spec)[0])] for table in context.tables)
             queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
-        new = None
-        if layer_cache is not None:
-            # Only what is new goes back out of the scan: returning the whole cache would copy it for every token.
-            new = (keys, values)
-            keys, values = (write(cached, fresh, context.start) for cached, fresh in zip(layer_cache, new))
         sinks = None
         if spec.attention_sinks:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
             sinks = self.param("sinks", init, (spec.num_attention_heads,), self.param_dtype)
         own = (layer.get("scale", spec.attention_scales[0]), layer.get("window", spec.layer_windows[0]))
         positions, segment_ids = context.positions, context.segment_ids
-        if layer_cache is None:
+        # Only what is new goes back out of the scan: returning the whole cache would copy it for every token.
+        new = None if layer_cache is None else tuple(x.transpose(0, 2, 1, 3) for x in (keys, values))
+        if layer_cache:
+            places = (positions, segment_ids)
+            out = attention_after(queries, *new, *layer_cache, *places, *own, spec.attention_softcap, sinks)
+        else:
             mesh = jax.sharding.get_abstract_mesh()
             choice = choose(self.kernel, spec, queries.dtype, queries.shape[1], mesh)
             out = attend(choice, spec, queries, keys, values, positions, segment_ids, *own, sinks)
-        else:
-            places = (positions, context.key_positions, segment_ids, context.key_segments)
-            out = attention(queries, keys, values, *places, *own, spec.attention_softcap, sinks)
         out = out.reshape(*x.shape[:2], -1)
         axes = ("heads", "embed")
         o_proj = Linear(spec.hidden_size, axes, self.dtype, self.param_dtype, use_bias=spec.o_bias, name="o_proj")
@@ -173,7 +169,8 @@ class Decoder(nn.Module):
     kernels are in a `quant` collection. Adapters drop inputs out where `apply` gets an rng called "dropout".
     dtype: of activations and matrix products (norms, softmax, routing and logits are float32 regardless); param_dtype:
     of stored parameters; remat: one of REMAT_POLICIES; attention: config.model.attention, see kernels.py; neftune: the
-    alpha of noise on the embeddings, which like adapters' dropout is there where `apply` gets the rng "dropout".
+    alpha of noise on the embeddings, which like adapters' dropout is there where `apply` gets the rng "dropout";
+    unrolled: without scans, see groups.py.
     """
 
     spec: DecoderSpec
@@ -182,6 +179,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     neftune: float = 0.0
+    unrolled: bool = False
 
     def setup(self):
         spec, dtypes = self.spec, (self.dtype, self.param_dtype)
@@ -189,7 +187,8 @@ class Decoder(nn.Module):
         if spec.learned_positions:
             self.embed_positions = Embedding(spec.max_position_embeddings, spec.hidden_size, *dtypes, row_axis=None)
         shared = (*dtypes, self.attention, MLP_BLOCK if self._saves_memory() else None)
-        scans = [(group.name, functools.partial(_scan, group, shared, self.remat)) for group in groups(spec)]
+        parts = groups(spec, self.unrolled)
+        scans = [(group.name, functools.partial(_scan, group, shared, self.remat)) for group in parts]
         self.layers = scans[0][1]() if len(scans) == 1 else InOrder(tuple(scans))
         self.norm = _norm(spec, *dtypes, None)
         if not spec.tie_word_embeddings:
@@ -205,11 +204,45 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """tokens, positions, segment_ids: int32 [B, T] (segment 0 is padding; without a cache the tokens of a segment
-        lie one after the other, at positions that count up by one).
+        """tokens, positions, segment_ids: int32 [B, T] (segment 0 is padding; the tokens of a segment lie one after the
+        other, at positions that count up by one).
 
-        Returns the hidden states after the final norm, [B, T, D] (see `unembed`), and the cache with these tokens in.
+        With a cache, a row is one segment, which goes on after what is in the cache. Returns the hidden states after
+        the final norm, [B, T, D] (see `unembed`), and the cache with these tokens in.
         """
+        if cache is None:
+            x, _ = self._hidden(tokens, positions, segment_ids, lambda stack: None, None)
+            return x, None
+        pairs = iter(zip(*map(jax.tree.leaves, (cache.keys, cache.values)), strict=True))
+        x, new = self._hidden(tokens, positions, segment_ids, lambda stack: next(pairs), cache.reach)
+        places = (positions, segment_ids)
+        keys, values = _keys_and_values(new)
+        cache = cache.replace(
+            keys=jax.tree.map(lambda old, fresh: write(old, fresh, *places), cache.keys, keys),
+            values=jax.tree.map(lambda old, fresh: write(old, fresh, *places), cache.values, values),
+        )
+        return x, cache
+
+    def prefill(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, reach: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Any]]:
+        """`__call__` without a cache, by the same kernels as training, that returns what a cache would hold.
+
+        reach: int32 [B], see Cache. Beside the hidden states: keys and values [layers, B, kv_heads, T, d] of each stack
+        (groups.nested).
+        """
+        x, new = self._hidden(tokens, positions, segment_ids, lambda stack: (), reach)
+        return x, _keys_and_values(new)
+
+    def _hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache_of: Callable[[Stack], Any],
+        reach: jax.Array | None,
+    ) -> tuple[jax.Array, Any]:
+        """[B, T, D] after the final norm, and what the layers return beside it; reach: None where rows are whole."""
         spec = self.spec
         x = self.embed_tokens(tokens)
         if self.neftune and self.has_rng("dropout"):
@@ -220,26 +253,11 @@ class Decoder(nn.Module):
         if spec.learned_positions:
             x = x + self.embed_positions(positions)
         x = constrain(x, "batch", "length", "width")
-        if cache is None:
-            tables = _tables(spec, positions, lambda: sequence_lengths(positions, segment_ids))
-            context = Context(positions, segment_ids, positions, segment_ids, None, tables)
-            x, _ = self.layers(x, nested(spec, lambda stack: None), nested(spec, _per_layer), context)
-            return self.norm(x), None
-        start = cache.length
-        key_positions = write(cache.positions, positions, start)
-        key_segments = write(cache.segment_ids, segment_ids, start)
-        tables = _tables(spec, positions, lambda: cache.reach[:, None])
-        context = Context(positions, segment_ids, key_positions, key_segments, start, tables)
-        pairs = jax.tree.map(lambda keys, values: (keys, values), cache.keys, cache.values)
-        x, new = self.layers(x, pairs, nested(spec, _per_layer), context)
-        cache = cache.replace(
-            keys=jax.tree.map(lambda old, new: write(old, new[0], start, axis=2), cache.keys, new),
-            values=jax.tree.map(lambda old, new: write(old, new[1], start, axis=2), cache.values, new),
-            positions=key_positions,
-            segment_ids=key_segments,
-            length=start + tokens.shape[1],
-        )
-        return self.norm(x), cache
+        of_rows = (lambda: sequence_lengths(positions, segment_ids)) if reach is None else (lambda: reach[:, None])
+        context = Context(positions, segment_ids, _tables(spec, positions, of_rows))
+        own = nested(spec, _per_layer, self.unrolled)
+        x, new = self.layers(x, nested(spec, cache_of, self.unrolled), own, context)
+        return self.norm(x), new
 
     def unembed(self, hidden: jax.Array, token_index: jax.Array | None = None) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., vocab]; token_index: int32 [...], as in layers.Linear."""
@@ -255,6 +273,16 @@ class Decoder(nn.Module):
         """For `init` only: touches every parameter, the untied head included."""
         ones = jnp.ones_like(tokens)
         self.unembed(self(tokens, ones, ones)[0])
+
+
+def _keys_and_values(new: Any) -> tuple[Any, Any]:
+    """`nested` (keys, values) -> nested keys and nested values."""
+
+    def is_pair(part: Any) -> bool:
+        return isinstance(part[0], jax.Array)
+
+    keys = jax.tree.map(lambda pair: pair[0], new, is_leaf=is_pair)
+    return keys, jax.tree.map(lambda pair: pair[1], new, is_leaf=is_pair)
 
 
 def _norm(spec: DecoderSpec, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str | None) -> nn.Module:

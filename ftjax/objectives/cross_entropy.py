@@ -18,15 +18,26 @@ from ftjax.objectives.parts import LOWEST, Chunks, HeadSplit
 
 
 class Further(NamedTuple):
-    """What the loss of a token has beside -log p(target)."""
+    """What the loss of a token has beside -log p(target), and what else is wanted of it."""
 
     # e: (1 - e) and e of the mean of -log p over the vocabulary (Szegedy et al. 2016)
     label_smoothing: float = 0.0
     # z: z log(Z)^2 more, which holds the normalizer Z of the softmax near 1 (Chowdhery et al. 2022, section 5)
     z_loss: float = 0.0
+    squares: bool = False  # also `PerToken.log_squares`
 
 
 PLAIN = Further()
+
+
+class PerToken(NamedTuple):
+    """Float32 [B, T] each; 0 at positions that were not wanted. The loss alone has a gradient."""
+
+    loss: jax.Array
+    correct: jax.Array  # 1 where the target is the likeliest token
+    entropy: jax.Array
+    nll: jax.Array  # -log p(target)
+    log_squares: jax.Array | None  # log of the sum of p^2 over the vocabulary, where `Further.squares` asks for it
 
 
 class Sums(NamedTuple):
@@ -42,6 +53,7 @@ class Sums(NamedTuple):
     target: jax.Array  # the target's logit, LOWEST before it was met
     best: jax.Array  # int32: the column of the highest
     logits: jax.Array  # sum of them, where labels are smoothed
+    squares: jax.Array  # sum of exp(logit - highest)^2, where they are wanted
 
 
 def cross_entropy(
@@ -62,9 +74,8 @@ def cross_entropy(
     to hidden and head.
     """
     hidden, targets, weights = map(jnp.asarray, (hidden, targets, weights))
-    parts = per_token(unembed, chunks, further, head, hidden, targets, weights != 0, rng)
-    sums = dict(zip(("loss", "correct", "entropy", "nll"), parts, strict=True))
-    return {name: jnp.sum(values * weights) for name, values in sums.items()}
+    found = per_token(unembed, chunks, further, head, hidden, targets, weights != 0, rng)
+    return {name: jnp.sum(getattr(found, name) * weights) for name in ("loss", "correct", "entropy", "nll")}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -77,8 +88,8 @@ def per_token(
     targets: jax.Array,
     wanted: jax.Array,
     rng: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(loss, correct, entropy, -log p(target)), float32 [B, T] each, of the positions that are `wanted`; others have 0.
+) -> PerToken:
+    """What is said of each position that is `wanted`.
 
     head {path: array}; hidden [B, T, D]; targets int32 [B, T]; wanted bool [B, T]; rng a PRNG key or None.
 
@@ -98,14 +109,13 @@ def _per_token_forward(unembed, chunks, further, head, hidden, targets, wanted, 
 
     if mesh is not None:
         inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), by_token(2))
-        outputs = ((by_token(2),) * 4, by_token(2))
-        local = jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)
+        local = jax.shard_map(local, in_specs=inputs, out_specs=by_token(2), check_vma=False)
     out, log_norms = local(head, hidden, targets, wanted, rng, parts.token_index(hidden))
     return out, (head, hidden, targets, wanted, rng, log_norms)
 
 
 def _per_token_backward(unembed, chunks, further, saved, gradients):
-    """gradients: float32 [B, T] of what `per_token` returns, of which the first alone counts. Returns one for each
+    """gradients: `PerToken` of what `per_token` returns, of which that of the loss alone counts. Returns one for each
     argument of `per_token` that can have one, None for the others.
     """
     head, hidden, *_ = saved
@@ -120,7 +130,7 @@ def _per_token_backward(unembed, chunks, further, saved, gradients):
         inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), *(by_token(2),) * 3)
         local = jax.shard_map(local, in_specs=inputs, out_specs=(specs, by_token(3)), check_vma=False)
     # The others are metrics: their gradients are dropped, and so no loss may be made of them.
-    d_head, d_hidden = local(*saved, gradients[0], parts.token_index(hidden))
+    d_head, d_hidden = local(*saved, gradients.loss, parts.token_index(hidden))
     return d_head, d_hidden, None, None, None
 
 
@@ -128,7 +138,7 @@ per_token.defvjp(_per_token_forward, _per_token_backward)
 
 
 def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, token_index):
-    """This device's (what `per_token` returns, log of the sum of exponentials), float32 [B, T] each.
+    """This device's (`PerToken`, log of the sum of exponentials float32 [B, T]).
 
     cut: Chunks; further: Further; split: HeadSplit; head: this device's part; hidden [B, T, D], targets int32 [B, T],
     wanted bool [B, T] and token_index int32 [B, T], of its own tokens; rng as in `per_token`.
@@ -165,6 +175,7 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
                 # Not of equals: the lower column stays, as argmax over all of them has it.
                 jnp.where(top > sums.highest, start + best.astype(jnp.int32), sums.best),
                 sums.logits + jnp.where(ids >= fresh, logits, 0).sum(-1) if further.label_smoothing else sums.logits,
+                sums.squares * scale**2 + jnp.sum(exponentials**2, axis=-1) if further.squares else sums.squares,
             )
 
         def over_tokens(_, block):
@@ -177,9 +188,9 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
 
     # Columns outside, tokens inside: a chunk of a split head is gathered once, not once for each block.
     zeros = jnp.zeros(order.shape, jnp.float32)
-    first = Sums(zeros + LOWEST, zeros, zeros, zeros + LOWEST, jnp.zeros(order.shape, jnp.int32), zeros)
+    first = Sums(zeros + LOWEST, zeros, zeros, zeros + LOWEST, jnp.zeros(order.shape, jnp.int32), zeros, zeros)
     sums, _ = jax.lax.scan(over_columns, first, parts.starts(head, cut.columns))
-    highest, exponentials, moments, target, is_best, logits = _over_vocabulary(sums, targets, split)
+    highest, exponentials, moments, target, is_best, logits, squares = _over_vocabulary(sums, targets, split)
     log_norms = highest + jnp.log(jnp.where(real, exponentials, 1))
     # Of probabilities p = exp(l - m) / s: -sum p log p = log s - sum (exp(l - m) (l - m)) / s.
     entropy = jnp.log(jnp.where(real, exponentials, 1)) - moments / jnp.where(real, exponentials, 1)
@@ -188,20 +199,22 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
         loss = nll + further.label_smoothing * (target - logits / parts.all_columns(head, split))
     if further.z_loss:
         loss = loss + further.z_loss * log_norms**2
-    out = (jnp.where(real, x, 0) for x in (loss, is_best.astype(jnp.float32), entropy, nll))
-    *out, log_norms = (parts.back(x, order, real, wanted) for x in (*out, log_norms))
-    return tuple(out), log_norms
+    # Of probabilities p = exp(l - m) / s: log sum p^2 = log sum exp(l - m)^2 - 2 log s.
+    squares = jnp.log(jnp.where(real, squares, 1)) + 2 * (highest - log_norms) if further.squares else None
+    out = PerToken(loss, is_best.astype(jnp.float32), entropy, nll, squares)
+    out = jax.tree.map(lambda x: parts.back(jnp.where(real, x, 0), order, real, wanted), out)
+    return out, parts.back(log_norms, order, real, wanted)
 
 
 def _over_vocabulary(sums: Sums, targets: jax.Array, split: HeadSplit):
-    """(highest, exponentials, moments, target, whether the best is the target, logits) over the devices that share
-    columns.
+    """(highest, exponentials, moments, target, whether the best is the target, logits, squares) over the devices that
+    share columns.
 
     sums: this device's, [blocks, tokens] each; targets int32 [blocks, tokens], counted from its first column. The same
     rescaling as between chunks; a device whose columns lack the target has LOWEST there, which the maximum passes over.
     """
     if not split.vocabulary:
-        return *sums[:4], sums.best == targets, sums.logits
+        return *sums[:4], sums.best == targets, sums.logits, sums.squares
     highest = jax.lax.pmax(sums.highest, split.vocabulary)
     moved = sums.highest - highest
     scale = jnp.exp(moved)
@@ -212,7 +225,8 @@ def _over_vocabulary(sums: Sums, targets: jax.Array, split: HeadSplit):
     place = jax.lax.axis_index(split.vocabulary)
     first = jax.lax.pmin(jnp.where(sums.highest == highest, place, 2**30), split.vocabulary)
     is_best = jax.lax.pmax(((place == first) & (sums.best == targets)).astype(jnp.int32), split.vocabulary)
-    return highest, exponentials, moments, target, is_best, jax.lax.psum(sums.logits, split.vocabulary)
+    logits, squares = (jax.lax.psum(x, split.vocabulary) for x in (sums.logits, sums.squares * scale**2))
+    return highest, exponentials, moments, target, is_best, logits, squares
 
 
 def _backward(unembed, cut, further, split, head, hidden, targets, wanted, rng, log_norms, gradient, token_index):
@@ -224,7 +238,9 @@ def _backward(unembed, cut, further, split, head, hidden, targets, wanted, rng, 
     width = hidden.shape[-1]
     rows, token_index = hidden.reshape(-1, width), token_index.reshape(-1)
     targets = targets.reshape(-1)[order] - parts.first_column(head, split)
-    log_norms, gradient = (jnp.where(real, x.reshape(-1)[order], 0) for x in (log_norms, gradient))
+    # Of tokens that are not wanted any logit, high ones too, has the probability 0, and not infinity times their 0.
+    log_norms = jnp.where(real, log_norms.reshape(-1)[order], -LOWEST)
+    gradient = jnp.where(real, gradient.reshape(-1)[order], 0)
 
     def over_columns(carry, chunk):
         d_head, d_rows = carry

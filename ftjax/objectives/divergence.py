@@ -147,7 +147,8 @@ def _backward(unembed, chunks, split, head, hidden, their_head, their_hidden, wa
     order, real = parts.blocks(wanted, cut.tokens)
     width = hidden.shape[-1]
     rows, their_rows, token_index = hidden.reshape(-1, width), their_hidden.reshape(-1, width), token_index.reshape(-1)
-    by_block = tuple(jnp.where(real, x.reshape(-1)[order], 0) for x in by_token)
+    fill = (-LOWEST, -LOWEST, 0)  # as in `cross_entropy`: of tokens that are not wanted every probability is 0
+    by_block = tuple(jnp.where(real, x.reshape(-1)[order], none) for x, none in zip(by_token, fill, strict=True))
 
     def over_columns(carry, chunk):
         d_head, d_rows = carry

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.models.decoder import Decoder
-from ftjax.objectives.cross_entropy import PLAIN, per_token
+from ftjax.objectives.cross_entropy import PLAIN, Further, PerToken, per_token
 from ftjax.objectives.head import Unembed, head_of
 from ftjax.tree import Tree
 
@@ -12,15 +12,21 @@ Batch = dict[str, jax.Array]
 
 
 def token_logps(model: Decoder, unembed: Unembed, variables: Tree, batch: Batch, rng: jax.Array | None) -> jax.Array:
-    """float32 [B, T]: log p(target) at every position with a weight, 0 elsewhere.
+    """float32 [B, T]: log p(target) at every position with a weight, 0 elsewhere; arguments as of `of_tokens`."""
+    return -of_tokens(model, unembed, variables, batch, rng).loss * batch["weights"]
+
+
+def of_tokens(
+    model: Decoder, unembed: Unembed, variables: Tree, batch: Batch, rng: jax.Array | None, further: Further = PLAIN
+) -> PerToken:
+    """What the model says of the target of every position with a weight.
 
     batch: the arrays of `packing.BATCH`, [B, T]; rng: for dropout, None without it.
     """
     rngs = None if rng is None else {"dropout": rng}
     hidden, _ = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
     head = head_of(model, variables)
-    losses, *_ = per_token(unembed, None, PLAIN, head, hidden, batch["targets"], batch["weights"] != 0, rng)
-    return -losses * batch["weights"]
+    return per_token(unembed, None, further, head, hidden, batch["targets"], batch["weights"] != 0, rng)
 
 
 def pair_sums(values: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -29,9 +35,18 @@ def pair_sums(values: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax
     values: float32 [B, T]; segment_ids: int32 [B, T], 1 and 2 for a row's first pair, 3 and 4 for its second, 0 for
     padding. P = T // 4, and 1 at least: a document has two tokens or more, so no row holds more pairs.
     """
-    count = max(values.shape[1] // 4, 1)
-    sums = jax.vmap(lambda row, ids: jax.ops.segment_sum(row, ids, num_segments=2 * count + 1))(values, segment_ids)
-    return sums[:, 1::2], sums[:, 2::2]
+    sums = document_sums(values, segment_ids, 2 * max(values.shape[1] // 4, 1))
+    return sums[:, 0::2], sums[:, 1::2]
+
+
+def document_sums(values: jax.Array, segment_ids: jax.Array, count: int | None = None) -> jax.Array:
+    """float32 [B, count]: sums over each document of a row, the one of segment 1 first; 0 where there are fewer.
+
+    values: float32 [B, T]; segment_ids: int32 [B, T]. count: T // 2 without; a document has two tokens or more.
+    """
+    segments = 1 + (values.shape[1] // 2 if count is None else count)
+    sums = jax.vmap(lambda row, ids: jax.ops.segment_sum(row, ids, num_segments=segments))(values, segment_ids)
+    return sums[:, 1:]
 
 
 def shared_weights(weights: jax.Array, segment_ids: jax.Array, beyond: float) -> jax.Array:

@@ -9,13 +9,15 @@ from ml_collections import ConfigDict
 from ftjax import config as configs
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
+from ftjax.objectives.cross_entropy import Further
 from ftjax.objectives.head import make_unembed
-from ftjax.objectives.logps import Batch, pair_sums, shared_weights, token_logps
+from ftjax.objectives.logps import Batch, of_tokens, pair_sums, shared_weights, token_logps
 from ftjax.objectives.loss import TOTALS, Loss, Objective
 from ftjax.objectives.pair_losses import LOSSES, Pairs
 from ftjax.objectives.reference import policy_and_moving_reference
 from ftjax.tree import Tree
 
+WPO = "wpo"
 SFT = "sft"  # in a mixture: the cross-entropy of the chosen answers, a mean over their tokens and not over pairs
 Weighted = Sequence[tuple[str, float]]
 
@@ -33,7 +35,7 @@ def make_preference(model: Decoder, config: ConfigDict, usual: Weighted, referen
       UserError: an unknown loss, one that needs a reference, or a setting that none of them uses or that is out of its
         range.
     """
-    weights = dict(_losses(config, usual))
+    weights = dict(mixture(config, usual, (*LOSSES, SFT)))
     _check(weights, config, reference)
     unembed = make_unembed(model)
 
@@ -42,10 +44,13 @@ def make_preference(model: Decoder, config: ConfigDict, usual: Weighted, referen
         policy, frozen = policy_and_moving_reference({k: v for k, v in variables.items() if k != TOTALS})
         # LD-DPO (Liu et al. 2024, equation 11): what the longer answer has beyond the length of the other counts less.
         shares = shared_weights(batch["weights"], segments, config.ld_alpha) if config.ld_alpha != 1 else 1.0
-        by_token = token_logps(model, unembed, policy, batch, rng)
+        found = of_tokens(model, unembed, policy, batch, rng, Further(squares=config.weighting == WPO))
+        by_token = -found.loss * batch["weights"]
         logps = pair_sums(by_token * shares, segments)
         reference_logps = (jnp.zeros_like(logps[0]),) * 2
-        if reference:
+        if config.cache_reference:
+            reference_logps = pair_sums(batch["reference_logps"], segments)
+        elif reference:
             # Never dropout here: the reference is what the model says, not a noisy version of it.
             theirs = jax.lax.stop_gradient(token_logps(model, unembed, frozen, batch, None))
             reference_logps = pair_sums(theirs * shares, segments)
@@ -53,6 +58,9 @@ def make_preference(model: Decoder, config: ConfigDict, usual: Weighted, referen
         there = (tokens[0] > 0).astype(jnp.float32)
         pairs = Pairs(*logps, *reference_logps, *tokens, there)
         count = there.sum()
+        counted = there
+        if config.weighting == WPO:
+            counted = there * pair_weights(by_token, found.log_squares, tokens, segments)
 
         loss = jnp.zeros(())
         for name, weight in weights.items():
@@ -62,7 +70,7 @@ def make_preference(model: Decoder, config: ConfigDict, usual: Weighted, referen
                 nll = -jnp.sum(pair_sums(by_token, segments)[0] * there)
                 loss += weight * nll * totals["pairs"] / jnp.maximum(totals["chosen_tokens"], 1)
             else:
-                loss += weight * jnp.sum(LOSSES[name].function(pairs, config) * there)
+                loss += weight * jnp.sum(LOSSES[name].function(pairs, config) * counted)
         chosen, rejected = (config.beta * ratio for ratio in pairs.ratios())
         metrics = {
             "rewards/chosen": chosen,
@@ -77,6 +85,19 @@ def make_preference(model: Decoder, config: ConfigDict, usual: Weighted, referen
     return preference
 
 
+def pair_weights(
+    logps: jax.Array, log_squares: jax.Array, tokens: tuple[jax.Array, jax.Array], segment_ids: jax.Array
+) -> jax.Array:
+    """float32 [B, P], without a gradient: how much a pair counts, by how likely the policy writes both its answers.
+
+    The product of exp of the mean over an answer's tokens of log p(token) - log sum_v p(v)^2: off-policy answers count
+    less, and a token drawn from the policy counts 1, however sure that is. WPO (Zhou et al. 2024, arXiv 2406.11827),
+    equation 2. logps and log_squares float32 [B, T], 0 where nothing is scored; tokens: those scored, [B, P] each.
+    """
+    sums = pair_sums(jax.lax.stop_gradient(logps - log_squares), segment_ids)
+    return jnp.exp(sum(total / jnp.maximum(count, 1) for total, count in zip(sums, tokens, strict=True)))
+
+
 def preference_totals(variables: Tree, batch: Batch) -> dict[str, jax.Array]:
     """What a loss needs to know of the whole step: the number of pairs and of tokens of the chosen answers."""
     chosen, _ = pair_sums((batch["weights"] != 0).astype(jnp.float32), batch["segment_ids"])
@@ -85,15 +106,20 @@ def preference_totals(variables: Tree, batch: Batch) -> dict[str, jax.Array]:
 
 def compares_pairs(config: ConfigDict) -> str:
     """The name of a loss in `config.loss` that compares all pairs of a step with each other; "" for none."""
-    return next((name for name, _ in _losses(config, ()) if name != SFT and LOSSES[name].over_batch), "")
+    names = [name for name, _ in mixture(config, (), (*LOSSES, SFT)) if name != SFT]
+    return next((name for name in names if LOSSES[name].over_batch), "")
 
 
-def _losses(config: ConfigDict, usual: Weighted) -> list[tuple[str, float]]:
-    """(name, weight) of each entry of config.loss: a name, whose weight is 1, or both."""
+def mixture(config: ConfigDict, usual: Weighted, known: Sequence[str]) -> list[tuple[str, float]]:
+    """(name, weight) of each entry of config.loss, or of `usual` where it is empty: a name, whose weight is 1, or both.
+
+    Raises:
+      UserError: a name that is not in `known`, or stands there twice.
+    """
     losses = [(entry, 1.0) if isinstance(entry, str) else tuple(entry) for entry in config.loss] or list(usual)
     for name, _ in losses:
-        if name not in (*LOSSES, SFT):
-            raise UserError(f"config.objective.loss: {name!r} is no loss{did_you_mean(name, [*LOSSES, SFT])}")
+        if name not in known:
+            raise UserError(f"config.objective.loss: {name!r} is no loss{did_you_mean(name, known)}")
     if len({name for name, _ in losses}) < len(losses):
         raise UserError(f"config.objective.loss={tuple(config.loss)}: a loss stands there twice; add its weights up")
     return losses
@@ -125,6 +151,22 @@ def _check(weights: dict[str, float], config: ConfigDict, reference: bool) -> No
             raise UserError(f"config.objective.divergence: {config.name!r} has no reference; leave it at reverse_kl")
     elif config.divergence_alpha != defaults.divergence_alpha:
         raise UserError("config.objective.divergence_alpha is of objective.divergence='alpha_divergence'; set both")
+    whole = [name for name in weights if name == SFT or LOSSES[name].over_batch]
+    if config.weighting == WPO and whole:
+        raise UserError(
+            f"config.objective.weighting='wpo' weighs each pair by itself, and the loss {whole[0]!r} is one of a whole "
+            "step; leave one of them out"
+        )
+    if config.cache_reference and config.ld_alpha != 1:
+        raise UserError(
+            "config.objective.cache_reference keeps one number of each answer, and objective.ld_alpha="
+            f"{config.ld_alpha:g} takes answers apart; leave one of them at its default"
+        )
+    if config.cache_reference and config.reference_every:
+        raise UserError(
+            "config.objective.cache_reference is of a reference that stays, and with objective.reference_every="
+            f"{config.reference_every} it moves; leave one of them at its default"
+        )
     if "robust" in names and config.label_smoothing >= 0.5:
         raise UserError("config.objective.label_smoothing: of the loss 'robust' it must be below 0.5; 0.1 is usual")
     if "exo_pair" in names and not config.label_smoothing:

@@ -1,10 +1,12 @@
 """How many FLOPs a training step needs: counted from the model, without what is computed twice to save memory."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from ftjax import tree
 from ftjax.assemble import Program
+from ftjax.data.batch.mismatched import MISMATCHED
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.models.groups import stack_of, stacks
 from ftjax.models.spec import DecoderSpec
@@ -21,7 +23,7 @@ class Flops:
     to_weights: float  # and to the weights, of those that are trained
     attention: float  # scores and sums of values, forward
     attention_backward: float
-    reference: float = 0.0  # the forward pass of a reference beside it
+    reference: float = 0.0  # forward passes without gradients: of a reference, of documents that only measure
 
     @property
     def total(self) -> float:
@@ -29,14 +31,25 @@ class Flops:
         return products + self.attention + self.attention_backward + self.reference
 
 
-def count(spec: DecoderSpec, variables: Tree, is_trained, rows: int, length: int, reference: bool = False) -> Flops:
+def count(
+    spec: DecoderSpec,
+    variables: Tree,
+    is_trained: Callable[[str], bool],
+    rows: int,
+    length: int,
+    reference: bool = False,
+    generates: bool = True,
+) -> Flops:
     """For `rows` rows of `length` tokens, each one document (packed rows need less attention), all of them trained on.
 
     variables: shapes of all collections, a quantized kernel under the name of its packed arrays. reference: whether
-    there is one beside it; its adapters, if it has any, are not counted.
+    there is one beside it; its adapters, if it has any, are not counted. generates: whether there are logits.
     """
     tokens = rows * length
     weights = {path: size * _share(path, spec) for path, size in products(spec, variables).items()}
+    if not generates:
+        words = "params/embed_tokens/embedding", "lm_head/"  # of which the first is only a table then
+        weights = {path: size for path, size in weights.items() if not any(name in path for name in words)}
     trained = sum(size for path, size in weights.items() if is_trained(path))
     attention = 0.0  # two products, over all pairs of a query and a key that it sees, of the elements of all heads
     for stack in stacks(spec):
@@ -52,8 +65,12 @@ def of_step(program: Program) -> Flops:
     """Of a step of `program` over all chips, every document as long as it may be."""
     accumulate, rows, _ = program.batch["tokens"].shape
     documents, length = _documents(program)
-    variables, is_trained, reference = program.variables, program.is_trained, program.method.reference
-    return count(program.model.spec, variables, is_trained, accumulate * rows * documents, length, reference)
+    method, rows = program.method, accumulate * rows * documents
+    its = program.model.spec, program.variables, program.is_trained
+    found = count(*its, rows, length, method.reference, method.generates)
+    if MISMATCHED.keys() <= program.batch.keys():  # as many tokens again, forward through policy and reference
+        found = replace(found, reference=2 * found.reference + found.forward + found.attention)
+    return found
 
 
 def reaches(program: Program) -> list[float]:

@@ -4,11 +4,8 @@ All text is escaped by the templates; characters that would turn the text around
 out. A content security policy forbids every request and every script and style but the page's own.
 """
 
-import base64
 import datetime
-import hashlib
 import itertools
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -26,6 +23,7 @@ from ftjax.reporting.charts import figure, share
 from ftjax.reporting.differences import Pieces, differences
 from ftjax.reporting.evaluation import Contestant
 from ftjax.reporting.gather import Run, Sample, Samples
+from ftjax.reporting.harmless import digest, spelled
 
 FILE = "report.html"
 MAX_SAMPLES = 50  # of a set
@@ -33,9 +31,6 @@ OPEN_SAMPLES = 3  # of an outcome; the others are folded away
 MAX_CHARACTERS = 3000  # of a text
 _PROMPTS = ("base", "shots", "retrieved", "instruction")  # kinds of contestants: the base, however it is asked
 _GENERATOR = '<meta name="generator" content="ftjax.report">'
-
-# Controls, lone surrogates, and what changes the direction of the text after it.
-_UNSEEN = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
 class Group(NamedTuple):
@@ -273,7 +268,7 @@ def _setting(value: Any) -> str:
 
 def _page(template: str, **values: Any) -> str:
     style, script = (_resource(name) for name in ("style.css", "filter.js"))
-    policy = f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'"
+    policy = f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; base-uri 'none'"
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_resource),
         autoescape=True,
@@ -300,7 +295,7 @@ def _page(template: str, **values: Any) -> str:
         "now": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     text = environment.get_template(template).render(values)
-    return _UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", text)
+    return spelled(text)
 
 
 def _compared(before: str | None, after: str | None, tag: str = "ins") -> tuple[Markup, Markup]:
@@ -343,7 +338,3 @@ def _or(value: float | None, other: float) -> float:
 
 def _resource(name: str) -> str:
     return resources.files("ftjax.reporting").joinpath(name).read_text(encoding="utf-8")
-
-
-def _digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,37 +1,297 @@
-"""Generation with a key/value cache: lists of prompts in batches, or one prompt as a stream.
+"""Generation: a fixed number of slots that prompts pass through, each as soon as one is free.
 
-Both use the same two compiled functions: `_prefill` reads the prompts and chooses the first token; `_decode` chooses
-further tokens on the device, up to a limit, and ends early once every row has stopped. Rows are padded on the left, so
-that all of them write to the same slot of the cache. Compiled shapes depend only on the batch size, the padded prompt
-length (a multiple of `BUCKET`) and `max_new_tokens`, and are shared by all calls in a process.
+A row knows its own position, so that nothing is padded on the left and rows of any length share a batch; those that are
+through make room for the next ones at once. Equal prompts are read once. How a row is sampled and when it ends are its
+own: see slots.py, which is what is compiled.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ftjax import sharding
 from ftjax.errors import UserError
-from ftjax.models.cache import Cache, init_cache
+from ftjax.models.cache import init_cache
 from ftjax.models.decoder import Decoder
-from ftjax.sampling.sampler import Sampling, row_keys, sample, step_keys
+from ftjax.models.groups import unroll
+from ftjax.models.kernels import choose as choose_kernel
+from ftjax.sampling import slots as compiled
+from ftjax.sampling.sampler import Sampling, Settings
+from ftjax.sampling.slots import Prompts, Read, Rows
 from ftjax.tree import Tree
 
-BUCKET = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
+DISPATCH = 32  # tokens of a row that are chosen before the host looks
+CAPACITY = 128  # tokens of a slot at first; doubled when a row needs more
+LENGTHS = 32  # the shortest length that prompts are padded to; the others are its doubles
+TOKENS = 2**13  # of prompts that are read together, with padding, unless a single one is longer
+GREEDY = Sampling()
+UNROLLED = 512  # steps of decoding from which on compiling an unrolled decoder pays on a CPU
+PART = 512  # tokens of a long prompt that are read at a time, where attention holds dense scores
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Completion:
-    """The tokens generated for one prompt."""
+    """The tokens generated for one prompt.
+
+    logps, full_logps: how likely each was, see sampler.Chosen; one more than there are tokens where it stopped, of the
+    stop token.
+    """
 
     tokens: np.ndarray  # int32 [at most max_new_tokens], without the stop token
     stopped: bool  # whether a stop token ended it, and not max_new_tokens
+    stop_token: int | None  # which
+    logps: np.ndarray  # float32
+    full_logps: np.ndarray  # float32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt, and how it is to be completed.
+
+    prompt: int32 [length], length >= 1.
+    stop_tokens: any of these token ids ends it.
+    number: its randomness follows from (sampling.seed, number, number of tokens generated so far).
+    bias: what is added to the logits of tokens.
+    """
+
+    prompt: np.ndarray
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    stop_tokens: Sequence[int] = ()
+    number: int = 0
+    bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    def check(self, model: Decoder, name: str) -> None:
+        """UserError for what the model cannot complete."""
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens}: use 1 or more")
+        spec, length = model.spec, len(self.prompt)
+        for what, tokens in (("stop tokens", self.stop_tokens), ("biased tokens", list(self.bias))):
+            if outside := [token for token in tokens if not 0 <= token < spec.vocab_size]:
+                raise UserError(f"{what} {outside} are outside the model's vocabulary of {spec.vocab_size}")
+        if length == 0:
+            raise UserError(f"{name} is empty; give it at least one token, such as the model's BOS token")
+        if np.min(self.prompt) < 0 or np.max(self.prompt) >= spec.vocab_size:
+            raise UserError(
+                f"{name} has token ids outside the model's vocabulary of {spec.vocab_size}; "
+                "encode it with the tokenizer that belongs to the model"
+            )
+        if length + self.max_new_tokens > spec.max_position_embeddings:
+            raise UserError(
+                f"{name} has {length} tokens, and with max_new_tokens={self.max_new_tokens} it exceeds the model's "
+                f"{spec.max_position_embeddings} positions; shorten the prompt or lower max_new_tokens"
+            )
+
+    def rows(self) -> Rows:
+        biased, biases = np.array(list(self.bias), np.int32), np.array(list(self.bias.values()), np.float32)
+        stops = np.array(list(self.stop_tokens), np.int32)
+        settings = Settings.of([self.sampling])
+        return Rows(self.sampling.seed, self.number, self.max_new_tokens, settings, stops, biased, biases)
+
+
+class _Row:
+    """A request on its way."""
+
+    def __init__(self, index: int, request: Request):
+        self.index, self.request = index, request
+        self.tokens: list[int] = []
+        self.logps: list[tuple[float, float]] = []
+
+    def note(self, tokens: np.ndarray, logps: np.ndarray, full_logps: np.ndarray) -> None:
+        """Adds what was chosen."""
+        self.tokens += tokens.tolist()
+        self.logps += zip(logps.tolist(), full_logps.tolist())
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.tokens) and self.tokens[-1] in self.request.stop_tokens
+
+    @property
+    def ended(self) -> bool:
+        return self.stopped or len(self.tokens) == self.request.max_new_tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens that are in the cache, or will be before the next one is chosen."""
+        return len(self.request.prompt) + len(self.tokens)
+
+    def completion(self) -> Completion:
+        tokens = np.array(self.tokens[:-1] if self.stopped else self.tokens, np.int32)
+        logps, full = np.array(self.logps, np.float32).reshape(-1, 2).T
+        return Completion(tokens, self.stopped, self.tokens[-1] if self.stopped else None, logps, full)
+
+
+class Engine:
+    """Slots and the requests that wait for one: `add` requests, then `step` until nothing is left.
+
+    To be used under the mesh of `jax.set_mesh`, if any, that the variables are sharded over.
+
+    Args:
+      variables: {"params": ..., "lora"?: ..., "quant"?: ...}, on one device or sharded.
+      slots: rows at once; on a mesh, rounded up to a multiple of the devices that share a batch.
+      stops, biases: the most stop tokens and biased tokens of a request.
+      steps: about how many there will be, on which depends what pays.
+    """
+
+    def __init__(
+        self, model: Decoder, variables: Tree, slots: int, stops: int = 8, biases: int = 0, steps: int = UNROLLED
+    ):
+        self._mesh = jax.sharding.get_mesh()
+        self._reader, self._read_variables = model, variables
+        self._model, self._variables = model, variables
+        if steps >= UNROLLED and _on_one_cpu(variables):
+            self._model, self._variables = model.clone(unrolled=True), _unrolled(model.spec, variables)
+        self._stops, self._biases = stops, biases
+        self._rows: list[_Row | None] = [None] * _rounded(slots, self._mesh)
+        self._waiting: deque[_Row] = deque()
+        self._slots = None
+        self._count = 0
+
+    def add(self, request: Request) -> int:
+        """Takes a request; returns its number among all of this engine, by which `step` calls it.
+
+        Raises:
+          UserError: it is empty, too long for the model, or has tokens that the model does not know.
+        """
+        request.check(self._reader, f"prompt {self._count}")
+        self._waiting.append(_Row(self._count, request))
+        self._count += 1
+        return self._count - 1
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a request that has not ended."""
+        return bool(self._waiting) or any(self._rows)
+
+    def step(self, limit: int = DISPATCH) -> tuple[dict[int, list[int]], dict[int, Completion]]:
+        """Fills free slots, whose first tokens it chooses; or where none can be filled, chooses up to `limit` tokens of
+        each row.
+
+        Returns the new tokens of requests, stop tokens left out, and the completions of those that have ended.
+        """
+        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        counts = [0 if row is None else len(row.tokens) for row in self._rows]
+        if free and self._waiting:
+            self._admit(free)
+        else:
+            self._decode(limit)
+        new, ended = {}, {}
+        for slot, (row, count) in enumerate(zip(self._rows, counts, strict=True)):
+            if row is None:
+                continue
+            if tokens := row.tokens[count : len(row.tokens) - row.stopped]:
+                new[row.index] = tokens
+            if row.ended:
+                ended[row.index], self._rows[slot] = row.completion(), None
+        return new, ended
+
+    def _admit(self, free: list[int]) -> None:
+        taken = self._take(len(free))
+        used = free[: len(taken)]
+        for slot, row in zip(used, taken, strict=True):
+            self._rows[slot] = row
+        self._enter(used, taken)
+
+    def _take(self, most: int) -> list[_Row]:
+        """The next rows whose prompts are read together: equal ones count once, and a long one is alone."""
+        taken, unique, length = [], set(), 0
+        while self._waiting and len(taken) < most:
+            row = self._waiting[0]
+            if taken and _key(row) not in unique:
+                longest = max(length, _padded(len(row.request.prompt), self._reader))
+                if self._is_long(row) or self._is_long(taken[0]) or (len(unique) + 1) * longest > TOKENS:
+                    break
+            taken.append(self._waiting.popleft())
+            unique.add(_key(row))
+            length = max(length, _padded(len(row.request.prompt), self._reader))
+        return taken
+
+    def _is_long(self, row: _Row) -> bool:
+        """Whether its prompt is read in parts."""
+        length = len(row.request.prompt)
+        if length <= 2 * PART:
+            return False
+        width = _padded(length, self._reader)
+        model, mesh = self._reader, jax.sharding.get_abstract_mesh()
+        return choose_kernel(model.attention, model.spec, model.dtype, width, mesh).name == "xla"
+
+    def _enter(self, used: list[int], taken: list[_Row]) -> None:
+        """Reads the prompts of `taken`, puts them into the slots `used` and chooses their first tokens."""
+        self._make_room(max(row.length for row in taken))
+        unique = {_key(row): row for row in taken}
+        numbers = {key: number for number, key in enumerate(unique)}
+        size = _coarse(len(taken), len(self._rows))
+
+        def column(values: Sequence[int], rest: int) -> np.ndarray:
+            return np.array([*values, *[rest] * (size - len(taken))], np.int32)
+
+        self._slots, chosen = compiled.enter(
+            self._model,
+            self._variables,
+            self._slots,
+            self._read(list(unique.values())),
+            column([numbers[_key(row)] for row in taken], 0),
+            column([len(row.request.prompt) for row in taken], 1),
+            column([_reach(row) for row in taken], 1),
+            column(used, len(self._rows)),  # what fills up goes nowhere
+            compiled.rows_of([row.request.rows() for row in taken], self._stops, self._biases, size),
+        )
+        tokens, logps, full_logps = jax.device_get(chosen)
+        for i, row in enumerate(taken):
+            row.note(tokens[i : i + 1], logps[i : i + 1], full_logps[i : i + 1])
+
+    def _read(self, rows: list[_Row]) -> Read:
+        prompts = [row.request.prompt for row in rows]
+        if self._is_long(rows[0]):
+            return self._read_in_parts(rows[0])
+        count = _coarse(len(rows), len(self._rows))
+        width = max(_padded(len(prompt), self._reader) for prompt in prompts)
+        tokens, lengths, reach = np.zeros((count, width), np.int32), np.ones(count, np.int32), np.ones(count, np.int32)
+        for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            tokens[i, : len(prompt)], lengths[i], reach[i] = prompt, len(prompt), _reach(row)
+        if not self._mesh.empty:
+            tokens = sharding.place(self._mesh, ("batch", "length"), tokens)
+        return compiled.read(self._reader, self._read_variables, Prompts(tokens, lengths, reach))
+
+    def _read_in_parts(self, row: _Row) -> Read:
+        prompt = row.request.prompt
+        model, width = self._reader, -(-len(prompt) // PART) * PART
+        cache = init_cache(model.spec, 1, _capacity(width, model), model.dtype, np.array([_reach(row)], np.int32))
+        for start in range(0, len(prompt), PART):
+            tokens = np.zeros((1, PART), np.int32)
+            part = prompt[start : start + PART]
+            tokens[0, : len(part)] = part
+            ends, cache = compiled.read_on(
+                model, self._read_variables, cache, tokens, np.int32(start), np.int32(len(part))
+            )
+        return Read(ends, cache.keys, cache.values)
+
+    def _decode(self, limit: int) -> None:
+        rows = [row for row in self._rows if row is not None and not row.ended]
+        if not rows or limit < 1:
+            return
+        limit = min(limit, DISPATCH, max(row.request.max_new_tokens - len(row.tokens) for row in rows))
+        self._make_room(max(row.length for row in rows) + limit - 1)
+        self._slots, chosen, there = compiled.decode(
+            self._model, DISPATCH, self._variables, self._slots, np.int32(limit), np.bool_(bool(self._waiting))
+        )
+        chosen, there = jax.device_get((chosen, there))
+        for slot, row in enumerate(self._rows):
+            if row is not None:
+                row.note(*(part[there[:, slot], slot] for part in chosen))
+
+    def _make_room(self, length: int) -> None:
+        """Slots for rows of `length` tokens."""
+        capacity = _capacity(length, self._reader)
+        if self._slots is None:
+            self._slots = compiled.empty(self._model, len(self._rows), capacity, self._stops, self._biases)
+        elif capacity > self._slots.capacity:
+            self._slots = compiled.grow(self._slots, capacity)
 
 
 def generate(
@@ -53,30 +313,31 @@ def generate(
     prompts: int32 [length] each, length >= 1.
     stop_tokens: any of these token ids ends a row.
     batch_size: the most rows at once; on a mesh, rounded up to a multiple of the devices that share a batch.
-    on_progress: called with (completed prompts, all prompts) after each batch.
+    on_progress: called with (completed prompts, all prompts) whenever some have been completed.
 
     Raises UserError for an empty prompt, one with tokens outside the vocabulary, and one that together with
     max_new_tokens exceeds the model's positions.
     """
-    _check(model, prompts, max_new_tokens, stop_tokens)
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: use 1 or more")
+    requests = [Request(prompt, max_new_tokens, sampling, stop_tokens, number) for number, prompt in enumerate(prompts)]
+    for number, request in enumerate(requests):
+        request.check(model, f"prompt {number}")
     if not prompts:
         return []
-    rows = rows_per_batch(len(prompts), batch_size)
-    # Prompts of similar length share a batch, which saves computing padding.
-    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-    is_stop = _stop_mask(model, stop_tokens)
+    steps = math.ceil(len(prompts) / batch_size) * max_new_tokens
+    engine = Engine(model, variables, min(batch_size, len(prompts)), _most(stop_tokens), steps=steps)
+    # Prompts of similar length are read together, which saves computing padding.
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    for number in order:
+        engine.add(requests[number])
     completions = {}
-    for first in range(0, len(prompts), rows):
-        indices = order[first : first + rows]
-        state = _start(model, variables, prompts, indices, rows, max_new_tokens, is_stop, sampling)
-        state = _decode(model, _static(sampling), variables, state, np.int32(max_new_tokens))
-        tokens = np.asarray(state.tokens)[: len(indices), : int(state.count)]
-        completions.update({index: _completion(row, is_stop) for index, row in zip(indices, tokens, strict=True)})
-        if on_progress is not None:
+    while engine.busy:
+        _, ended = engine.step()
+        completions |= {order[index]: completion for index, completion in ended.items()}
+        if ended and on_progress is not None:
             on_progress(len(completions), len(prompts))
-    return [completions[index] for index in range(len(prompts))]
+    return [completions[number] for number in range(len(prompts))]
 
 
 def stream(
@@ -91,195 +352,75 @@ def stream(
 
     prompt: int32 [length]. Raises what `generate` raises, at the call and not at the first token.
     """
-    _check(model, [prompt], max_new_tokens, stop_tokens)
-    return _stream(model, variables, prompt, max_new_tokens, _stop_mask(model, stop_tokens), sampling)
+    engine = Engine(model, variables, 1, _most(stop_tokens), steps=max_new_tokens)
+    engine.add(Request(prompt, max_new_tokens, sampling, stop_tokens))
+    return _stream(engine)
 
 
-def _stream(
-    model: Decoder, variables: Tree, prompt: np.ndarray, max_new_tokens: int, is_stop: np.ndarray, sampling: Sampling
-) -> Iterator[int]:
-    state = _start(model, variables, [prompt], np.zeros(1, np.int64), 1, max_new_tokens, is_stop, sampling)
-    for count in range(1, max_new_tokens + 1):
-        if bool(state.done[0]):
-            return
-        yield int(state.tokens[0, count - 1])
-        if count < max_new_tokens:
-            state = _decode(model, _static(sampling), variables, state, np.int32(count + 1))
-
-
-@flax.struct.dataclass
-class _State:
-    """A batch during generation. The first `count` tokens are chosen, and all but the last of them are in the cache."""
-
-    cache: Cache
-    tokens: jax.Array  # int32 [batch, max_new_tokens]
-    count: jax.Array  # int32 scalar, the same for all rows
-    done: jax.Array  # bool [batch]: a stop token was chosen
-    lengths: jax.Array  # int32 [batch], of the prompts; 0 in dummy rows
-    keys: jax.Array  # PRNG keys [batch]
-    is_stop: jax.Array  # bool [vocab]
-
-
-def _start(
-    model: Decoder,
-    variables: Tree,
-    prompts: Sequence[np.ndarray],
-    indices: np.ndarray,  # of the prompts to be used
-    rows: int,
-    max_new_tokens: int,
-    is_stop: np.ndarray,
-    sampling: Sampling,
-) -> _State:
-    """Pads the prompts at `indices` to a batch of `rows` rows, with dummies for missing ones, and prefills it."""
-    longest = max(len(prompts[index]) for index in indices)
-    width = min(-(-longest // BUCKET) * BUCKET, model.spec.max_position_embeddings)
-    batch = {
-        "tokens": np.zeros((rows, width), np.int32),
-        "lengths": np.zeros(rows, np.int32),
-        "rows": np.zeros(rows, np.int32),
-    }
-    for row, index in enumerate(indices):
-        prompt = prompts[index]
-        batch["tokens"][row, width - len(prompt) :] = prompt
-        batch["lengths"][row] = len(prompt)
-        batch["rows"][row] = index
-    mesh = jax.sharding.get_mesh()
-    if not mesh.empty:
-        batch = {name: sharding.place(mesh, ("batch", "length")[: x.ndim], x) for name, x in batch.items()}
-    return _prefill(model, _static(sampling), max_new_tokens, variables, batch, np.uint32(sampling.seed), is_stop)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(
-    model: Decoder,
-    sampling: Sampling,
-    max_new_tokens: int,
-    variables: Tree,
-    batch: dict,
-    seed: jax.Array,
-    is_stop: jax.Array,
-) -> _State:
-    """Reads the prompts, makes a cache with room for max_new_tokens more, and chooses the first token of each row.
-
-    batch: "tokens" int32 [batch, width], padded on the left; "lengths" and "rows" (index of the prompt) int32 [batch].
-    """
-    rows, width = batch["tokens"].shape
-    padding = width - batch["lengths"][:, None]
-    positions = jnp.arange(width) - padding
-    hidden, cache = model.apply(
-        variables,
-        batch["tokens"],
-        jnp.maximum(positions, 0),
-        (positions >= 0).astype(jnp.int32),
-        init_cache(model.spec, rows, width, model.dtype, reach=batch["lengths"] + max_new_tokens),
-    )
-
-    # The cache is extended after the prompts are read, so that they need not attend to empty slots.
-    def extend(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.pad(x, [(0, max_new_tokens if i == axis else 0) for i in range(x.ndim)])
-
-    cache = cache.replace(
-        keys=jax.tree.map(lambda keys: extend(keys, 2), cache.keys),
-        values=jax.tree.map(lambda values: extend(values, 2), cache.values),
-        positions=extend(cache.positions, 1),
-        segment_ids=extend(cache.segment_ids, 1),
-    )
-    state = _State(
-        cache=cache,
-        tokens=jnp.zeros((rows, max_new_tokens), jnp.int32),
-        count=jnp.zeros((), jnp.int32),
-        done=batch["lengths"] == 0,  # nothing waits for dummy rows
-        lengths=batch["lengths"],
-        keys=row_keys(seed, batch["rows"]),
-        is_stop=is_stop,
-    )
-    return _lay_out(_append_tokens(model, sampling, variables, state, hidden[:, -1]))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _decode(model: Decoder, sampling: Sampling, variables: Tree, state: _State, limit: jax.Array) -> _State:
-    """Chooses tokens until each row has `limit` of them or every row is done. The old state's buffers are donated."""
-
-    def is_unfinished(state):
-        return (state.count < limit) & ~state.done.all()
-
-    def step(state):
-        last = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
-        positions = (state.lengths + state.count - 1)[:, None]
-        hidden, cache = model.apply(variables, last, positions, jnp.ones_like(last), state.cache)
-        return _append_tokens(model, sampling, variables, state.replace(cache=cache), hidden[:, 0])
-
-    return _lay_out(jax.lax.while_loop(is_unfinished, step, state))
-
-
-def _append_tokens(model: Decoder, sampling: Sampling, variables: Tree, state: _State, hidden: jax.Array) -> _State:
-    """Chooses each row's next token from `hidden` [batch, D], and appends it."""
-    logits = model.apply(variables, hidden, method="unembed")
-    token = sample(logits, step_keys(state.keys, state.count), sampling)
-    return state.replace(
-        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.count, axis=1),
-        count=state.count + 1,
-        done=state.done | state.is_stop[token],
-    )
-
-
-def _lay_out(state: _State) -> _State:
-    """On a mesh: the cache is sharded like the activations; what the host reads is replicated."""
-    cache = state.cache
-    kv_axes = ("layers", "batch", "length", "kv_heads", None)
-    return state.replace(
-        cache=cache.replace(
-            keys=jax.tree.map(lambda keys: sharding.constrain(keys, *kv_axes), cache.keys),
-            values=jax.tree.map(lambda values: sharding.constrain(values, *kv_axes), cache.values),
-        ),
-        tokens=sharding.constrain(state.tokens, None, None),
-        done=sharding.constrain(state.done, None),
-        is_stop=sharding.constrain(state.is_stop, None),
-    )
-
-
-def _completion(row: np.ndarray, is_stop: np.ndarray) -> Completion:
-    """Cuts a row at its first stop token. Tokens after it were chosen only because other rows were not done."""
-    hits = np.flatnonzero(is_stop[row])
-    return Completion(row[: hits[0]] if hits.size else row, stopped=bool(hits.size))
-
-
-def _stop_mask(model: Decoder, stop_tokens: Sequence[int]) -> np.ndarray:
-    """bool [vocab]: whether a token ends a row. Its shape, unlike that of a list, does not depend on how many do."""
-    is_stop = np.zeros(model.spec.vocab_size, bool)
-    is_stop[list(stop_tokens)] = True
-    return is_stop
-
-
-def _static(sampling: Sampling) -> Sampling:
-    """The settings that the compiled code depends on: not the seed, which is an argument, and for greedy nothing."""
-    return dataclasses.replace(sampling, seed=0) if sampling.temperature else Sampling()
+def _stream(engine: Engine) -> Iterator[int]:
+    while engine.busy:
+        new, _ = engine.step(limit=1)
+        yield from new.get(0, [])
 
 
 def rows_per_batch(prompts: int, batch_size: int) -> int:
-    """The size of equal batches, so that the last one has few dummy rows, rounded up to what the mesh divides."""
-    rows = math.ceil(prompts / math.ceil(prompts / batch_size))
-    mesh = jax.sharding.get_mesh()
-    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
+    """How many rows `generate` has at once."""
+    return _rounded(min(batch_size, prompts), jax.sharding.get_mesh())
+
+
+def _on_one_cpu(variables: Tree) -> bool:
+    """Whether the variables are on a single device, a CPU: there a scan copies each layer's part for every token."""
+    devices = {device for leaf in jax.tree.leaves(variables) for device in _devices(leaf)}
+    return len(devices) <= 1 and {device.platform for device in devices} <= {"cpu"}
+
+
+def _devices(leaf: jax.Array | np.ndarray) -> set:
+    return leaf.sharding.device_set if isinstance(leaf, jax.Array) else set()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unrolled(spec, variables: Tree) -> Tree:
+    return unroll(spec, variables)
+
+
+def _key(row: _Row) -> tuple[bytes, int]:
+    """Rows of the same one leave the same in the cache; reach counts for LongRoPE."""
+    return np.asarray(row.request.prompt, np.int32).tobytes(), _reach(row)
+
+
+def _reach(row: _Row) -> int:
+    return len(row.request.prompt) + row.request.max_new_tokens
+
+
+def _capacity(length: int, model: Decoder) -> int:
+    """Tokens of a slot for rows of `length`: few sizes, since each is compiled."""
+    size = CAPACITY
+    while size < length:
+        size *= 2
+    return max(min(size, model.spec.max_position_embeddings), length)
+
+
+def _padded(length: int, model: Decoder) -> int:
+    """The length that a prompt is padded to."""
+    size = LENGTHS
+    while size < length:
+        size *= 2
+    return max(min(size, model.spec.max_position_embeddings), length)
+
+
+def _coarse(count: int, most: int) -> int:
+    """A number of rows for `count` of them: few are compiled."""
+    size = 1
+    while size < count:
+        size *= 4
+    return min(size, most)
+
+
+def _most(stop_tokens: Sequence[int]) -> int:
+    """Room for stop tokens, so much that calls with others compile nothing."""
+    return max(8, 2 ** math.ceil(math.log2(max(len(stop_tokens), 1))))
+
+
+def _rounded(rows: int, mesh: jax.sharding.Mesh) -> int:
+    parts = 1 if mesh.empty else sharding.row_parts(mesh)
     return math.ceil(rows / parts) * parts
-
-
-def _check(model: Decoder, prompts: Sequence[np.ndarray], max_new_tokens: int, stop_tokens: Sequence[int]) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens}: use 1 or more")
-    spec = model.spec
-    if outside := [token for token in stop_tokens if not 0 <= token < spec.vocab_size]:
-        raise UserError(f"stop tokens {outside} are outside the model's vocabulary of {spec.vocab_size}")
-    for index, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise UserError(f"prompt {index} is empty; give it at least one token, such as the model's BOS token")
-        if np.min(prompt) < 0 or np.max(prompt) >= spec.vocab_size:
-            raise UserError(
-                f"prompt {index} has token ids outside the model's vocabulary of {spec.vocab_size}; "
-                "encode it with the tokenizer that belongs to the model"
-            )
-        if len(prompt) + max_new_tokens > spec.max_position_embeddings:
-            raise UserError(
-                f"prompt {index} has {len(prompt)} tokens, and with max_new_tokens={max_new_tokens} it exceeds the "
-                f"model's {spec.max_position_embeddings} positions; shorten the prompt or lower max_new_tokens"
-            )

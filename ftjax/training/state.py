@@ -7,11 +7,15 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from ftjax import sharding, tree
+from ftjax.models.heads import COLLECTION as HEADS
 from ftjax.objectives.reference import MOVING
+from ftjax.objectives.reward import REWARDS
+from ftjax.objectives.scores import SCORE
 from ftjax.tree import Tree
 
 
@@ -20,8 +24,9 @@ class Kept(NamedTuple):
 
     # trainable -> the first value, a dict of arrays, none of size 0
     init: Callable[[Tree], Tree]
-    # (value, trainable after the step, metrics of the step) -> the next value; part of the compiled step
-    update: Callable[[Tree, Tree, dict[str, jax.Array]], Tree]
+    # (value, trainable after the step, metrics of the step, and sums meant for it alone: `objectives.loss.Loss.kept`)
+    # -> the next value; part of the compiled step
+    update: Callable[[Tree, Tree, Tree], Tree]
 
 
 def moving_reference(every: int, share: float) -> Kept:
@@ -34,7 +39,7 @@ def moving_reference(every: int, share: float) -> Kept:
         model = {name: part for name, part in trainable.items() if name != "heads"}
         return {MOVING: jax.tree.map(jnp.copy, model), _STEPS: jnp.zeros((), jnp.int32)}
 
-    def update(value: Tree, trainable: Tree, metrics: dict[str, jax.Array]) -> Tree:
+    def update(value: Tree, trainable: Tree, metrics: Tree) -> Tree:
         steps = value[_STEPS] + 1
         by = jnp.where(steps % every == 0, share, 0.0)
         model = {name: trainable[name] for name in value[MOVING]}
@@ -42,6 +47,29 @@ def moving_reference(every: int, share: float) -> Kept:
         return {MOVING: moved, _STEPS: steps}
 
     return Kept(init, update)
+
+
+def reward_sums() -> Kept:
+    """Sums over each head's rewards of the training pairs, for `normalization`; about the last 20 steps count."""
+
+    def init(trainable: Tree) -> Tree:
+        width = trainable[HEADS][SCORE]["kernel"].shape[-1]
+        return {REWARDS: {"count": jnp.zeros(()), "sum": jnp.zeros(width), "squares": jnp.zeros(width)}}
+
+    def update(value: Tree, trainable: Tree, metrics: Tree) -> Tree:
+        return {REWARDS: jax.tree.map(lambda old, new: 0.95 * old + new, value[REWARDS], metrics[REWARDS])}
+
+    return Kept(init, update)
+
+
+def normalization(kept: Tree) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, standard deviation), float64 [K] each, of each head's rewards over the training pairs, each step counting
+    0.95 of the next; 0 and 1 before the first. kept: that of a run with `reward_sums`.
+    """
+    count, total, squares = (np.asarray(kept[REWARDS][name], np.float64) for name in ("count", "sum", "squares"))
+    mean = total / np.maximum(count, 1)
+    variance = squares / np.maximum(count, 1) - mean**2
+    return mean, np.sqrt(np.where(variance > 0, variance, 1.0))
 
 
 _STEPS = "steps_of_reference"  # a key of `kept`
@@ -61,7 +89,7 @@ def with_average(kept: Kept | None, decay: float) -> Kept | None:
         average = {AVERAGE: jax.tree.map(jnp.copy, trainable), AVERAGED: jnp.zeros((), jnp.float32)}
         return (kept.init(trainable) if kept else {}) | average
 
-    def update(value: Tree, trainable: Tree, metrics: dict[str, jax.Array]) -> Tree:
+    def update(value: Tree, trainable: Tree, metrics: Tree) -> Tree:
         steps = value[AVERAGED] + 1
         share = (1 - decay) / -jnp.expm1(steps * math.log(decay))
         average = jax.tree.map(lambda old, new: old + share * (new - old), value[AVERAGE], trainable)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ftjax import tree
-from ftjax.objectives.loss import TOTALS, Loss, Objective
+from ftjax.objectives.loss import TOTALS, Loss, Objective, means, merged
 from ftjax.objectives.reference import REFERENCE
 from ftjax.training.state import Kept, TrainState
 from ftjax.tree import Tree
@@ -69,7 +69,7 @@ def make_step(
         else:
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.trainable)
             gradients, losses = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
-            loss = jax.tree.map(lambda leaf: leaf.sum(axis=0), losses)
+            loss = merged(losses)
 
         weight = jnp.maximum(loss.weight, 1.0)
         gradients = jax.tree.map(lambda leaf: leaf / weight, gradients)
@@ -80,7 +80,7 @@ def make_step(
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        after = kept.update(state.kept, trainable, metrics) if kept else {}
+        after = kept.update(state.kept, trainable, metrics | loss.kept) if kept else {}
         return TrainState(state.step + 1, trainable, opt_state, after), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -103,9 +103,3 @@ def kernels_in(trainable: Tree, dtype: jnp.dtype | None) -> Tree:
     leaves = tree.flatten(trainable)
     cast = [path for path in leaves if path.endswith("/kernel") and not path.startswith("heads/")]  # those stay float32
     return tree.unflatten(leaves | {path: leaves[path].astype(dtype) for path in cast})
-
-
-def means(loss: Loss) -> Metrics:
-    """{"loss": ..., and each metric}: the sums divided by their weights."""
-    pairs = {"loss": (loss.sum, loss.weight)} | loss.metrics
-    return {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in pairs.items()}

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 from support import ROOT
-from support.pairs import write_pairs
+from support.pairs import write_labeled, write_pairs
 from support.runs import command, finish, write_model, write_rows
 
 from ftjax import config as configs
@@ -21,12 +21,16 @@ SMALL += ("--config.data.checks=off", "--config.adapter.rank=4", "--config.model
 def test_the_table_has_every_method_with_its_settings_and_learning_rates():
     rows, line = {}, r"^\| `(\w+)` \|[^|]*\|([^|]*)\| ([\de-]+, [\de-]+) \|$"
     for name, settings, rates in re.findall(line, PAGE, re.MULTILINE):
-        rows[name] = (re.findall(r"`(\w+)` \(([\w.]*)\)", settings), *map(float, rates.split(", ")))
+        rows[name] = (re.findall(r"`(\w+)` \(([\w.\\]*)\)", settings), *map(float, rates.split(", ")))
     defaults = configs.defaults().objective
     for name, method in METHODS.items():
         rates = method.learning_rates["lora"], method.learning_rates["none"]
-        assert rows.pop(name) == ([(key, str(defaults[key]).strip("()")) for key in method.settings], *rates)
+        assert rows.pop(name) == ([(key, shown(defaults[key])) for key in method.settings], *rates)
     assert not rows
+
+
+def shown(value):
+    return repr(value).strip("()'")
 
 
 @pytest.mark.slow
@@ -35,6 +39,7 @@ def test_supervised_tuning_then_preferences(tmp_path, monkeypatch):
     write_model(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl", 60)
     write_pairs(tmp_path / "pairs.jsonl", 60)
+    write_labeled(tmp_path / "labeled.jsonl", 60)
     for arguments in COMMANDS:
         arguments = [word.replace("MODEL", "model").replace("configs/", f"{ROOT}/configs/") for word in arguments]
         small = SMALL if arguments[0] == "ftjax.train" else ()
@@ -44,3 +49,5 @@ def test_supervised_tuning_then_preferences(tmp_path, monkeypatch):
     first = metrics.read(tmp_path / "runs/dpo/metrics.jsonl")[0]
     assert first["rewards/margins"] == 0
     assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
+    first = metrics.read(tmp_path / "runs/kto/metrics.jsonl")[0]
+    assert (first["loss"], first["kl"]) == (0.5, 0)

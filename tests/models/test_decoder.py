@@ -9,6 +9,7 @@ from support.tiny import batch_of, documents, logits, numpy_params, one_device, 
 from ftjax import tree
 from ftjax.models.cache import init_cache
 from ftjax.models.decoder import REMAT_POLICIES, Decoder
+from ftjax.models.groups import unroll
 from ftjax.models.params import abstract_params, logical_axes
 
 MODEL = Decoder(spec())
@@ -20,29 +21,40 @@ def params():
     return numpy_params(MODEL)
 
 
-@pytest.mark.parametrize("lengths", [[7, 7, 7], [7, 3, 5]], ids=["equal prompts", "left-padded prompts"])
-def test_prefill_and_single_token_steps_equal_the_full_forward(params, lengths, record_figure):
+@pytest.mark.parametrize("unrolled", [False, True], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [7, 3, 5]], ids=["equal prompts", "unequal prompts"])
+def test_parts_and_single_token_steps_equal_the_full_forward(params, lengths, unrolled, record_figure):
+    """Prompts that go into the cache in two parts, padded on the right, and then a token of each at a time."""
     new = 5
     docs = documents(4, [length + new for length in lengths])
     full = logits(MODEL, {"params": params}, batch_of([[doc] for doc in docs], 7 + new))
+    model = MODEL.clone(unrolled=unrolled)
+    variables = unroll(MODEL.spec, {"params": params}) if unrolled else {"params": params}
 
     @jax.jit
-    def forward(params, cache, tokens, positions, segment_ids):
-        hidden, cache = MODEL.apply({"params": params}, tokens, positions, segment_ids, cache)
-        return MODEL.apply({"params": params}, hidden, method=MODEL.unembed), cache
+    def forward(variables, cache, tokens, positions, segment_ids):
+        hidden, cache = model.apply(variables, tokens, positions, segment_ids, cache)
+        return model.apply(variables, hidden, method=model.unembed), cache
 
-    prompts = batch_of([[(doc[0][:n], doc[1][:n])] for doc, n in zip(docs, lengths)], 7, left=True)
-    cache = init_cache(MODEL.spec, batch=3, slots=16, dtype=jnp.float32)  # four slots more than are ever written
-    prefill, cache = forward(params, cache, *(prompts[name] for name in INPUTS))
-    differences = [np.abs(prefill[row, 7 - n :] - full[row, :n]).max() for row, n in enumerate(lengths)]
+    # Four slots more than are ever written.
+    cache = init_cache(MODEL.spec, batch=3, slots=16, dtype=jnp.float32, unrolled=unrolled)
+    batch = batch_of([[(doc[0][:n], doc[1][:n])] for doc, n in zip(docs, lengths)], 7)
+    differences = []
+    for part in (slice(0, 2), slice(2, 7)):
+        inputs = (batch[name][:, part] for name in ("tokens", "segment_ids"))
+        tokens, segment_ids = inputs
+        places = np.broadcast_to(np.arange(7, dtype=np.int32)[part], tokens.shape)
+        out, cache = forward(variables, cache, tokens, places, segment_ids)
+        for row, n in enumerate(lengths):
+            there = min(n, part.stop) - part.start
+            differences.append(np.abs(out[row, :there] - full[row, part.start : part.start + there]).max())
     for step in range(new):
         places = np.array(lengths, np.int32) + step
         tokens = np.array([doc[0][place] for doc, place in zip(docs, places)], np.int32)
-        out, cache = forward(params, cache, tokens[:, None], places[:, None], np.ones((3, 1), np.int32))
+        out, cache = forward(variables, cache, tokens[:, None], places[:, None], np.ones((3, 1), np.int32))
         differences += [np.abs(out[row, 0] - full[row, place]).max() for row, place in enumerate(places)]
     record_figure("logits", max(differences))
     assert max(differences) < 1e-5
-    assert int(cache.length) == 7 + new
 
 
 def test_every_remat_policy_has_the_same_gradients(params):

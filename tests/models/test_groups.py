@@ -117,7 +117,7 @@ def test_heads_may_be_a_kinds_own():
         "model.layers.3.self_attn.q_proj.weight",
     ]
     cache = jax.eval_shape(lambda: init_cache(wanted, 1, 8, jnp.float32))
-    assert [keys.shape for keys in cache.keys] == [(2, 1, 8, 2, 8), (2, 1, 8, 1, 16)]
+    assert [keys.shape for keys in cache.keys] == [(2, 1, 2, 8, 8), (2, 1, 1, 8, 16)]
     apply = lambda params, cache: model.apply({"params": params}, tokens, tokens, tokens, cache)[1]  # noqa: E731
     assert jax.eval_shape(apply, params, cache) == cache
 

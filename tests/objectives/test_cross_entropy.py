@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ftjax.objectives.cross_entropy import PLAIN, Chunks, Further, cross_entropy
+from ftjax.objectives.cross_entropy import PLAIN, Chunks, Further, cross_entropy, per_token
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 13, 8, 97
 
@@ -101,6 +101,30 @@ def test_label_smoothing_and_z_loss_are_torchs(case, chunk, further):
     np.testing.assert_allclose(totals["nll"], naive(*case), rtol=1e-6)
     for ours, parameter in zip(gradients, theirs):
         np.testing.assert_allclose(ours, parameter.grad, rtol=0, atol=1e-5)
+
+
+def test_the_sum_of_squared_probabilities_against_float64(case):
+    """Where it is asked for; at logits whose exponentials are beyond float32. The loss is as without."""
+    hidden, head, targets, weights = case
+    logits = hidden.astype(np.float64) @ head.astype(np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = np.log(np.exp(2 * log_probs).sum(-1)) * (weights != 0)
+
+    def found(hidden, further):
+        high = lambda *its: unembed(*its) + 200  # noqa: E731
+        parts = {"params/lm_head/kernel": head}
+        return per_token(high, Chunks(40, 13), further, parts, hidden, *map(jnp.asarray, (targets, weights != 0)), None)
+
+    def of_squares(hidden):
+        ours = found(hidden, Further(squares=True))
+        return ours.log_squares.sum(), (ours, found(hidden, PLAIN))
+
+    gradient, (ours, plain) = jax.jit(jax.grad(of_squares, has_aux=True))(hidden)
+    np.testing.assert_allclose(ours.log_squares, expected, rtol=1e-5, atol=2e-5)
+    assert np.abs(expected).max() > 0.5
+    assert plain.log_squares is None
+    np.testing.assert_array_equal(ours.loss, plain.loss)
+    assert not np.any(gradient)
 
 
 def test_fractional_weights(case):

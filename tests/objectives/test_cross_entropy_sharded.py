@@ -24,7 +24,7 @@ def found():
 
 def test_every_mesh_gives_the_same_loss_and_gradients(found, record_figure):
     assert found["largest"] > 1, "there is something to compare"
-    meshes = {name: errors for name, errors in found.items() if name not in ("largest", "dropping", "kl")}
+    meshes = {name: errors for name, errors in found.items() if name not in ("largest", "dropping", "kl", "squares")}
     assert len(meshes) == 6
     for mesh, errors in meshes.items():
         assert errors["loss"] < 1e-6, mesh
@@ -49,3 +49,8 @@ def test_so_has_the_kl_to_a_reference(found):
     for mesh, (of_value, of_gradients) in errors.items():
         assert of_value < 1e-6, mesh
         assert of_gradients < 2e-5, mesh
+
+
+def test_so_has_the_sum_of_squared_probabilities(found):
+    assert len(found["squares"]) == 2
+    assert max(found["squares"].values()) < 1e-5

@@ -192,6 +192,18 @@ REFUSED = [
     ({"loss": ("sigmoid", "aot"), "divergence": "forward_kl"}, True, "the loss 'aot' has none; leave it at reverse_kl"),
     ({"divergence": "forward_kl"}, False, "'cpo' has no reference; leave it at reverse_kl"),
     ({"divergence_alpha": 0.9}, True, "is of objective.divergence='alpha_divergence'; set both"),
+    (
+        {"weighting": "wpo", "loss": ("sigmoid", "sft")},
+        True,
+        "weighs each pair by itself, and the loss 'sft' is one of",
+    ),
+    ({"weighting": "wpo", "loss": ("aot",)}, True, "weighs each pair by itself, and the loss 'aot' is one of a whole"),
+    (
+        {"cache_reference": True, "ld_alpha": 0.5},
+        True,
+        "cache_reference keeps one number of each answer, and objective",
+    ),
+    ({"cache_reference": True, "reference_every": 8}, True, "is of a reference that stays, and with objective.refere"),
     ({"discopop_tau": 0.1}, True, "discopop_tau=0.1 does nothing with the loss sigmoid"),
 ]
 

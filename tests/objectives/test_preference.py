@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,8 +14,9 @@ from support.witness import from_torch, torch_llama
 from ftjax import config as configs
 from ftjax import tree
 from ftjax.models.decoder import Decoder
+from ftjax.objectives import preference
 from ftjax.objectives.logps import pair_sums, shared_weights
-from ftjax.objectives.preference import make_preference
+from ftjax.objectives.preference import make_preference, pair_weights
 from ftjax.objectives.reference import frozen_with_reference
 
 BETA = 0.3
@@ -109,6 +111,81 @@ def test_a_policy_that_is_its_reference_has_margin_0_and_loss_ln_2():
     assert float(loss.metrics["rewards/margins"][0]) == 0
     assert float(loss.metrics["rewards/accuracies"][0]) == 0  # strictly greater
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+
+
+def test_what_a_pair_counts_is_the_formula_of_wpo_and_has_no_gradient():
+    """Two pairs in the first row, one in the second, against float64 NumPy by token."""
+    segments = np.array([[1, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 0], [1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0]], np.int32)
+    scored = np.array([[0, 1, 1, 0, 1, 1, 0, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0]], np.float32)
+    rng = np.random.default_rng(0)
+    logps, squares = (-rng.uniform(0.1, 3, (2, *segments.shape)) * scored).astype(np.float32)
+
+    def total(logps, squares):
+        weights = pair_weights(logps, squares, pair_sums(scored, segments), segments)
+        return weights.sum(), weights
+
+    (_, found), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(logps, squares)
+    for (row, pair), sides in {(0, 0): (1, 2), (0, 1): (3, 4), (1, 0): (1, 2)}.items():
+        where = [(segments[row] == side) & (scored[row] > 0) for side in sides]
+        means = [(logps[row].astype(np.float64) - squares[row])[its].mean() for its in where]
+        assert found[row, pair] == pytest.approx(np.exp(sum(means)), rel=1e-6)
+    assert not any(np.any(gradient) for gradient in gradients)
+
+
+@pytest.mark.slow
+def test_wpo_weighs_pairs_by_how_likely_the_policy_writes_them(record_figure):
+    """Values and gradients against torch's autograd in float64 above its logits, for pairs that share a row."""
+    policy, reference = (torch_llama(CONFIG, numpy_params(MODEL, seed)) for seed in (0, 1))
+    total, weights = 0, []
+    for pair in PAIRS:
+        ours = [torch_logp(policy, document) for document in pair]
+        with torch.no_grad():
+            theirs = [torch_logp(reference, document) for document in pair]
+            aligned = [torch_aligned(policy, document) for document in pair]
+        weights.append(float(torch.exp(sum(aligned))))
+        margin = BETA * ((ours[0] - theirs[0]) - (ours[1] - theirs[1]))
+        total = total - weights[-1] * torch.nn.functional.logsigmoid(margin)
+    total.backward()
+    assert max(weights) / min(weights) > 1.5
+
+    objective = make_preference(MODEL, settings(beta=BETA, weighting="wpo"), (("sigmoid", 1.0),))
+    gradient = jax.jit(jax.value_and_grad(lambda *its: sums(objective, *its), has_aux=True))
+    params, frozen = numpy_params(MODEL, 0), frozen_with_reference({}, {"params": numpy_params(MODEL, 1)})
+    (ours, loss), found = gradient(params, frozen, LAYOUTS["packed"]())
+    np.testing.assert_allclose(ours, total.item(), rtol=1e-5)
+    assert float(loss.weight) == len(PAIRS)
+    theirs = from_torch({name: parameter.grad for name, parameter in policy.named_parameters()}, params)
+    flat = tree.flatten(found)
+    worst = max(np.abs(flat[path] - theirs[path]).max() for path in theirs)
+    assert worst < 1e-5 * max(np.abs(theirs[path]).max() for path in theirs)
+    record_figure("gradients", worst)
+
+
+def torch_aligned(model, document):
+    """The mean over an answer's tokens of log p(token) - log sum_v p(v)^2."""
+    tokens, trained = document
+    ids = torch.tensor(tokens, dtype=torch.long)
+    logps = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1].double(), -1)
+    aligned = logps.gather(-1, ids[1:, None])[:, 0] - torch.log((logps.exp() ** 2).sum(-1))
+    return aligned[torch.tensor(trained[1:])].mean()
+
+
+@pytest.mark.parametrize("name", ["ipo", "sigmoid_norm", "simpo", "odds_ratio"])
+def test_what_a_length_is_divided_by_is_the_number_of_scored_tokens(name, monkeypatch):
+    """Not that of the document's tokens or of its answer's, of which the first may be unscored: where every token says
+    the same, answers of any length do, and there is no margin."""
+    monkeypatch.setattr(preference, "of_tokens", lambda *its: SimpleNamespace(loss=1.0 * (its[3]["weights"] != 0)))
+    monkeypatch.setattr(preference, "token_logps", lambda *its: -3.0 * its[3]["weights"])
+    rows = [[*PAIRS[0], *PAIRS[1]], [*PAIRS[2]]]
+    for _, trained in PAIRS[1]:
+        assert trained.sum() > 3
+    batch = batch_of(rows, 44)
+    batch["weights"][0, np.flatnonzero(batch["weights"][0])[0]] = 0  # a token of an answer that is not scored
+    reference = name in ("ipo", "sigmoid_norm")
+    config = settings(beta=0.5, gamma=0.0, loss=(name,), name="dpo" if reference else "cpo")
+    loss = make_preference(MODEL, config, (), reference)({"params": {}}, batch, None)
+    expected = {"ipo": 1.0, "odds_ratio": 0.5 * math.log(2)}.get(name, math.log(2))
+    assert float(loss.sum) == pytest.approx(3 * expected, rel=1e-6)
 
 
 def test_pair_sums_take_the_documents_of_each_pair_apart():

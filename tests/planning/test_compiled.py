@@ -102,6 +102,16 @@ def test_preferences_are_planned_with_their_rows_and_their_reference():
 
 
 @pytest.mark.slow
+def test_a_reward_model_is_planned_with_its_head_and_without_the_vocabularys():
+    found = run("rewards")
+    sft, reward = found["sft"], found["reward"]
+    assert reward["length"] == 2 * sft["length"]
+    assert reward["model_flops"] < sft["model_flops"]
+    assert reward["flops"] < sft["flops"]
+    assert sft["parameters"] < reward["parameters"] < 1.001 * sft["parameters"]
+
+
+@pytest.mark.slow
 def test_what_is_chosen_for_a_small_qwen_fits_24_gib_as_compiled(record_figure):
     """With nothing set, and 16 rows of 1,024 tokens; at once they do not fit."""
     found = run("chosen")

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from support.browser import CHROMIUM, Browser
+from support.browser import CHROMIUM, CONTRAST, Browser
 from support.reports import write_all, write_workdir
 
 from ftjax.reporting import page
@@ -41,27 +41,6 @@ def test_nothing_runs_over_the_edge_in_any_light(browser, pages):
     assert browser.problems == []
     assert {address.partition(":")[0] for address in browser.requests} == {"file"}
     assert len(browser.requests) == len(pages)
-
-
-CONTRAST = """(() => {
-const number = (text) => text.match(/[\\d.]+/g).map(Number);
-const linear = (v) => (v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
-const light = ([r, g, b]) => .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255);
-const found = {};
-for (const one of document.querySelectorAll("p, li, a, th, td, span, summary, h2, h3, h4, h5, pre, ins, del, mark")) {
-  let ground = null, opacity = 1;
-  for (let holder = one; holder; holder = holder.parentElement) {
-    const style = getComputedStyle(holder), color = number(style.backgroundColor);
-    opacity *= style.opacity;
-    if (!ground && (color.length < 4 || color[3] > 0)) ground = color;
-  }
-  const ink = number(getComputedStyle(one).color).map((v, i) => v * opacity + ground[i] * (1 - opacity));
-  const [a, b] = [light(ink), light(ground)];
-  const name = one.tagName + "." + one.className;
-  found[name] = Math.min(found[name] ?? 99, (Math.max(a, b) + .05) / (Math.min(a, b) + .05));
-}
-return found;
-})()"""
 
 
 def test_text_stands_out_from_its_ground(browser, pages):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import PYTHONPATH, xla_flags
+from support.filters import transformers_filter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftjax.errors import UserError
@@ -119,16 +120,127 @@ def test_every_stop_token_ends_a_row_and_is_left_out(torch_model, ours, prompts)
     assert [*expected[0], by_transformers[-1]] == by_transformers.tolist()
 
 
-def test_decoding_ends_when_every_row_has_stopped(ours, prompts):
+def steps_of(decoded, monkeypatch):
+    """Records what `slots.decode` did in `decoded`: (steps that it took, rows that were there in each)."""
+    decode = engine.compiled.decode
+
+    def recorded(*args):
+        out = decode(*args)
+        there = np.asarray(out[2])
+        decoded.append((int(there.any(axis=1).sum()), there.sum(axis=1)))
+        return out
+
+    monkeypatch.setattr(engine.compiled, "decode", recorded)
+
+
+def test_decoding_ends_when_every_row_has_stopped(ours, prompts, monkeypatch):
     model, variables = ours
     chosen = generate(model, variables, prompts[:1], NEW, (), GREEDY)[0].tokens
     later = next(i for i in range(1, NEW) if chosen[i] not in chosen[:i])
+    decoded = []
+    steps_of(decoded, monkeypatch)
     for last in (0, later):
-        ends = engine._stop_mask(model, [chosen[last]])
-        # Two of the three rows are dummies, and are not waited for.
-        state = engine._start(model, variables, prompts, np.array([0]), 3, NEW, ends, GREEDY)
-        assert int(engine._decode(model, GREEDY, variables, state, np.int32(NEW)).count) == last + 1
         assert rows(generate(model, variables, prompts[:1], NEW, (chosen[last],), GREEDY)) == [chosen[:last].tolist()]
+    assert [steps for steps, _ in decoded] == [later]  # the first token is chosen where the prompt is read
+
+
+def test_a_row_that_ends_makes_room_at_once_and_the_next_one_is_the_same_as_alone(ours, prompts, monkeypatch):
+    """Rows of other lengths, prompts, settings, stop tokens and biases pass through three slots."""
+    random = np.random.default_rng(3)
+    requests = [
+        engine.Request(prompts[i % 7], int(n), GREEDY if i % 3 else DRAWN, (i,), i, {int(b): 3.0} if i % 2 else {})
+        for i, (n, b) in enumerate(zip(random.integers(1, 30, 12), random.integers(0, 131, 12)))
+    ]
+    alone = [complete(ours, [request], 1)[0] for request in requests]
+    decoded = []
+    steps_of(decoded, monkeypatch)
+    together = complete(ours, requests, 3)
+    assert rows(together) == rows(alone)
+    assert [one.stopped for one in together] == [one.stopped for one in alone]
+    for one, other in zip(together, alone):
+        np.testing.assert_allclose(one.logps, other.logps, rtol=1e-4, atol=1e-5)
+    assert len({len(one.tokens) for one in together}) > 5
+    busy = np.concatenate([there[:steps] for steps, there in decoded])
+    waited = busy[: len(busy) - 30]  # at the end nothing is left to fill slots with
+    assert waited.mean() > 0.9 * 3
+
+
+def complete(ours, requests, slots):
+    made = engine.Engine(*ours, slots, biases=1, steps=1)
+    for request in requests:
+        made.add(request)
+    completions = {}
+    while made.busy:
+        completions |= made.step()[1]
+    return [completions[i] for i in range(len(requests))]
+
+
+def test_equal_prompts_are_read_once(ours, prompts, monkeypatch):
+    read = []
+    original = engine.compiled.read
+    monkeypatch.setattr(engine.compiled, "read", lambda *args: read.append(args[2].lengths) or original(*args))
+    same = [prompts[0]] * 4 + [prompts[3]]
+    made = generate(*ours, same, NEW, (), DRAWN, batch_size=5)
+    assert [lengths.tolist() for lengths in read] == [[3, 7, 1, 1]]  # and ones that fill up to a coarse number
+    assert len({tuple(row) for row in rows(made)}) == 5
+
+
+def test_a_long_prompt_is_read_in_parts_with_the_same_result(ours, torch_model, prompts, monkeypatch, record_figure):
+    prompt = np.concatenate(prompts)[:50]
+    whole = generate(*ours, [prompt], NEW, (), GREEDY)[0]
+    monkeypatch.setattr(engine, "PART", 16)
+    parts = []
+    original = engine.compiled.read_on
+    monkeypatch.setattr(engine.compiled, "read_on", lambda *args: parts.append(int(args[-1])) or original(*args))
+    in_parts = generate(*ours, [prompt, prompts[0]], NEW, (), GREEDY)
+    assert parts == [16, 16, 16, 2]
+    assert in_parts[0].tokens.tolist() == whole.tokens.tolist() == torch_generate(torch_model, prompt, NEW).tolist()
+    difference = np.abs(in_parts[0].full_logps - whole.full_logps).max()
+    record_figure("log-probabilities", difference)
+    assert difference < 1e-5
+    assert in_parts[1].tokens.tolist() == torch_generate(torch_model, prompts[0], NEW).tolist()
+
+
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(0.7, seed=1), Sampling(1.4, top_k=20, top_p=0.9, seed=2), Sampling(1, min_p=0.1)]
+)
+def test_the_log_probabilities_are_those_of_a_forward_pass(torch_model, ours, prompts, sampling, record_figure):
+    """Under the distribution that was drawn from, and under the whole one; the stop token's too."""
+    stop = int(generate(*ours, prompts[3:4], NEW, (), sampling)[0].tokens[5])
+    worst = 0.0
+    for prompt, made in zip(prompts, generate(*ours, prompts, NEW, (stop,), sampling, batch_size=4)):
+        tokens = [*made.tokens.tolist(), *([made.stop_token] if made.stopped else [])]
+        assert len(made.logps) == len(made.full_logps) == len(tokens)
+        with torch.no_grad():
+            logits = torch_model(torch.tensor([[*prompt.tolist(), *tokens]])).logits[0, len(prompt) - 1 : -1]
+        places = range(len(tokens)), tokens
+        full = torch.log_softmax(logits.double(), -1)[places].numpy()
+        kept = full * 0
+        if sampling.temperature:
+            kept = torch.log_softmax(torch.tensor(transformers_filter(logits.numpy(), sampling)).double(), -1)
+            kept = kept[places].numpy()
+        worst = max(worst, np.abs(made.full_logps - full).max(), np.abs(made.logps - kept).max())
+    record_figure(f"{sampling.temperature}", worst)
+    assert worst < 1e-4
+
+
+def test_an_unrolled_decoder_gives_the_same(ours, prompts, monkeypatch):
+    expected = generate(*ours, prompts, NEW, (), DRAWN, batch_size=4)
+    monkeypatch.setattr(engine, "UNROLLED", 1)
+    made = generate(*ours, prompts, NEW, (), DRAWN, batch_size=4)
+    assert rows(made) == rows(expected)
+    np.testing.assert_allclose(made[2].full_logps, expected[2].full_logps, rtol=1e-4, atol=1e-5)
+
+
+def test_slots_grow_with_their_rows(ours, prompts, torch_model, monkeypatch):
+    monkeypatch.setattr(engine, "CAPACITY", 8)
+    capacities = []
+    original = engine.compiled.grow
+    monkeypatch.setattr(engine.compiled, "grow", lambda *args: capacities.append(args[1]) or original(*args))
+    monkeypatch.setattr(engine, "DISPATCH", 4)
+    made = generate(*ours, prompts[:3], 25, (), GREEDY)
+    assert capacities == [64]  # of 32, for the longest prompt
+    assert rows(made) == [torch_generate(torch_model, prompt, 25).tolist() for prompt in prompts[:3]]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
@@ -157,27 +269,29 @@ def test_the_adapters_take_part(ours, prompts):
     assert completions != rows(generate(model, variables, prompts[:3], NEW, (), GREEDY))
 
 
-def test_calls_of_the_same_shapes_compile_nothing(ours, prompts):
+def test_no_setting_compiles_anything_and_a_longer_turn_rarely(ours, prompts):
     def shapes():
-        return engine._prefill._cache_size(), engine._decode._cache_size()
+        functions = ("empty", "read", "enter", "decode", "grow")
+        return sum(getattr(engine.compiled, name)._cache_size() for name in functions)
 
-    def call(seed, stops):
-        sampling = Sampling(temperature=1.0, top_k=40, top_p=0.95, seed=seed)
-        generate(Decoder(ours[0].spec), ours[1], prompts[:3], NEW, stops, sampling)
-        list(stream(*ours, prompts[0], NEW, stops, sampling))
+    def call(sampling, stops, count=NEW, prompt=prompts[0]):
+        generate(Decoder(ours[0].spec), ours[1], prompts[:3], count, stops, sampling)
+        list(stream(*ours, prompt, count, stops, sampling))
 
-    call(0, (1,))
+    call(DRAWN, (1,))
     before = shapes()
-    call(1, (2, 3))
+    call(Sampling(0.3, top_k=2, top_p=0.4, seed=1, min_p=0.1), (2, 3))
+    call(GREEDY, (), count=3)
+    # Turns of a chat, each with all before it.
+    for length in range(4, 32, 3):
+        list(stream(*ours, np.arange(length, dtype=np.int32), NEW, (), GREEDY))
     assert shapes() == before
-    generate(*ours, prompts[:1], 2, (), GREEDY)
-    assert shapes() == (before[0] + 1, before[1] + 1)
 
 
 def test_progress_counts_prompts(ours, prompts):
     seen = []
     generate(*ours, prompts, NEW, (), GREEDY, batch_size=3, on_progress=lambda *counts: seen.append(counts))
-    assert seen == [(3, 7), (6, 7), (7, 7)]
+    assert seen == [(3, 7), (6, 7), (7, 7)]  # all of one length, so three at a time
 
 
 def test_no_prompts_no_completions(ours):

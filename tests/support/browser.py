@@ -7,10 +7,35 @@ import select
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+# Of a page, {element.class: the lowest contrast of its text}, by WCAG 2.2, 1.4.3; disabled buttons may have less.
+CONTRAST = """(() => {
+const TEXTS = "p, li, a, th, td, dt, dd, span, summary, h1, h2, h3, h4, h5, pre, ins, del, mark, label, kbd, "
+  + "button";
+const number = (text) => text.match(/[\\d.]+/g).map(Number);
+const linear = (v) => (v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+const light = ([r, g, b]) => .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255);
+const found = {};
+for (const one of document.querySelectorAll(TEXTS)) {
+  if (one.closest("button:disabled")) continue;
+  let ground = null, opacity = 1;
+  for (let holder = one; holder; holder = holder.parentElement) {
+    const style = getComputedStyle(holder), color = number(style.backgroundColor);
+    opacity *= style.opacity;
+    if (!ground && (color.length < 4 || color[3] > 0)) ground = color;
+  }
+  const ink = number(getComputedStyle(one).color).map((v, i) => v * opacity + ground[i] * (1 - opacity));
+  const [a, b] = [light(ink), light(ground)];
+  const name = one.tagName + "." + one.className;
+  found[name] = Math.min(found[name] ?? 99, (Math.max(a, b) + .05) / (Math.min(a, b) + .05));
+}
+return found;
+})()"""
 
 
 class Browser:
@@ -75,9 +100,10 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
 
-    def open(self, path: Path) -> None:
+    def open(self, path: Path | str) -> None:
+        """A file, or an address."""
         self._events.clear()
-        self.send("Page.navigate", url=path.absolute().as_uri())
+        self.send("Page.navigate", url=path if isinstance(path, str) else path.absolute().as_uri())
         while "Page.loadEventFired" not in self._events:
             self._note(self._read())
 
@@ -87,10 +113,19 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
+    def wait(self, expression: str) -> None:
+        """Until the value is true, for ten seconds at most."""
+        deadline = time.monotonic() + 10
+        while not self.value(expression):
+            assert time.monotonic() < deadline, expression
+            time.sleep(0.01)
+
     def press(self, key: str) -> None:
+        """A character, or a key by its name."""
         for kind in ("keyDown", "keyUp"):
-            text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
-            code = {"Tab": 9, "Enter": 13}[key]
+            typed = "\r" if key == "Enter" else key if len(key) == 1 else ""
+            text = {"text": typed} if typed and kind == "keyDown" else {}
+            code = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}.get(key, 0)
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
     def screenshot(self, path: Path, whole: bool = True) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from ftjax import sharding, tree
 from ftjax.models.layers import Linear
 from ftjax.objectives import head as heads
-from ftjax.objectives.cross_entropy import Chunks, Further, cross_entropy
+from ftjax.objectives.cross_entropy import Chunks, Further, cross_entropy, per_token
 from ftjax.objectives.divergence import kl_per_token
 
 BATCH, LENGTH, WIDTH, VOCAB, RANK = 8, 6, 16, 96, 4
@@ -119,6 +119,25 @@ def divergences(head, hidden, wanted):
     return out
 
 
+def squares(head, hidden, targets, wanted):
+    """{mesh: the greatest error of the log of the sum of p^2 at a position that is wanted}"""
+    expected = np.where(wanted, jax.nn.logsumexp(2 * jax.nn.log_softmax(unembed(head, hidden, None, None)), -1), 0)
+
+    def ours(head, hidden, targets, wanted):
+        found = per_token(unembed, Chunks(20, 5), Further(squares=True), head, hidden, targets, wanted, None)
+        return found.log_squares
+
+    out = {}
+    for name in ("tensor=8", "fsdp=2 x context=2 x tensor=2"):
+        mesh = sharding.make_mesh(MESHES[name])
+        with jax.set_mesh(mesh):
+            placed = {path: sharding.place(mesh, heads.axes(path), leaf) for path, leaf in head.items()}
+            rows = [sharding.place(mesh, ("batch", "length"), array) for array in (targets, wanted)]
+            found = jax.jit(ours)(placed, sharding.place(mesh, ("batch", "length", "width"), hidden), *rows)
+        out[name] = float(np.abs(np.asarray(found) - expected).max())
+    return out
+
+
 def main():
     (head, hidden), targets, weights = numbers()
     wanted = jax.value_and_grad(naive, argnums=(0, 1), has_aux=True)(head, hidden, targets, weights)
@@ -148,6 +167,7 @@ def main():
     some = ("fsdp=8", "fsdp=4 x tensor=2", "data=8", "fsdp=2 x context=2 x tensor=2")
     out["dropping"] = dropping({name: MESHES[name] for name in some}, head, hidden, targets, weights)
     out["kl"] = divergences(head, hidden, weights != 0)
+    out["squares"] = squares(head, hidden, targets, weights != 0)
     print(json.dumps(out))
 
 

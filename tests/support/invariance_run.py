@@ -5,6 +5,7 @@ backward pass recomputes and in whether documents are packed two to a row or sta
 its last rows are empty, and with them a whole micro-batch.
 """
 
+import functools
 import itertools
 import json
 import sys
@@ -21,16 +22,21 @@ from ftjax.models.families import spec_from_config
 from ftjax.models.heads import abstract_heads, init_heads
 from ftjax.models.params import abstract_params, logical_axes
 from ftjax.objectives.preference import make_preference, preference_totals
+from ftjax.objectives.reward import make_reward
 from ftjax.objectives.sft import make_sft
+from ftjax.objectives.unpaired import make_unpaired, make_unpaired_totals
 from ftjax.training.optim import OPTIMIZERS, make_optimizer, make_schedule
-from ftjax.training.state import abstract_state, init_state
+from ftjax.training.state import abstract_state, init_state, normalization, reward_sums
 from ftjax.training.step import make_step
 from support.tiny import CONFIG, SCHEDULE, batch_of, documents, numpy_params, random_params, spec
 from support.tiny import OPTIMIZER as DEFAULTS
 
 STEPS = 20
 OPTIMIZER = ConfigDict(DEFAULTS.to_dict() | {"weight_decay": 0.01})
-RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3}  # dpo: adapters trained on pairs, whose first losses are all ln 2
+# dpo and kto: adapters trained on preferences, whose first losses are all alike; reward: those and two heads, each with
+# its bootstrap
+RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3, "kto": 2e-3, "reward": 2e-4}
+PAIRS = ("dpo", "reward")
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64}
 SPECS = {
     "dense": spec(**SIZES),
@@ -74,6 +80,13 @@ QUICK = [
     ("mixture", "lora", "fsdp=2 x context=2 x expert=2", 4, True, "none"),
     ("dense", "dpo", "1", 1, True, "none"),
     ("dense", "dpo", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
+    ("dense", "reward", "1", 1, True, "none"),
+    ("dense", "reward", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
+]
+LABELED = [
+    ("dense", "kto", "1", 1, True, "none"),
+    ("dense", "kto", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
+    ("dense", "kto", "data=2 x fsdp=4", 4, True, "full"),
 ]
 
 
@@ -89,16 +102,19 @@ def grid():
         for index, (mesh, accumulate, packed) in enumerate(cases):
             if kind == "lora" or index % 6 in (0, 5):
                 yield model, kind, mesh, accumulate, packed, REMATS[(index + index // 6) % 3]
+    for kind, (index, mesh) in itertools.product(PAIRS, enumerate(MESHES)):
+        yield "dense", kind, mesh, 1 + index % 2, index % 3 > 0, REMATS[index % 3]
     for index, mesh in enumerate(MESHES):
-        yield "dense", "dpo", mesh, 1 + index % 2, index % 3 > 0, REMATS[index % 3]
+        yield "dense", "kto", mesh, 1 + (index + 1) % 2, index % 3 > 1, REMATS[index % 3]
 
 
 def batches(kind, accumulate, packed):
     """20 batches of 64 documents of 4 to 12 tokens: 32 rows of two, or 64 of one; [accumulate, rows, length].
 
-    For dpo every two documents are a pair: 16 rows of two pairs, or 32 of one.
+    For dpo and reward every two documents are a pair: 16 rows of two pairs, or 32 of one. For kto each is good or bad,
+    and there are as many mismatched documents.
     """
-    unit = 2 if kind == "dpo" else 1
+    unit = 2 if kind in PAIRS else 1
     for step in range(STEPS):
         lengths = np.random.default_rng(step).integers(4, 13, 64)
         docs = documents(100 + step, lengths.tolist(), vocab=97)
@@ -106,7 +122,26 @@ def batches(kind, accumulate, packed):
         each = 2 * unit if packed else unit
         rows = [docs[i : i + each] for i in range(0, 64, each)]
         batch = batch_of(rows, 12 * each if each > 1 else 16)
+        if kind == "kto":
+            batch |= labels_and_mismatched(step, docs, batch, each)
+        if kind == "reward":  # the margin of a pair is that of its tokens, wherever it stands
+            batch["labels"] = np.zeros(batch["tokens"].shape, np.float32)
+            for row, (labels, segments) in zip(rows, zip(batch["labels"], batch["segment_ids"])):
+                for place in range(0, len(row), 2):
+                    labels[(segments == place + 1) | (segments == place + 2)] = row[place][0][0] % 3 / 2
         yield {name: array.reshape(accumulate, -1, array.shape[1]) for name, array in batch.items()}
+
+
+def labels_and_mismatched(step, docs, batch, each):
+    """Labels by lot for a batch of `each` documents to a row, and prompts with the completion of the next document."""
+    length, label = batch["tokens"].shape[1], np.random.default_rng(200 + step).choice([-1.0, 1.0], 64)
+    number = np.arange(0, 64, each)[:, None] + np.maximum(batch["segment_ids"] - 1, 0)
+    labels = np.where(batch["segment_ids"] > 0, label[number], 0).astype(np.float32)
+    parts = [np.split(tokens, [trained.argmax()]) for tokens, trained in docs]
+    others = [np.concatenate([prompt, then]) for (prompt, _), (_, then) in zip(parts, parts[1:] + parts[:1])]
+    others = [(tokens, np.arange(len(tokens)) >= len(prompt)) for tokens, (prompt, _) in zip(others, parts)]
+    mismatched = batch_of([others[i : i + each] for i in range(0, 64, each)], length)
+    return {"labels": labels} | {f"mismatched_{name}": array for name, array in mismatched.items()}
 
 
 def variables_on(mesh, model, kind):
@@ -118,32 +153,48 @@ def variables_on(mesh, model, kind):
         targets = lora.find_targets("all-linear", lora.linear_kernels(tree.flatten(abstract)))
         adapters = lora.abstract_adapters(abstract, axes, targets, rank=8, mesh=mesh)
         variables["lora"] = lora.init_adapters(adapters, 11, lora.scale(8, 16, False))
+    if kind == "reward":
+        variables["heads"] = init_heads(abstract_heads({"score": 2}, model.spec, mesh), 11)
     return variables
+
+
+def is_trained(kind, path):
+    return kind == "none" or bool(lora.TRAINABLE.match(path)) or path.startswith("heads/")
 
 
 def train(name, kind, mesh, accumulate, packed, remat):
     """Returns the losses, the trainable leaves before and after, and facts about the run."""
     model = Decoder(SPECS[name], remat=remat)
     variables = variables_on(mesh, model, kind)
-    trainable, frozen = tree.partition(variables, lambda path: kind == "none" or bool(lora.TRAINABLE.match(path)))
+    trainable, frozen = tree.partition(variables, functools.partial(is_trained, kind))
     base = jax.tree.map(np.array, frozen)
     schedule = make_schedule(RATES[kind], SCHEDULE, STEPS)
     optimizer = make_optimizer(OPTIMIZER, schedule)
-    abstract = abstract_state(optimizer, trainable, mesh)
-    state = init_state(optimizer, trainable, abstract)
+    kept = reward_sums() if kind == "reward" else None
+    abstract = abstract_state(optimizer, trainable, mesh, kept)
+    state = init_state(optimizer, trainable, abstract, kept)
     start = {path: np.array(leaf) for path, leaf in tree.flatten(trainable).items()}
     first = jax.tree.leaves(state)
     objective, totals = make_sft(model), None
     if kind == "dpo":  # with a part that must know the whole step's number of tokens
         settings = configs.changed(configs.defaults(), {"objective.loss": ("sigmoid", ("sft", 0.2))}).objective
         objective, totals = make_preference(model, settings, ()), preference_totals
-    step = make_step(objective, optimizer, schedule, abstract, seed=0, totals=totals)
-    losses = []
+    if kind == "reward":
+        settings = configs.changed(
+            configs.defaults(), {"objective.ensemble": 2, "objective.center_coef": 0.1}
+        ).objective
+        objective = make_reward(model, settings, seed=3)
+    if kind == "kto":
+        settings = configs.changed(configs.defaults(), {"objective.desirable_weight": 1.5}).objective
+        objective, totals = make_unpaired(model, settings), make_unpaired_totals(model, settings)
+    step = make_step(objective, optimizer, schedule, abstract, seed=0, kept=kept, totals=totals)
+    losses, ends = [], []
     with jax.set_mesh(mesh):
         for batch in batches(kind, accumulate, packed):
             placed = {name: sharding.place(mesh, (None, "batch", "length"), leaf) for name, leaf in batch.items()}
             state, metrics = step(state, frozen, placed)
             losses.append(float(metrics["loss"]))
+            ends += [float(metrics[name]) for name in ("min_reward", "max_reward") if name in metrics]
     adam = optax.tree.get(state.opt_state, "ScaleByAdamState")
     trained = tree.flatten(state.trainable)
     facts = {
@@ -156,6 +207,7 @@ def train(name, kind, mesh, accumulate, packed, remat):
         "shares": {
             path: leaf.size // leaf.addressable_shards[0].data.size for path, leaf in tree.flatten(frozen).items()
         },
+        "rewards": [*ends, *(np.ravel(normalization(state.kept)).tolist() if kept else [])],
         "trainable": {path: spec_of(leaf) for path, leaf in trained.items()},
         "first moments": {path: spec_of(leaf) for path, leaf in tree.flatten(adam.mu).items()},
         "second moments": {path: spec_of(leaf) for path, leaf in tree.flatten(adam.nu).items()},
@@ -235,11 +287,13 @@ def main(cases):
     out["optimizers"] = optimizers([meshes["1"], meshes["fsdp=4 x tensor=2"]])
     for model, kind, mesh, accumulate, packed, remat in cases:
         losses, start, final, facts = train(model, kind, meshes[mesh], accumulate, packed, remat)
-        reference_losses, reference_start, reference = references.setdefault((model, kind), (losses, start, final))
+        told = losses, start, final, facts.pop("rewards")
+        reference_losses, reference_start, reference, rewards = references.setdefault((model, kind), told)
         words = (model, kind, mesh, f"{accumulate} micro-batches", "packed" if packed else "unpacked", f"remat {remat}")
         out[", ".join(words)] = facts | {
             "losses": losses,
             "loss difference": max(abs(a - b) / abs(b) for a, b in zip(losses, reference_losses)),
+            "reward difference": max((abs(a - b) for a, b in zip(told[-1], rewards)), default=0),
             "parameter difference": max(float(np.abs(final[path] - reference[path]).max()) for path in reference),
             "same start": all(np.array_equal(start[path], reference_start[path]) for path in reference_start),
             "movement": {path: float(np.abs(final[path] - start[path]).max()) for path in final},
@@ -248,4 +302,4 @@ def main(cases):
 
 
 if __name__ == "__main__":
-    main({"quick": QUICK, "full": list(grid())}[sys.argv[1]])
+    main({"quick": QUICK, "labeled": LABELED, "full": list(grid())}[sys.argv[1]])

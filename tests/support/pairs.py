@@ -64,3 +64,14 @@ def begun(config: ConfigDict) -> tuple[Program, Start, Loader]:
     with jax.set_mesh(one_device()):
         program = assemble.program(config, base.model, one_device(), config.steps)
         return program, resume.start(FRESH, config, base, program, Path(), None, ""), loader
+
+
+def write_labeled(path: Path, count: int, seed: int = 0) -> Path:
+    """Answers called good or bad, as many of each: good ones name the color of the question, bad ones another."""
+    rows = [json.loads(line) for line in write_pairs(path, count, seed).read_text().splitlines()]
+    labeled = [
+        {"prompt": row["prompt"], "completion": row["rejected" if i % 2 else "chosen"], "label": i % 2 == 0}
+        for i, row in enumerate(rows)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in labeled))
+    return path

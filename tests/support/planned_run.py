@@ -114,6 +114,10 @@ CASES = {
         name: planned("v5e:2x2", {"objective.name": name, **changes})
         for name, changes in {"sft": {}, "dpo": {"data.batch_size": 8}}.items()
     },
+    "rewards": lambda: {
+        name: planned("v5e:2x2", {"objective.name": name, **changes})
+        for name, changes in {"sft": {}, "reward": {"data.batch_size": 8}}.items()
+    },
     "slices": slices,
 }
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from ftjax import tree
 from support.tiny import Document
@@ -18,6 +18,14 @@ def torch_llama(config: dict, params: tree.Tree) -> LlamaForCausalLM:
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True)
+    return model
+
+
+def torch_scores(config: dict, params: tree.Tree, kernel: np.ndarray) -> LlamaForSequenceClassification:
+    """The same with a head of scores at the last token; kernel: [D, K]."""
+    config = LlamaConfig(**config, num_labels=kernel.shape[1], attn_implementation="eager", pad_token_id=None)
+    model = LlamaForSequenceClassification(config).eval()
+    model.load_state_dict(to_torch(params) | {"score.weight": torch.tensor(kernel.T)}, strict=True)
     return model
 
 

@@ -80,6 +80,7 @@ _ERRORS = {
 }
 _WARNINGS = {
     "few": ("", "more rows help most"),
+    "unbalanced": ("", "or add rows of the other kind"),
     "skipped": ("", "it is skipped, as config.data.max_bad_rows allows"),
     "untrained": (
         "no trained token within config.data.max_length, so the row is dropped",

@@ -15,7 +15,8 @@ class Parts(NamedTuple):
       answers: the answer; two for a preference, the chosen one first; none of a question that is only scored.
       verdicts: whether each answer is called good: (True, False) for a preference, the label of an unpaired row; ()
         where the answers are only there to be learned.
-      muted: which of the assistant's turns have weight 0, as "2,4"; "" where all are learned.
+      muted: which of the assistant's turns have weight 0, as "2,4"; "" where all are learned. Of an answer in steps
+        which are right, as "++-".
     """
 
     prompt: str
@@ -30,6 +31,9 @@ class Parts(NamedTuple):
 
 def parts(fields: dict) -> Parts:
     """The parts of a checked row's fields (see `formats.check_row`)."""
+    if isinstance(fields.get("label"), str):  # a class is what is learned of all the rest
+        whole = parts({name: value for name, value in fields.items() if name != "label"})
+        return Parts("\n".join((whole.prompt, *whole.answers)), (fields["label"],))
     if "text" in fields:
         return Parts("", (fields["text"],))
     if "messages" in fields:
@@ -42,6 +46,9 @@ def parts(fields: dict) -> Parts:
     prompt = conversation(fields["prompt"]) + _tools(fields)
     if "chosen" in fields:
         return Parts(prompt, (conversation(fields["chosen"]), conversation(fields["rejected"])), (True, False))
+    if "completions" in fields:  # good if every step is right; which are is what tells copies apart
+        labels = "".join("+" if label else "-" for label in fields["labels"])
+        return Parts(prompt, ("\n".join(fields["completions"]),), (all(fields["labels"]),), labels)
     if "completion" not in fields:
         return Parts(prompt, ())
     verdicts = (bool(fields["label"]),) if "label" in fields else ()

@@ -9,7 +9,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from ftjax.data.batch import buckets, packing
+from ftjax.data.batch import buckets, mismatched, packing
+from ftjax.data.batch.mismatched import Prompts
 from ftjax.data.batch.packing import RowPlan
 from ftjax.data.batch.permutation import permutation
 from ftjax.data.tokens.examples import Examples
@@ -28,6 +29,9 @@ class Loader:
     With packing, rows have max_length tokens. Without it, a row is one example, examples of similar length share a
     batch, and all rows of a batch have the smallest of `lengths` that holds them.
 
+    With `mismatched`, batches have the arrays of `mismatched.MISMATCHED`, too: prompts with completions of the same
+    batch, or in an evaluation of all examples.
+
     Raises:
       UserError: no examples; with shuffle, none in the first epoch.
       ValueError: an example longer than max_length (`tokenize.tokenize` cuts them), or an argument out of range.
@@ -40,7 +44,9 @@ class Loader:
     seed: int  # not negative
     shuffle: bool = True  # False is for evaluation: each example once, whatever its weight; they need not fill a batch
     multiple: int = 1  # batch lengths without packing are multiples of it; it changes padding and nothing else
+    mismatched: int = 0  # the most tokens of a mismatched document; 0: there are none
     lengths: tuple[int, ...] = field(init=False)  # all lengths that batches have
+    prompts: Prompts | None = field(init=False, repr=False, default=None)  # with `mismatched`
     _rows: dict[int, int] = field(init=False, repr=False, default_factory=dict)  # rows of each epoch seen so far
     _plan: tuple[int, RowPlan | None] = field(init=False, repr=False, default=(-1, None))  # the last epoch used
 
@@ -60,6 +66,8 @@ class Loader:
         self.lengths = (self.max_length,)
         if not self.packing:
             self.lengths = buckets.batch_lengths(self.examples.lengths, self.max_length, self.multiple)
+        if self.mismatched:
+            self.prompts = Prompts.of(self.examples)
         if self.shuffle and not self.rows_per_epoch(0):
             raise UserError("an epoch has no examples; raise the weights of data.train, or add rows")
 
@@ -68,7 +76,8 @@ class Loader:
 
         rows: fill only these rows, those of one host; the others stay padding. None: all.
         """
-        return self._fill(self._batch_rows(index), rows)
+        plan_rows = self._batch_rows(index)
+        return self.fill(plan_rows, rows, self._partners(np.concatenate(plan_rows)))
 
     def batch_tokens(self, index: int) -> int:
         """How many tokens the whole batch holds, without padding; reads none of them."""
@@ -79,12 +88,28 @@ class Loader:
 
         rows: as in `batch`.
         """
+        partners = self._partners(np.arange(len(self.examples)))
+        for plan_rows in self.eval_rows():
+            of_rows = None if partners is None else partners[np.concatenate(plan_rows)]
+            yield self.fill(plan_rows, rows, of_rows)
+
+    def eval_rows(self) -> Iterator[list[np.ndarray]]:
+        """The indices of the examples in each row of each of `eval_batches`."""
         every = np.arange(len(self.examples))
         by_length = np.argsort(self.examples.lengths, kind="stable")
         plan = self._packed(every, None) if self.packing else _singles(by_length)
         for start in range(0, len(plan), self.batch_size):
             part = [plan[row] for row in range(start, min(start + self.batch_size, len(plan)))]
-            yield self._fill(part + [every[:0]] * (self.batch_size - len(part)), rows)
+            yield part + [every[:0]] * (self.batch_size - len(part))
+
+    def without_partner(self, batches: int) -> np.ndarray | None:
+        """int [n]: the examples of the first of so many batches whose prompts are all the same; None: there is none."""
+        for index in range(batches):
+            documents = np.concatenate(self._batch_rows(index))
+            numbers = self.prompts.numbers[documents]
+            if (numbers == numbers[0]).all():
+                return documents
+        return None
 
     def rows_per_epoch(self, epoch: int) -> int:
         """Rows of the epoch. The number differs a little between epochs if a weight is not whole."""
@@ -125,16 +150,29 @@ class Loader:
         order |= {"weights": [str(weight) for weight in self._weights], "version": packing.ORDER_VERSION}
         if any(self.examples.replayed):
             order["replayed"] = list(self.examples.replayed)
+        if self.mismatched:
+            order["mismatched"] = self.mismatched
         sources = hashlib.sha256(np.ascontiguousarray(self.examples.source_ids, "<i4").data).hexdigest()
         return hashlib.sha256(json.dumps([order, self.examples.digest, sources]).encode()).hexdigest()
 
-    def _fill(self, plan_rows: list[np.ndarray], rows: Sequence[int] | None) -> dict[str, np.ndarray]:
+    def fill(
+        self, plan_rows: list[np.ndarray], rows: Sequence[int] | None, partners: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """The batch of which each row has the given examples; rows: as in `batch`.
+
+        partners: int [n], of each of these examples, row by row, the one whose completion its prompt gets.
+        """
         longest = max(int(self.examples.lengths[row].sum()) for row in plan_rows)
         T = self.max_length if self.packing else int(buckets.length_of(longest, self.lengths))
-        if rows is not None:
-            wanted = set(rows)
-            plan_rows = [row if b in wanted else row[:0] for b, row in enumerate(plan_rows)]
-        return packing.fill(self.examples, plan_rows, T)
+        wanted = set(range(len(plan_rows)) if rows is None else rows)
+        batch = packing.fill(self.examples, [row if b in wanted else row[:0] for b, row in enumerate(plan_rows)], T)
+        if partners is not None:
+            shape, documents = batch["tokens"].shape, np.concatenate(plan_rows)
+            batch |= mismatched.fill(self.examples, self.prompts, documents, partners, shape, self.mismatched, rows)
+        return batch
+
+    def _partners(self, documents: np.ndarray) -> np.ndarray | None:
+        return mismatched.partners(self.prompts, documents) if self.prompts else None
 
     def _batch_rows(self, index: int) -> list[np.ndarray]:
         epoch, row = self._locate(index * self.batch_size)

@@ -8,11 +8,12 @@ examples takes no longer than ten thousand.
 
 import itertools
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ftjax.data.format.example import Document
 from ftjax.data.tokens.examples import Examples
 
 # Part of the data's fingerprint. A change here or in the loader that gives other batches must increase it.
@@ -29,6 +30,9 @@ BATCH = {
 
 # And where a source is replayed: 1 at the tokens of its documents, else 0.
 REPLAY = {"replay": np.float32}
+
+# And where a reference was asked before: log p of each document's trained tokens, at its last token, else 0.
+REFERENCE = {"reference_logps": np.float32}
 
 # And where rows say something of their documents: the label of each token, see `Document`.
 LABELS = {"labels": np.float32}
@@ -149,7 +153,8 @@ def _reorder(values: np.ndarray, starts: np.ndarray, row_order: np.ndarray) -> t
 def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np.ndarray]:
     """The arrays of BATCH, [len(rows), T], for rows of example indices; an empty row is all zeros (padding).
 
-    Where a source is replayed those of REPLAY, too, and where documents have labels those of LABELS.
+    Where a source is replayed those of REPLAY, too, where a reference was asked of all documents those of REFERENCE,
+    and where documents have labels those of LABELS.
 
     Each document is a segment of its own, and the documents of one example are adjacent: if examples are pairs,
     segments 1 and 2 are the first pair, 3 and 4 the next.
@@ -157,11 +162,30 @@ def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np
     Raises:
       ValueError: the examples of a row are longer than T together.
     """
-    names = BATCH | (REPLAY if any(examples.replayed) else {}) | (LABELS if examples.labeled else {})
+    documents = [itertools.chain.from_iterable(map(examples.documents_of, row)) for row in rows]
+    batch = lay(documents, T, BATCH | (LABELS if examples.labeled else {}))
+    if any(examples.replayed):
+        batch["replay"] = np.zeros((len(rows), T), REPLAY["replay"])
+        for b, row in enumerate(rows):
+            is_replay = np.asarray(examples.replayed)[examples.source_ids[row]]
+            batch["replay"][b, : examples.lengths[row].sum()] = np.repeat(is_replay, examples.lengths[row])
+    if examples.reference_logps is not None:
+        batch["reference_logps"] = np.zeros((len(rows), T), REFERENCE["reference_logps"])
+        for b, row in enumerate(rows):
+            last = np.cumsum(examples.document_lengths[row]) - 1
+            batch["reference_logps"][b, last] = examples.reference_logps[row].reshape(-1)
+    return batch
+
+
+def lay(rows: Sequence[Iterable[Document]], T: int, names: Mapping[str, type]) -> dict[str, np.ndarray]:
+    """Arrays [len(rows), T] of these names, for rows of documents that lie one after the other.
+
+    Raises:
+      ValueError: the documents of a row are longer than T together.
+    """
     batch = {name: np.zeros((len(rows), T), dtype) for name, dtype in names.items()}
-    for b, row in enumerate(rows):
+    for b, documents in enumerate(rows):
         start = 0
-        documents = itertools.chain.from_iterable(map(examples.documents_of, row))
         for segment, (tokens, trained, labels) in enumerate(documents, 1):
             stop = start + len(tokens)
             if stop > T:
@@ -174,7 +198,4 @@ def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np
             if labels is not None:
                 batch["labels"][b, start:stop] = labels
             start = stop
-        if "replay" in batch:
-            is_replay = np.asarray(examples.replayed)[examples.source_ids[row]]
-            batch["replay"][b, :start] = np.repeat(is_replay, examples.lengths[row])
     return batch

@@ -44,7 +44,9 @@ def conversation(messages: object, origin: str, needs_assistant: bool = True) ->
 
 
 def unanswered(fields: dict) -> bool:
-    """Whether the turns of a record end in one that nothing answers, of the user or a tool."""
+    """Whether the turns of a record that has no class end in one that nothing answers, of the user or a tool."""
+    if isinstance(fields.get("label"), str):
+        return False
     named = (fields.get(name) for name in ("messages", "completion", "chosen", "rejected"))
     return any(turns[-1]["role"] != "assistant" for turns in named if isinstance(turns, list) and turns)
 

@@ -1,4 +1,4 @@
-"""The formats of rows: which fields each has, how it is detected, and how it becomes one of five records.
+"""The formats of rows: which fields each has, how it is detected, and how it becomes one of seven records.
 
 A format is one entry of `FORMATS`: its fields and the function that checks them and makes the record. The kinds of
 records, which `kind_of` names:
@@ -8,6 +8,8 @@ records, which `kind_of` names:
     prompt_completion  {"prompt": str, "completion": str}
     preference         {"prompt": [message], "chosen": [message], "rejected": [message], "margin"?: float, "tools"?}
     unpaired           {"prompt": [message], "completion": [message], "label": bool, "tools"?}
+    stepwise           {"prompt": [message], "completions": [str], "labels": [bool], "tools"?}
+    classified         text, chat, or prompt and completion (both strings or both [message]), and {"label": str}
 
 Messages are those of `conversation`. A record is a row of its own format too, so checking it again changes nothing.
 
@@ -63,12 +65,18 @@ def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
 def detect(fields: dict) -> list[str]:
     """The formats that a row may have: one, none, or several where its fields do not decide between them."""
     fitting = [name for name, (keys, _) in FORMATS.items() if _has(fields, keys)]
+    if "classified" in fitting and not _names_a_class(fields, fitting):
+        fitting.remove("classified")
     parts = {part for name in fitting for part in WHOLE_OF.get(name, ())}
     return [name for name in fitting if name not in parts]
 
 
 def kind_of(fields: dict) -> str:
-    """The kind of a record that `check_row` returned: text, chat, prompt_completion, preference or unpaired."""
+    """The kind of a record that `check_row` returned, see above."""
+    if "completions" in fields:
+        return "stepwise"
+    if isinstance(fields.get("label"), str):
+        return "classified"
     if "text" in fields:
         return "text"
     if "messages" in fields:
@@ -115,6 +123,43 @@ def _sharegpt(fields: dict, origin: str) -> dict:
     return {"messages": sharegpt.messages(fields, origin), **tools_of(fields, origin)}
 
 
+def _names_a_class(fields: dict, fitting: list[str]) -> bool:
+    """Whether the label of a row is that of a text or a conversation. Beside a prompt and a completion it may as well
+    call the completion good or bad, so there it must be a name."""
+    whole = [name for name in fitting if name not in ("classified", "kto")]
+    sure = "kto" not in fitting or isinstance(fields["label"], str)
+    return len(whole) == 1 and whole[0] in WHOLE_OF["classified"] and sure
+
+
+def _classified(fields: dict, origin: str) -> dict:
+    label = fields["label"]
+    if not isinstance(label, str | int) or label == "":
+        raise UserError(f"{origin}: label is {label!r}; write the name of a class, or its index in objective.classes")
+    return _of_a_class(fields, origin) | {"label": label if isinstance(label, str) else str(int(label))}
+
+
+def _of_a_class(fields: dict, origin: str) -> dict:
+    """What a label is about: a text, a conversation, or a prompt and its completion."""
+    if fields.get("text") is not None:
+        return _text(fields, origin)
+    if fields.get("messages") is not None:
+        messages = conversation(fields["messages"], origin, needs_assistant=False)
+        return {"messages": messages, **tools_of(fields, origin)}
+    if fields.get("prompt") is None or fields.get("completion") is None:
+        raise UserError(f"{origin}: has a label of nothing; add the text, the messages, or prompt and completion")
+    prompt, completion = fields["prompt"], fields["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        for key in ("prompt", "completion"):
+            check_filled(fields[key], f"{origin}: {key}")
+        if not fields.get("tools") and not fields.get("system"):
+            return {"prompt": prompt, "completion": completion}
+        prompt = [*pairs.system_turn(fields, origin), {"role": "user", "content": prompt}]
+        completion = [{"role": "assistant", "content": completion}]
+    turns = {"prompt": prompt, "completion": completion}
+    checked = {key: conversation(its, f"{origin}: {key}", needs_assistant=False) for key, its in turns.items()}
+    return checked | tools_of(fields, origin)
+
+
 def _openai_preference(fields: dict, origin: str) -> dict:
     given = fields["input"]
     if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
@@ -135,6 +180,8 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], dict]]] = {
     "prompt_completion": (("prompt", "completion"), _prompt_completion),
     "preference": (("chosen", "rejected"), pairs.preference),
     "kto": (("prompt", "completion", "label"), pairs.unpaired),
+    "stepwise": (("prompt", "completions", "labels"), pairs.stepwise),
+    "classified": (("label",), _classified),
     "alpaca": (("instruction", "output"), _alpaca),
     "sharegpt": (("conversations",), _sharegpt),
     "openai_preference": (("input", "preferred_output", "non_preferred_output"), _openai_preference),
@@ -144,7 +191,12 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], dict]]] = {
 
 # Rows of the format on the left also have the fields of those on the right. Alpaca's own data set holds each row once
 # more as rendered `text`.
-WHOLE_OF = {"kto": ("prompt_completion",), "sharegpt_preference": ("sharegpt", "preference"), "alpaca": ("text",)}
+WHOLE_OF = {
+    "kto": ("prompt_completion",),
+    "classified": ("text", "messages", "prompt_completion", "kto"),
+    "sharegpt_preference": ("sharegpt", "preference"),
+    "alpaca": ("text",),
+}
 
 # All fields that any format reads.
 FIELDS = {name for keys, _ in FORMATS.values() for name in keys}

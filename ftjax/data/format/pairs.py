@@ -1,4 +1,4 @@
-"""Rows with a prompt and answers: preference pairs, answers with a label, and the prompts of Alpaca rows."""
+"""Rows with a prompt and answers: preference pairs, answers or their steps with labels, and prompts of Alpaca rows."""
 
 import math
 
@@ -55,6 +55,25 @@ def unpaired(fields: dict, origin: str) -> dict:
     answer = _answer(fields["completion"], f"{origin}: completion")
     answer = _checked_answer(prompt, answer, f"{origin}: completion")
     return {"prompt": prompt, "completion": answer, "label": label, **tools_of(fields, origin)}
+
+
+def stepwise(fields: dict, origin: str) -> dict:
+    """{"prompt", "completions", "labels", "tools"?} of a row of TRL's stepwise supervision: the steps of an answer, and
+    whether each is right."""
+    steps, labels = fields["completions"], fields["labels"]
+    for name, values in (("completions", steps), ("labels", labels)):
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{origin}: {name} must be a list with an entry for each step of the answer")
+    if len(steps) != len(labels):
+        raise UserError(
+            f"{origin}: there are {len(steps)} completions and {len(labels)} labels; write a label for each step"
+        )
+    for i, (step, label) in enumerate(zip(steps, labels, strict=True)):
+        check_filled(step, f"{origin}: completions[{i}]")
+        if not isinstance(label, bool):
+            raise UserError(f"{origin}: labels[{i}] is {label!r}; write true (the step is right) or false")
+    prompt = conversation(_prompt(fields, origin), f"{origin}: prompt", needs_assistant=False)
+    return {"prompt": prompt, "completions": steps, "labels": labels, **tools_of(fields, origin)}
 
 
 def alpaca_prompt(fields: dict, origin: str) -> list[dict]:

@@ -106,7 +106,7 @@ def _sharegpt_preference(fields: dict) -> dict:
 
 
 def _kto(fields: dict) -> dict:
-    if "label" not in fields:
+    if not isinstance(fields.get("label"), bool):
         raise _cannot_hold("kto", "rows without a label")
     return {key: fields[key] for key in ("prompt", "completion", "label")} | _tools(fields)
 

@@ -43,13 +43,7 @@ def tokenize(row: Row, tokenizer: Tokenizer, vocab_size: int | None = None, trai
     """
     if train_on not in TRAIN_ON:
         raise UserError(f"data.train_on = {train_on!r}: use one of {', '.join(TRAIN_ON)}")
-    fields, kind = _fields(row)
-    if kind in ("preference", "unpaired"):
-        what = "a preference pair" if kind == "preference" else "an answer with a label"
-        raise UserError(
-            f"{row.origin}: is {what}, which this objective does not train on; set objective.name to one that does, or "
-            "`format` to what else the row holds"
-        )
+    fields, kind = _learned(row)
     if kind == "text":
         tokens = encode([fields["text"]], tokenizer, add_special_tokens=True)[0]
         tokens = _with_eos(tokens, tokenizer, row.origin)
@@ -80,7 +74,7 @@ def tokenize_answers(
     try:
         return [tokenize(row, tokenizer, vocab_size, train_on)]
     except masks.Rewritten:
-        fields, kind = _fields(row)
+        fields, kind = _learned(row)
         if kind != "chat" or train_on != "assistant":
             raise
         messages, tools = fields["messages"], fields.get("tools")
@@ -129,8 +123,57 @@ def tokenize_unpaired(row: Row, tokenizer: Tokenizer, vocab_size: int | None = N
     """The example of a prompt and an answer that `label` calls good or bad; the answer is trained in both cases."""
     fields, kind = _fields(row)
     if kind != "unpaired":
-        raise UserError(f"{row.origin}: is a row of {kind}; this needs `prompt`, `completion` and a bool `label`")
+        its = f"label is {fields['label']!r}" if "label" in fields else f"is a row of {kind}"
+        raise UserError(f"{row.origin}: {its}; this needs `prompt`, `completion` and a `label` that is true or false")
     return _answer(fields["prompt"], fields["completion"], fields.get("tools"), row.origin, tokenizer, vocab_size)
+
+
+def tokenize_stepwise(
+    row: Row, tokenizer: Tokenizer, vocab_size: int | None = None, separator: str = "\n"
+) -> tuple[Example, np.ndarray]:
+    """The example of a prompt and an answer in steps, and float32 [n]: +1 at the token that ends a right step, -1 at
+    that of a wrong one, else 0. These tokens are trained.
+
+    The steps are one answer with a separator between them. A step ends with the separator, the last one with the token
+    that ends the turn: what the model writes when it is done with the step.
+    """
+    fields, kind = _fields(row)
+    if kind != "stepwise":
+        raise UserError(f"{row.origin}: is a row of {kind}; this needs `prompt`, `completions` and a `labels` for each")
+    steps = fields["completions"]
+    steps = [steps[0].lstrip(), *steps[1:]]  # templates trim answers
+    texts = [step + separator for step in steps[:-1]] + [steps[-1].rstrip()]
+    messages = [*fields["prompt"], {"role": "assistant", "content": "".join(texts)}]
+    tokens, ends = masks.pieces(messages, texts, tokenizer, row.origin, fields.get("tools"))
+    example = _example(tokens, [(end, end + 1) for end in ends], row.origin, tokenizer, vocab_size)
+    labels = np.zeros(len(tokens), np.float32)
+    labels[ends] = [1 if right else -1 for right in fields["labels"]]
+    return example, labels
+
+
+def tokenize_classified(row: Row, tokenizer: Tokenizer, vocab_size: int | None = None) -> Example:
+    """The example of a text or a conversation that has a class: the tokens of `tokenize`, all trained but the first."""
+    fields, kind = _fields(row)
+    if kind != "classified":
+        raise UserError(
+            f"{row.origin}: has no class; this needs a `label`, a name of config.objective.classes or an index, beside "
+            "text, messages, or prompt and completion (there true and false, as 0 and 1, need the format 'classified')"
+        )
+    messages = fields.get("messages")
+    if "prompt" in fields:
+        prompt, completion = fields["prompt"], fields["completion"]
+        if isinstance(prompt, list):
+            messages = prompt + completion
+        elif tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        else:
+            tokens, _ = _plain_completion(prompt, completion, tokenizer, row.origin)
+    if "text" in fields:
+        tokens = encode([fields["text"]], tokenizer, add_special_tokens=True)[0]
+        tokens = _with_eos(tokens, tokenizer, row.origin)
+    if messages is not None:
+        tokens, _ = masks.without(messages, [], tokenizer, row.origin, fields.get("tools"))
+    return _example(tokens, [(1, len(tokens))], row.origin, tokenizer, vocab_size)
 
 
 def render_prompt(
@@ -152,9 +195,28 @@ def render_prompt(
 
 
 def _fields(row: Row) -> tuple[dict, str]:
-    """The checked fields of a row, and which of the five records they are (`formats.kind_of`)."""
+    """The checked fields of a row, and which of the records they are (`formats.kind_of`)."""
     fields = formats.check_row(row.fields, row.origin).fields
     return fields, formats.kind_of(fields)
+
+
+def _learned(row: Row) -> tuple[dict, str]:
+    """The same of a row whose answers are to be learned; a class of the whole is left out.
+
+    Raises:
+      UserError: an answer of it may be a bad one.
+    """
+    fields, kind = _fields(row)
+    if kind == "classified" and "completion" not in fields:
+        fields = {name: value for name, value in fields.items() if name != "label"}
+        return formats.check_row(fields, row.origin).fields, formats.kind_of(fields)
+    whats = {"preference": "a preference pair", "stepwise": "an answer in steps with labels"}
+    if kind in ("unpaired", "classified", *whats):
+        raise UserError(
+            f"{row.origin}: is {whats.get(kind, 'an answer with a label')}, which this objective does not train on; "
+            "set objective.name to one that does, or `format` to what else the row holds"
+        )
+    return fields, kind
 
 
 def _chat_example(

@@ -61,11 +61,23 @@ class Examples:
     digest: str  # sha256 (hex) of all tokens, masks and lengths in their order, and of the tokenizer and its template
     report: dict  # what was counted while tokenizing (see `tokenize.tokenize`)
     replayed: tuple[bool, ...]  # which sources are general data that is replayed
+    # float32 [N, K]: what a reference says of each document, log p of its trained tokens (`ftjax.cached_reference`);
+    # None where it is asked in each step, or there is none
+    reference_logps: np.ndarray | None = None
 
     @property
     def labeled(self) -> bool:
         """Whether documents have labels."""
         return any(part.labels.size for part in self.parts)
+
+    @property
+    def first_labels(self) -> np.ndarray:
+        """float32 [N]: the label at the first token of each example, where documents have labels."""
+        ids = np.zeros(len(self), np.uint8) if self.part_ids is None else self.part_ids
+        out = np.zeros(len(self), np.float32)
+        for number, part in enumerate(self.parts):
+            out[ids == number] = part.labels[self.starts[ids == number]]
+        return out
 
     @property
     def count(self) -> float:

@@ -9,32 +9,48 @@ from ftjax.data.format import formats
 from ftjax.data.format.example import Document, Example, Row
 from ftjax.data.tokens import chat
 from ftjax.data.tokens.rendering import Tokenizer
-from ftjax.errors import UserError
+from ftjax.errors import UserError, did_you_mean
 
 Documents = dict[str, Document]  # by the names that a person sees, in their order in a batch
+
+
+class Settings(NamedTuple):
+    """What config.objective says about rows."""
+
+    step_separator: str = "\n"  # between the steps of an answer
+    classes: tuple[str, ...] = ()
+
+
+PLAIN = Settings()
 
 
 class RowKind(NamedTuple):
     """A kind of row."""
 
     documents: int  # how many an example has
-    # row, ..., vocab_size, train_on -> the documents of each of its examples, which are not cut yet. There are several
-    # where a template rewrites earlier answers (`chat.tokenize_answers`).
-    tokenize: Callable[[Row, Tokenizer, int | None, str], list[Documents]]
+    # row, ..., vocab_size, train_on, settings -> the documents of each of its examples, which are not cut yet. There
+    # are several where a template rewrites earlier answers (`chat.tokenize_answers`).
+    tokenize: Callable[..., list[Documents]]
     labeled: bool = False  # whether its documents have labels
 
 
-def _conversation(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> list[Documents]:
+def _conversation(
+    row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str, settings: Settings = PLAIN
+) -> list[Documents]:
     examples = chat.tokenize_answers(row, tokenizer, vocab_size, train_on)
     return [{"": Document(example.tokens, example.trained)} for example in examples]
 
 
-def _pair(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> list[Documents]:
+def _pair(
+    row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str, settings: Settings = PLAIN
+) -> list[Documents]:
     sides = chat.tokenize_preference(row, tokenizer, vocab_size)
     return [{name: Document(side.tokens, side.trained) for name, side in zip(("chosen", "rejected"), sides)}]
 
 
-def _ranked(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> list[Documents]:
+def _ranked(
+    row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str, settings: Settings = PLAIN
+) -> list[Documents]:
     margin = row.fields.get("margin", 0.0)
     return [
         {name: document._replace(labels=_everywhere(document, margin)) for name, document in pair.items()}
@@ -42,10 +58,34 @@ def _ranked(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: st
     ]
 
 
-def _labeled(row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str) -> list[Documents]:
+def _labeled(
+    row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str, settings: Settings = PLAIN
+) -> list[Documents]:
     example, good = chat.tokenize_unpaired(row, tokenizer, vocab_size), row.fields["label"]
     document = Document(example.tokens, example.trained)
     return [{"good" if good else "bad": document._replace(labels=_everywhere(document, 1.0 if good else -1.0))}]
+
+
+def _stepwise(
+    row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str, settings: Settings = PLAIN
+) -> list[Documents]:
+    example, labels = chat.tokenize_stepwise(row, tokenizer, vocab_size, settings.step_separator)
+    return [{"": Document(example.tokens, example.trained, labels)}]
+
+
+def _classified(
+    row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str, settings: Settings = PLAIN
+) -> list[Documents]:
+    example = chat.tokenize_classified(row, tokenizer, vocab_size)
+    document, label = Document(example.tokens, example.trained), row.fields["label"]
+    classes = settings.classes
+    index = classes.index(label) if label in classes else int(label) if label.isdecimal() else len(classes)
+    if index >= len(classes):
+        raise UserError(
+            f"{row.origin}: label is {label!r}, which is no name of config.objective.classes="
+            f"{classes!r}{did_you_mean(label, classes)}"
+        )
+    return [{classes[index]: document._replace(labels=_everywhere(document, index))}]
 
 
 def _everywhere(document: Document, label: float) -> np.ndarray:
@@ -57,13 +97,17 @@ ROW_KINDS = {
     "pair": RowKind(2, _pair),  # a prompt with a chosen and a rejected answer
     "ranked": RowKind(2, _ranked, labeled=True),  # the same with its margin, by how much one is better; 0 if not said
     "labeled": RowKind(1, _labeled, labeled=True),  # a prompt with an answer that is called good (+1) or bad (-1)
+    "stepwise": RowKind(
+        1, _stepwise, labeled=True
+    ),  # an answer in steps; +1 or -1 at the token that ends a step, else 0
+    "classified": RowKind(1, _classified, labeled=True),  # a text, or turns, and the index of its class
 }
 
 
 def kind_of(row: Row) -> str:
     """The kind that a row's fields make it, whatever the run trains it as."""
     kind = formats.kind_of(formats.check_row(row.fields, row.origin).fields)
-    return {"preference": "pair", "unpaired": "labeled"}.get(kind, "conversation")
+    return {"preference": "pair", "unpaired": "labeled", "stepwise": "stepwise"}.get(kind, "conversation")
 
 
 def divide(documents: Documents, max_length: int, origin: str) -> tuple[Example, ...]:

@@ -101,6 +101,38 @@ def without(
     return whole.tokens, _runs(kept)
 
 
+def pieces(
+    messages: Messages, texts: list[str], tokenizer: Tokenizer, origin: str, tools: Tools = None
+) -> tuple[list[int], list[int]]:
+    """Tokens of a conversation whose last turn says `texts`, one right after the other, and the index of the token that
+    each of them ends with; of the last one it is the token that ends the turn.
+
+    Raises:
+      UserError: what `turns` raises; texts whose tokens cannot be told apart; a template that renders the turn in
+        another way than its generation prompt begins it.
+    """
+    last, content = len(messages), "".join(texts)
+    tokens, [(_, stop)] = turns(messages, [last - 1], tokenizer, origin, tools)
+    whole = _Rendered(messages, tokenizer, origin, tools)
+    before = whole.prefix(last - 1, generation_prompt=True)
+    turn = whole.text[len(before) :]
+    if tokens != whole.tokens or not whole.text.startswith(before) or turn.count(content) != 1:
+        raise UserError(
+            f"{origin}: the chat template does not write the steps of the answer as they are; take one that does, such "
+            "as config.data.chat_template=chatml"
+        )
+    ends, found = np.cumsum([len(text) for text in texts]) + len(before) + turn.index(content), []
+    for k, end in enumerate(ends[:-1].tolist()):
+        token = next(i for i, (_, after) in enumerate(whole.offsets) if after >= end)
+        if whole.offsets[token][1] > end or token in found:
+            raise UserError(
+                f"{origin}: the tokenizer merges the end of completions[{k}] with the next one; set "
+                "config.objective.step_separator to one that it does not, such as two line breaks"
+            )
+        found.append(token)
+    return tokens, [*found, stop - 1]
+
+
 def encode(texts: list[str], tokenizer: Tokenizer, add_special_tokens: bool = False) -> list[list[int]]:
     """The token ids of each text; with `add_special_tokens` also those that the tokenizer adds by itself (a BOS)."""
     # verbose=False: no warning for a text longer than the tokenizer's model_max_length, it is cut by max_length later.

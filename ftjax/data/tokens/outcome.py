@@ -6,7 +6,7 @@ from ftjax.data.format.conversation import unanswered
 from ftjax.data.format.example import Example, Row
 from ftjax.data.read.rows import Rows
 from ftjax.data.tokens import chat
-from ftjax.data.tokens.kinds import ROW_KINDS, Documents, cut, divide
+from ftjax.data.tokens.kinds import PLAIN, ROW_KINDS, Documents, Settings, cut, divide
 from ftjax.data.tokens.rendering import Tokenizer
 from ftjax.errors import SourceError, UserError
 
@@ -19,6 +19,7 @@ class TokenRules(NamedTuple):
     train_on: str
     kind: str  # of kinds.ROW_KINDS
     long_text: str  # divide or cut
+    settings: Settings = PLAIN
 
 
 class Outcome(NamedTuple):
@@ -71,7 +72,8 @@ def outcome(rows: Rows, i: int, tokenizer: Tokenizer, rules: TokenRules) -> Outc
         row = rows.check(i)
         if row is None:
             return None
-        parts = tuple(ROW_KINDS[rules.kind].tokenize(row, tokenizer, rules.vocab_size, rules.train_on))
+        tokenize = ROW_KINDS[rules.kind].tokenize
+        parts = tuple(tokenize(row, tokenizer, rules.vocab_size, rules.train_on, rules.settings))
         if rules.kind == "conversation" and "text" in row.fields and rules.long_text == "divide":
             examples = divide(parts[0], rules.max_length, row.origin)
         else:

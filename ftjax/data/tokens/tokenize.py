@@ -60,6 +60,7 @@ def tokenize(
     train_on: str = "assistant",
     kind: str = "conversation",
     long_text: str = "divide",
+    settings: kinds.Settings = kinds.PLAIN,
     max_dropped: float = 0.05,
     workers: int | None = None,
     directory: Path | None = None,
@@ -89,7 +90,7 @@ def tokenize(
         raise UserError(f"data.max_length = {max_length}: needs room for a token and its target; set it to 2 or more")
     if not len(rows):
         raise UserError("no rows to tokenize; name a data source that has some")
-    rules = TokenRules(max_length, vocab_size, train_on, kind, long_text)
+    rules = TokenRules(max_length, vocab_size, train_on, kind, long_text, settings)
     many = len(rows) >= MANY_ROWS
     if workers is None:
         workers = min(os.cpu_count() or 1, MAX_WORKERS) if many else 0

@@ -342,6 +342,9 @@ REFUSED = {
 }
 
 
+KINDS = {"text", "chat", "prompt_completion", "preference", "unpaired", "stepwise", "classified"}
+
+
 @pytest.mark.parametrize(("row", "message"), REFUSED.values(), ids=REFUSED)
 def test_bad_rows_are_refused_by_name_with_the_fix(row, message):
     with pytest.raises(UserError, match=f"(?s)^f:1: .*{message}"):
@@ -415,13 +418,61 @@ def test_damaged_rows_are_refused_or_give_a_record_that_stays_as_it_is(record_fi
         if record is None:
             refused += 1
             continue
-        assert formats.kind_of(record) in {"text", "chat", "prompt_completion", "preference", "unpaired"}
+        assert formats.kind_of(record) in KINDS
         assert formats.check_row(record, "f:1").fields == record
         for name in writing.WRITERS:
             with contextlib.suppress(UserError):
                 json.dumps(writing.write_as(record, name), allow_nan=False)
     record_figure("refused", refused)
     assert 5_000 < refused < 19_000
+
+
+CLASSIFIED = [
+    ({"text": "a", "label": "spam"}, {"text": "a", "label": "spam"}),
+    ({"text": "a", "label": 2}, {"text": "a", "label": "2"}),
+    ({"messages": [USER], "label": "spam"}, {"messages": [USER], "label": "spam"}),
+    ({"prompt": "a", "completion": "b", "label": "spam"}, {"prompt": "a", "completion": "b", "label": "spam"}),
+    (
+        {"prompt": [USER], "completion": [ANSWER], "label": "spam"},
+        {"prompt": [USER], "completion": [ANSWER], "label": "spam"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "record"), CLASSIFIED)
+def test_a_label_that_is_no_verdict_is_a_class(row, record):
+    found = formats.check_row(row, "f:1").fields
+    assert found == record
+    assert formats.kind_of(found) == "classified"
+    assert formats.check_row(found, "f:1").fields == record
+
+
+def test_beside_a_prompt_and_a_completion_true_is_a_verdict_and_a_number_needs_its_format():
+    row = {"prompt": "a", "completion": "b"}
+    assert formats.kind_of(formats.check_row(row | {"label": True}, "f:1").fields) == "unpaired"
+    with pytest.raises(UserError, match="label is 3; write true"):
+        formats.check_row(row | {"label": 3}, "f:1")
+    assert formats.check_row(row | {"label": 3}, "f:1", "classified").fields == row | {"label": "3"}
+    # Whatever else a row is, a label beside it changes nothing.
+    assert formats.check_row({**PAIR, "label": "spam"}, "f:1").fields == PAIR
+
+
+STEPWISE = {"prompt": "Hi", "completions": ["a", "b"], "labels": [True, False]}
+BAD_STEPS = {
+    "no steps": ({"completions": [], "labels": []}, "completions must be a list"),
+    "one label": ({"labels": [True]}, "there are 2 completions and 1 labels; write a label for each step"),
+    "a number": ({"labels": [True, 1]}, r"labels\[1\] is 1; write true"),
+    "an empty step": ({"completions": ["a", " "]}, r"completions\[1\]"),
+}
+
+
+def test_steps_have_a_label_each():
+    record = formats.check_row(STEPWISE, "f:1").fields
+    assert record == STEPWISE | {"prompt": [{"role": "user", "content": "Hi"}]}
+    assert formats.kind_of(record) == "stepwise"
+    for changes, message in BAD_STEPS.values():
+        with pytest.raises(UserError, match=f"^f:1: {message}"):
+            formats.check_row(STEPWISE | changes, "f:1")
 
 
 def test_a_label_without_a_value_is_refused_unless_the_format_is_named():

@@ -30,6 +30,24 @@ def test_a_side_is_cut_by_itself():
     )
 
 
+def test_a_pair_is_cut_alike_whatever_other_pairs_there_are(tmp_path, make_tokenizer):
+    """Neither a longer prompt nor a longer answer elsewhere takes anything of a pair's own budget."""
+    pair = {"prompt": "a", "chosen": "b " * 40, "rejected": "c"}
+    longer = {"prompt": "a " * 4, "chosen": "b", "rejected": "c " * 90}
+    found = []
+    for number, rows in enumerate([[pair], [pair, longer], [longer, pair]]):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        spec = pipeline.DataSpec("pair", 32, 3, True, "assistant", vocab_size=1000)
+        loader, _ = pipeline.load([{"source": str(path)}], make_tokenizer(CHATML), spec)
+        found.append(loader.examples[rows.index(pair)].documents)
+    assert [len(document.tokens) for document in found[0]] == [32, len(found[0][1].tokens)]
+    for other in found[1:]:
+        for ours, theirs in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+            np.testing.assert_array_equal(ours.trained, theirs.trained)
+
+
 def test_a_pair_that_the_cut_makes_equal_or_empty_is_refused_with_its_row_and_what_to_do():
     pair = {"chosen": document(1, 2, 3, 4), "rejected": document(1, 2, 3, 5)}
     assert kinds.cut(pair, 4, "f:1").lengths == (4, 4)
@@ -136,3 +154,65 @@ def test_what_rows_say_of_their_documents_stands_at_each_token_and_decides_the_f
     batch = loader_of("ranked", pair | {"margin": 2.5}).batch(0)
     assert set(batch["labels"][0][batch["segment_ids"][0] > 0]) == {2.5}
     assert "labels" not in loader_of("pair", pair | {"margin": 2.5}).batch(0)
+
+
+def test_a_step_is_labeled_where_it_ends_and_steps_beyond_the_cut_fall_away(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML)
+    steps = ["4 + 1 is 5.", "4 + 1 is 5.", "So 6."]  # the same twice: no search would tell them apart
+    row = Row({"prompt": "What is 2 + 3?\n4 + 1 is 5.\n", "completions": steps, "labels": [True, False, True]}, "f:1")
+    (documents,) = ROW_KINDS["stepwise"].tokenize(row, tokenizer, None, "")
+    (document,) = documents.values()
+    places = np.flatnonzero(document.labels)
+    np.testing.assert_array_equal(document.labels[places], [1, -1, 1])
+    np.testing.assert_array_equal(np.flatnonzero(document.trained), places)
+    assert tokenizer.decode(document.tokens[places[:2]]) == "\n\n"
+    assert document.tokens[places[2]] == tokenizer.eos_token_id
+    answer = tokenizer.decode(document.tokens[: places[1] + 1]).rpartition("assistant\n")[2]
+    assert answer == "4 + 1 is 5.\n4 + 1 is 5.\n"
+    assert np.flatnonzero(kinds.cut(documents, places[1] + 1, "f:1").labels).tolist() == places[:2].tolist()
+    assert not kinds.cut(documents, places[0], "f:1").trained.any()
+    # Another separator, of several tokens.
+    (documents,) = ROW_KINDS["stepwise"].tokenize(row, tokenizer, None, "", kinds.Settings(step_separator=" => "))
+    (document,) = documents.values()
+    ends = np.flatnonzero(document.labels)
+    assert tokenizer.decode(document.tokens[: ends[0] + 1]).endswith("assistant\n4 + 1 is 5. => ")
+
+
+def test_steps_that_the_tokenizer_merges_are_refused(make_tokenizer):
+    row = Row({"prompt": "Hi", "completions": ["Fir", "t so"], "labels": [True, False]}, "f:1")
+    with pytest.raises(UserError, match=r"f:1: the tokenizer merges the end of completions\[0\] with the next one"):
+        ROW_KINDS["stepwise"].tokenize(row, make_tokenizer(CHATML), None, "", kinds.Settings(step_separator="s"))
+
+
+def test_a_class_is_a_name_or_an_index_and_another_is_refused_with_its_row(make_tokenizer):
+    tokenizer, settings = make_tokenizer(CHATML), kinds.Settings(classes=("ham", "spam"))
+
+    def classified(**fields):
+        (documents,) = ROW_KINDS["classified"].tokenize(check_row(fields, "f:7"), tokenizer, None, "", settings)
+        ((name, document),) = documents.items()
+        return name, set(document.labels), tokenizer.decode(document.tokens)
+
+    assert classified(text="a b", label="spam") == ("spam", {1}, "a b<|im_end|>")
+    assert classified(text="a b", label=0) == ("ham", {0}, "a b<|im_end|>")
+    name, _, text = classified(messages=[{"role": "user", "content": "Hi"}], label="ham")
+    assert name == "ham"
+    assert text.endswith("user\nHi<|im_end|>\n")
+    for label, message in (("spm", "label is 'spm', .*did you mean 'spam'"), (2, "label is '2', which is no name")):
+        with pytest.raises(UserError, match=f"^f:7: {message}"):
+            classified(text="a", label=label)
+    with pytest.raises(UserError, match="f:7: has no class"):
+        classified(prompt="a", completion="b", label=True)
+    # Supervised tuning does not learn answers that a label may call bad, and learns texts whatever their class.
+    with pytest.raises(UserError, match="f:7: is an answer with a label"):
+        ROW_KINDS["conversation"].tokenize(
+            Row({"prompt": "a", "completion": "b", "label": "bad"}, "f:7"), tokenizer, None, "assistant"
+        )
+    ((document,),) = (
+        d.values()
+        for d in ROW_KINDS["conversation"].tokenize(Row({"text": "a", "label": 1}, "f:7"), tokenizer, None, "assistant")
+    )
+    assert document.labels is None
+    with pytest.raises(UserError, match="f:7: label is 'bad'; this needs"):
+        ROW_KINDS["labeled"].tokenize(
+            Row({"prompt": "a", "completion": "b", "label": "bad"}, "f:7"), tokenizer, None, ""
+        )

@@ -1,0 +1,253 @@
+"""The compiled half of the engine: rows of a batch that are filled, go on by a token at a time, and are freed.
+
+`read` computes what a prompt leaves in the cache, by the kernels of training; `enter` puts it into free slots and
+chooses the first token of each; `decode` chooses further tokens on the device. How rows are sampled and when they end
+are arrays, for which nothing compiles anew: compiled shapes are the number of slots, their capacity and, of prompts, a
+coarse length.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax import sharding
+from ftjax.models.cache import Cache, init_cache
+from ftjax.models.decoder import Decoder
+from ftjax.models.groups import unroll_nested
+from ftjax.sampling.sampler import Chosen, Settings, choose, row_keys, step_keys
+from ftjax.tree import Tree
+
+
+class Rows(NamedTuple):
+    """What is asked of rows, [batch] each unless it says otherwise."""
+
+    seeds: jax.Array  # uint32
+    numbers: jax.Array  # int32: with the seed and the place of a token, what its randomness follows from
+    left: jax.Array  # int32: how many tokens may still be chosen
+    settings: Settings
+    stops: jax.Array  # int32 [batch, S]: tokens that end the row; -1 for none
+    biased: jax.Array  # int32 [batch, N]: tokens whose logits are changed; those of bias 0 do nothing
+    biases: jax.Array  # float32 [batch, N]
+
+
+@flax.struct.dataclass
+class Slots:
+    """The rows, used and free ones. What was chosen last is not in the cache yet."""
+
+    cache: Cache
+    tokens: jax.Array  # int32 [batch]: chosen last
+    positions: jax.Array  # int32 [batch]: of these
+    counts: jax.Array  # int32 [batch]: how many are chosen
+    active: jax.Array  # bool [batch]: used, and not at an end
+    rows: Rows
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens of a row."""
+        return jax.tree.leaves(self.cache.keys)[0].shape[3]
+
+
+class Prompts(NamedTuple):
+    """Prompts to read, padded on the right."""
+
+    tokens: jax.Array  # int32 [n, length]
+    lengths: jax.Array  # int32 [n], 1 at least
+    reach: jax.Array  # int32 [n], see Cache
+
+
+class Read(NamedTuple):
+    """What is left of prompts that were read."""
+
+    ends: jax.Array  # [n, D]: hidden states of their last tokens
+    keys: Any  # [layers, n, kv_heads, length, head_dim] of each stack
+    values: Any
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def empty(model: Decoder, rows: int, capacity: int, stops: int, biases: int) -> Slots:
+    """Free slots. model: the one that decodes, unrolled or not."""
+    zeros = jnp.zeros(rows, jnp.int32)
+    none = Rows(
+        zeros.astype(jnp.uint32),
+        *(zeros, zeros),
+        Settings(*(jnp.zeros(rows, dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32))),
+        jnp.full((rows, stops), -1, jnp.int32),
+        *(jnp.zeros((rows, biases), dtype) for dtype in (jnp.int32, jnp.float32)),
+    )
+    cache = init_cache(model.spec, rows, capacity, model.dtype, unrolled=model.unrolled)
+    return _lay_out(Slots(cache, zeros, zeros, zeros, zeros > 0, none))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(model: Decoder, variables: Tree, prompts: Prompts) -> Read:
+    """Reads whole prompts."""
+    count, length = prompts.tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length), (count, length))
+    segment_ids = (positions < prompts.lengths[:, None]).astype(jnp.int32)
+    hidden, (keys, values) = model.apply(
+        variables, prompts.tokens, positions, segment_ids, prompts.reach, method="prefill"
+    )
+    return Read(hidden[jnp.arange(count), prompts.lengths - 1], keys, values)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def read_on(
+    model: Decoder, variables: Tree, cache: Cache, tokens: jax.Array, start: jax.Array, count: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Reads a part of one long prompt, tokens int32 [1, length] of which `count` are there, after the `start` before.
+
+    Returns the hidden state of its last token, [1, D], and the cache with these tokens in.
+    """
+    places = jnp.arange(tokens.shape[1])[None]
+    segment_ids = (places < count).astype(jnp.int32)
+    hidden, cache = model.apply(variables, tokens, start + places, segment_ids, cache)
+    return jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False), cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def enter(
+    model: Decoder,
+    variables: Tree,
+    slots: Slots,
+    read: Read,
+    prompt: jax.Array,
+    lengths: jax.Array,
+    reach: jax.Array,
+    slot: jax.Array,
+    rows: Rows,
+) -> tuple[Slots, Chosen]:
+    """Puts m rows into slots, and chooses the first token of each.
+
+    model, variables: those that decode. prompt: int32 [m], which of those that were read; several rows may have the
+    same. lengths, reach: int32 [m], of that. slot: int32 [m]; one beyond the last is nowhere. rows: of m.
+    """
+    keys, values = read.keys, read.values
+    if model.unrolled:
+        keys, values = unroll_nested(model.spec, keys), unroll_nested(model.spec, values)
+
+    def insert(old: jax.Array, new: jax.Array) -> jax.Array:
+        length = min(new.shape[3], old.shape[3])  # what is beyond is padding
+        return old.at[:, slot, :, :length].set(new[:, prompt, :, :length].astype(old.dtype), mode="drop")
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[slot].set(new, mode="drop")
+
+    chosen, left, active = _choose(model, variables, read.ends[prompt], rows, jnp.zeros_like(slot))
+    rows = rows._replace(left=left)
+    cache = slots.cache.replace(
+        keys=jax.tree.map(insert, slots.cache.keys, keys),
+        values=jax.tree.map(insert, slots.cache.values, values),
+        reach=put(slots.cache.reach, reach),
+    )
+    slots = Slots(
+        cache,
+        put(slots.tokens, chosen.tokens),
+        put(slots.positions, lengths),
+        put(slots.counts, jnp.ones_like(slot)),
+        put(slots.active, active),
+        jax.tree.map(put, slots.rows, rows),
+    )
+    return _lay_out(slots), _on_all(chosen)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def decode(
+    model: Decoder, most: int, variables: Tree, slots: Slots, limit: jax.Array, waiting: jax.Array
+) -> tuple[Slots, Chosen, jax.Array]:
+    """Chooses up to `limit` tokens of each active row, at most `most`.
+
+    It ends early when no row is active any more, or, where prompts are waiting for a slot, as soon as a row has ended.
+    Returns the slots, what was chosen [most, batch], and whether there it was, bool [most, batch].
+    """
+    began = slots.active
+    batch = len(began)
+    nothing = Chosen(*(jnp.zeros((most, batch), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)))
+
+    def goes_on(carry):
+        slots, step, *_ = carry
+        freed = waiting & (slots.active != began).any()
+        return (step < limit) & slots.active.any() & ~freed
+
+    def one(carry):
+        slots, step, made, there = carry
+        was = slots.active
+        inputs = (slots.tokens[:, None], slots.positions[:, None], was[:, None].astype(jnp.int32))
+        hidden, cache = model.apply(variables, *inputs, slots.cache)
+        chosen, left, active = _choose(model, variables, hidden[:, 0], slots.rows, slots.counts)
+        one_more = was.astype(jnp.int32)
+        slots = slots.replace(
+            cache=cache,
+            tokens=jnp.where(was, chosen.tokens, slots.tokens),
+            positions=slots.positions + one_more,
+            counts=slots.counts + one_more,
+            active=was & active,
+            rows=slots.rows._replace(left=jnp.where(was, left, slots.rows.left)),
+        )
+        made = jax.tree.map(lambda all, new: all.at[step].set(new), made, chosen)
+        return slots, step + 1, made, there.at[step].set(was)
+
+    slots, _, made, there = jax.lax.while_loop(goes_on, one, (slots, 0, nothing, jnp.zeros((most, batch), bool)))
+    return _lay_out(slots), _on_all(made), _on_all(there)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def grow(slots: Slots, capacity: int) -> Slots:
+    """The slots with room for longer rows."""
+
+    def longer(part: jax.Array) -> jax.Array:
+        return jnp.pad(part, [(0, capacity - part.shape[3] if axis == 3 else 0) for axis in range(part.ndim)])
+
+    keys, values = jax.tree.map(longer, (slots.cache.keys, slots.cache.values))
+    return _lay_out(slots.replace(cache=slots.cache.replace(keys=keys, values=values)))
+
+
+def _choose(
+    model: Decoder, variables: Tree, hidden: jax.Array, rows: Rows, counts: jax.Array
+) -> tuple[Chosen, jax.Array, jax.Array]:
+    """The next token of rows from hidden [n, D]; how many may follow; and whether one does, bool [n]."""
+    logits = model.apply(variables, hidden, method="unembed")
+    if rows.biased.shape[1]:
+        logits = logits.at[jnp.arange(len(logits))[:, None], rows.biased].add(rows.biases)
+    keys = step_keys(row_keys(rows.seeds, rows.numbers), counts)
+    chosen = choose(logits, keys, rows.settings)
+    left = rows.left - 1
+    return chosen, left, (left > 0) & ~(chosen.tokens[:, None] == rows.stops).any(axis=-1)
+
+
+def _lay_out(slots: Slots) -> Slots:
+    """On a mesh: the cache is sharded like the activations; what the host reads is replicated."""
+
+    def split(part: jax.Array) -> jax.Array:
+        return sharding.constrain(part, "layers", "batch", "kv_heads", "length", None)
+
+    keys, values = jax.tree.map(split, (slots.cache.keys, slots.cache.values))
+    cache = slots.cache.replace(keys=keys, values=values)
+    return _on_all(slots.replace(cache=None)).replace(cache=cache)
+
+
+def _on_all(arrays: Any) -> Any:
+    """Whole on every device, for the hosts to read."""
+    return jax.tree.map(lambda x: sharding.constrain(x, *[None] * x.ndim), arrays)
+
+
+def rows_of(given: list[Rows], stops: int, biases: int, size: int) -> Rows:
+    """NumPy arrays of `size` rows from `given`, each with NumPy scalars and short vectors; the rest is of the first."""
+
+    def padded(vectors: list[np.ndarray], width: int, value: float) -> np.ndarray:
+        return np.stack([np.pad(one, (0, width - len(one)), constant_values=value) for one in vectors])
+
+    given = given + given[:1] * (size - len(given))
+    columns = Rows(*zip(*given))
+    return Rows(
+        np.array(columns.seeds, np.uint32),
+        np.array(columns.numbers, np.int32),
+        np.array(columns.left, np.int32),
+        Settings(*(np.concatenate(parts) for parts in zip(*columns.settings))),
+        padded(columns.stops, stops, -1),
+        padded(columns.biased, biases, 0),
+        padded(columns.biases, biases, 0.0),
+    )
