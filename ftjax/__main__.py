@@ -20,6 +20,7 @@ COMMANDS = {
     "sweep": "runs with other settings each, one after another or as a job array, and which is best",
     "evaluate": "whether a run helped: its model against what prompts can do with its base, and a verdict",
     "generate": "text from a model, an adapter or a run: one prompt, a conversation, or a file of prompts",
+    "score": "the rewards of rows by a reward model; of preference pairs its accuracy and calibration, too",
     "harness": "EleutherAI's lm-evaluation-harness on a run or a model",
     "report": "what came of a run as one page, or of several beside each other",
     "export": "a run's result for other software: a PEFT adapter, a Hugging Face model, a GGUF",

@@ -10,24 +10,38 @@ from ftjax import assemble, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.errors import UserError
+from ftjax.models.heads import COLLECTION, SCORE
 from ftjax.models.params import abstract_params
 from ftjax.tree import Tree
 from ftjax.weights.load import load_params
 from ftjax.weights.peft.adapter import open_adapter
+from ftjax.weights.peft.begun_heads import classifier
 
 NONE = "none"  # the name of the base without an adapter
 
 
-def load_model(source: str, adapters: Mapping[str, str], dtype: str) -> tuple[Base, dict[str, Tree]]:
+def load_model(
+    source: str, adapters: Mapping[str, str], dtype: str, heads: bool = False
+) -> tuple[Base, dict[str, Tree]]:
     """(base, {name: variables}) over this machine's devices, of a model and PEFT adapters {name: directory}.
 
     The adapters share the base's arrays; the name NONE has the base alone. Raises UserError for an
     adapter that does not fit it or was trained on another base.
+
+    heads: a reward model or a classifier is wanted, whose head the variables then have; else one is refused, as it has
+    no head for tokens.
     """
     config = configs.defaults()
     config.model.source, config.model.dtype, config.model.param_dtype = source, dtype, dtype
     base = assemble.open_base(config.model, adapter=_with_tokenizer(adapters))
     stored = {name: open_adapter(Path(path), base.model.spec) for name, path in adapters.items()}
+    begun = {NONE: classifier(base.reader)} | stored
+    begun = {name: its for name, its in begun.items() if its is not None and its.kind}
+    for its in begun.values() if not heads else ():
+        raise UserError(
+            f"{its.path}: is a model {its.kind}, whose head gives no tokens; python -m ftjax.score scores texts with "
+            "a reward model"
+        )
     facts = assemble.base_facts(config, base) if stored else None
     for adapter in stored.values():
         adapter.check_base(facts, base.reader)
@@ -41,6 +55,8 @@ def load_model(source: str, adapters: Mapping[str, str], dtype: str) -> tuple[Ba
             leaves[path] = jax.device_put(values.astype(leaves[path].dtype), leaves[path].sharding)
         lora = jax.device_put(adapters, sharding.replicated(mesh))
         variables[name] = {"params": tree.unflatten(leaves), "lora": lora}
+    for name, its in begun.items():
+        variables[name][COLLECTION] = {SCORE: {"kernel": jax.device_put(its.head(), sharding.replicated(mesh))}}
     return base, variables
 
 

@@ -30,7 +30,7 @@ from ftjax.models import params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.groups import stack_of
-from ftjax.models.heads import COLLECTION, abstract_heads, init_heads
+from ftjax.models.heads import COLLECTION, SCORE, abstract_heads, init_heads
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.reference import frozen_with_reference
@@ -42,7 +42,7 @@ from ftjax.tree import Tree
 from ftjax.weights import load as weights
 from ftjax.weights.gguf.read import GGUFReader, hub_id
 from ftjax.weights.hf.keys import hf_names
-from ftjax.weights.peft import continued
+from ftjax.weights.peft import begun_heads, continued
 from ftjax.weights.peft.adapter import BaseFacts, StoredAdapter, base_digest, embedding_rows
 from ftjax.weights.resized import ResizedReader, original
 from ftjax.weights.source import Reader, locate, open_source
@@ -343,12 +343,15 @@ def load_variables(
     The adapters are fresh ones, or those of config.adapter.source with what was trained whole beside them.
     wanted: of these paths only; the base's other weights are not even read.
     """
+    begun = begun_heads.kernel(config, base.reader, base.model.spec, abstract.get(COLLECTION, {}))
     params = {path: leaf for path, leaf in tree.flatten(abstract["params"]).items() if wanted(f"params/{path}")}
     variables = weights.load_variables(base.reader, base.model.spec, tree.unflatten(params), abstract.get("quant"))
     with distributed.together("reading the weights", limit=distributed.LOADING_SECONDS):
         pass  # some hosts read faster, and what they compute together next waits for none
     if COLLECTION in abstract and any(wanted(f"{COLLECTION}/{path}") for path in tree.flatten(abstract[COLLECTION])):
         variables[COLLECTION] = init_heads(abstract[COLLECTION], config.seed)
+        if begun is not None:
+            variables[COLLECTION][SCORE]["kernel"] = _placed(begun, abstract[COLLECTION][SCORE]["kernel"])
     if "lora" in abstract:
         variables = _with_adapters(config, base, abstract, variables)
     return tree.partition(variables, wanted)[0]
@@ -368,7 +371,7 @@ def _with_adapters(config: ConfigDict, base: Base, abstract: Tree, variables: Tr
     if adapter.init == "pissa":
         variables["params"], adapters = lora.pissa(variables["params"], adapters)
     if adapter.kind == "dora":
-        adapters = lora.with_magnitudes(functools.partial(kernel, variables), adapters)
+        adapters = lora.with_magnitudes(functools.partial(quant.kernel, variables), adapters)
     return variables | {"lora": adapters}
 
 
@@ -409,24 +412,6 @@ def trained_whole(config: ConfigDict, base: Base) -> set[str]:
     return _adapters(config, base.model, leaves)[2]
 
 
-def kernel(variables: Tree, module: str) -> jax.Array:
-    """The kernel [..., in, out] of a module, whole, however it is stored."""
-    leaves = tree.flatten(variables)
-    if f"params/{module}/kernel" in leaves:
-        return leaves[f"params/{module}/kernel"]
-    prefix = f"quant/{module}/"
-    packed = {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
-    return jax.jit(quant.dequantize, static_argnums=1)(packed, jnp.float32)
-
-
-def whole_params(variables: Tree, dtype: jnp.dtype) -> Tree:
-    """`params` with every quantized kernel made whole, in `dtype`: the base that the adapters were trained on."""
-    leaves = tree.flatten(variables["params"])
-    for module in {path.rpartition("/")[0] for path in tree.flatten(variables.get("quant", {}))}:
-        leaves[f"{module}/kernel"] = kernel(variables, module).astype(dtype)
-    return tree.unflatten(leaves)
-
-
 def keep_template(base: Base, config: ConfigDict, workdir: Path) -> None:
     """Keeps a template that the run chose in its workdir, since a file of the user's may change or move."""
     if config.data.chat_template:
@@ -456,9 +441,9 @@ def load_run(
     share: how far to go from the base to what was trained, 1 for all the way (see `interpolation`).
 
     What was trained, or where the run keeps one its average, comes from the checkpoint, without the optimizer's state,
-    and only what was not from the base. The mesh is this machine's, not the run's. moved: {"model" or "adapter": where
-    it is now}. Raises UserError where `workdir` holds no run or no such step, and for another base or adapter than the
-    run began with.
+    and only what was not from the base; beside a head, "kept" is what the method keeps. The mesh is this machine's, not
+    the run's. moved: {"model" or "adapter": where it is now}. Raises UserError where `workdir` holds no run or no such
+    step, and for another base or adapter than the run began with.
     """
     config = _found(configs.read(workdir / "config.json"), moved or {})
     origin.check_there(config, workdir)
@@ -471,15 +456,20 @@ def load_run(
     mesh = sharding.make_mesh({"fsdp": -1})
     with jax.set_mesh(mesh):
         run = program(config, base.model, mesh, total_steps=1)  # of which the optimizer is not used
+        if share != 1 and COLLECTION in run.variables:
+            raise UserError("--interpolate: this run has a head, which its base has not; there is nothing between them")
         if check is not None:
             check(config, base, run.variables)
         with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
             averaged = AVERAGE in run.state.kept
-            part = {"kept": {AVERAGE: run.state.result}} if averaged else {"trainable": run.state.result}
+            kept = {AVERAGE: run.state.result} if averaged else {}
+            kept |= run.state.collections.get("kept", {}) if COLLECTION in run.variables else {}
+            part = ({} if averaged else {"trainable": run.state.result}) | ({"kept": kept} if kept else {})
             step, state, _ = checkpoints.restore(part, step, partial=True)
-        result = state["kept"][AVERAGE] if averaged else state["trainable"]
+        kept = dict(state.get("kept", {}))
+        result = kept.pop(AVERAGE) if averaged else state["trainable"]
         frozen = load_variables(config, base, run.variables, lambda path: not run.is_trained(path))
-        variables = tree.combine(result, frozen)
+        variables = tree.combine(result, frozen) | ({"kept": kept} if kept else {})
         return config, base, variables if share == 1 else _interpolated(base, run, variables, share), step
 
 
@@ -487,7 +477,7 @@ def _interpolated(base: Base, run: Program, variables: Tree, share: float) -> Tr
     wanted = interpolation.changed(tree.flatten(run.variables), run.is_trained)
     abstract, _ = tree.partition(run.variables["params"], wanted.__contains__)
     params = tree.flatten(weights.load_params(base.reader, base.model.spec, abstract)) if wanted else {}
-    return interpolation.interpolated(variables, params, kernel, share)
+    return interpolation.interpolated(variables, params, quant.kernel, share)
 
 
 def _found(config: ConfigDict, moved: Mapping[str, str]) -> ConfigDict:

@@ -8,12 +8,13 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ftjax import config as configs
 from ftjax import memory, quant, sharding, tree
 from ftjax.assemble import NEW_TOKENS, Base, Program
 from ftjax.data.batch.loader import Loader
 from ftjax.evals.best import Standing, evaluations
 from ftjax.evals.general import is_category
-from ftjax.method import learning_rate
+from ftjax.method import learning_rate, method_of
 from ftjax.models import kernels, params
 from ftjax.objectives.reference import REFERENCE
 from ftjax.training import metrics
@@ -107,9 +108,13 @@ def result(workdir: Path, standing: Standing) -> dict[str, str]:
     rows |= {"checkpoints": str(workdir / "checkpoints") + _of_checkpoints(standing)}
     if (workdir / "samples.jsonl").exists():
         rows["completions"] = str(workdir / "samples.jsonl")
+    method = method_of(configs.read(workdir / "config.json"))
+    use = {"use it": f"{python} -m ftjax.generate --workdir {quoted} --prompt '...'"} if method.generates else {}
+    if method.rows == "ranked":
+        use = {"use it": f"{python} -m ftjax.score --reward {quoted} --data ROWS --out FILE"}
     return rows | {
         "metrics": f"{workdir / 'metrics.jsonl'}, and tensorboard --logdir {quoted}/tensorboard",
-        "use it": f"{python} -m ftjax.generate --workdir {quoted} --prompt '...'",
+        **use,
         "take it out": f"{python} -m ftjax.export --workdir {quoted} --format peft --out ADAPTER",
     }
 

@@ -19,6 +19,7 @@ float32) and for the logits.
 """
 
 import collections
+import copy
 import functools
 import math
 import os
@@ -34,7 +35,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from ftjax import assemble, cli, distributed, exportable, interpolation, lora, parity, tree
+from ftjax import assemble, cli, distributed, exportable, interpolation, lora, parity, quant, tree
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.atomic import room_for
@@ -45,11 +46,13 @@ from ftjax.evals import best
 from ftjax.evals.evaluator import is_eval
 from ftjax.method import learning_rate
 from ftjax.models.families import is_multimodal, spec_from_config
+from ftjax.models.heads import COLLECTION
 from ftjax.models.spec import DecoderSpec
 from ftjax.reporting import gather
 from ftjax.training import metrics
 from ftjax.tree import Tree
 from ftjax.weights.gguf.write import GGUF_TYPES, write_gguf
+from ftjax.weights.hf.classifier import Head
 from ftjax.weights.hf.end_tokens import unnamed
 from ftjax.weights.hf.files import read_json
 from ftjax.weights.hf.keys import FLOATS, hf_names
@@ -84,10 +87,13 @@ def export_peft(
     check = functools.partial(exportable.check_peft, vllm_rank=vllm_rank)
     run, base, variables, step = assemble.load_run(workdir, step, moved, check, share)
     config = _effective(run, base)
-    params, whole = tree.flatten(variables["params"]), assemble.trained_whole(run, base)
-    ends = base.tokenizer.convert_ids_to_tokens(unnamed(base.reader.config, base.end_tokens))
+    head = exportable.head_of(run, base, variables)
+    params = tree.flatten(exportable.without_token_head(variables["params"], variables))
+    whole = assemble.trained_whole(run, base) & params.keys()
+    ends = [] if head else base.tokenizer.convert_ids_to_tokens(unnamed(base.reader.config, base.end_tokens))
     adapters = variables["lora"] if vllm_rank is None else uniform(variables["lora"], whole, vllm_rank)
     saved = {path: params[path] for path in whole}
+    save_tokenizer = functools.partial(_write_tokenizer, run, base, head=head) if _has_own_tokenizer(run) else None
     with room_for(out, sum(leaf.nbytes for leaf in [*tree.flatten(adapters).values(), *saved.values()])):
         write_adapter(
             out,
@@ -108,10 +114,12 @@ def export_peft(
                 published=assemble.published(base),
                 ends=ends,
                 results=results(workdir, step),
-                notes=_of_share(share),
+                notes=_of_share(share) + _of_head(head),
+                head=head and _shown_head(head, base),
             ),
             generation=generation_config(exportable.model_config(base), _sampling(base)) if ends else None,
-            save_tokenizer=functools.partial(_write_tokenizer, run, base) if _has_own_tokenizer(run) else None,
+            save_tokenizer=save_tokenizer,
+            head=head,
         )
     if ends and is_first():
         print(
@@ -143,7 +151,7 @@ def export_model(
     of_tokenizer: dict[str, Any] = {}  # the metadata of a GGUF
 
     def check(config: ConfigDict, base: Base, variables: Tree) -> None:
-        of_tokenizer.update(exportable.check_model(format, base, variables))
+        of_tokenizer.update(exportable.check_model(format, config, base, variables))
 
     config, base, variables, step = assemble.load_run(workdir, step, moved, check, share)
     came_of_it = results(workdir, step)
@@ -151,14 +159,16 @@ def export_model(
     mesh = jax.tree.leaves(variables)[0].sharding.mesh
     texts = parity.prompts(base.tokenizer, workdir / "samples.jsonl", base.model.spec.max_position_embeddings)
     expected = parity.logits(base.model, variables, texts, mesh)
+    compare = parity.number_differences if COLLECTION in variables else parity.differences
     base_difference = None
     if "lora" in variables:
         plain = {name: part for name, part in variables.items() if name != "lora"}
-        base_difference = parity.differences(expected, parity.logits(base.model, plain, texts, mesh))
+        base_difference = compare(expected, parity.logits(base.model, plain, texts, mesh))
 
     # A GGUF gets a temporary directory too, so that it and its parity.json appear only when both are complete.
     target = out.with_name(f".{out.name}.export") if format == "gguf" else out
-    notes = _of_share(share) + _notes(config, base, variables)
+    head = exportable.head_of(config, base, variables)
+    notes = _of_share(share) + _notes(config, base, variables) + _of_head(head)
     stored = _GGUF_STORES[gguf_type]
     if format != "gguf":
         stored = dtype or stored_dtype(base.reader, config.model.param_dtype)
@@ -167,9 +177,9 @@ def export_model(
         if format == "gguf":
             _write_gguf(written, base, variables, gguf_type, of_tokenizer, name=out.stem)
         else:
-            _write_directory(written, config, base, variables, stored)
+            _write_directory(written, config, base, variables, stored, head)
         del variables  # releases the run's weights before the export's are loaded
-        difference = parity.differences(expected, parity.logits(*parity.reload(written, mesh), texts, mesh))
+        difference = compare(expected, parity.logits(*parity.reload(written, mesh), texts, mesh))
         parity.check(difference, stored)
         about = {"run": workdir.resolve().name, "step": step, "format": format, "base_model": shown(base.source)}
         if share != 1:
@@ -192,6 +202,7 @@ def export_model(
                     report,
                     assemble.published(base),
                     results=came_of_it,
+                    head=head and _shown_head(head, base),
                 )
                 (directory / "README.md").write_text(card, encoding="utf-8")
     if format == "gguf":
@@ -258,11 +269,39 @@ def _of_share(share: float) -> list[str]:
     ]
 
 
+def _of_head(head: Head | None) -> list[str]:
+    """What a user of a reward model or a classifier should know of its scores."""
+    if head is None:
+        return []
+    notes = []
+    if "mean" in head.facts:
+        parts = [f"{mean:.4g} and {std:.4g}" for mean, std in zip(head.facts["mean"], head.facts["std"], strict=True)]
+        notes.append(
+            f"Rewards of the training pairs had the mean and the standard deviation {'; '.join(parts)}. The head has "
+            "no bias that could hold them: transformers gives rewards as they are, and `ftjax_reward` in config.json "
+            "(of an adapter in ftjax_adapter.json) has what ftjax normalizes them with."
+        )
+    if head.pad is None and not head.of_tokens:
+        notes.append(
+            "No token of this tokenizer could pad: each may end a text, and transformers reads a score at the last "
+            "token that is not padding. So pad_token_id is null, and texts are scored one at a time. A run with "
+            "config.model.add_tokens=('<|pad|>',) has a token for it."
+        )
+    return notes
+
+
+def _shown_head(head: Head, base: Base) -> dict[str, Any]:
+    """What the card shows of a head."""
+    pad = None if head.pad is None else base.tokenizer.convert_ids_to_tokens(head.pad)
+    return {"kind": head.kind, "labels": head.labels, "pad_token": pad}
+
+
 def _whole(base: Base, variables: Tree) -> tuple[DecoderSpec, Tree]:
     """(spec, dequantized parameters) that the adapters are to be merged into."""
-    params = assemble.whole_params(variables, base.model.param_dtype)
+    params = quant.whole_params(variables, base.model.param_dtype)
     if exportable.must_untie(base.model.spec, variables):
         params = params | {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
+    params = exportable.without_token_head(params, variables)
     return exportable.written_spec(base, variables), params
 
 
@@ -285,24 +324,31 @@ def _has_own_tokenizer(config: ConfigDict) -> bool:
     return bool(model.add_tokens or model.resize_vocab or data.chat_template or data.system)
 
 
-def _write_tokenizer(config: ConfigDict, base: Base, directory: Path) -> None:
-    write_tokenizer(directory, exportable.written_tokenizer(base), base.path, new_tokens=bool(config.model.add_tokens))
+def _write_tokenizer(config: ConfigDict, base: Base, directory: Path, head: Head | None = None) -> None:
+    tokenizer = exportable.written_tokenizer(base)
+    if head is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = None if head.pad is None else tokenizer.convert_ids_to_tokens(head.pad)
+    write_tokenizer(directory, tokenizer, base.path, bool(config.model.add_tokens), head is not None)
 
 
-def _write_directory(directory: Path, config: ConfigDict, base: Base, variables: Tree, dtype: str) -> None:
+def _write_directory(
+    directory: Path, config: ConfigDict, base: Base, variables: Tree, dtype: str, head: Head | None
+) -> None:
     spec, params = _whole(base, variables)
     write_model(
         directory,
         params,
         spec,
         exportable.model_config(base),
-        adapters=variables.get("lora"),
+        adapters=exportable.without_token_head(variables.get("lora", {}), variables),
         generation=_sampling(base),
         dtype=jnp.dtype(dtype),
+        head=head,
     )
     with together(f"writing {directory}"):
         if is_first():
-            _write_tokenizer(config, base, directory)
+            _write_tokenizer(config, base, directory, head)
 
 
 def _write_gguf(out: Path, base: Base, variables: Tree, kind: str, of_tokenizer: dict[str, Any], name: str) -> None:
@@ -326,11 +372,17 @@ def _print_report(report: dict[str, Any], notes: list[str]) -> None:
         return
     for note in notes:
         print(note)
+    what, more = "score", ""
+    if "mean_kl" in report:
+        what = "logit"
+        more = (
+            f"; mean KL {report['mean_kl']:.2g}; the likeliest token is the same at {report['top1_agreement']:.1%} of "
+            f"{report['positions']} positions"
+        )
     print(
-        f"against the run, on {len(report['prompts'])} prompts: logits differ by "
-        f"{report['max_abs_logit_difference']:.2g} at most, {report['mean_abs_logit_difference']:.2g} in the mean; "
-        f"mean KL {report['mean_kl']:.2g}; the likeliest token is the same at {report['top1_agreement']:.1%} of "
-        f"{report['positions']} positions"
+        f"against the run, on {len(report['prompts'])} prompts: {what}s differ by "
+        f"{report[f'max_abs_{what}_difference']:.2g} at most, {report[f'mean_abs_{what}_difference']:.2g} in the mean"
+        f"{more}"
     )
     base_difference = report["base_without_adapter"]
     if base_difference and report["relative_difference"] > base_difference["relative_difference"] / 2:

@@ -10,12 +10,18 @@ from transformers import PreTrainedTokenizerFast
 from ftjax import assemble, tree
 from ftjax.assemble import Base
 from ftjax.errors import UserError
+from ftjax.method import method_of
+from ftjax.models.heads import COLLECTION, SCORE
 from ftjax.models.spec import DecoderSpec
+from ftjax.objectives.reward import REWARDS
+from ftjax.training.state import normalization
 from ftjax.tree import Tree
 from ftjax.weights.gguf.tokenizer import from_metadata
 from ftjax.weights.gguf.tokenizer_write import check_same, to_metadata
 from ftjax.weights.gguf.write import gguf_header
+from ftjax.weights.hf.classifier import TEXTS, TOKENS, Head, architecture
 from ftjax.weights.hf.end_tokens import with_end_of_turn, with_ends
+from ftjax.weights.hf.padding import padding_token
 from ftjax.weights.peft.adapter import refuse_experts
 from ftjax.weights.peft.vllm import uniform
 
@@ -25,29 +31,31 @@ def check_peft(config: ConfigDict, base: Base, variables: Tree, vllm_rank: int |
 
     variables: shapes suffice. vllm_rank: the largest rank of the vLLM that is to read it; None: it is for peft.
     """
-    _refuse_heads(variables, "peft")
+    _check_heads(config, base, variables, "peft")
     if "lora" not in variables:
         raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
     whole = assemble.trained_whole(config, base)
     refuse_experts([*tree.by_module(variables["lora"]), *whole])
+    if vllm_rank is not None and COLLECTION in variables:
+        raise UserError("--vllm: vLLM has no adapters of reward models and classifiers; leave --vllm out, or merge it")
     if vllm_rank is not None:
         jax.eval_shape(lambda adapters: uniform(adapters, whole, vllm_rank), variables["lora"])
 
 
-def check_model(format: str, base: Base, variables: Tree) -> dict[str, Any]:
+def check_model(format: str, config: ConfigDict, base: Base, variables: Tree) -> dict[str, Any]:
     """The metadata of the tokenizer for a GGUF, {} for other formats ("merged", "hf").
 
     UserError for a run without an adapter to merge; for a decoder or a tokenizer that a GGUF file has no words for.
     """
-    _refuse_heads(variables, format)
+    _check_heads(config, base, variables, format)
     if format == "merged" and "lora" not in variables:
         raise UserError("this run has no adapter to merge (config.adapter.kind='none'); use --format hf")
     if format != "gguf":
         return {}
-    config = gguf_config(base, written_spec(base, variables))
-    architecture, *_ = gguf_header(written_spec(base, variables), config)
-    metadata = to_metadata(written_tokenizer(base), config)
-    check_same(from_metadata(base.path, metadata | {"general.architecture": architecture}), base.tokenizer)
+    header = gguf_config(base, written_spec(base, variables))
+    name, *_ = gguf_header(written_spec(base, variables), header)
+    metadata = to_metadata(written_tokenizer(base), header)
+    check_same(from_metadata(base.path, metadata | {"general.architecture": name}), base.tokenizer)
     return metadata
 
 
@@ -55,19 +63,22 @@ def check(formats: tuple[str, ...], config: ConfigDict, base: Base, variables: T
     """UserError where the result of a run cannot be exported to one of config.export_formats."""
     for format in formats:
         try:
-            check_peft(config, base, variables) if format == "peft" else check_model(format, base, variables)
+            check_peft(config, base, variables) if format == "peft" else check_model(format, config, base, variables)
         except UserError as error:
             raise UserError(f"config.export_formats: {format!r} would be refused at the end: {error}") from error
 
 
 def must_untie(spec: DecoderSpec, variables: Tree) -> bool:
     """Whether the embedding and the head, one matrix in the base, are two once the adapter is merged."""
-    return spec.tie_word_embeddings and "embed_tokens" in variables.get("lora", {})
+    adapted = "embed_tokens" in variables.get("lora", {})
+    return spec.tie_word_embeddings and adapted and COLLECTION not in variables
 
 
 def written_spec(base: Base, variables: Tree) -> DecoderSpec:
-    """The spec of the merged model."""
+    """The spec of the merged model; one with a head of numbers has none for tokens."""
     spec = base.model.spec
+    if COLLECTION in variables:
+        return dataclasses.replace(spec, tie_word_embeddings=True)
     return dataclasses.replace(spec, tie_word_embeddings=False) if must_untie(spec, variables) else spec
 
 
@@ -86,11 +97,48 @@ def written_tokenizer(base: Base) -> PreTrainedTokenizerFast:
     return with_end_of_turn(base.tokenizer, base.reader.config, base.end_tokens)
 
 
-def _refuse_heads(variables: Tree, format: str) -> None:
-    """UserError for a run with parameters that no format can hold: an export never drops any silently."""
+def head_of(config: ConfigDict, base: Base, variables: Tree) -> Head | None:
+    """The head of a reward model or a classifier as it is written; None of any other run.
+
+    variables: with what the run keeps ("kept"), of which a reward's normalization is made; shapes have none.
+    """
+    if COLLECTION not in variables:
+        return None
+    objective, kernel = config.objective, variables[COLLECTION][SCORE]["kernel"]
+    facts = {"method": objective.name, "max_length": config.data.max_length}
+    if REWARDS in variables.get("kept", {}):
+        mean, std = normalization(variables["kept"])
+        facts |= {"mean": mean.tolist(), "std": std.tolist(), "label_noise": objective.label_noise}
+    count, of_tokens = kernel.shape[-1], _kind(config) == TOKENS
+    rewards = ("reward",) if count == 1 else tuple(f"reward_{i}" for i in range(count))
+    labels = ("wrong", "right") if of_tokens else tuple(objective.classes) or rewards
+    pad = padding_token(base.tokenizer, base.end_tokens, base.model.spec.vocab_size)
+    return Head(kernel, labels, of_tokens, pad, facts)
+
+
+def without_token_head(tree: Tree, variables: Tree) -> Tree:
+    """Parameters or adapters without those of the output head, where the run has a head of numbers instead."""
+    return {name: part for name, part in tree.items() if COLLECTION not in variables or name != "lm_head"}
+
+
+def _kind(config: ConfigDict) -> str:
+    return TOKENS if method_of(config).rows == "stepwise" else TEXTS
+
+
+def _check_heads(config: ConfigDict, base: Base, variables: Tree, format: str) -> None:
+    """UserError for a run with parameters that the format cannot hold: an export never drops any silently."""
     written = {"params", "lora", "quant"}
-    if heads := list(tree.flatten({name: part for name, part in variables.items() if name not in written})):
+    unknown = tree.flatten({name: part for name, part in variables.items() if name not in written})
+    if not unknown:
+        return
+    if set(unknown) != {f"{COLLECTION}/{SCORE}/kernel"}:
         raise UserError(
-            f"this run has a head ({', '.join(heads)}), which --format {format} cannot hold, nor can any other format; "
-            "use the run itself (--workdir), whose checkpoints hold it"
+            f"this run has a head ({', '.join(unknown)}), which --format {format} cannot hold, nor can any other "
+            "format; use the run itself (--workdir), whose checkpoints hold it"
         )
+    if format == "gguf":
+        raise UserError(
+            "this run has a head of numbers (heads/score), for which a GGUF has no words; use --format hf (or merged, "
+            "or peft), or the run itself (--workdir)"
+        )
+    architecture(base.model.spec.family, _kind(config))

@@ -85,10 +85,18 @@ def located(config: ConfigDict, path: Path) -> ConfigDict:
     for section, key in (("data", "train"), ("data", "eval"), ("evaluate", "general")):
         entries = [(entry, configs.source_entry(entry, f"{section}.{key}")) for entry in out[section][key]]
         out[section][key] = [
-            _absolute(entry) if isinstance(entry, str) else given | {"source": _absolute(given["source"])}
+            _absolute(entry)
+            if isinstance(entry, str)
+            else given | {"source": _absolute(given["source"])} | _score(given)
             for entry, given in entries
         ]
     return out
+
+
+def _score(entry: Mapping[str, Any]) -> dict[str, str]:
+    """The score of an entry where that is given by a model in a directory; {} else."""
+    kind, colon, path = entry.get("score", "").partition(":")
+    return {"score": f"{kind}:{Path(path).expanduser().absolute()}"} if colon and kind == configs.REWARD else {}
 
 
 def _absolute(source: str) -> str:

@@ -23,8 +23,10 @@ from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
+from ftjax.models.heads import COLLECTION, SCORE, values
 from ftjax.models.params import abstract_params
 from ftjax.tree import Tree
+from ftjax.weights.hf.classifier import ClassifierReader
 from ftjax.weights.load import load_params
 from ftjax.weights.source import open_source
 
@@ -74,7 +76,10 @@ def _samples(path: Path) -> list[tuple[str, str]]:
 
 
 def logits(model: Decoder, variables: Tree, texts: list[Prompt], mesh: Mesh) -> list[np.ndarray]:
-    """float32 [tokens, vocab] for each prompt, in float32 whatever the model's dtype; the same in all processes."""
+    """float32 [tokens, vocab] for each prompt, in float32 whatever the model's dtype; the same in all processes.
+
+    Of a model whose head gives K numbers instead, these: [tokens, K].
+    """
     model = model.clone(dtype=jnp.float32, remat="none")
     lengths = np.array([len(prompt.tokens) for prompt in texts])
     tokens = np.zeros((len(texts), lengths.max()), np.int32)
@@ -86,9 +91,13 @@ def logits(model: Decoder, variables: Tree, texts: list[Prompt], mesh: Mesh) -> 
     # By default TPUs and GPUs multiply float32 in lower precision.
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         forward = jax.jit(lambda variables, *batch: model.apply(variables, *batch)[0], out_shardings=whole)
-        unembed = jax.jit(
-            lambda variables, hidden: model.apply(variables, hidden, method=model.unembed), out_shardings=whole
-        )
+
+        def head(variables: Tree, hidden: jax.Array) -> jax.Array:
+            if COLLECTION in variables:
+                return values(variables, SCORE, hidden)
+            return model.apply(variables, hidden, method=model.unembed)
+
+        unembed = jax.jit(head, out_shardings=whole)
         hidden = forward(variables, tokens, np.where(is_token, positions, 0), is_token.astype(np.int32))
         # One prompt at a time: logits are much wider than anything else.
         rows = (np.asarray(unembed(variables, row)) for row in np.asarray(hidden))
@@ -101,7 +110,10 @@ def reload(path: Path, mesh: Mesh) -> tuple[Decoder, Tree]:
     spec = spec_from_config(reader.config)
     dtype = functools.reduce(jnp.promote_types, sorted({reader.dtype(name).name for name in reader.names()}))
     model = Decoder(spec, jnp.float32, jnp.dtype(dtype))
-    return model, {"params": load_params(reader, spec, abstract_params(model, mesh))}
+    variables = {"params": load_params(reader, spec, abstract_params(model, mesh))}
+    if isinstance(reader, ClassifierReader):
+        variables[COLLECTION] = {SCORE: {"kernel": jax.device_put(reader.head(), sharding.replicated(mesh))}}
+    return model, variables
 
 
 def differences(expected: list[np.ndarray], actual: list[np.ndarray]) -> dict[str, float]:
@@ -124,6 +136,20 @@ def differences(expected: list[np.ndarray], actual: list[np.ndarray]) -> dict[st
         "mean_kl": float(kl.mean()),
         "top1_agreement": float(same.mean()),
         "relative_difference": float(np.sqrt(off.sum() / size.sum())),
+    }
+
+
+def number_differences(expected: list[np.ndarray], actual: list[np.ndarray]) -> dict[str, float]:
+    """How far `actual` is from `expected`, each a list of float32 [tokens, K], the numbers of a head.
+
+    `relative_difference`: the root mean square of the difference over the standard deviation of the expected numbers.
+    """
+    ours, theirs = (np.concatenate(part).astype(np.float64) for part in (expected, actual))
+    gap = np.abs(theirs - ours)
+    return {
+        "max_abs_score_difference": float(gap.max()),
+        "mean_abs_score_difference": float(gap.mean()),
+        "relative_difference": float(np.sqrt(np.mean(gap**2) / np.mean(np.var(ours, axis=0)))),
     }
 
 
@@ -151,11 +177,16 @@ def check(difference: dict[str, float], stored: str) -> None:
     """Raises UserError when an export differs from its run by more than its stored type explains."""
     limit = LIMITS[stored]
     if not difference["relative_difference"] <= limit:  # NaN included
+        if "mean_kl" in difference:
+            what = (
+                f"logits differ by {difference['max_abs_logit_difference']:.3g} at most, KL {difference['mean_kl']:.2g}"
+            )
+        else:
+            what = f"scores differ by {difference['max_abs_score_difference']:.3g} at most"
         raise UserError(
-            f"the export does not say what the run says: its logits differ by {difference['relative_difference']:.2g} "
-            f"of their size (by {difference['max_abs_logit_difference']:.3g} at most, KL {difference['mean_kl']:.2g}), "
-            f"where {stored} explains {limit:g}; nothing was written. Try --dtype float32, and report this if that "
-            "fails as well"
+            f"the export does not say what the run says: its {what}, {difference['relative_difference']:.2g} of their "
+            f"size, where {stored} explains {limit:g}; nothing was written. Try --dtype float32, and report this if "
+            "that fails as well"
         )
 
 

@@ -162,3 +162,21 @@ def _nearest(values: jax.Array, code: np.ndarray) -> jax.Array:
     for middle in middles:  # sixteen comparisons vectorize, a search does not
         index += (values > middle).astype(jnp.uint8)
     return index
+
+
+def kernel(variables: Tree, module: str) -> jax.Array:
+    """The kernel [..., in, out] of a module, whole, however it is stored."""
+    leaves = tree.flatten(variables)
+    if f"params/{module}/kernel" in leaves:
+        return leaves[f"params/{module}/kernel"]
+    prefix = f"quant/{module}/"
+    packed = {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
+    return jax.jit(dequantize, static_argnums=1)(packed, jnp.float32)
+
+
+def whole_params(variables: Tree, dtype: jnp.dtype) -> Tree:
+    """`params` with every quantized kernel made whole, in `dtype`: the base that the adapters were trained on."""
+    leaves = tree.flatten(variables["params"])
+    for module in {path.rpartition("/")[0] for path in tree.flatten(variables.get("quant", {}))}:
+        leaves[f"{module}/kernel"] = kernel(variables, module).astype(dtype)
+    return tree.unflatten(leaves)

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import ftjax
-from ftjax import assemble, interpolation, resume, sharding, tree
+from ftjax import assemble, interpolation, quant, resume, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base, Program
 from ftjax.data import pipeline
@@ -68,7 +68,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full, replay 20 %": FULL | {"replay": 0.2},
     "full, L2-SP": FULL | {"optimizer.l2_sp": 1000.0},
     "LoRA, rate 5e-4": LORA | {"optimizer.learning_rate": 5e-4},
-    "full, rate 2e-5": FULL | {"optimizer.learning_rate": 2e-5},
 }
 INTERPOLATED = ("LoRA, rank 16", "full")  # also so far from base to tuned as SHARES say
 
@@ -196,7 +195,7 @@ def untrained(base: Base) -> tuple[Tree, Program]:
 def interpolated(base: Base, program: Program, variables: Tree, plain: Tree, share: float) -> Tree:
     paths = interpolation.changed(tree.flatten(program.variables), program.is_trained)
     params = {path: leaf for path, leaf in tree.flatten(plain["params"]).items() if path in paths}
-    return interpolation.interpolated(variables, params, assemble.kernel, share)
+    return interpolation.interpolated(variables, params, quant.kernel, share)
 
 
 def read(file: Path) -> list[dict]:

@@ -37,10 +37,10 @@ FLOORS = [
     {"memory"},
     {"choices"},
     {"adapted", "prompts"},
-    {"evals"},
+    {"evals", "rewards"},
     {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
     {"labeling", "planning"},
-    {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness"}
+    {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness", "score"}
     | {"plan", "inspect_data", "curate", "label", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

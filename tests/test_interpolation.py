@@ -7,7 +7,7 @@ from support.peft_witness import base_in_torch
 from support.runs import command, finish
 from support.tiny import one_device
 
-from ftjax import assemble, interpolation, tree
+from ftjax import interpolation, quant, tree
 from ftjax.errors import UserError
 from ftjax.models.params import abstract_params
 from ftjax.weights.load import load_params
@@ -41,10 +41,10 @@ def test_every_weight_is_on_the_line(directory, name):
     published = load_params(reader, run.model.spec, abstract_params(run.model, one_device()))
     wanted = interpolation.changed(tree.flatten(run.variables), run.is_trained)
     base = {path: leaf for path, leaf in tree.flatten(published).items() if path in wanted}
-    found = interpolation.interpolated(run.variables, base, assemble.kernel, 0.3)
+    found = interpolation.interpolated(run.variables, base, quant.kernel, 0.3)
 
     if "quant" in run.variables:  # the base is the one that the adapter was trained beside
-        published = assemble.whole_params(run.variables, np.float32)
+        published = quant.whole_params(run.variables, np.float32)
     start, tuned, between = (
         {path: np.asarray(leaf, np.float64) for path, leaf in tree.flatten(params).items()}
         for params in (published, weights(run.variables), weights(found))
@@ -61,7 +61,7 @@ def test_every_weight_is_on_the_line(directory, name):
 
 def weights(variables):
     """The parameters of the model with its adapters in them, in float64."""
-    params = assemble.whole_params(variables, np.float32)
+    params = quant.whole_params(variables, np.float32)
     leaves = {path: np.asarray(leaf, np.float64) for path, leaf in tree.flatten(params).items()}
     for module, parts in tree.by_module(variables.get("lora", {})).items():
         its = {part: np.asarray(leaf, np.float64) for part, leaf in parts.items()}

@@ -87,7 +87,7 @@ def test_logits_and_gradients_are_those_of_the_dequantized_base(case, kind, reco
     variables["lora"] = jax.tree.map(
         lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32), variables["lora"]
     )
-    whole = {"params": assemble.whole_params(variables, jnp.float32), "lora": variables["lora"]}
+    whole = {"params": quant.whole_params(variables, jnp.float32), "lora": variables["lora"]}
     objective = make_sft(model)
 
     @jax.jit

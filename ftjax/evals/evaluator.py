@@ -90,6 +90,7 @@ class Evaluator:
         """
         rows = self._loader and self._loader.examples.digest
         asked = [[its.metric, [question.example for question in its.questions]] for its in self._sets]
+        asked += [its.how.model for its in self._sets if its.how.model]
         answers = ("max_new_tokens", "samples", "temperature")  # settings that a score depends on
         settings = [self._config[key] for key in answers if asked]
         asked += [[its.metric, its.contents()] for its in self._likely]
@@ -111,8 +112,8 @@ class Evaluator:
                 self._write_samples(step, its.name, records)
             told = ", ".join(f"{name.rpartition('/')[2]} {value:.1%}" for name, value in list(found.items())[1:])
             self._display.say(
-                f"step {step}: {its.name} scores {found[its.metric]:.1%} on {len(its.questions)} examples"
-                + (f" ({self._config.samples} answers each; {told})" if told else "")
+                f"step {step}: {its.name} scores {found[its.metric]:{'.1%' if its.how.share else '.4g'}} on "
+                f"{len(its.questions)} examples" + (f" ({self._config.samples} answers each; {told})" if told else "")
             )
         for its in self._likely:
             metrics |= self._likelihoods(step, its, policy)
@@ -175,7 +176,8 @@ class Evaluator:
             )
         texts = [self._base.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in completions]
         # By one process: programs, and functions that ask elsewhere, may not give the same to each.
-        grades = json.dumps(its.grade_all(texts, questions)) if distributed.is_first() else None
+        is_mine = its.how.together is not None or distributed.is_first()
+        grades = json.dumps(its.grade_all(texts, questions)) if is_mine else None
         grades = json.loads(distributed.tell(grades, limit=distributed.LOADING_SECONDS))
         return [
             {"prompt": question.prompt.last, "completion": text, "expected": question.expected, "score": grade}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax.config import SHIPPED
+from ftjax.config import REWARD, SHIPPED
 from ftjax.data.format.example import Row
 from ftjax.data.read.sources import TASK, read_sources
 from ftjax.errors import UserError
@@ -69,7 +69,11 @@ class ScoredSet(NamedTuple):
         return scores.checked(value, where)
 
     def grade_all(self, completions: Sequence[str], questions: Sequence[Question]) -> list[float]:
-        """`grade` of each; programs run side by side."""
+        """`grade` of each; programs run side by side, and a reward model reads them in batches."""
+        if self.how.together is not None:
+            values = self.how.together(completions, [question.example for question in questions])
+            origins = [question.prompt.origin for question in questions]
+            return [scores.checked(value, f"{at}: {self.score}") for value, at in zip(values, origins, strict=True)]
         if not self.how.runs_code:
             return list(map(self.grade, completions, questions))
         with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -212,4 +216,4 @@ def entry_name(entry: dict[str, Any]) -> str:
 
 
 def _score_name(entry: dict[str, Any]) -> str:
-    return entry["score"].rpartition(":")[2]
+    return REWARD if entry["score"].startswith(f"{REWARD}:") else entry["score"].rpartition(":")[2]

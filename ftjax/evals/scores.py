@@ -2,14 +2,15 @@
 
 A score is a function of the completion and the example: the row's own fields, and under "messages" the conversation,
 which ends with the expected answer where there is one. The score of a task (`ftjax/tasks/`) has the same form, and so
-has one that asks a reward model.
+has that of a reward model (`ftjax.rewards.score`).
 """
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ftjax.config import REWARD
 from ftjax.errors import UserError, did_you_mean
 from ftjax.evals import json_scores, python_tests, text_scores
 
@@ -24,6 +25,10 @@ class Score(NamedTuple):
       check: of an example, before anything is scored: UserError where the score cannot read it. None: it reads any.
       runs_code: it runs what the model wrote.
       binary: it is 0 or 1, so that several samples of a prompt have a pass@k.
+      together: (completions, examples) -> the numbers of all at once, in every process, where that is how it is
+        computed; None: one by one, in one process.
+      share: its mean is shown in percent.
+      model: the directory of the model that gives it, if one does; another one's numbers do not compare.
     """
 
     function: Callable[[str, dict], float]
@@ -32,6 +37,9 @@ class Score(NamedTuple):
     check: Callable[[dict], None] | None = None
     runs_code: bool = False
     binary: bool = False
+    together: Callable[[Sequence[str], Sequence[dict]], list[float]] | None = None
+    share: bool = True
+    model: str = ""
 
 
 def _comparing(function: Callable[[str, dict], float], what: str, **fields: Any) -> Score:
@@ -70,10 +78,14 @@ MULTIPLE_CHOICE, PERPLEXITY = LIKELY = ("multiple_choice", "perplexity")
 
 
 def find(name: str, where: str) -> Score:
-    """The score called `name`, or the function that MODULE:FUNCTION names; UserError with `where` for others."""
+    """The score called `name`, that of the reward model which reward:PATH names, or the function that MODULE:FUNCTION
+    names; UserError with `where` for others."""
     if name in SCORES:
         return SCORES[name]
     module, colon, function = name.partition(":")
+    if module == REWARD and colon:
+        # By name: it asks which step of a run is best, which is decided by scores.
+        return importlib.import_module("ftjax.rewards").score(function, where)
     if not colon:
         meant = did_you_mean(name, [*SCORES, *LIKELY])
         raise UserError(f"{where}: there is no score {name!r}{meant}; a function of your own is MODULE:FUNCTION")

@@ -16,6 +16,7 @@ from ftjax.models.spec import DecoderSpec
 from ftjax.tree import Tree
 
 COLLECTION = "heads"
+SCORE = "score"  # the head of reward models and classifiers; transformers' name
 
 
 def abstract_heads(widths: Mapping[str, int], spec: DecoderSpec, mesh: Mesh) -> Tree:

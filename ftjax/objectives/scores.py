@@ -5,9 +5,8 @@ import jax.numpy as jnp
 
 from ftjax.models import heads
 from ftjax.models.decoder import Decoder
+from ftjax.models.heads import SCORE
 from ftjax.tree import Tree
-
-SCORE = "score"  # the head of reward models and classifiers; transformers' name
 
 Batch = dict[str, jax.Array]
 

@@ -33,12 +33,17 @@ def _pairs(examples: list[dict], seed: str) -> list[dict]:
     return [_pair(example, FAULTS[i % len(FAULTS)], random.Random(f"{seed} {i}")) for i, example in enumerate(examples)]
 
 
+def with_fault(example: dict, fault: str, rng: random.Random) -> str:
+    """The answer of an example of `support_ticket` with a fault, one of FAULTS."""
+    ticket = json.loads(example["messages"][-1]["content"])
+    if fault != "verbose":
+        ticket = rng.choice(_MISTAKES)(ticket, rng)
+    return _terse(ticket) if fault == "wrong" else rng.choice(_WORDY)(ticket, rng)
+
+
 def _pair(example: dict, fault: str, rng: random.Random) -> dict:
     *prompt, answer = example["messages"]
-    rejected = json.loads(answer["content"])
-    if fault != "verbose":
-        rejected = rng.choice(_MISTAKES)(rejected, rng)
-    text = _terse(rejected) if fault == "wrong" else rng.choice(_WORDY)(rejected, rng)
+    text = with_fault(example, fault, rng)
     return {"prompt": prompt, "chosen": [answer], "rejected": [answer | {"content": text}], "fault": fault}
 
 

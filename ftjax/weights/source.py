@@ -8,6 +8,7 @@ import numpy as np
 
 from ftjax.errors import UserError
 from ftjax.weights.gguf.read import GGUFReader
+from ftjax.weights.hf.classifier import ClassifierReader, kind_of
 from ftjax.weights.hf.mxfp4 import unpacked
 from ftjax.weights.hf.safetensors import PICKLES, SafetensorsReader
 
@@ -40,11 +41,12 @@ def open_source(path: Path, weights: bool = True) -> Reader:
 
     The files are validated here and tensors read later. weights: False opens only the config of a directory, whose
     reader then has no tensors. Raises UserError for malformed files, unknown formats and quantized weights (except
-    MXFP4, which is read as bfloat16).
+    MXFP4, which is read as bfloat16). That of a reward model or a classifier is a `ClassifierReader`.
     """
     if path.suffix == ".gguf":
         return GGUFReader(path)
-    return unpacked(SafetensorsReader(path, weights))
+    reader = unpacked(SafetensorsReader(path, weights))
+    return ClassifierReader(reader) if kind_of(reader.config) else reader
 
 
 def on_hub(source: str, revision: str = "") -> bool:

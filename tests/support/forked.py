@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
-COMMANDS = ("train", "sweep", "evaluate", "generate", "export", "inspect_data", "plan")
+COMMANDS = ("train", "sweep", "evaluate", "generate", "score", "export", "inspect_data", "plan")
 MODULES = tuple(f"ftjax.{name}" for name in COMMANDS)
 # A command whose environment has others of these is started anew.
 READ_WHEN_IMPORTED = ("JAX_", "HF_", "OMP_", "PYTHON")

@@ -12,8 +12,10 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
+from ftjax.weights.hf.classifier import TEXTS, TOKENS
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PIPELINES = {None: "text-generation", TEXTS: "text-classification", TOKENS: "token-classification"}
 _TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
@@ -29,6 +31,7 @@ def model_card(
     ends: Sequence[str] = (),
     results: Sequence[str] = (),
     notes: Sequence[str] = (),
+    head: Mapping[str, Any] | None = None,
 ) -> str:
     """Markdown with YAML front matter as the Hub reads it.
 
@@ -37,7 +40,8 @@ def model_card(
     evaluation: the last `eval_*` metrics of the run. parity: `parity.json`, where there is one. published: the Hub's id
     of the model in a GGUF base, where the file says it. ends: end tokens that the base of an adapter does not name, but
     the generation_config.json beside it. results: what came of the run, in sentences. notes: what else a user should
-    know, before those of `parity`.
+    know, before those of `parity`. head: {"kind", "labels", "pad_token"} of a reward model or a classifier, see
+    `weights.hf.classifier`.
     """
     source, sources = config.model.source, configs.sources(config, "train")
     notes = [*notes, *(parity or {}).get("notes", ())]
@@ -53,7 +57,7 @@ def model_card(
     card_data = ModelCardData(
         base_model=hub_id or None,
         library_name=library,
-        pipeline_tag="text-generation",
+        pipeline_tag=_PIPELINES[head and head["kind"]],
         **base_license(base),
         datasets=sorted(hub_data) or None,
         tags=["ftjax", config.objective.name, *([config.adapter.kind] if config.adapter.kind != "none" else [])],
@@ -75,6 +79,7 @@ def model_card(
         evaluation=evaluation,
         parity=parity,
         ends=ends,
+        head=head,
         results=[" ".join(sentence.split()) for sentence in results],
     )
     return str(card).rstrip() + "\n"

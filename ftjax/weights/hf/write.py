@@ -3,7 +3,7 @@
 import functools
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ftjax import lora, tree
 from ftjax.distributed import is_first, together
 from ftjax.models.families import family_of, spec_from_config, text_config
 from ftjax.models.spec import DecoderSpec
+from ftjax.weights.hf.classifier import Head, classifier_config, module
 from ftjax.weights.hf.files import inside, read_json
 from ftjax.weights.hf.keys import hf_names
 from ftjax.weights.hf.safetensors_write import Tensor, shards, write_safetensors
@@ -56,6 +57,7 @@ def write_model(
     generation: dict[str, Any] | None = None,
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
+    head: Head | None = None,
 ) -> None:
     """Writes config.json, generation_config.json and safetensors (sharded beyond the limit) into `directory`.
 
@@ -67,13 +69,20 @@ def write_model(
     adapters: the `lora` collection to merge, as `lora.merge` does it, in float32.
     generation: the base's generation_config.json; None: made from the token ids in `config`.
     dtype: of the tensors in the files; None keeps each array's own.
+    head: of numbers, in the place of one for tokens, which `params` then has not; it is written as it is. Such a model
+    generates nothing, and gets no generation_config.json.
 
     Raises UserError for NaN, infinite or, after a cast, too large values; ValueError when the parts do not belong
     together; OSError when a tensor reads back differently.
     """
+    tied = {key: value for key, value in config.items() if key == "tie_word_embeddings"}
     config = _config(config, spec, np.dtype(dtype or tree.flatten(params)["embed_tokens/embedding"].dtype))
     check_fit(tree.flatten(params), spec, config)
-    runs = shards(_tensors(params, adapters, spec, dtype), max_shard_bytes)
+    tensors = _tensors(params, adapters, spec, dtype)
+    if head is not None:
+        config = classifier_config(config | tied, head)
+        tensors += head_tensors(head, spec)
+    runs = shards(tensors, max_shard_bytes)
     files = ["model.safetensors"]
     if len(runs) > 1:
         files = [f"model-{number:05d}-of-{len(runs):05d}.safetensors" for number in range(1, len(runs) + 1)]
@@ -87,17 +96,20 @@ def write_model(
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 write_json(directory / "model.safetensors.index.json", index)
             write_json(directory / "config.json", config)
-            write_json(directory / "generation_config.json", generation_config(config, generation))
+            if head is None:
+                write_json(directory / "generation_config.json", generation_config(config, generation))
 
 
-def write_tokenizer(directory: Path, tokenizer: Any, base: Path, new_tokens: bool = False) -> None:
+def write_tokenizer(
+    directory: Path, tokenizer: Any, base: Path, new_tokens: bool = False, new_padding: bool = False
+) -> None:
     """The tokenizer as transformers saves it, replaced by the base's own files where `base` is a directory with them.
 
     So tokenizer.model is kept, which transformers does not save but llama.cpp's converter needs. `auto_map` is left
     out: it refers to code that is not written; and so is a chat template other than the tokenizer's. The end token is
     the tokenizer's, which may be another than the base's.
 
-    new_tokens: the tokenizer has tokens that the base's files lack.
+    new_tokens: the tokenizer has tokens that the base's files lack. new_padding: its padding token is not the base's.
     """
     tokenizer.save_pretrained(directory)
     if not base.is_dir():
@@ -113,6 +125,8 @@ def write_tokenizer(directory: Path, tokenizer: Any, base: Path, new_tokens: boo
         end = content.get("eos_token")
         if content and tokenizer.eos_token not in (None, end["content"] if isinstance(end, dict) else end):
             ours["eos_token"] = tokenizer.eos_token
+        if content and new_padding:
+            ours["pad_token"] = tokenizer.pad_token
         if ours != content:
             write_json(directory / name, ours)
         else:
@@ -155,9 +169,7 @@ def check_fit(leaves: Mapping[str, Any], spec: DecoderSpec, config: dict[str, An
         raise ValueError(f"the config to write describes {spec_from_config(config)}, the parameters {spec}")
 
 
-def _tensors(
-    params: dict[str, Any], adapters: dict[str, Any] | None, spec: DecoderSpec, dtype: Any
-) -> Sequence[Tensor]:
+def _tensors(params: dict[str, Any], adapters: dict[str, Any] | None, spec: DecoderSpec, dtype: Any) -> list[Tensor]:
     """In the order of our paths, and inside one of its layers and experts."""
     keys, leaves, parts = hf_names(spec), tree.flatten(params), tree.by_module(adapters or {})
     adapted = {path for path in leaves if path.endswith(("/kernel", "/embedding")) and path.rpartition("/")[0] in parts}
@@ -171,6 +183,17 @@ def _tensors(
             values = functools.partial(tensor_values, leaf, place, key.transposed, name, adapter)
             out.append(Tensor(key.name(place), key.shape, np.dtype(dtype or leaf.dtype), values))
     return out
+
+
+def head_tensors(head: Head, spec: DecoderSpec) -> list[Tensor]:
+    """A head of numbers as it stands in files, in float32."""
+    name, float32 = module(spec.family, head.kind), np.dtype(np.float32)
+    weight = Tensor(f"{name}.weight", head.shape, float32, functools.partial(tensor_values, head.kernel, (), True))
+    if not head.of_tokens:
+        return [weight]
+    # transformers has a bias here, which it would leave at random where the files have none.
+    zeros = np.zeros(head.shape[:1], np.float32)
+    return [weight, Tensor(f"{name}.bias", zeros.shape, float32, lambda: zeros)]
 
 
 def tensor_values(

@@ -20,12 +20,14 @@ from ftjax.errors import UserError
 from ftjax.models.families import inside_multimodal
 from ftjax.models.spec import DecoderSpec
 from ftjax.tree import Tree
+from ftjax.weights.hf import classifier
+from ftjax.weights.hf.classifier import Head
 from ftjax.weights.hf.files import inside, read_json
 from ftjax.weights.hf.keys import FLOATS, Key, finite_cast, hf_names
 from ftjax.weights.hf.safetensors import SafetensorsFile
 from ftjax.weights.hf.safetensors_write import Tensor, write_safetensors
 from ftjax.weights.hf.together import gather, new_directory_together
-from ftjax.weights.hf.write import tensor_values, write_json
+from ftjax.weights.hf.write import head_tensors, tensor_values, write_json
 from ftjax.weights.load import stored_names
 from ftjax.weights.peft import config as peft_config
 from ftjax.weights.peft import keys as peft_keys
@@ -99,6 +101,7 @@ def write_adapter(
     card: str | None = None,
     generation: dict[str, Any] | None = None,
     save_tokenizer: Callable[[Path], None] | None = None,
+    head: Head | None = None,
 ) -> None:
     """Writes the `lora` collection (see `ftjax.lora`) as a PEFT adapter.
 
@@ -111,10 +114,12 @@ def write_adapter(
     card: the text of README.md.
     generation: the content of generation_config.json, where the base's own does not do.
     save_tokenizer: writes a tokenizer that is not the base's into a directory.
+    head: of numbers, which makes it the adapter of a ...ForSequenceClassification or ...ForTokenClassification.
 
     Raises UserError when `out` exists and is not empty, for NaN or infinite values, and for adapters of experts;
     ValueError when the adapters do not belong to `spec`.
     """
+    spec = spec if head is None else _without_token_head(spec)
     keys, params = peft_keys.adaptable(spec), hf_names(spec)
     modules = tree.by_module(adapters)
     saved = dict(saved or {})
@@ -142,6 +147,8 @@ def write_adapter(
             tensors.append(Tensor(name, params[path].shape, np.dtype(leaf.dtype), values))
             if path == f"{EMBEDDING}/embedding" and spec.tie_word_embeddings:
                 tensors.append(Tensor(f"{PREFIX}{HEAD}.weight", params[path].shape, np.dtype(leaf.dtype), values))
+    if head is not None:
+        tensors += [dataclasses.replace(its, name=PREFIX + its.name) for its in head_tensors(head, spec)]
     dropouts = {module: parts["lora_dropout"] for module, parts in modules.items() if "lora_dropout" in parts}
     rates = {float(gather(leaf, keys[module].places()[0])) for module, leaf in dropouts.items()}
     layers = {module: of_layers for module, of_layers in layers.items() if of_layers}
@@ -154,10 +161,13 @@ def write_adapter(
         float(str(np.float32(max(rates, default=0.0)))),  # its shortest decimal
         base.name,
         multimodal,
+        head and head.kind,
     )
     if base.revision:
         config["revision"] = base.revision
     facts = {"version": 1, "base_model": base.name, "base_sha256": base.digest, "base_quantized": base.quantized}
+    if head is not None:
+        facts[classifier.FACTS] = dict(head.facts) | {"pad_token_id": head.pad}
     with new_directory_together(out) as directory:
         write_safetensors(directory / WEIGHTS, tensors)
         with together(f"writing {directory}"):
@@ -225,6 +235,7 @@ class StoredAdapter:
     multimodal: bool
     copies: dict[str, str]  # copies of the base's tensors: {name here: Hugging Face's name}
     file: SafetensorsFile
+    kind: str | None = None  # of a model with a head of numbers, see `weights.hf.classifier`; None: it is for tokens
 
     def rank(self, module: str) -> int:
         return max(self.ranks[module])
@@ -274,6 +285,19 @@ class StoredAdapter:
             saved[path] = np.stack([v.T if key.transposed else v for v in values]).reshape(key.our_shape)
         return tree.unflatten(out), saved
 
+    def width(self) -> int:
+        """How many numbers its head gives, where `kind` says that it has one."""
+        return self.file.shape(self._head_name)[0]
+
+    def head(self) -> np.ndarray:
+        """float32 [D, K]: its head of numbers; UserError for one with a bias, which heads here have not."""
+        return classifier.read_head(self.file, self._head_name)
+
+    @property
+    def _head_name(self) -> str:
+        names = (f"{PREFIX}{name}.weight" for name in classifier.MODULES)
+        return next(name for name in names if name in self.file.names())
+
     def check_base(self, base: BaseFacts, reader: Reader) -> None:
         """UserError if this adapter was trained on another base.
 
@@ -306,7 +330,10 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     """
     path = Path(path).expanduser()
     _refuse_run(Path(path))
-    config, keys = read_json(inside(path, CONFIG)), peft_keys.adaptable(spec)
+    config = read_json(inside(path, CONFIG))
+    kind = peft_config.kind_of(config)
+    spec = spec if kind is None else _without_token_head(spec)
+    keys = peft_keys.adaptable(spec)
     settings = peft_config.read_settings(path, config, spec, peft_keys.is_conv1d(keys))
     file = inside(path, WEIGHTS)
     if not file.is_file():
@@ -339,6 +366,8 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     saved = _saved(settings, spec, multimodal)
     for key in saved.values():
         expected |= {peft_keys.whole_name(key, place, multimodal): key.shape for place in key.places()}
+    if kind is not None:
+        expected |= _head_shapes(stored, kind, spec)
     head, tied = f"{PREFIX}{HEAD}.weight", spec.tie_word_embeddings and f"{EMBEDDING}/embedding" in saved
     if tied:
         expected[head] = keys[EMBEDDING].shape
@@ -347,7 +376,7 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     for name in ("rank_pattern", "alpha_pattern"):
         unused = peft_config.unmatched(getattr(settings, name), adapted_names)
         problems += [f"not used: {name} {pattern!r}" for pattern in unused]
-    problems += [f"not used: modules_to_save {name!r}" for name in _unused(settings, spec, saved, multimodal)]
+    problems += [f"not used: modules_to_save {name!r}" for name in _unused(settings, spec, saved, multimodal, kind)]
     if not modules:
         problems.append("it adapts no layer of the model that can have an adapter here")
     if settings.dora and EMBEDDING in modules:
@@ -367,7 +396,7 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
                 f"{file}: its embedding and output head were trained apart, which are one in this model; train it "
                 "with ensure_weight_tying"
             )
-    return StoredAdapter(path, config, settings, modules, ranks, layers, saved, multimodal, copies, stored)
+    return StoredAdapter(path, config, settings, modules, ranks, layers, saved, multimodal, copies, stored, kind)
 
 
 def _refuse_run(path: Path) -> None:
@@ -389,10 +418,27 @@ def _saved(settings: LoraSettings, spec: DecoderSpec, multimodal: bool) -> dict[
     return saved
 
 
-def _unused(settings: LoraSettings, spec: DecoderSpec, saved: dict[str, Key], multimodal: bool) -> list[str]:
+def _without_token_head(spec: DecoderSpec) -> DecoderSpec:
+    """The spec as peft sees a model with a head of numbers: nothing is tied to its embedding."""
+    return dataclasses.replace(spec, tie_word_embeddings=False)
+
+
+def _head_shapes(stored: SafetensorsFile, kind: str, spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the head of numbers of such an adapter, of as many as there are."""
+    name = f"{PREFIX}{classifier.module(spec.family, kind)}"
+    weight, bias = f"{name}.weight", f"{name}.bias"
+    width = stored.shape(weight)[0] if weight in stored.names() and stored.shape(weight) else 1
+    return {weight: (width, spec.hidden_size)} | ({bias: (width,)} if bias in stored.names() else {})
+
+
+def _unused(
+    settings: LoraSettings, spec: DecoderSpec, saved: dict[str, Key], multimodal: bool, kind: str | None
+) -> list[str]:
     modules = {name for key in saved.values() for name in peft_keys.layer_names(key, multimodal)}
     if spec.tie_word_embeddings and f"{EMBEDDING}/embedding" in saved:
         modules.add(HEAD)
+    if kind is not None:
+        modules |= set(classifier.MODULES)  # peft names both, whichever the model has
     return [name for name in settings.modules_to_save if not any(module.endswith(name) for module in modules)]
 
 

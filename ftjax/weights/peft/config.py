@@ -12,6 +12,7 @@ import numpy as np
 from ftjax import lora
 from ftjax.errors import UserError
 from ftjax.models.spec import DecoderSpec
+from ftjax.weights.hf import classifier
 from ftjax.weights.hf.keys import Key
 from ftjax.weights.peft import keys as peft_keys
 from ftjax.weights.peft.keys import EMBEDDING, HEAD, Places
@@ -57,6 +58,9 @@ _REQUIRED = {  # {name: the values that are supported}
 }
 
 
+_TASKS = {None: "CAUSAL_LM", classifier.TEXTS: "SEQ_CLS", classifier.TOKENS: "TOKEN_CLS"}  # {kind of head: peft's name}
+
+
 class LoraSettings(NamedTuple):
     """What adapter_config.json says about an adapter's computation."""
 
@@ -81,11 +85,12 @@ def adapter_config(
     dropout: float,
     base_name: str,
     multimodal: bool,
+    kind: str | None = None,
 ) -> dict[str, Any]:
     """The content of adapter_config.json.
 
     layers: {module: {place of an adapted layer (`Key.places`): its (rank, scale)}}; saved: the modules that were
-    trained whole.
+    trained whole. kind: of the model's head, where that is one of numbers (`weights.hf.classifier`).
 
     The commonest rank and alpha are `r` and `lora_alpha`; the others go to the patterns.
     """
@@ -97,6 +102,7 @@ def adapter_config(
     alpha, alpha_pattern = _patterns(alphas, places, keys, spec, multimodal)
     numbers = peft_keys.layers_to_transform(places, spec, multimodal)
     names = peft_keys.modules_to_save(saved, spec, multimodal) if saved else []
+    names += [] if kind is None else [classifier.module(spec.family, kind)]
     tied = spec.tie_word_embeddings and EMBEDDING in saved
     parameters = peft_keys.target_parameters(places, spec, multimodal)
     if parameters and dora:
@@ -105,7 +111,7 @@ def adapter_config(
         )
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": _TASKS[kind],
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0 if parameters else dropout,  # which peft has not for parameters; a new run has its own
@@ -211,6 +217,11 @@ def read_settings(path: Path, config: dict[str, Any], spec: DecoderSpec, conv1d:
         ensure_weight_tying=flags["ensure_weight_tying"],
         base_name=config.get("base_model_name_or_path"),
     )
+
+
+def kind_of(config: dict[str, Any]) -> str | None:
+    """The kind of the model's head (`weights.hf.classifier`), where it gives numbers; None where it gives tokens."""
+    return next((kind for kind, task in _TASKS.items() if kind and task == config.get("task_type")), None)
 
 
 def by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
