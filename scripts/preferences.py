@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ftjax import assemble, config_files, export, sharding, train
+from ftjax import assemble, config_files, export, rewards, sharding, train
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data.format.example import Document
@@ -30,9 +30,8 @@ from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.evals import forgetting, general
 from ftjax.evals.general import Text
 from ftjax.evals.intervals import interval
-from ftjax.evals.likelihood import Item, batches, log_likelihoods, placed
+from ftjax.evals.likelihood import Item, log_likelihoods
 from ftjax.method import method_of
-from ftjax.objectives.scores import scores
 from ftjax.sampling.engine import generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.tasks import support_preference, support_ticket
@@ -134,7 +133,7 @@ def results(out: Path, sizes: Sizes, wanted: Sequence[str]) -> Iterator[dict]:
         config, base, variables, how["steps"] = assemble.load_run(workdir)
         held = held or held_out(base, sizes)
         with jax.set_mesh(sharding.make_mesh({"fsdp": -1})):
-            how |= measured(base, variables, held) if method_of(config).generates else rewards(base, variables, held)
+            how |= measured(base, variables, held) if method_of(config).generates else ranked(workdir, held)
             if name == START:
                 plain = {part: leaves for part, leaves in variables.items() if part != "lora"}
                 how["general_before"] = nats(base, plain, held)
@@ -143,13 +142,9 @@ def results(out: Path, sizes: Sizes, wanted: Sequence[str]) -> Iterator[dict]:
         yield how
 
 
-def rewards(base: Base, variables: Tree, held: Held) -> dict[str, list[float]]:
-    """Of each held-out pair: what the head says of its answers, at the last token of each."""
-    ends = [Item(document.tokens, document.tokens[-1:]) for document in held.answers]  # measured is the place before it
-    found = np.zeros(len(ends))
-    for batch in batches(base.model, ends):
-        at_tokens = jax.device_get(scores(base.model, variables, placed(batch.arrays), None)).mean(-1)
-        found[batch.indices] = np.concatenate(batch.of_items(at_tokens))
+def ranked(workdir: Path, held: Held) -> dict[str, list[float]]:
+    """What the reward model of a run says of both answers of each held-out pair."""
+    found = rewards.load(str(workdir)).scores_of([answer.tokens for answer in held.answers]).mean(-1)
     return {"chosen": found[::2].round(4).tolist(), "rejected": found[1::2].round(4).tolist()}
 
 
