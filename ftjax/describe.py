@@ -8,7 +8,6 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import config as configs
 from ftjax import memory, quant, sharding, tree
 from ftjax.assemble import NEW_TOKENS, Base, Program
 from ftjax.data.batch.loader import Loader
