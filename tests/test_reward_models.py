@@ -103,6 +103,7 @@ def test_what_says_nothing_is_not_asked(root):
         assemble.abstract_variables(config, assemble.open_base(config.model).model, one_device())
 
 
+@pytest.mark.slow
 def test_a_step_makes_no_logits_and_counts_none(root):
     needed, products = {}, {}
     for name in ("cpo", "reward"):
