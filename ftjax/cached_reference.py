@@ -26,6 +26,7 @@ from ftjax.assemble import Program
 from ftjax.data.batch.loader import Loader
 from ftjax.data.read import cache
 from ftjax.data.tokens.examples import Examples
+from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.head import make_unembed
 from ftjax.objectives.logps import pair_sums, token_logps
@@ -77,7 +78,7 @@ def add(
     then, or up to a minute before the process was killed, is not done again.
 
     Raises:
-      UserError: the memory of a device does not suffice, or the cache cannot be written.
+      UserError: the memory of a device does not suffice, the cache cannot be written, or a number is not finite.
     """
     examples, what = loader.examples, f"the reference's log-probabilities of {len(loader.examples):,} pairs"
     path = file_of(config, contents, examples, sharding.platform(program.mesh))
@@ -90,6 +91,11 @@ def add(
         display.say(f"computed in {time.monotonic() - began:.0f} seconds, and kept in {path}")
     else:
         display.say(f"{what} are those of {path}")
+    if (wrong := np.flatnonzero(~np.isfinite(found).all(axis=1))).size:
+        row, logps = examples.origin(int(wrong[0])), found[wrong[0]]
+        raise UserError(
+            f"{row}: the reference gives its answers the log-probabilities {logps.tolist()}; remove the row"
+        )
     loader.examples = dataclasses.replace(examples, reference_logps=found)
 
 

@@ -5,6 +5,7 @@
     python -m ftjax.label --out labels --workdir runs/X --prompts FILE    to other prompts
     python -m ftjax.label --out labels --model M --adapter A --prompts FILE --samples 4 --temperature 1
     python -m ftjax.label --out labels                                    goes on with what is there
+    python -m ftjax.label --out labels --reward runs/reward               first what its heads disagree on
     python -m ftjax.label --out labels --terminal                         in the terminal instead of a page
     python -m ftjax.label --out labels --export                           only writes what has been said so far
 
@@ -20,7 +21,7 @@ import functools
 import getpass
 import secrets
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +34,9 @@ from ftjax.errors import UserError
 from ftjax.inspection.terminal import console
 from ftjax.labeling import candidates, journal, preferences, server, terminal
 from ftjax.labeling.candidates import Candidates
+from ftjax.labeling.disagreement import of_reward_model
 from ftjax.labeling.order import order
-from ftjax.labeling.pairs import pairs_of
+from ftjax.labeling.pairs import Pair, pairs_of
 from ftjax.labeling.session import Session, name_of
 from ftjax.sampling.sampler import Sampling
 
@@ -56,6 +58,7 @@ class Options(NamedTuple):
     batch_size: int = 16
     dtype: str = "float32"
     seed: int = 0
+    reward: str | None = None
     question: str = "Which answer is better?"
     labeler: str | None = None
     overlap: float = 0.0
@@ -89,8 +92,7 @@ def label(options: Options, given: Collection[str]) -> int:
             return preferences.told(preferences.export(out, pairs, labels.labels), out)
 
         if not options.export:
-            say("in random order: there is no ensemble of reward models to say which pairs tell most")
-            session = Session(order(pairs, seed=options.seed), labels, options.overlap, options.seed)
+            session = Session(_ranked(pairs, options, say), labels, options.overlap, options.seed)
             try:
                 if options.terminal:
                     terminal.label(session, labeler, options.question, console())
@@ -101,6 +103,16 @@ def label(options: Options, given: Collection[str]) -> int:
         for line in exported():
             say(line)
     return 0
+
+
+def _ranked(pairs: Sequence[Pair], options: Options, say: Callable[[str], None]) -> list[Pair]:
+    """The pairs in the order in which they are asked about."""
+    if not options.reward:
+        say("in random order; --reward RUN, an ensemble of reward heads, would put what it is unsure of first")
+        return order(pairs, seed=options.seed)
+    disagreement, heads = of_reward_model(options.reward)
+    say(f"ranking {len(pairs):,} pairs: those on which the {heads} heads of {options.reward} disagree most come first")
+    return order(pairs, disagreement, options.seed)
 
 
 def _serve(
@@ -129,7 +141,18 @@ def _check(options: Options, given: Collection[str]) -> None:
     if options.candidates and sampling:
         raise UserError("give --candidates, or the --workdir or --model that makes them, but not both")
     if options.export:
-        others = ("candidates", "workdir", "model", "terminal", "port", "overlap", "labeler", "question", "seed")
+        others = (
+            "candidates",
+            "workdir",
+            "model",
+            "terminal",
+            "port",
+            "overlap",
+            "labeler",
+            "question",
+            "seed",
+            "reward",
+        )
         refuse(others, "--export only writes what has been said so far; leave one of them out")
     if options.terminal:
         refuse(["port"], "is of the page; leave it out, or --terminal")
@@ -232,6 +255,11 @@ if __name__ == "__main__":
     define(flags.DEFINE_integer, "batch_size", "how many answers are drawn together", lower_bound=1)
     flags.DEFINE_enum("dtype", _DEFAULTS["dtype"], configs.DTYPES, "of weights and computation, with --model alone")
     define(flags.DEFINE_integer, "seed", "of the answers, the order of pairs and which answer stands left")
+    define(
+        flags.DEFINE_string,
+        "reward",
+        "a run of objective.name=reward with an ensemble, or its export: what to ask first",
+    )
     define(flags.DEFINE_string, "question", "what is asked of each pair")
     define(flags.DEFINE_string, "labeler", "your name (default: the user's)")
     define(flags.DEFINE_float, "overlap", "the share of the pairs that every labeler is shown")

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ftjax import distributed, sharding, tree
 from ftjax.assemble import Program
 from ftjax.errors import UserError
+from ftjax.method import holds_reference_in_vain
 from ftjax.models import kernels
 from ftjax.models.groups import stacks
 from ftjax.models.spec import DecoderSpec
@@ -131,6 +132,8 @@ def smaller(config: ConfigDict, mesh: Mesh) -> list[str]:
     rows, out = config.data.batch_size // sharding.row_parts(mesh), []
     if more := [count for count in range(2 * config.accumulate, rows + 1) if rows % count == 0]:
         out.append(f"--config.accumulate={more[0]} (fewer rows at a time; a run that has begun may go on so)")
+    if holds_reference_in_vain(config):
+        out.append("--config.objective.cache_reference=True in another --workdir (no copy of the model beside it)")
     if config.model.remat in ("none", "dots"):
         out.append("--config.model.remat=full (layers are computed twice; a run that has begun may go on so)")
     if config.adapter.kind == "none":

@@ -194,6 +194,14 @@ def method_of(config: ConfigDict) -> Method:
     return method._replace(reference=reference, batch=batch)
 
 
+def holds_reference_in_vain(config: ConfigDict) -> bool:
+    """Whether full fine-tuning holds a second model that objective.cache_reference would make needless."""
+    objective, settings = config.objective, METHODS[config.objective.name].settings
+    possible = "cache_reference" in settings and objective.ld_alpha == 1 and not objective.reference_every
+    held = config.adapter.kind == "none" and not objective.cache_reference and not config.optimizer.l2_sp
+    return held and possible
+
+
 def learning_rate(config: ConfigDict) -> float:
     """The peak learning rate: config.optimizer.learning_rate, or where that is 0 the method's own for its adapters."""
     return config.optimizer.learning_rate or method_of(config).learning_rates[config.adapter.kind]

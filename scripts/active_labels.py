@@ -1,10 +1,11 @@
 """Whether asking about the pairs on which an ensemble disagrees saves labels: python scripts/active_labels.py
 
-A synthetic teacher compares support tickets by a hidden score, and a tenth of its labels are given at random. An ensemble
-of reward heads on SmolLM2, which stays as it is, learns from what it has said so far; then it is asked about further pairs,
-either drawn at random or of ten times as many those on which the heads disagree most (Christiano et al. 2017, sections
-2.2.3 and 2.2.4). Both begin with the same labels. A few minutes on two CPU cores. With --write the table goes to
-docs/labeling.md.
+A synthetic teacher compares support tickets by a hidden score, and a tenth of its labels are given at random. An
+ensemble of reward heads on SmolLM2, which stays as it is, learns from what it has said so far; then it is asked about
+further pairs, drawn at random or of ten times as many those on which the heads disagree most (Christiano et al. 2017,
+sections 2.2.3 and 2.2.4). Both begin with the same labels. A few minutes on two CPU cores. With --write the table goes
+to docs/labeling.md.
+
 """
 
 import argparse

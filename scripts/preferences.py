@@ -20,15 +20,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ftjax import assemble, config_files, export, sharding, train
+from ftjax import assemble, config_files, export, rewards, sharding, train
 from ftjax import config as configs
 from ftjax.assemble import Base
+from ftjax.data.format.example import Document
 from ftjax.data.format.formats import check_row
-from ftjax.data.tokens.chat import render_prompt, tokenize_preference
+from ftjax.data.tokens.chat import render_prompt
+from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.evals import forgetting, general
 from ftjax.evals.general import Text
 from ftjax.evals.intervals import interval
 from ftjax.evals.likelihood import Item, log_likelihoods
+from ftjax.method import method_of
 from ftjax.sampling.engine import generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.tasks import support_preference, support_ticket
@@ -48,13 +51,23 @@ class Variant(NamedTuple):
     changes: Mapping[str, Any] = types.MappingProxyType({})
 
 
+def _of_pairs(data: str = "96 pairs", **changes: Any) -> Variant:
+    """As the config of DPO but for the objective."""
+    return Variant("quickstart_dpo", data, {"objective.loss": ()} | changes)
+
+
 VARIANTS: dict[str, Variant] = {
     START: Variant("quickstart", "128 tickets", {"steps": 16}),
-    "DPO": Variant("quickstart_dpo", "pairs"),
-    "DPO + SFT": Variant("quickstart_dpo", "pairs", {"objective.loss": ("sigmoid", ("sft", 1.0))}),
-    "SFT on the chosen answers": Variant(
-        "quickstart_dpo", "tickets", {"objective.name": "sft", "data.train": (CHOSEN,)}
-    ),
+    "SFT, the chosen answers": _of_pairs("192 tickets", **{"objective.name": "sft", "data.train": (CHOSEN,)}),
+    "DPO + SFT": Variant("quickstart_dpo", "96 pairs"),
+    "DPO": _of_pairs(**{"objective.loss": ("sigmoid",)}),
+    "IPO": _of_pairs(**{"objective.loss": ("ipo",)}),
+    "APO-zero": _of_pairs(**{"objective.loss": ("apo_zero",)}),
+    "CPO": _of_pairs(**{"objective.name": "cpo"}),
+    "SimPO": _of_pairs(**{"objective.name": "simpo", "objective.beta": 2.0}),
+    "ORPO": _of_pairs(**{"objective.name": "orpo"}),
+    "KTO": Variant("quickstart_kto", "192 labels"),
+    "reward model": Variant("quickstart_reward", "192 pairs"),
 }
 
 
@@ -73,24 +86,24 @@ class Held(NamedTuple):
       answers: chosen and rejected of the first pair, of the second ...
     """
 
-    answers: list[Item]
+    answers: list[Document]
     tickets: list[dict]
     texts: list[Text]
 
 
 def held_out(base: Base, sizes: Sizes) -> Held:
-    answers = []
+    answers, tokenize = [], ROW_KINDS["ranked"].tokenize
     for number, pair in enumerate(support_preference.test_examples(sizes.pairs)):
-        row = check_row(pair, f"task:support_preference[{number}]")
-        answers += map(item, tokenize_preference(row, base.tokenizer))
+        (sides,) = tokenize(check_row(pair, f"task:support_preference[{number}]"), base.tokenizer, None, "assistant")
+        answers += [sides["chosen"], sides["rejected"]]
     texts = general.within(general.read([{"source": configs.SHIPPED}], base.tokenizer, LONGEST), GENERAL, LONGEST)
     return Held(answers, support_ticket.test_examples(sizes.tickets), texts)
 
 
-def item(example) -> Item:
+def item(document: Document) -> Item:
     """An answer, which is what is trained, after its prompt."""
-    (trained,) = np.nonzero(example.trained)
-    return Item(example.tokens[: trained[0]], example.tokens[trained[0] : trained[-1] + 1])
+    (trained,) = np.nonzero(document.trained)
+    return Item(document.tokens[: trained[0]], document.tokens[trained[0] : trained[-1] + 1])
 
 
 def config_of(variant: Variant, out: Path, sizes: Sizes) -> ConfigDict:
@@ -117,10 +130,10 @@ def results(out: Path, sizes: Sizes, wanted: Sequence[str]) -> Iterator[dict]:
         if status := train.train(config_of(VARIANTS[name], out, sizes), workdir):
             raise SystemExit(status)
         how = {"name": name, "seconds": round(time.time() - began), "cpu_seconds": round(time.process_time() - used)}
-        _, base, variables, how["steps"] = assemble.load_run(workdir)
+        config, base, variables, how["steps"] = assemble.load_run(workdir)
         held = held or held_out(base, sizes)
         with jax.set_mesh(sharding.make_mesh({"fsdp": -1})):
-            how |= measured(base, variables, held)
+            how |= measured(base, variables, held) if method_of(config).generates else ranked(workdir, held)
             if name == START:
                 plain = {part: leaves for part, leaves in variables.items() if part != "lora"}
                 how["general_before"] = nats(base, plain, held)
@@ -129,9 +142,16 @@ def results(out: Path, sizes: Sizes, wanted: Sequence[str]) -> Iterator[dict]:
         yield how
 
 
+def ranked(workdir: Path, held: Held) -> dict[str, list[float]]:
+    """What the reward model of a run says of both answers of each held-out pair."""
+    found = rewards.load(str(workdir)).scores_of([answer.tokens for answer in held.answers]).mean(-1)
+    return {"chosen": found[::2].round(4).tolist(), "rejected": found[1::2].round(4).tolist()}
+
+
 def measured(base: Base, variables: Tree, held: Held) -> dict[str, list[float]]:
     """Of each held-out example: log p of both answers of a pair, the score of a ticket, nats of a text."""
-    totals = [round(found.total, 4) for found in log_likelihoods(base.model, variables, held.answers)]
+    items = list(map(item, held.answers))
+    totals = [round(found.total, 4) for found in log_likelihoods(base.model, variables, items)]
     prompts = [render_prompt(example["messages"][:-1], base.tokenizer) for example in held.tickets]
     done = generate(base.model, variables, prompts, 48, base.end_tokens, Sampling(), 50)
     texts = [base.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in done]
@@ -155,17 +175,22 @@ def read(file: Path) -> list[dict]:
 def table(records: list[dict]) -> str:
     """Markdown. Pairs, tickets and texts are the same in all records, so that differences are paired."""
     heads = ["", "learns from", "steps", "CPU minutes", "the better answer is likelier", "where both are terse"]
-    heads += ["margin", "tickets right", "against SFT", "general text"]
+    heads += ["more so than before", "tickets right", "against SFT", "general text"]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     start = next((record for record in records if record["name"] == START), None)
     for record in records if start else []:
         cells = [record["name"], VARIANTS[record["name"]].data, record["steps"], f"{record['cpu_seconds'] / 60:.0f}"]
-        margins, before = (np.subtract(one["chosen"], one["rejected"]) for one in (record, start))
+        margins = np.subtract(record["chosen"], record["rejected"])
         terse = [support_preference.FAULTS[i % len(support_preference.FAULTS)] == "wrong" for i in range(len(margins))]
         cells += [f"{(margins > 0).mean():.0%}", f"{(margins[terse] > 0).mean():.0%}"]
-        cells += [f"{(margins - before).mean():+.1f}", with_interval(record["tickets"])]
-        cells.append("" if record is start else with_interval(np.subtract(record["tickets"], start["tickets"]), "+"))
-        cells.append(f"{np.subtract(record['general'], start['general_before']).mean():+.3f}")
+        if "tickets" not in record:  # it does not write
+            cells += [f"{margins.mean():.1f} (rewards)", "", "", ""]
+        else:
+            before = np.subtract(start["chosen"], start["rejected"])
+            risen = "" if record is start else f"{(margins > before).mean():.0%}, {(margins - before).mean():+.1f}"
+            against = np.subtract(record["tickets"], start["tickets"])
+            cells += [risen, with_interval(record["tickets"]), "" if record is start else with_interval(against, "+")]
+            cells.append(f"{np.subtract(record['general'], start['general_before']).mean():+.3f}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 

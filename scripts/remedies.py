@@ -68,7 +68,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full, replay 20 %": FULL | {"replay": 0.2},
     "full, L2-SP": FULL | {"optimizer.l2_sp": 1000.0},
     "LoRA, rate 5e-4": LORA | {"optimizer.learning_rate": 5e-4},
-    "full, rate 2e-5": FULL | {"optimizer.learning_rate": 2e-5},
 }
 INTERPOLATED = ("LoRA, rank 16", "full")  # also so far from base to tuned as SHARES say
 

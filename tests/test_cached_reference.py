@@ -53,9 +53,17 @@ def kept(tmp_path, monkeypatch):
     return tmp_path / "cache/reference"
 
 
-def asked(config, preemption=NEVER):
-    """(program, start, loader with the reference's numbers, what was said) of a fresh run."""
-    program, start, loader = begun(config)
+@pytest.fixture(scope="module")
+def plain(root):
+    """(config, what it begins with), for tests of fresh adapters that share it."""
+    config = config_of(root, **ON)
+    return config, begun(config)
+
+
+def asked(config, fresh, preemption=NEVER):
+    """(program, start, loader with the reference's numbers, what was said) of a run. fresh: what `begun` gives."""
+    program, start, loader = fresh
+    loader.examples = dataclasses.replace(loader.examples, reference_logps=None)
     base = assemble.open_base(config.model)
     contents, display = origin.contents(config, base.reader, base.model.spec), Display(1, quiet=True)
     said = []
@@ -79,7 +87,8 @@ def asked(config, preemption=NEVER):
 def test_loss_and_gradients_are_those_of_a_reference_that_is_asked_in_each_step(changes, root, record_figure):
     if "adapter.source" in changes:
         changes = {"adapter.source": str(root / "sft")}
-    program, start, loader, _ = asked(config_of(root, **ON, **changes))
+    config = config_of(root, **ON, **changes)
+    program, start, loader, _ = asked(config, begun(config))
     other, beside, plain = begun(config_of(root, **changes))
     assert REFERENCE not in program.frozen
     assert REFERENCE not in start.frozen
@@ -116,8 +125,8 @@ def test_loss_and_gradients_are_those_of_a_reference_that_is_asked_in_each_step(
     )
 
 
-def test_each_document_has_its_number_at_its_last_token_whatever_the_batches(root):
-    _, _, loader, _ = asked(config_of(root, **ON))
+def test_each_document_has_its_number_at_its_last_token_whatever_the_batches(plain):
+    _, _, loader, _ = asked(*plain)
     numbers = loader.examples.reference_logps
     assert numbers.shape == (24, 2)
     assert (numbers < -1).all()
@@ -180,8 +189,8 @@ def test_it_is_computed_again_for_another_adapter_base_data_or_cut_and_only_then
     assert len({plain, *names}) == 1 + len(others)
 
 
-def test_a_damaged_file_is_made_again_and_what_was_done_before_a_stop_is_kept(root, kept, monkeypatch, caplog):
-    config, batches = config_of(root, **ON), []
+def test_a_damaged_file_is_made_again_and_what_was_done_before_a_stop_is_kept(plain, kept, monkeypatch, caplog):
+    batches = []
     monkeypatch.setattr(
         cached_reference, "_sums", lambda *its, sums=cached_reference._sums: batches.append(1) or sums(*its)
     )
@@ -195,15 +204,15 @@ def test_a_damaged_file_is_made_again_and_what_was_done_before_a_stop_is_kept(ro
                 raise Preempted("SIGTERM")
 
     with pytest.raises(Preempted):
-        asked(config, Stopping())
+        asked(*plain, Stopping())
     assert len(batches) == 1
-    _, _, loader, said = asked(config)
+    _, _, loader, said = asked(*plain)
     whole = loader.examples.reference_logps
     assert re.fullmatch(r"computing .* of 24 pairs, of which \d+ are missing", said[0])
     assert not np.isnan(whole).any()
     done = len(batches)
 
-    _, _, loader, said = asked(config)
+    _, _, loader, said = asked(*plain)
     (file,) = kept.iterdir()
     assert said == [f"the reference's log-probabilities of 24 pairs are those of {file}"]
     np.testing.assert_array_equal(loader.examples.reference_logps, whole)
@@ -213,10 +222,18 @@ def test_a_damaged_file_is_made_again_and_what_was_done_before_a_stop_is_kept(ro
     content[5] ^= 1
     file.write_bytes(content)
     with caplog.at_level("WARNING"):
-        _, _, loader, said = asked(config)
+        _, _, loader, said = asked(*plain)
     assert f"{file} is damaged; it is made again" in caplog.text
     np.testing.assert_array_equal(loader.examples.reference_logps, whole)
     assert len(batches) == 2 * done
+
+
+def test_a_reference_without_a_finite_number_names_the_row(plain, root, monkeypatch):
+    monkeypatch.setattr(cached_reference, "_sums", lambda model, variables, batch: np.full((4, 24, 2), -np.inf))
+    with pytest.raises(
+        UserError, match=rf"{root}/pairs.jsonl:1: the reference gives its answers .*-inf.*; remove the row"
+    ):
+        asked(*plain)
 
 
 @pytest.mark.slow

@@ -2,27 +2,26 @@
 
 import io
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from support.labeling import write_candidates
 from support.pairs import config_of
-from support.runs import command, finish, write_model, write_rows
+from support.runs import write_model, write_rows
 
-from ftjax import config as configs
-from ftjax import label, prompts
+from ftjax import label, prompts, rewards
 from ftjax.errors import UserError
-from ftjax.labeling import samples
+from ftjax.labeling import candidates, journal, preferences, samples
+from ftjax.labeling.pairs import pairs_of
 from ftjax.prompts import Prompt
 from ftjax.sampling.sampler import Sampling
-from ftjax.training import metrics
+from ftjax.train import train
 from ftjax.training.display import Display
 
 
 def run(**given):
-    options = {
-        name: str(value) if name in ("out", "candidates", "model", "prompts") else value
-        for name, value in given.items()
-    }
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     return label.label(label.Options(**options), given)
 
 
@@ -49,6 +48,7 @@ def interrupted(*_):
         ({"candidates": "c.jsonl", "overlap": 1.5}, "--overlap 1.5: it is a share"),
         ({"terminal": True, "port": 80}, "--port: is of the page"),
         ({"export": True, "terminal": True}, "--terminal: --export only writes"),
+        ({"export": True, "reward": "runs/reward"}, "--reward: --export only writes"),
         ({"export": True, "candidates": "c.jsonl"}, "--candidates: --export only writes"),
         (
             {"candidates": "c.jsonl", "terminal": True, "labeler": "a\x1b"},
@@ -152,20 +152,28 @@ def test_a_runs_prompts_are_those_of_its_training_rows(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_labeling_and_training_on_the_labels(tmp_path):
+def test_labels_train_an_ensemble_which_says_what_to_ask_next(tmp_path, monkeypatch, capsys):
     write_model(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl", 12)
-    small = ("--config.data.max_length=96", "--config.data.batch_size=4", "--config.steps=2", "--config.mesh.fsdp=1")
-    small += ("--config.data.checks=off", "--config.model.dtype=float32", f"--config.model.source={tmp_path / 'model'}")
-    first, second, out = (tmp_path / name for name in ("first", "second", "labels"))
-    data = f"--config.data.train={tmp_path / 'rows.jsonl'}"
-    finish(command("ftjax.train", "--config=chat", data, *small, f"--workdir={first}"))
-    words = ("--samples=3", "--max_new_tokens=8", "--terminal", "--labeler=anna", f"--workdir={first}", f"--out={out}")
-    process = command("ftjax.label", *words, talks=True)
-    printed, _ = process.communicate("1\n2\nt\n1\n1\n2\ns\n", timeout=300)
-    assert process.returncode == 0
-    assert "5 preferences in" in printed
-    data = f"--config.data.train={out / 'preferences.jsonl'}"
-    finish(command("ftjax.train", "--config=dpo", data, *small, f"--workdir={second}"))
-    assert configs.read(second / "config.json").objective.name == "dpo"
-    assert metrics.read(second / "metrics.jsonl")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    first, reward, out = (tmp_path / name for name in ("first", "reward", "labels"))
+    given = {"data.checks": "off", "data.max_length": 96, "steps": 2}
+    sft = config_of(tmp_path, **given, **{"objective.name": "sft", "data.train": (str(tmp_path / "rows.jsonl"),)})
+    assert train(sft, first) == 0
+    typing(monkeypatch, "1\n2\nt\n1\n1\n2\ns\n")
+    run(out=out, workdir=first, samples=3, max_new_tokens=8, terminal=True)
+    assert "5 preferences in" in capsys.readouterr().out
+
+    ensemble = {"objective.name": "reward", "objective.ensemble": 3, "objective.label_noise": 0.1}
+    assert (
+        train(config_of(tmp_path, **given, **ensemble, **{"data.train": (str(out / preferences.FILE),)}), reward) == 0
+    )
+    typing(monkeypatch, "1\n1\n1\n")
+    run(out=out, reward=reward, terminal=True)
+    assert "those on which the 3 heads of" in capsys.readouterr().out
+    model, unsure = rewards.load(str(reward)), {}
+    for pair in pairs_of(candidates.of_file(str(out / candidates.FILE))):
+        a, b = model.scores([pair.prompt + pair.a, pair.prompt + pair.b]).astype(np.float64)
+        unsure[pair.id] = (a - b).var()
+    said = [json.loads(line)["pair"] for line in (out / journal.FILE).read_text().splitlines()]
+    most = sorted((unsure[pair] for pair in unsure.keys() - set(said[:7])), reverse=True)[:3]
+    np.testing.assert_allclose([unsure[pair] for pair in said[7:]], most, rtol=1e-3)

@@ -108,6 +108,12 @@ def test_the_hints_are_of_what_is_left_to_change():
         "--config.adapter.kind=lora",
         "--config.data.max_length=512",
     ]
+    dpo = configs.changed(whole, {"objective.name": "dpo"})
+    assert memory.smaller(dpo, one_device())[1].startswith("--config.objective.cache_reference=True in another")
+    for changes in ({"objective.cache_reference": True}, {"objective.reference_every": 8}, {"optimizer.l2_sp": 0.1}):
+        assert not any(
+            "cache_reference" in hint for hint in memory.smaller(configs.changed(dpo, changes), one_device())
+        )
 
 
 def test_another_error_of_the_devices_passes():

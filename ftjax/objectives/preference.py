@@ -91,7 +91,7 @@ def pair_weights(
     """float32 [B, P], without a gradient: how much a pair counts, by how likely the policy writes both its answers.
 
     The product of exp of the mean over an answer's tokens of log p(token) - log sum_v p(v)^2: off-policy answers count
-    less, and a token drawn from the policy counts 1, however sure that is. WPO (Zhou et al. 2024, arXiv 2406.11827),
+    less, and a token drawn from the policy about 1, however sure that is. WPO (Zhou et al. 2024, arXiv 2406.11827),
     equation 2. logps and log_squares float32 [B, T], 0 where nothing is scored; tokens: those scored, [B, P] each.
     """
     sums = pair_sums(jax.lax.stop_gradient(logps - log_squares), segment_ids)

@@ -12,6 +12,7 @@ from ftjax import config as configs
 from ftjax import memory, tree
 from ftjax.assemble import Program
 from ftjax.errors import UserError
+from ftjax.method import holds_reference_in_vain
 from ftjax.models.spec import DecoderSpec
 from ftjax.planning import compiled, flops
 from ftjax.planning.chips import GIB
@@ -55,6 +56,9 @@ def remedies(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
     """What makes a run smaller, in the order of what it costs: time, then what is learned. The cheap ones add up."""
     smaller: dict[str, object] = {}
     rows, accumulate = config.data.batch_size, config.accumulate
+    if holds_reference_in_vain(config):
+        smaller["objective__cache_reference"] = True
+        yield changed(config, **smaller)
     if config.model.remat in ("none", "dots"):
         smaller["model__remat"] = "full"
         yield changed(config, **smaller)

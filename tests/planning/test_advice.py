@@ -40,6 +40,11 @@ def compiled(monkeypatch):
         ({"model__remat": "full", "accumulate": 4}, "model.remat=offload", "mesh.context=2", "accumulate=4"),
         ({"model__remat": "full", "mesh__data": 4}, "mesh.data=1", "quantize.base=nf4", "adapter.kind=lora"),
         ({"adapter__kind": "none", "model__remat": "full"}, "accumulate=2", "adapter.kind=lora", "quantize.base=nf4"),
+        (
+            {"adapter__kind": "none", "objective__name": "dpo", "model__remat": "full"},
+            *("objective.cache_reference=True", "accumulate=2", "quantize.base=nf4"),
+        ),
+        ({"objective__name": "dpo"}, "model.remat=full", "quantize.base=nf4", "objective.cache_reference=True"),
         ({"quantize__base": "int8"}, "model.remat=full", "quantize.base=nf4", "quantize.base=int8"),
     ],
 )

@@ -102,6 +102,23 @@ def test_preferences_are_planned_with_their_rows_and_their_reference():
 
 
 @pytest.mark.slow
+def test_full_tuning_by_preferences_is_planned_with_a_second_model_unless_its_reference_is_asked_once(record_figure):
+    """The copy is float32, as what is trained, and on each of 4 chips a quarter of it. As many tokens in all three."""
+    found = run("references", limit=1500)
+    sft, dpo, cached = found["sft"], found["dpo"], found["asked once"]
+    assert dpo["parameters"] == 2 * sft["parameters"]
+    assert cached["parameters"] == sft["parameters"]
+    # A batch has one more array of float32; the rest of the program is that of pairs, with and without a reference.
+    assert cached["batch"] - dpo["batch"] == 4 * 8 * 1024 / 4
+    assert cached["total"] < dpo["total"] - 0.9 * sft["parameters"]
+    # Of training all weights, three forward passes, the reference adds one.
+    assert dpo["model_flops"] == pytest.approx(4 / 3 * sft["model_flops"], rel=0.01)
+    assert cached["model_flops"] == sft["model_flops"]
+    record_figure("FLOPs as compiled, of those with a reference", cached["flops"] / dpo["flops"])
+    assert cached["flops"] == sft["flops"] < 0.85 * dpo["flops"]
+
+
+@pytest.mark.slow
 def test_a_reward_model_is_planned_with_its_head_and_without_the_vocabularys():
     found = run("rewards")
     sft, reward = found["sft"], found["reward"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support import ROOT
 
+from ftjax.data.format.example import Document
 from ftjax.data.format.formats import check_row
 from ftjax.method import method_of
 from ftjax.tasks import support_preference
@@ -27,6 +28,7 @@ def record(name, chosen, rejected, tickets, general, **more):
 # Pairs in the order of support_preference.FAULTS: wrong, verbose, wrong, both.
 START = record("SFT", [-1, -2, -3, -4], [-2, -1, -2, -1], [0, 1, 0, 1] * 5, [3.0, 2.0], general_before=[2.5, 2.0])
 DPO = record("DPO", [-1, -2, -3, -4], [-5, -9, -2, -6], [1, 1, 0, 1] * 5, [3.5, 2.0])
+REWARD = {"name": "reward model", "steps": 48, "cpu_seconds": 60, "chosen": [2, 3, 4, 5], "rejected": [0, 1, 1, 2]}
 
 
 def rows(drawn):
@@ -34,17 +36,19 @@ def rows(drawn):
 
 
 def test_the_table_has_shares_differences_and_intervals(script):
-    heads, dashes, start, dpo = rows(script["table"]([START, DPO]))
-    assert {len(heads), len(dashes)} == {len(start)} == {len(dpo)}
+    heads, dashes, start, dpo, reward = rows(script["table"]([START, DPO, REWARD]))
+    assert {len(cells) for cells in (dashes, start, dpo, reward)} == {len(heads)}
     of = lambda cells: dict(zip(heads, cells))  # noqa: E731
     assert of(start)["the better answer is likelier"] == "25%"
     assert of(dpo)["the better answer is likelier"] == "75%"
     assert (of(start)["where both are terse"], of(dpo)["where both are terse"]) == ("50%", "50%")
-    assert (of(start)["margin"], of(dpo)["margin"]) == ("+0.0", "+4.0")  # the means are -1 before and 3 after
+    # Differences are 1, -1, -1, -3 before, and 4, 7, -1, 2 after.
+    assert (of(start)["more so than before"], of(dpo)["more so than before"]) == ("", "75%, +4.0")
     assert of(start)["tickets right"].startswith("50 % [")
     assert (of(start)["against SFT"], of(dpo)["against SFT"][:4]) == ("", "+25 ")
     assert (of(start)["general text"], of(dpo)["general text"]) == ("+0.250", "+0.500")
     assert of(dpo)["CPU minutes"] == "2"
+    assert reward[4:] == ["100%", "100%", "2.5 (rewards)", "", "", ""]
 
 
 def test_what_is_finished_is_not_measured_again_and_the_table_goes_to_the_page(script, tmp_path, monkeypatch, capsys):
@@ -65,15 +69,13 @@ def test_what_is_finished_is_not_measured_again_and_the_table_goes_to_the_page(s
 def test_every_variant_is_a_run_that_its_method_takes(script, tmp_path):
     for name, variant in script["VARIANTS"].items():
         config = script["config_of"](variant, tmp_path, script["Sizes"]())
-        assert method_of(config).rows in ("conversation", "pair", "labeled")
+        assert method_of(config).rows in ("conversation", "pair", "labeled", "ranked")
         assert (config.adapter.source != "") == (name != script["START"])
 
 
 def test_an_answer_is_measured_after_its_prompt_with_the_token_that_ends_it(script):
-    class Example:
-        tokens, trained = np.arange(10, 17), np.array([0, 0, 0, 1, 1, 1, 0], bool)
-
-    context, continuation = script["item"](Example)
+    trained = np.array([0, 0, 0, 1, 1, 1, 0], bool)
+    context, continuation = script["item"](Document(np.arange(10, 17), trained))
     assert (context.tolist(), continuation.tolist()) == ([10, 11, 12], [13, 14, 15])
 
 

@@ -114,6 +114,14 @@ CASES = {
         name: planned("v5e:2x2", {"objective.name": name, **changes})
         for name, changes in {"sft": {}, "dpo": {"data.batch_size": 8}}.items()
     },
+    "references": lambda: {
+        name: planned("v5e:2x2", {"adapter.kind": "none", "data.batch_size": 8, **changes})
+        for name, changes in {
+            "sft": {"data.batch_size": 16},
+            "dpo": {"objective.name": "dpo"},
+            "asked once": {"objective.name": "dpo", "objective.cache_reference": True},
+        }.items()
+    },
     "rewards": lambda: {
         name: planned("v5e:2x2", {"objective.name": name, **changes})
         for name, changes in {"sft": {}, "reward": {"data.batch_size": 8}}.items()
