@@ -24,7 +24,7 @@ def test_every_answer_is_scored_and_kept(tmp_path, capsys):
     base = SimpleNamespace(model=model, tokenizer=tokenizer, end_tokens=(tokenizer.eos_token_id,))
     never = SimpleNamespace(check=lambda: None)
     mesh = one_device()
-    program = SimpleNamespace(mesh=mesh, objective=None, method=SimpleNamespace(totals=None))  # no rows have a loss
+    program = SimpleNamespace(mesh=mesh, objective=None, totals=None)  # no rows have a loss
     evaluator = Evaluator(config, base, program, None, tmp_path, never, Display(1))
     variables = {"params": numpy_params(model)}
     with jax.set_mesh(mesh):
