@@ -181,7 +181,7 @@ def place(batch):
 
 
 def test_what_a_method_has_no_use_for_is_refused(root):
-    with pytest.raises(UserError, match=r"objective.beta: objective.name='sft' does not use it \(of dpo, cpo, "):
+    with pytest.raises(UserError, match=r"objective.beta: objective.name='sft' does not use it \(of dpo, kto, cpo, "):
         begun(config_of(root, **{"objective.name": "sft", "objective.beta": 0.2}))
     with pytest.raises(UserError, match=r"data.train_on: objective.name='dpo' does not use it"):
         begun(config_of(root, **{"data.train_on": "all"}))
@@ -230,7 +230,7 @@ def test_the_held_out_loss_of_a_mixture_does_not_depend_on_how_its_rows_are_cut_
         spec = dataclasses.replace(assemble.data_spec(config, base.model.spec), batch_size=rows)
         evaluator._loader = pipeline.load_heldout(configs.sources(config, "train"), [], base.tokenizer, spec)
         evaluator._mesh, evaluator._preemption = one_device(), SimpleNamespace(check=lambda: None)
-        evaluator._eval_step, evaluator._totals = make_eval_step(program.objective), program.method.totals
+        evaluator._eval_step, evaluator._totals = make_eval_step(program.objective), program.totals
         with jax.set_mesh(one_device()):
             found.append(evaluator._heldout_metrics(start.state.trainable, start.frozen))
     assert found[0]["eval_loss"] > 1  # the cross-entropy is in it
