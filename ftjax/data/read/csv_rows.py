@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 DELIMITERS = ",;\t|"
 _HEADER_LINES = 1000  # that the header, with line ends in its quotes, may take
 # Columns that formats want as lists, and those where a list of messages may stand instead of a string.
-_LISTS = {"messages", "conversations", "history", "tools", "completions", "labels"}
+_LISTS = {"messages", "conversations", "history", "tools", "completions", "labels", "answers"}
 _MESSAGES = {"prompt", "completion", "chosen", "rejected"}
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
@@ -33,11 +33,11 @@ _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 def open_csv(file: DataFile, names: Columns = NONE) -> TextRows:
     """The records of a CSV or TSV file as dicts of strings, by the names in its first record.
 
-    Cells that formats want as something else are converted: lists of messages, tools, steps and their labels from JSON,
-    `label` beside a completion from true/false/1/0, `margin` from a number; empty ones in these columns are absent, and
-    an empty `label` is None. The separator is the one of DELIMITERS that gives the header the most columns. A column
-    without a name is left out: the first one, where pandas writes its index, and others if their cells are empty. Holds
-    16 bytes a row.
+    Cells that formats want as something else are converted: lists of messages, tools, answers, steps and their labels
+    from JSON, `label` beside a completion from true/false/1/0, `margin` from a number; empty ones in these columns are
+    absent, and an empty `label` is None. The separator is the one of DELIMITERS that gives the header the most columns.
+    A column without a name is left out: the first one, where pandas writes its index, and others if their cells are
+    empty. Holds 16 bytes a row.
     """
     csv.field_size_limit(spans.MAX_ROW_BYTES)  # of the whole process, and by default too little for a document
     options = {"delimiter": _delimiter(file), "strict": True}

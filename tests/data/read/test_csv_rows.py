@@ -10,6 +10,7 @@ import pytest
 from ftjax.data.read import spans
 from ftjax.data.read.sources import read_sources
 from ftjax.errors import UserError
+from ftjax.labeling import candidates
 
 CHAT = [{"role": "user", "content": 'Say "hi", then\nstop'}, {"role": "assistant", "content": "hi"}]
 
@@ -63,6 +64,9 @@ def test_cells_become_what_the_formats_want(path):
     steps = {"prompt": ["p"], "completions": ['["a", "b"]'], "labels": ["[true, false]"]}
     pandas.DataFrame(steps).to_csv(path, index=False)
     assert read(path)[0].fields["labels"] == [True, False]
+    path.write_text('prompt,answers\np,"[""a"", ""b""]"\n')
+    (candidate,) = candidates.of_file(str(path))
+    assert [turns[0]["content"] for turns in candidate.answers] == ["a", "b"]
 
     frame = pandas.DataFrame(
         {"prompt": ["p", "q"], "chosen": ["a", "b"], "rejected": ["c", "d"], "margin": [0.5, None]}
