@@ -90,13 +90,13 @@ def _classified(
 
 def _index(label: str, classes: tuple[str, ...]) -> int | None:
     """Which class a label is, None where it is none of them: by its name, or else by its number, as which true is 1."""
-    truth = {"true": 1, "false": 0}
+    number = {"true": 1, "false": 0}.get(label.lower())
     names = [label]
-    if label in truth:  # which readers may have made of another spelling
-        names += [name for name in classes if name.lower() == label] + [str(truth[label])]
+    if number is not None:  # readers may have made it of another spelling
+        names += [name for name in classes if name.lower() == label.lower()] + [str(number)]
     if named := [classes.index(name) for name in names if name in classes]:
         return named[0]
-    index = truth.get(label, int(label) if label.isdecimal() else len(classes))
+    index = number if number is not None else int(label) if label.isdecimal() else len(classes)
     return index if index < len(classes) else None
 
 
