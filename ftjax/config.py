@@ -112,7 +112,7 @@ KEYS: dict[str, Key] = {
     "objective.weighting": Key("none", one_of("none", "wpo")),
     # dpo, kto: steps after which the reference follows the policy (TR-DPO), by that share of the way; 0: it stays
     "objective.reference_every": Key(0, number(0)),
-    "objective.reference_share": Key(0.6, number(0, 1)),
+    "objective.reference_share": Key(0.6, number(1e-6, 1)),
     # dpo: ask the reference of all pairs before the first step, once for all runs over the same base and rows
     "objective.cache_reference": Key(False, ANY),
     "objective.gamma": Key(0.5, number(0)),  # the loss simpo: the margin that is aimed at

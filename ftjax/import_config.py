@@ -57,7 +57,9 @@ TEMPLATES = ("alpaca", "chatml", "gemma", "llama3")
 # What Axolotl takes where a setting is left out, and ours is another.
 DEFAULTS = {"sequence_len": 512, "sample_packing": False, "num_epochs": 1.0, "seed": 42}
 
-OTHER_TRAININGS = ("reward_model", "process_reward_model", "pretraining_dataset", "relora", "ebft", "qat")
+OTHER_TRAININGS = ("pretraining_dataset", "relora", "ebft", "qat")
+# Our methods for rows of which their configs say little.
+REWARD_MODELS = {"reward_model": "reward", "process_reward_model": "prm"}
 
 
 def imported(given: dict[str, Any], devices: int = 1) -> tuple[dict[str, Any], list[str]]:
@@ -72,6 +74,9 @@ def imported(given: dict[str, Any], devices: int = 1) -> tuple[dict[str, Any], l
         raise UserError("it has no base_model, so it is no config of Axolotl's; docs/from-trl.md is about TRL's")
     if other := [name for name in OTHER_TRAININGS if given.get(name)]:
         raise UserError(f"{other[0]}: ftjax has no training of that kind")
+    if other := [name for name in REWARD_MODELS if given.get(name)]:
+        method = REWARD_MODELS[other[0]]
+        raise UserError(f"{other[0]}: is not translated; write a config with objective.name={method} (docs/methods.md)")
     if given.get("unfrozen_parameters"):  # left out, it would train other parameters
         raise UserError("unfrozen_parameters: has names of theirs; take it out, and set config.adapter.trainable then")
     notes: list[str] = []

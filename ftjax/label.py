@@ -192,6 +192,7 @@ def _make(options: Options) -> list[Candidates]:
     from ftjax.adapted import load_model, parse_adapters
     from ftjax.evals import best
     from ftjax.labeling import samples
+    from ftjax.method import check_generates
     from ftjax.training.display import Display
 
     asked = prompts.of_file(options.prompts) if options.prompts else None
@@ -199,7 +200,8 @@ def _make(options: Options) -> list[Candidates]:
         workdir, moved = Path(options.workdir), {"model": options.model, "adapter": options.adapter}
         if asked is None:
             asked = samples.of_run(configs.read(workdir / "config.json"))
-        _, base, variables, _ = assemble.load_run(workdir, best.choose(workdir, options.step), moved)
+        step = best.choose(workdir, options.step)
+        _, base, variables, _ = assemble.load_run(workdir, step, moved, check_generates)
     else:
         adapters = parse_adapters(options.adapter) if options.adapter else {}
         if len(adapters) > 1:

@@ -55,14 +55,16 @@ def score_rows(model: RewardModel, rows: Sequence[Row]) -> list[dict[str, float]
 
 
 def _conversations(row: Row) -> dict[str, Conversation]:
-    """{"chosen", "rejected"} of a preference row, {""} of any other; UserError for a text."""
+    """{"chosen", "rejected"} of a preference row, {""} of any other; UserError for one without an answer."""
     fields = row.fields
     kind = formats.kind_of(fields)
-    if kind == "text":
+    if kind == "text" or (kind == "classified" and "text" in fields):
         raise UserError(f"{row.origin}: is a text; a reward is of an answer, so write a prompt with its completion")
+    if kind == "stepwise":
+        raise UserError(f"{row.origin}: is an answer in steps; a reward is of a whole one, so join its completions")
     if kind == "preference":
         return {side: [*fields["prompt"], *fields[side]] for side in _SIDES}
-    if kind == "chat":
+    if "messages" in fields:
         return {"": fields["messages"]}
     prompt, answer = fields["prompt"], fields["completion"]
     return {"": (prompt, answer) if isinstance(prompt, str) else [*prompt, *answer]}

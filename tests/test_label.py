@@ -10,8 +10,9 @@ from support.labeling import write_candidates
 from support.pairs import config_of
 from support.runs import write_model, write_rows
 
-from ftjax import label, prompts, rewards
+from ftjax import assemble, label, prompts, rewards
 from ftjax.errors import UserError
+from ftjax.evals import best
 from ftjax.labeling import candidates, journal, preferences, samples
 from ftjax.labeling.pairs import pairs_of
 from ftjax.prompts import Prompt
@@ -109,6 +110,15 @@ def test_the_models_own_answers_are_drawn_once(tmp_path, monkeypatch, capsys):
     assert run(out=tmp_path / "labels", **given) == 0
     with pytest.raises(UserError, match="max_prompts was 2 and is now 1"):
         run(out=tmp_path / "labels", **given | {"max_prompts": 1})
+
+
+def test_a_run_that_gives_numbers_has_no_answers_to_compare(tmp_path, monkeypatch):
+    config = config_of(tmp_path, **{"objective.name": "reward"})
+    monkeypatch.setattr(assemble, "load_run", lambda workdir, step, moved, check: check(config))
+    monkeypatch.setattr(best, "choose", lambda *_: 1)
+    (tmp_path / "prompts.txt").write_text("Who?\n")
+    with pytest.raises(UserError, match="gives numbers and does not generate"):
+        run(out=tmp_path / "labels", workdir=tmp_path, prompts=tmp_path / "prompts.txt", terminal=True)
 
 
 def test_empty_and_repeated_answers_are_left_out(monkeypatch, capsys):

@@ -11,6 +11,7 @@ from support.tiny import numpy_params, one_device
 
 from ftjax import rewards, score, sharding
 from ftjax.assemble import open_base
+from ftjax.data.format.formats import check_row
 from ftjax.data.read.sources import read_sources
 from ftjax.errors import UserError
 from ftjax.evals import scored, scores
@@ -64,11 +65,21 @@ def test_rows_of_every_kind_get_their_rewards(root, model, tmp_path):
     )
 
 
-def test_what_has_no_answer_has_no_reward(model, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "once"}\n')
-    read = read_sources([{"source": str(tmp_path / "rows.jsonl")}])
-    with pytest.raises(UserError, match=r"rows.jsonl:1: is a text; a reward is of an answer"):
-        score.score_rows(model, [read[0]])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "once"}, "is a text; a reward is of an answer"),
+        ({"text": "once", "label": "spam"}, "is a text; a reward is of an answer"),
+        ({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, "is an answer in steps"),
+        ({"messages": [{"role": "user", "content": "q"}], "label": "spam"}, "a reward is of an answer"),
+    ],
+)
+def test_what_has_no_answer_has_no_reward(model, row, message):
+    with pytest.raises(UserError, match=f"rows.jsonl:1: {message}"):
+        score.score_rows(model, [check_row(row, "rows.jsonl:1")])
+
+
+def test_a_conversation_without_an_answer_has_no_reward(model):
     with pytest.raises(UserError, match="conversation 0: a reward is of an answer"):
         model.scores([[{"role": "user", "content": "and?"}]])
 

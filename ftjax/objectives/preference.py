@@ -136,7 +136,7 @@ def _check(weights: dict[str, float], config: ConfigDict, reference: bool) -> No
             f"not; use objective.name='dpo', or one of {free}"
         )
     defaults, read = configs.defaults().objective, {key for name in names for key in LOSSES[name].settings}
-    for key in ("label_smoothing", "divergence", "divergence_alpha", "discopop_tau"):
+    for key in ("label_smoothing", "divergence", "divergence_alpha", "discopop_tau", "gamma"):
         if key not in read and config[key] != defaults[key]:
             users = ", ".join(name for name, loss in LOSSES.items() if key in loss.settings)
             raise UserError(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.head import make_unembed
 from ftjax.objectives.logps import Batch, document_sums, token_logps
@@ -26,8 +27,13 @@ def make_unpaired(model: Decoder, config: ConfigDict) -> Objective:
     paired). The loss is a sum over documents whose weight is their number.
 
     Raises:
-      UserError: an unknown loss.
+      UserError: an unknown loss, or no answer would count.
     """
+    if not config.desirable_weight and not config.undesirable_weight:
+        raise UserError(
+            "config.objective.desirable_weight and undesirable_weight are both 0, so that nothing is learned; "
+            "set one of them above it"
+        )
     weights, unembed, totals_of = _weights(config), make_unembed(model), make_unpaired_totals(model, config)
 
     def unpaired(variables, batch, rng):

@@ -113,7 +113,12 @@ class _Row:
 
     @property
     def ended(self) -> bool:
-        return self.stopped or len(self.tokens) == self.request.max_new_tokens
+        return self.stopped or not self.left
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still be chosen."""
+        return self.request.max_new_tokens - len(self.tokens)
 
     @property
     def length(self) -> int:
@@ -157,7 +162,10 @@ class Engine:
 
         Raises:
           UserError: it is empty, too long for the model, or has tokens that the model does not know.
+          ValueError: it has more stop tokens or biased tokens than the engine was made for.
         """
+        if len(request.stop_tokens) > self._stops or len(request.bias) > self._biases:
+            raise ValueError(f"an engine for {self._stops} stop tokens and {self._biases} biased ones")
         request.check(self._reader, f"prompt {self._count}")
         self._waiting.append(_Row(self._count, request))
         self._count += 1
@@ -195,12 +203,16 @@ class Engine:
             row = self._waiting[0]
             if taken and _key(row) not in unique:
                 longest = max(length, _padded(len(row.request.prompt), self._reader))
-                if self._is_long(row) or self._is_long(taken[0]) or (len(unique) + 1) * longest > TOKENS:
+                if self._is_long(row) or self._is_long(taken[0]) or self._rows_read(len(unique) + 1) * longest > TOKENS:
                     break
             taken.append(self._waiting.popleft())
             unique.add(_key(row))
             length = max(length, _padded(len(row.request.prompt), self._reader))
         return taken
+
+    def _rows_read(self, prompts: int) -> int:
+        """How many so many are read as, of which the rest is padding."""
+        return _coarse(prompts, len(self._rows))
 
     def _is_long(self, row: _Row) -> bool:
         """Whether its prompt is read in parts."""
@@ -238,7 +250,7 @@ class Engine:
         prompts = [row.request.prompt for row in rows]
         if self._is_long(rows[0]):
             return self._read_in_parts(rows[0])
-        count = _coarse(len(rows), len(self._rows))
+        count = self._rows_read(len(rows))
         width = max(_padded(len(prompt), self._reader) for prompt in prompts)
         tokens, lengths, reach = np.zeros((count, width), np.int32), np.ones(count, np.int32), np.ones(count, np.int32)
         for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
@@ -263,8 +275,9 @@ class Engine:
         rows = [row for row in self._rows if row is not None]
         if not rows:
             return
-        limit = min(limit, DISPATCH, max(row.request.max_new_tokens - len(row.tokens) for row in rows))
-        self._make_room(max(row.length for row in rows) + limit - 1)
+        limit = min(limit, DISPATCH, max(row.left for row in rows))
+        # Those that end before the others need no more.
+        self._make_room(max(row.length + min(limit, row.left) for row in rows) - 1)
         self._slots, chosen, there = compiled.decode(
             self._model, DISPATCH, self._variables, self._slots, np.int32(limit), np.bool_(bool(self._waiting))
         )

@@ -205,6 +205,7 @@ REFUSED = [
     ),
     ({"cache_reference": True, "reference_every": 8}, True, "is of a reference that stays, and with objective.refere"),
     ({"discopop_tau": 0.1}, True, "discopop_tau=0.1 does nothing with the loss sigmoid"),
+    ({"gamma": 1.0}, False, "gamma=1.0 does nothing with the loss sigmoid"),
 ]
 
 

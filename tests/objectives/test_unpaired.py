@@ -173,9 +173,10 @@ def test_a_side_that_a_step_has_not_has_no_part_in_its_metrics():
     [
         ({"loss": ("sigmoid",)}, "'sigmoid' is no loss; known: apo_zero_unpaired, kto"),
         ({"loss": ("kto", ("kto", 0.5))}, "a loss stands there twice"),
+        ({"desirable_weight": 0.0, "undesirable_weight": 0.0}, "are both 0, so that nothing is learned"),
     ],
 )
-def test_losses_of_pairs_are_refused(changes, message):
+def test_losses_of_pairs_and_of_nothing_are_refused(changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         make_unpaired(MODEL, settings(**changes))
 

@@ -175,6 +175,23 @@ def complete(ours, requests, slots):
     return [completions[i] for i in range(len(requests))]
 
 
+def test_the_same_prompt_with_other_ends_and_fewer_slots_and_a_stop_token_that_ends_the_prompt(ours, prompts):
+    prompt, most = prompts[0], [5, 1, 3, 5, 1]
+    expected = complete(ours, [engine.Request(prompt, 5)], 1)[0].tokens.tolist()
+    assert prompt[-1] not in expected
+    requests = [engine.Request(prompt, count, stop_tokens=(int(prompt[-1]),)) for count in most]
+    assert rows(complete(ours, requests, 3)) == [expected[:count] for count in most]
+    with pytest.raises(ValueError, match="for 8 stop tokens"):
+        engine.Engine(*ours, 2).add(engine.Request(prompt, 1, stop_tokens=range(9)))
+
+
+def test_a_row_near_its_end_needs_no_room_for_what_another_is_to_say(ours, prompts, monkeypatch):
+    monkeypatch.setattr(engine.compiled, "grow", None)  # beyond the model's 64 positions
+    long = np.concatenate(prompts)[:60]
+    made = complete(ours, [engine.Request(long, 4), engine.Request(long[:3], 20)], 3)
+    assert [len(one.tokens) for one in made] == [4, 20]
+
+
 def test_equal_prompts_are_read_once(ours, prompts, monkeypatch):
     read = []
     original = engine.compiled.read

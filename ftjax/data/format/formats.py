@@ -135,7 +135,8 @@ def _classified(fields: dict, origin: str) -> dict:
     label = fields["label"]
     if not isinstance(label, str | int) or label == "":
         raise UserError(f"{origin}: label is {label!r}; write the name of a class, or its index in objective.classes")
-    return _of_a_class(fields, origin) | {"label": label if isinstance(label, str) else str(int(label))}
+    # Not 1 and 0 of true and false: there may be classes of these names, in any order.
+    return _of_a_class(fields, origin) | {"label": str(label).lower() if isinstance(label, bool) else str(label)}
 
 
 def _of_a_class(fields: dict, origin: str) -> dict:

@@ -1,9 +1,9 @@
 """Rows with a prompt and answers: preference pairs, answers or their steps with labels, and prompts of Alpaca rows."""
 
-import math
-
 from ftjax.data.format.conversation import check_filled, check_string, conversation, tools_of
 from ftjax.errors import UserError
+
+_LARGEST_MARGIN = 10_000  # beyond it the loss of one pair would be all that a step is about, or no number in float32
 
 
 def preference(fields: dict, origin: str) -> dict:
@@ -37,8 +37,11 @@ def preference(fields: dict, origin: str) -> dict:
         record[side] = _checked_answer(record["prompt"], turns, f"{origin}: {side}")
     margin = fields.get("margin")
     if margin is not None:
-        if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-            raise UserError(f"{origin}: margin is {margin!r}; write a finite number or leave it out")
+        number = isinstance(margin, int | float) and not isinstance(margin, bool)
+        if not (number and abs(margin) <= _LARGEST_MARGIN):  # nor NaN
+            raise UserError(
+                f"{origin}: margin is {margin!r}; write a finite number, at most {_LARGEST_MARGIN:,}, or leave it out"
+            )
         record["margin"] = float(margin)
     return record | tools_of(fields, origin)
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 DELIMITERS = ",;\t|"
 _HEADER_LINES = 1000  # that the header, with line ends in its quotes, may take
 # Columns that formats want as lists, and those where a list of messages may stand instead of a string.
-_LISTS = {"messages", "conversations", "history", "tools"}
+_LISTS = {"messages", "conversations", "history", "tools", "completions", "labels", "answers"}
 _MESSAGES = {"prompt", "completion", "chosen", "rejected"}
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
@@ -33,10 +33,11 @@ _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 def open_csv(file: DataFile, names: Columns = NONE) -> TextRows:
     """The records of a CSV or TSV file as dicts of strings, by the names in its first record.
 
-    Cells that formats want as something else are converted: lists of messages and tools from JSON, `label` from
-    true/false/1/0, `margin` from a number; empty ones in these columns are absent, and an empty `label` is None. The
-    separator is the one of DELIMITERS that gives the header the most columns. A column without a name is left out: the
-    first one, where pandas writes its index, and others if their cells are empty. Holds 16 bytes a row.
+    Cells that formats want as something else are converted: lists of messages, tools, answers, steps and their labels
+    from JSON, `label` beside a completion from true/false/1/0, `margin` from a number; empty ones in these columns are
+    absent, and an empty `label` is None. The separator is the one of DELIMITERS that gives the header the most columns.
+    A column without a name is left out: the first one, where pandas writes its index, and others if their cells are
+    empty. Holds 16 bytes a row.
     """
     csv.field_size_limit(spans.MAX_ROW_BYTES)  # of the whole process, and by default too little for a document
     options = {"delimiter": _delimiter(file), "strict": True}
@@ -82,7 +83,11 @@ def _parse_record(header: Sequence[str], names: Columns, options: Mapping, text:
             f"that hold separators ({options['delimiter']!r})"
         )
     given = columns.renamed({name: cell for name, cell in zip(header, cells, strict=True) if name}, names)
-    fields = {name: _value(name, cell, origin) for name, cell in given.items()}
+    # Beside a completion a label calls it good or bad. Elsewhere it is a class, which may be called "true" or "0".
+    fields = {
+        name: (cell or None) if name == "label" and "completion" not in given else _value(name, cell, origin)
+        for name, cell in given.items()
+    }
     return {name: value for name, value in fields.items() if value is not None or name == "label"}
 
 

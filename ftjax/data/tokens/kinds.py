@@ -79,13 +79,25 @@ def _classified(
     example = chat.tokenize_classified(row, tokenizer, vocab_size)
     document, label = Document(example.tokens, example.trained), row.fields["label"]
     classes = settings.classes
-    index = classes.index(label) if label in classes else int(label) if label.isdecimal() else len(classes)
-    if index >= len(classes):
+    index = _index(label, classes)
+    if index is None:
         raise UserError(
             f"{row.origin}: label is {label!r}, which is no name of config.objective.classes="
             f"{classes!r}{did_you_mean(label, classes)}"
         )
     return [{classes[index]: document._replace(labels=_everywhere(document, index))}]
+
+
+def _index(label: str, classes: tuple[str, ...]) -> int | None:
+    """Which class a label is, None where it is none of them: by its name, or else by its number, as which true is 1."""
+    number = {"true": 1, "false": 0}.get(label.lower())
+    names = [label]
+    if number is not None:  # readers may have made it of another spelling
+        names += [name for name in classes if name.lower() == label.lower()] + [str(number)]
+    if named := [classes.index(name) for name in names if name in classes]:
+        return named[0]
+    index = number if number is not None else int(label) if label.isdecimal() else len(classes)
+    return index if index < len(classes) else None
 
 
 def _everywhere(document: Document, label: float) -> np.ndarray:

@@ -317,6 +317,8 @@ REFUSED = {
     "another prompt": ({**PAIR, "prompt": "Hey", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, "remove it"),
     "prompt twice": ({"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, "repeat the prompt"),
     "endless margin": ({**PAIR, "margin": float("inf")}, "margin is inf; write a finite number"),
+    "a margin beyond float32": ({**PAIR, "margin": 1e39}, "margin is 1e[+]39; write a finite number"),
+    "a margin beyond float64": ({**PAIR, "margin": 10**400}, "margin is 10"),
     "margin in words": ({**PAIR, "margin": "big"}, "margin is 'big'"),
     "empty rejected": ({"prompt": "a", "chosen": "b", "rejected": ""}, "rejected is empty"),
     "history in one list": (

@@ -10,6 +10,7 @@ import pytest
 from ftjax.data.read import spans
 from ftjax.data.read.sources import read_sources
 from ftjax.errors import UserError
+from ftjax.labeling import candidates
 
 CHAT = [{"role": "user", "content": 'Say "hi", then\nstop'}, {"role": "assistant", "content": "hi"}]
 
@@ -56,6 +57,16 @@ def test_cells_become_what_the_formats_want(path):
         {"prompt": ["p", "q", "r"], "completion": ["a", "b", "c"], "label": ["true", "FALSE", "1"]}
     ).to_csv(path, index=False)
     assert [row.fields["label"] for row in read(path)] == [True, False, True]
+    # Without a completion that would be good or bad, a label is a class.
+    pandas.DataFrame({"text": ["p", "q"], "label": ["True", "0"]}).to_csv(path, index=False)
+    assert [row.fields["label"] for row in read(path)] == ["True", "0"]
+
+    steps = {"prompt": ["p"], "completions": ['["a", "b"]'], "labels": ["[true, false]"]}
+    pandas.DataFrame(steps).to_csv(path, index=False)
+    assert read(path)[0].fields["labels"] == [True, False]
+    path.write_text('prompt,answers\np,"[""a"", ""b""]"\n')
+    (candidate,) = candidates.of_file(str(path))
+    assert [turns[0]["content"] for turns in candidate.answers] == ["a", "b"]
 
     frame = pandas.DataFrame(
         {"prompt": ["p", "q"], "chosen": ["a", "b"], "rejected": ["c", "d"], "margin": [0.5, None]}

@@ -194,6 +194,13 @@ def test_a_class_is_a_name_or_an_index_and_another_is_refused_with_its_row(make_
 
     assert classified(text="a b", label="spam") == ("spam", {1}, "a b<|im_end|>")
     assert classified(text="a b", label=0) == ("ham", {0}, "a b<|im_end|>")
+    # True is the class 1, unless a class is called so, whichever stands first.
+    assert [classified(text="a", label=label)[0] for label in (True, "True", "FALSE")] == ["spam", "spam", "ham"]
+    settings = kinds.Settings(classes=("True", "False"))
+    assert [classified(text="a", label=label)[0] for label in (True, False, 0)] == ["True", "False", "True"]
+    settings = kinds.Settings(classes=("1", "0"))
+    assert [classified(text="a", label=label)[0] for label in (True, False, 0)] == ["1", "0", "0"]
+    settings = kinds.Settings(classes=("ham", "spam"))
     name, _, text = classified(messages=[{"role": "user", "content": "Hi"}], label="ham")
     assert name == "ham"
     assert text.endswith("user\nHi<|im_end|>\n")
