@@ -20,11 +20,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import ftjax
+from ftjax import cache, distributed, memory, sharding
 from ftjax import config as configs
-from ftjax import distributed, memory, sharding
 from ftjax.assemble import Program
 from ftjax.data.batch.loader import Loader
-from ftjax.data.read import cache
 from ftjax.data.tokens.examples import Examples
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder

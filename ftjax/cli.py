@@ -1,18 +1,22 @@
 """What every command line shares: flags, and mistakes reported in one message instead of a traceback."""
 
 import contextlib
+import hashlib
 import logging
 import os
+import platform
 import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 
+from ftjax import cache
 from ftjax.errors import TransientError, UserError
 
 EXIT_MISTAKE = 2
@@ -39,6 +43,7 @@ def run(main: Callable[[list[str]], int | None], parse: Callable[[list[str]], li
         with piped():
             print(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
+    _keep_compiled()
     absl_logging.set_verbosity(absl_logging.ERROR)
     warnings = logging.StreamHandler()
     warnings.setFormatter(logging.Formatter("warning: %(message)s"))
@@ -48,6 +53,36 @@ def run(main: Callable[[list[str]], int | None], parse: Callable[[list[str]], li
     # Orbax's threads log the traceback of an error that its caller gets, and reports, as well.
     absl_logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
     exit_with(lambda: app.run(main, flags_parser=parse))
+
+
+_COMPILED = 4 * 2**30  # bytes of compiled programs that are kept, those used last
+
+
+def _keep_compiled() -> None:
+    """Lets JAX keep what it compiles under $FTJAX_CACHE, so that a later command with the same shapes need not.
+
+    Not where JAX has been told of another directory, or where this one cannot be written. The limit of the size makes
+    JAX lock the directory, for which several processes may then use it. Programs for a CPU are of its own instructions.
+    """
+    import jax  # at the top it would be loaded for messages about flags, too
+
+    if jax.config.jax_compilation_cache_dir or "JAX_ENABLE_COMPILATION_CACHE" in os.environ:
+        return
+    try:
+        directory = cache.directory(f"compiled/{_instructions()}")
+    except UserError:  # what needs the cache says so; nothing needs this
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_compilation_cache_max_size", _COMPILED)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _instructions() -> str:
+    """A short name of the kind of CPU: homes are shared by machines that are not alike."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:12]
 
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:

@@ -8,13 +8,12 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import config as configs
 from ftjax import memory, quant, sharding, tree
 from ftjax.assemble import NEW_TOKENS, Base, Program
 from ftjax.data.batch.loader import Loader
 from ftjax.evals.best import Standing, evaluations
 from ftjax.evals.general import is_category
-from ftjax.method import learning_rate, method_of
+from ftjax.method import Method, learning_rate
 from ftjax.models import kernels, params
 from ftjax.objectives.reference import REFERENCE
 from ftjax.training import metrics
@@ -95,8 +94,8 @@ def counted(report: dict[str, int]) -> str:
     )
 
 
-def result(workdir: Path, standing: Standing) -> dict[str, str]:
-    """The results of a run, and where they are."""
+def result(workdir: Path, standing: Standing, method: Method) -> dict[str, str]:
+    """The results of a run of a method, and where they are."""
     evals = evaluations(metrics.read(workdir / "metrics.jsonl"))
     rows = {}
     names = [name for name in evals[-1] if name.startswith("eval_") and not is_category(name)] if evals else ()
@@ -108,13 +107,12 @@ def result(workdir: Path, standing: Standing) -> dict[str, str]:
     rows |= {"checkpoints": str(workdir / "checkpoints") + _of_checkpoints(standing)}
     if (workdir / "samples.jsonl").exists():
         rows["completions"] = str(workdir / "samples.jsonl")
-    method = method_of(configs.read(workdir / "config.json"))
-    use = {"use it": f"{python} -m ftjax.generate --workdir {quoted} --prompt '...'"} if method.generates else {}
+    use = f"{python} -m ftjax.generate --workdir {quoted} --prompt '...'" if method.generates else ""
     if method.rows == "ranked":
-        use = {"use it": f"{python} -m ftjax.score --reward {quoted} --data ROWS --out FILE"}
+        use = f"{python} -m ftjax.score --reward {quoted} --data rows.jsonl --out scored.jsonl"
     return rows | {
         "metrics": f"{workdir / 'metrics.jsonl'}, and tensorboard --logdir {quoted}/tensorboard",
-        **use,
+        **({"use it": use} if use else {}),
         "take it out": f"{python} -m ftjax.export --workdir {quoted} --format peft --out ADAPTER",
     }
 

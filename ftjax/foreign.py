@@ -119,6 +119,8 @@ TRL: dict[str, Ours] = _BOTH | {
     "discopop_tau": Ours("objective.discopop_tau"),
     "ld_alpha": Ours("objective.ld_alpha", "1 where theirs is None"),
     "use_weighting": Ours("objective.weighting", "wpo where theirs is on, none where it is off"),
+    "center_rewards_coefficient": Ours("objective.center_coef", "0 where theirs is None"),
+    "step_separator": Ours("objective.step_separator"),
     "simpo_gamma": Ours("objective.gamma"),
     "desirable_weight": Ours("objective.desirable_weight"),
     "undesirable_weight": Ours("objective.undesirable_weight"),

@@ -214,7 +214,7 @@ def _train(
             environment.end(workdir)
     standing = best.Standing.of(config, workdir, checkpoints.steps())
     display.draw(curves.draw(metrics.read(workdir / "metrics.jsonl"), standing.scores, standing.metric))
-    display.table("finished", describe.result(workdir, standing) | _report(workdir, display))
+    display.table("finished", describe.result(workdir, standing, program.method) | _report(workdir, display))
     return 0
 
 

@@ -60,3 +60,27 @@ def test_output_that_nobody_reads_ends_it_quietly(arguments):
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+KEEPS = """
+import os, jax
+from ftjax import cli
+os.environ["FTJAX_CACHE"] = "/proc/nowhere"
+cli._keep_compiled()
+assert not jax.config.jax_compilation_cache_dir  # nothing needs it
+os.environ["FTJAX_CACHE"] = {directory!r}
+cli._keep_compiled()
+assert jax.config.jax_persistent_cache_min_compile_time_secs < 1
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: x + 1)(1.0)
+jax.config.update("jax_compilation_cache_dir", "mine")
+cli._keep_compiled()
+assert jax.config.jax_compilation_cache_dir == "mine"
+"""
+
+
+def test_what_is_compiled_is_kept_for_later_commands(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION")}
+    script = KEEPS.format(directory=str(tmp_path))
+    subprocess.run([sys.executable, "-c", script], env=environment | {"JAX_PLATFORMS": "cpu"}, check=True)
+    assert list(tmp_path.glob("compiled/*/*-cache"))

@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "ftjax").rglob("*.py"))
 # of its own; "weights" alone is what stands in none of its wings. `data` and `tasks` stay on the host.
 FLOORS = [
     {"errors"},
-    {"atomic", "cli", "config_checks", "foreign", "strict_json", "tree"},
+    {"atomic", "cache", "cli", "config_checks", "foreign", "strict_json", "tree"},
     {"config", "distributed"},
     {"config_files"},
     {"config_flag"},
@@ -48,6 +48,7 @@ COMMAND_LINES = FLOORS[-1]
 HOST_ONLY = {"data", "tasks"}
 HOST_MAY_IMPORT = {
     "ftjax.atomic",
+    "ftjax.cache",
     "ftjax.errors",
     "ftjax.strict_json",
     "ftjax.weights.gguf.header",

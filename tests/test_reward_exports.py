@@ -16,14 +16,16 @@ from support.tiny import one_device
 from support.torch_models import torch_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ftjax import assemble, export, rewards
+from ftjax import assemble, export, exportable, rewards
 from ftjax import config as configs
 from ftjax.adapted import load_model
 from ftjax.data import pipeline
 from ftjax.errors import UserError
+from ftjax.method import method_of
 from ftjax.models import heads
 from ftjax.objectives.scores import is_last, scores
 from ftjax.train import train
+from ftjax.weights.peft import begun_heads
 
 REWARD = {"objective.name": "reward", "objective.ensemble": 2, "data.checks": "off", "data.max_length": 64}
 CONVERSATIONS = [
@@ -138,11 +140,19 @@ def _document(batch, row, end):
 
 def first_head(config):
     """float32 [D, K]: the head that a run of `config` begins with."""
+    base, widths = assemble.open_base(config.model), method_of(config).heads(config.objective)
+    abstract = heads.abstract_heads(widths, base.model.spec, one_device())
+    return begun_heads.kernel(config, base.reader, base.model.spec, abstract)
+
+
+def test_a_run_begins_with_the_head_that_is_there(root, ours):
+    config = config_of(root, **REWARD | {"model.source": str(root / "hf"), "adapter.kind": "none", "adapter.rank": 16})
     base = assemble.open_base(config.model)
     with jax.set_mesh(one_device()):
         abstract, _ = assemble.abstract_variables(config, base.model, one_device())
         variables = assemble.load_variables(config, base, abstract, lambda path: path.startswith(heads.COLLECTION))
-    return np.asarray(variables[heads.COLLECTION][heads.SCORE]["kernel"])
+    kernels = [of[heads.COLLECTION][heads.SCORE]["kernel"] for of in (variables, ours.variables)]
+    assert np.array_equal(*kernels)
 
 
 @pytest.mark.parametrize("given", [{"model.source": "hf"}, {"adapter.source": "peft", "adapter.rank": 16}])
@@ -217,10 +227,11 @@ def test_a_reward_model_of_every_family_scores_the_same_in_transformers(tmp_path
 
 def test_a_family_for_which_transformers_has_no_class_is_refused_before_the_first_step(tmp_path):
     write_model(tmp_path / "model", model_type="granite")
-    write_pairs(tmp_path / "pairs.jsonl", 8)
-    config = config_of(tmp_path, **REWARD, export_formats=("hf",))
+    config = config_of(tmp_path, **REWARD)
+    base = assemble.open_base(config.model)
+    variables, _ = assemble.abstract_variables(config, base.model, one_device())
     with pytest.raises(UserError, match=r"'hf' would be .*no ForSequenceClassification of the family 'granite'"):
-        train(config, tmp_path / "run")
+        exportable.check(("hf",), config, base, variables)
 
 
 @pytest.mark.slow

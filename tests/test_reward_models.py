@@ -1,5 +1,6 @@
 """Runs of reward models: every way to train, resumption, and what such a run has no use for."""
 
+import json
 import re
 
 import jax
@@ -102,6 +103,7 @@ def test_what_says_nothing_is_not_asked(root):
         assemble.abstract_variables(config, assemble.open_base(config.model).model, one_device())
 
 
+@pytest.mark.slow
 def test_a_step_makes_no_logits_and_counts_none(root):
     needed, products = {}, {}
     for name in ("cpo", "reward"):
@@ -117,3 +119,46 @@ def test_a_step_makes_no_logits_and_counts_none(root):
     assert products["cpo"]
     assert not products["reward"]
     assert needed["cpo"].forward - needed["reward"].forward == 2 * tokens * width * (400 - 1)
+
+
+def write_steps(path, count, seed=0):
+    """Answers of two steps: right ones name the color of the question, wrong ones another."""
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(count):
+        labels = [bool(right) for right in rng.random(2) < 0.5]
+        steps = ["send blue" if right else "it is old" for right in labels]
+        rows.append({"prompt": f"The blue lamp {i} {seed}", "completions": steps, "labels": labels})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_classes(path, count, seed=0):
+    texts = [f"The {('blue', 'red')[i % 2]} lamp {i} {seed}" for i in range(count)]
+    rows = [{"text": text, "label": ("cold", 1)[i % 2]} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "write", "settings"),
+    [("prm", write_steps, {}), ("classify", write_classes, {"objective.classes": ("cold", "warm", "gray")})],
+)
+def test_steps_and_classes_are_learned_and_a_resumed_run_is_the_same(root, tmp_path, capsys, name, write, settings):
+    data = {"data.train": (write(tmp_path / "rows.jsonl", 60),), "data.eval": (write(tmp_path / "held.jsonl", 20, 1),)}
+    given = {"objective.name": name, "steps": 12, "checkpoint_every": 6, "accumulate": 2, "data.checks": "on"}
+    config = reward_config(root, **given | data | settings)
+    assert train.train(config, tmp_path / "run") == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert ("no row of training has the class 'gray'" in said) == (name == "classify")
+    records = metrics.read(tmp_path / "run/metrics.jsonl")
+    assert records[-1]["eval_accuracy"] > 0.9 > records[0]["eval_accuracy"]
+    again = configs.changed(config, {"checkpoint.resume_step": 6})
+    assert train.train(again, tmp_path / "run") == 0
+    assert metrics.read(tmp_path / "run/metrics.jsonl")[-1] == records[-1]
+
+
+def test_classes_are_named_in_the_config(root):
+    for classes, message in (((), "config.objective.classes: name the classes"), (("a",), "two or more different")):
+        with pytest.raises(UserError, match=message):
+            method_of(reward_config(root, **{"objective.name": "classify", "objective.classes": classes}))

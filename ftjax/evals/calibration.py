@@ -26,7 +26,7 @@ class Calibration(NamedTuple):
     """What comes of N pairs.
 
     Attributes:
-      accuracy: the share in which the better answer is preferred, with a higher reward.
+      accuracy: the share in which the better answer is preferred, with p > 1/2.
       error: the expected calibration error, the mean over pairs of |accuracy - confidence| of their bin (Naeini et al.
         2015; Guo et al. 2017, equation 3).
       brier: the mean of (1 - p)^2, p being the probability that is given to the better answer (Brier 1950).

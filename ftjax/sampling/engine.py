@@ -22,7 +22,7 @@ from ftjax.models.groups import unroll
 from ftjax.models.kernels import choose as choose_kernel
 from ftjax.sampling import slots as compiled
 from ftjax.sampling.sampler import Sampling, Settings
-from ftjax.sampling.slots import Prompts, Read, Rows
+from ftjax.sampling.slots import Entering, Prompts, Read, Rows
 from ftjax.tree import Tree
 
 DISPATCH = 32  # tokens of a row that are chosen before the host looks
@@ -169,17 +169,15 @@ class Engine:
         return bool(self._waiting) or any(self._rows)
 
     def step(self, limit: int = DISPATCH) -> tuple[dict[int, list[int]], dict[int, Completion]]:
-        """Fills free slots, whose first tokens it chooses; or where none can be filled, chooses up to `limit` tokens of
-        each row.
+        """Fills free slots, and chooses up to `limit` tokens of each row.
 
         Returns the new tokens of requests, stop tokens left out, and the completions of those that have ended.
         """
-        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        while self._waiting and (free := [slot for slot, row in enumerate(self._rows) if row is None]):
+            taken = self._take(len(free))
+            self._enter(free[: len(taken)], taken)
         counts = [0 if row is None else len(row.tokens) for row in self._rows]
-        if free and self._waiting:
-            self._admit(free)
-        else:
-            self._decode(limit)
+        self._decode(limit)
         new, ended = {}, {}
         for slot, (row, count) in enumerate(zip(self._rows, counts, strict=True)):
             if row is None:
@@ -189,13 +187,6 @@ class Engine:
             if row.ended:
                 ended[row.index], self._rows[slot] = row.completion(), None
         return new, ended
-
-    def _admit(self, free: list[int]) -> None:
-        taken = self._take(len(free))
-        used = free[: len(taken)]
-        for slot, row in zip(used, taken, strict=True):
-            self._rows[slot] = row
-        self._enter(used, taken)
 
     def _take(self, most: int) -> list[_Row]:
         """The next rows whose prompts are read together: equal ones count once, and a long one is alone."""
@@ -221,7 +212,9 @@ class Engine:
         return choose_kernel(model.attention, model.spec, model.dtype, width, mesh).name == "xla"
 
     def _enter(self, used: list[int], taken: list[_Row]) -> None:
-        """Reads the prompts of `taken`, puts them into the slots `used` and chooses their first tokens."""
+        """Reads the prompts of `taken`, and puts them into the slots `used`."""
+        for slot, row in zip(used, taken, strict=True):
+            self._rows[slot] = row
         self._make_room(max(row.length for row in taken))
         unique = {_key(row): row for row in taken}
         numbers = {key: number for number, key in enumerate(unique)}
@@ -230,20 +223,16 @@ class Engine:
         def column(values: Sequence[int], rest: int) -> np.ndarray:
             return np.array([*values, *[rest] * (size - len(taken))], np.int32)
 
-        self._slots, chosen = compiled.enter(
-            self._model,
-            self._variables,
-            self._slots,
-            self._read(list(unique.values())),
+        prompts = [row.request.prompt for row in taken]
+        entering = Entering(
             column([numbers[_key(row)] for row in taken], 0),
-            column([len(row.request.prompt) for row in taken], 1),
+            column([len(prompt) for prompt in prompts], 1),
+            column([int(prompt[-1]) for prompt in prompts], 0),
             column([_reach(row) for row in taken], 1),
             column(used, len(self._rows)),  # what fills up goes nowhere
             compiled.rows_of([row.request.rows() for row in taken], self._stops, self._biases, size),
         )
-        tokens, logps, full_logps = jax.device_get(chosen)
-        for i, row in enumerate(taken):
-            row.note(tokens[i : i + 1], logps[i : i + 1], full_logps[i : i + 1])
+        self._slots = compiled.enter(self._model, self._slots, self._read(list(unique.values())), entering)
 
     def _read(self, rows: list[_Row]) -> Read:
         prompts = [row.request.prompt for row in rows]
@@ -266,14 +255,13 @@ class Engine:
             tokens = np.zeros((1, PART), np.int32)
             part = prompt[start : start + PART]
             tokens[0, : len(part)] = part
-            ends, cache = compiled.read_on(
-                model, self._read_variables, cache, tokens, np.int32(start), np.int32(len(part))
-            )
-        return Read(ends, cache.keys, cache.values)
+            places = np.int32(start), np.int32(len(part))
+            cache = compiled.read_on(model, self._read_variables, cache, tokens, *places)
+        return Read(cache.keys, cache.values)
 
     def _decode(self, limit: int) -> None:
-        rows = [row for row in self._rows if row is not None and not row.ended]
-        if not rows or limit < 1:
+        rows = [row for row in self._rows if row is not None]
+        if not rows:
             return
         limit = min(limit, DISPATCH, max(row.request.max_new_tokens - len(row.tokens) for row in rows))
         self._make_room(max(row.length for row in rows) + limit - 1)

@@ -1,7 +1,7 @@
 """The compiled half of the engine: rows of a batch that are filled, go on by a token at a time, and are freed.
 
-`read` computes what a prompt leaves in the cache, by the kernels of training; `enter` puts it into free slots and
-chooses the first token of each; `decode` chooses further tokens on the device. How rows are sampled and when they end
+`read` computes what a prompt leaves in the cache, by the kernels of training; `enter` puts it into free slots; `decode`
+chooses tokens on the device. How rows are sampled and when they end
 are arrays, for which nothing compiles anew: compiled shapes are the number of slots, their capacity and, of prompts, a
 coarse length.
 """
@@ -36,10 +36,12 @@ class Rows(NamedTuple):
 
 @flax.struct.dataclass
 class Slots:
-    """The rows, used and free ones. What was chosen last is not in the cache yet."""
+    """The rows, used and free ones. The last token of a row goes through the model next: of a new one it is the last of
+    its prompt, whose keys and values are then written once more.
+    """
 
     cache: Cache
-    tokens: jax.Array  # int32 [batch]: chosen last
+    tokens: jax.Array  # int32 [batch]: the last ones
     positions: jax.Array  # int32 [batch]: of these
     counts: jax.Array  # int32 [batch]: how many are chosen
     active: jax.Array  # bool [batch]: used, and not at an end
@@ -60,9 +62,8 @@ class Prompts(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What is left of prompts that were read."""
+    """What prompts leave in the cache."""
 
-    ends: jax.Array  # [n, D]: hidden states of their last tokens
     keys: Any  # [layers, n, kv_heads, length, head_dim] of each stack
     values: Any
 
@@ -88,70 +89,60 @@ def read(model: Decoder, variables: Tree, prompts: Prompts) -> Read:
     count, length = prompts.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), (count, length))
     segment_ids = (positions < prompts.lengths[:, None]).astype(jnp.int32)
-    hidden, (keys, values) = model.apply(
-        variables, prompts.tokens, positions, segment_ids, prompts.reach, method="prefill"
-    )
-    return Read(hidden[jnp.arange(count), prompts.lengths - 1], keys, values)
+    _, found = model.apply(variables, prompts.tokens, positions, segment_ids, prompts.reach, method="prefill")
+    return Read(*found)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read_on(
     model: Decoder, variables: Tree, cache: Cache, tokens: jax.Array, start: jax.Array, count: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """Reads a part of one long prompt, tokens int32 [1, length] of which `count` are there, after the `start` before.
-
-    Returns the hidden state of its last token, [1, D], and the cache with these tokens in.
-    """
+) -> Cache:
+    """Reads a part of a long prompt, tokens int32 [1, length] of which `count` are there, after the `start` before."""
     places = jnp.arange(tokens.shape[1])[None]
     segment_ids = (places < count).astype(jnp.int32)
-    hidden, cache = model.apply(variables, tokens, start + places, segment_ids, cache)
-    return jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False), cache
+    return model.apply(variables, tokens, start + places, segment_ids, cache)[1]
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def enter(
-    model: Decoder,
-    variables: Tree,
-    slots: Slots,
-    read: Read,
-    prompt: jax.Array,
-    lengths: jax.Array,
-    reach: jax.Array,
-    slot: jax.Array,
-    rows: Rows,
-) -> tuple[Slots, Chosen]:
-    """Puts m rows into slots, and chooses the first token of each.
+class Entering(NamedTuple):
+    """Rows that are given slots, [m] each."""
 
-    model, variables: those that decode. prompt: int32 [m], which of those that were read; several rows may have the
-    same. lengths, reach: int32 [m], of that. slot: int32 [m]; one beyond the last is nowhere. rows: of m.
-    """
-    keys, values = read.keys, read.values
+    prompt: jax.Array  # int32: which of those that were read; several rows may have the same
+    lengths: jax.Array  # int32, of that
+    last: jax.Array  # int32, its last token
+    reach: jax.Array  # int32, of the row
+    slot: jax.Array  # int32; one beyond the last is nowhere
+    rows: Rows
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def enter(model: Decoder, slots: Slots, read: Read, entering: Entering) -> Slots:
+    """Puts rows into slots. model: the one that decodes."""
+    keys, values, slot = read.keys, read.values, entering.slot
     if model.unrolled:
         keys, values = unroll_nested(model.spec, keys), unroll_nested(model.spec, values)
 
     def insert(old: jax.Array, new: jax.Array) -> jax.Array:
         length = min(new.shape[3], old.shape[3])  # what is beyond is padding
-        return old.at[:, slot, :, :length].set(new[:, prompt, :, :length].astype(old.dtype), mode="drop")
+        part = new[:, entering.prompt, :, :length].astype(old.dtype)
+        return old.at[:, slot, :, :length].set(part, mode="drop")
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[slot].set(new, mode="drop")
 
-    chosen, left, active = _choose(model, variables, read.ends[prompt], rows, jnp.zeros_like(slot))
-    rows = rows._replace(left=left)
     cache = slots.cache.replace(
         keys=jax.tree.map(insert, slots.cache.keys, keys),
         values=jax.tree.map(insert, slots.cache.values, values),
-        reach=put(slots.cache.reach, reach),
+        reach=put(slots.cache.reach, entering.reach),
     )
     slots = Slots(
         cache,
-        put(slots.tokens, chosen.tokens),
-        put(slots.positions, lengths),
-        put(slots.counts, jnp.ones_like(slot)),
-        put(slots.active, active),
-        jax.tree.map(put, slots.rows, rows),
+        put(slots.tokens, entering.last),
+        put(slots.positions, entering.lengths - 1),
+        put(slots.counts, jnp.zeros_like(slot)),
+        put(slots.active, jnp.ones_like(slot, bool)),
+        jax.tree.map(put, slots.rows, entering.rows),
     )
-    return _lay_out(slots), _on_all(chosen)
+    return _lay_out(slots)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

@@ -114,8 +114,8 @@ class Browser:
         return answer["result"].get("value")
 
     def wait(self, expression: str) -> None:
-        """Until the value is true, for ten seconds at most."""
-        deadline = time.monotonic() + 10
+        """Until the value is true, for a minute at most."""
+        deadline = time.monotonic() + 60
         while not self.value(expression):
             assert time.monotonic() < deadline, expression
             time.sleep(0.01)

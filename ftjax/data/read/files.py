@@ -24,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from ftjax.data.read import cache
+from ftjax import cache
 from ftjax.errors import SourceError, UserError
 
 # ending -> kind of file

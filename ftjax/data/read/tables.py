@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ftjax.data.read import cache, columns, files
+from ftjax import cache
+from ftjax.data.read import columns, files
 from ftjax.data.read.columns import NONE, Columns
 from ftjax.data.read.files import DataFile
 from ftjax.data.read.plain import plain_row

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.data.read import cache
+from ftjax import cache
 from ftjax.data.read.rows import BadRows, Rows, log_skipped
 from ftjax.data.tokens import examples, kinds, processes
 from ftjax.data.tokens.examples import Append, Examples, Part

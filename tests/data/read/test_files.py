@@ -11,7 +11,7 @@ import fsspec
 import pytest
 import zstandard
 
-from ftjax.data.read import cache
+from ftjax import cache
 from ftjax.data.read.sources import read_sources
 from ftjax.errors import UserError
 
