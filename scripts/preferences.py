@@ -9,6 +9,7 @@ docs/preferences.md.
 
 import argparse
 import json
+import os
 import re
 import time
 import types
@@ -60,6 +61,7 @@ VARIANTS: dict[str, Variant] = {
     START: Variant("quickstart", "128 tickets", {"steps": 16}),
     "SFT, the chosen answers": _of_pairs("192 tickets", **{"objective.name": "sft", "data.train": (CHOSEN,)}),
     "DPO + SFT": Variant("quickstart_dpo", "96 pairs"),
+    "DPO + SFT, beta 0.5": Variant("quickstart_dpo", "96 pairs", {"objective.beta": 0.5}),
     "DPO": _of_pairs(**{"objective.loss": ("sigmoid",)}),
     "IPO": _of_pairs(**{"objective.loss": ("ipo",)}),
     "APO-zero": _of_pairs(**{"objective.loss": ("apo_zero",)}),
@@ -136,10 +138,19 @@ def results(out: Path, sizes: Sizes, wanted: Sequence[str]) -> Iterator[dict]:
             how |= measured(base, variables, held) if method_of(config).generates else ranked(workdir, held)
             if name == START:
                 plain = {part: leaves for part, leaves in variables.items() if part != "lora"}
-                how["general_before"] = nats(base, plain, held)
+                how["general_before"], how["where"] = nats(base, plain, held), where(workdir)
                 if not (out / "adapter").exists():
                     export.export_peft(workdir, None, out / "adapter")
         yield how
+
+
+def where(workdir: Path) -> str:
+    """The hardware and versions of a run."""
+    run = json.loads((workdir / "environment.json").read_text())["starts"][-1]
+    devices, versions = run["devices"], run["versions"]
+    names = ("ftjax", "jax", "flax", "optax")
+    words = [f"{name} {versions[name]}" for name in names]
+    return ", ".join([f"{devices['count']} x {devices['kind']} of {os.cpu_count()} cores", *words])
 
 
 def ranked(workdir: Path, held: Held) -> dict[str, list[float]]:
@@ -192,6 +203,8 @@ def table(records: list[dict]) -> str:
             cells += [risen, with_interval(record["tickets"]), "" if record is start else with_interval(against, "+")]
             cells.append(f"{np.subtract(record['general'], start['general_before']).mean():+.3f}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    if start:
+        lines += ["", f"{len(start['chosen'])} pairs and {len(start['tickets'])} tickets; {start['where']}."]
     return "\n".join(lines) + "\n"
 
 

@@ -26,7 +26,9 @@ def record(name, chosen, rejected, tickets, general, **more):
 
 
 # Pairs in the order of support_preference.FAULTS: wrong, verbose, wrong, both.
-START = record("SFT", [-1, -2, -3, -4], [-2, -1, -2, -1], [0, 1, 0, 1] * 5, [3.0, 2.0], general_before=[2.5, 2.0])
+START = record(
+    "SFT", [-1, -2, -3, -4], [-2, -1, -2, -1], [0, 1, 0, 1] * 5, [3.0, 2.0], general_before=[2.5, 2.0], where="1 x cpu"
+)
 DPO = record("DPO", [-1, -2, -3, -4], [-5, -9, -2, -6], [1, 1, 0, 1] * 5, [3.5, 2.0])
 REWARD = {"name": "reward model", "steps": 48, "cpu_seconds": 60, "chosen": [2, 3, 4, 5], "rejected": [0, 1, 1, 2]}
 
@@ -36,7 +38,8 @@ def rows(drawn):
 
 
 def test_the_table_has_shares_differences_and_intervals(script):
-    heads, dashes, start, dpo, reward = rows(script["table"]([START, DPO, REWARD]))
+    heads, dashes, start, dpo, reward, _, below = rows(script["table"]([START, DPO, REWARD]))
+    assert below == ["4 pairs and 20 tickets; 1 x cpu."]
     assert {len(cells) for cells in (dashes, start, dpo, reward)} == {len(heads)}
     of = lambda cells: dict(zip(heads, cells))  # noqa: E731
     assert of(start)["the better answer is likelier"] == "25%"
@@ -62,7 +65,7 @@ def test_what_is_finished_is_not_measured_again_and_the_table_goes_to_the_page(s
     before, drawn, after = page.partition("<!-- measured -->\n")[0], *page.split("<!-- measured -->\n")[1].split("<!--")
     assert (before, after) == ("before\n", " end -->\nafter\n")
     assert drawn in capsys.readouterr().out
-    assert [cells[0] for cells in rows(drawn)[2:]] == ["SFT", "DPO"]
+    assert [cells[0] for cells in rows(drawn)[2:-2]] == ["SFT", "DPO"]
     assert rows(drawn)[3][2] == "7"  # of what was measured twice the last
 
 
@@ -82,9 +85,11 @@ def test_an_answer_is_measured_after_its_prompt_with_the_token_that_ends_it(scri
 def test_the_page_has_the_table_of_the_script(script):
     page = (ROOT / "docs/preferences.md").read_text()
     drawn = page.split("<!-- measured -->\n")[1].split("<!-- end -->")[0]
-    heads, _, *others = rows(drawn)
+    heads, _, *others = (cells for cells in rows(drawn) if len(cells) > 1)
     assert heads == rows(script["table"]([]))[0]
-    assert [cells[0] for cells in others] == [name for name in script["VARIANTS"] if name in drawn]
+    names = [cells[0] for cells in others]
+    assert names == [name for name in script["VARIANTS"] if name in names]
+    assert names[0] == script["START"]
 
 
 @pytest.mark.slow
