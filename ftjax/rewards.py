@@ -22,7 +22,7 @@ from ftjax.adapted import NONE, load_model
 from ftjax.assemble import Base
 from ftjax.data.format.conversation import conversation as plain_turns
 from ftjax.data.format.example import Row
-from ftjax.data.tokens.chat import tokenize_unpaired
+from ftjax.data.tokens.chat import checked, tokenize_unpaired
 from ftjax.data.tokens.masks import encode
 from ftjax.data.tokens.rendering import render
 from ftjax.errors import UserError
@@ -96,9 +96,9 @@ class RewardModel(NamedTuple):
         except UserError:
             # Of such rows nothing could be learned, as when an answer is empty or begins with a space that the
             # tokenizer merges with the template's text. A model may write them all the same, and they have a reward.
-            checked = plain_turns(prompt, f"{origin}: prompt", needs_assistant=False)
-            text = render([*checked, dict(answer)], tokenizer, origin, tools)
-            return np.asarray(encode([text], tokenizer)[0], np.int32)
+            turns = plain_turns(prompt, f"{origin}: prompt", needs_assistant=False)
+            text = render([*turns, dict(answer)], tokenizer, origin, tools)
+            return checked(encode([text], tokenizer)[0], origin, tokenizer, self.base.model.spec.vocab_size)
 
     def scores_of(self, documents: Sequence[np.ndarray]) -> np.ndarray:
         """float32 [N, K], as `scores` of documents of `tokens`."""

@@ -20,6 +20,7 @@ from ftjax.models.cache import init_cache
 from ftjax.models.decoder import Decoder
 from ftjax.models.groups import unroll
 from ftjax.models.kernels import choose as choose_kernel
+from ftjax.models.spec import DecoderSpec
 from ftjax.sampling import slots as compiled
 from ftjax.sampling.sampler import Sampling, Settings
 from ftjax.sampling.slots import Entering, Prompts, Read, Rows
@@ -198,15 +199,15 @@ class Engine:
 
     def _take(self, most: int) -> list[_Row]:
         """The next rows whose prompts are read together: equal ones count once, and a long one is alone."""
-        taken, unique, length = [], set(), 0
+        taken, unique, length, spec = [], set(), 0, self._reader.spec
         while self._waiting and len(taken) < most:
             row = self._waiting[0]
-            if taken and _key(row) not in unique:
+            if taken and _key(row, spec) not in unique:
                 longest = max(length, _padded(len(row.request.prompt), self._reader))
                 if self._is_long(row) or self._is_long(taken[0]) or self._rows_read(len(unique) + 1) * longest > TOKENS:
                     break
             taken.append(self._waiting.popleft())
-            unique.add(_key(row))
+            unique.add(_key(row, spec))
             length = max(length, _padded(len(row.request.prompt), self._reader))
         return taken
 
@@ -228,7 +229,8 @@ class Engine:
         for slot, row in zip(used, taken, strict=True):
             self._rows[slot] = row
         self._make_room(max(row.length for row in taken))
-        unique = {_key(row): row for row in taken}
+        spec = self._reader.spec
+        unique = {_key(row, spec): row for row in taken}
         numbers = {key: number for number, key in enumerate(unique)}
         size = _coarse(len(taken), len(self._rows))
 
@@ -237,7 +239,7 @@ class Engine:
 
         prompts = [row.request.prompt for row in taken]
         entering = Entering(
-            column([numbers[_key(row)] for row in taken], 0),
+            column([numbers[_key(row, spec)] for row in taken], 0),
             column([len(prompt) for prompt in prompts], 1),
             column([int(prompt[-1]) for prompt in prompts], 0),
             column([_reach(row) for row in taken], 1),
@@ -384,9 +386,10 @@ def _unrolled(spec, variables: Tree) -> Tree:
     return unroll(spec, variables)
 
 
-def _key(row: _Row) -> tuple[bytes, int]:
-    """Rows of the same one leave the same in the cache; reach counts for LongRoPE."""
-    return np.asarray(row.request.prompt, np.int32).tobytes(), _reach(row)
+def _key(row: _Row, spec: DecoderSpec) -> tuple[bytes, int]:
+    """Rows of the same one leave the same in the cache. With LongRoPE that depends on how long a row may become."""
+    is_long = any(rope.long_frequencies is not None for rope in spec.ropes)
+    return np.asarray(row.request.prompt, np.int32).tobytes(), _reach(row) if is_long else 0
 
 
 def _reach(row: _Row) -> int:

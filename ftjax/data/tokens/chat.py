@@ -191,7 +191,7 @@ def render_prompt(
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         turns = conversation(turns, origin, needs_assistant=False)
         tokens = encode([render(turns, tokenizer, origin, tools, generation_prompt=True)], tokenizer)[0]
-    return _checked(tokens, origin, tokenizer, None)
+    return checked(tokens, origin, tokenizer, None)
 
 
 def _fields(row: Row) -> tuple[dict, str]:
@@ -246,7 +246,7 @@ def _answer(
 def _example(
     tokens: list[int], spans: list[Span], origin: str, tokenizer: Tokenizer, vocab_size: int | None
 ) -> Example:
-    array = _checked(tokens, origin, tokenizer, vocab_size)
+    array = checked(tokens, origin, tokenizer, vocab_size)
     trained = np.zeros(len(array), bool)
     for start, stop in spans:
         trained[start:stop] = True
@@ -278,8 +278,8 @@ def _with_eos(tokens: list[int], tokenizer: Tokenizer, origin: str) -> list[int]
     return tokens if tokens and tokens[-1] == tokenizer.eos_token_id else [*tokens, tokenizer.eos_token_id]
 
 
-def _checked(tokens: list[int], origin: str, tokenizer: Tokenizer, vocab_size: int | None) -> np.ndarray:
-    """int32 [n]; UserError for a doubled BOS, or a token that the model does not have."""
+def checked(tokens: list[int], origin: str, tokenizer: Tokenizer, vocab_size: int | None) -> np.ndarray:
+    """int32 [n] of the ids; UserError for a doubled BOS, or a token that the model does not have."""
     bos = tokenizer.bos_token_id
     if bos is not None and tokens[:2] == [bos, bos]:
         raise UserError(
