@@ -41,6 +41,7 @@ from ftjax.tree import Tree
 DOCS = Path(__file__).parent.parent / "docs"
 LONGEST, GENERAL = 64, 2560  # tokens of a general text, and of all of them
 START = "SFT"  # the run whose adapter all others go on from
+OWN, OWN_HELD_OUT = "own.jsonl", "own_held_out.jsonl"  # in OUT: pairs of right answers and of what START wrote instead
 CHOSEN = {"source": "task:support_preference", "format": "prompt_completion", "columns": {"completion": "chosen"}}
 
 
@@ -68,6 +69,7 @@ VARIANTS: dict[str, Variant] = {
     "CPO": _of_pairs(**{"objective.name": "cpo"}),
     "SimPO": _of_pairs(**{"objective.name": "simpo", "objective.beta": 2.0}),
     "ORPO": _of_pairs(**{"objective.name": "orpo"}),
+    "DPO, its own mistakes": _of_pairs("pairs of its own mistakes", **{"data.train": (OWN,)}),
     "KTO": Variant("quickstart_kto", "192 labels"),
     "reward model": Variant("quickstart_reward", "192 pairs"),
 }
@@ -78,6 +80,7 @@ class Sizes(NamedTuple):
 
     pairs: int = 100
     tickets: int = 100
+    own: int = 300  # prompts on which START may make mistakes
     steps: int = 0  # of a run; 0: those of its config
 
 
@@ -86,20 +89,45 @@ class Held(NamedTuple):
 
     Attributes:
       answers: chosen and rejected of the first pair, of the second ...
+      own: the same of pairs of the right answer and what START wrote instead.
     """
 
     answers: list[Document]
+    own: list[Document]
     tickets: list[dict]
     texts: list[Text]
 
 
-def held_out(base: Base, sizes: Sizes) -> Held:
-    answers, tokenize = [], ROW_KINDS["ranked"].tokenize
-    for number, pair in enumerate(support_preference.test_examples(sizes.pairs)):
-        (sides,) = tokenize(check_row(pair, f"task:support_preference[{number}]"), base.tokenizer, None, "assistant")
-        answers += [sides["chosen"], sides["rejected"]]
+def held_out(base: Base, sizes: Sizes, own: list[dict]) -> Held:
+    answers = documents(support_preference.test_examples(sizes.pairs), base)
     texts = general.within(general.read([{"source": configs.SHIPPED}], base.tokenizer, LONGEST), GENERAL, LONGEST)
-    return Held(answers, support_ticket.test_examples(sizes.tickets), texts)
+    return Held(answers, documents(own, base), support_ticket.test_examples(sizes.tickets), texts)
+
+
+def documents(pairs: Sequence[dict], base: Base) -> list[Document]:
+    """Chosen and rejected of each."""
+    out, tokenize = [], ROW_KINDS["ranked"].tokenize
+    for number, pair in enumerate(pairs):
+        (sides,) = tokenize(check_row(pair, f"pair {number}"), base.tokenizer, None, "assistant")
+        out += [sides["chosen"], sides["rejected"]]
+    return out
+
+
+def mistakes(base: Base, variables: Tree, examples: Sequence[dict]) -> list[dict]:
+    """Pairs of the right answer and the likeliest one, of the examples where that is another and no right one."""
+    pairs = []
+    for example, text in zip(examples, written(base, variables, examples)):
+        *prompt, answer = example["messages"]
+        if text.strip() and not support_ticket.score(text, example):
+            pairs.append({"prompt": prompt, "chosen": [answer], "rejected": [answer | {"content": text.strip()}]})
+    return pairs
+
+
+def written(base: Base, variables: Tree, examples: Sequence[dict]) -> list[str]:
+    """What the model answers, as likely as it can."""
+    prompts = [render_prompt(example["messages"][:-1], base.tokenizer) for example in examples]
+    done = generate(base.model, variables, prompts, 48, base.end_tokens, Sampling(), 50)
+    return [base.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in done]
 
 
 def item(document: Document) -> Item:
@@ -113,6 +141,8 @@ def config_of(variant: Variant, out: Path, sizes: Sizes) -> ConfigDict:
     changes = {"data.eval": (), **variant.changes}  # it is measured here
     if config.objective.name != "sft":
         changes["adapter.source"] = str(out / "adapter")
+    if changes.get("data.train") == (OWN,):
+        changes["data.train"] = (str(out / OWN),)
     if sizes.steps:
         changes["steps"] = sizes.steps
     config.update_from_flattened_dict(changes)
@@ -133,8 +163,13 @@ def results(out: Path, sizes: Sizes, wanted: Sequence[str]) -> Iterator[dict]:
             raise SystemExit(status)
         how = {"name": name, "seconds": round(time.time() - began), "cpu_seconds": round(time.process_time() - used)}
         config, base, variables, how["steps"] = assemble.load_run(workdir)
-        held = held or held_out(base, sizes)
         with jax.set_mesh(sharding.make_mesh({"fsdp": -1})):
+            if name == START and not (out / OWN).exists():
+                write(out / OWN_HELD_OUT, mistakes(base, variables, support_ticket.test_examples(sizes.tickets)))
+                first = len(support_ticket.train_examples())
+                more = support_ticket.train_examples(first + sizes.own)[first:]
+                write(out / OWN, mistakes(base, variables, more))
+            held = held or held_out(base, sizes, read(out / OWN_HELD_OUT))
             how |= measured(base, variables, held) if method_of(config).generates else ranked(workdir, held)
             if name == START:
                 plain = {part: leaves for part, leaves in variables.items() if part != "lora"}
@@ -161,14 +196,14 @@ def ranked(workdir: Path, held: Held) -> dict[str, list[float]]:
 
 def measured(base: Base, variables: Tree, held: Held) -> dict[str, list[float]]:
     """Of each held-out example: log p of both answers of a pair, the score of a ticket, nats of a text."""
-    items = list(map(item, held.answers))
+    items = list(map(item, [*held.answers, *held.own]))
     totals = [round(found.total, 4) for found in log_likelihoods(base.model, variables, items)]
-    prompts = [render_prompt(example["messages"][:-1], base.tokenizer) for example in held.tickets]
-    done = generate(base.model, variables, prompts, 48, base.end_tokens, Sampling(), 50)
-    texts = [base.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in done]
+    pairs, own = totals[: len(held.answers)], totals[len(held.answers) :]
+    texts = written(base, variables, held.tickets)
     return {
-        "chosen": totals[::2],
-        "rejected": totals[1::2],
+        "chosen": pairs[::2],
+        "rejected": pairs[1::2],
+        "own": np.subtract(own[::2], own[1::2]).tolist(),
         "tickets": [support_ticket.score(text, example) for text, example in zip(texts, held.tickets)],
         "general": nats(base, variables, held),
     }
@@ -179,6 +214,10 @@ def nats(base: Base, variables: Tree, held: Held) -> list[float]:
     return [round(float(loss), 4) for loss in forgetting.losses(base.model, variables, held.texts)]
 
 
+def write(file: Path, rows: Sequence[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -186,7 +225,7 @@ def read(file: Path) -> list[dict]:
 def table(records: list[dict]) -> str:
     """Markdown. Pairs, tickets and texts are the same in all records, so that differences are paired."""
     heads = ["", "learns from", "steps", "CPU minutes", "the better answer is likelier", "where both are terse"]
-    heads += ["more so than before", "tickets right", "against SFT", "general text"]
+    heads += ["more so than before", "likelier than its own mistake", "tickets right", "against SFT", "general text"]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     start = next((record for record in records if record["name"] == START), None)
     for record in records if start else []:
@@ -195,12 +234,14 @@ def table(records: list[dict]) -> str:
         terse = [support_preference.FAULTS[i % len(support_preference.FAULTS)] == "wrong" for i in range(len(margins))]
         cells += [f"{(margins > 0).mean():.0%}", f"{(margins[terse] > 0).mean():.0%}"]
         if "tickets" not in record:  # it does not write
-            cells += [f"{margins.mean():.1f} (rewards)", "", "", ""]
+            cells += [f"{margins.mean():.1f} (rewards)", "", "", "", ""]
         else:
             before = np.subtract(start["chosen"], start["rejected"])
             risen = "" if record is start else f"{(margins > before).mean():.0%}, {(margins - before).mean():+.1f}"
             against = np.subtract(record["tickets"], start["tickets"])
-            cells += [risen, with_interval(record["tickets"]), "" if record is start else with_interval(against, "+")]
+            own = np.array(record.get("own", []))
+            cells += [risen, f"{(own > 0).mean():.0%} of {len(own)}" if len(own) else ""]
+            cells += [with_interval(record["tickets"]), "" if record is start else with_interval(against, "+")]
             cells.append(f"{np.subtract(record['general'], start['general_before']).mean():+.3f}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if start:

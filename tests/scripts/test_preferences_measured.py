@@ -27,9 +27,16 @@ def record(name, chosen, rejected, tickets, general, **more):
 
 # Pairs in the order of support_preference.FAULTS: wrong, verbose, wrong, both.
 START = record(
-    "SFT", [-1, -2, -3, -4], [-2, -1, -2, -1], [0, 1, 0, 1] * 5, [3.0, 2.0], general_before=[2.5, 2.0], where="1 x cpu"
+    "SFT",
+    [-1, -2, -3, -4],
+    [-2, -1, -2, -1],
+    [0, 1, 0, 1] * 5,
+    [3.0, 2.0],
+    general_before=[2.5, 2.0],
+    where="1 x cpu",
+    own=[-3, -1],
 )
-DPO = record("DPO", [-1, -2, -3, -4], [-5, -9, -2, -6], [1, 1, 0, 1] * 5, [3.5, 2.0])
+DPO = record("DPO", [-1, -2, -3, -4], [-5, -9, -2, -6], [1, 1, 0, 1] * 5, [3.5, 2.0], own=[2, -1])
 REWARD = {"name": "reward model", "steps": 48, "cpu_seconds": 60, "chosen": [2, 3, 4, 5], "rejected": [0, 1, 1, 2]}
 
 
@@ -47,11 +54,13 @@ def test_the_table_has_shares_differences_and_intervals(script):
     assert (of(start)["where both are terse"], of(dpo)["where both are terse"]) == ("50%", "50%")
     # Differences are 1, -1, -1, -3 before, and 4, 7, -1, 2 after.
     assert (of(start)["more so than before"], of(dpo)["more so than before"]) == ("", "75%, +4.0")
+    assert of(start)["likelier than its own mistake"] == "0% of 2"
+    assert of(dpo)["likelier than its own mistake"] == "50% of 2"
     assert of(start)["tickets right"].startswith("50 % [")
     assert (of(start)["against SFT"], of(dpo)["against SFT"][:4]) == ("", "+25 ")
     assert (of(start)["general text"], of(dpo)["general text"]) == ("+0.250", "+0.500")
     assert of(dpo)["CPU minutes"] == "2"
-    assert reward[4:] == ["100%", "100%", "2.5 (rewards)", "", "", ""]
+    assert reward[4:] == ["100%", "100%", "2.5 (rewards)", "", "", "", ""]
 
 
 def test_what_is_finished_is_not_measured_again_and_the_table_goes_to_the_page(script, tmp_path, monkeypatch, capsys):
