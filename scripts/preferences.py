@@ -69,7 +69,7 @@ VARIANTS: dict[str, Variant] = {
     "CPO": _of_pairs(**{"objective.name": "cpo"}),
     "SimPO": _of_pairs(**{"objective.name": "simpo", "objective.beta": 2.0}),
     "ORPO": _of_pairs(**{"objective.name": "orpo"}),
-    "DPO, its own mistakes": _of_pairs("pairs of its own mistakes", **{"data.train": (OWN,)}),
+    "DPO + SFT, its own mistakes": Variant("quickstart_dpo", "96 pairs", {"data.train": (OWN,)}),
     "KTO": Variant("quickstart_kto", "192 labels"),
     "reward model": Variant("quickstart_reward", "192 pairs"),
 }
