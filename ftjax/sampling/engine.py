@@ -29,6 +29,7 @@ from ftjax.tree import Tree
 DISPATCH = 32  # tokens of a row that are chosen before the host looks
 CAPACITY = 128  # tokens of a slot at first; doubled when a row needs more
 LENGTHS = 32  # the shortest length that prompts are padded to; the others are its doubles
+FEW = 2**10  # tokens, with padding, that are read so fast that only compiling counts
 TOKENS = 2**13  # of prompts that are read together, with padding, unless a single one is longer
 GREEDY = Sampling()
 UNROLLED = 512  # steps of decoding from which on compiling an unrolled decoder pays on a CPU
@@ -203,12 +204,13 @@ class Engine:
         while self._waiting and len(taken) < most:
             row = self._waiting[0]
             if taken and _key(row, spec) not in unique:
-                longest = max(length, _padded(len(row.request.prompt), self._reader))
-                if self._is_long(row) or self._is_long(taken[0]) or self._rows_read(len(unique) + 1) * longest > TOKENS:
+                rows = self._rows_read(len(unique) + 1)
+                tokens = rows * _padded(max(length, len(row.request.prompt)), rows, self._reader)
+                if self._is_long(row) or self._is_long(taken[0]) or tokens > TOKENS:
                     break
             taken.append(self._waiting.popleft())
             unique.add(_key(row, spec))
-            length = max(length, _padded(len(row.request.prompt), self._reader))
+            length = max(length, len(row.request.prompt))
         return taken
 
     def _rows_read(self, prompts: int) -> int:
@@ -220,7 +222,7 @@ class Engine:
         length = len(row.request.prompt)
         if length <= 2 * PART:
             return False
-        width = _padded(length, self._reader)
+        width = _padded(length, 1, self._reader)
         model, mesh = self._reader, jax.sharding.get_abstract_mesh()
         return choose_kernel(model.attention, model.spec, model.dtype, width, mesh).name == "xla"
 
@@ -253,7 +255,7 @@ class Engine:
         if self._is_long(rows[0]):
             return self._read_in_parts(rows[0])
         count = self._rows_read(len(rows))
-        width = max(_padded(len(prompt), self._reader) for prompt in prompts)
+        width = _padded(max(map(len, prompts)), count, self._reader)
         tokens, lengths, reach = np.zeros((count, width), np.int32), np.ones(count, np.int32), np.ones(count, np.int32)
         for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
             tokens[i, : len(prompt)], lengths[i], reach[i] = prompt, len(prompt), _reach(row)
@@ -404,20 +406,23 @@ def _capacity(length: int, model: Decoder) -> int:
     return max(min(size, model.spec.max_position_embeddings), length)
 
 
-def _padded(length: int, model: Decoder) -> int:
-    """The length that a prompt is padded to."""
+def _padded(length: int, rows: int, model: Decoder) -> int:
+    """The length that so many prompts are padded to, the longest of which has `length` tokens.
+
+    A double of LENGTHS where there are few tokens; for many, padding would cost more than compiling four times as many
+    lengths.
+    """
     size = LENGTHS
     while size < length:
         size *= 2
+    if rows * size > FEW:
+        size = -(-length // (size // 8)) * (size // 8)
     return max(min(size, model.spec.max_position_embeddings), length)
 
 
 def _coarse(count: int, most: int) -> int:
     """A number of rows for `count` of them: few are compiled."""
-    size = 1
-    while size < count:
-        size *= 4
-    return min(size, most)
+    return min(2 ** math.ceil(math.log2(count)), most)
 
 
 def _most(stop_tokens: Sequence[int]) -> int:
