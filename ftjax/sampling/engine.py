@@ -282,8 +282,10 @@ class Engine:
         limit = min(limit, DISPATCH, max(row.left for row in rows))
         # Those that end before the others need no more.
         self._make_room(max(row.length + min(limit, row.left) for row in rows) - 1)
+        # Where prompts wait, a few free slots do; to read prompts one by one would compile for more numbers of rows.
+        enough = max(len(self._rows) // 8, 1) if self._waiting else len(self._rows) + 1
         self._slots, chosen, there = compiled.decode(
-            self._model, DISPATCH, self._variables, self._slots, np.int32(limit), np.bool_(bool(self._waiting))
+            self._model, DISPATCH, self._variables, self._slots, np.int32(limit), np.int32(enough)
         )
         chosen, there = jax.device_get((chosen, there))
         for slot, row in enumerate(self._rows):

@@ -147,11 +147,11 @@ def enter(model: Decoder, slots: Slots, read: Read, entering: Entering) -> Slots
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(
-    model: Decoder, most: int, variables: Tree, slots: Slots, limit: jax.Array, waiting: jax.Array
+    model: Decoder, most: int, variables: Tree, slots: Slots, limit: jax.Array, enough: jax.Array
 ) -> tuple[Slots, Chosen, jax.Array]:
     """Chooses up to `limit` tokens of each active row, at most `most`.
 
-    It ends early when no row is active any more, or, where prompts are waiting for a slot, as soon as a row has ended.
+    It ends early when no row is active any more, or as soon as `enough` have ended.
     Returns the slots, what was chosen [most, batch], and whether there it was, bool [most, batch].
     """
     began = slots.active
@@ -160,8 +160,8 @@ def decode(
 
     def goes_on(carry):
         slots, step, *_ = carry
-        freed = waiting & (slots.active != began).any()
-        return (step < limit) & slots.active.any() & ~freed
+        ended = (began & ~slots.active).sum()
+        return (step < limit) & slots.active.any() & (ended < enough)
 
     def one(carry):
         slots, step, made, there = carry
