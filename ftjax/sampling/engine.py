@@ -29,7 +29,7 @@ from ftjax.tree import Tree
 DISPATCH = 32  # tokens of a row that are chosen before the host looks
 CAPACITY = 128  # tokens of a slot at first; doubled when a row needs more
 LENGTHS = 32  # the shortest length that prompts are padded to; the others are its doubles
-FEW = 2**10  # tokens, with padding, that are read so fast that only compiling counts
+FEW = 2**8  # tokens, with padding, that are read so fast that only compiling counts
 TOKENS = 2**13  # of prompts that are read together, with padding, unless a single one is longer
 GREEDY = Sampling()
 UNROLLED = 512  # steps of decoding from which on compiling an unrolled decoder pays on a CPU
