@@ -31,17 +31,16 @@ def init_cache(
     slots: int,
     dtype: jnp.dtype,
     reach: jax.Array | None = None,
-    unrolled: bool = False,
 ) -> Cache:
-    """An empty cache; a row becomes at most `reach` tokens long, by default `slots`. unrolled: as of the decoder."""
+    """An empty cache; a row becomes at most `reach` tokens long, by default `slots`."""
 
     def zeros(stack: Stack) -> jax.Array:
         heads, head_dim = stack.spec.num_key_value_heads, stack.spec.head_dim
         return jnp.zeros((len(stack.layers), batch, heads, slots, head_dim), dtype)
 
     return Cache(
-        keys=nested(spec, zeros, unrolled),
-        values=nested(spec, zeros, unrolled),
+        keys=nested(spec, zeros),
+        values=nested(spec, zeros),
         reach=jnp.full((batch,), slots, jnp.int32) if reach is None else reach,
     )
 

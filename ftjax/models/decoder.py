@@ -169,8 +169,7 @@ class Decoder(nn.Module):
     kernels are in a `quant` collection. Adapters drop inputs out where `apply` gets an rng called "dropout".
     dtype: of activations and matrix products (norms, softmax, routing and logits are float32 regardless); param_dtype:
     of stored parameters; remat: one of REMAT_POLICIES; attention: config.model.attention, see kernels.py; neftune: the
-    alpha of noise on the embeddings, which like adapters' dropout is there where `apply` gets the rng "dropout";
-    unrolled: without scans, see groups.py.
+    alpha of noise on the embeddings, which like adapters' dropout is there where `apply` gets the rng "dropout".
     """
 
     spec: DecoderSpec
@@ -179,7 +178,6 @@ class Decoder(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     neftune: float = 0.0
-    unrolled: bool = False
 
     def setup(self):
         spec, dtypes = self.spec, (self.dtype, self.param_dtype)
@@ -187,7 +185,7 @@ class Decoder(nn.Module):
         if spec.learned_positions:
             self.embed_positions = Embedding(spec.max_position_embeddings, spec.hidden_size, *dtypes, row_axis=None)
         shared = (*dtypes, self.attention, MLP_BLOCK if self._saves_memory() else None)
-        parts = groups(spec, self.unrolled)
+        parts = groups(spec)
         scans = [(group.name, functools.partial(_scan, group, shared, self.remat)) for group in parts]
         self.layers = scans[0][1]() if len(scans) == 1 else InOrder(tuple(scans))
         self.norm = _norm(spec, *dtypes, None)
@@ -255,8 +253,8 @@ class Decoder(nn.Module):
         x = constrain(x, "batch", "length", "width")
         of_rows = (lambda: sequence_lengths(positions, segment_ids)) if reach is None else (lambda: reach[:, None])
         context = Context(positions, segment_ids, _tables(spec, positions, of_rows))
-        own = nested(spec, _per_layer, self.unrolled)
-        x, new = self.layers(x, nested(spec, cache_of, self.unrolled), own, context)
+        own = nested(spec, _per_layer)
+        x, new = self.layers(x, nested(spec, cache_of), own, context)
         return self.norm(x), new
 
     def unembed(self, hidden: jax.Array, token_index: jax.Array | None = None) -> jax.Array:

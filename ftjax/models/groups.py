@@ -16,9 +16,6 @@ layers has `layers/mlp/...`; the groups of the prefix above are `layers/dense_0/
 and the stacks of the period likewise. A stack is called by its kind and its first layer, counted as Hugging Face does.
 A period that is one group of several is `period_` and its first layer: `layers/period_1/sparse_1/mlp/...`. All are
 under `layers/`, so that a pattern such as `q_proj` or `^layers/` means in every decoder what it means in a plain one.
-
-An unrolled decoder has a group for each layer, `layers/layer_7/mlp/...`: more to compile, but XLA on CPUs copies what a
-scan takes its layer's part of, which for one token costs more than the layer.
 """
 
 import dataclasses
@@ -26,9 +23,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
-from ftjax import tree
 from ftjax.models.spec import DecoderSpec, Kind
 
 LAYERS = "layers"  # above all parameters of layers
@@ -54,12 +48,8 @@ class Group:
 
 
 @functools.lru_cache(maxsize=64)
-def groups(spec: DecoderSpec, unrolled: bool = False) -> tuple[Group, ...]:
+def groups(spec: DecoderSpec) -> tuple[Group, ...]:
     """The scans of a decoder in order, a single one of a single stack where layers are alike."""
-    if unrolled and spec.num_hidden_layers > 1:
-        names = [f"layer_{layer}" for layer in range(spec.num_hidden_layers)]
-        alone = [Stack(name, f"{LAYERS}/{name}", (i,), spec.of_layers((i,))) for i, name in enumerate(names)]
-        return tuple(Group(stack.name, (stack,)) for stack in alone)
     kinds = spec.layer_kinds or (Kind(""),) * spec.num_hidden_layers
     cuts, out = _cut(kinds), []
     for first, period, rounds in cuts:
@@ -84,30 +74,9 @@ def stack_of(spec: DecoderSpec, path: str) -> Stack | None:
     return next((stack for stack in stacks(spec) if path.startswith(f"{stack.path}/")), None)
 
 
-def nested(spec: DecoderSpec, of_stack: Callable[[Stack], Any], unrolled: bool = False) -> Any:
+def nested(spec: DecoderSpec, of_stack: Callable[[Stack], Any]) -> Any:
     """What of_stack gives for each stack, in tuples by group and by stack as modules are; no tuple around one alone."""
-    return _alone([_alone([of_stack(stack) for stack in group.stacks]) for group in groups(spec, unrolled)])
-
-
-def unroll(spec: DecoderSpec, variables: tree.Tree) -> tree.Tree:
-    """The variables of an unrolled decoder: each layer's part of what is stacked, [1, ...]."""
-    leaves = tree.flatten(variables)
-    if spec.num_hidden_layers > 1:
-        for stack in stacks(spec):
-            below = [path for path in leaves if path.partition("/")[2].startswith(f"{stack.path}/")]
-            for path in below:
-                leaf, (collection, _, module) = leaves.pop(path), path.partition("/")
-                for i, layer in enumerate(stack.layers):
-                    own = f"{collection}/{LAYERS}/layer_{layer}{module.removeprefix(stack.path)}"
-                    leaves[own] = leaf[i : i + 1]
-    return tree.unflatten(leaves)
-
-
-def unroll_nested(spec: DecoderSpec, parts: Any) -> Any:
-    """`nested` of arrays with layers in front, as `nested` of an unrolled decoder."""
-    of_stack = {stack.name: part for stack, part in zip(stacks(spec), jax.tree.leaves(parts), strict=True)}
-    layers = {layer: of_stack[stack.name][i : i + 1] for stack in stacks(spec) for i, layer in enumerate(stack.layers)}
-    return nested(spec, lambda stack: layers[stack.layers[0]], unrolled=True)
+    return _alone([_alone([of_stack(stack) for stack in group.stacks]) for group in groups(spec)])
 
 
 def _alone(parts: Sequence[Any]) -> Any:

@@ -1,12 +1,11 @@
 """Generation: a fixed number of slots that prompts pass through, each as soon as one is free.
 
-A row knows its own position, so that nothing is padded on the left and rows of any length share a batch; those that are
-through make room for the next ones at once. Equal prompts are read once. How a row is sampled and when it ends are its
-own: see slots.py, which is what is compiled.
+A row knows its own position, so that nothing is padded on the left and rows of any length share a batch; once an eighth
+of them are through, the next prompts take their places. Equal prompts are read once. How a row is sampled and when it
+ends are its own: see slots.py, which is what is compiled.
 """
 
 import dataclasses
-import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from ftjax import sharding
 from ftjax.errors import UserError
 from ftjax.models.cache import init_cache
 from ftjax.models.decoder import Decoder
-from ftjax.models.groups import unroll
 from ftjax.models.kernels import choose as choose_kernel
 from ftjax.models.spec import DecoderSpec
 from ftjax.sampling import slots as compiled
@@ -32,7 +30,6 @@ LENGTHS = 32  # the shortest length that prompts are padded to; the others are i
 FEW = 2**8  # tokens, with padding, that are read so fast that only compiling counts
 TOKENS = 2**13  # of prompts that are read together, with padding, unless a single one is longer
 GREEDY = Sampling()
-UNROLLED = 512  # steps of decoding from which on compiling an unrolled decoder pays on a CPU
 PART = 512  # tokens of a long prompt that are read at a time, where attention holds dense scores
 
 
@@ -142,17 +139,11 @@ class Engine:
       variables: {"params": ..., "lora"?: ..., "quant"?: ...}, on one device or sharded.
       slots: rows at once; on a mesh, rounded up to a multiple of the devices that share a batch.
       stops, biases: the most stop tokens and biased tokens of a request.
-      steps: about how many there will be, on which depends what pays.
     """
 
-    def __init__(
-        self, model: Decoder, variables: Tree, slots: int, stops: int = 8, biases: int = 0, steps: int = UNROLLED
-    ):
+    def __init__(self, model: Decoder, variables: Tree, slots: int, stops: int = 8, biases: int = 0):
         self._mesh = jax.sharding.get_mesh()
-        self._reader, self._read_variables = model, variables
         self._model, self._variables = model, variables
-        if steps >= UNROLLED and _on_one_cpu(variables):
-            self._model, self._variables = model.clone(unrolled=True), _unrolled(model.spec, variables)
         self._stops, self._biases = stops, biases
         self._rows: list[_Row | None] = [None] * _rounded(slots, self._mesh)
         self._waiting: deque[_Row] = deque()
@@ -168,7 +159,7 @@ class Engine:
         """
         if len(request.stop_tokens) > self._stops or len(request.bias) > self._biases:
             raise ValueError(f"an engine for {self._stops} stop tokens and {self._biases} biased ones")
-        request.check(self._reader, f"prompt {self._count}")
+        request.check(self._model, f"prompt {self._count}")
         self._waiting.append(_Row(self._count, request))
         self._count += 1
         return self._count - 1
@@ -200,12 +191,12 @@ class Engine:
 
     def _take(self, most: int) -> list[_Row]:
         """The next rows whose prompts are read together: equal ones count once, and a long one is alone."""
-        taken, unique, length, spec = [], set(), 0, self._reader.spec
+        taken, unique, length, spec = [], set(), 0, self._model.spec
         while self._waiting and len(taken) < most:
             row = self._waiting[0]
             if taken and _key(row, spec) not in unique:
                 rows = self._rows_read(len(unique) + 1)
-                tokens = rows * _padded(max(length, len(row.request.prompt)), rows, self._reader)
+                tokens = rows * _padded(max(length, len(row.request.prompt)), rows, self._model)
                 if self._is_long(row) or self._is_long(taken[0]) or tokens > TOKENS:
                     break
             taken.append(self._waiting.popleft())
@@ -222,8 +213,8 @@ class Engine:
         length = len(row.request.prompt)
         if length <= 2 * PART:
             return False
-        width = _padded(length, 1, self._reader)
-        model, mesh = self._reader, jax.sharding.get_abstract_mesh()
+        width = _padded(length, 1, self._model)
+        model, mesh = self._model, jax.sharding.get_abstract_mesh()
         return choose_kernel(model.attention, model.spec, model.dtype, width, mesh).name == "xla"
 
     def _enter(self, used: list[int], taken: list[_Row]) -> None:
@@ -231,7 +222,7 @@ class Engine:
         for slot, row in zip(used, taken, strict=True):
             self._rows[slot] = row
         self._make_room(max(row.length for row in taken))
-        spec = self._reader.spec
+        spec = self._model.spec
         unique = {_key(row, spec): row for row in taken}
         numbers = {key: number for number, key in enumerate(unique)}
         size = _coarse(len(taken), len(self._rows))
@@ -248,31 +239,31 @@ class Engine:
             column(used, len(self._rows)),  # what fills up goes nowhere
             compiled.rows_of([row.request.rows() for row in taken], self._stops, self._biases, size),
         )
-        self._slots = compiled.enter(self._model, self._slots, self._read(list(unique.values())), entering)
+        self._slots = compiled.enter(self._slots, self._read(list(unique.values())), entering)
 
     def _read(self, rows: list[_Row]) -> Read:
         prompts = [row.request.prompt for row in rows]
         if self._is_long(rows[0]):
             return self._read_in_parts(rows[0])
         count = self._rows_read(len(rows))
-        width = _padded(max(map(len, prompts)), count, self._reader)
+        width = _padded(max(map(len, prompts)), count, self._model)
         tokens, lengths, reach = np.zeros((count, width), np.int32), np.ones(count, np.int32), np.ones(count, np.int32)
         for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
             tokens[i, : len(prompt)], lengths[i], reach[i] = prompt, len(prompt), _reach(row)
         if not self._mesh.empty:
             tokens = sharding.place(self._mesh, ("batch", "length"), tokens)
-        return compiled.read(self._reader, self._read_variables, Prompts(tokens, lengths, reach))
+        return compiled.read(self._model, self._variables, Prompts(tokens, lengths, reach))
 
     def _read_in_parts(self, row: _Row) -> Read:
         prompt = row.request.prompt
-        model, width = self._reader, -(-len(prompt) // PART) * PART
+        model, width = self._model, -(-len(prompt) // PART) * PART
         cache = init_cache(model.spec, 1, _capacity(width, model), model.dtype, np.array([_reach(row)], np.int32))
         for start in range(0, len(prompt), PART):
             tokens = np.zeros((1, PART), np.int32)
             part = prompt[start : start + PART]
             tokens[0, : len(part)] = part
             places = np.int32(start), np.int32(len(part))
-            cache = compiled.read_on(model, self._read_variables, cache, tokens, *places)
+            cache = compiled.read_on(model, self._variables, cache, tokens, *places)
         return Read(cache.keys, cache.values)
 
     def _decode(self, limit: int) -> None:
@@ -294,7 +285,7 @@ class Engine:
 
     def _make_room(self, length: int) -> None:
         """Slots for rows of `length` tokens."""
-        capacity = _capacity(length, self._reader)
+        capacity = _capacity(length, self._model)
         if self._slots is None:
             self._slots = compiled.empty(self._model, len(self._rows), capacity, self._stops, self._biases)
         elif capacity > self._slots.capacity:
@@ -332,8 +323,7 @@ def generate(
         request.check(model, f"prompt {number}")
     if not prompts:
         return []
-    steps = math.ceil(len(prompts) / batch_size) * max_new_tokens
-    engine = Engine(model, variables, min(batch_size, len(prompts)), _most(stop_tokens), steps=steps)
+    engine = Engine(model, variables, min(batch_size, len(prompts)), _most(stop_tokens))
     # Prompts of similar length are read together, which saves computing padding.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     for number in order:
@@ -359,7 +349,7 @@ def stream(
 
     prompt: int32 [length]. Raises what `generate` raises, at the call and not at the first token.
     """
-    engine = Engine(model, variables, 1, _most(stop_tokens), steps=max_new_tokens)
+    engine = Engine(model, variables, 1, _most(stop_tokens))
     engine.add(Request(prompt, max_new_tokens, sampling, stop_tokens))
     return _stream(engine)
 
@@ -375,21 +365,6 @@ def rows_per_batch(prompts: int, batch_size: int) -> int:
     return _rounded(min(batch_size, prompts), jax.sharding.get_mesh())
 
 
-def _on_one_cpu(variables: Tree) -> bool:
-    """Whether the variables are on a single device, a CPU: there a scan copies each layer's part for every token."""
-    devices = {device for leaf in jax.tree.leaves(variables) for device in _devices(leaf)}
-    return len(devices) <= 1 and {device.platform for device in devices} <= {"cpu"}
-
-
-def _devices(leaf: jax.Array | np.ndarray) -> set:
-    return leaf.sharding.device_set if isinstance(leaf, jax.Array) else set()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _unrolled(spec, variables: Tree) -> Tree:
-    return unroll(spec, variables)
-
-
 def _key(row: _Row, spec: DecoderSpec) -> tuple[bytes, int]:
     """Rows of the same one leave the same in the cache. With LongRoPE that depends on how long a row may become."""
     is_long = any(rope.long_frequencies is not None for rope in spec.ropes)
@@ -402,10 +377,7 @@ def _reach(row: _Row) -> int:
 
 def _capacity(length: int, model: Decoder) -> int:
     """Tokens of a slot for rows of `length`: few sizes, since each is compiled."""
-    size = CAPACITY
-    while size < length:
-        size *= 2
-    return max(min(size, model.spec.max_position_embeddings), length)
+    return _within(_doubled(CAPACITY, length), length, model)
 
 
 def _padded(length: int, rows: int, model: Decoder) -> int:
@@ -414,12 +386,22 @@ def _padded(length: int, rows: int, model: Decoder) -> int:
     A double of LENGTHS where there are few tokens; for many, padding would cost more than compiling four times as many
     lengths.
     """
-    size = LENGTHS
-    while size < length:
-        size *= 2
+    size = _doubled(LENGTHS, length)
     if rows * size > FEW:
         size = -(-length // (size // 8)) * (size // 8)
-    return max(min(size, model.spec.max_position_embeddings), length)
+    return _within(size, length, model)
+
+
+def _doubled(size: int, least: int) -> int:
+    """`size`, doubled until it is `least`."""
+    while size < least:
+        size *= 2
+    return size
+
+
+def _within(size: int, least: int, model: Decoder) -> int:
+    """`size`, or what there is where the model has fewer positions; never less than `least`."""
+    return max(min(size, model.spec.max_position_embeddings), least)
 
 
 def _coarse(count: int, most: int) -> int:

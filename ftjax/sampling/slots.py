@@ -17,7 +17,6 @@ import numpy as np
 from ftjax import sharding
 from ftjax.models.cache import Cache, init_cache
 from ftjax.models.decoder import Decoder
-from ftjax.models.groups import unroll_nested
 from ftjax.sampling.sampler import Chosen, Settings, choose, row_keys, step_keys
 from ftjax.tree import Tree
 
@@ -70,7 +69,7 @@ class Read(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def empty(model: Decoder, rows: int, capacity: int, stops: int, biases: int) -> Slots:
-    """Free slots. model: the one that decodes, unrolled or not."""
+    """Free slots."""
     zeros = jnp.zeros(rows, jnp.int32)
     none = Rows(
         zeros.astype(jnp.uint32),
@@ -79,7 +78,7 @@ def empty(model: Decoder, rows: int, capacity: int, stops: int, biases: int) -> 
         jnp.full((rows, stops), -1, jnp.int32),
         *(jnp.zeros((rows, biases), dtype) for dtype in (jnp.int32, jnp.float32)),
     )
-    cache = init_cache(model.spec, rows, capacity, model.dtype, unrolled=model.unrolled)
+    cache = init_cache(model.spec, rows, capacity, model.dtype)
     return _lay_out(Slots(cache, zeros, zeros, zeros, zeros > 0, none))
 
 
@@ -114,12 +113,10 @@ class Entering(NamedTuple):
     rows: Rows
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def enter(model: Decoder, slots: Slots, read: Read, entering: Entering) -> Slots:
-    """Puts rows into slots. model: the one that decodes."""
-    keys, values, slot = read.keys, read.values, entering.slot
-    if model.unrolled:
-        keys, values = unroll_nested(model.spec, keys), unroll_nested(model.spec, values)
+@functools.partial(jax.jit, donate_argnums=0)
+def enter(slots: Slots, read: Read, entering: Entering) -> Slots:
+    """Puts rows into slots."""
+    slot = entering.slot
 
     def insert(old: jax.Array, new: jax.Array) -> jax.Array:
         length = min(new.shape[3], old.shape[3])  # what is beyond is padding
@@ -130,8 +127,8 @@ def enter(model: Decoder, slots: Slots, read: Read, entering: Entering) -> Slots
         return old.at[slot].set(new, mode="drop")
 
     cache = slots.cache.replace(
-        keys=jax.tree.map(insert, slots.cache.keys, keys),
-        values=jax.tree.map(insert, slots.cache.values, values),
+        keys=jax.tree.map(insert, slots.cache.keys, read.keys),
+        values=jax.tree.map(insert, slots.cache.values, read.values),
         reach=put(slots.cache.reach, entering.reach),
     )
     slots = Slots(

@@ -9,7 +9,6 @@ from support.tiny import batch_of, documents, logits, numpy_params, one_device, 
 from ftjax import tree
 from ftjax.models.cache import init_cache
 from ftjax.models.decoder import REMAT_POLICIES, Decoder
-from ftjax.models.groups import unroll
 from ftjax.models.params import abstract_params, logical_axes
 
 MODEL = Decoder(spec())
@@ -21,23 +20,21 @@ def params():
     return numpy_params(MODEL)
 
 
-@pytest.mark.parametrize("unrolled", [False, True], ids=["scanned", "unrolled"])
 @pytest.mark.parametrize("lengths", [[7, 7, 7], [7, 3, 5]], ids=["equal prompts", "unequal prompts"])
-def test_parts_and_single_token_steps_equal_the_full_forward(params, lengths, unrolled, record_figure):
+def test_parts_and_single_token_steps_equal_the_full_forward(params, lengths, record_figure):
     """Prompts that go into the cache in two parts, padded on the right, and then a token of each at a time."""
     new = 5
     docs = documents(4, [length + new for length in lengths])
     full = logits(MODEL, {"params": params}, batch_of([[doc] for doc in docs], 7 + new))
-    model = MODEL.clone(unrolled=unrolled)
-    variables = unroll(MODEL.spec, {"params": params}) if unrolled else {"params": params}
+    variables = {"params": params}
 
     @jax.jit
     def forward(variables, cache, tokens, positions, segment_ids):
-        hidden, cache = model.apply(variables, tokens, positions, segment_ids, cache)
-        return model.apply(variables, hidden, method=model.unembed), cache
+        hidden, cache = MODEL.apply(variables, tokens, positions, segment_ids, cache)
+        return MODEL.apply(variables, hidden, method=MODEL.unembed), cache
 
     # Four slots more than are ever written.
-    cache = init_cache(MODEL.spec, batch=3, slots=16, dtype=jnp.float32, unrolled=unrolled)
+    cache = init_cache(MODEL.spec, batch=3, slots=16, dtype=jnp.float32)
     batch = batch_of([[(doc[0][:n], doc[1][:n])] for doc, n in zip(docs, lengths)], 7)
     differences = []
     for part in (slice(0, 2), slice(2, 7)):

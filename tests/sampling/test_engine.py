@@ -166,7 +166,7 @@ def test_a_row_that_ends_makes_room_at_once_and_the_next_one_is_the_same_as_alon
 
 
 def complete(ours, requests, slots):
-    made = engine.Engine(*ours, slots, biases=1, steps=1)
+    made = engine.Engine(*ours, slots, biases=1)
     for request in requests:
         made.add(request)
     completions = {}
@@ -239,14 +239,6 @@ def test_the_log_probabilities_are_those_of_a_forward_pass(torch_model, ours, pr
         worst = max(worst, np.abs(made.full_logps - full).max(), np.abs(made.logps - kept).max())
     record_figure(f"{sampling.temperature}", worst)
     assert worst < 1e-4
-
-
-def test_an_unrolled_decoder_gives_the_same(ours, prompts, monkeypatch):
-    expected = generate(*ours, prompts, NEW, (), DRAWN, batch_size=4)
-    monkeypatch.setattr(engine, "UNROLLED", 1)
-    made = generate(*ours, prompts, NEW, (), DRAWN, batch_size=4)
-    assert rows(made) == rows(expected)
-    np.testing.assert_allclose(made[2].full_logps, expected[2].full_logps, rtol=1e-4, atol=1e-5)
 
 
 def test_slots_grow_with_their_rows(ours, prompts, torch_model, monkeypatch):
