@@ -43,7 +43,6 @@ from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.distributed import is_first, together
 from ftjax.errors import UserError
 from ftjax.evals import best
-from ftjax.evals.evaluator import is_eval
 from ftjax.method import learning_rate
 from ftjax.models.families import is_multimodal, spec_from_config
 from ftjax.models.heads import COLLECTION
@@ -233,7 +232,7 @@ def _stored_bytes(base: Base, stored: str) -> int:
 
 def evaluation(workdir: Path, step: int) -> dict[str, float]:
     """The `eval_*` metrics of the run's last evaluation at or before `step`."""
-    records = filter(is_eval, metrics.read(workdir / "metrics.jsonl"))
+    records = filter(metrics.is_eval, metrics.read(workdir / "metrics.jsonl"))
     records = [record for record in records if record["step"] <= step]
     return {name: value for name, value in records[-1].items() if name.startswith("eval_")} if records else {}
 

@@ -38,7 +38,7 @@ from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens.outcome import outcome
 from ftjax.errors import UserError
-from ftjax.evals import scored
+from ftjax.evals.entries import split_entries
 from ftjax.inspection import page, terminal
 from ftjax.inspection.pieces import Piece, pieces
 from ftjax.inspection.survey import Epoch, Survey, epoch_of, examples_in_epoch, survey
@@ -57,7 +57,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
     spec = assemble.data_spec(config, base.model.spec)
     speed = speed_of(options["tokens_per_second"], options["workdir"])
     train = read_sources(configs.sources(config, "train"), spec.max_bad_rows, spec.holdout)
-    entries, by_loss = scored.split_entries(config)
+    entries, by_loss = split_entries(config)
     heldout = read_heldout([*entries, *by_loss], configs.sources(config, "train"), spec)
     out = terminal.console()
     with Progress(console=out, disable=not out.is_terminal, transient=True) as bar:

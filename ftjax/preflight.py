@@ -18,7 +18,7 @@ from ftjax.data.batch.loader import Loader
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
-from ftjax.evals import scored
+from ftjax.evals.entries import likely_entries, split_entries
 from ftjax.method import learning_rate, method_of
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.preference import compares_pairs
@@ -74,7 +74,7 @@ def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
         ([f"optimizer.{key}" for key in others], True, f"optimizer.name={optimizer.name!r}"),
         (
             ["evaluate.samples", "evaluate.temperature"],
-            not scored.split_entries(config)[0],
+            not split_entries(config)[0],
             "no scored entry in config.data.eval",
         ),
         (["schedule.decay_ratio"], schedule.name != "wsd", f"schedule.name={schedule.name!r}"),
@@ -96,7 +96,7 @@ def check_evaluation(config: ConfigDict) -> None:
             raise UserError(f"config.evaluate.{key}={evaluate[key]!r} does nothing: {fix}")
     if not method_of(config).generates:
         name = config.objective.name
-        if answered := [*scored.split_entries(config)[0], *scored.likely_entries(config)]:
+        if answered := [*split_entries(config)[0], *likely_entries(config)]:
             raise UserError(
                 f"config.data.eval: {answered[0]['source']} is about what a model says, and objective.name={name!r} "
                 "makes one that gives numbers; give it rows like those of training, which have a loss, and no 'score'"
@@ -290,7 +290,7 @@ def check_rows(config: ConfigDict, base: Base, train: Loader, heldout: Loader | 
     """Says what the checks of the rows find; errors end the run here, unless config.data.checks is "warn" or "off"."""
     if config.data.checks == "off":
         return
-    entries, _ = scored.split_entries(config)
+    entries, _ = split_entries(config)
     evaluated = [read_sources(entries)] if entries else []
     if heldout is not None:
         evaluated.append(checks.RowsOf(heldout.examples))

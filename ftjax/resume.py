@@ -18,7 +18,6 @@ from ftjax.data.batch.loader import Loader
 from ftjax.data.tokens import templates
 from ftjax.errors import UserError
 from ftjax.evals import best
-from ftjax.evals.evaluator import is_eval
 from ftjax.method import learning_rate
 from ftjax.objectives.reference import REFERENCE, frozen_with_reference
 from ftjax.training import metrics, optim
@@ -87,7 +86,9 @@ def find(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints
         )
     records = metrics.read(workdir / "metrics.jsonl")
     # What the first process reads decides: another host may still see an older file.
-    evaluated = json.loads(distributed.tell(json.dumps([record["step"] for record in records if is_eval(record)])))
+    evaluated = json.loads(
+        distributed.tell(json.dumps([record["step"] for record in records if metrics.is_eval(record)]))
+    )
     return origin.at_hand(config, workdir), Resume(step, before, records, set(evaluated))
 
 

@@ -20,15 +20,15 @@ from ftjax import assemble, sharding
 from ftjax import config as configs
 from ftjax.adapted import NONE, load_model
 from ftjax.assemble import Base
+from ftjax.data.batch.packing import BATCH, lay
 from ftjax.data.format.conversation import conversation as plain_turns
-from ftjax.data.format.example import Row
+from ftjax.data.format.example import Document, Row
 from ftjax.data.tokens.chat import checked, tokenize_unpaired
 from ftjax.data.tokens.masks import encode
 from ftjax.data.tokens.rendering import render
 from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.likelihood import TOKENS, placed, row_length
-from ftjax.evals.scores import Score
 from ftjax.method import method_of
 from ftjax.models.decoder import Decoder
 from ftjax.models.heads import COLLECTION, SCORE
@@ -120,7 +120,8 @@ class RewardModel(NamedTuple):
                 rows = _rows(len(indices), length, sharding.row_parts(mesh))
                 for start in range(0, len(indices), rows):
                     part = indices[start : start + rows]
-                    arrays = placed(_arrays([kept[i] for i in part], rows, length))
+                    each = [[Document(kept[i], np.ones(len(kept[i]), bool))] for i in part]
+                    arrays = placed(lay([*each, *[[]] * (rows - len(part))], length, BATCH))
                     found[part] = jax.device_get(_at_end(self.base.model, self.variables, arrays))[: len(part)]
         return ((found - self.mean) / self.std).astype(np.float32)
 
@@ -128,32 +129,6 @@ class RewardModel(NamedTuple):
         """float64 [N]: p(chosen is better) as the mean of the heads has it. chosen, rejected: `scores` [N, K]."""
         difference = ((chosen.astype(np.float64) - rejected) * self.std).mean(axis=1)
         return (1 - self.label_noise) * np.exp(-np.logaddexp(0, -difference)) + self.label_noise / 2
-
-
-def score(path: str, where: str) -> Score:
-    """The mean reward by the reward model at `path` as a score of completions; it is loaded with the first of them.
-
-    where: for messages, what names it.
-    """
-    if not Path(path).expanduser().is_dir():
-        raise UserError(f"{where}: score 'reward:{path}': no such directory; name a run, an export or an adapter")
-    loaded = functools.cache(lambda: load(path))
-
-    def together(completions: Sequence[str], examples: Sequence[dict]) -> list[float]:
-        model = loaded()
-        documents = []
-        for completion, example in zip(completions, examples, strict=True):
-            turns = example["messages"]
-            prompt = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-            turns = [*prompt, {"role": "assistant", "content": completion}]
-            documents.append(model.tokens(turns, example.get("tools")))
-        return model.scores_of(documents).mean(axis=1).tolist()
-
-    def alone(completion: str, example: dict) -> float:
-        return together([completion], [example])[0]
-
-    where_it_is = str(Path(path).expanduser().absolute())
-    return Score(alone, needs_answer=False, together=together, share=False, model=where_it_is)
 
 
 def load(path: str, step: str | None = None, model: str = "") -> RewardModel:
@@ -253,14 +228,3 @@ def _at_end(model: Decoder, variables: Tree, batch: dict[str, jax.Array]) -> jax
     last = is_last(batch["segment_ids"])
     found = jnp.where(last[..., None], scores(model, variables, batch, None), 0).sum(axis=1)
     return sharding.constrain(found, None, None)  # whole, for every host
-
-
-def _arrays(documents: Sequence[np.ndarray], rows: int, length: int) -> dict[str, np.ndarray]:
-    """ "tokens", "positions" and "segment_ids" int32 [rows, length] of one document a row; more rows are empty."""
-    arrays = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "positions", "segment_ids")}
-    for row, document in enumerate(documents):
-        size = len(document)
-        arrays["tokens"][row, :size] = document
-        arrays["positions"][row, :size] = np.arange(size)
-        arrays["segment_ids"][row, :size] = 1
-    return arrays

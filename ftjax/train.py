@@ -42,7 +42,8 @@ from ftjax.assemble import Base
 from ftjax.data import pipeline
 from ftjax.data.batch.loader import Loader
 from ftjax.errors import UserError
-from ftjax.evals import best, scored
+from ftjax.evals import best
+from ftjax.evals.entries import split_entries
 from ftjax.evals.evaluator import Evaluator
 from ftjax.planning import flops
 from ftjax.reporting import page
@@ -271,7 +272,7 @@ def _load_data(
     """The config with all that it left open chosen, the training rows, the held-out rows (None without any), and the
     report on the former. room: bytes of a device's memory.
     """
-    model, train, (_, heldout) = base.model, configs.sources(config, "train"), scored.split_entries(config)
+    model, train, (_, heldout) = base.model, configs.sources(config, "train"), split_entries(config)
     examples = pipeline.read(train, base.tokenizer, assemble.data_spec(config, model.spec, mesh), display.counter)
     config = choices.by_data(choices.by_model(config, model.spec), model.spec, mesh, examples.lengths, examples.count)
     config = choices.by_memory(config, model, mesh, room)

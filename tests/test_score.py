@@ -15,6 +15,7 @@ from ftjax.data.format.formats import check_row
 from ftjax.data.read.sources import read_sources
 from ftjax.errors import UserError
 from ftjax.evals import scored, scores
+from ftjax.evals.entries import metric_names
 from ftjax.rewards import RewardModel
 
 
@@ -89,7 +90,7 @@ def test_reward_is_a_score_of_completions(root, model, monkeypatch):
     monkeypatch.setattr(rewards, "load", lambda path: model)
     config = config_of(root, **{"data.eval": ({"source": str(root / "eval.jsonl"), "score": f"reward:{root}"},)})
     (its,) = scored.scored_sets(config)
-    assert its.metric == "eval_eval/reward" == scored.metric_names(config)[0]
+    assert its.metric == "eval_eval/reward" == metric_names(config)[0]
     answers = ["send red", "", " it", "send red", "no"]
     prompts = [question.example["messages"][:-1] for question in its.questions]
     turns = [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in zip(prompts, answers)]

@@ -13,7 +13,7 @@ from ftjax import distributed
 from ftjax.errors import UserError
 from ftjax.evals import deciding
 from ftjax.evals.deciding import Deciding
-from ftjax.evals.evaluator import best_metric, is_eval
+from ftjax.evals.entries import best_metric
 from ftjax.training import metrics
 from ftjax.training.checkpoint import Checkpoints
 
@@ -39,7 +39,7 @@ def evaluations(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
     A record without a digest of its set, of an older version, counts as one of the newest.
     """
-    found = [record for record in records if is_eval(record)]
+    found = [record for record in records if metrics.is_eval(record)]
     newest = next((record[SET] for record in reversed(found) if SET in record), None)
     return [record for record in found if record.get(SET, newest) == newest]
 
@@ -90,7 +90,7 @@ class Standing(NamedTuple):
     def of(cls, config: ConfigDict, workdir: Path, kept: Sequence[int]) -> "Standing":
         judge, records = decides(config), metrics.read(workdir / "metrics.jsonl")
         compared = {record["step"] for record in evaluations(records)}
-        others = sorted({record["step"] for record in records if is_eval(record)} - compared)
+        others = sorted({record["step"] for record in records if metrics.is_eval(record)} - compared)
         return cls(judge and judge.text, judge.mode if judge else "min", scores(config, records), kept, others)
 
     def best(self) -> int | None:

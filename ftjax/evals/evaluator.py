@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ftjax import config as configs
 from ftjax import distributed, sharding, tree
 from ftjax.assemble import Base, Program
 from ftjax.atomic import write_text
@@ -21,7 +20,6 @@ from ftjax.errors import UserError
 from ftjax.evals import forgetting, scored
 from ftjax.evals.likely import LikelySet, likely_sets
 from ftjax.evals.scored import ScoredSet
-from ftjax.evals.scores import PERPLEXITY
 from ftjax.objectives.loss import TOTALS, Loss, means, merged
 from ftjax.objectives.reference import policy_and_reference
 from ftjax.prompts import tokens
@@ -31,21 +29,6 @@ from ftjax.training.display import Display
 from ftjax.training.preemption import Preemption
 from ftjax.training.step import make_eval_step
 from ftjax.tree import Tree
-
-
-def is_eval(record: dict) -> bool:
-    """Whether a record of metrics.jsonl is of an evaluation."""
-    return any(name.startswith("eval_") for name in record)
-
-
-def best_metric(config: ConfigDict) -> tuple[str | None, str]:
-    """What decides unless config.evaluate.best does, and "max" or "min": the first score, else the held-out loss."""
-    if names := scored.metric_names(config):
-        return names[0], "max"
-    entries = configs.sources(config, "eval")
-    if entries and all(entry.get("score") == PERPLEXITY for entry in entries) and not config.data.holdout:
-        return f"eval_{scored.entry_name(entries[0])}/{PERPLEXITY}", "min"
-    return ("eval_loss" if configs.evaluates(config) else None), "min"
 
 
 class Evaluator:

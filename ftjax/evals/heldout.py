@@ -15,8 +15,9 @@ from ftjax.data import pipeline
 from ftjax.data.batch import packing
 from ftjax.data.tokens.examples import Examples
 from ftjax.evals import formats
+from ftjax.evals.entries import likely_entries, split_entries
 from ftjax.evals.likelihood import TOKENS, placed, row_length
-from ftjax.evals.scored import Question, likely_entries, question_of, scored_sets, split_entries
+from ftjax.evals.scored import Question, question_of, scored_sets
 from ftjax.method import method_of
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.head import make_unembed

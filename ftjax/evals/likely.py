@@ -9,9 +9,8 @@ from ml_collections import ConfigDict
 from ftjax.data.tokens.rendering import Tokenizer
 from ftjax.errors import UserError
 from ftjax.evals import general, multiple_choice
+from ftjax.evals.entries import MULTIPLE_CHOICE, entry_name, likely_entries
 from ftjax.evals.likelihood import log_likelihoods, perplexity
-from ftjax.evals.scored import entry_name, likely_entries
-from ftjax.evals.scores import MULTIPLE_CHOICE
 from ftjax.models.decoder import Decoder
 from ftjax.tree import Tree
 

@@ -3,22 +3,20 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from ftjax import config as configs
-from ftjax.config import REWARD, SHIPPED
+from ftjax.config import SHIPPED
 from ftjax.data.format.example import Row
 from ftjax.data.read.sources import TASK, read_sources
 from ftjax.errors import UserError
 from ftjax.evals import scores
-from ftjax.evals.scores import LIKELY, PERPLEXITY, Score
+from ftjax.evals.entries import TASK_SCORE, entry_name, score_name, split_entries
+from ftjax.evals.scores import Score
 from ftjax.prompts import Prompt
 from ftjax.tasks import registry
 
-_TASK_SCORE = "score"  # the name of a task's own
 _PASS_AT = (10, 100)  # the k of pass@k beside 1, the mean, and the number of samples
 
 
@@ -93,36 +91,6 @@ class ScoredSet(NamedTuple):
         return means
 
 
-def split_entries(config: ConfigDict) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(the entries of data.eval that are answered and scored, those that have a loss)."""
-    entries = _entries(config)
-    scored = [entry for entry in entries if "score" in entry and entry["score"] not in LIKELY]
-    return scored, [entry for entry in entries if "score" not in entry]
-
-
-def likely_entries(config: ConfigDict) -> list[dict[str, Any]]:
-    """The entries of data.eval that are measured by likelihoods (`ftjax.evals.likely`)."""
-    return [entry for entry in _entries(config) if entry.get("score") in LIKELY]
-
-
-def metric_names(config: ConfigDict) -> list[str]:
-    """The metrics that entries are scored with, the higher, the better, in their order and without reading them."""
-    entries = [entry for entry in _entries(config) if entry.get("score", PERPLEXITY) != PERPLEXITY]
-    return [f"eval_{entry_name(entry)}/{_score_name(entry)}" for entry in entries]
-
-
-def _entries(config: ConfigDict) -> list[dict[str, Any]]:
-    """Those of data.eval; a task has its own split, and its own score if any, where it is given no others."""
-    entries = configs.sources(config, "eval")
-    return [_own(entry["source"]) | entry if entry["source"].startswith(TASK) else entry for entry in entries]
-
-
-def _own(source: str) -> dict[str, str]:
-    """The options of a task's entry."""
-    has_score = hasattr(registry.get(source.removeprefix(TASK)), "score")
-    return {"split": "test"} | ({"score": _TASK_SCORE} if has_score else {})
-
-
 def scored_sets(config: ConfigDict) -> list[ScoredSet]:
     """The scored entries of data.eval, read.
 
@@ -147,7 +115,7 @@ def _read(entry: dict[str, Any], run_code: bool) -> ScoredSet:
     if unused := sorted(unknown & entry.keys()):
         raise UserError(f"config.data.eval: {source} is scored, which knows no {unused[0]!r}; leave it out")
     where = f"config.data.eval: {source}"
-    is_own = entry["score"] == _TASK_SCORE and hasattr(task, "score")
+    is_own = entry["score"] == TASK_SCORE and hasattr(task, "score")
     how = Score(task.score, valid=getattr(task, "valid", None)) if is_own else scores.find(entry["score"], where)
     if how.runs_code and not run_code:
         raise UserError(
@@ -167,7 +135,7 @@ def _read(entry: dict[str, Any], run_code: bool) -> ScoredSet:
         questions.append(question)
     if (name := entry_name(entry)) == SHIPPED:
         raise UserError(f"{where}: eval_{name}/... are the metrics of general text (evaluate.general); rename the file")
-    return ScoredSet(name, _score_name(entry), questions, how)
+    return ScoredSet(name, score_name(entry), questions, how)
 
 
 def _check(how: Score, question: Question, where: str) -> None:
@@ -205,15 +173,3 @@ def _parts(fields: dict) -> tuple[str | list[dict], dict | None]:
 def _plain(turn: dict) -> dict:
     """Without its weight, which says whether it is trained."""
     return {key: value for key, value in turn.items() if key != "weight"}
-
-
-def entry_name(entry: dict[str, Any]) -> str:
-    source, split = entry["source"], entry.get("split")
-    if source.startswith(TASK):
-        return source.removeprefix(TASK) + (f"[{split}]" if split != "test" else "")
-    path = source.partition("?")[0].removeprefix("hf:").removeprefix("tfds:").rstrip("/")
-    return (PurePath(path).name.partition(".")[0] or source) + (f"[{split}]" if split else "")
-
-
-def _score_name(entry: dict[str, Any]) -> str:
-    return REWARD if entry["score"].startswith(f"{REWARD}:") else entry["score"].rpartition(":")[2]

@@ -2,17 +2,21 @@
 
 A score is a function of the completion and the example: the row's own fields, and under "messages" the conversation,
 which ends with the expected answer where there is one. The score of a task (`ftjax/tasks/`) has the same form, and so
-has that of a reward model (`ftjax.rewards.score`).
+has that of a reward model (`ftjax.rewards`).
 """
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from ftjax import rewards
 from ftjax.config import REWARD
 from ftjax.errors import UserError, did_you_mean
 from ftjax.evals import json_scores, python_tests, text_scores
+from ftjax.evals.entries import LIKELY
 
 
 class Score(NamedTuple):
@@ -73,10 +77,6 @@ SCORES = {
 }
 
 
-# Of these nothing is answered: the likelihoods of what stands there are compared (`ftjax.evals.likely`).
-MULTIPLE_CHOICE, PERPLEXITY = LIKELY = ("multiple_choice", "perplexity")
-
-
 def find(name: str, where: str) -> Score:
     """The score called `name`, that of the reward model which reward:PATH names, or the function that MODULE:FUNCTION
     names; UserError with `where` for others."""
@@ -84,8 +84,7 @@ def find(name: str, where: str) -> Score:
         return SCORES[name]
     module, colon, function = name.partition(":")
     if module == REWARD and colon:
-        # By name: it asks which step of a run is best, which is decided by scores.
-        return importlib.import_module("ftjax.rewards").score(function, where)
+        return _of_reward_model(function, where)
     if not colon:
         meant = did_you_mean(name, [*SCORES, *LIKELY])
         raise UserError(f"{where}: there is no score {name!r}{meant}; a function of your own is MODULE:FUNCTION")
@@ -96,6 +95,32 @@ def find(name: str, where: str) -> Score:
     if not callable(found):
         raise UserError(f"{where}: score {name!r}: {module} has no function {function!r}")
     return Score(found, needs_answer=False)
+
+
+def _of_reward_model(path: str, where: str) -> Score:
+    """The mean reward by the reward model at `path` as a score of completions; it is loaded with the first of them.
+
+    where: for messages, what names it.
+    """
+    if not Path(path).expanduser().is_dir():
+        raise UserError(f"{where}: score 'reward:{path}': no such directory; name a run, an export or an adapter")
+    loaded = functools.cache(lambda: rewards.load(path))
+
+    def together(completions: Sequence[str], examples: Sequence[dict]) -> list[float]:
+        model = loaded()
+        documents = []
+        for completion, example in zip(completions, examples, strict=True):
+            turns = example["messages"]
+            prompt = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+            turns = [*prompt, {"role": "assistant", "content": completion}]
+            documents.append(model.tokens(turns, example.get("tools")))
+        return model.scores_of(documents).mean(axis=1).tolist()
+
+    def alone(completion: str, example: dict) -> float:
+        return together([completion], [example])[0]
+
+    where_it_is = str(Path(path).expanduser().absolute())
+    return Score(alone, needs_answer=False, together=together, share=False, model=where_it_is)
 
 
 def checked(value: object, where: str) -> float:

@@ -14,7 +14,6 @@ from ftjax import origin
 from ftjax.errors import UserError
 from ftjax.evals.best import Standing
 from ftjax.evals.deciding import smaller_is_better
-from ftjax.evals.evaluator import is_eval
 from ftjax.evals.general import METRICS as GENERAL
 from ftjax.reporting import evaluation as evaluations
 from ftjax.reporting.charts import figure, share
@@ -135,7 +134,7 @@ def gather(workdir: Path, step: int | None = None) -> Run:
         step = evaluation.step if evaluation and evaluation.step is not None else standing.best()
     elif evaluation and evaluation.step != step:
         evaluation = None
-    evaluated = [record["step"] for record in records if is_eval(record)]
+    evaluated = [record["step"] for record in records if metrics.is_eval(record)]
     if step is None:
         step = max(evaluated or [record["step"] for record in records], default=0)
     return Run(

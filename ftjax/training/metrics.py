@@ -83,3 +83,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def is_eval(record: dict) -> bool:
+    """Whether a record of metrics.jsonl is of an evaluation."""
+    return any(name.startswith("eval_") for name in record)

@@ -10,7 +10,7 @@ from support.runs import write_run
 from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.evals import likely, scored
-from ftjax.evals.evaluator import best_metric
+from ftjax.evals.entries import best_metric
 from ftjax.train import train
 from ftjax.training import metrics
 

@@ -8,6 +8,7 @@ from ftjax import config as configs
 from ftjax.data.read.sources import read_sources
 from ftjax.errors import UserError
 from ftjax.evals import scored
+from ftjax.evals.entries import metric_names
 from ftjax.tasks import support_ticket
 
 TASK = "task:support_ticket"
@@ -145,4 +146,4 @@ def test_the_first_score_of_data_eval_decides():
     quiz, sums = {"source": "quiz.jsonl", "score": "multiple_choice"}, {"source": "sums.jsonl", "score": "f1"}
     for entries, first in (((quiz, sums), "eval_quiz/multiple_choice"), ((sums, quiz), "eval_sums/f1")):
         config.data.eval = ("rows.jsonl", {"source": "texts.jsonl", "score": "perplexity"}, *entries)
-        assert scored.metric_names(config)[0] == first
+        assert metric_names(config)[0] == first

@@ -9,7 +9,7 @@ import pytest
 from ftjax import config as configs
 from ftjax.data.format import formats
 from ftjax.data.read.sources import read_sources
-from ftjax.evals import scored
+from ftjax.evals.entries import metric_names, split_entries
 from ftjax.tasks import registry, support_labeled, support_ticket
 from ftjax.tasks import support_preference as task
 
@@ -107,7 +107,7 @@ def test_they_are_rows_of_their_formats_and_the_chosen_answers_are_demonstration
 def test_without_a_score_held_out_rows_have_a_loss():
     config = configs.defaults()
     config.data.eval = ("task:support_preference", "task:support_ticket")
-    answered, measured = scored.split_entries(config)
+    answered, measured = split_entries(config)
     assert [entry["source"] for entry in answered] == ["task:support_ticket"]
     assert measured == [{"split": "test", "source": "task:support_preference"}]
-    assert scored.metric_names(config) == ["eval_support_ticket/score"]
+    assert metric_names(config) == ["eval_support_ticket/score"]
