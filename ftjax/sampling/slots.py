@@ -1,9 +1,8 @@
 """The compiled half of the engine: rows of a batch that are filled, go on by a token at a time, and are freed.
 
 `read` computes what a prompt leaves in the cache, by the kernels of training; `enter` puts it into free slots; `decode`
-chooses tokens on the device. How rows are sampled and when they end
-are arrays, for which nothing compiles anew: compiled shapes are the number of slots, their capacity and, of prompts, a
-coarse length.
+chooses tokens on the device. How rows are sampled and when they end are arrays, for which nothing compiles anew:
+compiled shapes are the number of slots, their capacity and, of prompts, a coarse number and length.
 """
 
 import functools
@@ -148,8 +147,7 @@ def decode(
 ) -> tuple[Slots, Chosen, jax.Array]:
     """Chooses up to `limit` tokens of each active row, at most `most`.
 
-    It ends early when no row is active any more, or as soon as `enough` have ended.
-    Returns the slots, what was chosen [most, batch], and whether there it was, bool [most, batch].
+    It ends early when no row is active any more, or as soon as `enough` have ended. Returns the slots, what was chosen [most, batch], and whether there it was, bool [most, batch].
     """
     began = slots.active
     batch = len(began)

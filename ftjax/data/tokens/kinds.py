@@ -109,9 +109,7 @@ ROW_KINDS = {
     "pair": RowKind(2, _pair),  # a prompt with a chosen and a rejected answer
     "ranked": RowKind(2, _ranked, labeled=True),  # the same with its margin, by how much one is better; 0 if not said
     "labeled": RowKind(1, _labeled, labeled=True),  # a prompt with an answer that is called good (+1) or bad (-1)
-    "stepwise": RowKind(
-        1, _stepwise, labeled=True
-    ),  # an answer in steps; +1 or -1 at the token that ends a step, else 0
+    "stepwise": RowKind(1, _stepwise, labeled=True),  # an answer in steps, +1 or -1 where one ends, 0 elsewhere
     "classified": RowKind(1, _classified, labeled=True),  # a text, or turns, and the index of its class
 }
 
