@@ -147,7 +147,8 @@ def decode(
 ) -> tuple[Slots, Chosen, jax.Array]:
     """Chooses up to `limit` tokens of each active row, at most `most`.
 
-    It ends early when no row is active any more, or as soon as `enough` have ended. Returns the slots, what was chosen [most, batch], and whether there it was, bool [most, batch].
+    It ends early when no row is active any more, or as soon as `enough` have ended. Returns the slots, what was chosen
+    [most, batch], and whether there it was, bool [most, batch].
     """
     began = slots.active
     batch = len(began)
