@@ -89,7 +89,7 @@ def _local(choice, spec, tables, queries, keys, values, positions, key_positions
         return splash.attention(tables, queries, keys, values, segments, key_segments, scale, window, sinks)
     places = (positions, key_positions, segments, key_segments)
     if choice.name == "cudnn":
-        return cudnn.attention(queries, keys, values, *places, scale, window)
+        return cudnn.attention(queries, keys, values, positions, segments, scale, window)
     return attention(queries, keys, values, *places, scale, window, spec.attention_softcap, sinks)
 
 

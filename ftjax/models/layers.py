@@ -24,6 +24,32 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 INIT = nn.initializers.normal(0.02)
 
 
+# The backward pass computes again what such a function does instead of keeping what it leaves on its way: for
+# elementwise work on wide arrays that is less than moving them to and from memory.
+remade = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def wide_product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x [..., in] @ kernel [in, out], summed and returned in a `dtype` wider than theirs.
+
+    The gradient of the result is rounded to their dtype before it is multiplied, as where the result itself is of that
+    dtype: products of two dtypes are several times slower on GPUs.
+    """
+    return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+def _wide_product_forward(x, kernel, dtype):
+    return wide_product(x, kernel, dtype), (x, kernel)
+
+
+def _wide_product_backward(dtype, saved, gradient):
+    return jax.vjp(jnp.matmul, *saved)[1](gradient.astype(saved[0].dtype))
+
+
+wide_product.defvjp(_wide_product_forward, _wide_product_backward)
+
+
 def packed_kernel(module: nn.Module) -> dict[str, jax.Array]:
     """The arrays of `module`'s quantized kernel, {} if it has none."""
     return dict(module.variables.get("quant", {}))
@@ -64,7 +90,9 @@ class Linear(nn.Module):
             kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype).astype
 
             def product(x):
-                return jnp.matmul(x, kernel(self.dtype), preferred_element_type=self.out_dtype)
+                if self.out_dtype is None:
+                    return x @ kernel(self.dtype)
+                return wide_product(x, kernel(self.dtype), self.out_dtype)
 
         y = product(x)
         if lora := self.variables.get("lora"):
@@ -92,11 +120,16 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
         scale = self.param("scale", nn.with_logical_partitioning(init, ("norm",)), (x.shape[-1],), self.param_dtype)
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        if self.plus_one:
-            return (x * (1.0 + scale.astype(jnp.float32))).astype(self.dtype)
-        return x.astype(self.dtype) * scale.astype(self.dtype)
+
+        @remade
+        def normed(x, scale):
+            x = x.astype(jnp.float32)
+            x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+            if self.plus_one:
+                return (x * (1.0 + scale.astype(jnp.float32))).astype(self.dtype)
+            return x.astype(self.dtype) * scale.astype(self.dtype)
+
+        return normed(x, scale)
 
 
 class LayerNorm(nn.Module):
@@ -112,11 +145,14 @@ class LayerNorm(nn.Module):
             init = nn.with_logical_partitioning(init, ("norm",))
             return self.param(name, init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
 
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        scale, bias = vector("scale", nn.initializers.ones), vector("bias", nn.initializers.zeros)
-        return (x * scale + bias).astype(self.dtype)
+        @remade
+        def normed(x, scale, bias):
+            x = x.astype(jnp.float32)
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+            x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+            return (x * scale + bias).astype(self.dtype)
+
+        return normed(x, vector("scale", nn.initializers.ones), vector("bias", nn.initializers.zeros))
 
 
 class Embedding(nn.Module):
@@ -145,4 +181,4 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """[..., width] -> float32 logits [..., rows]"""
-        return jnp.einsum("...d,vd->...v", x, self.embedding.astype(self.dtype), preferred_element_type=jnp.float32)
+        return wide_product(x, self.embedding.astype(self.dtype).T, jnp.float32)

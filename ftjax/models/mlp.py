@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ftjax import quant
 from ftjax.models.grouped import grouped_matmul
-from ftjax.models.layers import ACTIVATIONS, INIT, Linear, packed_kernel
+from ftjax.models.layers import ACTIVATIONS, INIT, Linear, packed_kernel, remade
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import constrain, partition_spec
 
@@ -288,16 +288,26 @@ def _inner(spec: DecoderSpec, project: Callable[[str, int], jax.Array]) -> jax.A
 
     project(name, features) makes and applies one projection of the layer's input: [..., features].
     """
-    features = spec.intermediate_size
-    if spec.gate is None:
-        return ACTIVATIONS[spec.hidden_act](project("up_proj", features))
-    if spec.gate == "separate":
-        gate, up = project("gate_proj", features), project("up_proj", features)
+    features, names = spec.intermediate_size, {None: ("up_proj",), "separate": ("gate_proj", "up_proj")}
+    if spec.gate in names:
+        projected = [project(name, features) for name in names[spec.gate]]
     else:
-        both = project("gate_up_proj", 2 * features)
+        projected = [project("gate_up_proj", 2 * features)]
+    return remade(functools.partial(_activated, spec))(*projected)
+
+
+def _activated(spec: DecoderSpec, *projected: jax.Array) -> jax.Array:
+    """What `_inner` returns, from the projections [..., features] in the order of their names there."""
+    activation = ACTIVATIONS[spec.hidden_act]
+    if spec.gate is None:
+        return activation(*projected)
+    if spec.gate == "separate":
+        gate, up = projected
+    else:
+        (both,) = projected
         gate, up = jnp.split(both, 2, axis=-1) if spec.gate == "halves" else (both[..., ::2], both[..., 1::2])
     if spec.swiglu_clamp is None:
-        return ACTIVATIONS[spec.hidden_act](gate) * up
+        return activation(gate) * up
     alpha, limit = spec.swiglu_clamp  # GPT-OSS: values beyond the limit are cut, and the linear part is shifted by one
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)

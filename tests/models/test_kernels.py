@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn.fused_attention_stablehlo import MaskType
 from jax.sharding import AbstractDevice, AbstractMesh
 from support import PYTHONPATH, SUPPORT, xla_flags
 from support.tiny import spec
@@ -187,3 +188,53 @@ def test_what_cudnn_cannot_serve_is_named(monkeypatch):
     assert reason(context=2) == "rows split over context"
     monkeypatch.setattr(cudnn, "_capability", lambda: (9, 0))
     assert reason(spec=dataclasses.replace(SPEC, head_dim=256)) == ""
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("counts", "way"), [((5, 16), 16), ((17, 2), 64), ((64, 1), 64), ((65, 3), None)])
+def test_hoppers_kernel_is_told_where_documents_are_and_rows_of_too_many_get_a_mask(counts, way, window, monkeypatch):
+    """The kernel itself needs a GPU; here one of NumPy's kind stands for it, that keeps to the same arguments."""
+    length, rng = 160, np.random.default_rng(3)
+    queries = rng.standard_normal((B, length, H, D)).astype(np.float32)
+    keys, values = rng.standard_normal((2, B, length, K, D)).astype(np.float32)
+    positions, segments = np.zeros((2, B, length), np.int32)
+    for row, count in enumerate(counts):
+        cuts = np.sort(rng.choice(np.arange(1, length), count - 1, replace=False))
+        segments[row] = np.searchsorted(cuts, np.arange(length), side="right") + 1
+        positions[row] = np.arange(length) - np.concatenate([[0], cuts])[segments[row] - 1]
+        segments[row][segments[row] == count] = 0  # the last one is padding
+    used = []
+
+    def packed(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, mask_type, sliding_window_length):
+        assert mask_type is MaskType.PADDING_CAUSAL
+        room = q_seqlen.shape[1]
+        assert q_offsets.shape == (B, room + 1)
+        jax.debug.callback(lambda: used.append(room))
+        places = jnp.arange(length)[None, None]
+        inside = (places >= q_offsets[:, :-1, None]) & (places < (q_offsets[:, :-1] + q_seqlen)[..., None])
+        own = (jnp.arange(1, room + 1)[None, :, None] * (inside & (q_seqlen >= 0)[..., None])).sum(axis=1)
+        everywhere = jnp.broadcast_to(places[0], own.shape)
+        return attention(q, k, v, everywhere, everywhere, own, own, 1.0, sliding_window_length)
+
+    def dense(q, k, v, *, mask, scale, is_causal, implementation):
+        jax.debug.callback(lambda: used.append(None))
+        scores = jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, H // K, axis=2))
+        weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
+        return jnp.einsum("bhts,bshd->bthd", weights, jnp.repeat(v, H // K, axis=2))
+
+    monkeypatch.setattr(cudnn, "_capability", lambda: (9, 0))
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.dot_product_attention", packed)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", dense)
+    weights = rng.standard_normal(queries.shape).astype(np.float32)
+
+    def run(function):
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(function(*x)) * weights), (0, 1, 2)))(
+            queries, keys, values
+        )
+
+    places = (jnp.array(positions), jnp.array(segments))
+    ours = run(lambda *x: cudnn.attention(*x, *places, 0.3, window))
+    theirs = run(lambda *x: attention(*x, *(each for each in places for _ in range(2)), 0.3, window))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5), ours, theirs)
+    jax.effects_barrier()
+    assert set(used) == {way}
