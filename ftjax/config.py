@@ -38,7 +38,7 @@ KEYS: dict[str, Key] = {
     "model.dtype": Key("auto", one_of("auto", *DTYPES)),
     "model.param_dtype": Key("auto", one_of("auto", *DTYPES)),  # of the stored base; auto: as model.dtype
     # What the backward pass recomputes (docs/devices.md); auto: nothing where that fits.
-    "model.remat": Key("auto", one_of("auto", "none", "full", "dots", "offload")),
+    "model.remat": Key("auto", one_of("auto", "none", "full", "offload")),
     # auto: the fastest that serves the model here.
     "model.attention": Key("auto", one_of("auto", "splash", "cudnn", "xla")),
     # NEFTune: noise on the embeddings in training, 5 is usual; 0: none.

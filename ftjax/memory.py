@@ -65,7 +65,8 @@ def needed(program: Program, remat: str, accumulate: int) -> float:
     """Bytes on a device while a step of `program` runs in so many micro-batches.
 
     Arguments, gradients, what the backward pass keeps of each layer, and where parameters are split, two whole layers.
-    Fitted to what XLA allocates for SmolLM2-135M on a CPU and for Qwen2.5-0.5B on a TPU, within a tenth of it.
+    Fitted to what XLA allocates for SmolLM2-135M on a CPU, Qwen2.5-0.5B on a TPU and Llama 3.1 8B on a GPU, within a
+    tenth of it.
     """
     mesh, spec = program.mesh.shape, program.model.spec
     trained = sum(map(bytes_on_device, jax.tree.leaves(program.state.trainable)))
@@ -74,10 +75,10 @@ def needed(program: Program, remat: str, accumulate: int) -> float:
     tokens = program.tokens / accumulate / sharding.row_parts(program.mesh) / mesh["context"]
     itemsize = jnp.dtype(program.model.dtype).itemsize
     width = itemsize * tokens * spec.hidden_size
-    # What the backward pass keeps of a layer, in widths of the model. In narrow types the activation is in float32 too.
-    inside = 4 if itemsize == 4 else 6
-    whole = 16 + inside * inner(spec) / spec.hidden_size / mesh["tensor"]
-    per_layer = {"none": whole, "dots": 0.6 * whole, "full": 1.0, "offload": 0.1}[remat]
+    # What the backward pass keeps of a layer, in widths of the model. XLA for GPUs holds some of it twice.
+    inside = 5 if sharding.platform(program.mesh) == "gpu" else 3
+    whole = 9 + inside * inner(spec) / spec.hidden_size / mesh["tensor"]
+    per_layer = {"none": whole, "full": 1.0, "offload": 0.1}[remat]
     scores = _scores(program, tokens)
     layers = spec.num_hidden_layers
     kept = width * per_layer * layers + scores * (layers if remat == "none" else 0)
@@ -134,7 +135,7 @@ def smaller(config: ConfigDict, mesh: Mesh) -> list[str]:
         out.append(f"--config.accumulate={more[0]} (fewer rows at a time; a run that has begun may go on so)")
     if holds_reference_in_vain(config):
         out.append("--config.objective.cache_reference=True in another --workdir (no copy of the model beside it)")
-    if config.model.remat in ("none", "dots"):
+    if config.model.remat == "none":
         out.append("--config.model.remat=full (layers are computed twice; a run that has begun may go on so)")
     if config.adapter.kind == "none":
         out.append("--config.adapter.kind=lora in another --workdir (adapters instead of all weights)")

@@ -113,7 +113,7 @@ def test_only_adapters_are_trainable_and_only_the_rest_is_frozen(quick):
 
 # Layers, embed, heads and so on as RULES says; 97 tokens do not divide by 2, so the vocabulary stays whole.
 EXPECTED = {
-    "dense, lora, fsdp=8, 1 micro-batches, packed, remat dots": {
+    "dense, lora, fsdp=8, 1 micro-batches, packed, remat full": {
         "params/embed_tokens/embedding": ([None, "fsdp"], 8),
         "params/layers/self_attn/q_proj/kernel": ([None, "fsdp", None], 8),
         "params/layers/mlp/down_proj/kernel": ([None, None, "fsdp"], 8),

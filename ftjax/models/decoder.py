@@ -21,15 +21,12 @@ from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import HOST_MEMORY, constrain
 
-# What is kept for the backward pass: everything; of each layer its input only; that and its matrix products and what a
-# kernel of attention returns; each layer's input, in the memory of the device's host.
+# What is kept for the backward pass: all that layers do not make again by themselves; of each layer its input only; the
+# same in the memory of the device's host.
 _POLICIES = jax.checkpoint_policies
 REMAT_POLICIES = {
     "none": None,
     "full": _POLICIES.nothing_saveable,
-    "dots": _POLICIES.save_from_both_policies(
-        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names("attention")
-    ),
     "offload": _POLICIES.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["layer_input"],

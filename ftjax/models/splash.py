@@ -102,7 +102,6 @@ def _make_kernel(window, heads, length, parts, softcap, interpret):
         head_shards=1,
         q_seq_shards=parts,
         attn_logits_soft_cap=softcap,
-        residual_checkpoint_name="attention",
         interpret=interpret,
     )
 

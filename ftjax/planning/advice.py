@@ -59,7 +59,7 @@ def remedies(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
     if holds_reference_in_vain(config):
         smaller["objective__cache_reference"] = True
         yield changed(config, **smaller)
-    if config.model.remat in ("none", "dots"):
+    if config.model.remat == "none":
         smaller["model__remat"] = "full"
         yield changed(config, **smaller)
     if config.mesh.data > topology.slices and config.mesh.data % topology.slices == 0:
@@ -147,7 +147,7 @@ def _ways(config: ConfigDict, spec: DecoderSpec, topology: Topology, devices: li
         if not counts:
             continue
         program = compiled.describe(changed(config, accumulate=counts[0], **keys).config, spec, devices)
-        for remat in ("none", "dots", "full"):
+        for remat in ("none", "full"):
             each = [changed(config, **keys, model__remat=remat, accumulate=count) for count in counts]
             estimates = [estimate(one.config, program, topology) for one in each]
             # The estimate is coarse; the compiler decides.
@@ -173,7 +173,7 @@ def estimate(config: ConfigDict, program: Program, topology: Topology) -> tuple[
     tokens = program.tokens / config.accumulate / (mesh["data"] * mesh["fsdp"])
     width = 2.0 * tokens * spec.hidden_size
     size = memory.needed(program, config.model.remat, config.accumulate)
-    again = {"full": 1.0, "dots": 0.2, "none": 0.0, "offload": 1.0}[config.model.remat]
+    again = 0.0 if config.model.remat == "none" else 1.0
     needed = flops.of_step(program)
     compute = (needed.total + again * (needed.forward + needed.attention)) / topology.chips / chip.flops
     kernels = sum(

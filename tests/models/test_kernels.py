@@ -117,7 +117,7 @@ def compiled():
 
 @pytest.mark.slow
 def test_decoders_compile_for_tpus_with_splash(compiled):
-    # Forward and two backward, kept rather than run again with remat=dots; twice that where layers have two windows.
+    # Forward and two backward; twice that where layers have two windows.
     assert compiled["llama"] == {"kernel": "splash", "reason": "", "calls": 3}
     assert compiled["gemma2"] == {"kernel": "splash", "reason": "", "calls": 6}
     assert compiled["gpt_oss"]["kernel"] == "splash"

@@ -63,13 +63,13 @@ MIXTURE_MESHES = {
     "tensor=2 x expert=4": {"tensor": 2, "expert": 4},
     "fsdp=2 x context=2 x expert=2": {"fsdp": 2, "context": 2, "expert": 2},
 }
-REMATS = ("none", "full", "dots")
+REMATS = ("none", "full")
 
 # (model, adapter kind, mesh, micro-batches, packed, remat); the first case of each model and kind is what the others of
 # it are compared with.
 QUICK = [
     ("dense", "lora", "1", 1, True, "none"),
-    ("dense", "lora", "fsdp=8", 1, True, "dots"),
+    ("dense", "lora", "fsdp=8", 1, True, "full"),
     ("dense", "lora", "fsdp=4 x tensor=2", 2, False, "none"),
     ("dense", "lora", "data=2 x fsdp=4", 2, True, "none"),
     ("dense", "lora", "context=8", 1, False, "none"),

@@ -44,7 +44,7 @@ def main():
     devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
     for name, (sizes, length, head_dim) in CASES.items():
         config = CONFIGS[name] | EVEN | {"intermediate_size": 128, "head_dim": head_dim, "max_position_embeddings": 512}
-        model = Decoder(spec_from_config(config), jnp.bfloat16, jnp.bfloat16, "dots")
+        model = Decoder(spec_from_config(config), jnp.bfloat16, jnp.bfloat16)
         mesh = sharding.make_mesh(sizes, devices)
         params = abstract_params(model, mesh)
         where = sharding.named(mesh, ("batch", "length"), (4, length))
