@@ -101,7 +101,7 @@ def grid():
         cases = list(itertools.product(meshes, (1, 2, 4), (True, False)))
         for index, (mesh, accumulate, packed) in enumerate(cases):
             if kind == "lora" or index % 6 in (0, 5):
-                yield model, kind, mesh, accumulate, packed, REMATS[(index + index // 6) % 3]
+                yield model, kind, mesh, accumulate, packed, REMATS[(index + index // 6) % len(REMATS)]
     for kind, (index, mesh) in itertools.product(PAIRS, enumerate(MESHES)):
         yield "dense", kind, mesh, 1 + index % 2, index % 3 > 0, REMATS[index % 3]
     for index, mesh in enumerate(MESHES):
