@@ -101,11 +101,11 @@ def grid():
         cases = list(itertools.product(meshes, (1, 2, 4), (True, False)))
         for index, (mesh, accumulate, packed) in enumerate(cases):
             if kind == "lora" or index % 6 in (0, 5):
-                yield model, kind, mesh, accumulate, packed, REMATS[(index + index // 6) % len(REMATS)]
+                yield model, kind, mesh, accumulate, packed, REMATS[(index // 2 + index // 6) % len(REMATS)]
     for kind, (index, mesh) in itertools.product(PAIRS, enumerate(MESHES)):
-        yield "dense", kind, mesh, 1 + index % 2, index % 3 > 0, REMATS[index % 3]
+        yield "dense", kind, mesh, 1 + index % 2, index % 3 > 0, REMATS[index // 2 % len(REMATS)]
     for index, mesh in enumerate(MESHES):
-        yield "dense", "kto", mesh, 1 + (index + 1) % 2, index % 3 > 1, REMATS[index % 3]
+        yield "dense", "kto", mesh, 1 + (index + 1) % 2, index % 3 > 1, REMATS[index // 2 % len(REMATS)]
 
 
 def batches(kind, accumulate, packed):
