@@ -25,7 +25,7 @@ from ftjax.data.tokens import templates
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.data.tokens.kinds import Settings
 from ftjax.errors import UserError
-from ftjax.method import Method, idle, learning_rate, method_of
+from ftjax.method import Method, idle, learning_rate, method_of, samples
 from ftjax.models import params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
@@ -205,8 +205,8 @@ def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -
         kind=method_of(config).rows,
         chosen_length=data.row_length,
         max_length=data.max_length,
-        batch_size=data.batch_size,
-        packing=data.packing,
+        batch_size=data.batch_size // samples(config),
+        packing=data.packing and not method_of(config).rollouts,
         train_on=data.train_on,
         vocab_size=spec.vocab_size,
         seed=config.seed if data.seed < 0 else data.seed,
@@ -214,7 +214,11 @@ def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -
         holdout=data.holdout,
         long_text=data.long_text,
         mismatched=method_of(config).mismatched(config.objective),
-        settings=Settings(config.objective.step_separator, tuple(config.objective.classes)),
+        settings=Settings(
+            config.objective.step_separator,
+            tuple(config.objective.classes),
+            config.rollouts.max_new_tokens if method_of(config).rollouts else 0,
+        ),
         # Where rows are split, each part has the length that the attention kernels want.
         multiple=128 * mesh.shape["context"] if mesh is not None and mesh.shape["context"] > 1 else 1,
     )

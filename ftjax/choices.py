@@ -16,13 +16,14 @@ from ftjax import config as configs
 from ftjax.data.batch import sizes
 from ftjax.data.batch.sizes import Limits, Sizes
 from ftjax.errors import UserError
-from ftjax.method import method_of
+from ftjax.method import iterations, method_of, samples
 from ftjax.models.decoder import Decoder
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import AnyMesh
 
 _WIDTH, _NARROWEST, _POWER = 4096, 512, 0.78
 _ROWS = 16  # of full length in a batch, where no data is there to choose by
+_PROMPTS = 8  # in a batch, where the model writes completions of them
 _SEVERAL = 4  # rows of a batch at least, where their completions are to meet other prompts of it
 
 
@@ -61,13 +62,34 @@ def by_data(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh, lengths: np.nd
       UserError: data.row_length is shorter than an example.
     """
     data = config.data
-    if 0 < data.row_length < (longest := int(lengths.max())):
+    if 0 < data.row_length < (longest := int(lengths.max())) and not method_of(config).rollouts:
         raise UserError(
             f"config.data.row_length={data.row_length}: the longest example has {longest} tokens; set "
             f"--config.data.row_length={longest} or more, or lower --config.data.max_length, where examples are cut"
         )
+    if method_of(config).rollouts:
+        return _with(config, _of_rollouts(config, int(lengths.max()), limits(config, spec, mesh)))
     chosen = sizes.choose(_given(config), lengths, count, limits(config, spec, mesh))
     return _with(config, chosen)
+
+
+def _of_rollouts(config: ConfigDict, longest: int, limits: Limits) -> Sizes:
+    """longest: tokens of the longest prompt."""
+    given, each = _given(config), samples(config)
+    if given.batch_size % each:
+        raise UserError(
+            f"config.data.batch_size={given.batch_size} completions in a step, of which config.rollouts.samples={each} "
+            f"are of the same prompt; set it to a multiple, such as --config.data.batch_size={8 * each}"
+        )
+    needed = longest + config.rollouts.max_new_tokens
+    if 0 < given.row_length < needed:
+        raise UserError(
+            f"config.data.row_length={given.row_length}: the longest prompt has {longest} tokens, and "
+            f"config.rollouts.max_new_tokens={config.rollouts.max_new_tokens} follow; leave it out, or set {needed}"
+        )
+    length = min(-(-needed // limits.multiple) * limits.multiple, limits.length)
+    rows = given.batch_size or -(-_PROMPTS * each // limits.rows) * limits.rows
+    return Sizes(rows, given.row_length or length, given.epochs or limits.epochs[0])
 
 
 def without_data(config: ConfigDict, spec: DecoderSpec, mesh: Mesh, room: float | None) -> ConfigDict:
@@ -99,11 +121,12 @@ def limits(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh) -> Limits:
     parts, context = sharding.row_parts(mesh), mesh.shape["context"]
     # Where rows are split, each part has the length that the attention kernels want.
     multiple = 128 * context if context > 1 else 64
-    length = assemble.data_spec(config, spec).longest
+    data = assemble.data_spec(config, spec)
     rows = parts * max(config.accumulate, 1)
     if method_of(config).mismatched(config.objective):  # a step needs several prompts
         rows *= -(-_SEVERAL // rows)
-    return Limits(length, config.data.packing, rows, parts, multiple, method_of(config).epochs)
+    rows = math.lcm(rows, samples(config))
+    return Limits(data.longest, data.packing, rows, parts, multiple, method_of(config).epochs)
 
 
 def few_updates(
@@ -116,6 +139,7 @@ def few_updates(
     if config.steps or updates >= sizes.FEW_UPDATES:
         return ""
     batch, unit = config.data.batch_size, limits(asked, spec, mesh).rows
+    rows *= samples(config) * iterations(config)  # of batches that an epoch makes
     epochs = math.ceil(sizes.FEW_UPDATES * batch / max(rows, 1))
     if not asked.data.batch_size:  # which is then chosen again
         epochs = max(epochs, math.ceil(sizes.SEEN / max(examples, 1)))

@@ -87,14 +87,14 @@ KEYS: dict[str, Key] = {
     # Of the rows before training; on: stop on errors, warn: print them.
     "data.checks": Key("on", one_of("on", "warn", "off")),
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
-    # A method of ftjax/method.py: sft; dpo, kto, cpo, simpo, orpo; reward, prm, classify
+    # A method of ftjax/method.py: sft; dpo, kto, cpo, simpo, orpo; reward, prm, classify; grpo
     "objective.name": Key("sft", ANY),
     # sft: the share of a target's probability that is spread over the vocabulary; of pairs: of labels taken to be wrong
     "objective.label_smoothing": Key(0.0, number(0, 0.99)),
     # sft: so much of log(Z)^2 is added, Z being the sum of a softmax; 1e-4 is usual
     "objective.z_loss": Key(0.0, number(0)),
     # sft: so much of KL(the model before training || now) is what a token of a replayed source counts, instead of its
-    # cross-entropy; 0: its cross-entropy, as any other's
+    # cross-entropy; 0: its cross-entropy, as any other's. grpo: so much of KL(now || before) is added at each token
     "objective.kl_coef": Key(0.0, number(0)),
     # of preferences: how strongly the reference holds the policy; the scale of a margin where there is none
     "objective.beta": Key(0.1, number(1e-6)),
@@ -124,6 +124,26 @@ KEYS: dict[str, Key] = {
     # prm: what stands between the steps of an answer
     "objective.step_separator": Key("\n", Check(bool, "text, such as a line break")),
     "objective.label_noise": Key(0.0, number(0, 0.99)),  # reward: the share of labels that are given at random
+    # grpo: what is rewarded, scores as of data.eval, with weights: ("score", ("reward:runs/rm", 0.5)); (): a task's own
+    "objective.rewards": Key((), losses()),
+    # grpo: how the rewards of a prompt's completions become advantages: less their mean, over the standard deviation of
+    # these (group), of the whole batch (batch), or over nothing (none)
+    "objective.scale_rewards": Key("group", one_of("group", "batch", "none")),
+    # grpo: how far the ratio of probabilities may be from 1 below, and above (0: as below)
+    "objective.epsilon": Key(0.2, number(0, 1)),
+    "objective.epsilon_high": Key(0.0, number(0)),
+    # grpo: whose ratio that is: of each token, or of the whole completion (GSPO)
+    "objective.importance": Key("token", one_of("token", "sequence")),
+    # grpo: how fast the loss sapo closes its gate, for completions better than others and for worse ones
+    "objective.sapo_temperature_pos": Key(1.0, number(1e-6)),
+    "objective.sapo_temperature_neg": Key(1.05, number(1e-6)),
+    "objective.mask_truncated": Key(False, ANY),  # grpo: completions that reach rollouts.max_new_tokens teach nothing
+    # What the model writes in training, with a method that lets it.
+    "rollouts.samples": Key(8, number(2)),  # completions of a prompt; data.batch_size is a multiple of it
+    "rollouts.max_new_tokens": Key(256, number(1)),  # of a completion; data.max_length is for it and its prompt
+    "rollouts.temperature": Key(1.0, number(0.01)),
+    "rollouts.batch_size": Key(64, number(1)),  # completions written together
+    "rollouts.iterations": Key(1, number(1)),  # steps on the same completions
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.
     "optimizer.learning_rate": Key(0.0, number(0)),

@@ -13,7 +13,7 @@ from ftjax.assemble import NEW_TOKENS, Base, Program
 from ftjax.data.batch.loader import Loader
 from ftjax.evals.best import Standing, evaluations
 from ftjax.evals.general import is_category
-from ftjax.method import Method, learning_rate
+from ftjax.method import Method, iterations, learning_rate
 from ftjax.models import kernels, params
 from ftjax.objectives.reference import REFERENCE
 from ftjax.training import metrics
@@ -38,7 +38,8 @@ def run(
     trained, frozen = tree.partition(abstract, program.is_trained)
     packed = frozen.pop("quant", {})
     total = tree.count(abstract["params"]) + quant.count(packed)
-    steps = config.steps or loader.batches_in(config.epochs)
+    steps = config.steps or loader.batches_in(config.epochs) * iterations(config)
+    epochs = loader.epoch_at(steps // iterations(config))
     attention = kernels.choose(base.model.attention, spec, base.model.dtype, loader.max_length, mesh)
     return {
         "model": f"{config.model.source}: {spec.family}, {spec.num_hidden_layers} layers, width {spec.hidden_size}, "
@@ -52,15 +53,36 @@ def run(
         **({"quantized": f"{_size(packed, quant.count(packed))}, {config.quantize.base}"} if packed else {}),
         "mesh": _mesh(mesh, base, abstract["params"]),
         "attention": attention.name + (f"; {attention.reason}" if attention.reason else ""),
-        "data": counted(report),
-        "batch": f"{data.batch_size} rows of {loader.max_length} tokens"
+        "data": _prompts(report) if program.method.rollouts else counted(report),
+        "batch": _rollouts(config, loader)
+        if program.method.rollouts
+        else f"{data.batch_size} rows of {loader.max_length} tokens"
         + (", packed" if data.packing else f", not packed but padded to {', '.join(map(str, loader.lengths))} tokens,")
         + f" {loader.packing_efficiency():.1%} full: {_examples(loader)} an update"
         + (f", chosen for {len(loader.examples):,} examples" if not asked.data.batch_size else ""),
         "memory": _memory(config, asked, room, program),
-        "steps": f"{steps} ({loader.epoch_at(steps):.2f} epochs), learning rate {learning_rate(config):g}, "
-        f"{config.schedule.name}",
+        "steps": f"{steps} ({epochs:.2f} epochs), learning rate {learning_rate(config):g}, {config.schedule.name}",
     }
+
+
+def _prompts(report: dict[str, int]) -> str:
+    """The same of prompts."""
+    bad = f", bad rows skipped {report['bad_rows']}" if report["bad_rows"] else ""
+    return (
+        f"{report['examples']:,} prompts, the longest of {report['longest']} tokens, dropped {report['dropped']}{bad}"
+    )
+
+
+def _rollouts(config: ConfigDict, loader: Loader) -> str:
+    """What the model writes for a batch."""
+    settings, rewards = config.rollouts, config.objective.rewards
+    names = [one if isinstance(one, str) else f"{one[1]:g} x {one[0]}" for one in rewards or ("score",)]
+    again = f", for {settings.iterations} steps" if settings.iterations > 1 else ""
+    return (
+        f"{config.data.batch_size} completions that the model writes{again}: {settings.samples} to each of "
+        f"{loader.batch_size} prompts, of at most {settings.max_new_tokens} tokens, at temperature "
+        f"{settings.temperature:g}; rewarded by {' + '.join(names)}"
+    )
 
 
 def _examples(loader: Loader) -> str:

@@ -7,34 +7,28 @@ method by name.
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax.data.batch.loader import Loader
 from ftjax.data.batch.mismatched import MISMATCHED
-from ftjax.data.batch.packing import BATCH, LABELS, REFERENCE, REPLAY
+from ftjax.data.batch.packing import BATCH, LABELS, REFERENCE, REPLAY, ROLLOUT
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.classify import make_classify, make_prm
 from ftjax.objectives.loss import Objective
+from ftjax.objectives.policy import make_policy
 from ftjax.objectives.preference import make_preference, preference_totals
 from ftjax.objectives.reward import make_reward
 from ftjax.objectives.scores import SCORE
 from ftjax.objectives.sft import make_sft
 from ftjax.objectives.unpaired import estimates_kl, make_unpaired, make_unpaired_totals
-from ftjax.training.source import FileSource, Source
 from ftjax.training.state import Kept, moving_reference, reward_sums
 from ftjax.tree import Tree
-
-
-def from_files(program, frozen: Tree, loader: Loader, rows: Sequence[int] | None, stop: int) -> Source:
-    """The batches of the loader, as they are."""
-    return FileSource(loader, rows, stop)
 
 
 class Method(NamedTuple):
@@ -57,8 +51,7 @@ class Method(NamedTuple):
       totals: (model, config.objective) -> the function (variables, batch) -> sums that the objective needs of a whole
         step, or evaluation, first (`make_step`).
       kept: what it keeps from step to step beside the weights, such as a controller or a moving average.
-      source: (assemble.Program, frozen variables, loader of its rows, the rows of a batch that this process fills, the
-        number of steps) -> where its batches come from.
+      rollouts: whether the model writes what it learns from, as config.rollouts says (`ftjax.rollouts`).
     """
 
     objective: Callable[[Decoder, ConfigDict], Objective]
@@ -73,7 +66,7 @@ class Method(NamedTuple):
     mismatched: Callable[[ConfigDict], bool] = lambda config: False
     totals: Callable[[Decoder, ConfigDict], Callable[[Tree, dict], Tree]] | None = None
     kept: Kept | None = None
-    source: Callable[..., Source] = from_files
+    rollouts: bool = False
 
 
 _PAIRS = Method(
@@ -150,6 +143,18 @@ METHODS = {
         heads=lambda config: {SCORE: len(config.classes)},
         generates=False,
     ),
+    "grpo": Method(
+        make_policy,
+        rows="prompt",
+        learning_rates={"lora": 1e-5, "dora": 1e-5, "none": 1e-6},  # TRL's, and for adapters ten times it, as elsewhere
+        epochs=(1.0, 1.0),
+        settings=(
+            *("loss", "epsilon", "epsilon_high", "importance", "kl_coef"),
+            *("sapo_temperature_pos", "sapo_temperature_neg", "rewards", "scale_rewards", "mask_truncated"),
+        ),
+        batch=types.MappingProxyType(BATCH | ROLLOUT),
+        rollouts=True,
+    ),
 }
 
 
@@ -167,9 +172,12 @@ def method_of(config: ConfigDict) -> Method:
     unused = [f"objective.{key}" for key in config.objective if key not in ("name", *method.settings)]
     if method.rows != "conversation":
         unused += ["data.train_on", "data.long_text"]
+    if not method.rollouts:
+        unused += [f"rollouts.{key}" for key in config.rollouts]
     unused = [key for key in unused if not configs.is_default(config, key)]
     if unused:
         users = [other for other, its in METHODS.items() if unused[0].removeprefix("objective.") in its.settings]
+        users += [other for other, its in METHODS.items() if unused[0].startswith("rollouts.") and its.rollouts]
         hint = f" (of {', '.join(users)})" if users else ""
         raise UserError(f"config.{unused[0]}: objective.name={name!r} does not use it{hint}; leave it at its default")
     if method.rows != "conversation" and configs.replays(config):
@@ -183,6 +191,9 @@ def method_of(config: ConfigDict) -> Method:
         raise UserError("config.objective.reference_share is of a reference that moves; set objective.reference_every")
     if "classes" in method.settings and not config.objective.classes:
         raise UserError("config.objective.classes: name the classes of the rows' labels, such as ('spam', 'other')")
+    if method.rollouts:
+        how = {"temperature": config.rollouts.temperature, "max_new_tokens": config.rollouts.max_new_tokens}
+        method = method._replace(objective=functools.partial(method.objective, **how))
     if config.objective.ensemble > 1:
         method = method._replace(objective=functools.partial(method.objective, seed=config.seed))
     batch = dict(method.batch) | (LABELS if ROW_KINDS[method.rows].labeled else {})
@@ -200,6 +211,16 @@ def holds_reference_in_vain(config: ConfigDict) -> bool:
     possible = "cache_reference" in settings and objective.ld_alpha == 1 and not objective.reference_every
     held = config.adapter.kind == "none" and not objective.cache_reference and not config.optimizer.l2_sp
     return held and possible
+
+
+def samples(config: ConfigDict) -> int:
+    """How many rows of a batch are made of one row of the data: 1, or completions of a prompt."""
+    return config.rollouts.samples if METHODS[config.objective.name].rollouts else 1
+
+
+def iterations(config: ConfigDict) -> int:
+    """How many steps are made on the same rows, one after the other."""
+    return config.rollouts.iterations if METHODS[config.objective.name].rollouts else 1
 
 
 def learning_rate(config: ConfigDict) -> float:

@@ -42,7 +42,7 @@ def check_used(config: ConfigDict) -> None:
                     f"config.{key}={changed[key]!r} does nothing with {why}; leave it out, or set "
                     f"{config_flag.spelled(key, configs.KEYS[key].default)}"
                 )
-    if config.objective.kl_coef and not configs.replays(config):
+    if config.objective.kl_coef and method_of(config).rows == "conversation" and not configs.replays(config):
         raise UserError(
             f"config.objective.kl_coef={config.objective.kl_coef} does nothing without rows that are replayed; add a "
             "source of general data to config.data.train, such as {'source': 'general.jsonl', 'replay': 0.2}"
@@ -94,6 +94,15 @@ def check_evaluation(config: ConfigDict) -> None:
     ):
         if evaluate[key] and why:
             raise UserError(f"config.evaluate.{key}={evaluate[key]!r} does nothing: {fix}")
+    unscored = [entry["source"] for entry in split_entries(config)[1]]
+    if method_of(config).rollouts and (unscored or config.data.holdout):
+        what = (
+            f"config.data.eval: {unscored[0]} has no 'score'" if unscored else "config.data.holdout: rows without one"
+        )
+        raise UserError(
+            f"{what}, and objective.name={config.objective.name!r} has no loss of other answers than the model's own; "
+            "evaluate on {'source': ..., 'score': ...}"
+        )
     if not method_of(config).generates:
         name = config.objective.name
         if answered := [*split_entries(config)[0], *likely_entries(config)]:

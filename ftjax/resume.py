@@ -18,7 +18,7 @@ from ftjax.data.batch.loader import Loader
 from ftjax.data.tokens import templates
 from ftjax.errors import UserError
 from ftjax.evals import best
-from ftjax.method import learning_rate
+from ftjax.method import iterations, learning_rate
 from ftjax.objectives.reference import REFERENCE, frozen_with_reference
 from ftjax.training import metrics, optim
 from ftjax.training.checkpoint import Checkpoints
@@ -94,7 +94,7 @@ def find(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints
 
 def steps_of(config: ConfigDict, loader: Loader) -> int:
     """How many steps a config asks for."""
-    return config.steps or loader.batches_in(config.epochs)
+    return config.steps or loader.batches_in(config.epochs) * iterations(config)
 
 
 def going_on(config: ConfigDict, step: int, before: int, now: int) -> str:

@@ -35,6 +35,7 @@ from ftjax import (
     origin,
     preflight,
     resume,
+    rollouts,
     sharding,
 )
 from ftjax import config as configs
@@ -45,6 +46,7 @@ from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.entries import split_entries
 from ftjax.evals.evaluator import Evaluator
+from ftjax.method import iterations
 from ftjax.planning import flops
 from ftjax.reporting import page
 from ftjax.training import curves, environment, metrics, trackers
@@ -53,6 +55,7 @@ from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.display import Display
 from ftjax.training.loop import Cadence, Loop, Records, place_batch, run
 from ftjax.training.preemption import CTRL_C, SIGTERM, Preempted, Preemption
+from ftjax.training.source import FileSource
 from ftjax.training.state import TrainState
 from ftjax.tree import Tree
 from ftjax.weights.peft import continued
@@ -115,6 +118,7 @@ def _train(
     preflight.check_balance(config, train_loader, display)
     preflight.check_rows(config, base, train_loader, heldout, display)
     preflight.check_classes(config, train_loader, display)
+    rollouts.check(config, train_loader)
 
     with jax.set_mesh(mesh):
         # Shardings, objective, optimizer and step: shapes only.
@@ -192,9 +196,13 @@ def _train(
         rows = sharding.local_rows(mesh, config.data.batch_size, config.accumulate)
         meta = {"config": configs.as_json(located), "data": train_loader.fingerprint()}
         seconds = flops.seconds_per_token(program)
+        if program.method.rollouts:
+            source = rollouts.Rollouts(config, base, program, start.frozen, train_loader, workdir)
+        else:
+            source = FileSource(train_loader, rows, total_steps)
         loop = Loop(
             step,
-            program.method.source(program, start.frozen, train_loader, rows, total_steps),
+            source,
             evaluate if configs.evaluates(config) else None,
             cadence(config, train_loader, total_steps),
             Records(checkpoints, writer, display, meta, judge, seconds),
@@ -234,7 +242,7 @@ def _report(workdir: Path, display: Display) -> dict[str, str]:
 
 def cadence(config: ConfigDict, loader: Loader, total_steps: int) -> Cadence:
     """How often what happens, in steps."""
-    evaluate = loader.batches_in(config.eval_epochs) if config.eval_epochs else config.eval_every
+    evaluate = loader.batches_in(config.eval_epochs) * iterations(config) if config.eval_epochs else config.eval_every
     return Cadence(total_steps, config.log_every, config.checkpoint_every, evaluate, config.evaluate.before)
 
 

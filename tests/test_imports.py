@@ -38,7 +38,8 @@ FLOORS = [
     {"choices"},
     {"adapted", "prompts"},
     {"evals", "rewards"},
-    {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"},
+    {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"}
+    | {"rollouts"},
     {"labeling", "planning"},
     {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness", "score"}
     | {"plan", "inspect_data", "curate", "label", "import_config"},

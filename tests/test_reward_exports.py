@@ -215,7 +215,7 @@ def test_a_reward_model_of_every_family_scores_the_same_in_transformers(tmp_path
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", attn_implementation="eager")
     its = AutoTokenizer.from_pretrained(tmp_path / "out")
     expected = raw(rewards.load(str(tmp_path / "run")), CONVERSATIONS)
-    assert np.ptp(expected, axis=0).min() > 0.1
+    assert np.ptp(expected, axis=0).min() > 0.05, "of other rows others: what agrees says something"
     # GPT-2 learned its positions, and transformers counts them from the left, padding or not.
     for side in ("left", "right") if name != "gpt2" else ("right",):
         found = in_torch(theirs, its, side)

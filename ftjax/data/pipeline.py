@@ -69,6 +69,8 @@ def read(entries: Sequence[dict], tokenizer: Tokenizer, spec: DataSpec, counter:
     Raises:
       UserError: there are none.
     """
+    if not ROW_KINDS[spec.kind].answered:
+        entries = [entry | {"score": ""} for entry in entries]  # whose rows may do without an answer
     rows = read_sources(entries, spec.max_bad_rows, spec.holdout, heldout_side=False)
     examples = _tokenized(rows, tokenizer, spec, MAX_DROPPED, counter)
     if not len(examples):
@@ -144,7 +146,7 @@ def _tokenized(rows: Rows, tokenizer: Tokenizer, spec: DataSpec, max_dropped: fl
         )
         log.warning(text, report["split"], report["rows"], report["examples"])
     if report["dropped"] > MAX_DROPPED * report["rows"]:
-        text = "%s: %d of %d rows are left out: no trained token within data.max_length = %d"
+        text = "%s: %d of %d rows are left out: %s"
         names = ", ".join(source["source"] for source in report["per_source"])
-        log.warning(text, names, report["dropped"], report["rows"], spec.max_length)
+        log.warning(text, names, report["dropped"], report["rows"], spec.rules.lacking)
     return tokenized

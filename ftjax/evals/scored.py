@@ -115,36 +115,46 @@ def _read(entry: dict[str, Any], run_code: bool) -> ScoredSet:
     if unused := sorted(unknown & entry.keys()):
         raise UserError(f"config.data.eval: {source} is scored, which knows no {unused[0]!r}; leave it out")
     where = f"config.data.eval: {source}"
-    is_own = entry["score"] == TASK_SCORE and hasattr(task, "score")
-    how = Score(task.score, valid=getattr(task, "valid", None)) if is_own else scores.find(entry["score"], where)
-    if how.runs_code and not run_code:
-        raise UserError(
-            f"{where}: the score {entry['score']!r} runs what the model writes, on this machine and with few guards "
-            "(docs/evaluation.md); allow it with --config.evaluate.run_code=True"
-        )
+    how = score_of(entry["score"], source, run_code, where)
     rows = read_sources([entry])
     questions = []
     for i in range(len(rows)):
         question = question_of(rows[i], rows.raw(i))
-        if how.needs_answer and not question.has_answer:
-            raise UserError(
-                f"{question.prompt.origin}: has no answer in words, with which the score {entry['score']!r} compares; "
-                "remove the row, or score it with a function of your own"
-            )
-        _check(how, question, f"{question.prompt.origin}: score {entry['score']!r}")
+        check(how, entry["score"], question)
         questions.append(question)
     if (name := entry_name(entry)) == SHIPPED:
         raise UserError(f"{where}: eval_{name}/... are the metrics of general text (evaluate.general); rename the file")
     return ScoredSet(name, score_name(entry), questions, how)
 
 
-def _check(how: Score, question: Question, where: str) -> None:
-    """UserError with `where` for a question whose answers cannot be scored."""
+def score_of(name: str, source: str, run_code: bool, where: str) -> Score:
+    """The score `name` of the rows of a source: a task's own, or one that `scores.find` finds.
+
+    run_code: config.evaluate.run_code; where: for messages, what names it.
+    """
+    task = registry.get(source.removeprefix(TASK)) if source.startswith(TASK) else None
+    is_own = name == TASK_SCORE and hasattr(task, "score")
+    how = Score(task.score, valid=getattr(task, "valid", None)) if is_own else scores.find(name, where)
+    if how.runs_code and not run_code:
+        raise UserError(
+            f"{where}: the score {name!r} runs what the model writes, on this machine and with few guards "
+            "(docs/evaluation.md); allow it with --config.evaluate.run_code=True"
+        )
+    return how
+
+
+def check(how: Score, name: str, question: Question) -> None:
+    """UserError with its origin for a question whose answers the score `name` cannot score."""
+    if how.needs_answer and not question.has_answer:
+        raise UserError(
+            f"{question.prompt.origin}: has no answer in words, with which the score {name!r} compares; "
+            "remove the row, or score it with a function of your own"
+        )
     try:
         if how.check is not None:
             how.check(question.example)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{question.prompt.origin}: score {name!r}: {error}") from error
 
 
 def question_of(row: Row, raw: dict) -> Question:

@@ -301,11 +301,12 @@ def generate(
     sampling: Sampling,
     batch_size: int = 50,
     on_progress: Callable[[int, int], None] | None = None,
+    first: int = 0,
 ) -> list[Completion]:
     """Completes every prompt; returns the completions in the order of the prompts.
 
     A row's tokens do not depend on its batch, up to the rounding of the logits: its randomness follows from
-    (sampling.seed, index of the prompt, number of tokens generated so far).
+    (sampling.seed, first + index of the prompt, number of tokens generated so far).
 
     variables: {"params": ..., "lora"?: ...}, on one device or sharded over the mesh of `jax.set_mesh`.
     prompts: int32 [length] each, length >= 1.
@@ -318,7 +319,9 @@ def generate(
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: use 1 or more")
-    requests = [Request(prompt, max_new_tokens, sampling, stop_tokens, number) for number, prompt in enumerate(prompts)]
+    requests = [
+        Request(prompt, max_new_tokens, sampling, stop_tokens, number) for number, prompt in enumerate(prompts, first)
+    ]
     for number, request in enumerate(requests):
         request.check(model, f"prompt {number}")
     if not prompts:

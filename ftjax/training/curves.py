@@ -6,23 +6,25 @@ from typing import Any
 import numpy as np
 
 WIDTH, _CURVE, _LABEL = 80, 56, 9  # characters of a line, of the curve in it, and of the numbers beside it
-_ROWS = {"loss": 5, "learning_rate": 2}  # characters high; what else there is has 3
+_ROWS = {"reward": 5, "loss": 5, "learning_rate": 2}  # characters high; what else there is has 3
 _FEWEST = 5  # records that make a curve
 _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # of a character, from the top
 
 
 def draw(records: Iterable[Mapping[str, Any]], deciding: Mapping[int, float], name: str | None) -> str:
-    """Loss, what decides which step is best, and the learning rate over the steps; "" where there is too little.
+    """Loss, or reward where there is one, what decides which step is best, and the learning rate over the steps; ""
+    where there is too little.
 
     records: of metrics.jsonl; deciding: {step: value} of what is called `name`.
     """
     records = list(records)
     curves = {metric: {one["step"]: one[metric] for one in records if metric in one} for metric in _ROWS}
-    loss, rate = curves["loss"], curves["learning_rate"]
-    if len(loss) < _FEWEST:
+    told = "reward" if curves["reward"] else "loss"
+    first, rate = curves[told], curves["learning_rate"]
+    if len(first) < _FEWEST:
         return ""
-    lines, ends = [], (min(loss), max(loss))
-    for metric, points in (("loss", loss), (name, deciding), ("learning_rate", rate)):
+    lines, ends = [], (min(first), max(first))
+    for metric, points in ((told, first), (name, deciding), ("learning_rate", rate)):
         finite = {step: value for step, value in points.items() if np.isfinite(value)}
         if metric and len(finite) >= min(_FEWEST, 3):
             lines += _curve(metric, finite, ends, _ROWS.get(metric, 3))

@@ -68,9 +68,9 @@ class Display:
         self._total, self._first = total, done + 1
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Shows loss, tokens per second and time left after a step."""
-        rate = metrics.get("tokens_per_second")
-        note = f"loss {metrics['loss']:.4f}" + (f"  {rate:,.0f} tokens/s" if rate else "")
+        """Shows the loss, or of what the model wrote the reward, tokens per second and time left after a step."""
+        rate, told = metrics.get("tokens_per_second"), "reward" if "reward" in metrics else "loss"
+        note = f"{told} {metrics[told]:.4f}" + (f"  {rate:,.0f} tokens/s" if rate else "")
         if self._task is not None:
             self._bar.update(self._task, completed=step, note=note)
         if step == self._first:  # it compiled, so only later steps say how long the rest takes

@@ -90,13 +90,13 @@ def planned(text, changes, **sizes):
 
 
 def chosen():
-    """Qwen2.5-0.5B with nothing set, as chosen for 24 GiB, and at once: bytes as compiled, on a chip of 31 GiB."""
+    """Qwen2.5-0.5B with nothing set, as chosen for 16 GiB, and at once: bytes as compiled, on a chip of 31 GiB."""
     slice_ = topology.parse("v6e:1x1")
     devices, model = topology.devices(slice_), model_spec("Qwen/Qwen2.5-0.5B-Instruct")
     mesh, out = sharding.make_mesh({}, devices), {}
     for name, given in {"chosen": {}, "at once": {"accumulate": 1, "model.remat": "none"}}.items():
         config = configs.changed(configs.defaults(), {"model.source": "none"} | given)
-        config = choices.without_data(config, model, mesh, 24 * GIB)
+        config = choices.without_data(config, model, mesh, 16 * GIB)
         plan = compiled.plan(compiled.describe(config, model, devices), slice_)
         total = plan.memory.total if plan.memory else slice_.chip.usable + plan.lacking
         out[name] = {"remat": config.model.remat, "accumulate": config.accumulate, "total": total}

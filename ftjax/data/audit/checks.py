@@ -113,7 +113,7 @@ class Checks:
         self.marked: dict[str, list[int]] = {}  # code -> indices of training rows, for findings between rows
         self.copies = self.near_copies = 0
         self._end_trained = False
-        self._examples = 0
+        self._anything_trained = False
         longest_first = sorted(facts.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
         self._is_end = np.zeros(max([0, *facts.ends]) + 2, bool)  # the last entry stands for all ids beyond
@@ -171,7 +171,7 @@ class Checks:
         # Of a pair the chosen answer comes first; the end of the rejected one is trained to be less likely.
         taught = np.repeat(np.diff(owners, prepend=-1) > 0, lengths)
         self._end_trained |= bool((kept & is_end & taught).any())
-        self._examples += len(examples)
+        self._anything_trained |= bool(kept.any())
 
         def document_of(token: int) -> int:
             return int(np.searchsorted(starts, token, side="right")) - 1
@@ -210,7 +210,7 @@ class Checks:
 
     def finish(self) -> list[Finding]:
         """All findings, errors first, those between rows included."""
-        if self._examples and not self._end_trained and self._facts.ends:
+        if self._anything_trained and not self._end_trained and self._facts.ends:
             self.findings.add("end_untrained")
         self._compare()
         sizes = {name: len(side) for name, side in self.sides.items()}

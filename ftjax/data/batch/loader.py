@@ -79,6 +79,10 @@ class Loader:
         plan_rows = self._batch_rows(index)
         return self.fill(plan_rows, rows, self._partners(np.concatenate(plan_rows)))
 
+    def batch_examples(self, index: int) -> np.ndarray:
+        """int [n]: the indices of the examples of batch `index`, row by row."""
+        return np.concatenate(self._batch_rows(index))
+
     def batch_tokens(self, index: int) -> int:
         """How many tokens the whole batch holds, without padding; reads none of them."""
         return int(sum(self.examples.lengths[row].sum() for row in self._batch_rows(index)))
@@ -105,7 +109,7 @@ class Loader:
     def without_partner(self, batches: int) -> np.ndarray | None:
         """int [n]: the examples of the first of so many batches whose prompts are all the same; None: there is none."""
         for index in range(batches):
-            documents = np.concatenate(self._batch_rows(index))
+            documents = self.batch_examples(index)
             numbers = self.prompts.numbers[documents]
             if (numbers == numbers[0]).all():
                 return documents

@@ -34,6 +34,10 @@ REPLAY = {"replay": np.float32}
 # And where a reference was asked before: log p of each document's trained tokens, at its last token, else 0.
 REFERENCE = {"reference_logps": np.float32}
 
+# And where the model wrote them: of each trained token how much better its completion is than others, and log p under
+# the distribution that it was drawn from; at what predicts it, as `weights`.
+ROLLOUT = {"advantages": np.float32, "sampled_logps": np.float32}
+
 # And where rows say something of their documents: the label of each token, see `Document`.
 LABELS = {"labels": np.float32}
 

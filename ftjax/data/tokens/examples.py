@@ -115,6 +115,10 @@ class Examples:
         """The row that the example was made of, read again."""
         return self._part(index).rows[int(self.rows[index])]
 
+    def raw(self, index: int) -> dict:
+        """The fields of that row as they are stored."""
+        return self._part(index).rows.raw(int(self.rows[index]))
+
     def _part(self, index: int) -> Part:
         return self.parts[0 if self.part_ids is None else self.part_ids[index]]
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from ftjax.data.format import formats
 from ftjax.data.format.example import Document, Example, Row
+from ftjax.data.format.prompt import prompt_of
 from ftjax.data.tokens import chat
 from ftjax.data.tokens.rendering import Tokenizer
 from ftjax.errors import UserError, did_you_mean
@@ -19,6 +20,7 @@ class Settings(NamedTuple):
 
     step_separator: str = "\n"  # between the steps of an answer
     classes: tuple[str, ...] = ()
+    room: int = 0  # tokens that are kept free after a prompt, for its completion
 
 
 PLAIN = Settings()
@@ -32,6 +34,7 @@ class RowKind(NamedTuple):
     # are several where a template rewrites earlier answers (`chat.tokenize_answers`).
     tokenize: Callable[..., list[Documents]]
     labeled: bool = False  # whether its documents have labels
+    answered: bool = True  # whether its rows hold what is trained; else the model writes that itself
 
 
 def _conversation(
@@ -88,6 +91,15 @@ def _classified(
     return [{classes[index]: document._replace(labels=_everywhere(document, index))}]
 
 
+def _prompt(
+    row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str, settings: Settings = PLAIN
+) -> list[Documents]:
+    fields = prompt_of(row.fields, row.origin)
+    turns = fields.get("messages") or fields["prompt"]
+    tokens = chat.render_prompt(turns, tokenizer, fields.get("tools"), row.origin)
+    return [{"": Document(tokens, np.zeros(len(tokens), bool))}]
+
+
 def _index(label: str, classes: tuple[str, ...]) -> int | None:
     """Which class a label is, None where it is none of them: by its name, or else by its number, as which true is 1."""
     number = {"true": 1, "false": 0}.get(label.lower())
@@ -111,6 +123,7 @@ ROW_KINDS = {
     "labeled": RowKind(1, _labeled, labeled=True),  # a prompt with an answer that is called good (+1) or bad (-1)
     "stepwise": RowKind(1, _stepwise, labeled=True),  # an answer in steps, +1 or -1 where one ends, 0 elsewhere
     "classified": RowKind(1, _classified, labeled=True),  # a text, or turns, and the index of its class
+    "prompt": RowKind(1, _prompt, answered=False),  # what is asked, of a row with an answer or without
 }
 
 

@@ -21,6 +21,14 @@ class TokenRules(NamedTuple):
     long_text: str  # divide or cut
     settings: Settings = PLAIN
 
+    @property
+    def lacking(self) -> str:
+        """Why rows are dropped."""
+        within = f"within data.max_length = {self.max_length}"
+        if not ROW_KINDS[self.kind].answered:
+            return f"no room for a completion of {self.settings.room} tokens {within}"
+        return f"no trained token {within}"
+
 
 class Outcome(NamedTuple):
     """What becomes of a row: it is trained on (`examples`), dropped, or bad.
@@ -85,4 +93,7 @@ def outcome(rows: Rows, i: int, tokenizer: Tokenizer, rules: TokenRules) -> Outc
     except UserError as error:
         return Outcome(row, parts, bad=str(error))
     found = Outcome(row, parts, tuple(example for example in examples if example.trained.any()))
+    if not ROW_KINDS[rules.kind].answered:  # a prompt is whole, or nothing to go on from
+        fits = found.longest + rules.settings.room <= rules.max_length
+        found = found._replace(examples=examples if fits else ())
     return found if found.examples else found._replace(dropped=f"{found.longest} tokens")

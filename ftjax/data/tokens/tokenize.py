@@ -99,7 +99,7 @@ def tokenize(
 
     def build(append: Append) -> dict:
         with processes.ordered(_tokenize, (rows, tokenizer, rules), chunks, min(workers, len(chunks))) as done:
-            return _collect(rows, done, max_length, max_dropped, append, progress)
+            return _collect(rows, done, rules, max_dropped, append, progress)
 
     identity = _identity(tokenizer)
     if many or directory is not None:
@@ -149,7 +149,7 @@ def _tokenize(rows: Rows, tokenizer: Tokenizer, rules: TokenRules, chunk: range)
 
 
 def _collect(
-    rows: Rows, chunks: Iterator[Tokenized], max_length: int, max_dropped: float, append: Append, progress: Progress
+    rows: Rows, chunks: Iterator[Tokenized], rules: TokenRules, max_dropped: float, append: Append, progress: Progress
 ) -> dict:
     """Appends the columns of all chunks. Returns the report of `tokenize`, and in it `first_bad`: for the first bad row
     of each source [index of the source, index of the row, message without the row's origin]."""
@@ -174,7 +174,7 @@ def _collect(
         append("sources", np.repeat(sources, chunk.examples))
         every, left_out = np.ones(len(sources), np.int64), chunk.examples == 0
         divided = chunk.further > 0
-        truncated = (chunk.longest > max_length) & ~divided
+        truncated = (chunk.longest > rules.max_length) & ~divided
         counted = (every, chunk.examples, chunk.split, truncated, divided, chunk.further, left_out)
         counted += (chunk.unanswered * ~left_out, chunk.kept, chunk.trained)
         for name, values in zip(("rows", *names[2:]), counted, strict=True):
@@ -186,8 +186,8 @@ def _collect(
     report = {name: int(count.sum()) for name, count in counts.items()} | {"longest": longest}
     if report["dropped"] > max_dropped * report["rows"] or not report["examples"]:
         raise UserError(
-            f"{report['dropped']} of {report['rows']} rows have no trained token within max_length = {max_length} (at "
-            f"most {max_dropped:.0%} may be dropped), for example {', '.join(dropped)}; raise data.max_length "
+            f"{report['dropped']} of {report['rows']} rows have {rules.lacking} (at most {max_dropped:.0%} may be "
+            f"dropped), for example {', '.join(dropped)}; raise data.max_length "
             f"(the longest row has {longest} tokens), shorten the prompts or remove the rows"
         )
     per_source = [

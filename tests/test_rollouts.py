@@ -1,0 +1,188 @@
+"""Batches that the model writes itself: what is in them, what is rewarded, and that a run of them resumes exactly."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from support.pairs import begun, config_of
+from support.runs import write_model, write_rows
+
+from ftjax import assemble, rollouts, train, tree
+from ftjax.errors import UserError
+from ftjax.objectives.head import make_unembed
+from ftjax.objectives.logps import token_logps
+from ftjax.rollouts import Rollouts, advantages_of
+from ftjax.training import metrics
+
+REWARD = "support.rewards:of_e"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("rollouts")
+    write_model(root / "model")
+    write_rows(root / "rows.jsonl", 40)
+    return root
+
+
+def config_for(root, **changes):
+    """Two prompts with three completions each in a step."""
+    given = {
+        "objective.name": "grpo",
+        "objective.rewards": (REWARD,),
+        "data.train": (str(root / "rows.jsonl"),),
+        "data.checks": "off",
+        "data.max_length": 64,
+        "data.row_length": 64,
+        "data.batch_size": 6,
+        "rollouts.samples": 3,
+        "rollouts.max_new_tokens": 8,
+        "log_every": 1,
+        "checkpoint_every": 2,
+    }
+    return config_of(root, **given | changes)
+
+
+def source_of(config, workdir):
+    """(the source, the state that training starts from, the program, frozen variables)"""
+    program, start, loader = begun(config)
+    base = assemble.open_base(config.model)
+    with jax.set_mesh(program.mesh):
+        return Rollouts(config, base, program, start.frozen, loader, workdir), start, program
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_batch_holds_what_was_sampled_and_how_likely_it_was(root, tmp_path, temperature):
+    source, start, program = source_of(config_for(root, **{"rollouts.temperature": temperature}), tmp_path)
+    with jax.set_mesh(program.mesh):
+        made = source.batch(3, start.state)
+        again = source_of(config_for(root, **{"rollouts.temperature": temperature}), tmp_path)[0].batch(3, start.state)
+        other = source.batch(4, start.state)
+    arrays = made.arrays
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], array)
+    assert (other.arrays["tokens"] != arrays["tokens"]).any()
+    assert (arrays["segment_ids"].max(axis=1) == 1).all()
+    assert made.tokens == (arrays["segment_ids"] > 0).sum()
+    trained = arrays["weights"] > 0
+    for first in (0, 3):  # the completions of a prompt lie side by side, and are drawn apart
+        prompts = {tuple(arrays["tokens"][row, : np.argmax(trained[row]) + 1]) for row in range(first, first + 3)}
+        assert len(prompts) == 1
+        assert len({tuple(arrays["targets"][row][trained[row]]) for row in range(first, first + 3)}) == 3
+    assert (trained.sum(axis=1) <= 8).all()
+    for name in ("advantages", "sampled_logps"):
+        assert not arrays[name][~trained].any()
+
+    # The trainer, at the temperature of sampling, agrees with the sampler.
+    unembed = make_unembed(program.model)
+    variables = tree.combine(start.state.trainable, start.frozen)
+    ours = token_logps(program.model, lambda *given: unembed(*given) / temperature, variables, arrays, None)
+    assert np.abs(np.asarray(ours) - arrays["sampled_logps"])[trained].max() < 1e-4
+
+
+def test_advantages_compare_the_completions_of_a_prompt():
+    rewards = np.array([[1.0, 0.0, 2.0], [5.0, 5.0, 5.0]])
+    np.testing.assert_allclose(advantages_of(rewards, "none"), [[0, -1, 1], [0, 0, 0]])
+    np.testing.assert_allclose(advantages_of(rewards, "group"), [[0, -1 / 1.0001, 1 / 1.0001], [0, 0, 0]])
+    whole = np.sqrt(sum((x - 3) ** 2 for x in (1, 0, 2, 5, 5, 5)) / 5) + 1e-4
+    np.testing.assert_allclose(advantages_of(rewards, "batch"), [[0, -1 / whole, 1 / whole], [0, 0, 0]])
+
+
+def test_rewards_are_summed_by_weight_and_logged_by_name(root, tmp_path):
+    named = ((REWARD, 2.0), ("support.rewards:of_prompt", 0.5))
+    source, start, program = source_of(config_for(root, **{"objective.rewards": named}), tmp_path)
+    with jax.set_mesh(program.mesh):
+        made = source.batch(0, start.state)
+    logged = made.metrics
+    of_e, of_prompt = logged[f"rewards/{REWARD}/mean"], logged["rewards/support.rewards:of_prompt/mean"]
+    assert logged["reward"] == pytest.approx(2 * of_e + 0.5 * of_prompt)
+    assert 0 <= logged["completions/clipped_ratio"] <= 1
+    assert logged["completions/max_length"] <= 8
+    (line,) = (tmp_path / rollouts.FILE).read_text().splitlines()
+    record = json.loads(line)
+    assert record["step"] == 1
+    assert len(record["completions"]) == 3
+    for one in record["completions"]:
+        assert one["rewards"][REWARD] == one["text"].count("e") / max(len(one["text"]), 1)
+    # What is the same for all completions of a prompt says nothing about them.
+    source, start, program = source_of(config_for(root, **{"objective.rewards": named[1:]}), tmp_path)
+    with jax.set_mesh(program.mesh):
+        made = source.batch(0, start.state)
+    assert not made.arrays["advantages"].any()
+    assert made.metrics["frac_reward_zero_std"] == 1
+
+
+def test_completions_that_are_cut_may_teach_nothing(root, tmp_path):
+    source, start, program = source_of(config_for(root, **{"objective.mask_truncated": True}), tmp_path)
+    with jax.set_mesh(program.mesh):
+        made = source.batch(0, start.state)
+    cut = made.metrics["completions/clipped_ratio"]
+    assert cut > 0
+    assert (made.arrays["weights"].sum(axis=1) == 0).mean() == pytest.approx(cut)
+
+
+def test_a_run_of_its_own_completions_resumes_exactly(root, tmp_path):
+    # A round of completions serves two steps, so that only every second step can be saved.
+    config = config_for(root, **{"steps": 8, "rollouts.iterations": 2, "data.batch_size": 12, "checkpoint_every": 4})
+    assert train.train(config, tmp_path / "run") == 0
+    records = metrics.read(tmp_path / "run/metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert [("reward" in record) for record in records] == [True, False] * 4
+    assert records[0]["sampling/logp_difference_mean"] < 1e-4 < records[1]["sampling/logp_difference_mean"]
+    written = (tmp_path / "run" / rollouts.FILE).read_text()
+    end = values(tmp_path / "run")
+
+    from_step_4 = config_for(
+        root,
+        **{"steps": 8, "rollouts.iterations": 2, "data.batch_size": 12, "checkpoint_every": 4},
+        **{"checkpoint.resume_step": 4},
+    )
+    assert train.train(from_step_4, tmp_path / "run") == 0
+    again = metrics.read(tmp_path / "run/metrics.jsonl")
+    for name in ("loss", "grad_norm", "sampling/logp_difference_mean"):
+        assert [record[name] for record in again] == [record[name] for record in records]
+    assert (tmp_path / "run" / rollouts.FILE).read_text() == written
+    for path, leaf in values(tmp_path / "run").items():
+        np.testing.assert_array_equal(leaf, end[path], err_msg=path)
+
+
+def values(workdir):
+    _, _, variables, step = assemble.load_run(workdir)
+    assert step == 8
+    return {path: np.asarray(leaf) for path, leaf in tree.flatten(variables["lora"]).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "cispo", "sapo"])
+def test_each_loss_finds_the_letter_that_is_rewarded(root, tmp_path, loss):
+    """The best that there is are completions of the letter alone: one, or with a space or a mark before each half of
+    one; over five seeds."""
+    changes = {"objective.loss": (loss,), "steps": 40, "data.batch_size": 48, "rollouts.samples": 8}
+    changes |= {"optimizer.learning_rate": 2e-2} | ({"objective.epsilon_high": 5.0} if loss == "cispo" else {})
+    for seed in range(5):
+        assert train.train(config_for(root, seed=seed, **changes), tmp_path / f"run-{seed}") == 0
+        rewards = [record["reward"] for record in metrics.read(tmp_path / f"run-{seed}/metrics.jsonl")]
+        assert rewards[0] < 0.1
+        assert np.mean(rewards[-5:]) > 0.45, f"seed {seed}: {rewards}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective.rewards": ("support.rewards:raises",)}, r"rows.jsonl:\d+: .*LookupError: no such color"),
+        ({"objective.rewards": ("support.rewards:no_number",)}, r"rows.jsonl:\d+.*the score is nan"),
+        ({"objective.rewards": ()}, r"rows.jsonl is no task with a score of its own.*objective.rewards"),
+        ({"objective.rewards": (REWARD, REWARD)}, "stands there twice"),
+        ({"objective.rewards": ("exakt",)}, "there is no score 'exakt'; did you mean 'exact'"),
+        ({"data.batch_size": 7}, r"batch_size=7 completions in a step, of which config.rollouts.samples=3.*=24"),
+        ({"data.row_length": 20}, r"row_length=20: the longest prompt has \d+ tokens"),
+        ({"data.max_length": 24}, "rows have no room for a completion of 8 tokens within data.max_length"),
+        ({"data.eval": ("rows.jsonl",)}, "rows.jsonl has no 'score'.*no loss of other answers"),
+        ({"objective.loss": ("dappo",)}, "dappo"),
+        ({"objective.name": "sft", "objective.rewards": ()}, "rollouts.max_new_tokens.*does not use it .of grpo"),
+    ],
+)
+def test_mistakes_are_named(root, tmp_path, changes, said):
+    with pytest.raises(UserError, match=f"(?s){said}"):
+        train.train(config_for(root, **changes), tmp_path / "run")
