@@ -90,8 +90,10 @@ def make_policy(model: Decoder, config: ConfigDict, *, temperature: float = 1.0,
     `config.loss` names one of LOSSES (dapo where it is empty). The ratio of a token is p / p when sampled, p being at
     the temperature of sampling, and with `config.importance` "sequence" the geometric mean of these over its completion
     (GSPO, Zheng et al. 2025, arXiv 2507.18071, equation 7; meant for the loss grpo). It is clipped to 1 - `epsilon` and
-    1 + `epsilon_high` (`epsilon` where that is 0); cispo holds the ratio itself below `epsilon_high`, for which 5 is
-    usual. `config.kl_coef` times an estimate of KL(policy || reference) of each token is added, by r - 1 - log r,
+    1 + `epsilon_high` (`epsilon` where that is 0). cispo holds the ratio itself below `epsilon_high`, for which 5 is
+    usual; below 1, as with `epsilon` alone, it would clip every ratio that is near 1.
+
+    `config.kl_coef` times an estimate of KL(policy || reference) of each token is added, by r - 1 - log r,
     r = p_reference / p (Schulman 2020, the third; DeepSeekMath, equation 4), both at that temperature.
 
     Loss and gradient are sums, over completions or over tokens, so that they do not depend on micro-batches, packing or
