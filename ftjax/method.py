@@ -192,6 +192,12 @@ def method_of(config: ConfigDict) -> Method:
     if "classes" in method.settings and not config.objective.classes:
         raise UserError("config.objective.classes: name the classes of the rows' labels, such as ('spam', 'other')")
     if method.rollouts:
+        for key in ("adapter.dropout", "model.neftune_alpha"):
+            if not configs.is_default(config, key):
+                raise UserError(
+                    f"config.{key}: objective.name={name!r} compares how likely what the model wrote is in training "
+                    "and was in writing, and noise in training would be all the difference; leave it out"
+                )
         how = {"temperature": config.rollouts.temperature, "max_new_tokens": config.rollouts.max_new_tokens}
         method = method._replace(objective=functools.partial(method.objective, **how))
     if config.objective.ensemble > 1:

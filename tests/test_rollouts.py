@@ -154,17 +154,30 @@ def values(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "cispo", "sapo"])
-def test_each_loss_finds_the_letter_that_is_rewarded(root, tmp_path, loss):
-    """The best that there is are completions of the letter alone: one, or with a space or a mark before each half of
-    one; over five seeds."""
-    changes = {"objective.loss": (loss,), "steps": 40, "data.batch_size": 48, "rollouts.samples": 8}
-    changes |= {"optimizer.learning_rate": 2e-2} | ({"objective.epsilon_high": 5.0} if loss == "cispo" else {})
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective.loss": ("grpo",), "objective.importance": "sequence", "objective.kl_coef": 0.01},
+        {"objective.loss": ("dr_grpo",), "objective.scale_rewards": "none"},
+        {"objective.loss": ("dapo",), "rollouts.iterations": 2, "steps": 48},
+        {"objective.loss": ("cispo",), "objective.epsilon_high": 5.0},
+        {"objective.loss": ("sapo",), "objective.scale_rewards": "batch"},
+    ],
+    ids=["gspo", "dr_grpo", "dapo", "cispo", "sapo"],
+)
+def test_a_bandit_is_solved(tmp_path, changes, record_figure):
+    """400 arms, of which those are rewarded that begin with a capital letter: a reward of 1 is the best there is."""
+    write_model(tmp_path / "model", hidden_size=128, intermediate_size=64)
+    write_rows(tmp_path / "rows.jsonl", 40)
+    given = {"objective.rewards": ("support.rewards:capital",), "rollouts.max_new_tokens": 1, "steps": 24}
+    given |= {"data.batch_size": 48, "rollouts.samples": 8} | changes
     for seed in range(5):
-        assert train.train(config_for(root, seed=seed, **changes), tmp_path / f"run-{seed}") == 0
-        rewards = [record["reward"] for record in metrics.read(tmp_path / f"run-{seed}/metrics.jsonl")]
-        assert rewards[0] < 0.1
-        assert np.mean(rewards[-5:]) > 0.45, f"seed {seed}: {rewards}"
+        assert train.train(config_for(tmp_path, seed=seed, **given), tmp_path / f"run-{seed}") == 0
+        records = metrics.read(tmp_path / f"run-{seed}/metrics.jsonl")
+        rewards = [record["reward"] for record in records if "reward" in record]
+        record_figure(f"reward with seed {seed}", np.mean(rewards[-4:]))
+        assert rewards[0] < 0.3
+        assert np.mean(rewards[-4:]) > 0.95, f"seed {seed}: {rewards}"
 
 
 @pytest.mark.parametrize(

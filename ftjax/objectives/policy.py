@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ftjax.config import KEYS
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.head import Unembed, make_unembed
@@ -22,9 +23,6 @@ from ftjax.objectives.reference import policy_and_moving_reference
 COMPLETIONS, TOKENS, LENGTH = "completions", "tokens", "length"
 SEQUENCE = "sequence"  # config.importance
 
-# Of config.objective: what a loss reads that not every one does.
-DEFAULTS = {"epsilon": 0.2, "epsilon_high": 0.0, "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}
-
 
 class PolicyLoss(NamedTuple):
     """A loss and what it reads.
@@ -34,7 +32,7 @@ class PolicyLoss(NamedTuple):
         a ratio is p / p when sampled. What is said of tokens that are not trained on does not count.
       over: what the loss is a mean over. COMPLETIONS: of means over tokens; TOKENS: all of a step; LENGTH: completions,
         as if each were as long as may be.
-      settings: the keys of config.objective that it reads, of DEFAULTS.
+      settings: the keys of config.objective that it reads and not every loss does.
     """
 
     function: Callable[[jax.Array, jax.Array, jax.Array, ConfigDict], tuple[jax.Array, dict[str, jax.Array]]]
@@ -175,11 +173,17 @@ def _name_of(config: ConfigDict) -> str:
             f"config.objective.loss={tuple(config.loss)}: losses of sampled answers are means over different things, "
             f"which have no sum; name one of {', '.join(LOSSES)}, without a weight"
         )
-    for key, default in DEFAULTS.items():
+    for key in (*_CLIP, *_GATE):
+        default = KEYS[f"objective.{key}"].default
         if key not in LOSSES[name].settings and config[key] != default:
             users = ", ".join(other for other, loss in LOSSES.items() if key in loss.settings)
             raise UserError(
                 f"config.objective.{key}={config[key]!r} does nothing with the loss {name}; leave it at its default, "
                 f"or use {users}"
             )
+    if name == "cispo" and not config.epsilon_high:
+        raise UserError(
+            "config.objective.loss: cispo holds the ratio itself below config.objective.epsilon_high, which is to be "
+            "above 1; --config.objective.epsilon_high=5 is usual"
+        )
     return name

@@ -9,10 +9,11 @@ import pytest
 from ml_collections import ConfigDict
 from support.tiny import batch_of, documents, logits, numpy_params, spec
 
+from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.loss import means
-from ftjax.objectives.policy import DEFAULTS, LOSSES, make_policy, policy_loss
+from ftjax.objectives.policy import LOSSES, make_policy, policy_loss
 from ftjax.objectives.reference import frozen_with_reference
 
 LONGEST = 20
@@ -21,7 +22,7 @@ params_of = functools.cache(functools.partial(numpy_params, MODEL))
 
 
 def settings(**changes):
-    return ConfigDict(DEFAULTS | {"loss": (), "importance": "token", "kl_coef": 0.0} | changes)
+    return ConfigDict(configs.defaults().objective.to_dict() | changes)
 
 
 def add(trees):

@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 from support.tiny import CONFIG, batch_of, documents, numpy_params, spec
 from support.witness import from_torch, torch_llama
 
+from ftjax import config as configs
 from ftjax import tree
 from ftjax.models.decoder import Decoder
-from ftjax.objectives.policy import DEFAULTS, LOSSES, make_policy
+from ftjax.objectives.policy import LOSSES, make_policy
 from ftjax.objectives.reference import frozen_with_reference
 
 pytestmark = pytest.mark.slow  # TRL takes seconds to import
@@ -147,7 +148,9 @@ CASES = [(name, *kind) for name in LOSSES for kind in (("token", 0.0), ("sequenc
     ("name", "importance", "kl_coef"), [*CASES, ("grpo", "sequence", 0.0), ("dapo", "token", 0.04)]
 )
 def test_loss_metrics_and_gradients_are_trls(name, importance, kl_coef, record_figure):
-    config = ConfigDict(DEFAULTS | {"loss": (name,), "importance": importance, "kl_coef": kl_coef})
+    config = ConfigDict(
+        configs.defaults().objective.to_dict() | {"loss": (name,), "importance": importance, "kl_coef": kl_coef}
+    )
     config.update(CHANGES.get(name, {}))
     expected, metrics, gradients = by_trl(name, config)
     objective = make_policy(MODEL, config, temperature=TEMPERATURE, max_new_tokens=LONGEST)
