@@ -51,7 +51,7 @@ class Method(NamedTuple):
       totals: (model, config.objective) -> the function (variables, batch) -> sums that the objective needs of a whole
         step, or evaluation, first (`make_step`).
       kept: what it keeps from step to step beside the weights, such as a controller or a moving average.
-      rollouts: whether the model writes what it learns from, as config.rollouts says (`ftjax.rollouts`).
+      source: where its batches come from, a key of `sources.SOURCES`.
     """
 
     objective: Callable[[Decoder, ConfigDict], Objective]
@@ -66,7 +66,12 @@ class Method(NamedTuple):
     mismatched: Callable[[ConfigDict], bool] = lambda config: False
     totals: Callable[[Decoder, ConfigDict], Callable[[Tree, dict], Tree]] | None = None
     kept: Kept | None = None
-    rollouts: bool = False
+    source: str = "files"
+
+    @property
+    def rollouts(self) -> bool:
+        """Whether the model writes what it learns from, as config.rollouts says."""
+        return self.source == "rollouts"
 
 
 _PAIRS = Method(
@@ -153,7 +158,7 @@ METHODS = {
             *("sapo_temperature_pos", "sapo_temperature_neg", "rewards", "scale_rewards", "mask_truncated"),
         ),
         batch=types.MappingProxyType(BATCH | ROLLOUT),
-        rollouts=True,
+        source="rollouts",
     ),
 }
 

@@ -49,13 +49,13 @@ from ftjax.evals.evaluator import Evaluator
 from ftjax.method import iterations
 from ftjax.planning import flops
 from ftjax.reporting import page
+from ftjax.sources import SOURCES, Parts
 from ftjax.training import curves, environment, metrics, trackers
 from ftjax.training import workdir as workdirs
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.display import Display
 from ftjax.training.loop import Cadence, Loop, Records, place_batch, run
 from ftjax.training.preemption import CTRL_C, SIGTERM, Preempted, Preemption
-from ftjax.training.source import FileSource
 from ftjax.training.state import TrainState
 from ftjax.tree import Tree
 from ftjax.weights.peft import continued
@@ -193,16 +193,12 @@ def _train(
         # Loop, checkpoints.
         after, plain = -1 if there.step is None else there.step, configs.flat(ConfigDict(configs.as_json(located)))
         writer, finished = metrics.MetricsWriter(workdir, after, config.trackers, plain), False
-        rows = sharding.local_rows(mesh, config.data.batch_size, config.accumulate)
         meta = {"config": configs.as_json(located), "data": train_loader.fingerprint()}
         seconds = flops.seconds_per_token(program)
-        if program.method.rollouts:
-            source = rollouts.Rollouts(config, base, program, start.frozen, train_loader, workdir)
-        else:
-            source = FileSource(train_loader, rows, total_steps)
+        parts = Parts(config, base, program, start.frozen, train_loader, workdir, total_steps)
         loop = Loop(
             step,
-            source,
+            SOURCES[program.method.source](parts),
             evaluate if configs.evaluates(config) else None,
             cadence(config, train_loader, total_steps),
             Records(checkpoints, writer, display, meta, judge, seconds),

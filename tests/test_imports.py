@@ -40,7 +40,7 @@ FLOORS = [
     {"evals", "rewards"},
     {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"}
     | {"rollouts"},
-    {"labeling", "planning"},
+    {"labeling", "planning", "sources"},
     {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness", "score"}
     | {"plan", "inspect_data", "curate", "label", "import_config"},
 ]

@@ -17,6 +17,7 @@ from ftjax.objectives.head import make_unembed
 from ftjax.objectives.logps import token_logps
 from ftjax.objectives.loss import Loss
 from ftjax.objectives.sft import make_sft
+from ftjax.sources import SOURCES
 from ftjax.tasks import registry
 from ftjax.training import metrics
 from ftjax.training.source import Batch
@@ -95,7 +96,10 @@ def test_the_objective_of_the_recipe_trains(root, tmp_path, monkeypatch):
 
 def test_the_source_of_the_recipe_feeds_the_loop(root, tmp_path, monkeypatch):
     methods = dict(METHODS)
-    exec(RECIPES["source"], {"jax": jax, "np": np, "tree": tree, "Batch": Batch, "METHODS": methods})
+    names = {"jax": jax, "np": np, "tree": tree, "Batch": Batch}
+    sources = dict(SOURCES)
+    exec(RECIPES["source"], names | {"METHODS": methods, "SOURCES": sources})
+    monkeypatch.setattr(train, "SOURCES", sources)
     monkeypatch.setattr(method, "METHODS", methods)
     records = trained(root, tmp_path / "run", "surest")
     assert [record["step"] for record in records] == [1, 2, 3, 4]

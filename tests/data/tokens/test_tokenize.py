@@ -156,7 +156,7 @@ def test_a_worker_that_is_killed_ends_the_run():
 
 def test_thresholds_and_what_cannot_be_tokenized(rows_file, tmp_path, chatml):
     with pytest.raises(
-        UserError, match=r"of 300 rows have no trained token within max_length = 30 \(at most 5%.*:1 \("
+        UserError, match=r"of 300 rows have no trained token within data.max_length = 30 \(at most 5%.*:1 \("
     ):
         tokenize.tokenize(rows_of(rows_file), chatml, 30)
     assert len(tokenize.tokenize(rows_of(rows_file), chatml, 30, max_dropped=0.9)) > 50
