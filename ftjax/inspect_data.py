@@ -33,9 +33,8 @@ from ftjax import config as configs
 from ftjax.atomic import write_text
 from ftjax.data.audit import checks
 from ftjax.data.audit.findings import Findings
-from ftjax.data.pipeline import read_heldout
+from ftjax.data.pipeline import read_heldout, training_rows
 from ftjax.data.read.rows import Rows
-from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens.outcome import outcome
 from ftjax.errors import UserError
 from ftjax.evals.entries import split_entries
@@ -56,7 +55,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
     base = assemble.open_base(config.model, config.data, weights=False)
     spec = assemble.data_spec(config, base.model.spec)
     speed = speed_of(options["tokens_per_second"], options["workdir"])
-    train = read_sources(configs.sources(config, "train"), spec.max_bad_rows, spec.holdout)
+    train = training_rows(configs.sources(config, "train"), spec)
     entries, by_loss = split_entries(config)
     heldout = read_heldout([*entries, *by_loss], configs.sources(config, "train"), spec)
     out = terminal.console()

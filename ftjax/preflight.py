@@ -17,6 +17,7 @@ from ftjax.data.audit.findings import ERROR
 from ftjax.data.batch.loader import Loader
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens import tokenizer as tokenizers
+from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError
 from ftjax.evals.entries import likely_entries, split_entries
 from ftjax.method import learning_rate, method_of
@@ -303,7 +304,8 @@ def check_rows(config: ConfigDict, base: Base, train: Loader, heldout: Loader | 
     evaluated = [read_sources(entries)] if entries else []
     if heldout is not None:
         evaluated.append(checks.RowsOf(heldout.examples))
-    facts = checks.TokenFacts.of(base.tokenizer, base.end_tokens, config.data.max_length, base.known_rows)
+    answered = ROW_KINDS[method_of(config).rows].answered
+    facts = checks.TokenFacts.of(base.tokenizer, base.end_tokens, config.data.max_length, base.known_rows, answered)
     findings = checks.at_start(train.examples, evaluated, facts)
     errors = [str(finding) for finding in findings if finding.severity == ERROR]
     stops = bool(errors) and config.data.checks == "on"

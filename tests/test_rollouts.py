@@ -8,7 +8,7 @@ import pytest
 from support.pairs import begun, config_of
 from support.runs import write_model, write_rows
 
-from ftjax import assemble, rollouts, train, tree
+from ftjax import assemble, inspect_data, rollouts, train, tree
 from ftjax.errors import UserError
 from ftjax.objectives.head import make_unembed
 from ftjax.objectives.logps import token_logps
@@ -120,6 +120,18 @@ def test_completions_that_are_cut_may_teach_nothing(root, tmp_path):
     cut = made.metrics["completions/clipped_ratio"]
     assert cut > 0
     assert (made.arrays["weights"].sum(axis=1) == 0).mean() == pytest.approx(cut)
+
+
+def test_rows_without_an_answer_are_prompts_and_inspected_as_such(root, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": f"The {color} lamp"} for color in ("blue", "red", "green")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_for(root, **{"data.train": (str(tmp_path / "prompts.jsonl"),), "data.checks": "on"})
+    options = dict.fromkeys(("tokens_per_second", "workdir", "source", "html", "json")) | {"max_rows": 100, "rows": 1}
+    assert inspect_data.inspect(config, options) == 0
+    shown = capsys.readouterr().out
+    assert "no errors and no warnings" in shown
+    config.steps = 1
+    assert train.train(config, tmp_path / "run") == 0
 
 
 def test_a_run_of_its_own_completions_resumes_exactly(root, tmp_path):

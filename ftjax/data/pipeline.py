@@ -69,13 +69,18 @@ def read(entries: Sequence[dict], tokenizer: Tokenizer, spec: DataSpec, counter:
     Raises:
       UserError: there are none.
     """
-    if not ROW_KINDS[spec.kind].answered:
-        entries = [entry | {"score": ""} for entry in entries]  # whose rows may do without an answer
-    rows = read_sources(entries, spec.max_bad_rows, spec.holdout, heldout_side=False)
+    rows = training_rows(entries, spec)
     examples = _tokenized(rows, tokenizer, spec, MAX_DROPPED, counter)
     if not len(examples):
         raise UserError("config.data.train: no rows to train on; check the sources")
     return examples
+
+
+def training_rows(entries: Sequence[dict], spec: DataSpec) -> Rows:
+    """The rows of `entries` on the training side of the hold-out; those of prompts may do without an answer."""
+    if not ROW_KINDS[spec.kind].answered:
+        entries = [entry | {"score": ""} for entry in entries]
+    return read_sources(entries, spec.max_bad_rows, spec.holdout, heldout_side=False)
 
 
 def load(

@@ -13,6 +13,7 @@ from ftjax.data.batch import buckets, packing
 from ftjax.data.format.example import Document, Row
 from ftjax.data.pipeline import DataSpec
 from ftjax.data.read.rows import BadRows, Rows
+from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.data.tokens.outcome import Outcome, outcome
 from ftjax.errors import UserError
 
@@ -109,7 +110,9 @@ def survey(
       advance: is called with the number of rows that are done.
       known_rows: see `checks.TokenFacts.of`.
     """
-    surveyor = _Surveyor(train, tokenizer, spec, checks.TokenFacts.of(tokenizer, ends, spec.max_length, known_rows))
+    answered = ROW_KINDS[spec.kind].answered
+    facts = checks.TokenFacts.of(tokenizer, ends, spec.max_length, known_rows, answered)
+    surveyor = _Surveyor(train, tokenizer, spec, facts)
     for chunk in surveyor.read("train", train, max_rows, advance):
         surveyor.check_rows("train", train, chunk)
         surveyor.check_examples(chunk)
@@ -191,7 +194,7 @@ class _Surveyor:
                 self._checks.findings.add("empty", what=str(error))
 
     def _outcome(self, rows: Rows, i: int) -> Outcome | None:
-        if not rows.sources[rows.source_of(i)].scored:
+        if rows is self._train or not rows.sources[rows.source_of(i)].scored:
             return outcome(rows, i, self._tokenizer, self._spec.rules)
         row = rows.check(i)  # scored by generating, without a loss
         return row and Outcome(row, ())

@@ -42,6 +42,7 @@ class TokenFacts:
         those that are new to the model and that no chat template writes: rows teach them, so they stand there on
         purpose.
       marks: their ids.
+      answered: whether rows hold what is trained (`kinds.RowKind`).
     """
 
     ends: frozenset[int]
@@ -50,9 +51,12 @@ class TokenFacts:
     max_length: int
     special: frozenset[str] = frozenset()
     marks: frozenset[int] = frozenset()
+    answered: bool = True
 
     @classmethod
-    def of(cls, tokenizer, ends: Iterable[int], max_length: int, known_rows: int | None = None) -> "TokenFacts":
+    def of(
+        cls, tokenizer, ends: Iterable[int], max_length: int, known_rows: int | None = None, answered: bool = True
+    ) -> "TokenFacts":
         """known_rows: tokens from this id on are new to the model; None: none are."""
         added = tokenizer.added_tokens_decoder
         special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
@@ -60,9 +64,8 @@ class TokenFacts:
         new = {token.content for i, token in added.items() if known_rows is not None and i >= known_rows}
         special -= {token for token in new if token not in template}
         marks = frozenset(tokenizer.convert_tokens_to_ids(sorted(special)))
-        return cls(
-            frozenset(ends), tokenizer.bos_token_id, tokenizer.pad_token_id, max_length, frozenset(special), marks
-        )
+        ids = tokenizer.bos_token_id, tokenizer.pad_token_id
+        return cls(frozenset(ends), *ids, max_length, frozenset(special), marks, answered)
 
 
 @dataclass
@@ -113,7 +116,7 @@ class Checks:
         self.marked: dict[str, list[int]] = {}  # code -> indices of training rows, for findings between rows
         self.copies = self.near_copies = 0
         self._end_trained = False
-        self._anything_trained = False
+        self._examples = 0
         longest_first = sorted(facts.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
         self._is_end = np.zeros(max([0, *facts.ends]) + 2, bool)  # the last entry stands for all ids beyond
@@ -171,7 +174,7 @@ class Checks:
         # Of a pair the chosen answer comes first; the end of the rejected one is trained to be less likely.
         taught = np.repeat(np.diff(owners, prepend=-1) > 0, lengths)
         self._end_trained |= bool((kept & is_end & taught).any())
-        self._anything_trained |= bool(kept.any())
+        self._examples += len(examples)
 
         def document_of(token: int) -> int:
             return int(np.searchsorted(starts, token, side="right")) - 1
@@ -189,7 +192,7 @@ class Checks:
             faults += [("double_bos", document_of(token)) for token in np.flatnonzero(second) + 1]
         if whole:
             has_trained = np.logical_or.reduceat(kept, starts)
-            faults += [("untrained", i) for i in np.flatnonzero(~has_trained).tolist()]
+            faults += [("untrained", i) for i in np.flatnonzero(~has_trained).tolist() if facts.answered]
             faults += [("truncated", i) for i in np.flatnonzero(lengths > facts.max_length).tolist()]
         faults = list(dict.fromkeys((code, int(owners[i])) for code, i in faults))
         for code, i in faults:
@@ -210,7 +213,7 @@ class Checks:
 
     def finish(self) -> list[Finding]:
         """All findings, errors first, those between rows included."""
-        if self._anything_trained and not self._end_trained and self._facts.ends:
+        if self._examples and not self._end_trained and self._facts.ends and self._facts.answered:
             self.findings.add("end_untrained")
         self._compare()
         sizes = {name: len(side) for name, side in self.sides.items()}
