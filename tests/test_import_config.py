@@ -226,7 +226,8 @@ def test_data_sets_of_labeled_answers(type, options):
     ("changes", "message"),
     [
         ({"base_model": None}, "no base_model.*from-trl"),
-        ({"rl": "grpo"}, "rl: 'grpo' is no method of ftjax, which are sft, dpo"),
+        ({"rl": "gdpo"}, "rl: 'gdpo' is no method of ftjax, which are sft, dpo"),
+        ({"rl": "grpo"}, "rl: grpo: its rewards are Python files.*objective.name=grpo"),
         ({"adapter": "llama-adapter"}, "none of ftjax's"),
         ({"unfrozen_parameters": ["^lm_head.weight$"]}, "set config.adapter.trainable then"),
         ({"reward_model": True}, "reward_model: is not translated; write a config with objective.name=reward"),
