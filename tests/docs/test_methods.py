@@ -34,6 +34,23 @@ def shown(value):
 
 
 @pytest.mark.slow
+def test_supervised_tuning_then_rewards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", 60)
+    page = (ROOT / "docs/reinforcement.md").read_text()
+    for line in re.findall(r"^ {4}(python -m ftjax.+MODEL.+|python -m ftjax.export.+)$", page, re.MULTILINE):
+        arguments = shlex.split(line.replace("MODEL", "model").replace("configs/", f"{ROOT}/configs/"))[2:]
+        small = SMALL if arguments[0] == "ftjax.train" else ()
+        if "--config configs/grpo.py" in line:
+            small = [word for word in small if "adapter.rank" not in word and "batch_size" not in word]
+            small += ["--config.data.batch_size=8", "--config.rollouts.samples=4", "--config.rollouts.max_new_tokens=8"]
+        finish(command(*arguments, *small))
+    records = metrics.read(tmp_path / "runs/grpo/metrics.jsonl")
+    assert ["reward" in record for record in records] == [True, True]
+
+
+@pytest.mark.slow
 def test_supervised_tuning_then_preferences(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_model(tmp_path / "model")
