@@ -28,7 +28,7 @@ def quick():
     return run("quick", "--xla_backend_optimization_level=0")
 
 
-def check_invariance(out, record_figure):
+def check_invariance(out, record_figure, bound=1e-6):
     assert out.pop("same random parameters")
     assert out.pop("same head")
     assert out.pop("head") == ["fsdp", None]
@@ -44,7 +44,7 @@ def check_invariance(out, record_figure):
         assert min(case["movement"].values()) > least / 2, "every parameter is trained"
     worst_loss = max(case["loss difference"] for case in out.values())
     worst_parameter = max(case["parameter difference"] for case in out.values())
-    assert worst_loss < 1e-6, {name: case["loss difference"] for name, case in out.items()}
+    assert worst_loss < bound, {name: case["loss difference"] for name, case in out.items()}
     record_figure("worst loss", worst_loss)
     record_figure("worst parameter", worst_parameter)
     assert worst_parameter < 1e-5, {name: case["parameter difference"] for name, case in out.items()}
@@ -59,6 +59,12 @@ def test_twenty_steps_are_the_same_however_they_are_split(quick, record_figure):
 def test_twenty_steps_on_labeled_answers_are_the_same_however_they_are_split(record_figure):
     """The reference point of KTO is of the whole step: not of a micro-batch, or of a device."""
     check_invariance(run("labeled", "--xla_backend_optimization_level=0"), record_figure)
+
+
+@pytest.mark.slow
+def test_twenty_steps_on_completions_are_the_same_however_they_are_split(record_figure):
+    # Its loss is made of exponentials: an error of log p, of which float32 has some 5e-7, is a relative one of the loss.
+    check_invariance(run("rolled out", "--xla_backend_optimization_level=0"), record_figure, bound=4e-6)
 
 
 @pytest.mark.slow

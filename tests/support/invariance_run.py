@@ -21,6 +21,7 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.heads import abstract_heads, init_heads
 from ftjax.models.params import abstract_params, logical_axes
+from ftjax.objectives.policy import make_policy
 from ftjax.objectives.preference import make_preference, preference_totals
 from ftjax.objectives.reward import make_reward
 from ftjax.objectives.sft import make_sft
@@ -35,7 +36,7 @@ STEPS = 20
 OPTIMIZER = ConfigDict(DEFAULTS.to_dict() | {"weight_decay": 0.01})
 # dpo and kto: adapters trained on preferences, whose first losses are all alike; reward: those and two heads, each with
 # its bootstrap
-RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3, "kto": 2e-3, "reward": 2e-4}
+RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3, "kto": 2e-3, "reward": 2e-4, "grpo": 2e-4}
 PAIRS = ("dpo", "reward")
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64}
 SPECS = {
@@ -88,6 +89,11 @@ LABELED = [
     ("dense", "kto", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
     ("dense", "kto", "data=2 x fsdp=4", 4, True, "full"),
 ]
+ROLLED_OUT = [
+    ("dense", "grpo", "1", 1, True, "none"),
+    ("dense", "grpo", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
+    ("dense", "grpo", "data=2 x fsdp=4", 4, True, "full"),
+]
 
 
 def grid():
@@ -124,6 +130,8 @@ def batches(kind, accumulate, packed):
         batch = batch_of(rows, 12 * each if each > 1 else 16)
         if kind == "kto":
             batch |= labels_and_mismatched(step, docs, batch, each)
+        if kind == "grpo":
+            batch |= advantages_and_logps(step, batch, each)
         if kind == "reward":  # the margin of a pair is that of its tokens, wherever it stands
             batch["labels"] = np.zeros(batch["tokens"].shape, np.float32)
             for row, (labels, segments) in zip(rows, zip(batch["labels"], batch["segment_ids"])):
@@ -142,6 +150,15 @@ def labels_and_mismatched(step, docs, batch, each):
     others = [(tokens, np.arange(len(tokens)) >= len(prompt)) for tokens, (prompt, _) in zip(others, parts)]
     mismatched = batch_of([others[i : i + each] for i in range(0, 64, each)], length)
     return {"labels": labels} | {f"mismatched_{name}": array for name, array in mismatched.items()}
+
+
+def advantages_and_logps(step, batch, each):
+    """Advantages of the documents by lot, and how likely their tokens were; `each` of them in a row."""
+    lot = 2 + np.random.default_rng(300 + step).standard_normal(64)  # around 0 the loss would be a difference of equals
+    number = np.arange(0, 64, each)[:, None] + np.maximum(batch["segment_ids"] - 1, 0)
+    sampled = 0.2 * np.sin(7 * number + batch["positions"]) - np.log(97)
+    found = {"advantages": lot[number], "sampled_logps": sampled}
+    return {name: np.where(batch["weights"] > 0, array, 0).astype(np.float32) for name, array in found.items()}
 
 
 def variables_on(mesh, model, kind):
@@ -187,6 +204,9 @@ def train(name, kind, mesh, accumulate, packed, remat):
     if kind == "kto":
         settings = configs.changed(configs.defaults(), {"objective.desirable_weight": 1.5}).objective
         objective, totals = make_unpaired(model, settings), make_unpaired_totals(model, settings)
+    if kind == "grpo":
+        changes = {"objective.loss": ("grpo",), "objective.importance": "sequence", "objective.kl_coef": 0.05}
+        objective = make_policy(model, configs.changed(configs.defaults(), changes).objective, max_new_tokens=12)
     step = make_step(objective, optimizer, schedule, abstract, seed=0, kept=kept, totals=totals)
     losses, ends = [], []
     with jax.set_mesh(mesh):
@@ -302,4 +322,4 @@ def main(cases):
 
 
 if __name__ == "__main__":
-    main({"quick": QUICK, "labeled": LABELED, "full": list(grid())}[sys.argv[1]])
+    main({"quick": QUICK, "labeled": LABELED, "rolled out": ROLLED_OUT, "full": list(grid())}[sys.argv[1]])
