@@ -63,7 +63,7 @@ def test_twenty_steps_on_labeled_answers_are_the_same_however_they_are_split(rec
 
 @pytest.mark.slow
 def test_twenty_steps_on_completions_are_the_same_however_they_are_split(record_figure):
-    # Its loss is made of exponentials: an error of log p, of which float32 has some 5e-7, is a relative one of the loss.
+    # Its loss is made of exponentials: an error of log p, in float32 some 5e-7, is a relative one of the loss.
     check_invariance(run("rolled out", "--xla_backend_optimization_level=0"), record_figure, bound=4e-6)
 
 
