@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from ftjax import foreign
 from ftjax.atomic import write_text
-from ftjax.config_checks import ANY, LAYERS, Check, losses, names, number, one_of, pairs, some_of, tokens
+from ftjax.config_checks import ANY, LAYERS, Check, losses, names, number, one_of, pairs, rewards, some_of, tokens
 from ftjax.errors import UserError, did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -125,7 +125,7 @@ KEYS: dict[str, Key] = {
     "objective.step_separator": Key("\n", Check(bool, "text, such as a line break")),
     "objective.label_noise": Key(0.0, number(0, 0.99)),  # reward: the share of labels that are given at random
     # grpo: what is rewarded, scores as of data.eval, with weights: ("score", ("reward:runs/rm", 0.5)); (): a task's own
-    "objective.rewards": Key((), losses()),
+    "objective.rewards": Key((), rewards()),
     # grpo: how the rewards of a prompt's completions become advantages: less their mean, over the standard deviation of
     # these (group), of the whole batch (batch), or over nothing (none)
     "objective.scale_rewards": Key("group", one_of("group", "batch", "none")),
@@ -253,6 +253,7 @@ FREE_TO_CHANGE = (
     "checkpoint_every",
     "checkpoint.",
     "evaluate.",
+    "rollouts.batch_size",
     "eval_every",
     "accumulate",
     "eval_epochs",

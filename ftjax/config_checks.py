@@ -63,6 +63,19 @@ def losses() -> Check:
     return Check(holds, "names, or pairs of a name and a positive weight, such as ('sigmoid', ('sft', 0.2))")
 
 
+def rewards() -> Check:
+    def holds(value: Any) -> bool:
+        entries = [(entry, 1.0) if isinstance(entry, str) else entry for entry in value]
+        fits = [isinstance(entry, tuple | list) and len(entry) == 2 for entry in entries]
+        return all(fits) and all(
+            type(name) is str and type(weight) in (int, float) and weight and math.isfinite(weight)
+            for name, weight in entries
+        )
+
+    wanted = "names, or pairs of a name and a weight other than 0, such as ('exact', ('my_rewards:long', -0.1))"
+    return Check(holds, wanted)
+
+
 ANY = Check(lambda value: True, "anything")
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ftjax import distributed, sharding, tree
 from ftjax.assemble import Program
 from ftjax.errors import UserError
-from ftjax.method import holds_reference_in_vain
+from ftjax.method import holds_reference_in_vain, method_of
 from ftjax.models import kernels
 from ftjax.models.groups import stacks
 from ftjax.models.spec import DecoderSpec
@@ -131,6 +131,8 @@ def exhausted(what: str, hints: list[str]) -> Iterator[None]:
 def smaller(config: ConfigDict, mesh: Mesh) -> list[str]:
     """Settings that make a step of `config` smaller, the cheapest first."""
     rows, out = config.data.batch_size // sharding.row_parts(mesh), []
+    if method_of(config).rollouts and (fewer := config.rollouts.batch_size // 2):
+        out.append(f"--config.rollouts.batch_size={fewer} (completions at a time; a run that has begun may go on so)")
     if more := [count for count in range(2 * config.accumulate, rows + 1) if rows % count == 0]:
         out.append(f"--config.accumulate={more[0]} (fewer rows at a time; a run that has begun may go on so)")
     if holds_reference_in_vain(config):

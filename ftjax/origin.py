@@ -90,13 +90,22 @@ def located(config: ConfigDict, path: Path) -> ConfigDict:
             else given | {"source": _absolute(given["source"])} | _score(given)
             for entry, given in entries
         ]
+    named = config.objective.rewards
+    out.objective.rewards = [
+        _model(one) if isinstance(one, str) else (_model(one[0]), one[1]) for one in (tuple(named) if named else ())
+    ]
     return out
+
+
+def _model(score: str) -> str:
+    """The name of a score; where that is given by a model in a directory, with its absolute path."""
+    kind, colon, path = score.partition(":")
+    return f"{kind}:{Path(path).expanduser().absolute()}" if colon and kind == configs.REWARD else score
 
 
 def _score(entry: Mapping[str, Any]) -> dict[str, str]:
     """The score of an entry where that is given by a model in a directory; {} else."""
-    kind, colon, path = entry.get("score", "").partition(":")
-    return {"score": f"{kind}:{Path(path).expanduser().absolute()}"} if colon and kind == configs.REWARD else {}
+    return {"score": _model(entry["score"])} if entry.get("score", "").startswith(f"{configs.REWARD}:") else {}
 
 
 def _absolute(source: str) -> str:

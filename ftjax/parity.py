@@ -6,7 +6,6 @@ on the devices; the run's logits wait on the host (about 400 MB for a vocabulary
 """
 
 import functools
-import json
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +24,7 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.heads import COLLECTION, SCORE, values
 from ftjax.models.params import abstract_params
+from ftjax.training.metrics import read
 from ftjax.tree import Tree
 from ftjax.weights.hf.classifier import ClassifierReader
 from ftjax.weights.load import load_params
@@ -69,9 +69,7 @@ def prompts(tokenizer: PreTrainedTokenizerFast, samples: Path, max_length: int) 
 
 
 def _samples(path: Path) -> list[tuple[str, str]]:
-    if not path.exists():
-        return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[-200:]]
+    records = read(path)[-200:]
     return [(record["prompt"], record["completion"]) for record in records[:MAX_SAMPLES]]
 
 

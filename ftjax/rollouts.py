@@ -28,10 +28,12 @@ from ftjax.evals.entries import TASK_SCORE
 from ftjax.evals.scored import Question, ScoredSet
 from ftjax.evals.scores import Score
 from ftjax.method import method_of
+from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.reference import policy_and_reference
 from ftjax.sampling.engine import Completion, generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.tasks import registry
+from ftjax.training import metrics
 from ftjax.training.source import Batch
 from ftjax.training.state import TrainState
 from ftjax.tree import Tree
@@ -84,10 +86,25 @@ def _has_own(source: str) -> bool:
     return source.startswith(TASK) and hasattr(registry.get(source.removeprefix(TASK)), "score")
 
 
-def check(config: ConfigDict, loader: Loader) -> None:
-    """UserError where the prompts of `loader` cannot be rewarded; nothing for a method without rollouts."""
+def check(config: ConfigDict, spec: DecoderSpec, loader: Loader) -> None:
+    """UserError where the prompts of `loader` cannot be rewarded, or the model would not say again how likely what it
+    wrote was; nothing for a method without rollouts.
+    """
     if not method_of(config).rollouts:
         return
+    if config.steps % config.rollouts.iterations:
+        raise UserError(
+            f"config.steps={config.steps}: the model writes for {config.rollouts.iterations} steps at a time "
+            f"(config.rollouts.iterations); set a multiple, such as --config.steps="
+            f"{-(-config.steps // config.rollouts.iterations) * config.rollouts.iterations}"
+        )
+    ends = [rope.long_after for rope in spec.ropes if rope.long_frequencies is not None]
+    if ends and config.data.max_length > min(ends):
+        raise UserError(
+            f"config.data.max_length={config.data.max_length}: beyond {min(ends):.0f} tokens this model has other "
+            "rotary frequencies, by the length that a completion may have in writing and that it has in training; set "
+            f"--config.data.max_length={min(ends):.0f} or less"
+        )
     rewards, examples = rewards_of(config), loader.examples
     for i in spread(len(examples), _CHECKED).tolist():
         for reward in rewards:
@@ -151,8 +168,7 @@ class Rollouts:
         if distributed.is_first():
             self._record(round_ * self.updates + 1, chosen[0], texts, grades, advantages)
         arrays = self._lay(prompts, completions, advantages.reshape(-1))
-        metrics = self._metrics(grades, total, completions)
-        return Batch(arrays, int((arrays["segment_ids"] > 0).sum()), metrics)
+        return Batch(arrays, int((arrays["segment_ids"] > 0).sum()), self._metrics(grades, total, completions))
 
     def _lay(
         self, prompts: Sequence[np.ndarray], completions: Sequence[Completion], advantages: np.ndarray
@@ -220,8 +236,8 @@ class Rollouts:
     ) -> None:
         """Adds a line with the completions of the first prompt; lines of later steps, of a run that was killed, go."""
         if not self._writes_on:
-            lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
-            write_text(self._file, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] < step))
+            earlier = [record for record in metrics.read(self._file) if record["step"] < step]
+            write_text(self._file, "".join(map(_line, earlier)))
             self._writes_on = True
         question = _question(self._loader.examples, int(example))
         names = [reward.name for reward in self._rewards]
@@ -231,7 +247,11 @@ class Rollouts:
         ]
         record = {"step": step, "prompt": question.prompt.last, "expected": question.expected, "completions": answers}
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(_line(record))
+
+
+def _line(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def advantages_of(rewards: np.ndarray, scale: str) -> np.ndarray:

@@ -118,7 +118,7 @@ def _train(
     preflight.check_balance(config, train_loader, display)
     preflight.check_rows(config, base, train_loader, heldout, display)
     preflight.check_classes(config, train_loader, display)
-    rollouts.check(config, train_loader)
+    rollouts.check(config, base.model.spec, train_loader)
 
     with jax.set_mesh(mesh):
         # Shardings, objective, optimizer and step: shapes only.

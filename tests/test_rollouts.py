@@ -165,6 +165,20 @@ def values(workdir):
     return {path: np.asarray(leaf) for path, leaf in tree.flatten(variables["lora"]).items()}
 
 
+def test_texts_with_other_line_ends_do_not_end_lines(root, tmp_path):
+    config = config_for(root, steps=2)
+    assert train.train(config, tmp_path / "run") == 0
+    file = tmp_path / "run" / rollouts.FILE
+    first, second, _ = file.read_text(encoding="utf-8").split("\n")
+    record = json.loads(first)
+    record["completions"][0]["text"] = "one\u2028two\u0085three"
+    file.write_text(json.dumps(record, ensure_ascii=False) + "\n" + second[:20], encoding="utf-8")  # and a torn line
+    assert train.train(config_for(root, steps=4), tmp_path / "run") == 0
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [line["step"] for line in lines] == [1, 3, 4]
+    assert lines[0] == record
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -199,6 +213,7 @@ def test_a_bandit_is_solved(tmp_path, changes, record_figure):
         ({"objective.rewards": ("support.rewards:no_number",)}, r"rows.jsonl:\d+.*the score is nan"),
         ({"objective.rewards": ()}, r"rows.jsonl is no task with a score of its own.*objective.rewards"),
         ({"objective.rewards": (REWARD, REWARD)}, "stands there twice"),
+        ({"rollouts.iterations": 3}, r"steps=4: the model writes for 3 steps at a time.*--config.steps=6"),
         ({"objective.rewards": ("exakt",)}, "there is no score 'exakt'; did you mean 'exact'"),
         ({"data.batch_size": 7}, r"batch_size=7 completions in a step, of which config.rollouts.samples=3.*=24"),
         ({"data.row_length": 20}, r"row_length=20: the longest prompt has \d+ tokens"),

@@ -26,6 +26,7 @@ from ftjax.prompts import tokens
 from ftjax.sampling.engine import generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
+from ftjax.training.metrics import read
 from ftjax.training.preemption import Preemption
 from ftjax.training.step import make_eval_step
 from ftjax.tree import Tree
@@ -180,8 +181,7 @@ class Evaluator:
 
     def _write_samples(self, step: int, name: str, records: list[dict]) -> None:
         """Replaces this step's lines of this set, and those of later steps, which a killed run left."""
-        lines = self._samples.read_text().splitlines() if self._samples.exists() else []
-        samples = [json.loads(line) for line in lines]
+        samples = read(self._samples)
         kept = [old for old in samples if old["step"] < step or (old["step"] == step and old["source"] != name)]
         new = [{"step": step, "source": name} | record for record in records]
         write_text(self._samples, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in kept + new))

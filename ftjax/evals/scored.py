@@ -64,7 +64,7 @@ class ScoredSet(NamedTuple):
             raise UserError(f"{where}: {error}") from error
         except Exception as error:  # a person's own function may raise anything, which is never a 0
             raise UserError(f"{where}: {type(error).__name__}: {error}; the completion was {completion!r}") from error
-        return scores.checked(value, where)
+        return scores.checked(value, f"{where} of {completion!r}")
 
     def grade_all(self, completions: Sequence[str], questions: Sequence[Question]) -> list[float]:
         """`grade` of each; programs run side by side, and a reward model reads them in batches."""

@@ -104,10 +104,10 @@ def _of_reward_model(path: str, where: str) -> Score:
     """
     if not Path(path).expanduser().is_dir():
         raise UserError(f"{where}: score 'reward:{path}': no such directory; name a run, an export or an adapter")
-    loaded = functools.cache(lambda: rewards.load(path))
+    where_it_is = str(Path(path).expanduser().absolute())
 
     def together(completions: Sequence[str], examples: Sequence[dict]) -> list[float]:
-        model = loaded()
+        model = _loaded(where_it_is)
         documents = []
         for completion, example in zip(completions, examples, strict=True):
             turns = example["messages"]
@@ -119,8 +119,13 @@ def _of_reward_model(path: str, where: str) -> Score:
     def alone(completion: str, example: dict) -> float:
         return together([completion], [example])[0]
 
-    where_it_is = str(Path(path).expanduser().absolute())
     return Score(alone, needs_answer=False, together=together, share=False, model=where_it_is)
+
+
+@functools.cache
+def _loaded(path: str) -> rewards.RewardModel:
+    """Once for all entries that it scores, of training and of evaluation."""
+    return rewards.load(path)
 
 
 def checked(value: object, where: str) -> float:

@@ -59,8 +59,10 @@ def attend(
     places = (positions, positions, segment_ids, segment_ids)
     if choice.name == "xla" and (mesh.empty or mesh.shape["context"] == 1):  # XLA splits it over the mesh itself
         return attention(queries, keys, values, *places, scale, window, softcap, sinks)
-    run = functools.partial(_local, choice, spec)
-    given = {name: x for name, x in (("scale", scale), ("window", window), ("sinks", sinks)) if x is not None}
+    same = window if isinstance(window, int) else None  # in all layers: known while compiling
+    run = functools.partial(_local, choice, spec, same)
+    given = {"scale": scale, "window": window if same is None else None, "sinks": sinks}
+    given = {name: x for name, x in given.items() if x is not None}
     if mesh.empty or mesh.size == 1:
         return run(_tables(choice, spec, queries.shape[1], 1, 1), queries, keys, values, *places, given)
     q_axes, kv_axes = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
@@ -79,9 +81,11 @@ def attend(
     return over_mesh(tables, queries, keys, values, *places, jax.tree.map(jnp.asarray, given))
 
 
-def _local(choice, spec, tables, queries, keys, values, positions, key_positions, segments, key_segments, given):
+def _local(
+    choice, spec, window, tables, queries, keys, values, positions, key_positions, segments, key_segments, given
+):
     """On one device: its rows, its part of their queries and their keys, its heads."""
-    scale, window, sinks = given["scale"], given.get("window"), given.get("sinks")
+    scale, window, sinks = given["scale"], given.get("window", window), given.get("sinks")
     if keys.shape[1] < key_segments.shape[1]:  # a part sees the whole row, whose keys are small beside their scores
         keys, values = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (keys, values))
     keys, values = (_own_heads(x, queries.shape[2], spec) for x in (keys, values))

@@ -73,7 +73,7 @@ LOSSES = {
     "dapo": PolicyLoss(_clipped, TOKENS, _CLIP),  # Yu et al. 2025 (arXiv 2503.14476), equation 8
     # In TRL a mean over the tokens of a micro-batch. Nothing here depends on those, so it is dapo by another name.
     "bnpo": PolicyLoss(_clipped, TOKENS, _CLIP),
-    "cispo": PolicyLoss(_weighted, TOKENS, _CLIP),
+    "cispo": PolicyLoss(_weighted, TOKENS, ("epsilon_high",)),
     "sapo": PolicyLoss(_gated, COMPLETIONS, _GATE),
 }
 

@@ -10,6 +10,7 @@ _TRAINING = "training"
 _FORGOTTEN = ("change", "kl")
 # In this order; scores of sets come after the loss, all others are further curves.
 _FIRST = (
+    "reward",
     "loss",
     "mean_token_accuracy",
     "rewards/accuracies",
@@ -42,7 +43,7 @@ def of_run(run: Run) -> tuple[list[Chart], list[Chart]]:
         together.sort(key=lambda series: series.name != _TRAINING)
     first = [name for name in _FIRST if name in groups]
     scored = [name for name in groups if name not in trained]
-    order = [*first[:1], *scored, *first[1:]] if "loss" in groups else [*scored, *first]
+    order = [*first[:1], *scored, *first[1:]] if first[:1] in (["loss"], ["reward"]) else [*scored, *first]
     return _charts(groups, modes, order)
 
 

@@ -78,10 +78,10 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, without a last line torn by a kill; [] if there is no file."""
+    """The records of a `metrics.jsonl` or another JSONL file, without a last line torn by a kill; [] without a file."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
+    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: texts hold other line ends, too
     return [json.loads(line) for line in lines[:-1] if line]
 
 

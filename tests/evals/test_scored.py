@@ -97,7 +97,9 @@ def test_a_function_of_ones_own_scores_rows_without_answers(tmp_path, monkeypatc
     assert [found.grade("one two", question) for question in found.questions] == [0.5, 1.0]
     assert [question.expected for question in found.questions] == ["", ""]
     (found,) = sets({"source": path, "score": "own_scores:nothing"})
-    with pytest.raises(UserError, match=r"asked.jsonl:1: nothing: the score is None; it must be a finite number"):
+    with pytest.raises(
+        UserError, match=r"asked.jsonl:1: nothing of 'x': the score is None; it must be a finite number"
+    ):
         found.grade("x", found.questions[0])
     (found,) = sets({"source": path, "score": "own_scores:fails"})
     with pytest.raises(UserError, match=r"asked.jsonl:1: fails: KeyError: 'colour'; the completion was 'x'"):
