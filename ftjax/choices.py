@@ -62,13 +62,13 @@ def by_data(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh, lengths: np.nd
       UserError: data.row_length is shorter than an example.
     """
     data = config.data
-    if 0 < data.row_length < (longest := int(lengths.max())) and not method_of(config).rollouts:
+    if method_of(config).rollouts:
+        return _with(config, _of_rollouts(config, int(lengths.max()), limits(config, spec, mesh)))
+    if 0 < data.row_length < (longest := int(lengths.max())):
         raise UserError(
             f"config.data.row_length={data.row_length}: the longest example has {longest} tokens; set "
             f"--config.data.row_length={longest} or more, or lower --config.data.max_length, where examples are cut"
         )
-    if method_of(config).rollouts:
-        return _with(config, _of_rollouts(config, int(lengths.max()), limits(config, spec, mesh)))
     chosen = sizes.choose(_given(config), lengths, count, limits(config, spec, mesh))
     return _with(config, chosen)
 

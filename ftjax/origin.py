@@ -90,11 +90,14 @@ def located(config: ConfigDict, path: Path) -> ConfigDict:
             else given | {"source": _absolute(given["source"])} | _score(given)
             for entry, given in entries
         ]
-    named = config.objective.rewards
-    out.objective.rewards = [
-        _model(one) if isinstance(one, str) else (_model(one[0]), one[1]) for one in (tuple(named) if named else ())
-    ]
+    out.objective.rewards = located_rewards(config)
     return out
+
+
+def located_rewards(config: ConfigDict) -> tuple[str | tuple[str, float], ...]:
+    """config.objective.rewards, models among them by their absolute paths."""
+    named = config.objective.rewards
+    return tuple(_model(one) if isinstance(one, str) else (_model(one[0]), one[1]) for one in named)
 
 
 def _model(score: str) -> str:

@@ -62,7 +62,8 @@ def find(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints
       UserError: the run there has another config.
     """
     step = checkpoints.latest() if config.checkpoint.resume_step < 0 else config.checkpoint.resume_step
-    config = configs.changed(config, {"data.chat_template": templates.located(config.data.chat_template)})
+    named = {"data.chat_template": templates.located(config.data.chat_template)}
+    config = configs.changed(config, named | {"objective.rewards": origin.located_rewards(config)})
     if step is None:
         return config, Resume(None, None, [], set())
     before = configs.read(workdir / "config.json")

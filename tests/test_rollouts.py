@@ -8,7 +8,8 @@ import pytest
 from support.pairs import begun, config_of
 from support.runs import write_model, write_rows
 
-from ftjax import assemble, inspect_data, rollouts, train, tree
+from ftjax import assemble, inspect_data, origin, rollouts, train, tree
+from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.objectives.head import make_unembed
 from ftjax.objectives.logps import token_logps
@@ -163,6 +164,17 @@ def values(workdir):
     _, _, variables, step = assemble.load_run(workdir)
     assert step == 8
     return {path: np.asarray(leaf) for path, leaf in tree.flatten(variables["lora"]).items()}
+
+
+def test_a_reward_models_place_is_the_same_from_every_directory(root, tmp_path, monkeypatch):
+    """A run writes down where it is; the same command, which names it as before, goes on."""
+    monkeypatch.chdir(tmp_path)
+    config = config_for(root, **{"objective.rewards": (REWARD, ("reward:runs/rm", 0.5))})
+    recorded = origin.located(config, root / "model")
+    assert list(map(tuple, recorded.objective.rewards[1:])) == [(f"reward:{tmp_path}/runs/rm", 0.5)]
+    again = configs.changed(config, {"objective.rewards": origin.located_rewards(config)})
+    assert configs.changes(recorded, again) == []
+    assert configs.changes(recorded, config) != []
 
 
 def test_texts_with_other_line_ends_do_not_end_lines(root, tmp_path):
