@@ -100,8 +100,8 @@ def without_data(config: ConfigDict, spec: DecoderSpec, mesh: Mesh, room: float 
     config = by_model(by_devices(config, sharding.platform(mesh)), spec)
     given, limit = _given(config), limits(config, spec, mesh)
     if method_of(config).rollouts:
-        sizes_ = _of_rollouts(config, config.data.max_length - config.rollouts.max_new_tokens, limit)
-        return by_memory(_with(config, sizes_), _decoder(config, spec), mesh, room)
+        chosen = _of_rollouts(config, config.data.max_length - config.rollouts.max_new_tokens, limit)
+        return by_memory(_with(config, chosen), _decoder(config, spec), mesh, room)
     rows = given.batch_size or max(_ROWS // limit.rows, 1) * limit.rows
     config = _with(config, Sizes(rows, given.row_length or limit.length, given.epochs or limit.epochs[0]))
     return by_memory(config, _decoder(config, spec), mesh, room)

@@ -53,26 +53,25 @@ def some_of(*names: str) -> Check:
 
 
 def losses() -> Check:
-    def holds(value: Any) -> bool:
-        entries = [(entry, 1.0) if isinstance(entry, str) else entry for entry in value]
-        fits = [isinstance(entry, tuple | list) and len(entry) == 2 for entry in entries]
-        return all(fits) and all(
-            type(name) is str and type(weight) in (int, float) and 0 < weight < math.inf for name, weight in entries
-        )
-
-    return Check(holds, "names, or pairs of a name and a positive weight, such as ('sigmoid', ('sft', 0.2))")
+    wanted = "names, or pairs of a name and a positive weight, such as ('sigmoid', ('sft', 0.2))"
+    return _weighted(lambda weight: 0 < weight < math.inf, wanted)
 
 
 def rewards() -> Check:
+    wanted = "names, or pairs of a name and a weight other than 0, such as ('exact', ('my_rewards:long', -0.1))"
+    return _weighted(lambda weight: weight != 0 and math.isfinite(weight), wanted)
+
+
+def _weighted(fits: Callable[[float], bool], wanted: str) -> Check:
+    """Names, each alone or in a pair with a weight that fits."""
+
     def holds(value: Any) -> bool:
         entries = [(entry, 1.0) if isinstance(entry, str) else entry for entry in value]
-        fits = [isinstance(entry, tuple | list) and len(entry) == 2 for entry in entries]
-        return all(fits) and all(
-            type(name) is str and type(weight) in (int, float) and weight and math.isfinite(weight)
-            for name, weight in entries
+        are_pairs = all(isinstance(entry, tuple | list) and len(entry) == 2 for entry in entries)
+        return are_pairs and all(
+            type(name) is str and type(weight) in (int, float) and fits(weight) for name, weight in entries
         )
 
-    wanted = "names, or pairs of a name and a weight other than 0, such as ('exact', ('my_rewards:long', -0.1))"
     return Check(holds, wanted)
 
 

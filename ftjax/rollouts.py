@@ -263,5 +263,5 @@ def advantages_of(rewards: np.ndarray, scale: str) -> np.ndarray:
     centered = rewards - rewards.mean(axis=1, keepdims=True)
     if scale == "none":
         return centered
-    spread_ = rewards.std(axis=1, ddof=1, keepdims=True) if scale == "group" else rewards.std(ddof=1)
-    return centered / (spread_ + _LEAST)
+    deviation = rewards.std(axis=1, ddof=1, keepdims=True) if scale == "group" else rewards.std(ddof=1)
+    return centered / (deviation + _LEAST)
