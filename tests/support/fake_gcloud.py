@@ -74,7 +74,7 @@ elif (kind, verb) == ("tpu-vm", "ssh"):
     chosen = hosts if flags["--worker"] == "all" else [hosts[int(flags["--worker"])]]
     status = 0
     for host in chosen:
-        if not host.exists():
+        if not host.exists() or state.read_text() != "READY" or (queue.exists() and queue.read_text() != "ACTIVE"):
             sys.exit("ERROR: (gcloud) the host is gone")
         environment = os.environ | {"HOME": str(host)}
         done = subprocess.run(["bash", "-c", flags["--command"]], cwd=host, env=environment, check=False)

@@ -1,7 +1,7 @@
 """Stands in for the interpreter that runs ftjax.train: notes its arguments, then does what $FAKE/plan says.
 
-The plan is a list, one entry for each start of this host: a status to end with, "preempt" (the slice is taken away) or
-"wait" (until SIGTERM, then 75).
+The plan is a list, one entry for each start of this host: a status to end with, "preempt" (the slice is taken away once
+both hosts have started) or "wait" (until SIGTERM, then 75).
 """
 
 import json
@@ -24,9 +24,14 @@ with starts.open("a") as file:
 print("step 1", flush=True)
 if act == "wait":
     time.sleep(60)
-if act == "preempt":
-    (fake / ("queue" if (fake / "queue").exists() else "state")).write_text(
-        "SUSPENDED" if (fake / "queue").exists() else "PREEMPTED"
-    )
+if act == "preempt":  # by the last host alone: one that was slow to start would take away the slice made after this one
+    state, taken = (fake / "queue", "SUSPENDED") if (fake / "queue").exists() else (fake / "state", "PREEMPTED")
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if host == "1" and (fake / "starts-0").exists():
+            state.write_text(taken)
+        if not state.exists() or state.read_text() == taken:
+            break
+        time.sleep(0.05)
     act = 75
 sys.exit(act)
