@@ -71,6 +71,8 @@ VARIANTS: dict[str, Variant] = {
     "ORPO": _of_pairs(**{"objective.name": "orpo"}),
     "DPO + SFT, its own mistakes": Variant("quickstart_dpo", "96 pairs", {"data.train": (OWN,)}),
     "KTO": Variant("quickstart_kto", "192 labels"),
+    "KTO, beta 0.5": Variant("quickstart_kto", "192 labels", {"objective.beta": 0.5}),
+    "KTO, a quarter of the rate": Variant("quickstart_kto", "192 labels", {"optimizer.learning_rate": 5e-5}),
     "reward model": Variant("quickstart_reward", "192 pairs"),
 }
 
