@@ -39,8 +39,9 @@ FLOORS = [
     {"adapted", "prompts"},
     {"evals", "rewards"},
     {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"}
-    | {"rollouts"},
-    {"labeling", "planning", "sources"},
+    | {"rewarding"},
+    {"labeling", "planning", "rollouts"},
+    {"sources"},
     {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness", "score"}
     | {"plan", "inspect_data", "curate", "label", "import_config"},
 ]
