@@ -13,6 +13,7 @@ from ftjax.labeling.pairs import Pair
 CHOICES = ("left", "right", "tie", "skip")
 _RECENT = 50  # judgements that the speed is measured on
 _LONGEST_NAME = 64
+_PATIENCE = 1800.0  # seconds after which a pair may go to another: nobody says that they have closed the page
 
 
 class Stale(Exception):
@@ -43,8 +44,8 @@ class Session:
     """Hands pairs out and takes judgements. Not for several threads.
 
     A share of the pairs, `overlap`, is shown to every labeler, so that their agreement can be measured. Every other
-    pair is settled by the first who judges it, and nobody else is asked about it while somebody has it; a skipped one
-    stays open for the others.
+    pair is settled by the first who judges it, and nobody else is asked about it while somebody has it, for half an
+    hour at most; a skipped one stays open for the others.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Session:
             free = next((pair for pair in self._pairs if self._is_open(pair, labeler)), None)
             if free is None:
                 return None
-            self._held[labeler] = free, self._clock()
+            self._take(labeler, free)
         pair = self._held[labeler][0]
         return Shown(self._pairs[pair], "a" if draw(self._seed, "left", pair, labeler) < 0.5 else "b")
 
@@ -91,7 +92,7 @@ class Session:
         """
         pair = self._journal.undo(labeler)
         if pair is not None and self._is_open(pair, labeler):
-            self._held[labeler] = pair, self._clock()
+            self._take(labeler, pair)
 
     def can_undo(self, labeler: str) -> bool:
         return bool(self._journal.history.get(labeler))
@@ -104,7 +105,7 @@ class Session:
         judged = self._journal.history.get(labeler, [])
         unjudged = [pair for pair in self._pairs if not self._is_settled(pair, labeler)]
         mine = self._held.get(labeler, ("",))[0]
-        held = len({pair for pair, _ in self._held.values() if pair != mine and pair not in self._shared} & {*unjudged})
+        held = len({pair for pair in unjudged if pair != mine and self._is_held(pair)})
         seconds = [self._journal.labels[pair][labeler].seconds for pair in judged[-_RECENT:]]
         per_hour = 3600 / max(statistics.median(seconds), 0.1) if seconds else None
         return Progress(len(judged), len(unjudged) - held, per_hour, held)
@@ -117,9 +118,17 @@ class Session:
         return pair not in self._shared and any(label.choice != "skip" for label in labels.values())
 
     def _is_open(self, pair: str, labeler: str) -> bool:
-        if self._is_settled(pair, labeler):
-            return False
-        return pair in self._shared or all(held != pair for held, _ in self._held.values())
+        return not self._is_settled(pair, labeler) and not self._is_held(pair)
+
+    def _is_held(self, pair: str) -> bool:
+        """Whether somebody has a pair that is for one labeler alone."""
+        times = [since for held, since in self._held.values() if held == pair and pair not in self._shared]
+        return any(self._clock() - since < _PATIENCE for since in times)
+
+    def _take(self, labeler: str, pair: str) -> None:
+        if pair not in self._shared:  # of somebody who has had it for too long
+            self._held = {who: its for who, its in self._held.items() if its[0] != pair}
+        self._held[labeler] = pair, self._clock()
 
 
 def name_of(text: object) -> str:

@@ -68,6 +68,21 @@ def test_a_pair_that_somebody_has_is_free_again_when_they_leave(tmp_path):
         session.judge("anna", pairs[0].id, "left")
 
 
+def test_a_pair_that_somebody_has_for_too_long_goes_to_the_next(tmp_path):
+    pairs, clock = make_pairs(tmp_path, prompts=1), Clock()
+    session, kept = session_of(tmp_path, pairs, clock=clock)
+    assert session.current("anna").pair == pairs[0]
+    clock.seconds += 1799
+    assert session.current("ben") is None
+    clock.seconds += 2  # anna may still judge it, as long as nobody else has it
+    assert session.progress("ben") == (0, 1, None, 0)
+    assert session.current("anna").pair == pairs[0]
+    assert judge(session, "ben") == pairs[0]
+    with pytest.raises(Stale):
+        session.judge("anna", pairs[0].id, "left")
+    assert list(kept.labels[pairs[0].id]) == ["ben"]
+
+
 def test_a_skipped_pair_stays_open_for_others_only(tmp_path):
     (pair,) = make_pairs(tmp_path, prompts=1)
     session, kept = session_of(tmp_path, [pair])
