@@ -144,6 +144,8 @@ KEYS: dict[str, Key] = {
     "rollouts.temperature": Key(1.0, number(0.01)),
     "rollouts.batch_size": Key(64, number(1)),  # completions written together
     "rollouts.iterations": Key(1, number(1)),  # steps on the same completions
+    # grpo: how often at most other prompts are written to replace those whose completions have equal rewards
+    "rollouts.resample": Key(0, number(0)),
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.
     "optimizer.learning_rate": Key(0.0, number(0)),

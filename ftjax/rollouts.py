@@ -31,6 +31,7 @@ from ftjax.tree import Tree
 
 FILE = "rollouts.jsonl"  # in the workdir: the completions of the first prompt of each round
 _LENGTHS = 64  # rows of a batch have a multiple of it tokens, since each length is compiled
+_EQUAL = 1e-8  # rewards of a smaller standard deviation are equal, as in TRL
 _LEAST = 1e-4  # added to the standard deviation of rewards, as in TRL
 
 
@@ -45,6 +46,11 @@ def check(config: ConfigDict, spec: DecoderSpec, loader: Loader) -> None:
             f"config.steps={config.steps}: the model writes for {config.rollouts.iterations} steps at a time "
             f"(config.rollouts.iterations); set a multiple, such as --config.steps="
             f"{-(-config.steps // config.rollouts.iterations) * config.rollouts.iterations}"
+        )
+    if config.rollouts.resample and "scale_rewards" not in method_of(config).settings:
+        raise UserError(
+            f"config.rollouts.resample={config.rollouts.resample} is for prompts whose completions have equal rewards, "
+            f"of which objective.name={config.objective.name!r} learns all the same; set --config.rollouts.resample=0"
         )
     ends = [rope.long_after for rope in spec.ropes if rope.long_frequencies is not None]
     if ends and config.data.max_length > min(ends):
@@ -69,6 +75,10 @@ class Written(NamedTuple):
     prompts: Sequence[np.ndarray]
     completions: Sequence[Completion]
     texts: Sequence[str]
+
+    def of(self, places: np.ndarray) -> "Written":
+        """Those completions alone, in that order."""
+        return Written(self.chosen[places], *([them[i] for i in places] for them in self[1:]))
 
 
 class Rollouts:
@@ -103,18 +113,46 @@ class Rollouts:
         pass
 
     def _make(self, round_: int, state: TrainState) -> Batch:
-        written = self._write(round_, state)
-        grades = rewarding.grade(self._rewards, self._loader.examples, written.chosen, written.texts)
+        every, grades = self._graded(round_, 0, state)
         total = rewarding.weighted(self._rewards, grades)
-        advantages = advantages_of(total.reshape(-1, self.samples), self._config.objective.scale_rewards).reshape(-1)
+        wanted = len(total) // self.samples
+        for further in range(1, self._config.rollouts.resample + 1):
+            if differing(total.reshape(-1, self.samples)).sum() >= wanted:
+                break
+            more, their_grades = self._graded(round_, further, state)
+            every = Written(np.append(every.chosen, more.chosen), *([*a, *b] for a, b in zip(every[1:], more[1:])))
+            grades = np.concatenate([grades, their_grades])
+            total = rewarding.weighted(self._rewards, grades)
+        groups = total.reshape(-1, self.samples)
+        kept = most_differing(groups, wanted)
+        places = (kept[:, None] * self.samples + np.arange(self.samples)).reshape(-1)
+        written = every.of(places)
+        advantages = advantages_of(groups[kept], self._config.objective.scale_rewards).reshape(-1)
         if distributed.is_first():
-            self._record(round_ * self.updates + 1, written, grades, advantages)
-        arrays = self._lay(written, advantages)
-        return Batch(arrays, int((arrays["segment_ids"] > 0).sum()), self._metrics(grades, total, written.completions))
+            self._record(round_ * self.updates + 1, written, grades[places], advantages)
+        arrays, found = self._lay(written, advantages), self._metrics(grades, total, every.completions)
+        if self._config.rollouts.resample:
+            found |= {"groups/written": float(len(groups)), "groups/kept": float(differing(groups[kept]).sum())}
+        return Batch(arrays, int((arrays["segment_ids"] > 0).sum()), found)
 
-    def _write(self, round_: int, state: TrainState) -> Written:
+    def _graded(self, round_: int, further: int, state: TrainState) -> tuple[Written, np.ndarray]:
+        """The completions of a round, or the further ones that replace some, and what each reward gives them."""
+        written = self._write(round_, further, state)
+        return written, rewarding.grade(self._rewards, self._loader.examples, written.chosen, written.texts)
+
+    def _prompts(self, round_: int, further: int) -> np.ndarray:
+        """int [prompts]: examples; of a round in the loader's order, further ones drawn by their sources' weights."""
+        if not further:
+            return self._loader.batch_examples(round_)
+        examples = self._loader.examples
+        weights = np.asarray(examples.weights)[examples.source_ids]
+        draw = np.random.default_rng((self._config.seed, round_, further))
+        count = self._loader.batch_size
+        return draw.choice(len(examples), count, replace=np.count_nonzero(weights) < count, p=weights / weights.sum())
+
+    def _write(self, round_: int, further: int, state: TrainState) -> Written:
         settings, examples = self._config.rollouts, self._loader.examples
-        chosen = np.repeat(self._loader.batch_examples(round_), self.samples)
+        chosen = np.repeat(self._prompts(round_, further), self.samples)
         prompts = [examples.documents_of(i)[0].tokens for i in chosen]
         policy, _ = policy_and_reference(tree.combine(state.trainable, self._frozen))
         completions = generate(
@@ -125,7 +163,7 @@ class Rollouts:
             self._base.end_tokens,
             Sampling(settings.temperature, seed=self._config.seed),
             settings.batch_size,
-            first=round_ * len(chosen),
+            first=(round_ * (1 + settings.resample) + further) * len(chosen),
         )
         texts = [self._base.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in completions]
         return Written(chosen, prompts, completions, texts)
@@ -160,7 +198,7 @@ class Rollouts:
         out = {
             "reward": total.mean(),
             "reward_std": groups.std(axis=1, ddof=1).mean(),
-            "frac_reward_zero_std": (groups.std(axis=1) < 1e-8).mean(),
+            "frac_reward_zero_std": (~differing(groups)).mean(),
             "completions/mean_length": lengths.mean(),
             "completions/min_length": lengths.min(),
             "completions/max_length": lengths.max(),
@@ -203,3 +241,16 @@ def advantages_of(rewards: np.ndarray, scale: str) -> np.ndarray:
         return centered
     deviation = rewards.std(axis=1, ddof=1, keepdims=True) if scale == "group" else rewards.std(ddof=1)
     return centered / (deviation + _LEAST)
+
+
+def differing(rewards: np.ndarray) -> np.ndarray:
+    """bool [prompts]: whether the completions of a prompt have different rewards, float64 [prompts, samples]."""
+    return rewards.std(axis=1) >= _EQUAL
+
+
+def most_differing(rewards: np.ndarray, count: int) -> np.ndarray:
+    """int [count]: prompts in their order, those whose rewards differ, and where these are too few the first others.
+
+    Dynamic sampling (Yu et al. 2025, arXiv:2503.14476, section 3.2), with an end to it. rewards as of `differing`.
+    """
+    return np.sort(np.argsort(~differing(rewards), kind="stable")[:count])

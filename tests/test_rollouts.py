@@ -11,9 +11,10 @@ from support.runs import write_model, write_rows
 from ftjax import assemble, inspect_data, origin, rollouts, train, tree
 from ftjax import config as configs
 from ftjax.errors import UserError
+from ftjax.method import METHODS
 from ftjax.objectives.head import make_unembed
 from ftjax.objectives.logps import token_logps
-from ftjax.rollouts import Rollouts, advantages_of
+from ftjax.rollouts import Rollouts, advantages_of, most_differing
 from ftjax.training import metrics
 
 REWARD = "support.rewards:of_e"
@@ -88,6 +89,41 @@ def test_advantages_compare_the_completions_of_a_prompt():
     np.testing.assert_allclose(advantages_of(rewards, "group"), [[0, -1 / 1.0001, 1 / 1.0001], [0, 0, 0]])
     whole = np.sqrt(sum((x - 3) ** 2 for x in (1, 0, 2, 5, 5, 5)) / 5) + 1e-4
     np.testing.assert_allclose(advantages_of(rewards, "batch"), [[0, -1 / whole, 1 / whole], [0, 0, 0]])
+
+
+def test_prompts_of_equal_rewards_give_way_in_their_order():
+    rewards = np.array([[1, 1, 1], [0, 1, 0], [2, 2, 2], [1, 0, 1], [0, 0, 1.0]])
+    assert most_differing(rewards, 2).tolist() == [1, 3]
+    assert most_differing(rewards, 4).tolist() == [0, 1, 3, 4]  # the first of those that teach nothing fills up
+    assert most_differing(rewards[:2], 2).tolist() == [0, 1]
+
+
+def test_prompts_that_teach_nothing_are_replaced_alike_in_a_run_that_goes_on(root, tmp_path):
+    """Few first tokens are capital letters, so that the rewards of most prompts are all 0."""
+    changes = {"objective.rewards": ("support.rewards:capital",), "rollouts.max_new_tokens": 1}
+    source, start, program = source_of(config_for(root, **changes), tmp_path)
+    changes["rollouts.resample"] = 6
+    replacing, again = (source_of(config_for(root, **changes), tmp_path)[0] for _ in range(2))
+    written = 0
+    with jax.set_mesh(program.mesh):
+        for index in range(4):
+            plain, made = source.batch(index, start.state), replacing.batch(index, start.state)
+            groups = made.arrays["advantages"].any(axis=1).reshape(2, 3).any(axis=1)
+            assert made.metrics["groups/kept"] == groups.sum()
+            assert (plain.arrays["advantages"].any(axis=1).reshape(2, 3).any(axis=1)).sum() <= groups.sum()
+            assert groups.all() or made.metrics["groups/written"] == 2 * 7
+            written += made.metrics["groups/written"]
+        for name, array in again.batch(3, start.state).arrays.items():  # of batches before it nothing is needed
+            np.testing.assert_array_equal(made.arrays[name], array)
+    assert 8 < written < 4 * 14
+    assert "groups/written" not in plain.metrics
+
+
+def test_nothing_is_replaced_where_equal_rewards_teach(root, tmp_path, monkeypatch):
+    teaching = tuple(key for key in METHODS["grpo"].settings if key != "scale_rewards")
+    monkeypatch.setitem(METHODS, "grpo", METHODS["grpo"]._replace(settings=teaching))
+    with pytest.raises(UserError, match=r"resample=1 is for prompts .* learns all the same; set --config.rollouts"):
+        rollouts.check(config_for(root, **{"rollouts.resample": 1}), None, None)
 
 
 def test_rewards_are_summed_by_weight_and_logged_by_name(root, tmp_path):

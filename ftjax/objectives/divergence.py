@@ -1,7 +1,7 @@
-"""KL(reference || policy) of the next token over the whole vocabulary, without the logits of either at once.
+"""How far apart two models are in the next token, over the whole vocabulary, without the logits of either at once.
 
 Both heads are used in the same pieces (`parts`), so that of each a block of logits is held; those of the backward pass
-are computed again.
+are computed again. The models may differ in all but their vocabulary.
 """
 
 import functools
@@ -13,7 +13,15 @@ from jax.sharding import PartitionSpec as P
 
 from ftjax.objectives import parts
 from ftjax.objectives.head import Head, Unembed
-from ftjax.objectives.parts import LOWEST, Chunks
+from ftjax.objectives.parts import LOWEST, Chunks, HeadSplit
+
+
+class Between(NamedTuple):
+    """What is compared, and how: logits of the policy and of the other model, and beta of `divergence_per_token`."""
+
+    unembed: Unembed
+    their_unembed: Unembed
+    beta: float
 
 
 class Sums(NamedTuple):
@@ -21,12 +29,12 @@ class Sums(NamedTuple):
 
     highest: jax.Array
     exponentials: jax.Array  # sum of exp(logit - highest)
-    their_highest: jax.Array  # of the reference, as the following
+    moments: jax.Array  # sum of exp(logit - highest) (logit - highest)
+    their_highest: jax.Array  # of the other model, as the following
     their_exponentials: jax.Array
     differences: jax.Array  # sum of exp(their logit - their highest) (their logit - logit)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def kl_per_token(
     unembed: Unembed,
     chunks: Chunks | None,
@@ -37,93 +45,165 @@ def kl_per_token(
     wanted: jax.Array,
     rng: jax.Array | None,
 ) -> jax.Array:
-    """sum over v of p(v) log(p(v) / q(v)), float32 [B, T] in nats, of the positions that are `wanted`; others have 0.
-
-    q is of head {path: array} and hidden [B, T, D], p of their_head and their_hidden, the reference, which has no
-    gradient; wanted bool [B, T]; rng: for the dropout of an adapter on the policy's head, or None.
+    """sum over v of p(v) log(p(v) / q(v)), float32 [B, T] in nats: `divergence_per_token` with beta 0, of one model
+    with two sets of variables.
     """
-    return _forward_pass(unembed, chunks, head, hidden, their_head, their_hidden, wanted, rng)[0]
+    how = Between(unembed, unembed, 0.0)
+    return divergence_per_token(how, chunks, head, hidden, their_head, their_hidden, wanted, rng)[0]
 
 
-def _forward_pass(unembed, chunks, head, hidden, their_head, their_hidden, wanted, rng):
-    """(what `kl_per_token` returns, what its backward pass needs)"""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def divergence_per_token(
+    how: Between,
+    chunks: Chunks | None,
+    head: Head,
+    hidden: jax.Array,
+    their_head: Head,
+    their_hidden: jax.Array,
+    wanted: jax.Array,
+    rng: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(divergence, entropy of q), float32 [B, T] in nats, of the positions that are `wanted`; others have 0.
+
+    q is of head {path: array} and hidden [B, T, D], p of their_head and their_hidden [B, T, D'], which has no gradient;
+    wanted bool [B, T]; rng: for the dropout of an adapter on the policy's head, or None. The divergence alone has a
+    gradient.
+
+    The divergence is the generalized Jensen-Shannon divergence of Agarwal et al. 2023 (arXiv 2306.13649), equation 1:
+    beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q a mixture of probabilities. That vanishes as beta
+    goes to 0 and 1, as beta KL(p || q) and (1 - beta) KL(q || p); so beta 0 stands for KL(p || q), the forward one, and
+    1 for KL(q || p), as in TRL.
+    """
+    return _forward_pass(how, chunks, head, hidden, their_head, their_hidden, wanted, rng)[0]
+
+
+def _forward_pass(how, chunks, head, hidden, their_head, their_hidden, wanted, rng):
+    """(what `divergence_per_token` returns, what its backward pass needs)"""
     given = (head, hidden, their_head, their_hidden, wanted, rng)
     mesh, split, specs, by_token = parts.placed(head, hidden)
-    local = functools.partial(_forward, unembed, chunks, split)
+    _, their_split, their_specs, _ = parts.placed(their_head, hidden)
+    local = functools.partial(_forward, how, chunks, split, their_split)
     if mesh is not None:
-        their_specs = parts.placed(their_head, hidden)[2]
         inputs = (specs, by_token(3), their_specs, by_token(3), by_token(2), P(), by_token(2))
-        local = jax.shard_map(local, in_specs=inputs, out_specs=(by_token(2),) * 3, check_vma=False)
-    kl, *log_norms = local(*given, parts.token_index(hidden))
-    return kl, (*given, *log_norms)
+        local = jax.shard_map(local, in_specs=inputs, out_specs=(by_token(2),) * 5, check_vma=False)
+    value, entropy, *of_tokens = local(*given, parts.token_index(hidden))
+    return (value, entropy), (*given, *of_tokens)
 
 
-def _backward_pass(unembed, chunks, saved, gradient):
-    """gradient: float32 [B, T] of what `kl_per_token` returns."""
+def _backward_pass(how, chunks, saved, gradients):
+    """gradients: float32 [B, T] of what `divergence_per_token` returns, of which the first counts."""
     head, hidden, their_head, *_ = saved
     mesh, split, specs, by_token = parts.placed(head, hidden)
-    local = functools.partial(_backward, unembed, chunks, split)
+    _, their_split, their_specs, _ = parts.placed(their_head, hidden)
+    local = functools.partial(_backward, how, chunks, split, their_split)
     if mesh is not None:
-        their_specs = parts.placed(their_head, hidden)[2]
-        inputs = (specs, by_token(3), their_specs, by_token(3), by_token(2), P(), *(by_token(2),) * 4)
+        inputs = (specs, by_token(3), their_specs, by_token(3), by_token(2), P(), *(by_token(2),) * 5)
         local = jax.shard_map(local, in_specs=inputs, out_specs=(specs, by_token(3)), check_vma=False)
-    d_head, d_hidden = local(*saved, gradient, parts.token_index(hidden))
+    d_head, d_hidden = local(*saved, gradients[0], parts.token_index(hidden))
     return d_head, d_hidden, None, None, None, None
 
 
-kl_per_token.defvjp(_forward_pass, _backward_pass)
+divergence_per_token.defvjp(_forward_pass, _backward_pass)
 
 
-def _cut(chunks, hidden, head, split):
+def _cut(chunks: Chunks | None, hidden: jax.Array, head: Head, split: HeadSplit, their_split: HeadSplit) -> Chunks:
+    split = split._replace(width=split.width or their_split.width)  # columns are gathered where either head's are
     cut = parts.cut(chunks, hidden, head, split)
     return cut if chunks else cut._replace(tokens=max(cut.tokens // 2, 1))  # there are two logits of each
 
 
-def _forward(unembed, chunks, split, head, hidden, their_head, their_hidden, wanted, rng, token_index):
-    """This device's KL and the logs of both sums of exponentials, float32 [B, T] each. Arguments as of `kl_per_token`,
-    of its own tokens and its part of the heads; token_index: see `parts.token_index`.
+def _forward(how, chunks, split, their_split, head, hidden, their_head, their_hidden, wanted, rng, token_index):
+    """This device's divergence, entropy, the logs of both sums of exponentials, and what `_slope` needs beside them,
+    float32 [B, T] each. Arguments as of `divergence_per_token`, of its own tokens and its part of the heads;
+    token_index: see `parts.token_index`.
     """
-    cut = _cut(chunks, hidden, head, split)
+    cut = _cut(chunks, hidden, head, split, their_split)
     order, real = parts.blocks(wanted, cut.tokens)
     rows, their_rows = (x.reshape(-1, x.shape[-1]) for x in (hidden, their_hidden))
     token_index = token_index.reshape(-1)
 
-    def over_columns(sums, chunk):
-        start, fresh = chunk
-        part, their_part = (parts.part(one, cut.columns, start, split, hidden.dtype) for one in (head, their_head))
-        is_fresh = start + jnp.arange(cut.columns) >= fresh
+    def over_blocks(add, sums, *by_block):
+        """`sums` of all columns: `add` is told the logits of both and what `by_block` has, of a block of tokens."""
 
-        def add(sums, positions):
-            indices = token_index[positions]
-            ours = jnp.where(is_fresh, unembed(part, rows[positions], rng, indices), LOWEST)
-            theirs = jnp.where(is_fresh, unembed(their_part, their_rows[positions], None, indices), LOWEST)
-            highest = jnp.maximum(sums.highest, ours.max(-1))
-            their_highest = jnp.maximum(sums.their_highest, theirs.max(-1))
-            weights = jnp.exp(theirs - their_highest[:, None])
-            their_scale = jnp.exp(sums.their_highest - their_highest)
-            return Sums(
-                highest,
-                sums.exponentials * jnp.exp(sums.highest - highest) + jnp.exp(ours - highest[:, None]).sum(-1),
-                their_highest,
-                sums.their_exponentials * their_scale + weights.sum(-1),
-                sums.differences * their_scale + (weights * (theirs - ours)).sum(-1),
-            )
+        def over_columns(sums, chunk):
+            start, fresh = chunk
+            part = parts.part(head, cut.columns, start, split, hidden.dtype)
+            their_part = parts.part(their_head, cut.columns, start, their_split, their_hidden.dtype)
+            is_fresh = start + jnp.arange(cut.columns) >= fresh
 
-        def over_tokens(_, block):
-            sums, positions, there = block
-            return None, jax.lax.cond(jnp.any(there), add, lambda sums, _: sums, sums, positions)
+            def with_logits(sums, positions, *others):
+                indices = token_index[positions]
+                ours = jnp.where(is_fresh, how.unembed(part, rows[positions], rng, indices), LOWEST)
+                theirs = jnp.where(
+                    is_fresh, how.their_unembed(their_part, their_rows[positions], None, indices), LOWEST
+                )
+                return add(sums, ours, theirs, *others)
 
-        return jax.lax.scan(over_tokens, None, (sums, order, real))[1], None
+            def over_tokens(_, block):
+                sums, there, *others = block
+                return None, jax.lax.cond(jnp.any(there), with_logits, lambda sums, *_: sums, sums, *others)
+
+            return jax.lax.scan(over_tokens, None, (sums, real, order, *by_block))[1], None
+
+        return jax.lax.scan(over_columns, sums, parts.starts(head, cut.columns))[0]
+
+    def add(sums, ours, theirs):
+        highest = jnp.maximum(sums.highest, ours.max(-1))
+        their_highest = jnp.maximum(sums.their_highest, theirs.max(-1))
+        shifted, weights = ours - highest[:, None], jnp.exp(theirs - their_highest[:, None])
+        moved = sums.highest - highest
+        scale, their_scale = jnp.exp(moved), jnp.exp(sums.their_highest - their_highest)
+        return Sums(
+            highest,
+            sums.exponentials * scale + jnp.exp(shifted).sum(-1),
+            (sums.moments + moved * sums.exponentials) * scale + (jnp.exp(shifted) * shifted).sum(-1),
+            their_highest,
+            sums.their_exponentials * their_scale + weights.sum(-1),
+            sums.differences * their_scale + (weights * (theirs - ours)).sum(-1),
+        )
 
     zeros = jnp.zeros(order.shape, jnp.float32)
-    first = Sums(zeros + LOWEST, zeros, zeros + LOWEST, zeros, zeros)
-    sums, _ = jax.lax.scan(over_columns, first, parts.starts(head, cut.columns))
+    sums = over_blocks(add, Sums(zeros + LOWEST, zeros, zeros, zeros + LOWEST, zeros, zeros))
     sums = _over_vocabulary(sums, split)
-    log_norms = sums.highest + jnp.log(jnp.where(real, sums.exponentials, 1))
+    exponentials = jnp.where(real, sums.exponentials, 1)
+    log_norms = sums.highest + jnp.log(exponentials)
     their_exponentials = jnp.where(real, sums.their_exponentials, 1)
     their_log_norms = sums.their_highest + jnp.log(their_exponentials)
-    kl = jnp.where(real, sums.differences / their_exponentials - their_log_norms + log_norms, 0)
-    return tuple(parts.back(x, order, real, wanted) for x in (kl, log_norms, their_log_norms))
+    # As in `cross_entropy`: of probabilities q = exp(l - m) / s it is log s - sum (exp(l - m) (l - m)) / s.
+    entropy = jnp.log(exponentials) - sums.moments / exponentials
+    if how.beta == 0:
+        value = sums.differences / their_exponentials - their_log_norms + log_norms
+        from_mixture = zeros
+    else:
+        # A mixture of probabilities is known when both sums are: the logits are computed once more.
+        def add_mixed(sums, ours, theirs, log_norm, their_log_norm):
+            ours, theirs = ours - log_norm[:, None], theirs - their_log_norm[:, None]
+            mixed = _log_mixture(how.beta, ours, theirs)
+            of_ours, of_theirs = (jnp.exp(one) * (one - mixed) for one in (ours, theirs))
+            return tuple(old + new.sum(-1) for old, new in zip(sums, (of_ours, of_theirs)))
+
+        from_mixture, theirs_from = over_blocks(add_mixed, (zeros, zeros), log_norms, their_log_norms)
+        if split.vocabulary:
+            from_mixture, theirs_from = (jax.lax.psum(x, split.vocabulary) for x in (from_mixture, theirs_from))
+        value = from_mixture if how.beta == 1 else how.beta * theirs_from + (1 - how.beta) * from_mixture
+    out = (jnp.where(real, x, 0) for x in (value, entropy, log_norms, their_log_norms, from_mixture))
+    return tuple(parts.back(x, order, real, wanted) for x in out)
+
+
+def _log_mixture(beta: float, ours: jax.Array, theirs: jax.Array) -> jax.Array:
+    """log(beta p + (1 - beta) q) of log q, `ours`, and log p, `theirs`; beta is above 0."""
+    return theirs if beta == 1 else jnp.logaddexp(ours + jnp.log1p(-beta), theirs + jnp.log(beta))
+
+
+def _slope(beta: float, ours: jax.Array, theirs: jax.Array, from_mixture: jax.Array) -> jax.Array:
+    """d divergence / d logits of the policy, of log q and log p [tokens, columns] and KL(q || m) [tokens].
+
+    With respect to q it is (1 - beta) log(q / m), whatever m's own change; through the softmax that less its mean.
+    """
+    if beta == 0:
+        return jnp.exp(ours) - jnp.exp(theirs)
+    share = 1 if beta == 1 else 1 - beta
+    return share * jnp.exp(ours) * (ours - _log_mixture(beta, ours, theirs) - from_mixture[:, None])
 
 
 def _over_vocabulary(sums, split):
@@ -132,36 +212,38 @@ def _over_vocabulary(sums, split):
         return sums
     highest, their_highest = (jax.lax.pmax(x, split.vocabulary) for x in (sums.highest, sums.their_highest))
     scale, their_scale = jnp.exp(sums.highest - highest), jnp.exp(sums.their_highest - their_highest)
-    scaled = (sums.exponentials * scale, sums.their_exponentials * their_scale, sums.differences * their_scale)
-    exponentials, their_exponentials, differences = (jax.lax.psum(x, split.vocabulary) for x in scaled)
-    return Sums(highest, exponentials, their_highest, their_exponentials, differences)
+    moments = sums.moments + (sums.highest - highest) * sums.exponentials
+    ours = (jax.lax.psum(x * scale, split.vocabulary) for x in (sums.exponentials, moments))
+    theirs = (jax.lax.psum(x * their_scale, split.vocabulary) for x in (sums.their_exponentials, sums.differences))
+    return Sums(highest, *ours, their_highest, *theirs)
 
 
-def _backward(unembed, chunks, split, head, hidden, their_head, their_hidden, wanted, rng, *by_token):
+def _backward(how, chunks, split, their_split, head, hidden, their_head, their_hidden, wanted, rng, *by_token):
     """This device's gradients of its part of the head and of hidden, as `cross_entropy._backward`.
 
-    by_token: the second and third result of `_forward`, the gradient of the first, float32 [B, T], and token_index.
+    by_token: the results of `_forward` from the third on, the gradient of the first, float32 [B, T], and token_index.
     """
     *by_token, token_index = by_token
-    cut = _cut(chunks, hidden, head, split)
+    cut = _cut(chunks, hidden, head, split, their_split)
     order, real = parts.blocks(wanted, cut.tokens)
     width = hidden.shape[-1]
-    rows, their_rows, token_index = hidden.reshape(-1, width), their_hidden.reshape(-1, width), token_index.reshape(-1)
-    fill = (-LOWEST, -LOWEST, 0)  # as in `cross_entropy`: of tokens that are not wanted every probability is 0
+    rows, their_rows = (x.reshape(-1, x.shape[-1]) for x in (hidden, their_hidden))
+    token_index = token_index.reshape(-1)
+    fill = (-LOWEST, -LOWEST, 0, 0)  # as in `cross_entropy`: of tokens that are not wanted every probability is 0
     by_block = tuple(jnp.where(real, x.reshape(-1)[order], none) for x, none in zip(by_token, fill, strict=True))
 
     def over_columns(carry, chunk):
         d_head, d_rows = carry
         start, fresh = chunk
-        part, their_part = (parts.part(one, cut.columns, start, split, hidden.dtype) for one in (head, their_head))
+        part = parts.part(head, cut.columns, start, split, hidden.dtype)
+        their_part = parts.part(their_head, cut.columns, start, their_split, their_hidden.dtype)
         is_fresh = start + jnp.arange(cut.columns) >= fresh
 
-        def add(d_part, d_block, positions, log_norm, their_log_norm, gradient):
+        def add(d_part, d_block, positions, log_norm, their_log_norm, from_mixture, gradient):
             indices = token_index[positions]
-            logits, pull = jax.vjp(lambda part, rows: unembed(part, rows, rng, indices), part, rows[positions])
-            wanted = unembed(their_part, their_rows[positions], None, indices)
-            # d KL / d logits is the policy's softmax less the reference's.
-            d_logits = jnp.exp(logits - log_norm[:, None]) - jnp.exp(wanted - their_log_norm[:, None])
+            logits, pull = jax.vjp(lambda part, rows: how.unembed(part, rows, rng, indices), part, rows[positions])
+            theirs = how.their_unembed(their_part, their_rows[positions], None, indices) - their_log_norm[:, None]
+            d_logits = _slope(how.beta, logits - log_norm[:, None], theirs, from_mixture)
             of_part, of_rows = pull(jnp.where(is_fresh, d_logits * gradient[:, None], 0))
             d_part = jax.tree.map(lambda total, new: total + new.astype(total.dtype), d_part, of_part)
             return d_part, d_block + of_rows.astype(jnp.float32)

@@ -10,9 +10,11 @@ from ftjax import sharding, tree
 from ftjax.models.layers import Linear
 from ftjax.objectives import head as heads
 from ftjax.objectives.cross_entropy import Chunks, Further, cross_entropy, per_token
-from ftjax.objectives.divergence import kl_per_token
+from ftjax.objectives.divergence import Between, divergence_per_token
 
 BATCH, LENGTH, WIDTH, VOCAB, RANK = 8, 6, 16, 96, 4
+BETA = 0.3  # of the divergence
+
 MESHES = {
     "fsdp=8": {"fsdp": 8},
     "fsdp=4 x tensor=2": {"fsdp": 4, "tensor": 2},
@@ -93,18 +95,23 @@ def naive(head, hidden, targets, weights):
 
 
 def divergences(head, hidden, wanted):
-    """{mesh: the greatest errors of the KL to another head and of its gradients}, and how large the gradients are."""
+    """{mesh: the greatest errors of divergences from another head and of their gradients}, and how large these are."""
     theirs = jax.tree.map(lambda leaf: np.roll(leaf, 1, -1) / 2, (head, hidden))
 
     def whole(head, hidden):
         ours, other = (jax.nn.log_softmax(unembed(*one, None, None)) for one in ((head, hidden), theirs))
-        return jnp.sum(jnp.sum(jnp.exp(other) * (other - ours), -1) * wanted)
+        mixed = jnp.logaddexp(ours + jnp.log(1 - BETA), other + jnp.log(BETA))
+        of_each = ((beta, jnp.sum(jnp.exp(its) * (its - mixed), -1)) for beta, its in ((BETA, other), (1 - BETA, ours)))
+        forward = jnp.sum(jnp.exp(other) * (other - ours), -1)
+        return jnp.sum((forward + sum(beta * values for beta, values in of_each)) * wanted)
 
     expected = jax.value_and_grad(whole, argnums=(0, 1))(head, hidden)
     out = {"largest": max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))}
 
     def ours(head, hidden, their_head, their_hidden):
-        return kl_per_token(unembed, Chunks(20, 5), head, hidden, their_head, their_hidden, wanted, None).sum()
+        given = (Chunks(20, 5), head, hidden, their_head, their_hidden, wanted, None)
+        values = (divergence_per_token(Between(unembed, unembed, beta), *given)[0] for beta in (0.0, BETA))
+        return sum(value.sum() for value in values)
 
     for name in ("data=2 x fsdp=2 x tensor=2", "tensor=8", "fsdp=2 x context=2 x tensor=2"):
         mesh = sharding.make_mesh(MESHES[name])
