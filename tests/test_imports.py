@@ -40,10 +40,10 @@ FLOORS = [
     {"evals", "rewards"},
     {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"}
     | {"rewarding"},
-    {"labeling", "planning", "rollouts"},
+    {"constitutional", "labeling", "planning", "rollouts"},
     {"sources"},
     {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness", "score"}
-    | {"plan", "inspect_data", "curate", "label", "import_config"},
+    | {"plan", "inspect_data", "curate", "label", "constitution", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]

@@ -3,7 +3,7 @@
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +12,12 @@ from ftjax.errors import TransientError, UserError
 
 _LONGEST_WAIT = 60.0  # seconds between two tries
 
+Question = str | Sequence[Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Endpoint:
-    """endpoint(questions) -> the replies, in their order; each question is a conversation of one user turn.
+    """endpoint(questions) -> the replies, in their order; a question is the turn of a user, or a conversation.
 
     Attributes:
       url: up to and including the version, such as https://api.openai.com/v1.
@@ -40,7 +42,11 @@ class Endpoint:
     tries: int = 6
     wait: float = 1.0
 
-    def __call__(self, questions: Sequence[str]) -> list[str]:
+    def __call__(self, questions: Sequence[Question]) -> list[str]:
+        return [choice["message"]["content"] for choice in self.choices(questions)]
+
+    def choices(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+        """The first choice of each reply as the endpoint gives it, {"message": {"content": str}, ...}."""
         import httpx2
 
         headers = {}
@@ -56,10 +62,11 @@ class Endpoint:
             finally:
                 pool.shutdown(cancel_futures=True)  # after an error nothing further is asked
 
-    def _ask(self, client: Any, question: str) -> str:
+    def _ask(self, client: Any, question: Question) -> dict[str, Any]:
         import httpx2
 
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}], **self.options}
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+        body, question = {"model": self.model, "messages": messages, **self.options}, messages[-1]["content"]
         for attempt in range(self.tries):
             pause = min(self.wait * 2**attempt * random.uniform(0.75, 1.25), _LONGEST_WAIT)
             try:
@@ -70,7 +77,7 @@ class Endpoint:
                 trouble = f"{type(error).__name__}: {error}"
             else:
                 if response.status_code == 200:
-                    return self._content(response, question)
+                    return self._choice(response, question)
                 trouble = f"status {response.status_code}: {response.text[:500]}"
                 if response.status_code != 429 and response.status_code < 500:
                     raise UserError(f"{self.url} refuses {self.model}: {trouble}; it was asked:\n{question}")
@@ -79,14 +86,15 @@ class Endpoint:
                 time.sleep(pause)
         raise TransientError(f"{self.url} did not reply in {self.tries} tries: {trouble}; it was asked:\n{question}")
 
-    def _content(self, response: Any, question: str) -> str:
+    def _choice(self, response: Any, question: str) -> dict[str, Any]:
         try:
-            content = response.json()["choices"][0]["message"]["content"]
+            choice = response.json()["choices"][0]
+            content = choice["message"]["content"]
         except (ValueError, LookupError, TypeError):
             content = None
         if not isinstance(content, str):
             raise UserError(f"{self.url}: no chat completion: {response.text[:500]}; it was asked:\n{question}")
-        return content
+        return choice
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -16,11 +16,13 @@ REWARDS = "rewards"  # in the collection `kept`, see `training.state.reward_sums
 
 
 def make_reward(model: Decoder, config: ConfigDict, seed: int = 0) -> Objective:
-    """The objective over batches of ranked pairs, packed or not, whose labels are their margins.
+    """The objective over batches of ranked pairs, packed or not, whose labels are their margins (`data.tokens.kinds`).
 
     The loss of a pair is -log p(chosen is better), p being sigmoid(r_chosen - r_rejected - margin) (Stiennon et al.
     2020, equation 1; Llama 2, Touvron et al. 2023, equation 2), plus `config.center_coef` (r_chosen + r_rejected)^2,
     which holds rewards around 0 (Eisenstein et al. 2023). A reward r is what the head says at an answer's last token.
+    Where a pair says the probability q of chosen being better, it is -q log p - (1 - q) log(1 - p), the cross-entropy
+    against that soft label (Bai et al. 2022, arXiv 2212.08073, section 4.1).
     With `config.label_noise` e it is (1 - e) p + e / 2: a share e of the labels is drawn at random (Christiano et al.
     2017, section 2.2.3). The sum is over pairs, and its weight is their number.
 
@@ -36,10 +38,16 @@ def make_reward(model: Decoder, config: ConfigDict, seed: int = 0) -> Objective:
         segments = batch["segment_ids"]
         last = is_last(segments)
         there, _ = pair_sums(last.astype(jnp.float32), segments)  # [B, P]: 1 where there is a pair, else 0
-        margin, _ = pair_sums(jnp.where(last, batch["labels"], 0), segments)
+        margin, less = pair_sums(jnp.where(last, batch["labels"], 0), segments)
+        doubt = margin - less  # the probability that rejected is better
         by_token = jnp.where(last[..., None], scores(model, variables, batch, rng), 0)
         chosen, rejected = jax.vmap(pair_sums, (-1, None), -1)(by_token, segments)  # [B, P, K]
-        losses = -log_likelihood(chosen - rejected - margin[..., None], config.label_noise)
+        difference = chosen - rejected - margin[..., None]
+        losses = -log_likelihood(difference, config.label_noise)
+        # The terms of -(1 - doubt) log p - doubt log(1 - p) beyond -log p.
+        losses += doubt[..., None] * (
+            log_likelihood(difference, config.label_noise) - log_likelihood(-difference, config.label_noise)
+        )
         losses += config.center_coef * (chosen + rejected) ** 2
         if config.ensemble > 1 and rng is not None:
             losses *= bootstrap(batch, config.ensemble, seed)
@@ -51,7 +59,7 @@ def make_reward(model: Decoder, config: ConfigDict, seed: int = 0) -> Objective:
             "accuracy": (ours > theirs).astype(jnp.float32),
             "margin": ours - theirs,
             "mean_reward": (ours + theirs) / 2,
-            "brier": (1 - likelihood) ** 2,
+            "brier": (1 - doubt - likelihood) ** 2,
             "confidence": jnp.maximum(likelihood, 1 - likelihood),
         }
         if config.ensemble > 1:

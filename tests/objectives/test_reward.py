@@ -122,6 +122,20 @@ def test_loss_gradients_and_metrics_are_those_of_transformers_however_pairs_lie_
     record_figure(f"gradients, {layout}", worst)
 
 
+def test_the_loss_of_a_soft_label_is_torchs_cross_entropy_with_it_and_margins_stay():
+    variables, batch, doubts = variables_of(), batch_with(((0, 1), (2,), (), ())), (0.25, 0.0, 0.6)
+    margins, rewards = np.array([0.0, 0.5, 0.0]), witness()[2]
+    for row, place, i in ((0, 0, 0), (0, 1, 1), (1, 0, 2)):
+        for segment, label in ((2 * place + 1, margins[i]), (2 * place + 2, margins[i] - doubts[i])):
+            batch["labels"][row][batch["segment_ids"][row] == segment] = label
+    loss = loss_of(variables, batch)
+    difference, soft = torch.tensor(rewards[:, 0] - rewards[:, 1] - margins), 1 - torch.tensor(doubts).double()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(difference, soft, reduction="sum")
+    np.testing.assert_allclose(loss.sum, expected, rtol=1e-5)
+    likelihood = torch.sigmoid(torch.tensor(rewards[:, 0] - rewards[:, 1]))
+    np.testing.assert_allclose(loss.metrics["brier"][0], ((soft - likelihood) ** 2).sum(), rtol=1e-5)
+
+
 def test_a_reward_is_read_at_the_last_real_token_even_where_padding_and_turns_are_of_end_tokens():
     """trl#6952, trl#2778: 0 is the padding's id in every batch, and here that of the ends of turns and answers too."""
     ending = np.array([5, 0, 7, 8, 0], np.int32)  # a turn that ends, an answer that does

@@ -6,7 +6,8 @@ records, which `kind_of` names:
     text               {"text": str}
     chat               {"messages": [message], "tools"?: [schema]}
     prompt_completion  {"prompt": str, "completion": str}
-    preference         {"prompt": [message], "chosen": [message], "rejected": [message], "margin"?: float, "tools"?}
+    preference         {"prompt": [message], "chosen": [message], "rejected": [message], "margin"?: float,
+                        "probability"?: float, "tools"?}
     unpaired           {"prompt": [message], "completion": [message], "label": bool, "tools"?}
     stepwise           {"prompt": [message], "completions": [str], "labels": [bool], "tools"?}
     classified         text, chat, or prompt and completion (both strings or both [message]), and {"label": str}
@@ -166,7 +167,8 @@ def _openai_preference(fields: dict, origin: str) -> dict:
     if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
         raise UserError(f"{origin}: input must be an object with `messages`; see OpenAI's preference format")
     sides = {"chosen": fields["preferred_output"], "rejected": fields["non_preferred_output"]}
-    return pairs.preference({**given, "prompt": given["messages"], **sides, "margin": fields.get("margin")}, origin)
+    said = {name: fields.get(name) for name in ("margin", "probability")}
+    return pairs.preference({**given, "prompt": given["messages"], **sides, **said}, origin)
 
 
 def _sharegpt_preference(fields: dict, origin: str) -> dict:
@@ -201,7 +203,7 @@ WHOLE_OF = {
 
 # All fields that any format reads.
 FIELDS = {name for keys, _ in FORMATS.values() for name in keys}
-FIELDS |= {"system", "history", "tools", "functions", "margin", "input"}
+FIELDS |= {"system", "history", "tools", "functions", "margin", "probability", "input"}
 
 
 def _has(fields: dict, keys: tuple[str, ...]) -> bool:

@@ -7,7 +7,9 @@ _LARGEST_MARGIN = 10_000  # beyond it the loss of one pair would be all that a s
 
 
 def preference(fields: dict, origin: str) -> dict:
-    """{"prompt", "chosen", "rejected", "margin"?, "tools"?} of a preference row, the first three as lists of messages.
+    """{"prompt", "chosen", "rejected", "margin"?, "probability"?, "tools"?} of a preference row.
+
+    The first three are lists of messages. The probability is that of `chosen` being the better answer, 1 if not said.
 
     `chosen` and `rejected` are answers (strings or messages) to `prompt`, or both are whole conversations, which start
     with a turn of the user or the system. Of these the longest common start is the prompt; at least one message is left
@@ -43,6 +45,14 @@ def preference(fields: dict, origin: str) -> dict:
                 f"{origin}: margin is {margin!r}; write a finite number, at most {_LARGEST_MARGIN:,}, or leave it out"
             )
         record["margin"] = float(margin)
+    probability = fields.get("probability")
+    if probability is not None:
+        number = isinstance(probability, int | float) and not isinstance(probability, bool)
+        if not (number and 0 <= probability <= 1):
+            raise UserError(f"{origin}: probability is {probability!r}; write a number from 0 to 1, or leave it out")
+        if record.get("margin"):
+            raise UserError(f"{origin}: has a margin and a probability, of which a pair may have one; leave one out")
+        record["probability"] = float(probability)
     return record | tools_of(fields, origin)
 
 

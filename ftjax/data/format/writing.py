@@ -84,7 +84,7 @@ def _sharegpt(fields: dict) -> dict:
 
 
 def _preference(fields: dict) -> dict:
-    return _sides(fields, "preference") | _margin(fields) | _tools(fields)
+    return _sides(fields, "preference") | _label(fields) | _tools(fields)
 
 
 def _openai_preference(fields: dict) -> dict:
@@ -92,7 +92,7 @@ def _openai_preference(fields: dict) -> dict:
     pair = {side: [with_json_arguments(turn) for turn in turns] for side, turns in sides.items()}
     given = {"messages": pair["prompt"], **_tools(fields)}
     row = {"input": given, "preferred_output": pair["chosen"], "non_preferred_output": pair["rejected"]}
-    return row | _margin(fields)
+    return row | _label(fields)
 
 
 def _sharegpt_preference(fields: dict) -> dict:
@@ -102,7 +102,7 @@ def _sharegpt_preference(fields: dict) -> dict:
         if len(sides[side]) != 1:
             raise _cannot_hold("sharegpt_preference", f"more than one turn in {side}")
         row[side] = _turn(sides[side][0], "sharegpt_preference")
-    return row | _json_tools(fields) | _margin(fields)
+    return row | _json_tools(fields) | _label(fields)
 
 
 def _kto(fields: dict) -> dict:
@@ -147,8 +147,8 @@ def _is_trained(message: dict) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def _margin(fields: dict) -> dict:
-    return {"margin": fields["margin"]} if "margin" in fields else {}
+def _label(fields: dict) -> dict:
+    return {name: fields[name] for name in ("margin", "probability") if name in fields}
 
 
 def _tools(fields: dict) -> dict:

@@ -34,10 +34,10 @@ def open_csv(file: DataFile, names: Columns = NONE) -> TextRows:
     """The records of a CSV or TSV file as dicts of strings, by the names in its first record.
 
     Cells that formats want as something else are converted: lists of messages, tools, answers, steps and their labels
-    from JSON, `label` beside a completion from true/false/1/0, `margin` from a number; empty ones in these columns are
-    absent, and an empty `label` is None. The separator is the one of DELIMITERS that gives the header the most columns.
-    A column without a name is left out: the first one, where pandas writes its index, and others if their cells are
-    empty. Holds 16 bytes a row.
+    from JSON, `label` beside a completion from true/false/1/0, `margin` and `probability` from a number; empty ones in
+    these columns are absent, and an empty `label` is None. The separator is the one of DELIMITERS that gives the header
+    the most columns. A column without a name is left out: the first one, where pandas writes its index, and others if
+    their cells are empty. Holds 16 bytes a row.
     """
     csv.field_size_limit(spans.MAX_ROW_BYTES)  # of the whole process, and by default too little for a document
     options = {"delimiter": _delimiter(file), "strict": True}
@@ -104,11 +104,11 @@ def _value(name: str, cell: str, origin: str) -> object:
         return cell or None
     if name == "label":
         return _TRUTH.get(cell.strip().lower(), cell or None)
-    if name == "margin":
+    if name in ("margin", "probability"):
         try:
             return float(cell) if cell else None
         except ValueError:
-            raise UserError(f"{origin}: margin is {cell!r}, not a number; correct the cell") from None
+            raise UserError(f"{origin}: {name} is {cell!r}, not a number; correct the cell") from None
     return cell
 
 

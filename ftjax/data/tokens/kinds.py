@@ -55,8 +55,9 @@ def _ranked(
     row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str, settings: Settings = PLAIN
 ) -> list[Documents]:
     margin = row.fields.get("margin", 0.0)
+    labels = {"chosen": margin, "rejected": margin - (1 - row.fields.get("probability", 1.0))}
     return [
-        {name: document._replace(labels=_everywhere(document, margin)) for name, document in pair.items()}
+        {name: document._replace(labels=_everywhere(document, labels[name])) for name, document in pair.items()}
         for pair in _pair(row, tokenizer, vocab_size, train_on)
     ]
 
@@ -119,7 +120,9 @@ def _everywhere(document: Document, label: float) -> np.ndarray:
 ROW_KINDS = {
     "conversation": RowKind(1, _conversation),  # a text, a conversation, or a prompt with its completion
     "pair": RowKind(2, _pair),  # a prompt with a chosen and a rejected answer
-    "ranked": RowKind(2, _ranked, labeled=True),  # the same with its margin, by how much one is better; 0 if not said
+    # The same with its margin, by how much chosen is better, 0 if not said. The label of rejected is less by the
+    # probability that chosen is not the better one, 0 if not said.
+    "ranked": RowKind(2, _ranked, labeled=True),
     "labeled": RowKind(1, _labeled, labeled=True),  # a prompt with an answer that is called good (+1) or bad (-1)
     "stepwise": RowKind(1, _stepwise, labeled=True),  # an answer in steps, +1 or -1 where one ends, 0 elsewhere
     "classified": RowKind(1, _classified, labeled=True),  # a text, or turns, and the index of its class

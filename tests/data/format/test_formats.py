@@ -319,6 +319,8 @@ REFUSED = {
     "endless margin": ({**PAIR, "margin": float("inf")}, "margin is inf; write a finite number"),
     "a margin beyond float32": ({**PAIR, "margin": 1e39}, "margin is 1e[+]39; write a finite number"),
     "a margin beyond float64": ({**PAIR, "margin": 10**400}, "margin is 10"),
+    "no probability": ({**PAIR, "probability": 1.2}, "probability is 1.2; write a number from 0 to 1"),
+    "margin and probability": ({**PAIR, "margin": 1, "probability": 0.7}, "a margin and a probability, of which"),
     "margin in words": ({**PAIR, "margin": "big"}, "margin is 'big'"),
     "empty rejected": ({"prompt": "a", "chosen": "b", "rejected": ""}, "rejected is empty"),
     "history in one list": (

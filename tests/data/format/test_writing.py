@@ -17,6 +17,7 @@ WRITTEN = [
     ({"messages": [*muted(SYSTEM, USER), ANSWER]}, ("messages", "openai", "sharegpt", "prompt_completion")),
     ({"prompt": "2+2=", "completion": "4"}, ("prompt_completion",)),
     ({**PAIR, "margin": 0.5, "tools": [SCHEMA]}, ("preference", "openai_preference", "sharegpt_preference")),
+    ({**PAIR, "probability": 0.75}, ("preference", "openai_preference", "sharegpt_preference")),
     ({"prompt": [SYSTEM, USER], "completion": [ANSWER], "label": False}, ("kto",)),
     ({"text": "Once"}, ("text",)),
 ]

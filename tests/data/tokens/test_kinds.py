@@ -153,6 +153,8 @@ def test_what_rows_say_of_their_documents_stands_at_each_token_and_decides_the_f
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     batch = loader_of("ranked", pair | {"margin": 2.5}).batch(0)
     assert set(batch["labels"][0][batch["segment_ids"][0] > 0]) == {2.5}
+    soft = loader_of("ranked", pair | {"probability": 0.75}).batch(0)
+    assert [soft["labels"][0][soft["segment_ids"][0] == segment].max() for segment in (1, 2)] == [0.0, -0.25]
     assert "labels" not in loader_of("pair", pair | {"margin": 2.5}).batch(0)
 
 
