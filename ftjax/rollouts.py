@@ -22,6 +22,7 @@ from ftjax.errors import UserError
 from ftjax.method import method_of
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.reference import policy_and_reference
+from ftjax.returns import group_advantages
 from ftjax.sampling.engine import Completion, generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.training import metrics
@@ -32,7 +33,6 @@ from ftjax.tree import Tree
 FILE = "rollouts.jsonl"  # in the workdir: the completions of the first prompt of each round
 _LENGTHS = 64  # rows of a batch have a multiple of it tokens, since each length is compiled
 _EQUAL = 1e-8  # rewards of a smaller standard deviation are equal, as in TRL
-_LEAST = 1e-4  # added to the standard deviation of rewards, as in TRL
 
 
 def check(config: ConfigDict, spec: DecoderSpec, loader: Loader) -> None:
@@ -127,7 +127,7 @@ class Rollouts:
         kept = most_differing(groups, wanted)
         places = (kept[:, None] * self.samples + np.arange(self.samples)).reshape(-1)
         written = every.of(places)
-        advantages = advantages_of(groups[kept], self._config.objective.scale_rewards).reshape(-1)
+        advantages = group_advantages(groups[kept], self._config.objective.scale_rewards).reshape(-1)
         if distributed.is_first():
             self._record(round_ * self.updates + 1, written, grades[places], advantages)
         arrays, found = self._lay(written, advantages), self._metrics(grades, total, every.completions)
@@ -228,19 +228,6 @@ class Rollouts:
 
 def _line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def advantages_of(rewards: np.ndarray, scale: str) -> np.ndarray:
-    """How much better each completion is than the others of its prompt, float64 as rewards [prompts, samples].
-
-    Shao et al. 2024 (arXiv:2402.03300, section 4.1.2): less the mean of the prompt's, and with scale "group" over their
-    standard deviation, with "batch" over that of all, with "none" over nothing (Liu et al. 2025, arXiv:2503.20783).
-    """
-    centered = rewards - rewards.mean(axis=1, keepdims=True)
-    if scale == "none":
-        return centered
-    deviation = rewards.std(axis=1, ddof=1, keepdims=True) if scale == "group" else rewards.std(ddof=1)
-    return centered / (deviation + _LEAST)
 
 
 def differing(rewards: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ FLOORS = [
     {"adapted", "prompts"},
     {"evals", "rewards"},
     {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"}
-    | {"rewarding"},
+    | {"returns", "rewarding"},
     {"constitutional", "labeling", "planning", "rollouts"},
     {"sources"},
     {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness", "score"}

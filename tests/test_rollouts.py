@@ -14,7 +14,8 @@ from ftjax.errors import UserError
 from ftjax.method import METHODS
 from ftjax.objectives.head import make_unembed
 from ftjax.objectives.logps import token_logps
-from ftjax.rollouts import Rollouts, advantages_of, most_differing
+from ftjax.returns import group_advantages
+from ftjax.rollouts import Rollouts, most_differing
 from ftjax.training import metrics
 
 REWARD = "support.rewards:of_e"
@@ -85,10 +86,10 @@ def test_a_batch_holds_what_was_sampled_and_how_likely_it_was(root, tmp_path, te
 
 def test_advantages_compare_the_completions_of_a_prompt():
     rewards = np.array([[1.0, 0.0, 2.0], [5.0, 5.0, 5.0]])
-    np.testing.assert_allclose(advantages_of(rewards, "none"), [[0, -1, 1], [0, 0, 0]])
-    np.testing.assert_allclose(advantages_of(rewards, "group"), [[0, -1 / 1.0001, 1 / 1.0001], [0, 0, 0]])
+    np.testing.assert_allclose(group_advantages(rewards, "none"), [[0, -1, 1], [0, 0, 0]])
+    np.testing.assert_allclose(group_advantages(rewards, "group"), [[0, -1 / 1.0001, 1 / 1.0001], [0, 0, 0]])
     whole = np.sqrt(sum((x - 3) ** 2 for x in (1, 0, 2, 5, 5, 5)) / 5) + 1e-4
-    np.testing.assert_allclose(advantages_of(rewards, "batch"), [[0, -1 / whole, 1 / whole], [0, 0, 0]])
+    np.testing.assert_allclose(group_advantages(rewards, "batch"), [[0, -1 / whole, 1 / whole], [0, 0, 0]])
 
 
 def test_prompts_of_equal_rewards_give_way_in_their_order():

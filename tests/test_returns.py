@@ -1,0 +1,60 @@
+"""From scores to advantages, against the formulas written out token by token."""
+
+import numpy as np
+import pytest
+
+from ftjax.returns import at_end, baselines, gae, kl_estimates, whiten
+
+RNG = np.random.default_rng(0)
+MASK = np.array([[0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]], bool)
+
+
+def drawn():
+    """Numbers where the mask is, NaN elsewhere."""
+    return np.where(MASK, RNG.standard_normal(MASK.shape), np.nan)
+
+
+@pytest.mark.parametrize(("discount", "decay"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
+def test_advantages_are_the_sums_of_the_paper_and_nan_elsewhere_reaches_none(discount, decay):
+    rewards, values = drawn(), drawn()
+    found = gae(rewards, values, MASK, discount, decay)
+    assert not found[~MASK].any()
+    for row in range(len(MASK)):
+        r, v = rewards[row][MASK[row]], np.append(values[row][MASK[row]], 0)
+        errors = r + discount * v[1:] - v[:-1]
+        wanted = [sum((discount * decay) ** k * errors[t + k] for k in range(len(r) - t)) for t in range(len(r))]
+        np.testing.assert_allclose(found[row][MASK[row]], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_the_score_lands_on_the_last_token_and_never_on_what_follows():
+    found = at_end(np.array([3.0, -2.0, 5.0, 7.0]), MASK)
+    wanted = np.zeros(MASK.shape)
+    wanted[0, 4], wanted[1, 6], wanted[3, 0] = 3, -2, 7
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_whitened_numbers_have_mean_0_and_variance_1_over_the_mask():
+    values = drawn()
+    found = whiten(values, MASK)
+    assert not found[~MASK].any()
+    there = values[MASK]
+    np.testing.assert_allclose(found[MASK], (there - there.mean()) / np.sqrt(there.var(ddof=1) + 1e-8), rtol=1e-12)
+    assert not whiten(values, np.zeros(MASK.shape, bool)).any()
+
+
+def test_estimates_of_kl_are_schulmans_and_two_of_them_unbiased():
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    exact, every = np.sum(p * np.log(p / q)), np.ones(3, bool)
+    ratio = q / p
+    wanted = {"k1": -np.log(ratio), "k2": np.log(ratio) ** 2 / 2, "k3": ratio - 1 - np.log(ratio)}
+    for name, values in wanted.items():
+        found = kl_estimates(np.log(p), np.log(q), every, name)
+        np.testing.assert_allclose(found, values, rtol=1e-12, atol=1e-15)
+        assert (abs((p * found).sum() - exact) < 1e-12) == (name != "k2")
+    assert not kl_estimates(np.full(3, np.nan), np.log(q), ~every, "k3").any()
+
+
+def test_baselines_are_the_mean_of_the_others_or_of_all():
+    rewards = np.array([[1.0, 2.0, 6.0], [0.0, 4.0, 5.0]])
+    np.testing.assert_allclose(baselines(rewards, "others"), [[4, 3.5, 1.5], [4.5, 2.5, 2]])
+    np.testing.assert_allclose(baselines(rewards, "batch"), np.full((2, 3), 3.0))
