@@ -25,7 +25,7 @@ from ftjax.data.tokens import templates
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.data.tokens.kinds import Settings
 from ftjax.errors import UserError
-from ftjax.method import Method, idle, learning_rate, method_of, samples
+from ftjax.method import Method, idle, lasting, learning_rate, method_of, samples
 from ftjax.models import params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
@@ -460,20 +460,21 @@ def load_run(
     mesh = sharding.make_mesh({"fsdp": -1})
     with jax.set_mesh(mesh):
         run = program(config, base.model, mesh, total_steps=1)  # of which the optimizer is not used
-        if share != 1 and COLLECTION in run.variables:
+        result = lasting(run.method, run.variables)
+        if share != 1 and COLLECTION in result:
             raise UserError("--interpolate: this run has a head, which its base has not; there is nothing between them")
         if check is not None:
-            check(config, base, run.variables)
+            check(config, base, result)
         with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
             averaged = AVERAGE in run.state.kept
             kept = {AVERAGE: run.state.result} if averaged else {}
-            kept |= run.state.collections.get("kept", {}) if COLLECTION in run.variables else {}
+            kept |= run.state.collections.get("kept", {}) if COLLECTION in result else {}
             part = ({} if averaged else {"trainable": run.state.result}) | ({"kept": kept} if kept else {})
             step, state, _ = checkpoints.restore(part, step, partial=True)
         kept = dict(state.get("kept", {}))
-        result = kept.pop(AVERAGE) if averaged else state["trainable"]
+        trained = lasting(run.method, kept.pop(AVERAGE) if averaged else state["trainable"])
         frozen = load_variables(config, base, run.variables, lambda path: not run.is_trained(path))
-        variables = tree.combine(result, frozen) | ({"kept": kept} if kept else {})
+        variables = tree.combine(trained, frozen) | ({"kept": kept} if kept else {})
         return config, base, variables if share == 1 else _interpolated(base, run, variables, share), step
 
 

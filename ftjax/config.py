@@ -1,7 +1,6 @@
 """The config: every key with its default and its check. A run's file changes some of them (see configs/)."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,21 @@ from ml_collections import ConfigDict
 
 from ftjax import foreign
 from ftjax.atomic import write_text
-from ftjax.config_checks import ANY, LAYERS, Check, losses, names, number, one_of, pairs, rewards, some_of, tokens
+from ftjax.config_checks import (
+    ANY,
+    ENTRY_OPTIONS,
+    LAYERS,
+    Check,
+    check_replay,
+    losses,
+    names,
+    number,
+    one_of,
+    pairs,
+    rewards,
+    some_of,
+    tokens,
+)
 from ftjax.errors import UserError, did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -87,14 +100,15 @@ KEYS: dict[str, Key] = {
     # Of the rows before training; on: stop on errors, warn: print them.
     "data.checks": Key("on", one_of("on", "warn", "off")),
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
-    # A method of ftjax/method.py: sft; dpo, kto, cpo, simpo, orpo; reward, prm, classify; grpo
+    # A method of ftjax/method.py: sft; dpo, kto, cpo, simpo, orpo; reward, prm, classify; grpo, rloo, ppo
     "objective.name": Key("sft", ANY),
     # sft: the share of a target's probability that is spread over the vocabulary; of pairs: of labels taken to be wrong
     "objective.label_smoothing": Key(0.0, number(0, 0.99)),
     # sft: so much of log(Z)^2 is added, Z being the sum of a softmax; 1e-4 is usual
     "objective.z_loss": Key(0.0, number(0)),
     # sft: so much of KL(the model before training || now) is what a token of a replayed source counts, instead of its
-    # cross-entropy; 0: its cross-entropy, as any other's. grpo: so much of KL(now || before) is added at each token
+    # cross-entropy; 0: its cross-entropy, as any other's. grpo: so much of KL(now || before) is added to the loss at
+    # each token. rloo, ppo: so much of it is subtracted from the reward
     "objective.kl_coef": Key(0.0, number(0)),
     # of preferences: how strongly the reference holds the policy; the scale of a margin where there is none
     "objective.beta": Key(0.1, number(1e-6)),
@@ -124,12 +138,13 @@ KEYS: dict[str, Key] = {
     # prm: what stands between the steps of an answer
     "objective.step_separator": Key("\n", Check(bool, "text, such as a line break")),
     "objective.label_noise": Key(0.0, number(0, 0.99)),  # reward: the share of labels that are given at random
-    # grpo: what is rewarded, scores as of data.eval, with weights: ("score", ("reward:runs/rm", 0.5)); (): a task's own
+    # grpo, rloo, ppo: what is rewarded, scores as of data.eval, with weights: ("score", ("reward:runs/rm", 0.5));
+    # (): a task's own
     "objective.rewards": Key((), rewards()),
     # grpo: how the rewards of a prompt's completions become advantages: less their mean, over the standard deviation of
     # these (group), of the whole batch (batch), or over nothing (none)
     "objective.scale_rewards": Key("group", one_of("group", "batch", "none")),
-    # grpo: how far the ratio of probabilities may be from 1 below, and above (0: as below)
+    # grpo, rloo, ppo: how far the ratio of probabilities may be from 1 below, and above (0: as below)
     "objective.epsilon": Key(0.2, number(0, 1)),
     "objective.epsilon_high": Key(0.0, number(0)),
     # grpo: whose ratio that is: of each token, or of the whole completion (GSPO)
@@ -137,9 +152,23 @@ KEYS: dict[str, Key] = {
     # grpo: how fast the loss sapo closes its gate, for completions better than others and for worse ones
     "objective.sapo_temperature_pos": Key(1.0, number(1e-6)),
     "objective.sapo_temperature_neg": Key(1.05, number(1e-6)),
-    "objective.mask_truncated": Key(False, ANY),  # grpo: completions that reach rollouts.max_new_tokens teach nothing
+    # grpo, rloo: completions that reach rollouts.max_new_tokens teach nothing
+    "objective.mask_truncated": Key(False, ANY),
+    # rloo, ppo: what is subtracted from the score of such a completion
+    "objective.missing_eos_penalty": Key(0.0, number(0)),
+    # rloo: what a reward is compared with, the mean of the others to the same prompt or of the whole batch
+    "objective.baseline": Key("others", one_of("others", "batch")),
+    # ppo: the estimate of KL(now || before) that is subtracted (Schulman 2020)
+    "objective.kl_estimator": Key("k1", one_of("k1", "k2", "k3")),
+    # ppo: kl_coef follows this KL of a completion, in about so many completions; 0: it stays
+    "objective.kl_target": Key(0.0, number(0)),
+    "objective.kl_horizon": Key(10000.0, number(1)),
+    "objective.discount": Key(1.0, number(0, 1)),  # ppo: gamma and lambda of advantages
+    "objective.gae_lambda": Key(0.95, number(0, 1)),
+    "objective.vf_coef": Key(0.1, number(0)),  # ppo: what the loss of the values counts
+    "objective.value_clip": Key(0.2, number(1e-6)),  # ppo: how far values may go from those of the round
     # What the model writes in training, with a method that lets it.
-    "rollouts.samples": Key(8, number(2)),  # completions of a prompt; data.batch_size is a multiple of it
+    "rollouts.samples": Key(8, number(1)),  # completions of a prompt; data.batch_size is a multiple of it
     "rollouts.max_new_tokens": Key(256, number(1)),  # of a completion; data.max_length is for it and its prompt
     "rollouts.temperature": Key(1.0, number(0.01)),
     "rollouts.batch_size": Key(64, number(1)),  # completions written together
@@ -233,20 +262,6 @@ def defaults() -> ConfigDict:
         (config[section] if section else config)[leaf] = key.default
     return config.lock()
 
-
-ENTRY_OPTIONS = {
-    "source": Check(lambda value: isinstance(value, str), "a string"),
-    "format": Check(lambda value: isinstance(value, str), "a string"),
-    "split": Check(lambda value: isinstance(value, str), "a string"),
-    "weight": Check(lambda value: type(value) in (int, float) and 0 < value < math.inf, "a positive, finite number"),
-    "replay": Check(lambda value: type(value) is float and 0 < value < 1, "a share between 0 and 1, such as 0.2"),
-    "limit": Check(lambda value: type(value) is int and value > 0, "a positive whole number"),
-    "columns": Check(
-        lambda value: hasattr(value, "items") and value and all(isinstance(s, str) for s in (*value, *value.values())),
-        "a mapping from our names to the source's, such as {'prompt': 'question', 'completion': 'answer'}",
-    ),
-    "score": Check(lambda value: isinstance(value, str) and value, "the name of a score, or MODULE:FUNCTION"),
-}
 
 # Keys that may differ between a run and its resumption: they change nothing that is learned.
 FREE_TO_CHANGE = (
@@ -353,7 +368,7 @@ def validate(config: ConfigDict, data: bool = True) -> None:
             if which == "eval" and entry["source"].startswith(("tfds:", "hf:")) and "split" not in entry:
                 raise UserError(f"config.data.eval: say which split of {entry['source']}, as {{'source', 'split'}}")
     general_sources(config)
-    _check_replay(config)
+    check_replay(sources(config, "train"), sources(config, "eval"))
     evaluated = [json.dumps(entry, sort_keys=True) for entry in sources(config, "eval")]
     if twice := sorted({entry for entry in evaluated if evaluated.count(entry) > 1}):
         raise UserError(f"config.data.eval: {twice[0]} stands there twice")
@@ -386,20 +401,6 @@ def source_entry(entry: Any, key: str) -> dict[str, Any]:
         if not check.holds(value):
             raise UserError(f"config.{key}: {name!r} of entry {dict(entry)} must be {check.wanted}")
     return {name: dict(value) if name == "columns" else value for name, value in entry.items()}
-
-
-def _check_replay(config: ConfigDict) -> None:
-    if wrong := [entry["source"] for entry in sources(config, "eval") if "replay" in entry]:
-        raise UserError(f"config.data.eval: {wrong[0]} has the option 'replay', which is for data.train; leave it out")
-    train = sources(config, "train")
-    if both := [entry["source"] for entry in train if {"weight", "replay"} <= entry.keys()]:
-        raise UserError(f"config.data.train: 'weight' and 'replay' of {both[0]} both say how often; leave one out")
-    total = sum(entry.get("replay", 0) for entry in train)
-    if total >= 1 or (train and all("replay" in entry for entry in train)):
-        raise UserError(
-            f"config.data.train: the shares 'replay' are {total:g} together, beside {len(train)} sources in all; they "
-            "must leave room for a source without, which the run is to learn"
-        )
 
 
 def replays(config: ConfigDict) -> bool:

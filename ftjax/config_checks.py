@@ -1,8 +1,10 @@
 """What a value of the config must be, and how that is said."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from ftjax.errors import UserError
 
 
 class Check(NamedTuple):
@@ -86,3 +88,33 @@ def _is_layers(text: str) -> bool:
 
 
 LAYERS = Check(_is_layers, "numbers and ranges of layers, such as '0-7,20'")
+
+# The options of an entry in data.train, data.eval and the like.
+ENTRY_OPTIONS = {
+    "source": Check(lambda value: isinstance(value, str), "a string"),
+    "format": Check(lambda value: isinstance(value, str), "a string"),
+    "split": Check(lambda value: isinstance(value, str), "a string"),
+    "weight": Check(lambda value: type(value) in (int, float) and 0 < value < math.inf, "a positive, finite number"),
+    "replay": Check(lambda value: type(value) is float and 0 < value < 1, "a share between 0 and 1, such as 0.2"),
+    "limit": Check(lambda value: type(value) is int and value > 0, "a positive whole number"),
+    "columns": Check(
+        lambda value: hasattr(value, "items") and value and all(isinstance(s, str) for s in (*value, *value.values())),
+        "a mapping from our names to the source's, such as {'prompt': 'question', 'completion': 'answer'}",
+    ),
+    "score": Check(lambda value: isinstance(value, str) and value, "the name of a score, or MODULE:FUNCTION"),
+}
+
+
+def check_replay(train: Sequence[Mapping[str, Any]], evaluated: Sequence[Mapping[str, Any]]) -> None:
+    """UserError where the option "replay" of the entries of data.train and data.eval does not say how often a row is
+    seen."""
+    if wrong := [entry["source"] for entry in evaluated if "replay" in entry]:
+        raise UserError(f"config.data.eval: {wrong[0]} has the option 'replay', which is for data.train; leave it out")
+    if both := [entry["source"] for entry in train if {"weight", "replay"} <= entry.keys()]:
+        raise UserError(f"config.data.train: 'weight' and 'replay' of {both[0]} both say how often; leave one out")
+    total = sum(entry.get("replay", 0) for entry in train)
+    if total >= 1 or (train and all("replay" in entry for entry in train)):
+        raise UserError(
+            f"config.data.train: the shares 'replay' are {total:g} together, beside {len(train)} sources in all; they "
+            "must leave room for a source without, which the run is to learn"
+        )

@@ -15,19 +15,22 @@ from ml_collections import ConfigDict
 
 from ftjax import config as configs
 from ftjax.data.batch.mismatched import MISMATCHED
-from ftjax.data.batch.packing import BATCH, LABELS, REFERENCE, REPLAY, ROLLOUT
+from ftjax.data.batch.packing import BATCH, CRITIC, KL, LABELS, REFERENCE, REPLAY, ROLLOUT
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
+from ftjax.models.heads import COLLECTION, VALUE
 from ftjax.objectives.classify import make_classify, make_prm
 from ftjax.objectives.loss import Objective
-from ftjax.objectives.policy import make_policy
+from ftjax.objectives.policy import make_policy, make_rloo
+from ftjax.objectives.ppo import make_ppo
 from ftjax.objectives.preference import make_preference, preference_totals
 from ftjax.objectives.reward import make_reward
 from ftjax.objectives.scores import SCORE
 from ftjax.objectives.sft import make_sft
 from ftjax.objectives.unpaired import estimates_kl, make_unpaired, make_unpaired_totals
-from ftjax.training.state import Kept, moving_reference, reward_sums
+from ftjax.returns import Learned, Round, of_groups, of_sequences, of_tokens
+from ftjax.training.state import Kept, kl_controller, moving_reference, reward_sums
 from ftjax.tree import Tree
 
 
@@ -43,6 +46,7 @@ class Method(NamedTuple):
       reference: whether a step compares with the model as it was before training (`objectives.reference`); with
         objective.kl_coef every one does, and with objective.cache_reference it was asked before (`cached_reference`).
       heads: config.objective -> {name: how many numbers it gives}, the heads that it adds (`models.heads`).
+      critic: whether its heads only help in training: what it made is loaded and exported without them.
       generates: whether what it trains is to generate. Without, only heads count: those of the vocabulary are neither
         computed nor trained, and no answers are evaluated.
       batch: the arrays [rows, length] of its batches, beside the labels of rows that have some.
@@ -50,6 +54,9 @@ class Method(NamedTuple):
         (`data.batch.mismatched`).
       totals: (model, config.objective) -> the function (variables, batch) -> sums that the objective needs of a whole
         step, or evaluation, first (`make_step`).
+      credit: (config.objective, `returns.Round`, the coefficient of the KL divergence now) -> what is learned of
+        completions that it wrote; None where it writes none.
+      kl_in_reward: whether objective.kl_coef is of a penalty in the reward, and not of one in the loss.
       kept: what it keeps from step to step beside the weights, such as a controller or a moving average.
       source: where its batches come from, a key of `sources.SOURCES`.
     """
@@ -61,11 +68,14 @@ class Method(NamedTuple):
     settings: tuple[str, ...] = ()
     reference: bool = False
     heads: Callable[[ConfigDict], Mapping[str, int]] = lambda config: {}
+    critic: bool = False
     generates: bool = True
     batch: Mapping[str, type[np.generic]] = types.MappingProxyType(BATCH)
     mismatched: Callable[[ConfigDict], bool] = lambda config: False
     totals: Callable[[Decoder, ConfigDict], Callable[[Tree, dict], Tree]] | None = None
     kept: Kept | None = None
+    credit: Callable[[ConfigDict, Round, float], Learned] | None = None
+    kl_in_reward: bool = False
     source: str = "files"
 
     @property
@@ -158,6 +168,37 @@ METHODS = {
             *("sapo_temperature_pos", "sapo_temperature_neg", "rewards", "scale_rewards", "mask_truncated"),
         ),
         batch=types.MappingProxyType(BATCH | ROLLOUT),
+        credit=of_groups,
+        source="rollouts",
+    ),
+    "rloo": Method(
+        make_rloo,
+        rows="prompt",
+        learning_rates={"lora": 1e-5, "dora": 1e-5, "none": 1e-6},  # TRL's, and for adapters ten times it, as elsewhere
+        epochs=(1.0, 1.0),
+        settings=(
+            *("epsilon", "epsilon_high", "kl_coef", "rewards", "mask_truncated", "missing_eos_penalty", "baseline"),
+        ),
+        batch=types.MappingProxyType(BATCH | ROLLOUT),
+        credit=of_sequences,
+        kl_in_reward=True,
+        source="rollouts",
+    ),
+    "ppo": Method(
+        make_ppo,
+        rows="prompt",
+        learning_rates={"lora": 1e-5, "dora": 1e-5, "none": 1e-6},  # of grpo
+        epochs=(1.0, 1.0),
+        settings=(
+            *("epsilon", "epsilon_high", "kl_coef", "rewards", "missing_eos_penalty", "kl_estimator", "kl_target"),
+            *("kl_horizon", "discount", "gae_lambda", "vf_coef", "value_clip"),
+        ),
+        heads=lambda config: {VALUE: 1},
+        critic=True,
+        reference=True,  # for objective/kl, which is to be seen where nothing holds it, too
+        batch=types.MappingProxyType(BATCH | ROLLOUT | CRITIC),
+        credit=of_tokens,
+        kl_in_reward=True,
         source="rollouts",
     ),
 }
@@ -203,17 +244,32 @@ def method_of(config: ConfigDict) -> Method:
                     f"config.{key}: objective.name={name!r} compares how likely what the model wrote is in training "
                     "and was in writing, and noise in training would be all the difference; leave it out"
                 )
+        to_others = "baseline" in method.settings and config.objective.baseline == "others"
+        if ("scale_rewards" in method.settings or to_others) and config.rollouts.samples < 2:
+            raise UserError(
+                f"config.rollouts.samples={config.rollouts.samples}: objective.name={name!r} compares completions "
+                "of the same prompt; set it to 2 or more"
+            )
         how = {"temperature": config.rollouts.temperature, "max_new_tokens": config.rollouts.max_new_tokens}
         method = method._replace(objective=functools.partial(method.objective, **how))
+    if config.objective.kl_target:
+        settings, every = config.objective, config.rollouts.iterations
+        method = method._replace(kept=kl_controller(settings.kl_coef, settings.kl_target, settings.kl_horizon, every))
     if config.objective.ensemble > 1:
         method = method._replace(objective=functools.partial(method.objective, seed=config.seed))
     batch = dict(method.batch) | (LABELS if ROW_KINDS[method.rows].labeled else {})
     batch |= REPLAY if configs.replays(config) else {}
     batch |= MISMATCHED if method.mismatched(config.objective) else {}
+    batch |= KL if config.objective.kl_target else {}
     cached = config.objective.cache_reference
     batch |= REFERENCE if cached else {}
     reference = (method.reference and not cached) or config.objective.kl_coef > 0
     return method._replace(reference=reference, batch=batch)
+
+
+def lasting(method: Method, variables: Tree) -> Tree:
+    """`variables` without heads that only helped in training."""
+    return {name: part for name, part in variables.items() if name != COLLECTION or not method.critic}
 
 
 def holds_reference_in_vain(config: ConfigDict) -> bool:

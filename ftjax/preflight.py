@@ -78,6 +78,8 @@ def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
             not split_entries(config)[0],
             "no scored entry in config.data.eval",
         ),
+        (["objective.kl_target"], not config.objective.kl_coef, "objective.kl_coef=0, of which it is a multiple"),
+        (["objective.kl_horizon"], not config.objective.kl_target, "objective.kl_target=0"),
         (["schedule.decay_ratio"], schedule.name != "wsd", f"schedule.name={schedule.name!r}"),
         (["schedule.final_ratio"], schedule.name == "constant", "schedule.name='constant'"),
     ]

@@ -4,10 +4,93 @@ Arrays by token are [completions, T], a completion's tokens standing where they 
 that is. What stands elsewhere never matters, even NaN.
 """
 
+from typing import NamedTuple
+
 import numpy as np
+from ml_collections import ConfigDict
 
 _LEAST = 1e-4  # added to the standard deviation of rewards, as in TRL
 _LEAST_VARIANCE = 1e-8  # added to that of advantages over tokens, as in TRL
+
+
+class Round(NamedTuple):
+    """What is known of the completions of a round, those of a prompt beside each other.
+
+    Attributes:
+      scores: float64 [completions], what each is worth.
+      ended: bool [completions]: it came to an end, and was not cut.
+      mask: bool [completions, T].
+      sampled_logps: of its tokens under the distribution that they were drawn from.
+      reference_logps: under that of the reference, at the same temperature; None where it is not asked.
+      values: of a critic before each token, of what is still to come; None where there is none.
+      samples: completions of a prompt.
+    """
+
+    scores: np.ndarray
+    ended: np.ndarray
+    mask: np.ndarray
+    sampled_logps: np.ndarray
+    reference_logps: np.ndarray | None
+    values: np.ndarray | None
+    samples: int
+
+
+class Learned(NamedTuple):
+    """What a round is worth learning.
+
+    Attributes:
+      by_completion: float64 [completions], how much better each is than was to be expected.
+      by_token: {array of a batch: float64 [completions, T]}, 0 outside of the mask.
+    """
+
+    by_completion: np.ndarray
+    by_token: dict[str, np.ndarray]
+    metrics: dict[str, float]
+
+
+def of_groups(config: ConfigDict, known: Round, kl_coef: float) -> Learned:
+    """GRPO: see `group_advantages`. Its KL divergence is part of the loss."""
+    advantages = group_advantages(known.scores.reshape(-1, known.samples), config.scale_rewards).reshape(-1)
+    return Learned(advantages, {"advantages": np.where(known.mask, advantages[:, None], 0.0)}, {})
+
+
+def of_sequences(config: ConfigDict, known: Round, kl_coef: float) -> Learned:
+    """RLOO and REINFORCE: the score less `kl_coef` times the sum of log p / p_reference over the completion, compared
+    with that of others (Ahmadian et al. 2024, arXiv 2402.14740).
+    """
+    rewards, metrics = known.scores - config.missing_eos_penalty * ~known.ended, {}
+    if known.reference_logps is not None:
+        kl = kl_estimates(known.sampled_logps, known.reference_logps, known.mask, "k1")
+        rewards = rewards - kl_coef * kl.sum(axis=1)
+        metrics["kl"] = float(kl.sum() / max(known.mask.sum(), 1))
+    advantages = rewards - baselines(rewards.reshape(-1, known.samples), config.baseline).reshape(-1)
+    return Learned(advantages, {"advantages": np.where(known.mask, advantages[:, None], 0.0)}, metrics)
+
+
+def of_tokens(config: ConfigDict, known: Round, kl_coef: float) -> Learned:
+    """PPO: a reward for each token, of which the critic's values make advantages.
+
+    The reward of a token is - `kl_coef` times the estimate of KL(policy || reference) there, and the last one's has the
+    score too (Stiennon et al. 2020, section 3.4; Ouyang et al. 2022, section 3.5). Metrics have TRL's names.
+    """
+    scores = known.scores - config.missing_eos_penalty * ~known.ended
+    mask, values = known.mask, masked(known.values, known.mask)
+    kl = np.zeros(mask.shape)
+    if known.reference_logps is not None:
+        kl = kl_estimates(known.sampled_logps, known.reference_logps, mask, config.kl_estimator)
+    rewards = at_end(scores, mask) - kl_coef * kl
+    advantages = gae(rewards, values, mask, config.discount, config.gae_lambda)
+    logps = masked(known.sampled_logps, mask)
+    metrics = {
+        "objective/scores": scores.mean(),
+        "objective/entropy": -logps.sum(axis=1).mean(),
+        "objective/rlhf_reward": rewards.sum(axis=1).mean(),
+    }
+    if known.reference_logps is not None:
+        metrics |= {"objective/kl": kl.sum(axis=1).mean(), "objective/kl_coef": kl_coef}
+    by_token = {"advantages": whiten(advantages, mask), "values": values, "returns": advantages + values, "kl": kl}
+    by_completion = advantages.sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
+    return Learned(by_completion, by_token, {name: float(value) for name, value in metrics.items()})
 
 
 def group_advantages(rewards: np.ndarray, scale: str) -> np.ndarray:

@@ -5,6 +5,7 @@ A batch is a function of its index and of the state before it: prompts in the lo
 """
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,17 +13,18 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from ftjax import distributed, rewarding, tree
+from ftjax import critic, distributed, rewarding, tree
 from ftjax.assemble import Base, Program
 from ftjax.atomic import write_text
 from ftjax.data.batch import packing
 from ftjax.data.batch.loader import Loader
 from ftjax.data.format.example import Document
 from ftjax.errors import UserError
-from ftjax.method import method_of
+from ftjax.method import lasting, method_of
 from ftjax.models.spec import DecoderSpec
+from ftjax.objectives.ppo import KL_COEF
 from ftjax.objectives.reference import policy_and_reference
-from ftjax.returns import group_advantages
+from ftjax.returns import Learned, Round
 from ftjax.sampling.engine import Completion, generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.training import metrics
@@ -94,7 +96,9 @@ class Rollouts:
         self._config, self._base, self._program, self._frozen = config, base, program, frozen
         self._loader, self._rewards, self._file = loader, rewarding.rewards_of(config), workdir / FILE
         self.updates, self.samples = config.rollouts.iterations, config.rollouts.samples
+        self._ask = critic.make_ask(config, program, frozen)
         self._round, self._made = -1, None
+        self._began: float | None = None  # the last round, by the clock
         self._writes_on = False
 
     def batch(self, index: int, state: TrainState) -> Batch:
@@ -127,13 +131,34 @@ class Rollouts:
         kept = most_differing(groups, wanted)
         places = (kept[:, None] * self.samples + np.arange(self.samples)).reshape(-1)
         written = every.of(places)
-        advantages = group_advantages(groups[kept], self._config.objective.scale_rewards).reshape(-1)
+        arrays = self._lay(written)
+        learned = self._learned(state, arrays, written, total[places])
+        for name in arrays.keys() & learned.by_token.keys():
+            arrays[name][:] = learned.by_token[name]
         if distributed.is_first():
-            self._record(round_ * self.updates + 1, written, grades[places], advantages)
-        arrays, found = self._lay(written, advantages), self._metrics(grades, total, every.completions)
+            self._record(round_ * self.updates + 1, written, grades[places], learned.by_completion)
+        found = self._metrics(grades, total, every.completions) | learned.metrics | self._pace(round_, len(places))
         if self._config.rollouts.resample:
             found |= {"groups/written": float(len(groups)), "groups/kept": float(differing(groups[kept]).sum())}
         return Batch(arrays, int((arrays["segment_ids"] > 0).sum()), found)
+
+    def _learned(
+        self, state: TrainState, arrays: dict[str, np.ndarray], written: Written, scores: np.ndarray
+    ) -> Learned:
+        """What is learned of the completions, which are worth `scores` and lie in `arrays`."""
+        said = self._ask(state, arrays)
+        known = Round(
+            scores,
+            np.array([one.stopped for one in written.completions]),
+            arrays["weights"] > 0,
+            arrays["sampled_logps"],
+            said.get("reference_logps"),
+            said.get("values"),
+            self.samples,
+        )
+        settings = self._config.objective
+        kl_coef = float(state.kept[KL_COEF]) if KL_COEF in state.kept else settings.kl_coef
+        return self._program.method.credit(settings, known, kl_coef)
 
     def _graded(self, round_: int, further: int, state: TrainState) -> tuple[Written, np.ndarray]:
         """The completions of a round, or the further ones that replace some, and what each reward gives them."""
@@ -155,6 +180,7 @@ class Rollouts:
         chosen = np.repeat(self._prompts(round_, further), self.samples)
         prompts = [examples.documents_of(i)[0].tokens for i in chosen]
         policy, _ = policy_and_reference(tree.combine(state.trainable, self._frozen))
+        policy = lasting(self._program.method, policy)
         completions = generate(
             self._base.model,
             policy,
@@ -168,8 +194,11 @@ class Rollouts:
         texts = [self._base.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in completions]
         return Written(chosen, prompts, completions, texts)
 
-    def _lay(self, written: Written, advantages: np.ndarray) -> dict[str, np.ndarray]:
-        """The arrays of BATCH and ROLLOUT, [completions, T]: a row has a prompt with one completion."""
+    def _lay(self, written: Written) -> dict[str, np.ndarray]:
+        """The arrays of the method's batches, [completions, T]: a row has a prompt with one completion.
+
+        Those that say what is learned of it are 0.
+        """
         documents, places = [], []
         for prompt, one in zip(written.prompts, written.completions, strict=True):
             stop = () if one.stop_token is None else (np.int32(one.stop_token),)
@@ -182,12 +211,10 @@ class Rollouts:
         longest = max(len(document.tokens) for (document,) in documents)
         multiple = max(_LENGTHS, self._loader.multiple)
         length = min(-(-longest // multiple) * multiple, self._program.row_length)
-        batch = packing.lay(documents, length, packing.BATCH | packing.ROLLOUT)
-        for row, (place, one, advantage) in enumerate(zip(places, written.completions, advantages, strict=True)):
-            batch["advantages"][row, place] = advantage
+        batch = packing.lay(documents, length, self._program.method.batch)
+        for row, (place, one) in enumerate(zip(places, written.completions, strict=True)):
             batch["sampled_logps"][row, place] = one.logps
-        for name in packing.ROLLOUT:
-            batch[name] *= batch["weights"]
+        batch["sampled_logps"] *= batch["weights"]
         return batch
 
     def _metrics(self, grades: np.ndarray, total: np.ndarray, completions: Sequence[Completion]) -> dict[str, float]:
@@ -197,17 +224,24 @@ class Rollouts:
         ended = np.array([one.stopped for one in completions])
         out = {
             "reward": total.mean(),
-            "reward_std": groups.std(axis=1, ddof=1).mean(),
-            "frac_reward_zero_std": (~differing(groups)).mean(),
             "completions/mean_length": lengths.mean(),
             "completions/min_length": lengths.min(),
             "completions/max_length": lengths.max(),
             "completions/clipped_ratio": 1 - ended.mean(),
             "completions/mean_terminated_length": lengths[ended].mean() if ended.any() else 0.0,
         }
+        if self.samples > 1:
+            out["reward_std"] = groups.std(axis=1, ddof=1).mean()
+            out["frac_reward_zero_std"] = (~differing(groups)).mean()
         for reward, values in zip(self._rewards, grades.T, strict=True):
-            out |= {f"rewards/{reward.name}/mean": values.mean(), f"rewards/{reward.name}/std": values.std(ddof=1)}
+            out |= {f"rewards/{reward.name}/mean": values.mean(), f"rewards/{reward.name}/std": _deviation(values)}
         return {name: float(value) for name, value in out.items()}
+
+    def _pace(self, round_: int, completions: int) -> dict[str, float]:
+        """How many completions were learned from, this round's included, and how many a second since the last one."""
+        began, self._began = self._began, time.perf_counter()
+        pace = {} if began is None else {"eps": completions / (self._began - began)}
+        return {"episode": float((round_ + 1) * completions)} | pace
 
     def _record(self, step: int, written: Written, grades: np.ndarray, advantages: np.ndarray) -> None:
         """Adds a line with the completions of the first prompt; lines of later steps, of a run that was killed, go."""
@@ -224,6 +258,11 @@ class Rollouts:
         record = {"step": step, "prompt": question.prompt.last, "expected": question.expected, "completions": answers}
         with self._file.open("a", encoding="utf-8") as file:
             file.write(_line(record))
+
+
+def _deviation(values: np.ndarray) -> float:
+    """The sample standard deviation, as in TRL; 0 of a single one."""
+    return values.std(ddof=1) if len(values) > 1 else 0.0
 
 
 def _line(record: dict) -> str:

@@ -46,7 +46,7 @@ from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.entries import split_entries
 from ftjax.evals.evaluator import Evaluator
-from ftjax.method import iterations
+from ftjax.method import iterations, lasting
 from ftjax.planning import flops
 from ftjax.reporting import page
 from ftjax.sources import SOURCES, Parts
@@ -124,7 +124,7 @@ def _train(
         # Shardings, objective, optimizer and step: shapes only.
         program = assemble.program(config, base.model, mesh, total_steps)
         preflight.check_ranks(program.variables.get("lora", {}), display)
-        exportable.check(tuple(config.export_formats), config, base, program.variables)
+        exportable.check(tuple(config.export_formats), config, base, lasting(program.method, program.variables))
         evaluator = Evaluator(config, base, program, heldout, workdir, preemption, display)
         described = continued.effective(config, base.model.spec)
         about = describe.run(described, asked, base, room, program, train_loader, report)

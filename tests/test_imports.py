@@ -31,7 +31,7 @@ FLOORS = [
     {"data"},
     {"origin"},
     {"objectives", "sampling"},
-    {"training"},
+    {"returns", "training"},
     {"method"},
     {"assemble"},
     {"memory"},
@@ -39,7 +39,7 @@ FLOORS = [
     {"adapted", "prompts"},
     {"evals", "rewards"},
     {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"}
-    | {"returns", "rewarding"},
+    | {"critic", "rewarding"},
     {"constitutional", "labeling", "planning", "rollouts"},
     {"sources"},
     {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness", "score"}

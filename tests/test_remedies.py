@@ -103,7 +103,7 @@ def test_a_resumed_run_with_all_of_them_is_the_same(root, tmp_path):
         (
             0.5,
             DPO | {"objective.kl_coef": 0.1},
-            r"does not use it \(of sft, grpo\)",
+            r"does not use it \(of sft, grpo, rloo, ppo\)",
         ),
     ],
 )

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from support.pairs import begun, config_of
+from support.rollouts import REWARD, config_for, source_of
 from support.runs import write_model, write_rows
 
 from ftjax import assemble, inspect_data, origin, rollouts, train, tree
@@ -15,10 +15,8 @@ from ftjax.method import METHODS
 from ftjax.objectives.head import make_unembed
 from ftjax.objectives.logps import token_logps
 from ftjax.returns import group_advantages
-from ftjax.rollouts import Rollouts, most_differing
-from ftjax.training import metrics
-
-REWARD = "support.rewards:of_e"
+from ftjax.rollouts import most_differing
+from ftjax.training import digest, metrics
 
 
 @pytest.fixture(scope="module")
@@ -27,32 +25,6 @@ def root(tmp_path_factory):
     write_model(root / "model")
     write_rows(root / "rows.jsonl", 40)
     return root
-
-
-def config_for(root, **changes):
-    """Two prompts with three completions each in a step."""
-    given = {
-        "objective.name": "grpo",
-        "objective.rewards": (REWARD,),
-        "data.train": (str(root / "rows.jsonl"),),
-        "data.checks": "off",
-        "data.max_length": 64,
-        "data.row_length": 64,
-        "data.batch_size": 6,
-        "rollouts.samples": 3,
-        "rollouts.max_new_tokens": 8,
-        "log_every": 1,
-        "checkpoint_every": 2,
-    }
-    return config_of(root, **given | changes)
-
-
-def source_of(config, workdir):
-    """(the source, the state that training starts from, the program, frozen variables)"""
-    program, start, loader = begun(config)
-    base = assemble.open_base(config.model)
-    with jax.set_mesh(program.mesh):
-        return Rollouts(config, base, program, start.frozen, loader, workdir), start, program
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -172,35 +144,55 @@ def test_rows_without_an_answer_are_prompts_and_inspected_as_such(root, tmp_path
     assert train.train(config, tmp_path / "run") == 0
 
 
-def test_a_run_of_its_own_completions_resumes_exactly(root, tmp_path):
+OF_PPO = {
+    "objective.name": "ppo",
+    "objective.kl_coef": 0.1,
+    "objective.kl_target": 0.5,
+    "objective.kl_horizon": 100.0,
+    "objective.missing_eos_penalty": 0.1,
+    "rollouts.samples": 1,
+    "rollouts.temperature": 0.7,
+    "data.batch_size": 4,
+    "accumulate": 2,
+    "export_formats": ("peft",),
+}
+
+
+OF_RLOO = {"objective.name": "rloo", "objective.kl_coef": 0.1}
+TIMES = {"step_time", "tokens_per_second", "data_wait", "eps"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("ppo", OF_PPO),
+        pytest.param("grpo", {}, marks=pytest.mark.slow),
+        pytest.param("rloo", OF_RLOO, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_of_its_own_completions_resumes_exactly(root, tmp_path, name, changes):
     # A round of completions serves two steps, so that only every second step can be saved.
-    config = config_for(root, **{"steps": 8, "rollouts.iterations": 2, "data.batch_size": 12, "checkpoint_every": 4})
+    changes = {"steps": 8, "rollouts.iterations": 2, "data.batch_size": 12, "checkpoint_every": 4} | changes
+    config = config_for(root, **changes)
     assert train.train(config, tmp_path / "run") == 0
     records = metrics.read(tmp_path / "run/metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 9))
     assert [("reward" in record) for record in records] == [True, False] * 4
     assert records[0]["sampling/logp_difference_mean"] < 1e-4 < records[1]["sampling/logp_difference_mean"]
-    written = (tmp_path / "run" / rollouts.FILE).read_text()
-    end = values(tmp_path / "run")
+    written, last = (tmp_path / "run" / rollouts.FILE).read_text(), tmp_path / "run/checkpoints/8"
+    end = digest.read(last)["leaves"]
+    assert ("kept/kl_coef" in end) == ("trainable/heads/value/kernel" in end) == (name == "ppo")
+    coefs = {record["objective/kl_coef"] for record in records if "objective/kl_coef" in record}
+    assert len(coefs) == 4 * (name == "ppo")  # a controller changes it after each round
 
-    from_step_4 = config_for(
-        root,
-        **{"steps": 8, "rollouts.iterations": 2, "data.batch_size": 12, "checkpoint_every": 4},
-        **{"checkpoint.resume_step": 4},
-    )
+    from_step_4 = config_for(root, **changes, **{"checkpoint.resume_step": 4})
     assert train.train(from_step_4, tmp_path / "run") == 0
     again = metrics.read(tmp_path / "run/metrics.jsonl")
-    for name in ("loss", "grad_norm", "sampling/logp_difference_mean"):
-        assert [record[name] for record in again] == [record[name] for record in records]
+    for metric in (records[0].keys() | records[1].keys()) - TIMES:
+        assert [record.get(metric) for record in again] == [record.get(metric) for record in records], metric
     assert (tmp_path / "run" / rollouts.FILE).read_text() == written
-    for path, leaf in values(tmp_path / "run").items():
-        np.testing.assert_array_equal(leaf, end[path], err_msg=path)
-
-
-def values(workdir):
-    _, _, variables, step = assemble.load_run(workdir)
-    assert step == 8
-    return {path: np.asarray(leaf) for path, leaf in tree.flatten(variables["lora"]).items()}
+    assert digest.read(last)["leaves"] == end
+    assert assemble.load_run(tmp_path / "run")[2].keys() == {"params", "lora"}  # what goes out is without a critic
 
 
 def test_a_reward_models_place_is_the_same_from_every_directory(root, tmp_path, monkeypatch):
@@ -228,6 +220,9 @@ def test_texts_with_other_line_ends_do_not_end_lines(root, tmp_path):
     assert lines[0] == record
 
 
+PPO = {"objective.name": "ppo", "optimizer.learning_rate": 3e-2}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -237,8 +232,11 @@ def test_texts_with_other_line_ends_do_not_end_lines(root, tmp_path):
         {"objective.loss": ("dapo",), "rollouts.iterations": 2, "steps": 48},
         {"objective.loss": ("cispo",), "objective.epsilon_high": 5.0},
         {"objective.loss": ("sapo",), "objective.scale_rewards": "batch"},
+        {"objective.name": "rloo", "objective.kl_coef": 0.01},
+        {"objective.name": "rloo", "objective.baseline": "batch"},
+        PPO | {"objective.kl_coef": 0.01, "rollouts.samples": 1, "rollouts.iterations": 4, "steps": 96},
     ],
-    ids=["gspo", "dr_grpo", "dapo", "cispo", "sapo"],
+    ids=["gspo", "dr_grpo", "dapo", "cispo", "sapo", "rloo", "reinforce", "ppo"],
 )
 def test_a_bandit_is_solved(tmp_path, changes, record_figure):
     """400 arms, of which those are rewarded that begin with a capital letter: a reward of 1 is the best there is."""
@@ -270,6 +268,9 @@ def test_a_bandit_is_solved(tmp_path, changes, record_figure):
         ({"data.eval": ("rows.jsonl",)}, "rows.jsonl has no 'score'.*no loss of other answers"),
         ({"objective.loss": ("dappo",)}, "dappo"),
         ({"objective.name": "sft", "objective.rewards": ()}, "rollouts.max_new_tokens.*does not use it .of grpo"),
+        ({"objective.name": "rloo", "rollouts.samples": 1}, "samples=1: .*'rloo' compares completions .*set it to 2"),
+        ({"objective.name": "ppo", "objective.kl_target": 6.0}, "kl_target=6.0 does nothing with objective.kl_coef=0"),
+        ({"objective.vf_coef": 0.5}, "vf_coef: objective.name='grpo' does not use it .of ppo"),
     ],
 )
 def test_mistakes_are_named(root, tmp_path, changes, said):

@@ -17,6 +17,7 @@ from ftjax.tree import Tree
 
 COLLECTION = "heads"
 SCORE = "score"  # the head of reward models and classifiers; transformers' name
+VALUE = "value"  # of a critic
 
 
 def abstract_heads(widths: Mapping[str, int], spec: DecoderSpec, mesh: Mesh) -> Tree:
@@ -30,7 +31,10 @@ def abstract_heads(widths: Mapping[str, int], spec: DecoderSpec, mesh: Mesh) -> 
 
 
 def init_heads(abstract: Tree, seed: int) -> Tree:
-    """Gaussian kernels with variance 1 / (D + 1), as the reward heads of Stiennon et al. (2020, appendix B.1) have."""
+    """Gaussian kernels with variance 1 / (D + 1), as the reward heads of Stiennon et al. (2020, appendix B.1) have.
+
+    That of a critic is 0: where it knows nothing yet, its values are to be no noise in the advantages.
+    """
     leaves = tree.flatten(abstract)
 
     def make():
@@ -38,7 +42,7 @@ def init_heads(abstract: Tree, seed: int) -> Tree:
         return {
             path: jax.random.normal(keys[path], leaf.shape, leaf.dtype) * (leaf.shape[0] + 1) ** -0.5
             for path, leaf in leaves.items()
-        }
+        } | {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves.items() if path.startswith(f"{VALUE}/")}
 
     return tree.unflatten(jax.jit(make, out_shardings={path: leaf.sharding for path, leaf in leaves.items()})())
 

@@ -21,7 +21,8 @@ from ftjax.objectives.preference import mixture
 from ftjax.objectives.reference import policy_and_moving_reference
 
 COMPLETIONS, TOKENS, LENGTH = "completions", "tokens", "length"
-SEQUENCE = "sequence"  # config.importance
+TOKEN, SEQUENCE = "token", "sequence"  # config.importance
+PRODUCT = "product"  # and of RLOO: the ratio of a whole completion, not the mean over its tokens
 
 
 class PolicyLoss(NamedTuple):
@@ -124,6 +125,17 @@ def make_policy(model: Decoder, config: ConfigDict, *, temperature: float = 1.0,
     return policy
 
 
+def make_rloo(model: Decoder, config: ConfigDict, *, temperature: float = 1.0, max_new_tokens: int) -> Objective:
+    """REINFORCE with the ratio of whole completions, clipped as PPO's (Ahmadian et al. 2024, arXiv 2402.14740; TRL's).
+
+    As `make_policy`, whose batches these are; a KL divergence is part of the advantages. On policy its gradient is that
+    of - advantage log p of the completion, a mean over completions.
+    """
+    fixed = {"loss": ("grpo",), "importance": PRODUCT, "kl_coef": 0.0}
+    config = ConfigDict(config.to_dict() | fixed)
+    return make_policy(model, config, temperature=temperature, max_new_tokens=max_new_tokens)
+
+
 def policy_loss(
     name: str, logps: jax.Array, reference_logps: jax.Array | None, batch: Batch, config: ConfigDict, longest: int
 ) -> Loss:
@@ -142,10 +154,11 @@ def policy_loss(
 
     log_ratios = logps - sampled
     metrics = {"sampling/logp_difference_mean": (jnp.abs(log_ratios).sum(), tokens)}
-    if config.importance == SEQUENCE:
-        log_ratios = masked(_by_token(document_sums(log_ratios * share, segments), segments))
+    each, count = (there, tokens) if config.importance == TOKEN else (share, completions)
+    if config.importance != TOKEN:
+        counts = share if config.importance == SEQUENCE else there
+        log_ratios = masked(_by_token(document_sums(log_ratios * counts, segments), segments))
     losses, clipped = LOSSES[name].function(jnp.exp(log_ratios), logps, advantages, config)
-    each, count = (share, completions) if config.importance == SEQUENCE else (there, tokens)
     metrics |= {metric: (jnp.sum(where * each), count) for metric, where in clipped.items()}
     if config.kl_coef:
         less = masked(reference_logps) - logps

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from ftjax import sharding, tree
 from ftjax.models.heads import COLLECTION as HEADS
+from ftjax.objectives.ppo import KL_COEF
 from ftjax.objectives.reference import MOVING
 from ftjax.objectives.reward import REWARDS
 from ftjax.objectives.scores import SCORE
@@ -49,6 +50,25 @@ def moving_reference(every: int, share: float) -> Kept:
     return Kept(init, update)
 
 
+def kl_controller(first: float, target: float, horizon: float, every: int) -> Kept:
+    """The coefficient of a KL divergence, which rises where that is above `target` and falls where it is below.
+
+    Ziegler et al. 2019 (arXiv 1909.08593, section 2.2): after each `every` steps, which are of n completions with this
+    divergence on the average, it is multiplied by 1 + n / horizon clip(KL / target - 1, -0.2, 0.2).
+    """
+
+    def init(trainable: Tree) -> Tree:
+        return {KL_COEF: jnp.float32(first), _KL_STEPS: jnp.zeros((), jnp.int32)}
+
+    def update(value: Tree, trainable: Tree, metrics: Tree) -> Tree:
+        steps, seen = value[_KL_STEPS] + 1, metrics[KL_COEF]
+        error = jnp.clip(seen["kl"] / jnp.maximum(seen["completions"], 1) / target - 1, -0.2, 0.2)
+        factor = jnp.where(steps % every == 0, 1 + error * seen["completions"] / horizon, 1.0)
+        return {KL_COEF: value[KL_COEF] * factor, _KL_STEPS: steps}
+
+    return Kept(init, update)
+
+
 def reward_sums() -> Kept:
     """Sums over each head's rewards of the training pairs, for `normalization`; about the last 20 steps count."""
 
@@ -73,6 +93,7 @@ def normalization(kept: Tree) -> tuple[np.ndarray, np.ndarray]:
 
 
 _STEPS = "steps_of_reference"  # a key of `kept`
+_KL_STEPS = "steps_of_kl"  # likewise
 AVERAGE, AVERAGED = "average_of_trained", "averaged_steps"  # keys of `kept`
 
 

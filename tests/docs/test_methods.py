@@ -38,16 +38,24 @@ def test_supervised_tuning_then_rewards(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_model(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl", 60)
+    write_pairs(tmp_path / "pairs.jsonl", 60)
     page = (ROOT / "docs/reinforcement.md").read_text().split("## Measured")[0]
     for line in re.findall(r"^ {4}(python -m ftjax.+MODEL.+|python -m ftjax.export.+)$", page, re.MULTILINE):
         arguments = shlex.split(line.replace("MODEL", "model").replace("configs/", f"{ROOT}/configs/"))[2:]
         small = SMALL if arguments[0] == "ftjax.train" else ()
+        if "pairs.jsonl" in line:
+            small = [*small, "--config.data.max_length=48", "--config.data.row_length=96"]
+        if "--config configs/ppo.py" in line:
+            small = [word for word in small if "adapter.rank" not in word and "steps" not in word]
+            small += ["--config.steps=8", "--config.rollouts.max_new_tokens=8"]
         if "--config configs/grpo.py" in line:
             small = [word for word in small if "adapter.rank" not in word and "batch_size" not in word]
             small += ["--config.data.batch_size=8", "--config.rollouts.samples=4", "--config.rollouts.max_new_tokens=8"]
         finish(command(*arguments, *small))
     records = metrics.read(tmp_path / "runs/grpo/metrics.jsonl")
     assert ["reward" in record for record in records] == [True, True]
+    records = metrics.read(tmp_path / "runs/ppo/metrics.jsonl")
+    assert ["objective/scores" in record for record in records] == [True, False, False, False] * 2
 
 
 @pytest.mark.slow

@@ -42,6 +42,8 @@ def expected(name, config, completions, moved=None):
             difference, constant = logp - sampled[at], fixed[at] - sampled[at]
             if config.importance == "sequence":
                 difference, constant = np.mean(logps - sampled), np.mean(fixed - sampled)
+            if config.importance == "product":
+                difference = np.sum(logps - sampled)
             ratio = np.exp(difference)
             if name == "cispo":
                 loss = -min(np.exp(constant), upper) * advantage * logp
@@ -138,9 +140,10 @@ BOUNDS = {name: {"epsilon_high": 1.1 if name == "cispo" else 0.0 if name == "bnp
 BOUNDS["sapo"] = {"sapo_temperature_pos": 0.8, "sapo_temperature_neg": 1.6}
 
 
-@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-@pytest.mark.parametrize("importance", ["token", "sequence"])
-@pytest.mark.parametrize("name", LOSSES)
+KINDS = [(name, kind, coef) for name in LOSSES for kind in ("token", "sequence") for coef in (0.0, 0.3)]
+
+
+@pytest.mark.parametrize(("name", "importance", "kl_coef"), [*KINDS, ("grpo", "product", 0.0)])
 def test_loss_gradient_and_metrics_are_the_formulas_whatever_stands_elsewhere(name, importance, kl_coef):
     batch, logps, reference, places = drawn()
     config, function = gradient_of(name, importance, kl_coef, **BOUNDS[name])

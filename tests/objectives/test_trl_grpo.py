@@ -1,4 +1,4 @@
-"""Losses, metrics and gradients of sampled completions against TRL's own GRPO code, on the same small torch model."""
+"""Losses, metrics and gradients of sampled completions against TRL's own GRPO and RLOO, on one small torch model."""
 
 import collections
 import contextlib
@@ -17,7 +17,7 @@ from support.witness import from_torch, torch_llama
 from ftjax import config as configs
 from ftjax import tree
 from ftjax.models.decoder import Decoder
-from ftjax.objectives.policy import LOSSES, make_policy
+from ftjax.objectives.policy import LOSSES, make_policy, make_rloo
 from ftjax.objectives.reference import frozen_with_reference
 
 pytestmark = pytest.mark.slow  # TRL takes seconds to import
@@ -26,6 +26,7 @@ MODEL = Decoder(spec())
 COMPLETIONS = documents(2, [9, 12, 7, 14, 10])
 ADVANTAGES = [1.2, -0.8, 0.0, -1.5, 0.6]
 TEMPERATURE, LONGEST = 0.7, 16
+NEAR = 0.1  # ratios of whole completions are products, which are soon far from 1
 
 
 class Scored(torch.nn.Module):
@@ -68,7 +69,7 @@ def inputs_of_trl():
 
 
 @functools.cache
-def sampled():
+def sampled(apart=1.0):
     """log p of each completion's tokens when they were drawn: by another policy, so that ratios of both kinds clip."""
     model, rng = Scored(torch_llama(CONFIG, numpy_params(MODEL, 0))), np.random.default_rng(4)
     out = []
@@ -76,7 +77,7 @@ def sampled():
         ids = torch.tensor(tokens[None], dtype=torch.long)
         with torch.no_grad():
             logps = model(ids, torch.ones_like(ids), ids).log_probs[0].numpy()[trained[1:]]
-        out.append((logps - less + 0.3 * rng.standard_normal(len(logps))).astype(np.float32))
+        out.append((logps - apart * (less + 0.3 * rng.standard_normal(len(logps)))).astype(np.float32))
     return out
 
 
@@ -119,11 +120,34 @@ def by_trl(name, config):
     return loss.item(), {name: values[0] for name, values in trainer._metrics["train"].items()}, gradients
 
 
-def our_batch():
+def by_trl_rloo(config):
+    """The same of RLOO."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from trl.trainer.rloo_trainer import RLOOTrainer
+    policy = Scored(torch_llama(CONFIG, numpy_params(MODEL, 0)))
+    accelerator = types.SimpleNamespace(
+        is_main_process=True, autocast=contextlib.nullcontext, reduce=lambda x, reduction: x, gather=lambda x: x
+    )  # fmt: skip
+    trainer = types.SimpleNamespace(
+        model=policy.train(), accelerator=accelerator, aux_loss_enabled=False, epsilon_low=config.epsilon,
+        epsilon_high=config.epsilon_high, _metrics={"train": collections.defaultdict(list)},
+    )  # fmt: skip
+    trainer._get_per_token_logps_and_entropies = functools.partial(
+        RLOOTrainer._get_per_token_logps_and_entropies, trainer
+    )
+    old_logps = torch.tensor([logps.sum() for logps in sampled(NEAR)])
+    loss = RLOOTrainer._compute_loss(trainer, policy, inputs_of_trl() | {"old_logps": old_logps})
+    loss.backward()
+    gradients = {name.removeprefix("model."): leaf.grad for name, leaf in policy.named_parameters()}
+    return loss.item(), {name: values[0] for name, values in trainer._metrics["train"].items()}, gradients
+
+
+def our_batch(apart=1.0):
     """The same completions in two rows."""
     rows = [[0, 1, 2], [3, 4]]
     batch = batch_of([[COMPLETIONS[i] for i in row] for row in rows], 32)
-    by_row = [np.concatenate([sampled()[i] for i in row]) for row in rows]
+    by_row = [np.concatenate([sampled(apart)[i] for i in row]) for row in rows]
     batch["sampled_logps"], batch["advantages"] = (np.zeros(batch["weights"].shape, np.float32) for _ in range(2))
     batch["sampled_logps"][batch["weights"] != 0] = np.concatenate(by_row)
     by_completion = np.float32([0.0, *ADVANTAGES])
@@ -152,8 +176,18 @@ def test_loss_metrics_and_gradients_are_trls(name, importance, kl_coef, record_f
         configs.defaults().objective.to_dict() | {"loss": (name,), "importance": importance, "kl_coef": kl_coef}
     )
     config.update(CHANGES.get(name, {}))
-    expected, metrics, gradients = by_trl(name, config)
     objective = make_policy(MODEL, config, temperature=TEMPERATURE, max_new_tokens=LONGEST)
+    compare(by_trl(name, config), objective, our_batch(), record_figure)
+
+
+def test_rloo_is_trls(record_figure):
+    config = ConfigDict(configs.defaults().objective.to_dict() | {"epsilon": 0.1, "epsilon_high": 0.15})
+    objective = make_rloo(MODEL, config, temperature=TEMPERATURE, max_new_tokens=LONGEST)
+    compare(by_trl_rloo(config), objective, our_batch(NEAR), record_figure)
+
+
+def compare(theirs, objective, batch, record_figure):
+    expected, metrics, gradients = theirs
     params = numpy_params(MODEL, 0)
     frozen = frozen_with_reference({}, {"params": numpy_params(MODEL, 1)})
 
@@ -161,12 +195,11 @@ def test_loss_metrics_and_gradients_are_trls(name, importance, kl_coef, record_f
         loss = objective({"params": params} | frozen, batch, None)
         return loss.sum / loss.weight, loss
 
-    (ours, loss), found = jax.jit(jax.value_and_grad(mean, has_aux=True))(params, frozen, our_batch())
+    (ours, loss), found = jax.jit(jax.value_and_grad(mean, has_aux=True))(params, frozen, batch)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
     # Its own metric of how far the engine is from the trainer needs vLLM; the ends over completions are not ours.
     there = metrics.keys() - {"clip_ratio/low_min", "clip_ratio/high_max"}
     assert loss.metrics.keys() - {"sampling/logp_difference_mean"} == there
-    assert ("kl" in there) == (kl_coef > 0)
     for metric in there:
         total, weight = loss.metrics[metric]
         np.testing.assert_allclose(total / weight, metrics[metric], rtol=1e-5, err_msg=metric)

@@ -22,12 +22,13 @@ from ftjax.models.families import spec_from_config
 from ftjax.models.heads import abstract_heads, init_heads
 from ftjax.models.params import abstract_params, logical_axes
 from ftjax.objectives.policy import make_policy
+from ftjax.objectives.ppo import make_ppo
 from ftjax.objectives.preference import make_preference, preference_totals
 from ftjax.objectives.reward import make_reward
 from ftjax.objectives.sft import make_sft
 from ftjax.objectives.unpaired import make_unpaired, make_unpaired_totals
 from ftjax.training.optim import OPTIMIZERS, make_optimizer, make_schedule
-from ftjax.training.state import abstract_state, init_state, normalization, reward_sums
+from ftjax.training.state import abstract_state, init_state, kl_controller, normalization, reward_sums
 from ftjax.training.step import make_step
 from support.tiny import CONFIG, SCHEDULE, batch_of, documents, numpy_params, random_params, spec
 from support.tiny import OPTIMIZER as DEFAULTS
@@ -36,7 +37,7 @@ STEPS = 20
 OPTIMIZER = ConfigDict(DEFAULTS.to_dict() | {"weight_decay": 0.01})
 # dpo and kto: adapters trained on preferences, whose first losses are all alike; reward: those and two heads, each with
 # its bootstrap
-RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3, "kto": 2e-3, "reward": 2e-4, "grpo": 2e-4}
+RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3, "kto": 2e-3, "reward": 2e-4, "grpo": 2e-4, "ppo": 2e-4}
 PAIRS = ("dpo", "reward")
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64}
 SPECS = {
@@ -89,10 +90,14 @@ LABELED = [
     ("dense", "kto", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
     ("dense", "kto", "data=2 x fsdp=4", 4, True, "full"),
 ]
+HEADS = {"reward": {"score": 2}, "ppo": {"value": 1}}
 ROLLED_OUT = [
     ("dense", "grpo", "1", 1, True, "none"),
     ("dense", "grpo", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
     ("dense", "grpo", "data=2 x fsdp=4", 4, True, "full"),
+    ("dense", "ppo", "1", 1, True, "none"),
+    ("dense", "ppo", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
+    ("dense", "ppo", "data=2 x fsdp=4", 4, True, "full"),
 ]
 
 
@@ -130,8 +135,11 @@ def batches(kind, accumulate, packed):
         batch = batch_of(rows, 12 * each if each > 1 else 16)
         if kind == "kto":
             batch |= labels_and_mismatched(step, docs, batch, each)
-        if kind == "grpo":
+        if kind in ("grpo", "ppo"):
             batch |= advantages_and_logps(step, batch, each)
+        if kind == "ppo":
+            lots = batch["advantages"]
+            batch |= {"values": lots / 3, "returns": lots + 1, "kl": lots / 10}
         if kind == "reward":  # the margin of a pair is that of its tokens, wherever it stands
             batch["labels"] = np.zeros(batch["tokens"].shape, np.float32)
             for row, (labels, segments) in zip(rows, zip(batch["labels"], batch["segment_ids"])):
@@ -170,8 +178,8 @@ def variables_on(mesh, model, kind):
         targets = lora.find_targets("all-linear", lora.linear_kernels(tree.flatten(abstract)))
         adapters = lora.abstract_adapters(abstract, axes, targets, rank=8, mesh=mesh)
         variables["lora"] = lora.init_adapters(adapters, 11, lora.scale(8, 16, False))
-    if kind == "reward":
-        variables["heads"] = init_heads(abstract_heads({"score": 2}, model.spec, mesh), 11)
+    if kind in HEADS:
+        variables["heads"] = init_heads(abstract_heads(HEADS[kind], model.spec, mesh), 11)
     return variables
 
 
@@ -187,7 +195,7 @@ def train(name, kind, mesh, accumulate, packed, remat):
     base = jax.tree.map(np.array, frozen)
     schedule = make_schedule(RATES[kind], SCHEDULE, STEPS)
     optimizer = make_optimizer(OPTIMIZER, schedule)
-    kept = reward_sums() if kind == "reward" else None
+    kept = {"reward": reward_sums(), "ppo": kl_controller(0.1, 0.2, 100.0, every=1)}.get(kind)
     abstract = abstract_state(optimizer, trainable, mesh, kept)
     state = init_state(optimizer, trainable, abstract, kept)
     start = {path: np.array(leaf) for path, leaf in tree.flatten(trainable).items()}
@@ -207,6 +215,8 @@ def train(name, kind, mesh, accumulate, packed, remat):
     if kind == "grpo":
         changes = {"objective.loss": ("grpo",), "objective.importance": "sequence", "objective.kl_coef": 0.05}
         objective = make_policy(model, configs.changed(configs.defaults(), changes).objective, max_new_tokens=12)
+    if kind == "ppo":
+        objective = make_ppo(model, configs.defaults().objective, temperature=1.0, max_new_tokens=12)
     step = make_step(objective, optimizer, schedule, abstract, seed=0, kept=kept, totals=totals)
     losses, ends = [], []
     with jax.set_mesh(mesh):
@@ -252,7 +262,7 @@ def same_random_params(meshes):
 
 def head_on(mesh):
     """A fresh scalar head on a mesh: its values, and how it is laid out there."""
-    kernel = init_heads(abstract_heads({"value": 1}, SPECS["dense"], mesh), 7)["value"]["kernel"]
+    kernel = init_heads(abstract_heads({"score": 1}, SPECS["dense"], mesh), 7)["score"]["kernel"]
     return np.array(kernel), spec_of(kernel)
 
 

@@ -11,7 +11,7 @@ from support.tiny import OPTIMIZER, one_device
 from ftjax import sharding, tree
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.optim import make_optimizer
-from ftjax.training.state import Kept, abstract_state, init_state, with_average
+from ftjax.training.state import Kept, abstract_state, init_state, kl_controller, with_average
 
 
 def described(state):
@@ -87,3 +87,15 @@ def test_what_is_trained_must_be_float32():
     optimizer = make_optimizer(OPTIMIZER, optax.constant_schedule(1e-3))
     with pytest.raises(ValueError, match=r"norm/scale.*bfloat16"):
         abstract_state(optimizer, trainable, one_device())
+
+
+def test_the_coefficient_of_a_kl_follows_its_target_after_each_round():
+    """Ziegler et al. 2019, section 2.2, in float64; twice the target is further off than counts."""
+    kept = kl_controller(0.1, target=2.0, horizon=100.0, every=2)
+    value, wanted = kept.init({}), 0.1
+    for step, each in enumerate([2.2, 2.2, 4.0, 4.0, 0.0, 0.0]):
+        sums = {"kl": jnp.float32(8 * each), "completions": jnp.float32(8)}
+        value = jax.jit(kept.update)(value, {}, {"kl_coef": sums})
+        if step % 2:
+            wanted *= 1 + 8 / 100 * min(max(each / 2 - 1, -0.2), 0.2)
+        np.testing.assert_allclose(value["kl_coef"], wanted, rtol=1e-6)

@@ -38,6 +38,11 @@ REFERENCE = {"reference_logps": np.float32}
 # the distribution that it was drawn from; at what predicts it, as `weights`.
 ROLLOUT = {"advantages": np.float32, "sampled_logps": np.float32}
 
+# And where a critic says what is still to come of a completion: what it said, at each trained token's place, and what
+# there was; where the coefficient of the KL divergence follows it, its estimate there.
+CRITIC = {"values": np.float32, "returns": np.float32}
+KL = {"kl": np.float32}
+
 # And where rows say something of their documents: the label of each token, see `Document`.
 LABELS = {"labels": np.float32}
 

@@ -1,0 +1,56 @@
+"""What the reference and a critic say of completions that lie in rows, asked once before the steps on them."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ftjax import sharding, tree
+from ftjax.assemble import Program
+from ftjax.data.batch import packing
+from ftjax.models import heads
+from ftjax.models.heads import VALUE
+from ftjax.objectives.head import make_unembed
+from ftjax.objectives.logps import token_logps
+from ftjax.objectives.reference import policy_and_reference
+from ftjax.training.state import TrainState
+from ftjax.tree import Tree
+
+# (state, the arrays of BATCH) -> {"reference_logps", "values": float32 [rows, T]}, of what is asked for
+Ask = Callable[[TrainState, dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def make_ask(config: ConfigDict, program: Program, frozen: Tree) -> Ask:
+    """Asks in micro-batches like those of training, which fit the memory; to be used under the mesh.
+
+    The reference is asked where its KL divergence is part of the reward, for log p of the targets at the temperature of
+    sampling; a critic where the method has one.
+    """
+    model, unembed, method = program.model, make_unembed(program.model), program.method
+    at_temperature = lambda *given: unembed(*given) / config.rollouts.temperature  # noqa: E731
+    asks_reference = method.reference and method.kl_in_reward
+
+    def said(trainable: Tree, frozen: Tree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        policy, reference = policy_and_reference(tree.combine(trainable, frozen))
+        out = {}
+        if asks_reference:
+            out["reference_logps"] = token_logps(model, at_temperature, reference, batch, None)
+        if method.critic:
+            hidden, _ = model.apply(policy, batch["tokens"], batch["positions"], batch["segment_ids"])
+            out["values"] = heads.values(policy, VALUE, hidden)[..., 0]
+        return jax.tree.map(lambda values: sharding.constrain(values, None, None), out)  # whole in every process
+
+    compiled = jax.jit(said)
+
+    def ask(state: TrainState, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if not asks_reference and not method.critic:
+            return {}
+        parts = []
+        for rows in np.split(np.arange(len(arrays["tokens"])), config.accumulate):
+            batch = {name: arrays[name][rows] for name in packing.BATCH}
+            placed = {name: sharding.place(program.mesh, ("batch", "length"), its) for name, its in batch.items()}
+            parts.append(jax.device_get(compiled(state.trainable, frozen, placed)))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    return ask
