@@ -25,7 +25,7 @@ from ftjax.data.tokens import templates
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.data.tokens.kinds import Settings
 from ftjax.errors import UserError
-from ftjax.method import Method, idle, lasting, learning_rate, method_of, samples
+from ftjax.method import Method, idle, lasting, learning_rate, method_of, ptx_rows, samples
 from ftjax.models import params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
@@ -177,7 +177,8 @@ def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) ->
     objective = method.objective(model, config.objective)
     totals = method.totals and method.totals(model, config.objective)
     step = make_step(objective, optimizer, schedule, state, config.seed, model.dtype, kept, totals)
-    shape = (config.accumulate, config.data.batch_size // config.accumulate, data_spec(config, model.spec).row_length)
+    rows = (config.data.batch_size + ptx_rows(config)) // config.accumulate
+    shape = (config.accumulate, rows, data_spec(config, model.spec).row_length)
     where = sharding.named(mesh, (None, "batch", "length"), shape)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in method.batch.items()}
     count = _trained_count(config, model.spec, trainable)

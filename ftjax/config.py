@@ -79,6 +79,8 @@ KEYS: dict[str, Key] = {
     # Sources: "rows.jsonl", "tfds:NAME", "task:NAME", or {"source": ..., "split": ...}.
     "data.train": Key((), Check(len, "at least one source, such as ('rows.jsonl',) or ('task:support_ticket',)")),
     "data.eval": Key((), ANY),
+    "data.ptx": Key((), ANY),  # ppo: conversations and texts that a step learns from as well, see objective.ptx_coef
+    "data.ptx_rows": Key(0, number(0)),  # rows of them in a step; 0: as many as completions
     # Tokens of a document, where it is cut: a conversation, or each answer of a pair with its prompt.
     "data.max_length": Key(1024, number(2)),
     # What becomes of a longer `text`. divide: it goes on in further documents; cut: its rest is left out.
@@ -165,6 +167,7 @@ KEYS: dict[str, Key] = {
     "objective.kl_horizon": Key(10000.0, number(1)),
     "objective.discount": Key(1.0, number(0, 1)),  # ppo: gamma and lambda of advantages
     "objective.gae_lambda": Key(0.95, number(0, 1)),
+    "objective.ptx_coef": Key(0.0, number(0)),  # ppo: what the mean cross-entropy of a token of data.ptx counts
     "objective.vf_coef": Key(0.1, number(0)),  # ppo: what the loss of the values counts
     "objective.value_clip": Key(0.2, number(1e-6)),  # ppo: how far values may go from those of the round
     # What the model writes in training, with a method that lets it.
@@ -286,7 +289,7 @@ FREE_TO_CHANGE = (
 
 # Where a run finds its base, an adapter to go on from and its rows. Digests say whether they are still the same
 # (origin.py, Loader.fingerprint), so they may be found elsewhere when it is resumed.
-PLACES = ("model.source", "model.revision", "adapter.source", "data.train")
+PLACES = ("model.source", "model.revision", "adapter.source", "data.train", "data.ptx")
 
 # Keys that may differ as well, with consequences that a run says (`resume.going_on`).
 LENGTH = ("steps", "epochs")
@@ -363,12 +366,12 @@ def validate(config: ConfigDict, data: bool = True) -> None:
             f"config.evaluate.samples={config.evaluate.samples} at config.evaluate.temperature=0 are all the same "
             "answer; set config.evaluate.temperature, such as to 0.8"
         )
-    for which in ("train", "eval"):
+    for which in ("train", "eval", "ptx"):
         for entry in sources(config, which):
             if which == "eval" and entry["source"].startswith(("tfds:", "hf:")) and "split" not in entry:
                 raise UserError(f"config.data.eval: say which split of {entry['source']}, as {{'source', 'split'}}")
     general_sources(config)
-    check_replay(sources(config, "train"), sources(config, "eval"))
+    check_replay({which: sources(config, which) for which in ("train", "eval", "ptx")})
     evaluated = [json.dumps(entry, sort_keys=True) for entry in sources(config, "eval")]
     if twice := sorted({entry for entry in evaluated if evaluated.count(entry) > 1}):
         raise UserError(f"config.data.eval: {twice[0]} stands there twice")
@@ -409,7 +412,7 @@ def replays(config: ConfigDict) -> bool:
 
 
 def sources(config: ConfigDict, which: str) -> list[dict[str, Any]]:
-    """The entries of data.train or data.eval, `which`, each as `source_entry` gives it."""
+    """The entries of data.train, data.eval or data.ptx, `which`, each as `source_entry` gives it."""
     return [source_entry(entry, f"data.{which}") for entry in config.data[which]]
 
 

@@ -105,11 +105,15 @@ ENTRY_OPTIONS = {
 }
 
 
-def check_replay(train: Sequence[Mapping[str, Any]], evaluated: Sequence[Mapping[str, Any]]) -> None:
-    """UserError where the option "replay" of the entries of data.train and data.eval does not say how often a row is
-    seen."""
-    if wrong := [entry["source"] for entry in evaluated if "replay" in entry]:
-        raise UserError(f"config.data.eval: {wrong[0]} has the option 'replay', which is for data.train; leave it out")
+def check_replay(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """UserError where the option "replay" does not say how often a row is seen. sources: the entries of data.train,
+    data.eval, ... by "train", "eval", ..."""
+    for which, entries in sources.items():
+        if which != "train" and (wrong := [entry["source"] for entry in entries if "replay" in entry]):
+            raise UserError(
+                f"config.data.{which}: {wrong[0]} has the option 'replay', which is for data.train; leave it out"
+            )
+    train = sources["train"]
     if both := [entry["source"] for entry in train if {"weight", "replay"} <= entry.keys()]:
         raise UserError(f"config.data.train: 'weight' and 'replay' of {both[0]} both say how often; leave one out")
     total = sum(entry.get("replay", 0) for entry in train)

@@ -13,7 +13,7 @@ from ftjax.assemble import NEW_TOKENS, Base, Program
 from ftjax.data.batch.loader import Loader
 from ftjax.evals.best import Standing, evaluations
 from ftjax.evals.general import is_category
-from ftjax.method import Method, iterations, learning_rate
+from ftjax.method import Method, iterations, learning_rate, ptx_rows
 from ftjax.models import kernels, params
 from ftjax.objectives.reference import REFERENCE
 from ftjax.training import metrics
@@ -82,6 +82,7 @@ def _rollouts(config: ConfigDict, loader: Loader) -> str:
         f"{config.data.batch_size} completions that the model writes{again}: {settings.samples} to each of "
         f"{loader.batch_size} prompts, of at most {settings.max_new_tokens} tokens, at temperature "
         f"{settings.temperature:g}; rewarded by {' + '.join(names)}"
+        + (f"; beside them {ptx_rows(config)} rows of config.data.ptx in each step" if config.data.ptx else "")
     )
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ftjax import distributed, sharding, tree
 from ftjax.assemble import Program
 from ftjax.errors import UserError
-from ftjax.method import holds_reference_in_vain, method_of
+from ftjax.method import holds_reference_in_vain, method_of, ptx_rows
 from ftjax.models import kernels
 from ftjax.models.groups import stacks
 from ftjax.models.spec import DecoderSpec
@@ -51,7 +51,7 @@ def choose(config: ConfigDict, program: Program, memory: float | None) -> tuple[
 
     program: of `config`, with any remat and accumulate.
     """
-    rows = config.data.batch_size // sharding.row_parts(program.mesh)
+    rows = _divisible(config) // sharding.row_parts(program.mesh)
     remats = [config.model.remat] if config.model.remat != "auto" else ["none", "full"]
     counts = [config.accumulate] if config.accumulate else [n for n in range(1, rows + 1) if rows % n == 0]
     ways = [(remat, count) for remat in remats for count in counts]
@@ -59,6 +59,11 @@ def choose(config: ConfigDict, program: Program, memory: float | None) -> tuple[
         return ways[0]
     room = _USED[sharding.platform(program.mesh)] * memory
     return next((way for way in ways if needed(program, *way) <= room), ways[-1])
+
+
+def _divisible(config: ConfigDict) -> int:
+    """Rows that micro-batches must divide: those of a step, or where it has two kinds of them what divides both."""
+    return math.gcd(config.data.batch_size, ptx_rows(config))
 
 
 def needed(program: Program, remat: str, accumulate: int) -> float:
@@ -130,7 +135,7 @@ def exhausted(what: str, hints: list[str]) -> Iterator[None]:
 
 def smaller(config: ConfigDict, mesh: Mesh) -> list[str]:
     """Settings that make a step of `config` smaller, the cheapest first."""
-    rows, out = config.data.batch_size // sharding.row_parts(mesh), []
+    rows, out = _divisible(config) // sharding.row_parts(mesh), []
     if method_of(config).rollouts and (fewer := config.rollouts.batch_size // 2):
         out.append(f"--config.rollouts.batch_size={fewer} (completions at a time; a run that has begun may go on so)")
     if more := [count for count in range(2 * config.accumulate, rows + 1) if rows % count == 0]:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from ftjax import config as configs
 from ftjax.data.batch.mismatched import MISMATCHED
-from ftjax.data.batch.packing import BATCH, CRITIC, KL, LABELS, REFERENCE, REPLAY, ROLLOUT
+from ftjax.data.batch.packing import BATCH, CRITIC, KL, LABELS, PTX, REFERENCE, REPLAY, ROLLOUT
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
@@ -23,7 +23,7 @@ from ftjax.models.heads import COLLECTION, VALUE
 from ftjax.objectives.classify import make_classify, make_prm
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.policy import make_policy, make_rloo
-from ftjax.objectives.ppo import make_ppo
+from ftjax.objectives.ppo import make_ppo, make_ppo_totals
 from ftjax.objectives.preference import make_preference, preference_totals
 from ftjax.objectives.reward import make_reward
 from ftjax.objectives.scores import SCORE
@@ -53,7 +53,7 @@ class Method(NamedTuple):
       mismatched: config.objective -> whether batches have prompts with completions of other rows, too
         (`data.batch.mismatched`).
       totals: (model, config.objective) -> the function (variables, batch) -> sums that the objective needs of a whole
-        step, or evaluation, first (`make_step`).
+        step, or evaluation, first (`make_step`); None where this config needs none.
       credit: (config.objective, `returns.Round`, the coefficient of the KL divergence now) -> what is learned of
         completions that it wrote; None where it writes none.
       kl_in_reward: whether objective.kl_coef is of a penalty in the reward, and not of one in the loss.
@@ -72,7 +72,7 @@ class Method(NamedTuple):
     generates: bool = True
     batch: Mapping[str, type[np.generic]] = types.MappingProxyType(BATCH)
     mismatched: Callable[[ConfigDict], bool] = lambda config: False
-    totals: Callable[[Decoder, ConfigDict], Callable[[Tree, dict], Tree]] | None = None
+    totals: Callable[[Decoder, ConfigDict], Callable[[Tree, dict], Tree] | None] | None = None
     kept: Kept | None = None
     credit: Callable[[ConfigDict, Round, float], Learned] | None = None
     kl_in_reward: bool = False
@@ -191,12 +191,13 @@ METHODS = {
         epochs=(1.0, 1.0),
         settings=(
             *("epsilon", "epsilon_high", "kl_coef", "rewards", "missing_eos_penalty", "kl_estimator", "kl_target"),
-            *("kl_horizon", "discount", "gae_lambda", "vf_coef", "value_clip"),
+            *("kl_horizon", "discount", "gae_lambda", "vf_coef", "value_clip", "ptx_coef"),
         ),
         heads=lambda config: {VALUE: 1},
         critic=True,
         reference=True,  # for objective/kl, which is to be seen where nothing holds it, too
         batch=types.MappingProxyType(BATCH | ROLLOUT | CRITIC),
+        totals=make_ppo_totals,
         credit=of_tokens,
         kl_in_reward=True,
         source="rollouts",
@@ -216,14 +217,17 @@ def method_of(config: ConfigDict) -> Method:
         raise UserError(f"config.objective.name={name!r} is no method{did_you_mean(name, METHODS)}")
     method = METHODS[name]
     unused = [f"objective.{key}" for key in config.objective if key not in ("name", *method.settings)]
-    if method.rows != "conversation":
+    if method.rows != "conversation" and not config.data.ptx:
         unused += ["data.train_on", "data.long_text"]
+    if "ptx_coef" not in method.settings:
+        unused += ["data.ptx", "data.ptx_rows"]
     if not method.rollouts:
         unused += [f"rollouts.{key}" for key in config.rollouts]
     unused = [key for key in unused if not configs.is_default(config, key)]
     if unused:
         users = [other for other, its in METHODS.items() if unused[0].removeprefix("objective.") in its.settings]
         users += [other for other, its in METHODS.items() if unused[0].startswith("rollouts.") and its.rollouts]
+        users += [other for other, its in METHODS.items() if "data.ptx" in unused[0] and "ptx_coef" in its.settings]
         hint = f" (of {', '.join(users)})" if users else ""
         raise UserError(f"config.{unused[0]}: objective.name={name!r} does not use it{hint}; leave it at its default")
     if method.rows != "conversation" and configs.replays(config):
@@ -261,6 +265,7 @@ def method_of(config: ConfigDict) -> Method:
     batch |= REPLAY if configs.replays(config) else {}
     batch |= MISMATCHED if method.mismatched(config.objective) else {}
     batch |= KL if config.objective.kl_target else {}
+    batch |= PTX if config.data.ptx else {}
     cached = config.objective.cache_reference
     batch |= REFERENCE if cached else {}
     reference = (method.reference and not cached) or config.objective.kl_coef > 0
@@ -283,6 +288,11 @@ def holds_reference_in_vain(config: ConfigDict) -> bool:
 def samples(config: ConfigDict) -> int:
     """How many rows of a batch are made of one row of the data: 1, or completions of a prompt."""
     return config.rollouts.samples if METHODS[config.objective.name].rollouts else 1
+
+
+def ptx_rows(config: ConfigDict) -> int:
+    """How many rows of data.ptx a step has beside config.data.batch_size completions."""
+    return (config.data.ptx_rows or config.data.batch_size) if config.data.ptx else 0
 
 
 def iterations(config: ConfigDict) -> int:

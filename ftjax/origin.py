@@ -82,7 +82,7 @@ def located(config: ConfigDict, path: Path) -> ConfigDict:
     if config.adapter.source:
         out.adapter.source = str(Path(config.adapter.source).expanduser().absolute())
     out.data.chat_template = templates.located(config.data.chat_template)
-    for section, key in (("data", "train"), ("data", "eval"), ("evaluate", "general")):
+    for section, key in (("data", "train"), ("data", "eval"), ("data", "ptx"), ("evaluate", "general")):
         entries = [(entry, configs.source_entry(entry, f"{section}.{key}")) for entry in out[section][key]]
         out[section][key] = [
             _absolute(entry)
@@ -205,7 +205,7 @@ def at_hand(config: ConfigDict, workdir: Path) -> ConfigDict:
         out.model.update(source=found["model.source"], revision=found["model.revision"])
     if "adapter.source" in found and not Path(config.adapter.source).expanduser().exists():
         out.adapter.source = found["adapter.source"]
-    for which in {"train", "eval"} & {key.removeprefix("data.") for key in found}:
+    for which in {"train", "eval", "ptx"} & {key.removeprefix("data.") for key in found}:
         here = [sources.is_here(entry["source"]) for entry in configs.sources(config, which)]
         entries = zip(out.data[which], found[f"data.{which}"], here, strict=True)
         out.data[which] = [entry if is_here else before for entry, before, is_here in entries]

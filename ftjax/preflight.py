@@ -20,7 +20,7 @@ from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError
 from ftjax.evals.entries import likely_entries, split_entries
-from ftjax.method import learning_rate, method_of
+from ftjax.method import learning_rate, method_of, ptx_rows
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.preference import compares_pairs
 from ftjax.objectives.unpaired import imbalance
@@ -80,6 +80,8 @@ def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
         ),
         (["objective.kl_target"], not config.objective.kl_coef, "objective.kl_coef=0, of which it is a multiple"),
         (["objective.kl_horizon"], not config.objective.kl_target, "objective.kl_target=0"),
+        (["data.ptx_rows", "objective.ptx_coef"], not config.data.ptx, "no source in config.data.ptx"),
+        (["data.ptx"], not config.objective.ptx_coef, "objective.ptx_coef=0"),
         (["schedule.decay_ratio"], schedule.name != "wsd", f"schedule.name={schedule.name!r}"),
         (["schedule.final_ratio"], schedule.name == "constant", "schedule.name='constant'"),
     ]
@@ -192,6 +194,11 @@ def check_mesh(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
             f"not a multiple of the mesh's {axes} = {parts}; set it to a multiple of {parts * micro}, such as "
             f"--config.data.batch_size={-(-config.data.batch_size // (parts * micro)) * parts * micro}"
         )
+    if ptx_rows(config) % (parts * micro):
+        raise UserError(
+            f"config.data.ptx_rows={ptx_rows(config)} rows in {micro} micro-batch(es) are no multiple of the mesh's "
+            f"{' x '.join(sharding.RULES['batch'])} = {parts}; set it to a multiple of {parts * micro}"
+        )
     for key in ("max_length", "row_length"):
         if config.data[key] % mesh.shape["context"]:
             raise UserError(
@@ -261,17 +268,17 @@ def check_ranks(adapters: Tree, display: Display) -> None:
 
 
 def check_same_everywhere(
-    config: ConfigDict, contents: Mapping[str, str], train: Loader, heldout: Loader | None
+    config: ConfigDict, contents: Mapping[str, str], fingerprint: str, heldout: Loader | None
 ) -> None:
     """UserError where this process was not started as the first one was, or reads other files.
 
-    contents: of base and adapter (`origin.contents`).
+    contents: of base and adapter (`origin.contents`). fingerprint: of the rows of training.
     """
     if distributed.count() == 1:
         return
     ours = configs.flat(ConfigDict(configs.as_json(config)))
     facts = {
-        "training data, or tokenizer": train.fingerprint(),
+        "training data, or tokenizer": fingerprint,
         "evaluation data": heldout and heldout.fingerprint(),
     }
     names = {"adapter": "adapter (config.adapter.source)"}

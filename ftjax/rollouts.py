@@ -87,16 +87,27 @@ class Rollouts:
     """The `training.source.Source` of a method whose model writes what it learns from.
 
     loader: of the prompts, of which a batch has config.data.batch_size / config.rollouts.samples.
+    ptx: of the rows that each step has beside the completions, None where it has none.
 
     Raises:
       UserError: in `batch`, where a reward fails or is no finite number, with the row and the completion.
     """
 
-    def __init__(self, config: ConfigDict, base: Base, program: Program, frozen: Tree, loader: Loader, workdir: Path):
+    def __init__(
+        self,
+        config: ConfigDict,
+        base: Base,
+        program: Program,
+        frozen: Tree,
+        loader: Loader,
+        workdir: Path,
+        ptx: Loader | None = None,
+    ):
         self._config, self._base, self._program, self._frozen = config, base, program, frozen
         self._loader, self._rewards, self._file = loader, rewarding.rewards_of(config), workdir / FILE
         self.updates, self.samples = config.rollouts.iterations, config.rollouts.samples
         self._ask = critic.make_ask(config, program, frozen)
+        self._ptx = ptx
         self._round, self._made = -1, None
         self._began: float | None = None  # the last round, by the clock
         self._writes_on = False
@@ -105,7 +116,8 @@ class Rollouts:
         round_, step = divmod(index, self.updates)
         if self._made is None or self._round != round_:
             self._made, self._round = self._make(round_, state), round_
-        return self._made if step == 0 else self._made._replace(metrics={})
+        made = self._made if step == 0 else self._made._replace(metrics={})
+        return made if self._ptx is None else _with_rows(made, self._ptx.batch(index), self._ptx.batch_tokens(index))
 
     def epoch_at(self, index: int) -> float:
         return self._loader.epoch_at(index // self.updates)
@@ -258,6 +270,23 @@ class Rollouts:
         record = {"step": step, "prompt": question.prompt.last, "expected": question.expected, "completions": answers}
         with self._file.open("a", encoding="utf-8") as file:
             file.write(_line(record))
+
+
+def _with_rows(made: Batch, others: dict[str, np.ndarray], tokens: int) -> Batch:
+    """A batch of completions, and below them other rows, whose arrays of what was sampled are 0."""
+    others = others | {"ptx": (others["segment_ids"] > 0).astype(np.float32)}
+    length = max(made.arrays["tokens"].shape[1], others["tokens"].shape[1])
+    absent = np.zeros(others["tokens"].shape)
+    arrays = {
+        name: np.concatenate([_wide(array, length), _wide(others.get(name, absent).astype(array.dtype), length)])
+        for name, array in made.arrays.items()
+    }
+    return made._replace(arrays=arrays, tokens=made.tokens + tokens)
+
+
+def _wide(array: np.ndarray, length: int) -> np.ndarray:
+    """[rows, length]: padded with 0."""
+    return np.pad(array, [(0, 0), (0, length - array.shape[1])])
 
 
 def _deviation(values: np.ndarray) -> float:

@@ -1,14 +1,19 @@
 """Where the batches of a run come from, by the name that its method gives (`method.Method.source`)."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from ftjax import sharding
+from ftjax import assemble, sharding
+from ftjax import config as configs
 from ftjax.assemble import Base, Program
+from ftjax.data import pipeline
 from ftjax.data.batch.loader import Loader
+from ftjax.data.tokens.kinds import PLAIN
+from ftjax.method import ptx_rows
 from ftjax.rollouts import Rollouts
 from ftjax.training.source import FileSource, Source
 from ftjax.tree import Tree
@@ -19,6 +24,7 @@ class Parts(NamedTuple):
 
     Attributes:
       loader: of the rows of data.train.
+      ptx: of those of data.ptx, None where there are none.
       steps: how many there are.
     """
 
@@ -27,8 +33,32 @@ class Parts(NamedTuple):
     program: Program
     frozen: Tree
     loader: Loader
+    ptx: Loader | None
     workdir: Path
     steps: int
+
+
+def ptx_loader(config: ConfigDict, base: Base, counter: pipeline.Counter) -> Loader | None:
+    """The loader of the rows of data.ptx, in which they lie as in supervised tuning; None where there are none.
+
+    Their documents are at most as long as a prompt with its completion may be.
+    """
+    if not config.data.ptx:
+        return None
+    spec = dataclasses.replace(
+        assemble.data_spec(config, base.model.spec),
+        kind="conversation",
+        max_length=config.data.row_length,
+        batch_size=ptx_rows(config),
+        packing=config.data.packing,
+        settings=PLAIN,
+    )
+    return pipeline.load(configs.sources(config, "ptx"), base.tokenizer, spec, counter)[0]
+
+
+def fingerprint(loader: Loader, ptx: Loader | None) -> str:
+    """sha256 (hex) of all that decides the batches of training, apart from the model."""
+    return loader.fingerprint() if ptx is None else f"{loader.fingerprint()}+{ptx.fingerprint()}"
 
 
 def _from_files(run: Parts) -> Source:
@@ -37,7 +67,7 @@ def _from_files(run: Parts) -> Source:
 
 
 def _from_rollouts(run: Parts) -> Source:
-    return Rollouts(run.config, run.base, run.program, run.frozen, run.loader, run.workdir)
+    return Rollouts(run.config, run.base, run.program, run.frozen, run.loader, run.workdir, run.ptx)
 
 
 SOURCES: dict[str, Callable[[Parts], Source]] = {"files": _from_files, "rollouts": _from_rollouts}

@@ -49,7 +49,7 @@ from ftjax.evals.evaluator import Evaluator
 from ftjax.method import iterations, lasting
 from ftjax.planning import flops
 from ftjax.reporting import page
-from ftjax.sources import SOURCES, Parts
+from ftjax.sources import SOURCES, Parts, fingerprint, ptx_loader
 from ftjax.training import curves, environment, metrics, trackers
 from ftjax.training import workdir as workdirs
 from ftjax.training.checkpoint import Checkpoints
@@ -103,14 +103,17 @@ def _train(
 
     # Data.
     config, train_loader, heldout, report = _load_data(config, base, mesh, room, display)
+    preflight.check_mesh(config, base.model.spec, mesh)
+    ptx = ptx_loader(config, base, display.counter)
     base = base._replace(model=base.model.clone(remat=config.model.remat))
     preflight.check_whole_step(config)
-    preflight.check_same_everywhere(given, contents, train_loader, heldout)
+    rows_digest = fingerprint(train_loader, ptx)
+    preflight.check_same_everywhere(given, contents, rows_digest, heldout)
     total_steps = resume.steps_of(config, train_loader)
     preflight.check_steps(config, there.step, total_steps)
     early = there.ended_early(config)
     if early or there.finished(config, total_steps):
-        resume.check_data(checkpoints.meta(there.step), workdir, train_loader.fingerprint())
+        resume.check_data(checkpoints.meta(there.step), workdir, rows_digest)
         on = f" It ended early: {early}; to go on, raise config.evaluate.patience, or set it to 0." if early else ""
         display.say(f"This run is finished: {there.step} steps, saved in {workdir}. Nothing to do.{on}")
         return 0
@@ -136,7 +139,6 @@ def _train(
         # Weights, adapters, state.
         display.say("reading the weights")
         smaller = memory.smaller(config, mesh)
-        fingerprint = train_loader.fingerprint()
 
         def begin(variables: Tree) -> None:
             evaluator.begin(variables)
@@ -146,7 +148,7 @@ def _train(
 
         try:
             with memory.exhausted("reading the weights", smaller):
-                start = resume.start(there, config, base, program, workdir, checkpoints, fingerprint, begin)
+                start = resume.start(there, config, base, program, workdir, checkpoints, rows_digest, begin)
         except Preempted as stop:
             return _stopped(stop, there.step, checkpoints, display)
         distributed.meet_devices()
@@ -193,9 +195,9 @@ def _train(
         # Loop, checkpoints.
         after, plain = -1 if there.step is None else there.step, configs.flat(ConfigDict(configs.as_json(located)))
         writer, finished = metrics.MetricsWriter(workdir, after, config.trackers, plain), False
-        meta = {"config": configs.as_json(located), "data": train_loader.fingerprint()}
+        meta = {"config": configs.as_json(located), "data": rows_digest}
         seconds = flops.seconds_per_token(program)
-        parts = Parts(config, base, program, start.frozen, train_loader, workdir, total_steps)
+        parts = Parts(config, base, program, start.frozen, train_loader, ptx, workdir, total_steps)
         loop = Loop(
             step,
             SOURCES[program.method.source](parts),

@@ -24,6 +24,8 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("rollouts")
     write_model(root / "model")
     write_rows(root / "rows.jsonl", 40)
+    texts = [{"text": f"the {word} lamp " * n} for n, word in enumerate(("blue", "red", "old", "new") * 6, 1)]
+    (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     return root
 
 
@@ -154,6 +156,8 @@ OF_PPO = {
     "rollouts.temperature": 0.7,
     "data.batch_size": 4,
     "accumulate": 2,
+    "data.ptx_rows": 2,
+    "objective.ptx_coef": 0.5,
     "export_formats": ("peft",),
 }
 
@@ -173,6 +177,7 @@ TIMES = {"step_time", "tokens_per_second", "data_wait", "eps"}
 def test_a_run_of_its_own_completions_resumes_exactly(root, tmp_path, name, changes):
     # A round of completions serves two steps, so that only every second step can be saved.
     changes = {"steps": 8, "rollouts.iterations": 2, "data.batch_size": 12, "checkpoint_every": 4} | changes
+    changes |= {"data.ptx": (str(root / "texts.jsonl"),)} if name == "ppo" else {}
     config = config_for(root, **changes)
     assert train.train(config, tmp_path / "run") == 0
     records = metrics.read(tmp_path / "run/metrics.jsonl")
@@ -184,6 +189,8 @@ def test_a_run_of_its_own_completions_resumes_exactly(root, tmp_path, name, chan
     assert ("kept/kl_coef" in end) == ("trainable/heads/value/kernel" in end) == (name == "ppo")
     coefs = {record["objective/kl_coef"] for record in records if "objective/kl_coef" in record}
     assert len(coefs) == 4 * (name == "ppo")  # a controller changes it after each round
+    of_texts = {record["loss/ptx_avg"] for record in records if "loss/ptx_avg" in record}
+    assert len(of_texts) == 8 * (name == "ppo")  # each step has others
 
     from_step_4 = config_for(root, **changes, **{"checkpoint.resume_step": 4})
     assert train.train(from_step_4, tmp_path / "run") == 0
@@ -253,6 +260,9 @@ def test_a_bandit_is_solved(tmp_path, changes, record_figure):
         assert np.mean(rewards[-4:]) > 0.95, f"seed {seed}: {rewards}"
 
 
+PTX = {"objective.name": "ppo", "objective.ptx_coef": 0.5, "data.ptx": ("texts.jsonl",)}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -270,6 +280,13 @@ def test_a_bandit_is_solved(tmp_path, changes, record_figure):
         ({"objective.name": "sft", "objective.rewards": ()}, "rollouts.max_new_tokens.*does not use it .of grpo"),
         ({"objective.name": "rloo", "rollouts.samples": 1}, "samples=1: .*'rloo' compares completions .*set it to 2"),
         ({"objective.name": "ppo", "objective.kl_target": 6.0}, "kl_target=6.0 does nothing with objective.kl_coef=0"),
+        (PTX | {"objective.ptx_coef": 0.0}, "data.ptx=.* does nothing with objective.ptx_coef=0"),
+        (
+            {"objective.name": "ppo", "objective.ptx_coef": 0.5},
+            "ptx_coef=0.5 does nothing with no source in config.data.ptx",
+        ),
+        (PTX | {"data.ptx_rows": 3, "accumulate": 2}, "ptx_rows=3 rows in 2 micro-batch.*to a multiple of 2"),
+        ({"data.ptx": ("texts.jsonl",)}, "config.data.ptx: objective.name='grpo' does not use it .of ppo"),
         ({"objective.vf_coef": 0.5}, "vf_coef: objective.name='grpo' does not use it .of ppo"),
     ],
 )

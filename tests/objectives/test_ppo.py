@@ -9,8 +9,8 @@ from support.tiny import batch_of, documents, logits, numpy_params, spec
 
 from ftjax import config as configs
 from ftjax.models.decoder import Decoder
-from ftjax.objectives.loss import means
-from ftjax.objectives.ppo import KL_COEF, make_ppo, ppo_loss
+from ftjax.objectives.loss import TOTALS, means
+from ftjax.objectives.ppo import KL_COEF, make_ppo, make_ppo_totals, ppo_loss
 
 MODEL = Decoder(spec())
 DOCUMENTS = documents(5, [9, 6, 12, 14, 8])
@@ -106,11 +106,11 @@ def test_losses_metrics_and_gradients_are_the_formulas_whatever_stands_elsewhere
 
 
 @functools.cache
-def compiled():
-    objective = make_ppo(MODEL, settings(), temperature=TEMPERATURE)
+def compiled(ptx_coef=0.0):
+    objective = make_ppo(MODEL, settings(ptx_coef=ptx_coef), temperature=TEMPERATURE)
 
-    def total(variables, batch):
-        loss = objective(variables, batch, None)
+    def total(variables, batch, totals=None):
+        loss = objective(variables | ({TOTALS: totals} if totals else {}), batch, None)
         return loss.sum, loss
 
     return jax.jit(jax.value_and_grad(total, has_aux=True))
@@ -148,3 +148,44 @@ def test_on_policy_the_ratio_is_1_at_the_temperature_of_sampling():
     np.testing.assert_allclose(found["val/ratio"], 1, atol=1e-6)
     assert found["policy/clipfrac_avg"] == 0
     np.testing.assert_allclose(found["policy/entropy_avg"], -(np.exp(every) * every).sum(-1)[there].mean(), rtol=1e-5)
+
+
+def test_texts_beside_completions_reach_only_their_own_loss_a_mean_over_their_tokens():
+    texts, coef = (1, 4), 0.7
+    given = {name: OTHERS[name] for name in NAMES[:5]}
+    found = []
+    for batches in ([ROWS], ALONE):
+        with_texts = [drawn(rows, **given) for rows in batches]
+        for batch, rows in zip(with_texts, batches, strict=True):
+            number = np.array([[*row, *[-1] * (3 - len(row))] for row in rows])
+            document = np.take_along_axis(number, np.maximum(batch["segment_ids"] - 1, 0), axis=1)
+            is_text = np.isin(document, texts) & (batch["segment_ids"] > 0)
+            batch["ptx"] = is_text.astype(np.float32)
+            for name in NAMES[:5]:
+                batch[name][is_text] = np.nan
+        totals = add([make_ppo_totals(MODEL, settings(ptx_coef=coef))({}, batch) for batch in with_texts])
+        steps = [compiled(coef)(variables(), batch, totals) for batch in with_texts]
+        found.append((add([loss for (_, loss), _ in steps]), add([gradients for _, gradients in steps])))
+    (whole, slopes), (loss, gradients) = found
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(slopes))
+    for ours, theirs in zip(jax.tree.leaves((loss.sum, loss.metrics)), jax.tree.leaves((whole.sum, whole.metrics))):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(slopes), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * largest)
+
+    # The rest is the loss of the completions alone, and the texts' is the mean of -log p at temperature 1.
+    alone = [[i for i in row if i not in texts] for row in ROWS]
+    (_, without), their_slopes = compiled()(variables(), drawn(alone, **given))
+    assert float(without.weight) == float(whole.weight) == float(totals["sampled"])
+    for name in without.metrics:
+        np.testing.assert_allclose(means(whole)[name], means(without)[name], rtol=1e-5, err_msg=name)
+    batch = drawn([list(texts)])
+    raw = np.float64(logits(MODEL, {"params": numpy_params(MODEL, 0)}, batch))
+    every = raw - np.log(np.exp(raw).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(every, batch["targets"][..., None], -1)[..., 0][batch["weights"] != 0].mean()
+    np.testing.assert_allclose(means(whole)["loss/ptx_avg"], nll, rtol=1e-5)
+    np.testing.assert_allclose(means(whole)["loss"], means(without)["loss"] + coef * nll, rtol=1e-5)
+    # The critic learns nothing from texts.
+    value = slopes["heads"]["value"]["kernel"]
+    np.testing.assert_allclose(value, their_slopes["heads"]["value"]["kernel"], atol=1e-5 * np.abs(value).max())
+    assert np.abs(slopes["params"]["norm"]["scale"] - their_slopes["params"]["norm"]["scale"]).max() > 1e-2

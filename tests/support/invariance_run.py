@@ -22,7 +22,7 @@ from ftjax.models.families import spec_from_config
 from ftjax.models.heads import abstract_heads, init_heads
 from ftjax.models.params import abstract_params, logical_axes
 from ftjax.objectives.policy import make_policy
-from ftjax.objectives.ppo import make_ppo
+from ftjax.objectives.ppo import KL_COEF, make_ppo, make_ppo_totals
 from ftjax.objectives.preference import make_preference, preference_totals
 from ftjax.objectives.reward import make_reward
 from ftjax.objectives.sft import make_sft
@@ -140,6 +140,8 @@ def batches(kind, accumulate, packed):
         if kind == "ppo":
             lots = batch["advantages"]
             batch |= {"values": lots / 3, "returns": lots + 1, "kl": lots / 10}
+            number = np.arange(0, 64, each)[:, None] + np.maximum(batch["segment_ids"] - 1, 0)
+            batch["ptx"] = ((batch["segment_ids"] > 0) & (number % 3 == 2)).astype(np.float32)  # every third is a text
         if kind == "reward":  # the margin of a pair is that of its tokens, wherever it stands
             batch["labels"] = np.zeros(batch["tokens"].shape, np.float32)
             for row, (labels, segments) in zip(rows, zip(batch["labels"], batch["segment_ids"])):
@@ -216,7 +218,8 @@ def train(name, kind, mesh, accumulate, packed, remat):
         changes = {"objective.loss": ("grpo",), "objective.importance": "sequence", "objective.kl_coef": 0.05}
         objective = make_policy(model, configs.changed(configs.defaults(), changes).objective, max_new_tokens=12)
     if kind == "ppo":
-        objective = make_ppo(model, configs.defaults().objective, temperature=1.0, max_new_tokens=12)
+        settings = configs.changed(configs.defaults(), {"objective.ptx_coef": 0.5}).objective
+        objective, totals = make_ppo(model, settings), make_ppo_totals(model, settings)
     step = make_step(objective, optimizer, schedule, abstract, seed=0, kept=kept, totals=totals)
     losses, ends = [], []
     with jax.set_mesh(mesh):
@@ -225,6 +228,7 @@ def train(name, kind, mesh, accumulate, packed, remat):
             state, metrics = step(state, frozen, placed)
             losses.append(float(metrics["loss"]))
             ends += [float(metrics[name]) for name in ("min_reward", "max_reward") if name in metrics]
+            ends += [float(state.kept[KL_COEF])] if kind == "ppo" else []
     adam = optax.tree.get(state.opt_state, "ScaleByAdamState")
     trained = tree.flatten(state.trainable)
     facts = {
@@ -237,7 +241,7 @@ def train(name, kind, mesh, accumulate, packed, remat):
         "shares": {
             path: leaf.size // leaf.addressable_shards[0].data.size for path, leaf in tree.flatten(frozen).items()
         },
-        "rewards": [*ends, *(np.ravel(normalization(state.kept)).tolist() if kept else [])],
+        "rewards": [*ends, *(np.ravel(normalization(state.kept)).tolist() if kind == "reward" else [])],
         "trainable": {path: spec_of(leaf) for path, leaf in trained.items()},
         "first moments": {path: spec_of(leaf) for path, leaf in tree.flatten(adam.mu).items()},
         "second moments": {path: spec_of(leaf) for path, leaf in tree.flatten(adam.nu).items()},

@@ -43,6 +43,9 @@ ROLLOUT = {"advantages": np.float32, "sampled_logps": np.float32}
 CRITIC = {"values": np.float32, "returns": np.float32}
 KL = {"kl": np.float32}
 
+# And where other rows stand beside completions: 1 at the tokens of their documents, else 0.
+PTX = {"ptx": np.float32}
+
 # And where rows say something of their documents: the label of each token, see `Document`.
 LABELS = {"labels": np.float32}
 
