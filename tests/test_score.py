@@ -101,3 +101,18 @@ def test_reward_is_a_score_of_completions(root, model, monkeypatch):
     assert its.grade_all(answers, its.questions) == pytest.approx(expected.tolist(), abs=1e-5)
     with pytest.raises(UserError, match="score 'reward:nowhere': no such directory"):
         scores.find("reward:nowhere", "config.data.eval: x")
+
+    # An ensemble may be believed only as far as its heads agree.
+    by_head = np.float64(model.scores_of([np.asarray(ids) for ids in tokens]))
+    assert by_head.std(axis=1).min() > 0.01
+    examples = [question.example for question in its.questions]
+    for name, wanted in (("min", by_head.min(axis=1)), ("std=1.5", expected - 1.5 * by_head.std(axis=1))):
+        found = scores.find(f"reward:{root}?{name}", "x")
+        np.testing.assert_allclose(found.together(answers, examples), wanted, atol=1e-5)
+        assert found.model == f"{root}?{name}"
+    for wrong in ("max", "std", "std=-1", "std=much"):
+        with pytest.raises(UserError, match=f"{wrong}': '{wrong}' is neither 'min' nor 'std=C'"):
+            scores.find(f"reward:{root}?{wrong}", "x")
+    monkeypatch.setattr(scores, "_loaded", lambda path: model._replace(mean=model.mean[:1]))
+    with pytest.raises(UserError, match="has one head, which agrees with itself"):
+        scores.find(f"reward:{root}?min", "x").together(answers, examples)

@@ -5,12 +5,15 @@ which ends with the expected answer where there is one. The score of a task (`ft
 has that of a reward model (`ftjax.rewards`).
 """
 
+import contextlib
 import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ftjax import rewards
 from ftjax.config import REWARD
@@ -97,11 +100,15 @@ def find(name: str, where: str) -> Score:
     return Score(found, needs_answer=False)
 
 
-def _of_reward_model(path: str, where: str) -> Score:
-    """The mean reward by the reward model at `path` as a score of completions; it is loaded with the first of them.
+def _of_reward_model(name: str, where: str) -> Score:
+    """The reward by the reward model of `name` as a score of completions; it is loaded with the first of them.
 
-    where: for messages, what names it.
+    name: PATH, the mean over its heads; PATH?min, the smallest of them; PATH?std=C, their mean less C times their
+    standard deviation. Where heads disagree, a policy finds what one of them is wrong about. where: for messages, what
+    names it.
     """
+    path, _, of_heads = name.partition("?")
+    over = _over_heads(of_heads, f"{where}: score 'reward:{name}'")
     if not Path(path).expanduser().is_dir():
         raise UserError(f"{where}: score 'reward:{path}': no such directory; name a run, an export or an adapter")
     where_it_is = str(Path(path).expanduser().absolute())
@@ -114,12 +121,32 @@ def _of_reward_model(path: str, where: str) -> Score:
             prompt = turns[:-1] if turns[-1]["role"] == "assistant" else turns
             turns = [*prompt, {"role": "assistant", "content": completion}]
             documents.append(model.tokens(turns, example.get("tools")))
-        return model.scores_of(documents).mean(axis=1).tolist()
+        if of_heads and model.heads == 1:
+            raise UserError(
+                f"{where}: score 'reward:{name}': this reward model has one head, which agrees with itself; train one "
+                f"with --config.objective.ensemble=4, or name reward:{path}"
+            )
+        return over(model.scores_of(documents).astype(np.float64)).tolist()
 
     def alone(completion: str, example: dict) -> float:
         return together([completion], [example])[0]
 
-    return Score(alone, needs_answer=False, together=together, share=False, model=where_it_is)
+    return Score(
+        alone, needs_answer=False, together=together, share=False, model=where_it_is + (of_heads and f"?{of_heads}")
+    )
+
+
+def _over_heads(name: str, what: str) -> Callable[[np.ndarray], np.ndarray]:
+    """float64 [N, K] -> [N], of what stands behind the path of a reward model."""
+    if not name:
+        return lambda rewards: rewards.mean(axis=1)
+    if name == "min":  # Coste et al. 2023 (arXiv 2310.02743), section 3.2, worst-case optimization
+        return lambda rewards: rewards.min(axis=1)
+    kind, _, value = name.partition("=")
+    with contextlib.suppress(ValueError):
+        if kind == "std" and 0 < (c := float(value)) < math.inf:
+            return lambda rewards: rewards.mean(axis=1) - c * rewards.std(axis=1)
+    raise UserError(f"{what}: {name!r} is neither 'min' nor 'std=C' with a number C above 0, such as 'std=1'")
 
 
 @functools.cache
