@@ -113,11 +113,12 @@ class Rollouts:
         self._writes_on = False
 
     def batch(self, index: int, state: TrainState) -> Batch:
-        round_, step = divmod(index, self.updates)
+        round_ = index // self.updates
         if self._made is None or self._round != round_:
             self._made, self._round = self._make(round_, state), round_
-        made = self._made if step == 0 else self._made._replace(metrics={})
-        return made if self._ptx is None else _with_rows(made, self._ptx.batch(index), self._ptx.batch_tokens(index))
+        if self._ptx is None:
+            return self._made
+        return _with_rows(self._made, self._ptx.batch(index), self._ptx.batch_tokens(index))
 
     def epoch_at(self, index: int) -> float:
         return self._loader.epoch_at(index // self.updates)
