@@ -236,3 +236,29 @@ def test_all_end_early_alike(root):
         with together(root, root / "early", 2, *ending) as processes:
             assert said in finished(processes)[0]
     assert adapters(root / "early")[0] == 4
+
+
+@pytest.mark.slow
+def test_what_two_processes_write_and_learn_from_it_is_what_one_does(root, record_figure):
+    """PPO on two devices of one process, and of two: reference and critic are asked by all, a process writes alone."""
+    (root / "texts.jsonl").write_text('{"text": "The old lamp is red and the new one is blue."}\n' * 8)
+    settings = {
+        "objective.name": "ppo", "objective.rewards": ("f1",), "objective.kl_coef": 0.1, "objective.kl_target": 0.5,
+        "data.ptx": (str(root / "texts.jsonl"),), "objective.ptx_coef": 0.5, "data.batch_size": 8, "data.eval": (),
+        "rollouts.samples": 1, "rollouts.iterations": 2, "rollouts.max_new_tokens": 8, "steps": 6, "log_every": 1,
+        "optimizer.learning_rate": 2e-4, "accumulate": 2, "checkpoint_every": 6, "eval_every": 0, "data.row_length": 0,
+    }  # fmt: skip
+    given = [f"--config.{key}={value}" for key, value in settings.items()]
+    with together(root, root / "ppo", 1, *given, devices=2) as processes:
+        finished(processes)
+    with together(root, root / "ppo-two", 2, *given) as processes:
+        finished(processes, 0)
+    one, two = (metrics.read(root / name / "metrics.jsonl") for name in ("ppo", "ppo-two"))
+    assert len(one) == len(two) == 6
+    for name in ("reward", "objective/kl", "objective/kl_coef", "loss", "loss/value_avg", "loss/ptx_avg"):
+        ours, theirs = ([record[name] for record in records] for records in (one, two))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert (root / "ppo" / "rollouts.jsonl").read_text().count("\n") == 3
+    difference = largest_difference(adapters(root / "ppo")[1], adapters(root / "ppo-two")[1])
+    record_figure("adapters", difference)
+    assert difference < 1e-5
