@@ -142,9 +142,10 @@ def check_data(meta: Mapping[str, Any], workdir: Path, fingerprint: str) -> None
         config = configs.read(workdir / "config.json")
         # So, too, says `configs.read` of a run that is older than the key.
         cut = "; it cut long texts: --config.data.long_text=cut" if config.data.long_text == "cut" else ""
+        ptx = f", config.data.ptx={list(config.data.ptx)}" if config.data.ptx else ""
         raise UserError(
             f"{workdir}: the training data, its tokenizer or its chat template is not what this run began with (then "
-            f"config.data.train={list(config.data.train)}); restore it, say where it is now, or choose another "
+            f"config.data.train={list(config.data.train)}{ptx}); restore it, say where it is now, or choose another "
             f"--workdir{cut}"
         )
 

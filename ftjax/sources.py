@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftjax import assemble, sharding
@@ -38,7 +39,7 @@ class Parts(NamedTuple):
     steps: int
 
 
-def ptx_loader(config: ConfigDict, base: Base, counter: pipeline.Counter) -> Loader | None:
+def ptx_loader(config: ConfigDict, base: Base, mesh: Mesh, counter: pipeline.Counter) -> Loader | None:
     """The loader of the rows of data.ptx, in which they lie as in supervised tuning; None where there are none.
 
     Their documents are at most as long as a prompt with its completion may be.
@@ -46,7 +47,7 @@ def ptx_loader(config: ConfigDict, base: Base, counter: pipeline.Counter) -> Loa
     if not config.data.ptx:
         return None
     spec = dataclasses.replace(
-        assemble.data_spec(config, base.model.spec),
+        assemble.data_spec(config, base.model.spec, mesh),
         kind="conversation",
         max_length=config.data.row_length,
         batch_size=ptx_rows(config),

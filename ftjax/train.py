@@ -103,8 +103,7 @@ def _train(
 
     # Data.
     config, train_loader, heldout, report = _load_data(config, base, mesh, room, display)
-    preflight.check_mesh(config, base.model.spec, mesh)
-    ptx = ptx_loader(config, base, display.counter)
+    ptx = ptx_loader(config, base, mesh, display.counter)
     base = base._replace(model=base.model.clone(remat=config.model.remat))
     preflight.check_whole_step(config)
     rows_digest = fingerprint(train_loader, ptx)

@@ -24,8 +24,6 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("rollouts")
     write_model(root / "model")
     write_rows(root / "rows.jsonl", 40)
-    texts = [{"text": f"the {word} lamp " * n} for n, word in enumerate(("blue", "red", "old", "new") * 6, 1)]
-    (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     return root
 
 
@@ -177,7 +175,9 @@ TIMES = {"step_time", "tokens_per_second", "data_wait", "eps"}
 def test_a_run_of_its_own_completions_resumes_exactly(root, tmp_path, name, changes):
     # A round of completions serves two steps, so that only every second step can be saved.
     changes = {"steps": 8, "rollouts.iterations": 2, "data.batch_size": 12, "checkpoint_every": 4} | changes
-    changes |= {"data.ptx": (str(root / "texts.jsonl"),)} if name == "ppo" else {}
+    texts = [{"text": f"the {word} lamp " * n} for n, word in enumerate(("blue", "red", "old", "new") * 6, 1)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    changes |= {"data.ptx": (str(tmp_path / "texts.jsonl"),)} if name == "ppo" else {}
     config = config_for(root, **changes)
     assert train.train(config, tmp_path / "run") == 0
     records = metrics.read(tmp_path / "run/metrics.jsonl")
@@ -202,6 +202,10 @@ def test_a_run_of_its_own_completions_resumes_exactly(root, tmp_path, name, chan
     assert (tmp_path / "run" / rollouts.FILE).read_text() == written
     assert digest.read(last)["leaves"] == end
     assert assemble.load_run(tmp_path / "run")[2].keys() == {"params", "lora"}  # what goes out is without a critic
+    if name == "ppo":
+        (tmp_path / "texts.jsonl").write_text('{"text": "another"}\n' * 9)
+        with pytest.raises(UserError, match=r"data.ptx=.*texts.jsonl.*; restore it"):
+            train.train(config, tmp_path / "run")
 
 
 def test_a_reward_models_place_is_the_same_from_every_directory(root, tmp_path, monkeypatch):
@@ -260,6 +264,30 @@ def test_a_bandit_is_solved(tmp_path, changes, record_figure):
         record_figure(f"reward with seed {seed}", np.mean(rewards[-4:]))
         assert rewards[0] < 0.3
         assert np.mean(rewards[-4:]) > 0.95, f"seed {seed}: {rewards}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective.loss": ("dapo",)},
+        {"objective.name": "rloo"},
+        PPO | {"optimizer.learning_rate": 3e-3, "rollouts.samples": 1, "rollouts.iterations": 4, "steps": 160},
+    ],
+    ids=["dapo", "rloo", "ppo"],
+)
+def test_a_game_of_several_moves_is_solved(tmp_path, changes, record_figure):
+    """Three tokens, rewarded together at the end: each must be a capital letter, and none may end it early."""
+    write_model(tmp_path / "model", hidden_size=128, intermediate_size=64)
+    write_rows(tmp_path / "rows.jsonl", 40)
+    given = {"objective.rewards": ("support.rewards:capitals",), "rollouts.max_new_tokens": 3, "steps": 64}
+    given |= {"data.batch_size": 48, "rollouts.samples": 8, "schedule.name": "constant"} | changes
+    for seed in range(5):
+        assert train.train(config_for(tmp_path, seed=seed, **given), tmp_path / f"run-{seed}") == 0
+        rewards = [record["reward"] for record in metrics.read(tmp_path / f"run-{seed}/metrics.jsonl")]
+        record_figure(f"reward with seed {seed}", np.mean(rewards[-4:]))
+        assert rewards[0] < 0.3
+        assert np.mean(rewards[-4:]) > 0.9, f"seed {seed}: {rewards}"
 
 
 PTX = {"objective.name": "ppo", "objective.ptx_coef": 0.5, "data.ptx": ("texts.jsonl",)}

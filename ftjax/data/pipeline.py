@@ -72,7 +72,8 @@ def read(entries: Sequence[dict], tokenizer: Tokenizer, spec: DataSpec, counter:
     rows = training_rows(entries, spec)
     examples = _tokenized(rows, tokenizer, spec, MAX_DROPPED, counter)
     if not len(examples):
-        raise UserError("config.data.train: no rows to train on; check the sources")
+        names = ", ".join(str(entry["source"]) for entry in entries)
+        raise UserError(f"config.data: {names} has no rows to train on; check the sources")
     return examples
 
 

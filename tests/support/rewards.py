@@ -24,3 +24,8 @@ def of_prompt(completion, example):
 def capital(completion, example):
     """Whether it begins with a capital letter."""
     return float(completion[:1].isupper())
+
+
+def capitals(completion, example):
+    """The share of letters that are capital ones, of three at least."""
+    return sum(letter.isupper() for letter in completion) / max(len(completion), 3)
