@@ -75,9 +75,7 @@ def of_tokens(config: ConfigDict, known: Round, kl_coef: float) -> Learned:
     """
     scores = known.scores - config.missing_eos_penalty * ~known.ended
     mask, values = known.mask, masked(known.values, known.mask)
-    kl = np.zeros(mask.shape)
-    if known.reference_logps is not None:
-        kl = kl_estimates(known.sampled_logps, known.reference_logps, mask, config.kl_estimator)
+    kl = kl_estimates(known.sampled_logps, known.reference_logps, mask, config.kl_estimator)
     rewards = at_end(scores, mask) - kl_coef * kl
     advantages = gae(rewards, values, mask, config.discount, config.gae_lambda)
     logps = masked(known.sampled_logps, mask)
@@ -85,9 +83,9 @@ def of_tokens(config: ConfigDict, known: Round, kl_coef: float) -> Learned:
         "objective/scores": scores.mean(),
         "objective/entropy": -logps.sum(axis=1).mean(),
         "objective/rlhf_reward": rewards.sum(axis=1).mean(),
+        "objective/kl": kl.sum(axis=1).mean(),
+        "objective/kl_coef": kl_coef,
     }
-    if known.reference_logps is not None:
-        metrics |= {"objective/kl": kl.sum(axis=1).mean(), "objective/kl_coef": kl_coef}
     by_token = {"advantages": whiten(advantages, mask), "values": values, "returns": advantages + values, "kl": kl}
     by_completion = advantages.sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
     return Learned(by_completion, by_token, {name: float(value) for name, value in metrics.items()})
