@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 16
     config.rollouts.samples = 1
     config.rollouts.iterations = 4
-    config.rollouts.max_new_tokens = 56
+    config.rollouts.max_new_tokens = 48
 
     config.optimizer.learning_rate = 2e-4
     config.schedule.name = "constant"
