@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "whether a run fits a TPU slice that need not be there, and how fast it can be",
     "train": "fine-tune a model as a config says; the same command resumes",
     "sweep": "runs with other settings each, one after another or as a job array, and which is best",
+    "pipeline": "trainings that follow from each other, such as supervised, reward model, PPO, and their comparison",
     "evaluate": "whether a run helped: its model against what prompts can do with its base, and a verdict",
     "generate": "text from a model, an adapter or a run: one prompt, a conversation, or a file of prompts",
     "score": "the rewards of rows by a reward model; of preference pairs its accuracy and calibration, too",

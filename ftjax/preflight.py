@@ -48,6 +48,11 @@ def check_used(config: ConfigDict) -> None:
             f"config.objective.kl_coef={config.objective.kl_coef} does nothing without rows that are replayed; add a "
             "source of general data to config.data.train, such as {'source': 'general.jsonl', 'replay': 0.2}"
         )
+    if config.optimizer.ema_decay and config.objective.name == "reward":
+        raise UserError(
+            f"config.optimizer.ema_decay={config.optimizer.ema_decay}: the mean and spread that a reward model is "
+            "normalized by are those of the weights as they are trained, not of their average; leave it out"
+        )
     schedule = config.schedule
     if schedule.warmup_steps and schedule.warmup_ratio and "schedule.warmup_ratio" in changed:
         raise UserError(

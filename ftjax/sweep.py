@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +33,7 @@ from ftjax.atomic import write_text
 from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.deciding import Deciding
+from ftjax.relay import Relay
 from ftjax.training import environment, metrics
 from ftjax.training.checkpoint import complete_steps
 
@@ -216,35 +216,16 @@ def run_all(
 
     SIGTERM and Ctrl-C go to the run, which saves; those after it are then left for the next time.
     """
-    current, asked = None, None
-
-    def forward(number: int, _: Any) -> None:
-        nonlocal asked
-        asked = number
-        if current is not None:
-            current.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     statuses: dict[str, int] = {}
-    stops = {cli.EXIT_PREEMPTED, cli.EXIT_INTERRUPTED}
-    try:
+    with Relay(start) as relay:
         for number, run in enumerate(runs, 1):
             print(f"--- run {number} of {len(runs)}: {run.name}", flush=True)
-            # In a process group of its own, so that Ctrl-C reaches it once: a second one would end it at once.
-            current = start([sys.executable, "-m", "ftjax.train", *run.arguments], process_group=0)
-            if asked is not None:
-                current.send_signal(asked)
-            statuses[run.name] = status = current.wait()
-            current = None
-            if asked is not None or status in stops:
-                ended = cli.EXIT_INTERRUPTED if asked == signal.SIGINT else cli.EXIT_PREEMPTED
-                return statuses, status if status in stops else ended
+            statuses[run.name] = status = relay.run(["-m", "ftjax.train", *run.arguments])
+            if relay.stopped:
+                break
             if status:
                 print(f"--- {run.name} failed with status {status}", flush=True)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return statuses, 0
+    return statuses, relay.stopped
 
 
 # What came of it

@@ -257,7 +257,8 @@ def table(records: Sequence[dict]) -> str:
         lines.append(f"| {name} | {with_interval(asks)} | {against} | {words:.0f} |")
     revised, feedback = found["its revisions"], found["feedback"]
     sampled, after = (np.mean(revised[name]) for name in ("asks", "revised"))
-    right, minutes = feedback["right"], sum(record["minutes"] for record in records)
+    right = feedback["right"]
+    minutes = sum(record["minutes"] for record in records if record["name"] != "before")  # those of the next one, too
     sentences = (
         f"{len(before)} held-out prompts, answered greedily in at most {NEW_TOKENS} tokens.",
         f"Of {len(revised['asks'])} sampled answers {sampled:.0%} end with a question, of their revisions {after:.0%};",

@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "ftjax").rglob("*.py"))
 # of its own; "weights" alone is what stands in none of its wings. `data` and `tasks` stay on the host.
 FLOORS = [
     {"errors"},
-    {"atomic", "cache", "cli", "config_checks", "foreign", "strict_json", "tree"},
+    {"atomic", "cache", "cli", "config_checks", "foreign", "relay", "strict_json", "tree"},
     {"config", "distributed"},
     {"config_files"},
     {"config_flag"},
@@ -42,7 +42,7 @@ FLOORS = [
     | {"critic", "rewarding"},
     {"constitutional", "labeling", "planning", "rollouts"},
     {"sources"},
-    {"__main__", "train", "sweep", "evaluate", "generate", "report", "export", "harness", "score"}
+    {"__main__", "train", "sweep", "pipeline", "evaluate", "generate", "report", "export", "harness", "score"}
     | {"plan", "inspect_data", "curate", "label", "constitution", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

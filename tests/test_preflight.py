@@ -53,6 +53,7 @@ def test_a_mesh_that_divides_the_work_is_not():
 
 NONE, LION = {"adapter.kind": "none"}, {"optimizer.name": "lion", "optimizer.b2": 0.99}
 IDLE = [
+    ({"objective.name": "reward", "optimizer.ema_decay": 0.9}, "normalized by are those of the weights as they are"),
     (
         NONE | {"adapter.rank": 8},
         "adapter.rank=8 does nothing with adapter.kind='none'; leave it out, or set --config.adapter.rank=16",

@@ -37,6 +37,10 @@ STEPS = 20
 OPTIMIZER = ConfigDict(DEFAULTS.to_dict() | {"weight_decay": 0.01})
 # dpo and kto: adapters trained on preferences, whose first losses are all alike; reward: those and two heads, each with
 # its bootstrap
+# Adam divides a gradient by its size, so an element whose gradient is nothing but rounding moves as far as others. At
+# the second step of the reward model that is so: adapters have only begun to differ from 0, and rewards of a pair are
+# alike; gradients are 1e-6, some 1e-9, and what the mesh changes 1e-9. A larger epsilon leaves these where they are.
+EPS = {"reward": 1e-7}
 RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3, "kto": 2e-3, "reward": 2e-4, "grpo": 2e-4, "ppo": 2e-4}
 PAIRS = ("dpo", "reward")
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64}
@@ -196,7 +200,7 @@ def train(name, kind, mesh, accumulate, packed, remat):
     trainable, frozen = tree.partition(variables, functools.partial(is_trained, kind))
     base = jax.tree.map(np.array, frozen)
     schedule = make_schedule(RATES[kind], SCHEDULE, STEPS)
-    optimizer = make_optimizer(OPTIMIZER, schedule)
+    optimizer = make_optimizer(ConfigDict(OPTIMIZER.to_dict() | {"eps": EPS.get(kind, OPTIMIZER.eps)}), schedule)
     kept = {"reward": reward_sums(), "ppo": kl_controller(0.1, 0.2, 100.0, every=1)}.get(kind)
     abstract = abstract_state(optimizer, trainable, mesh, kept)
     state = init_state(optimizer, trainable, abstract, kept)
