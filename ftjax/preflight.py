@@ -310,15 +310,20 @@ def check_classes(config: ConfigDict, train: Loader, display: Display) -> None:
         )
 
 
-def check_rows(config: ConfigDict, base: Base, train: Loader, heldout: Loader | None, display: Display) -> None:
-    """Says what the checks of the rows find; errors end the run here, unless config.data.checks is "warn" or "off"."""
+def check_rows(
+    config: ConfigDict, base: Base, train: Loader, heldout: Loader | None, display: Display, kind: str = ""
+) -> None:
+    """Says what the checks of the rows find; errors end the run here, unless config.data.checks is "warn" or "off".
+
+    kind: what a row is, a key of ROW_KINDS, where that is not what the method learns from.
+    """
     if config.data.checks == "off":
         return
     entries, _ = split_entries(config)
     evaluated = [read_sources(entries)] if entries else []
     if heldout is not None:
         evaluated.append(checks.RowsOf(heldout.examples))
-    answered = ROW_KINDS[method_of(config).rows].answered
+    answered = ROW_KINDS[kind or method_of(config).rows].answered
     facts = checks.TokenFacts.of(base.tokenizer, base.end_tokens, config.data.max_length, base.known_rows, answered)
     findings = checks.at_start(train.examples, evaluated, facts)
     errors = [str(finding) for finding in findings if finding.severity == ERROR]
@@ -329,6 +334,6 @@ def check_rows(config: ConfigDict, base: Base, train: Loader, heldout: Loader | 
     if stops:
         raise UserError(
             "\n  ".join(["the rows have errors", *errors])
-            + "\npython -m ftjax.inspect_data with the same --config shows them; "
-            "--config.data.checks=warn starts anyway"
+            + ("\n" if kind else "\npython -m ftjax.inspect_data with the same --config shows them; ")
+            + "--config.data.checks=warn starts anyway"
         )

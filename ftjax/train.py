@@ -119,6 +119,8 @@ def _train(
     preflight.check_partners(train_loader, total_steps)
     preflight.check_balance(config, train_loader, display)
     preflight.check_rows(config, base, train_loader, heldout, display)
+    if ptx is not None:
+        preflight.check_rows(config, base, ptx, heldout, display, kind="conversation")
     preflight.check_classes(config, train_loader, display)
     rollouts.check(config, base.model.spec, train_loader)
 

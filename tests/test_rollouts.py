@@ -293,6 +293,15 @@ def test_a_game_of_several_moves_is_solved(tmp_path, changes, record_figure):
 PTX = {"objective.name": "ppo", "objective.ptx_coef": 0.5, "data.ptx": ("texts.jsonl",)}
 
 
+def test_the_rows_of_the_pretraining_mix_are_checked_too(root, tmp_path):
+    row = {"prompt": "Who sends the yellow lamp?", "completion": "nobody does"}
+    (tmp_path / "held.jsonl").write_text(json.dumps(row) + "\n")
+    entry = {"source": str(tmp_path / "held.jsonl"), "score": "f1"}
+    changes = PTX | {"data.ptx": (entry["source"],), "data.eval": (entry,), "data.checks": "on"}
+    with pytest.raises(UserError, match=r"held.jsonl:1 .*rows of the evaluation are also trained on"):
+        train.train(config_for(root, **changes), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
