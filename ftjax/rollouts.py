@@ -22,6 +22,7 @@ from ftjax.errors import UserError
 from ftjax.method import method_of
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.reference import policy_and_reference
+from ftjax.sampling import stop_strings
 from ftjax.sampling.engine import Completion, generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.training import metrics
@@ -59,6 +60,7 @@ def check(config: ConfigDict, spec: DecoderSpec, loader: Loader) -> None:
             "rotary frequencies, by the length that a completion may have in writing and that it has in training; set "
             f"--config.data.max_length={min(ends):.0f} or less"
         )
+    stop_strings.check(config.rollouts.stop_strings, "config.rollouts.stop_strings")
     rewarding.check(config, loader.examples)
 
 
@@ -94,6 +96,8 @@ class Rollouts:
         self._config, self._base, self._program, self._frozen = config, base, program, frozen
         self._loader, self._rewards, self._file = loader, rewarding.rewards_of(config), workdir / FILE
         self.updates, self.samples = config.rollouts.iterations, config.rollouts.samples
+        strings = config.rollouts.stop_strings
+        self._stops_at = stop_strings.stops_at(strings, base.tokenizer, "config.rollouts.stop_strings")
         self._round, self._made = -1, None
         self._writes_on = False
 
@@ -161,9 +165,10 @@ class Rollouts:
             prompts,
             settings.max_new_tokens,
             self._base.end_tokens,
-            Sampling(settings.temperature, seed=self._config.seed),
+            Sampling(settings.temperature, settings.top_k, settings.top_p, self._config.seed, settings.min_p),
             settings.batch_size,
             first=(round_ * (1 + settings.resample) + further) * len(chosen),
+            stops_at=self._stops_at,
         )
         texts = [self._base.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in completions]
         return Written(chosen, prompts, completions, texts)
@@ -185,7 +190,7 @@ class Rollouts:
         batch = packing.lay(documents, length, packing.BATCH | packing.ROLLOUT)
         for row, (place, one, advantage) in enumerate(zip(places, written.completions, advantages, strict=True)):
             batch["advantages"][row, place] = advantage
-            batch["sampled_logps"][row, place] = one.logps
+            batch["sampled_logps"][row, place] = one.tempered_logps
         for name in packing.ROLLOUT:
             batch[name] *= batch["weights"]
         return batch
@@ -205,6 +210,10 @@ class Rollouts:
             "completions/clipped_ratio": 1 - ended.mean(),
             "completions/mean_terminated_length": lengths[ended].mean() if ended.any() else 0.0,
         }
+        settings = self._config.rollouts
+        if settings.top_k or settings.top_p < 1 or settings.min_p:
+            left = np.concatenate([one.tempered_logps - one.logps for one in completions])
+            out["sampling/kept_mean"] = np.exp(left).mean()  # of the probability, what the filters leave
         for reward, values in zip(self._rewards, grades.T, strict=True):
             out |= {f"rewards/{reward.name}/mean": values.mean(), f"rewards/{reward.name}/std": values.std(ddof=1)}
         return {name: float(value) for name, value in out.items()}

@@ -143,16 +143,18 @@ def enter(slots: Slots, read: Read, entering: Entering) -> Slots:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(
-    model: Decoder, most: int, variables: Tree, slots: Slots, limit: jax.Array, enough: jax.Array
+    model: Decoder, most: int, variables: Tree, slots: Slots, used: jax.Array, limit: jax.Array, enough: jax.Array
 ) -> tuple[Slots, Chosen, jax.Array]:
-    """Chooses up to `limit` tokens of each active row, at most `most`.
+    """Chooses up to `limit` tokens of each active row, at most `most`; rows not `used`, bool [batch], have ended,
+    whatever the slots say.
 
     It ends early when no row is active any more, or as soon as `enough` have ended. Returns the slots, what was chosen
     [most, batch], and whether there it was, bool [most, batch].
     """
+    slots = slots.replace(active=slots.active & used)
     began = slots.active
     batch = len(began)
-    nothing = Chosen(*(jnp.zeros((most, batch), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)))
+    nothing = Chosen(*(jnp.zeros((most, batch), dtype) for dtype in (jnp.int32, *[jnp.float32] * 3)))
 
     def goes_on(carry):
         slots, step, *_ = carry
