@@ -164,7 +164,7 @@ class Engine:
         self._mesh = jax.sharding.get_mesh()
         self._model, self._variables = model, variables
         self._stops, self._biases = stops, biases
-        self._rows: list[_Row | None] = [None] * _rounded(slots, self._mesh)
+        self._rows: list[_Row | None] = [None] * rounded(slots, self._mesh)
         self._waiting: deque[_Row] = deque()
         self._slots = None
         self._count = 0
@@ -276,7 +276,7 @@ class Engine:
     def _read_in_parts(self, row: _Row) -> Read:
         prompt = row.request.prompt
         model, width = self._model, -(-len(prompt) // PART) * PART
-        cache = init_cache(model.spec, 1, _capacity(width, model), model.dtype, np.array([_reach(row)], np.int32))
+        cache = init_cache(model.spec, 1, capacity(width, model), model.dtype, np.array([_reach(row)], np.int32))
         for start in range(0, len(prompt), PART):
             tokens = np.zeros((1, PART), np.int32)
             part = prompt[start : start + PART]
@@ -306,11 +306,11 @@ class Engine:
 
     def _make_room(self, length: int) -> None:
         """Slots for rows of `length` tokens."""
-        capacity = _capacity(length, self._model)
+        needed = capacity(length, self._model)
         if self._slots is None:
-            self._slots = compiled.empty(self._model, len(self._rows), capacity, self._stops, self._biases)
-        elif capacity > self._slots.capacity:
-            self._slots = compiled.grow(self._slots, capacity)
+            self._slots = compiled.empty(self._model, len(self._rows), needed, self._stops, self._biases)
+        elif needed > self._slots.capacity:
+            self._slots = compiled.grow(self._slots, needed)
 
 
 def generate(
@@ -389,7 +389,7 @@ def _stream(engine: Engine) -> Iterator[int]:
 
 def rows_per_batch(prompts: int, batch_size: int) -> int:
     """How many rows `generate` has at once."""
-    return _rounded(min(batch_size, prompts), jax.sharding.get_mesh())
+    return rounded(min(batch_size, prompts), jax.sharding.get_mesh())
 
 
 def _key(row: _Row, spec: DecoderSpec) -> tuple[bytes, int]:
@@ -402,7 +402,7 @@ def _reach(row: _Row) -> int:
     return len(row.request.prompt) + row.request.max_new_tokens
 
 
-def _capacity(length: int, model: Decoder) -> int:
+def capacity(length: int, model: Decoder) -> int:
     """Tokens of a slot for rows of `length`: few sizes, since each is compiled."""
     return _within(_doubled(CAPACITY, length), length, model)
 
@@ -441,6 +441,7 @@ def _most(stop_tokens: Sequence[int]) -> int:
     return max(8, 2 ** math.ceil(math.log2(max(len(stop_tokens), 1))))
 
 
-def _rounded(rows: int, mesh: jax.sharding.Mesh) -> int:
+def rounded(rows: int, mesh: jax.sharding.Mesh) -> int:
+    """`rows`, or a few more: as many for each of the devices that share a batch."""
     parts = 1 if mesh.empty else sharding.row_parts(mesh)
     return math.ceil(rows / parts) * parts
