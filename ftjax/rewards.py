@@ -160,8 +160,15 @@ def needed(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> f
     Nothing of them is read but what describes them. Raises UserError where there is no such thing.
     """
     named = {one if isinstance(one, str) else one[0] for one in config.objective.rewards}
-    models = [name.removeprefix(f"{configs.REWARD}:") for name in named if name.startswith(f"{configs.REWARD}:")]
-    return sum(_bytes(path, sharding.make_mesh({"fsdp": -1}, devices)) for path in models)
+    mesh, size = sharding.make_mesh({"fsdp": -1}, devices), 0.0
+    for name in sorted(named):
+        kind, _, path = name.partition(":")
+        if kind == configs.REWARD:
+            try:
+                size += _bytes(path, mesh)
+            except UserError as error:
+                raise UserError(f"config.objective.rewards: {name}: {error}") from error
+    return size
 
 
 def _bytes(path: str, mesh: Mesh) -> float:

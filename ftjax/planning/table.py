@@ -70,7 +70,7 @@ def writing_rows(report: dict[str, Any], usable: float) -> dict[str, str]:
     """The lines of its table, from `writing`."""
     out = {
         "round": f"{report['completions']} completions of {report['prompts']} prompts, for {report['steps']} step(s)",
-        "slots": f"{report['slots']} of {report['capacity']} tokens, {report['tokens']} tokens each",
+        "slots": f"{report['slots']} of {report['capacity']} tokens, each of which writes {report['tokens']}",
     }
     for name, size in report["memory"].items():
         if name != "total":
@@ -112,11 +112,13 @@ def rows(report: dict[str, Any], topology: Topology) -> dict[str, str]:
     out = {
         "chips": f"{report['chips']} of {chip.hbm / GIB:.0f} GiB and {chip.flops / 1e12:.0f} TFLOP/s, {topology}",
         "mesh": mesh,
-        "step": f"{report['rows']} rows of {report['length']} tokens, {report['accumulate']} micro-batch(es), "
-        f"remat {report['remat']}",
     }
     if beside := report.get("reward_models"):
         out["reward models"] = f"{beside / GIB:8.3f} GiB, which leave {usable / GIB:.2f} usable"
+    out["step"] = (
+        f"{report['rows']} rows of {report['length']} tokens, {report['accumulate']} micro-batch(es), "
+        f"remat {report['remat']}"
+    )
     if "memory" not in report:
         return out | {
             "memory": f"does not fit: {report['lacking'] / GIB:.2f} GiB more than the {usable / GIB:.2f} usable"

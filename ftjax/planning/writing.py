@@ -29,7 +29,8 @@ class Writing:
       slots: completions written together; capacity: tokens that each has room for at its end.
       training: bytes of what the step keeps, the weights that write among them.
       cache: of all slots at their full length.
-      temporaries: of the engine's loop, by the compiler; None where it did not fit.
+      temporaries: of the engine's loop, by the compiler, or if that is more the cache of half the length, which lies
+        beside while slots grow; None where the loop did not fit.
       prefill: seconds to read the prompts, each once, at the peak of the chip.
       token: of one token of every slot, with the cache as full as it is on average.
       tokens: that every slot chooses in a round, one after the other.
@@ -79,7 +80,7 @@ def plan(config: ConfigDict, program: Program, topology: Topology) -> Writing | 
     rows = engine.rounded(min(config.rollouts.batch_size, completions), mesh)
     prompts, prompt = completions // config.rollouts.samples, program.row_length - new
     capacity = engine.capacity(program.row_length, model)
-    there = slots.abstract(model, rows, capacity, 8, 0, mesh)
+    there = slots.abstract(model, rows, capacity, engine.STOPS, 0, mesh)
     cache = sum(map(bytes_on_device, jax.tree.leaves((there.cache.keys, there.cache.values))))
     state = [*jax.tree.leaves(program.state), *jax.tree.leaves(program.frozen)]
     training = sum(map(bytes_on_device, state))
@@ -109,5 +110,7 @@ def plan(config: ConfigDict, program: Program, topology: Topology) -> Writing | 
     read = sum(engine.capacity(prompt + i, model) for i in range(1, new + 1)) / new / capacity
     moved = traffic.memory_bytes(module) - cache * (1 - read)
     token = roofline(topology, traffic.matrix_flops(module), moved, list(traffic.collectives(module, mesh)))
-    total = training + cache + analysis.temp_size_in_bytes
-    return Writing(**known, temporaries=analysis.temp_size_in_bytes, lacking=total - topology.chip.usable, token=token)
+    grows = engine.capacity(prompt, model) < capacity
+    temporaries = max(analysis.temp_size_in_bytes, cache / 2 if grows else 0)
+    lacking = training + cache + temporaries - topology.chip.usable
+    return Writing(**known, temporaries=temporaries, lacking=lacking, token=token)

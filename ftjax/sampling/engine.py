@@ -26,6 +26,7 @@ from ftjax.sampling.stop_strings import StopsAt
 from ftjax.tree import Tree
 
 DISPATCH = 32  # tokens of a row that are chosen before the host looks
+STOPS = 8  # stop tokens that rows have room for, so that calls with others compile nothing
 LOOKED_AT = 8  # the same where the host ends rows: those that it ends have been given up to so many in vain
 CAPACITY = 128  # tokens of a slot at first; doubled when a row needs more
 LENGTHS = 32  # the shortest length that prompts are padded to; the others are its doubles
@@ -160,7 +161,7 @@ class Engine:
       stops, biases: the most stop tokens and biased tokens of a request.
     """
 
-    def __init__(self, model: Decoder, variables: Tree, slots: int, stops: int = 8, biases: int = 0):
+    def __init__(self, model: Decoder, variables: Tree, slots: int, stops: int = STOPS, biases: int = 0):
         self._mesh = jax.sharding.get_mesh()
         self._model, self._variables = model, variables
         self._stops, self._biases = stops, biases
@@ -437,8 +438,8 @@ def _coarse(count: int, most: int) -> int:
 
 
 def _most(stop_tokens: Sequence[int]) -> int:
-    """Room for stop tokens, so much that calls with others compile nothing."""
-    return max(8, 2 ** math.ceil(math.log2(max(len(stop_tokens), 1))))
+    """Room for stop tokens: STOPS, doubled until they fit."""
+    return max(STOPS, 2 ** math.ceil(math.log2(max(len(stop_tokens), 1))))
 
 
 def rounded(rows: int, mesh: jax.sharding.Mesh) -> int:

@@ -43,6 +43,7 @@ def test_the_bytes_are_those_of_the_engines_arrays(planned):
     cache = engine._slots.cache
     assert found.capacity == engine._slots.capacity == 256
     assert found.cache == sum(leaf.nbytes for leaf in jax.tree.leaves((cache.keys, cache.values)))
+    assert found.temporaries >= found.cache / 2  # slots of 128 tokens become such of 256
     frozen, trained = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (program.frozen, program.state))
     assert 4 * (frozen + trained) - 64 < found.training <= 4 * (frozen + trained)  # counters are smaller
 
