@@ -14,22 +14,23 @@ from ftjax.sampling.engine import Engine, Request
 SLICE = topology.parse("v5e:1x1")
 
 
-@pytest.fixture
-def planned(monkeypatch):
+@pytest.fixture(scope="module")
+def planned():
     """(the plan of writing with GRPO, its program)"""
 
     def compile_text(mesh, trace):
         found = trace().lower().compile()
         return found.as_text(), found.memory_analysis()
 
-    monkeypatch.setattr(compiled, "compile_text", compile_text)
     config = configs.changed(configs.defaults(), {"objective.name": "grpo", "model.source": "none"})
     sizes = {"data.max_length": 192, "rollouts.max_new_tokens": 64, "rollouts.batch_size": 6, "data.batch_size": 16}
     config = configs.changed(config, sizes)
     model = spec(max_position_embeddings=512)
     config = choices.without_data(config, model, one_device(), SLICE.chip.usable)
     program = compiled.describe(config, model, jax.devices()[:1])
-    return writing.plan(config, program, SLICE), program
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "compile_text", compile_text)
+        return writing.plan(config, program, SLICE), program
 
 
 def test_the_bytes_are_those_of_the_engines_arrays(planned):
