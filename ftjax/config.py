@@ -173,7 +173,11 @@ KEYS: dict[str, Key] = {
     # What the model writes in training, with a method that lets it.
     "rollouts.samples": Key(8, number(1)),  # completions of a prompt; data.batch_size is a multiple of it
     "rollouts.max_new_tokens": Key(256, number(1)),  # of a completion; data.max_length is for it and its prompt
+    "rollouts.stop_strings": Key((), ANY),  # texts; a completion ends where it first has one, which it keeps
     "rollouts.temperature": Key(1.0, number(0.01)),
+    "rollouts.top_k": Key(0, number(0)),  # with the next two: filters, without which the loss compares probabilities
+    "rollouts.top_p": Key(1.0, number(1e-6, 1)),
+    "rollouts.min_p": Key(0.0, number(0, 0.999999)),
     "rollouts.batch_size": Key(64, number(1)),  # completions written together
     "rollouts.iterations": Key(1, number(1)),  # steps on the same completions
     # grpo: how often at most other prompts are written to replace those whose completions have equal rewards

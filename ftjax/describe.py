@@ -8,6 +8,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ftjax import config as configs
 from ftjax import memory, quant, sharding, tree
 from ftjax.assemble import NEW_TOKENS, Base, Program
 from ftjax.data.batch.loader import Loader
@@ -77,11 +78,16 @@ def _rollouts(config: ConfigDict, loader: Loader) -> str:
     """What the model writes for a batch."""
     settings, rewards = config.rollouts, config.objective.rewards
     names = [one if isinstance(one, str) else f"{one[1]:g} x {one[0]}" for one in rewards or ("score",)]
+    filters = "".join(
+        f", {key} {settings[key]:g}"
+        for key in ("top_k", "top_p", "min_p")
+        if not configs.is_default(config, f"rollouts.{key}")
+    )
     again = f", for {settings.iterations} steps" if settings.iterations > 1 else ""
     return (
         f"{config.data.batch_size} completions that the model writes{again}: {settings.samples} to each of "
         f"{loader.batch_size} prompts, of at most {settings.max_new_tokens} tokens, at temperature "
-        f"{settings.temperature:g}; rewarded by {' + '.join(names)}"
+        f"{settings.temperature:g}{filters}; rewarded by {' + '.join(names)}"
         + (f"; beside them {ptx_rows(config)} rows of config.data.ptx in each step" if config.data.ptx else "")
     )
 

@@ -16,11 +16,11 @@ and "/adapter none" to the base alone.
 (of a conversation, what follows the last turn of the user); --out gets {"prompt", "completion"} a line, in their order.
 
 The prompt is put into the model's chat template where it has one; --raw leaves it as it is. Generation stops at any of
-the model's end tokens. --temperature 0 (the default) is greedy.
+the model's end tokens, and before any text that --stop names. --temperature 0 (the default) is greedy.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.method import check_generates
+from ftjax.sampling import stop_strings
 from ftjax.sampling.engine import stream
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
@@ -52,17 +53,21 @@ def initial_adapter(name: str | None, names: Iterable[str]) -> str:
     return name
 
 
-def stream_text(tokenizer: PreTrainedTokenizerFast, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of the tokens in parts, each as soon as it is complete: a character may need several tokens."""
+def stream_text(tokenizer: PreTrainedTokenizerFast, tokens: Iterator[int], stops: Sequence[str] = ()) -> Iterator[str]:
+    """The text of the tokens in parts, each as soon as it is complete: a character may need several tokens.
+
+    stops: strings that the text ends before; what may be the beginning of one waits.
+    """
     ids, shown = [], ""
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # an unfinished UTF-8 sequence
+        if not text.endswith(stop_strings.UNFINISHED):
+            text = stop_strings.settled(text, stops)
             yield text[len(shown) :]
             shown = text
     if ids:
-        yield tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]
+        yield stop_strings.before(tokenizer.decode(ids, skip_special_tokens=True), stops)[len(shown) :]
 
 
 def main(argv: list[str]) -> int:
@@ -88,6 +93,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--interpolate goes with --workdir: it is between the base of a run and what was trained")
     share = interpolation.check(FLAGS.interpolate)
     distributed.refuse_several("ftjax.generate")
+    stop_strings.check(FLAGS.stop, "--stop")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed, FLAGS.min_p)
     if FLAGS.prompts:
         prompts.check_out(Path(FLAGS.out))
@@ -105,9 +111,10 @@ def main(argv: list[str]) -> int:
         variables = {in_use: trained}
 
     def answer(prompt: np.ndarray) -> str:
-        tokens = stream(base.model, variables[in_use], prompt, FLAGS.max_new_tokens, base.end_tokens, sampling)
-        text = ""
-        for part in stream_text(base.tokenizer, tokens):
+        stops_at = stop_strings.stops_at(FLAGS.stop, base.tokenizer)
+        how = FLAGS.max_new_tokens, base.end_tokens, sampling, stops_at
+        tokens, text = stream(base.model, variables[in_use], prompt, *how), ""
+        for part in stream_text(base.tokenizer, tokens, FLAGS.stop):
             print(part, end="", flush=True)
             text += part
         print()
@@ -130,7 +137,8 @@ def main(argv: list[str]) -> int:
         with Display(1) as display:
             ids = prompts.encode(asked, base, FLAGS.max_new_tokens, FLAGS.system or "", FLAGS.raw)
             answers = prompts.complete(
-                base, variables[in_use], ids, FLAGS.max_new_tokens, sampling, FLAGS.batch_size, display
+                *(base, variables[in_use], ids, FLAGS.max_new_tokens, sampling, FLAGS.batch_size, display),
+                stops=FLAGS.stop,
             )
             prompts.write(Path(FLAGS.out), asked, [answer.text for answer in answers])
             display.say(f"{len(answers):,} completions are in {FLAGS.out}")
@@ -176,6 +184,7 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("chat", False, "a conversation: one line from you, one answer, and so on")
     flags.DEFINE_boolean("raw", False, "use the prompt as it is, without the chat template")
     flags.DEFINE_integer("max_new_tokens", 256, "the most tokens of an answer", lower_bound=1)
+    flags.DEFINE_multi_string("stop", [], "text that ends an answer, and is left out; may be given several times")
     flags.DEFINE_float("temperature", 0.0, "0: always the likeliest token; 1: draw as the model says")
     flags.DEFINE_integer("top_k", 0, "draw from this many likeliest tokens; 0: from all")
     flags.DEFINE_float("top_p", 1.0, "draw from the likeliest tokens that together have this probability")

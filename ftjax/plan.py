@@ -17,7 +17,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from ftjax import choices, cli, config_flag, preflight, sharding
+from ftjax import choices, cli, config_flag, preflight, rewards, sharding
 from ftjax import config as configs
 from ftjax.atomic import write_text
 from ftjax.data.tokens import tokenizer as tokenizers
@@ -25,7 +25,7 @@ from ftjax.errors import UserError
 from ftjax.models import published
 from ftjax.models.families import spec_from_config
 from ftjax.models.spec import DecoderSpec
-from ftjax.planning import advice, compiled, table, topology
+from ftjax.planning import advice, compiled, table, topology, writing
 from ftjax.planning.roofline import ASSUMPTIONS
 from ftjax.training.display import Display
 from ftjax.weights.source import locate, open_source
@@ -59,15 +59,22 @@ def plan(
     configs.validate(config, data=False)
     preflight.check_used(config)
     slice_ = topology.parse(topology_name)
-    spec = with_new_tokens(config.model, model_spec(config.model.source, config.model.revision))
     devices = topology.devices(slice_)
+    beside = rewards.needed(config, devices)  # of models that lie beside the one that learns, whatever it does
+    slice_ = slice_.less(beside)
+    spec = with_new_tokens(config.model, model_spec(config.model.source, config.model.revision))
     mesh = sharding.make_mesh(dict(config.mesh), devices)
     config = choices.without_data(config, spec, mesh, slice_.chip.usable)
     program = compiled.describe(config, spec, devices)
     display.say(f"compiling for {slice_}")
     result = compiled.plan(program, slice_)
-    report = table.as_json(config, slice_, program, result)
+    report = table.as_json(config, slice_, program, result) | ({"reward_models": beside} if beside else {})
     display.table(f"ftjax.plan {config.model.source}", table.rows(report, slice_))
+    fits = result.fits
+    if written := writing.plan(config, program, slice_):
+        fits = fits and written.fits
+        report["writing"] = table.writing(written, result.roofline and result.roofline.step)
+        display.table("what the model writes", table.writing_rows(report["writing"], slice_.chip.usable))
     display.say("\n".join(["assuming", *(f"  {line}" for line in ASSUMPTIONS)]))
     if search or not result.fits:
         if search:
@@ -80,7 +87,7 @@ def plan(
             display.say("none of these fits: take more chips, or chips with more memory")
     if out is not None:
         write_text(out, json.dumps(report, indent=2) + "\n")
-    return 0 if result.fits else EXIT_DOES_NOT_FIT
+    return 0 if fits else EXIT_DOES_NOT_FIT
 
 
 def main(argv: list[str]) -> int:

@@ -18,6 +18,7 @@ from ftjax.data.format.prompt import prompt_of
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens.chat import render_prompt
 from ftjax.errors import UserError
+from ftjax.sampling import stop_strings
 from ftjax.sampling.engine import generate, rows_per_batch
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
@@ -139,9 +140,13 @@ def complete(
     batch_size: int,
     display: Display,
     what: str = "completing",
+    stops: Sequence[str] = (),
 ) -> list[Answer]:
-    """The answers to prompts that `encode` made, in their order; see `sampling.engine.generate`."""
-    shown = 0
+    """The answers to prompts that `encode` made, in their order; see `sampling.engine.generate`.
+
+    stops: strings that end an answer, and are not in its text.
+    """
+    shown, stops_at = 0, stop_strings.stops_at(stops, base.tokenizer)
     with jax.set_mesh(_mesh(variables)), display.counter(what, len(ids)) as advance:
 
         def on_progress(done: int, total: int) -> None:
@@ -152,10 +157,13 @@ def complete(
                 display.say(f"{what}: {done:,} of {total:,}")
 
         ends = base.end_tokens
-        made = generate(base.model, variables, ids, max_new_tokens, ends, sampling, batch_size, on_progress)
+        made = generate(
+            *(base.model, variables, ids, max_new_tokens, ends, sampling, batch_size, on_progress), stops_at=stops_at
+        )
     texts = [base.tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in made]
+    texts = [stop_strings.before(text, stops) for text in texts]
     return [
-        Answer(text, len(prompt), len(completion.tokens) + completion.stopped, completion.stopped)
+        Answer(text, len(prompt), len(completion.logps), completion.stopped)
         for text, prompt, completion in zip(texts, ids, made, strict=True)
     ]
 

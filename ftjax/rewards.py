@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from ftjax import assemble, sharding
 from ftjax import config as configs
@@ -29,9 +31,12 @@ from ftjax.data.tokens.rendering import render
 from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.likelihood import TOKENS, placed, row_length
+from ftjax.memory import bytes_on_device
 from ftjax.method import method_of
 from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
 from ftjax.models.heads import COLLECTION, SCORE
+from ftjax.models.params import abstract_params
 from ftjax.objectives.scores import is_last, scores
 from ftjax.training.state import normalization
 from ftjax.tree import Tree
@@ -147,6 +152,42 @@ def load(path: str, step: str | None = None, model: str = "") -> RewardModel:
         raise UserError(f"{path}: is no run, and has no steps; leave the step out")
     with jax.set_mesh(sharding.make_mesh({"fsdp": -1})):  # which need not be that of a run which asks for rewards
         return _of_directory(path, model)
+
+
+def needed(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> float:
+    """Bytes on each device, by default of this machine, of the reward models that config.objective.rewards names.
+
+    Nothing of them is read but what describes them. Raises UserError where there is no such thing.
+    """
+    named = {one if isinstance(one, str) else one[0] for one in config.objective.rewards}
+    mesh, size = sharding.make_mesh({"fsdp": -1}, devices), 0.0
+    for name in sorted(named):
+        kind, _, path = name.partition(":")
+        if kind == configs.REWARD:
+            try:
+                size += _bytes(path, mesh)
+            except UserError as error:
+                raise UserError(f"config.objective.rewards: {name}: {error}") from error
+    return size
+
+
+def _bytes(path: str, mesh: Mesh) -> float:
+    """Of what `load` makes of `path`, on a device of the mesh."""
+    where = Path(path).expanduser()
+    if (where / "checkpoints").is_dir():
+        config = configs.read(where / "config.json")
+        spec = spec_from_config(open_source(locate(config.model.source, config.model.revision, False), False).config)
+        model = Decoder(spec, *(jnp.dtype(config.model[key]) for key in ("dtype", "param_dtype")))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            variables, _ = assemble.abstract_variables(config, model, mesh)
+        return sum(map(bytes_on_device, jax.tree.leaves(variables)))
+    source, adapter = path, 0
+    if (where / adapters.CONFIG).is_file():
+        source = read_json(inside(where, adapters.CONFIG)).get("base_model_name_or_path") or ""
+        adapter = sum(file.stat().st_size for file in where.glob("adapter_model.*"))  # whole on each device
+    dtype = jnp.dtype(_dtype(source))
+    spec = spec_from_config(open_source(locate(source, weights=False), weights=False).config)
+    return adapter + sum(map(bytes_on_device, jax.tree.leaves(abstract_params(Decoder(spec, dtype, dtype), mesh))))
 
 
 def _of_directory(path: str, model: str) -> RewardModel:

@@ -25,6 +25,7 @@ from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.ppo import KL_COEF
 from ftjax.objectives.reference import policy_and_reference
 from ftjax.returns import Learned, Round
+from ftjax.sampling import stop_strings
 from ftjax.sampling.engine import Completion, generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.training import metrics
@@ -61,6 +62,7 @@ def check(config: ConfigDict, spec: DecoderSpec, loader: Loader) -> None:
             "rotary frequencies, by the length that a completion may have in writing and that it has in training; set "
             f"--config.data.max_length={min(ends):.0f} or less"
         )
+    stop_strings.check(config.rollouts.stop_strings, "config.rollouts.stop_strings")
     rewarding.check(config, loader.examples)
 
 
@@ -108,6 +110,8 @@ class Rollouts:
         self.updates, self.samples = config.rollouts.iterations, config.rollouts.samples
         self._ask = critic.make_ask(config, program, frozen)
         self._ptx = ptx
+        strings = config.rollouts.stop_strings
+        self._stops_at = stop_strings.stops_at(strings, base.tokenizer, "config.rollouts.stop_strings")
         self._round, self._made = -1, None
         self._began: float | None = None  # the last round, by the clock
         self._writes_on = False
@@ -200,9 +204,10 @@ class Rollouts:
             prompts,
             settings.max_new_tokens,
             self._base.end_tokens,
-            Sampling(settings.temperature, seed=self._config.seed),
+            Sampling(settings.temperature, settings.top_k, settings.top_p, self._config.seed, settings.min_p),
             settings.batch_size,
             first=(round_ * (1 + settings.resample) + further) * len(chosen),
+            stops_at=self._stops_at,
         )
         texts = [self._base.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in completions]
         return Written(chosen, prompts, completions, texts)
@@ -226,7 +231,7 @@ class Rollouts:
         length = min(-(-longest // multiple) * multiple, self._program.row_length)
         batch = packing.lay(documents, length, self._program.method.batch)
         for row, (place, one) in enumerate(zip(places, written.completions, strict=True)):
-            batch["sampled_logps"][row, place] = one.logps
+            batch["sampled_logps"][row, place] = one.tempered_logps
         batch["sampled_logps"] *= batch["weights"]
         return batch
 
@@ -246,6 +251,10 @@ class Rollouts:
         if self.samples > 1:
             out["reward_std"] = groups.std(axis=1, ddof=1).mean()
             out["frac_reward_zero_std"] = (~differing(groups)).mean()
+        settings = self._config.rollouts
+        if settings.top_k or settings.top_p < 1 or settings.min_p:
+            left = np.concatenate([one.tempered_logps - one.logps for one in completions])
+            out["sampling/kept_mean"] = np.exp(left).mean()  # of the probability, what the filters leave
         for reward, values in zip(self._rewards, grades.T, strict=True):
             out |= {f"rewards/{reward.name}/mean": values.mean(), f"rewards/{reward.name}/std": _deviation(values)}
         return {name: float(value) for name, value in out.items()}

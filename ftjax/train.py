@@ -35,6 +35,7 @@ from ftjax import (
     origin,
     preflight,
     resume,
+    rewards,
     rollouts,
     sharding,
 )
@@ -92,6 +93,7 @@ def _train(
     distributed.check()
     room, given = memory.of_device(mesh), config
     config, there = resume.find(given, mesh, workdir, checkpoints)
+    room = room and room - rewards.needed(config)
 
     # Config and model: described, not read yet.
     asked = config

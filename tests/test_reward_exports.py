@@ -58,6 +58,16 @@ def ours(root):
     return rewards.load(str(root / "run"))
 
 
+@pytest.mark.parametrize("name", ["run", "hf", "peft"])
+def test_the_memory_of_a_reward_model_is_known_before_it_is_read(root, name):
+    config = config_of(root, **{"objective.rewards": ("exact", (f"reward:{root / name}", 0.5))})
+    arrays = jax.tree.leaves(rewards.load(str(root / name)).variables)
+    assert rewards.needed(config) == pytest.approx(sum(leaf.nbytes for leaf in arrays), rel=0.02)
+    assert rewards.needed(config_of(root, **{"objective.rewards": ("exact",)})) == 0
+    with pytest.raises(UserError, match=r"config.objective.rewards: reward:nowhere: .* no such"):
+        rewards.needed(config_of(root, **{"objective.rewards": ("reward:nowhere",)}))
+
+
 def raw(model, conversations):
     """Rewards before they are normalized, float64 [N, K]."""
     return model.scores(conversations) * model.std + model.mean

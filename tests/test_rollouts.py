@@ -27,12 +27,18 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_a_batch_holds_what_was_sampled_and_how_likely_it_was(root, tmp_path, temperature):
-    source, start, program = source_of(config_for(root, **{"rollouts.temperature": temperature}), tmp_path)
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 1.0}, {"temperature": 0.7}, {"temperature": 1.3, "top_k": 9, "top_p": 0.8, "min_p": 0.05}],
+    ids=["all", "cooler", "filtered"],
+)
+def test_a_batch_holds_what_was_sampled_and_how_likely_it_was(root, tmp_path, sampling):
+    """Without the filters: a ratio of the policy to itself is 1 whatever they leave (trl#4159)."""
+    changes, temperature = {f"rollouts.{key}": value for key, value in sampling.items()}, sampling["temperature"]
+    source, start, program = source_of(config_for(root, **changes), tmp_path)
     with jax.set_mesh(program.mesh):
         made = source.batch(3, start.state)
-        again = source_of(config_for(root, **{"rollouts.temperature": temperature}), tmp_path)[0].batch(3, start.state)
+        again = source_of(config_for(root, **changes), tmp_path)[0].batch(3, start.state)
         other = source.batch(4, start.state)
     arrays = made.arrays
     for name, array in arrays.items():
@@ -54,6 +60,34 @@ def test_a_batch_holds_what_was_sampled_and_how_likely_it_was(root, tmp_path, te
     variables = tree.combine(start.state.trainable, start.frozen)
     ours = token_logps(program.model, lambda *given: unembed(*given) / temperature, variables, arrays, None)
     assert np.abs(np.asarray(ours) - arrays["sampled_logps"])[trained].max() < 1e-4
+    is_filtered = len(sampling) > 1
+    assert ("sampling/kept_mean" in made.metrics) == is_filtered
+    assert not is_filtered or 0 < made.metrics["sampling/kept_mean"] < 0.95
+
+
+def test_a_completion_ends_by_its_text_and_its_tokens_stay(root, tmp_path):
+    plain, start, program = source_of(config_for(root), tmp_path)
+    with jax.set_mesh(program.mesh):
+        free = plain._write(0, 0, start.state)
+        string = next(text[i] for text in free.texts for i in range(2, len(text)) if text[i].isalpha())
+        changes = {"rollouts.stop_strings": (string,), "objective.mask_truncated": True}
+        stopping = source_of(config_for(root, **changes), tmp_path)[0]
+        written, made = stopping._write(0, 0, start.state), stopping.batch(0, start.state)
+    assert any(string in text for text in written.texts)
+    for before, after, text in zip(free.completions, written.completions, written.texts, strict=True):
+        np.testing.assert_array_equal(after.tokens, before.tokens[: len(after.tokens)])  # nothing is tokenized again
+        assert string not in text_of(stopping, after.tokens[:-1])
+        if string in text:
+            assert (after.stopped, after.stop_token) == (True, None)
+            assert len(after.logps) == len(after.tokens)
+    trained = [int((row > 0).sum()) for row in made.arrays["weights"]]
+    assert trained == [len(one.logps) * one.stopped for one in written.completions]  # one that ended was not cut
+    with pytest.raises(UserError, match=r"rollouts.stop_strings: .* has the special token '<.im_end.>'"):
+        source_of(config_for(root, **{"rollouts.stop_strings": ("x<|im_end|>",)}), tmp_path)
+
+
+def text_of(source, tokens):
+    return source._base.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_advantages_compare_the_completions_of_a_prompt():

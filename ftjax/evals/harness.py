@@ -15,6 +15,7 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 from ftjax.assemble import Base
 from ftjax.errors import UserError
 from ftjax.evals.likelihood import Item, log_likelihoods
+from ftjax.sampling import stop_strings
 from ftjax.sampling.engine import generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.tree import Tree
@@ -116,11 +117,17 @@ class HarnessModel(TemplateLM):
         base = self._base
         with jax.set_mesh(self._mesh):
             done = generate(
-                base.model, self._variables, prompts, new_tokens, base.end_tokens, sampling, self._batch_size
+                *(base.model, self._variables, prompts, new_tokens, base.end_tokens, sampling, self._batch_size),
+                stops_at=stop_strings.stops_at(self._texts(until), self.tokenizer, "until"),
             )
         stops = [*until, self.tokenizer.decode(self.eot_token_id)]
         texts = (self.tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in done)
         return [postprocess_generated_text(text, stops, None) for text in texts]
+
+    def _texts(self, until: tuple[str, ...]) -> list[str]:
+        """Those that a text may have; others, such as the end token by its name, end it as tokens do."""
+        special = self.tokenizer.all_special_tokens
+        return [string for string in until if string and not any(token in string for token in special)]
 
 
 def _settings(given: dict) -> tuple[int, tuple[str, ...], Sampling]:

@@ -2,11 +2,14 @@
 
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftjax import assemble, preflight, sharding, tree
@@ -72,11 +75,13 @@ def describe(config: ConfigDict, spec: DecoderSpec, devices: list[jax.Device]) -
         return assemble.program(config, model, mesh, STEPS)
 
 
-def compile_text(program: Program) -> tuple[str, object]:
-    """(the optimized HLO, the compiler's memory analysis); JaxRuntimeError where it runs out of memory."""
-    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh), tempfile.TemporaryDirectory() as dump:
-        traced = program.step.trace(program.state, program.frozen, program.batch)
-        lowered = traced.lower(lowering_platforms=("tpu",))
+def compile_text(mesh: Mesh, trace: Callable[[], Any]) -> tuple[str, object]:
+    """(the optimized HLO of what `trace` traces, the compiler's memory analysis).
+
+    JaxRuntimeError where it runs out of memory.
+    """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), tempfile.TemporaryDirectory() as dump:
+        lowered = trace().lower(lowering_platforms=("tpu",))
         compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
         return _optimized(Path(dump)), compiled.memory_analysis()
 
@@ -97,7 +102,9 @@ def plan(program: Program, topology: Topology) -> Plan:
     """Compiles; seconds to a minute. Any model takes the same time: its layers are one loop."""
     needed = flops.of_step(program)
     try:
-        text, analysis = compile_text(program)
+        text, analysis = compile_text(
+            program.mesh, lambda: program.step.trace(program.state, program.frozen, program.batch)
+        )
     except jax.errors.JaxRuntimeError as error:
         lacking = exceeded(str(error))
         if lacking is None:

@@ -12,6 +12,7 @@ from ftjax.planning.chips import GIB
 from ftjax.planning.compiled import Plan
 from ftjax.planning.roofline import ASSUMPTIONS
 from ftjax.planning.topology import Topology
+from ftjax.planning.writing import Writing
 
 
 def as_json(config: ConfigDict, topology: Topology, program: Program, plan: Plan) -> dict[str, Any]:
@@ -49,6 +50,46 @@ def as_json(config: ConfigDict, topology: Topology, program: Program, plan: Plan
     return out
 
 
+def writing(found: Writing, step: float | None) -> dict[str, Any]:
+    """Of a round, as `as_json`. step: seconds of a training step, where it fits."""
+    out = {name: getattr(found, name) for name in ("slots", "capacity", "prompts", "completions", "tokens", "steps")}
+    out |= {"fits": found.fits, "lacking": max(found.lacking, 0.0)}
+    out["memory"] = {"training": found.training, "cache": found.cache}
+    if found.token is None:
+        return out
+    out["memory"] |= {"temporaries": found.temporaries, "total": found.total}
+    out["seconds"] = {"prefill": found.prefill, "decode": found.decode, "writing": found.seconds}
+    out["seconds_per_token"] = found.token.terms | {"token": found.token.step}
+    out["bound"] = found.token.bound
+    if step is not None:
+        out["seconds"] |= {"steps": found.steps * step, "round": found.seconds + found.steps * step}
+    return out
+
+
+def writing_rows(report: dict[str, Any], usable: float) -> dict[str, str]:
+    """The lines of its table, from `writing`."""
+    out = {
+        "round": f"{report['completions']} completions of {report['prompts']} prompts, for {report['steps']} step(s)",
+        "slots": f"{report['slots']} of {report['capacity']} tokens, each of which writes {report['tokens']}",
+    }
+    for name, size in report["memory"].items():
+        if name != "total":
+            out[f"  {name}"] = f"{size / GIB:8.3f} GiB"
+    lacking = f"does not fit, by {report['lacking'] / GIB:.2f} GiB"
+    if "seconds" not in report:
+        return out | {"memory of a chip": lacking}
+    total, seconds, token = report["memory"]["total"], report["seconds"], report["seconds_per_token"]
+    verdict = "fits" if report["fits"] else lacking
+    out["memory of a chip"] = f"{total / GIB:8.3f} GiB of {usable / GIB:.2f} usable: {verdict}"
+    terms = ", ".join(f"{name} {1000 * s:,.2f} ms" for name, s in token.items() if name != "token")
+    out["a token of every slot"] = f"{1000 * token['token']:,.2f} ms at least, bound by {report['bound']} ({terms})"
+    out["writing at least"] = f"{seconds['writing']:,.1f} s, of them {seconds['prefill']:,.1f} s to read the prompts"
+    if "round" in seconds:
+        share = seconds["writing"] / seconds["round"]
+        out["round at least"] = f"{seconds['round']:,.1f} s, {share:.0%} of it writing"
+    return out
+
+
 def collective_bytes(plan: Plan) -> list[dict[str, Any]]:
     """For each kind over each mesh axis: how many, and the bytes that they bring to a chip."""
     sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
@@ -71,9 +112,13 @@ def rows(report: dict[str, Any], topology: Topology) -> dict[str, str]:
     out = {
         "chips": f"{report['chips']} of {chip.hbm / GIB:.0f} GiB and {chip.flops / 1e12:.0f} TFLOP/s, {topology}",
         "mesh": mesh,
-        "step": f"{report['rows']} rows of {report['length']} tokens, {report['accumulate']} micro-batch(es), "
-        f"remat {report['remat']}",
     }
+    if beside := report.get("reward_models"):
+        out["reward models"] = f"{beside / GIB:8.3f} GiB, which leave {usable / GIB:.2f} usable"
+    out["step"] = (
+        f"{report['rows']} rows of {report['length']} tokens, {report['accumulate']} micro-batch(es), "
+        f"remat {report['remat']}"
+    )
     if "memory" not in report:
         return out | {
             "memory": f"does not fit: {report['lacking'] / GIB:.2f} GiB more than the {usable / GIB:.2f} usable"

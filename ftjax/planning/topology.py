@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
@@ -26,6 +26,10 @@ class Topology:
     @property
     def shape(self) -> str:
         return "x".join(map(str, self.sides))
+
+    def less(self, size: float) -> "Topology":
+        """The same with so many bytes of each chip taken."""
+        return replace(self, chip=replace(self.chip, usable=self.chip.usable - size))
 
     def __str__(self) -> str:
         slice_name = f"{self.chip.name}:{self.shape}"

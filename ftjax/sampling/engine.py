@@ -2,7 +2,7 @@
 
 A row knows its own position, so that nothing is padded on the left and rows of any length share a batch; once an eighth
 of them are through, the next prompts take their places. Equal prompts are read once. How a row is sampled and when it
-ends are its own: see slots.py, which is what is compiled.
+ends are its own: see slots.py, which is what is compiled. Ends by text (stop_strings.py) are the host's to see.
 """
 
 import dataclasses
@@ -22,9 +22,12 @@ from ftjax.models.spec import DecoderSpec
 from ftjax.sampling import slots as compiled
 from ftjax.sampling.sampler import Sampling, Settings
 from ftjax.sampling.slots import Entering, Prompts, Read, Rows
+from ftjax.sampling.stop_strings import StopsAt
 from ftjax.tree import Tree
 
 DISPATCH = 32  # tokens of a row that are chosen before the host looks
+STOPS = 8  # stop tokens that rows have room for, so that calls with others compile nothing
+LOOKED_AT = 8  # the same where the host ends rows: those that it ends have been given up to so many in vain
 CAPACITY = 128  # tokens of a slot at first; doubled when a row needs more
 LENGTHS = 32  # the shortest length that prompts are padded to; the others are its doubles
 FEW = 2**8  # tokens, with padding, that are read so fast that only compiling counts
@@ -37,14 +40,15 @@ PART = 512  # tokens of a long prompt that are read at a time, where attention h
 class Completion:
     """The tokens generated for one prompt.
 
-    logps, full_logps: how likely each was, see sampler.Chosen; one more than there are tokens where it stopped, of the
-    stop token.
+    logps, tempered_logps, full_logps: how likely each was, see sampler.Chosen; one more than there are tokens where a
+    stop token ended it, of that.
     """
 
-    tokens: np.ndarray  # int32 [at most max_new_tokens], without the stop token
-    stopped: bool  # whether a stop token ended it, and not max_new_tokens
+    tokens: np.ndarray  # int32 [at most max_new_tokens], without the stop token; with all that `stops_at` saw
+    stopped: bool  # whether a stop token or `stops_at` ended it, and not max_new_tokens
     stop_token: int | None  # which
     logps: np.ndarray  # float32
+    tempered_logps: np.ndarray  # float32
     full_logps: np.ndarray  # float32
 
 
@@ -54,6 +58,7 @@ class Request:
 
     prompt: int32 [length], length >= 1.
     stop_tokens: any of these token ids ends it.
+    stops_at: what else ends it, see stop_strings.stops_at.
     number: its randomness follows from (sampling.seed, number, number of tokens generated so far).
     bias: what is added to the logits of tokens.
     """
@@ -64,6 +69,7 @@ class Request:
     stop_tokens: Sequence[int] = ()
     number: int = 0
     bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    stops_at: StopsAt | None = None
 
     def check(self, model: Decoder, name: str) -> None:
         """UserError for what the model cannot complete."""
@@ -99,16 +105,31 @@ class _Row:
     def __init__(self, index: int, request: Request):
         self.index, self.request = index, request
         self.tokens: list[int] = []
-        self.logps: list[tuple[float, float]] = []
+        self.logps: list[list[float]] = []  # of each token, in the order of Chosen
+        self._at_text = False  # whether `stops_at` ended it
 
-    def note(self, tokens: np.ndarray, logps: np.ndarray, full_logps: np.ndarray) -> None:
-        """Adds what was chosen."""
-        self.tokens += tokens.tolist()
-        self.logps += zip(logps.tolist(), full_logps.tolist())
+    def note(self, tokens: np.ndarray, *logps: np.ndarray) -> None:
+        """Adds what was chosen, up to where the text ends it."""
+        stops_at = self.request.stops_at
+        for token, *how_likely in zip(tokens.tolist(), *(part.tolist() for part in logps), strict=True):
+            self.tokens.append(token)
+            self.logps.append(how_likely)
+            if stops_at is not None and self.stop_token is None and stops_at(self.tokens):
+                self._at_text = True
+                break
+
+    @property
+    def stop_token(self) -> int | None:
+        return self.tokens[-1] if self.tokens and self.tokens[-1] in self.request.stop_tokens else None
+
+    @property
+    def text_tokens(self) -> list[int]:
+        """Those without the stop token."""
+        return self.tokens if self.stop_token is None else self.tokens[:-1]
 
     @property
     def stopped(self) -> bool:
-        return bool(self.tokens) and self.tokens[-1] in self.request.stop_tokens
+        return self._at_text or self.stop_token is not None
 
     @property
     def ended(self) -> bool:
@@ -125,9 +146,8 @@ class _Row:
         return len(self.request.prompt) + len(self.tokens)
 
     def completion(self) -> Completion:
-        tokens = np.array(self.tokens[:-1] if self.stopped else self.tokens, np.int32)
-        logps, full = np.array(self.logps, np.float32).reshape(-1, 2).T
-        return Completion(tokens, self.stopped, self.tokens[-1] if self.stopped else None, logps, full)
+        logps = np.array(self.logps, np.float32).reshape(-1, 3).T
+        return Completion(np.array(self.text_tokens, np.int32), self.stopped, self.stop_token, *logps)
 
 
 class Engine:
@@ -141,11 +161,11 @@ class Engine:
       stops, biases: the most stop tokens and biased tokens of a request.
     """
 
-    def __init__(self, model: Decoder, variables: Tree, slots: int, stops: int = 8, biases: int = 0):
+    def __init__(self, model: Decoder, variables: Tree, slots: int, stops: int = STOPS, biases: int = 0):
         self._mesh = jax.sharding.get_mesh()
         self._model, self._variables = model, variables
         self._stops, self._biases = stops, biases
-        self._rows: list[_Row | None] = [None] * _rounded(slots, self._mesh)
+        self._rows: list[_Row | None] = [None] * rounded(slots, self._mesh)
         self._waiting: deque[_Row] = deque()
         self._slots = None
         self._count = 0
@@ -183,7 +203,7 @@ class Engine:
         for slot, (row, count) in enumerate(zip(self._rows, counts, strict=True)):
             if row is None:
                 continue
-            if tokens := row.tokens[count : len(row.tokens) - row.stopped]:
+            if tokens := row.text_tokens[count:]:
                 new[row.index] = tokens
             if row.ended:
                 ended[row.index], self._rows[slot] = row.completion(), None
@@ -257,7 +277,7 @@ class Engine:
     def _read_in_parts(self, row: _Row) -> Read:
         prompt = row.request.prompt
         model, width = self._model, -(-len(prompt) // PART) * PART
-        cache = init_cache(model.spec, 1, _capacity(width, model), model.dtype, np.array([_reach(row)], np.int32))
+        cache = init_cache(model.spec, 1, capacity(width, model), model.dtype, np.array([_reach(row)], np.int32))
         for start in range(0, len(prompt), PART):
             tokens = np.zeros((1, PART), np.int32)
             part = prompt[start : start + PART]
@@ -270,13 +290,15 @@ class Engine:
         rows = [row for row in self._rows if row is not None]
         if not rows:
             return
-        limit = min(limit, DISPATCH, max(row.left for row in rows))
+        most = LOOKED_AT if any(row.request.stops_at for row in rows) else DISPATCH
+        limit = min(limit, most, max(row.left for row in rows))
         # Those that end before the others need no more.
         self._make_room(max(row.length + min(limit, row.left) for row in rows) - 1)
         # Where prompts wait, a few free slots do; to read prompts one by one would compile for more numbers of rows.
         enough = max(len(self._rows) // 8, 1) if self._waiting else len(self._rows) + 1
+        used = np.array([row is not None for row in self._rows])
         self._slots, chosen, there = compiled.decode(
-            self._model, DISPATCH, self._variables, self._slots, np.int32(limit), np.int32(enough)
+            self._model, DISPATCH, self._variables, self._slots, used, np.int32(limit), np.int32(enough)
         )
         chosen, there = jax.device_get((chosen, there))
         for slot, row in enumerate(self._rows):
@@ -285,11 +307,11 @@ class Engine:
 
     def _make_room(self, length: int) -> None:
         """Slots for rows of `length` tokens."""
-        capacity = _capacity(length, self._model)
+        needed = capacity(length, self._model)
         if self._slots is None:
-            self._slots = compiled.empty(self._model, len(self._rows), capacity, self._stops, self._biases)
-        elif capacity > self._slots.capacity:
-            self._slots = compiled.grow(self._slots, capacity)
+            self._slots = compiled.empty(self._model, len(self._rows), needed, self._stops, self._biases)
+        elif needed > self._slots.capacity:
+            self._slots = compiled.grow(self._slots, needed)
 
 
 def generate(
@@ -302,6 +324,7 @@ def generate(
     batch_size: int = 50,
     on_progress: Callable[[int, int], None] | None = None,
     first: int = 0,
+    stops_at: StopsAt | None = None,
 ) -> list[Completion]:
     """Completes every prompt; returns the completions in the order of the prompts.
 
@@ -310,7 +333,7 @@ def generate(
 
     variables: {"params": ..., "lora"?: ...}, on one device or sharded over the mesh of `jax.set_mesh`.
     prompts: int32 [length] each, length >= 1.
-    stop_tokens: any of these token ids ends a row.
+    stop_tokens: any of these token ids ends a row. stops_at: see Request.
     batch_size: the most rows at once; on a mesh, rounded up to a multiple of the devices that share a batch.
     on_progress: called with (completed prompts, all prompts) whenever some have been completed.
 
@@ -320,7 +343,8 @@ def generate(
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: use 1 or more")
     requests = [
-        Request(prompt, max_new_tokens, sampling, stop_tokens, number) for number, prompt in enumerate(prompts, first)
+        Request(prompt, max_new_tokens, sampling, stop_tokens, number, stops_at=stops_at)
+        for number, prompt in enumerate(prompts, first)
     ]
     for number, request in enumerate(requests):
         request.check(model, f"prompt {number}")
@@ -347,13 +371,14 @@ def stream(
     max_new_tokens: int,
     stop_tokens: Sequence[int],
     sampling: Sampling,
+    stops_at: StopsAt | None = None,
 ) -> Iterator[int]:
     """The tokens of `generate(..., [prompt], ...)` one by one, as soon as each is known, without the stop token.
 
     prompt: int32 [length]. Raises what `generate` raises, at the call and not at the first token.
     """
     engine = Engine(model, variables, 1, _most(stop_tokens))
-    engine.add(Request(prompt, max_new_tokens, sampling, stop_tokens))
+    engine.add(Request(prompt, max_new_tokens, sampling, stop_tokens, stops_at=stops_at))
     return _stream(engine)
 
 
@@ -365,7 +390,7 @@ def _stream(engine: Engine) -> Iterator[int]:
 
 def rows_per_batch(prompts: int, batch_size: int) -> int:
     """How many rows `generate` has at once."""
-    return _rounded(min(batch_size, prompts), jax.sharding.get_mesh())
+    return rounded(min(batch_size, prompts), jax.sharding.get_mesh())
 
 
 def _key(row: _Row, spec: DecoderSpec) -> tuple[bytes, int]:
@@ -378,7 +403,7 @@ def _reach(row: _Row) -> int:
     return len(row.request.prompt) + row.request.max_new_tokens
 
 
-def _capacity(length: int, model: Decoder) -> int:
+def capacity(length: int, model: Decoder) -> int:
     """Tokens of a slot for rows of `length`: few sizes, since each is compiled."""
     return _within(_doubled(CAPACITY, length), length, model)
 
@@ -413,10 +438,11 @@ def _coarse(count: int, most: int) -> int:
 
 
 def _most(stop_tokens: Sequence[int]) -> int:
-    """Room for stop tokens, so much that calls with others compile nothing."""
-    return max(8, 2 ** math.ceil(math.log2(max(len(stop_tokens), 1))))
+    """Room for stop tokens: STOPS, doubled until they fit."""
+    return max(STOPS, 2 ** math.ceil(math.log2(max(len(stop_tokens), 1))))
 
 
-def _rounded(rows: int, mesh: jax.sharding.Mesh) -> int:
+def rounded(rows: int, mesh: jax.sharding.Mesh) -> int:
+    """`rows`, or a few more: as many for each of the devices that share a batch."""
     parts = 1 if mesh.empty else sharding.row_parts(mesh)
     return math.ceil(rows / parts) * parts

@@ -69,13 +69,16 @@ class Settings(NamedTuple):
 class Chosen(NamedTuple):
     """A token of each row, and how likely it was, [batch] each.
 
-    logps: under the distribution that it was drawn from, after temperature and filters: what a policy's gradient needs.
-      0 for a greedy one, which was certain.
+    logps: under the distribution that it was drawn from, after temperature and filters. 0 for a greedy one, which was
+      certain.
+    tempered_logps: after the temperature, before the filters: what a trainer can say again, which sees the logits and
+      not what was kept of them. Of a greedy row as full_logps.
     full_logps: under the model's own distribution, of temperature 1 and all tokens.
     """
 
     tokens: jax.Array  # int32
     logps: jax.Array  # float32
+    tempered_logps: jax.Array  # float32
     full_logps: jax.Array  # float32
 
 
@@ -87,11 +90,19 @@ def choose(logits: jax.Array, keys: jax.Array, settings: Settings) -> Chosen:
     def drawn():
         kept = filter_logits(logits, settings)
         tokens = jnp.where(is_drawn, _draw(kept, keys), greedy)
-        return tokens, jnp.where(is_drawn, _logps(kept, tokens), 0.0)
+        logps = jnp.where(is_drawn, _logps(kept, tokens), 0.0)
+        return tokens, logps, _logps(_tempered(logits, settings), tokens)
+
+    def certain():
+        return greedy, jnp.zeros(len(greedy), jnp.float32), _logps(logits, greedy)
 
     # What no row asks for costs nothing.
-    tokens, logps = jax.lax.cond(is_drawn.any(), drawn, lambda: (greedy, jnp.zeros(len(greedy), jnp.float32)))
-    return Chosen(tokens, logps, _logps(logits, tokens))
+    tokens, logps, tempered = jax.lax.cond(is_drawn.any(), drawn, certain)
+    return Chosen(tokens, logps, tempered, _logps(logits, tokens))
+
+
+def _tempered(logits: jax.Array, settings: Settings) -> jax.Array:
+    return logits / jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
 
 
 def _logps(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -144,7 +155,7 @@ def filter_logits(logits: jax.Array, settings: Settings) -> jax.Array:
     temperature 0 are divided by 1.
     """
     temperature, top_k, top_p, min_p = settings
-    logits = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    logits = _tempered(logits, settings)
 
     def by_rank(logits):
         limits = jnp.where(top_k > 0, top_k, logits.shape[-1]).astype(jnp.float32)

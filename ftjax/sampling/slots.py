@@ -19,6 +19,8 @@ from ftjax.models.decoder import Decoder
 from ftjax.sampling.sampler import Chosen, Settings, choose, row_keys, step_keys
 from ftjax.tree import Tree
 
+CACHED = ("layers", "batch", "kv_heads", "length", None)  # logical axes of keys and values
+
 
 class Rows(NamedTuple):
     """What is asked of rows, [batch] each unless it says otherwise."""
@@ -79,6 +81,20 @@ def empty(model: Decoder, rows: int, capacity: int, stops: int, biases: int) -> 
     )
     cache = init_cache(model.spec, rows, capacity, model.dtype)
     return _lay_out(Slots(cache, zeros, zeros, zeros, zeros > 0, none))
+
+
+def abstract(model: Decoder, rows: int, capacity: int, stops: int, biases: int, mesh: jax.sharding.Mesh) -> Slots:
+    """The shapes of `empty`, laid out over `mesh`."""
+    found = jax.eval_shape(functools.partial(empty, model, rows, capacity, stops, biases))
+
+    def laid(axes: tuple[str | None, ...] | None, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        placed = sharding.named(mesh, axes or (None,) * x.ndim, x.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+
+    whole, split = functools.partial(laid, None), functools.partial(laid, CACHED)
+    keys, values = jax.tree.map(split, (found.cache.keys, found.cache.values))
+    found = jax.tree.map(whole, found)
+    return found.replace(cache=found.cache.replace(keys=keys, values=values))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -143,16 +159,18 @@ def enter(slots: Slots, read: Read, entering: Entering) -> Slots:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(
-    model: Decoder, most: int, variables: Tree, slots: Slots, limit: jax.Array, enough: jax.Array
+    model: Decoder, most: int, variables: Tree, slots: Slots, used: jax.Array, limit: jax.Array, enough: jax.Array
 ) -> tuple[Slots, Chosen, jax.Array]:
-    """Chooses up to `limit` tokens of each active row, at most `most`.
+    """Chooses up to `limit` tokens of each active row, at most `most`; rows not `used`, bool [batch], have ended,
+    whatever the slots say.
 
     It ends early when no row is active any more, or as soon as `enough` have ended. Returns the slots, what was chosen
     [most, batch], and whether there it was, bool [most, batch].
     """
+    slots = slots.replace(active=slots.active & used)
     began = slots.active
     batch = len(began)
-    nothing = Chosen(*(jnp.zeros((most, batch), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)))
+    nothing = Chosen(*(jnp.zeros((most, batch), dtype) for dtype in (jnp.int32, *[jnp.float32] * 3)))
 
     def goes_on(carry):
         slots, step, *_ = carry
@@ -209,7 +227,7 @@ def _lay_out(slots: Slots) -> Slots:
     """On a mesh: the cache is sharded like the activations; what the host reads is replicated."""
 
     def split(part: jax.Array) -> jax.Array:
-        return sharding.constrain(part, "layers", "batch", "kv_heads", "length", None)
+        return sharding.constrain(part, *CACHED)
 
     keys, values = jax.tree.map(split, (slots.cache.keys, slots.cache.values))
     cache = slots.cache.replace(keys=keys, values=values)

@@ -81,6 +81,28 @@ def test_bytes_grow_with_the_rank():
 
 
 @pytest.mark.slow
+def test_a_round_of_grpo_is_planned_with_what_the_model_writes(record_figure):
+    """Qwen2.5-0.5B, 24 layers with 2 heads of 64 for keys, 64 slots of 1,024 tokens, a quarter on each chip; bfloat16.
+
+    Weights that are split travel to every chip for every token; whole ones stay where they are.
+    """
+    found = run("rounds", limit=1500)
+    split, whole = found["split"], found["whole"]
+    for one in (split, whole):
+        assert one["status"] == 0
+        assert (one["slots"], one["capacity"], one["tokens"]) == (64, 1024, 256)
+        assert one["memory"]["cache"] == 2 * 24 * 2 * 64 * 1024 * 64 * 2 / 4
+        assert one["seconds"]["writing"] > 256 * one["seconds_per_token"]["token"]
+    weights = 494e6 * 2  # the head is the embedding's
+    moved = {name: one["seconds_per_token"]["HBM"] * 8.1e11 for name, one in found.items()}
+    assert moved["whole"] > weights
+    record_figure("bytes of HBM for a token over those of the weights", moved["whole"] / weights)
+    assert split["bound"] == "ICI"
+    assert whole["seconds_per_token"]["ICI"] < split["seconds_per_token"]["ICI"] / 10
+    assert split["memory"]["training"] < whole["memory"]["training"]
+
+
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_vocabulary(record_figure):
     """Temporaries of 32,000 and 256,000 tokens of vocabulary: apart from the head's own part of the gradient."""
     found = run("vocabulary")

@@ -344,6 +344,7 @@ from ftjax import sharding
 from ftjax.models.decoder import Decoder
 from ftjax.models.params import abstract_params
 from ftjax.models.families import spec_from_config
+from ftjax.sampling import slots
 from ftjax.sampling.engine import generate, stream
 from ftjax.sampling.sampler import Sampling
 from support.tiny import random_params
@@ -373,6 +374,16 @@ one = tokens({}, jax.devices()[:1], parts=1)
 print(one)
 assert one == tokens({"fsdp": 4, "tensor": 2}, jax.devices(), parts=8)
 assert len({tuple(row) for row in one}) == 6 and len(set(one[0])) > 1
+
+# What the planner takes for the slots is what they are.
+mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+said = slots.abstract(model, 6, 32, 8, 0, mesh)
+with jax.set_mesh(mesh):
+    real = slots.empty(model, 6, 32, 8, 0)
+for one, other in zip(jax.tree.leaves(said), jax.tree.leaves(real), strict=True):
+    assert one.dtype == other.dtype and one.sharding.shard_shape(one.shape) == other.addressable_shards[0].data.shape
+keys = jax.tree.leaves(real.cache.keys)[0]
+assert keys.addressable_shards[0].data.size == keys.size // 4
 print("same tokens")
 """
 

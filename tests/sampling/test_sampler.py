@@ -50,6 +50,8 @@ def test_each_row_has_its_own_settings(compiled):
         token = int(chosen.tokens[row])
         full = torch.log_softmax(torch.tensor(logits[row]).double(), -1)[token]
         np.testing.assert_allclose(chosen.full_logps[row], full, rtol=1e-5)
+        tempered = torch.log_softmax(torch.tensor(logits[row]).double() / (sampling.temperature or 1), -1)[token]
+        np.testing.assert_allclose(chosen.tempered_logps[row], tempered, rtol=1e-5)
         if not sampling.temperature:
             assert chosen.logps[row] == 0
             continue

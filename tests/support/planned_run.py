@@ -1,16 +1,20 @@
 """Run by test_compiled.py in a process of its own: compiles for absent TPUs and prints what was found as JSON."""
 
+import contextlib
 import json
 import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from ftjax import choices, sharding
+from ftjax import choices, config_files, sharding
 from ftjax import config as configs
 from ftjax.memory import GIB
-from ftjax.plan import model_spec
+from ftjax.plan import model_spec, plan
 from ftjax.planning import compiled, hlo, table, topology, traffic
+from ftjax.training.display import Display
 from support.tiny import spec
 
 
@@ -89,6 +93,18 @@ def planned(text, changes, **sizes):
     return report["memory"] | {key: report[key] for key in kept if key in report}
 
 
+def rounds():
+    """The plan of configs/grpo.py for Qwen2.5-0.5B on four chips, weights split over them or whole on each."""
+    out = {}
+    for name, flags in {"split": {}, "whole": {"mesh.data": 4, "mesh.fsdp": 1}}.items():
+        config = configs.changed(config_files.load("grpo"), {"model.source": "Qwen/Qwen2.5-0.5B-Instruct", **flags})
+        slice_, path = topology.parse("v5e:2x2"), Path(tempfile.mkdtemp()) / "plan.json"
+        with Display(1) as display, contextlib.redirect_stdout(sys.stderr):
+            status = plan(config, str(slice_), display, path)
+        out[name] = json.loads(path.read_text())["writing"] | {"status": status}
+    return out
+
+
 def chosen():
     """Qwen2.5-0.5B with nothing set, as chosen for 16 GiB, and at once: bytes as compiled, on a chip of 31 GiB."""
     slice_ = topology.parse("v6e:1x1")
@@ -97,8 +113,8 @@ def chosen():
     for name, given in {"chosen": {}, "at once": {"accumulate": 1, "model.remat": "none"}}.items():
         config = configs.changed(configs.defaults(), {"model.source": "none"} | given)
         config = choices.without_data(config, model, mesh, 16 * GIB)
-        plan = compiled.plan(compiled.describe(config, model, devices), slice_)
-        total = plan.memory.total if plan.memory else slice_.chip.usable + plan.lacking
+        found = compiled.plan(compiled.describe(config, model, devices), slice_)
+        total = found.memory.total if found.memory else slice_.chip.usable + found.lacking
         out[name] = {"remat": config.model.remat, "accumulate": config.accumulate, "total": total}
     return out
 
@@ -126,6 +142,7 @@ CASES = {
         name: planned("v5e:2x2", {"objective.name": name, **changes})
         for name, changes in {"sft": {}, "reward": {"data.batch_size": 8}}.items()
     },
+    "rounds": rounds,
     "slices": slices,
 }
 
