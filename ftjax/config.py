@@ -87,7 +87,7 @@ KEYS: dict[str, Key] = {
     # Of the rows before training; on: stop on errors, warn: print them.
     "data.checks": Key("on", one_of("on", "warn", "off")),
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
-    # A method of ftjax/method.py: sft; dpo, kto, cpo, simpo, orpo; reward, prm, classify; grpo
+    # A method of ftjax/method.py: sft; dpo, kto, cpo, simpo, orpo; reward, prm, classify; grpo; gkd
     "objective.name": Key("sft", ANY),
     # sft: the share of a target's probability that is spread over the vocabulary; of pairs: of labels taken to be wrong
     "objective.label_smoothing": Key(0.0, number(0, 0.99)),
@@ -138,6 +138,10 @@ KEYS: dict[str, Key] = {
     "objective.sapo_temperature_pos": Key(1.0, number(1e-6)),
     "objective.sapo_temperature_neg": Key(1.05, number(1e-6)),
     "objective.mask_truncated": Key(False, ANY),  # grpo: completions that reach rollouts.max_new_tokens teach nothing
+    "objective.teacher": Key("", ANY),  # gkd: the model that is learned from, named as model.source is
+    "objective.distill_beta": Key(0.5, number(0, 1)),  # gkd: from 0, KL(teacher || now), to 1, KL(now || teacher)
+    "objective.distill_temperature": Key(1.0, number(0.01)),  # gkd: of both models where they are compared
+    "objective.student_share": Key(0.5, number(0, 1)),  # gkd: of steps that learn from what the model itself writes
     # What the model writes in training, with a method that lets it.
     "rollouts.samples": Key(8, number(2)),  # completions of a prompt; data.batch_size is a multiple of it
     "rollouts.max_new_tokens": Key(256, number(1)),  # of a completion; data.max_length is for it and its prompt
@@ -271,7 +275,7 @@ FREE_TO_CHANGE = (
 
 # Where a run finds its base, an adapter to go on from and its rows. Digests say whether they are still the same
 # (origin.py, Loader.fingerprint), so they may be found elsewhere when it is resumed.
-PLACES = ("model.source", "model.revision", "adapter.source", "data.train")
+PLACES = ("model.source", "model.revision", "adapter.source", "data.train", "objective.teacher")
 
 # Keys that may differ as well, with consequences that a run says (`resume.going_on`).
 LENGTH = ("steps", "epochs")

@@ -96,7 +96,7 @@ def check_evaluation(config: ConfigDict) -> None:
         if evaluate[key] and why:
             raise UserError(f"config.evaluate.{key}={evaluate[key]!r} does nothing: {fix}")
     unscored = [entry["source"] for entry in split_entries(config)[1]]
-    if method_of(config).rollouts and (unscored or config.data.holdout):
+    if not method_of(config).answered and (unscored or config.data.holdout):
         what = (
             f"config.data.eval: {unscored[0]} has no 'score'" if unscored else "config.data.holdout: rows without one"
         )

@@ -37,9 +37,9 @@ _LEAST = 1e-4  # added to the standard deviation of rewards, as in TRL
 
 def check(config: ConfigDict, spec: DecoderSpec, loader: Loader) -> None:
     """UserError where the prompts of `loader` cannot be rewarded, or the model would not say again how likely what it
-    wrote was; nothing for a method without rollouts.
+    wrote was; nothing for a method without rewards.
     """
-    if not method_of(config).rollouts:
+    if "rewards" not in method_of(config).settings:
         return
     if config.steps % config.rollouts.iterations:
         raise UserError(

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from ftjax import sharding
 from ftjax.assemble import Base, Program
 from ftjax.data.batch.loader import Loader
+from ftjax.distillation import Distilled
 from ftjax.rollouts import Rollouts
 from ftjax.training.source import FileSource, Source
 from ftjax.tree import Tree
@@ -40,4 +41,12 @@ def _from_rollouts(run: Parts) -> Source:
     return Rollouts(run.config, run.base, run.program, run.frozen, run.loader, run.workdir)
 
 
-SOURCES: dict[str, Callable[[Parts], Source]] = {"files": _from_files, "rollouts": _from_rollouts}
+def _from_both(run: Parts) -> Source:
+    return Distilled(run.config, run.base, run.frozen, run.loader)
+
+
+SOURCES: dict[str, Callable[[Parts], Source]] = {
+    "files": _from_files,
+    "rollouts": _from_rollouts,
+    "distillation": _from_both,
+}
