@@ -81,13 +81,16 @@ def _of_rollouts(config: ConfigDict, longest: int, limits: Limits) -> Sizes:
             f"config.data.batch_size={given.batch_size} completions in a step, of which config.rollouts.samples={each} "
             f"are of the same prompt; set it to a multiple, such as --config.data.batch_size={8 * each}"
         )
-    needed, what = longest + config.rollouts.max_new_tokens, "row" if method_of(config).answered else "prompt"
+    what = "row" if method_of(config).answered else "prompt"
+    documents = 2 if method_of(config).pairs else 1  # of a row
+    needed = documents * (longest + config.rollouts.max_new_tokens)
     if 0 < given.row_length < needed:
         raise UserError(
             f"config.data.row_length={given.row_length}: the longest {what} has {longest} tokens, and "
-            f"config.rollouts.max_new_tokens={config.rollouts.max_new_tokens} follow; leave it out, or set {needed}"
+            f"config.rollouts.max_new_tokens={config.rollouts.max_new_tokens} follow"
+            f"{', twice' * (documents > 1)}; leave it out, or set {needed}"
         )
-    length = min(-(-needed // limits.multiple) * limits.multiple, limits.length)
+    length = min(-(-needed // limits.multiple) * limits.multiple, documents * limits.length)
     rows = given.batch_size or -(-_PROMPTS * each // limits.rows) * limits.rows
     return Sizes(rows, given.row_length or length, given.epochs or limits.epochs[0])
 

@@ -87,7 +87,7 @@ KEYS: dict[str, Key] = {
     # Of the rows before training; on: stop on errors, warn: print them.
     "data.checks": Key("on", one_of("on", "warn", "off")),
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
-    # A method of ftjax/method.py: sft; dpo, kto, cpo, simpo, orpo; reward, prm, classify; grpo; gkd
+    # A method of ftjax/method: sft; dpo, kto, cpo, simpo, orpo; reward, prm, classify; grpo, online_dpo, rejection, gkd
     "objective.name": Key("sft", ANY),
     # sft: the share of a target's probability that is spread over the vocabulary; of pairs: of labels taken to be wrong
     "objective.label_smoothing": Key(0.0, number(0, 0.99)),
@@ -138,6 +138,9 @@ KEYS: dict[str, Key] = {
     "objective.sapo_temperature_pos": Key(1.0, number(1e-6)),
     "objective.sapo_temperature_neg": Key(1.05, number(1e-6)),
     "objective.mask_truncated": Key(False, ANY),  # grpo: completions that reach rollouts.max_new_tokens teach nothing
+    # online_dpo, rejection: what a completion that reaches rollouts.max_new_tokens loses of its reward
+    "objective.missing_eos_penalty": Key(0.0, number(0)),
+    "objective.least_reward": Key(-1e9, number(-1e9)),  # rejection: of a completion that is learned from
     "objective.teacher": Key("", ANY),  # gkd: the model that is learned from, named as model.source is
     "objective.distill_beta": Key(0.5, number(0, 1)),  # gkd: from 0, KL(teacher || now), to 1, KL(now || teacher)
     "objective.distill_temperature": Key(1.0, number(0.01)),  # gkd: of both models where they are compared

@@ -83,8 +83,9 @@ def _rollouts(config: ConfigDict, loader: Loader) -> str:
     settings, rewards = config.rollouts, config.objective.rewards
     names = [one if isinstance(one, str) else f"{one[1]:g} x {one[0]}" for one in rewards or ("score",)]
     again = f", for {settings.iterations} steps" if settings.iterations > 1 else ""
+    count = loader.batch_size * settings.samples
     return (
-        f"{config.data.batch_size} completions that the model writes{again}: {settings.samples} to each of "
+        f"{count} completions that the model writes{again}: {settings.samples} to each of "
         f"{loader.batch_size} prompts, of at most {settings.max_new_tokens} tokens, at temperature "
         f"{settings.temperature:g}; rewarded by {' + '.join(names)}"
     )

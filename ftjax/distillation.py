@@ -16,6 +16,7 @@ from ftjax.errors import UserError
 from ftjax.method import method_of
 from ftjax.models.params import abstract_params
 from ftjax.objectives.reference import TEACHER, policy_and_reference
+from ftjax.rollouts import LENGTHS, whole
 from ftjax.sampling.engine import generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.source import Batch
@@ -23,8 +24,6 @@ from ftjax.training.state import TrainState
 from ftjax.tree import Tree, combine
 from ftjax.weights.load import load_params
 from ftjax.weights.peft.adapter import base_digest
-
-_LENGTHS = 64  # rows that the model wrote have a multiple of it tokens, since each length is compiled
 
 
 def open_teacher(config: ConfigDict, base: Base) -> Base | None:
@@ -135,12 +134,8 @@ class Distilled:
             settings.batch_size,
             first=index * len(prompts),
         )
-        documents = []
-        for prompt, one in zip(prompts, completions, strict=True):
-            stop = () if one.stop_token is None else (one.stop_token,)
-            tokens = np.concatenate([prompt, np.array([*one.tokens, *stop], np.int32)])
-            documents.append([Document(tokens, np.arange(len(tokens)) >= len(prompt))])
-        longest, multiple = max(len(one.tokens) for (one,) in documents), max(_LENGTHS, self._loader.multiple)
+        documents = [[whole(*both)] for both in zip(prompts, completions, strict=True)]
+        longest, multiple = max(len(one.tokens) for (one,) in documents), max(LENGTHS, self._loader.multiple)
         arrays = packing.lay(documents, min(-(-longest // multiple) * multiple, self._loader.max_length), packing.BATCH)
         lengths = np.array([len(one.logps) for one in completions])
         metrics = {

@@ -141,6 +141,7 @@ TRL: dict[str, Ours] = _BOTH | {
     "mask_truncated_completions": Ours("objective.mask_truncated"),
     "sapo_temperature_pos": Ours("objective.sapo_temperature_pos"),
     "sapo_temperature_neg": Ours("objective.sapo_temperature_neg"),
+    "missing_eos_penalty": Ours("objective.missing_eos_penalty", "0 where theirs is None"),
     "teacher_model_name_or_path": Ours("objective.teacher"),
     "lmbda": Ours("objective.student_share"),
     "ref_model": Ours("", "the reference of dpo is the model as training starts"),

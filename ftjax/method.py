@@ -80,6 +80,11 @@ class Method(NamedTuple):
         return ROW_KINDS[self.rows].answered
 
     @property
+    def pairs(self) -> bool:
+        """Whether the documents of its batches are pairs, of rows or of what the model writes."""
+        return self.rows == "pair" or self.source == "pairs"
+
+    @property
     def distills(self) -> bool:
         """Whether it learns from another model, which stands beside the one that learns."""
         return "teacher" in self.settings
@@ -89,6 +94,8 @@ class Method(NamedTuple):
 _WRITING = {
     "distillation": ("max_new_tokens", "temperature", "batch_size"),
     "rollouts": ("samples", "max_new_tokens", "temperature", "batch_size", "iterations", "resample"),
+    "pairs": ("samples", "max_new_tokens", "temperature", "batch_size", "iterations"),
+    "best": ("samples", "max_new_tokens", "temperature", "batch_size", "iterations"),
 }
 
 
@@ -177,6 +184,25 @@ METHODS = {
         ),
         batch=types.MappingProxyType(BATCH | ROLLOUT),
         source="rollouts",
+    ),
+    "online_dpo": _PAIRS._replace(
+        objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),)),
+        rows="prompt",
+        epochs=(1.0, 1.0),
+        settings=(
+            *("beta", "loss", "label_smoothing", "divergence", "divergence_alpha", "discopop_tau", "ld_alpha"),
+            *("weighting", "reference_every", "reference_share", "rewards", "missing_eos_penalty"),
+        ),
+        reference=True,
+        source="pairs",
+    ),
+    "rejection": Method(
+        make_sft,
+        rows="prompt",
+        learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5},
+        epochs=(1.0, 1.0),
+        settings=("label_smoothing", "z_loss", "rewards", "missing_eos_penalty", "least_reward"),
+        source="best",
     ),
     "gkd": Method(
         make_distillation,
@@ -272,7 +298,8 @@ def samples(config: ConfigDict) -> int:
 
 def iterations(config: ConfigDict) -> int:
     """How many steps are made on the same rows, one after the other."""
-    return config.rollouts.iterations if METHODS[config.objective.name].source == "rollouts" else 1
+    writes = "iterations" in _WRITING.get(METHODS[config.objective.name].source, ())
+    return config.rollouts.iterations if writes else 1
 
 
 def learning_rate(config: ConfigDict) -> float:

@@ -210,7 +210,7 @@ def check_mesh(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
 
 def check_whole_step(config: ConfigDict) -> None:
     """UserError where the objective compares the pairs of a step with each other and micro-batches keep them apart."""
-    if method_of(config).rows == "pair" and (name := compares_pairs(config.objective)) and config.accumulate > 1:
+    if method_of(config).pairs and (name := compares_pairs(config.objective)) and config.accumulate > 1:
         raise UserError(
             f"config.objective.loss: {name!r} compares all pairs of a step with each other, which "
             f"{config.accumulate} micro-batches keep apart; set config.accumulate=1, and config.data.batch_size lower "

@@ -11,6 +11,7 @@ from ftjax.assemble import Base, Program
 from ftjax.data.batch.loader import Loader
 from ftjax.distillation import Distilled
 from ftjax.rollouts import Rollouts
+from ftjax.selected import Selected
 from ftjax.training.source import FileSource, Source
 from ftjax.tree import Tree
 
@@ -41,6 +42,10 @@ def _from_rollouts(run: Parts) -> Source:
     return Rollouts(run.config, run.base, run.program, run.frozen, run.loader, run.workdir)
 
 
+def _from_selected(run: Parts) -> Source:
+    return Selected(run.config, run.base, run.program, run.frozen, run.loader, run.workdir)
+
+
 def _from_both(run: Parts) -> Source:
     return Distilled(run.config, run.base, run.frozen, run.loader)
 
@@ -48,5 +53,7 @@ def _from_both(run: Parts) -> Source:
 SOURCES: dict[str, Callable[[Parts], Source]] = {
     "files": _from_files,
     "rollouts": _from_rollouts,
+    "pairs": _from_selected,
+    "best": _from_selected,
     "distillation": _from_both,
 }

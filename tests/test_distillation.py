@@ -167,7 +167,7 @@ def test_it_learns_what_the_teacher_says(root, tmp_path):
     [
         ({"objective.teacher": ""}, "config.objective.teacher: name the model to learn from"),
         ({"objective.teacher": "padded"}, "but it has 416 logits and not 400"),
-        ({"rollouts.samples": 4}, r"rollouts.samples: objective.name='gkd' does not use it \(of grpo\)"),
+        ({"rollouts.samples": 4}, r"rollouts.samples: objective.name='gkd' does not use it \(of grpo, "),
         ({"objective.student_share": 0.0}, "rollouts.max_new_tokens: with config.objective.student_share=0"),
         ({"data.train": "texts"}, "there is no prompt that the model could answer"),
         ({"rollouts.max_new_tokens": 50, "data.row_length": 0}, "leaves no room for a completion of 50"),

@@ -21,7 +21,7 @@ SMALL += ("--config.data.checks=off", "--config.adapter.rank=4", "--config.model
 def test_the_table_has_every_method_with_its_settings_and_learning_rates():
     rows, line = {}, r"^\| `(\w+)` \|[^|]*\|([^|]*)\| ([\de-]+, [\de-]+) \|$"
     for name, settings, rates in re.findall(line, PAGE, re.MULTILINE):
-        rows[name] = (re.findall(r"`(\w+)` \(([\w.\\]*)\)", settings), *map(float, rates.split(", ")))
+        rows[name] = (re.findall(r"`(\w+)` \(([\w.\\-]*)\)", settings), *map(float, rates.split(", ")))
     defaults = configs.defaults().objective
     for name, method in METHODS.items():
         rates = method.learning_rates["lora"], method.learning_rates["none"]
