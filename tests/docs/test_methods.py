@@ -51,6 +51,25 @@ def test_supervised_tuning_then_rewards(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_what_else_learns_from_what_the_model_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model")
+    write_model(tmp_path / "teacher", hidden_size=96)
+    write_rows(tmp_path / "rows.jsonl", 60)
+    page = (ROOT / "docs/reinforcement.md").read_text().split("## Pairs")[1]
+    lines = re.findall(r"^ {4}(python -m ftjax.+MODEL.+)$", page, re.MULTILINE)
+    for line in lines:
+        line = line.replace("MODEL", "model").replace("TEACHER", "teacher").replace("configs/", f"{ROOT}/configs/")
+        arguments = [word for word in shlex.split(line)[2:] if "adapter.source" not in word]
+        small = (*SMALL, "--config.rollouts.max_new_tokens=8") if arguments[0] == "ftjax.train" else ()
+        finish(command(*arguments, *small or ("--max_new_tokens=8",)))
+    assert len(lines) == 4
+    assert len((tmp_path / "best.jsonl").read_text().splitlines()) == 60
+    for name, metric in (("online-dpo", "objective/scores_margin"), ("rejection", "reward_best"), ("gkd", "entropy")):
+        assert [metric in record for record in metrics.read(tmp_path / f"runs/{name}/metrics.jsonl")] == [True, True]
+
+
+@pytest.mark.slow
 def test_supervised_tuning_then_preferences(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_model(tmp_path / "model")

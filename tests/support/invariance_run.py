@@ -21,8 +21,10 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.heads import abstract_heads, init_heads
 from ftjax.models.params import abstract_params, logical_axes
+from ftjax.objectives.distillation import make_distillation
 from ftjax.objectives.policy import make_policy
 from ftjax.objectives.preference import make_preference, preference_totals
+from ftjax.objectives.reference import TEACHER
 from ftjax.objectives.reward import make_reward
 from ftjax.objectives.sft import make_sft
 from ftjax.objectives.unpaired import make_unpaired, make_unpaired_totals
@@ -36,13 +38,14 @@ STEPS = 20
 OPTIMIZER = ConfigDict(DEFAULTS.to_dict() | {"weight_decay": 0.01})
 # dpo and kto: adapters trained on preferences, whose first losses are all alike; reward: those and two heads, each with
 # its bootstrap
-RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3, "kto": 2e-3, "reward": 2e-4, "grpo": 2e-4}
+RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3, "kto": 2e-3, "reward": 2e-4, "grpo": 2e-4, "gkd": 2e-4}
 PAIRS = ("dpo", "reward")
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64}
 SPECS = {
     "dense": spec(**SIZES),
     "mixture": spec_from_config(CONFIG | SIZES | {"model_type": "mixtral"} | {"num_local_experts": 8}),
 }
+TEACHERS = spec(**SIZES | {"hidden_size": 64})
 
 MESHES = {
     "1": {},
@@ -93,6 +96,9 @@ ROLLED_OUT = [
     ("dense", "grpo", "1", 1, True, "none"),
     ("dense", "grpo", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
     ("dense", "grpo", "data=2 x fsdp=4", 4, True, "full"),
+    ("dense", "gkd", "1", 1, True, "none"),
+    ("dense", "gkd", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
+    ("dense", "gkd", "data=2 x fsdp=4", 4, True, "full"),
 ]
 
 
@@ -170,6 +176,8 @@ def variables_on(mesh, model, kind):
         targets = lora.find_targets("all-linear", lora.linear_kernels(tree.flatten(abstract)))
         adapters = lora.abstract_adapters(abstract, axes, targets, rank=8, mesh=mesh)
         variables["lora"] = lora.init_adapters(adapters, 11, lora.scale(8, 16, False))
+    if kind == "gkd":
+        variables[TEACHER] = variables_on(mesh, Decoder(TEACHERS), "none")
     if kind == "reward":
         variables["heads"] = init_heads(abstract_heads({"score": 2}, model.spec, mesh), 11)
     return variables
@@ -207,6 +215,9 @@ def train(name, kind, mesh, accumulate, packed, remat):
     if kind == "grpo":
         changes = {"objective.loss": ("grpo",), "objective.importance": "sequence", "objective.kl_coef": 0.05}
         objective = make_policy(model, configs.changed(configs.defaults(), changes).objective, max_new_tokens=12)
+    if kind == "gkd":
+        settings = configs.changed(configs.defaults(), {"objective.distill_temperature": 0.5}).objective
+        objective = make_distillation(model, settings, Decoder(TEACHERS))
     step = make_step(objective, optimizer, schedule, abstract, seed=0, kept=kept, totals=totals)
     losses, ends = [], []
     with jax.set_mesh(mesh):
