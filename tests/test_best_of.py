@@ -44,6 +44,7 @@ def test_rewards_that_cannot_judge_are_refused(tmp_path):
         questions_of(str(tmp_path / "prompts.txt"), "python", run_code=False)
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_best_with_its_reward(tmp_path, rows):
     given = ("ftjax.generate", f"--model={write_model(tmp_path / 'model')}", f"--prompts={rows}")
     given += ("--max_new_tokens=8", f"--out={tmp_path / 'out.jsonl'}")

@@ -62,8 +62,7 @@ def test_the_best_is_chosen_and_the_worst_against_it():
     assert teaches.tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize("penalty", [0.0, 100.0])
-@pytest.mark.parametrize(("name", "documents"), [("online_dpo", 2), ("rejection", 1)])
+@pytest.mark.parametrize(("name", "documents", "penalty"), [("online_dpo", 2, 0.0), ("rejection", 1, 100.0)])
 def test_a_batch_holds_what_was_chosen_of_the_same_completions(root, tmp_path, name, documents, penalty):
     changes = {"objective.missing_eos_penalty": penalty, "seed": 3}
     made = made_by(Selected, config_for(root, name, **changes), tmp_path / "run")
@@ -106,7 +105,8 @@ def values_of(workdir):
     return {path: np.asarray(leaf) for path, leaf in tree.flatten(variables["lora"]).items()}
 
 
-@pytest.mark.parametrize("name", ["online_dpo", pytest.param("rejection", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["online_dpo", "rejection"])
 def test_a_run_resumes_exactly(root, tmp_path, name):
     config = config_for(root, name, steps=4)
     assert train.train(config, tmp_path / "run") == 0
