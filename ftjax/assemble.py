@@ -33,7 +33,7 @@ from ftjax.models.groups import stack_of
 from ftjax.models.heads import COLLECTION, SCORE, abstract_heads, init_heads
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.loss import Objective
-from ftjax.objectives.reference import frozen_with_reference
+from ftjax.objectives.reference import TEACHER, frozen_with_reference
 from ftjax.training import optim
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.state import AVERAGE, Kept, TrainState, abstract_state, with_average
@@ -157,8 +157,10 @@ class Program(NamedTuple):
         return math.prod(self.batch["tokens"].shape)
 
 
-def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) -> Program:
-    """The program of `config`, to be made and used under its mesh.
+def program(
+    config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int, teacher: Decoder | None = None
+) -> Program:
+    """The program of `config`, to be made and used under its mesh; teacher: the model to learn from, if there is one.
 
     Raises:
       UserError: what `method_of` and `abstract_variables` raise.
@@ -169,12 +171,13 @@ def program(config: ConfigDict, model: Decoder, mesh: Mesh, total_steps: int) ->
     watched = method.reference or _watches_forgetting(config, trainable)
     if config.optimizer.l2_sp or (watched and not starts_as_base(config, trainable)):
         frozen = frozen_with_reference(frozen, trainable)
+    frozen |= {TEACHER: {"params": params.abstract_params(teacher, mesh)}} if teacher else {}
     schedule = optim.make_schedule(learning_rate(config), config.schedule, total_steps)
     optim.rate_factors(config.optimizer, list(tree.flatten(trainable)))  # for its errors
     optimizer = optim.make_optimizer(config.optimizer, schedule)
     kept = with_average(method.kept, config.optimizer.ema_decay)
     state = abstract_state(optimizer, trainable, mesh, kept)
-    objective = method.objective(model, config.objective)
+    objective = method.objective(model, config.objective, **({"teacher": teacher} if method.distills else {}))
     totals = method.totals and method.totals(model, config.objective)
     step = make_step(objective, optimizer, schedule, state, config.seed, model.dtype, kept, totals)
     rows = (config.data.batch_size + ptx_rows(config)) // config.accumulate

@@ -74,20 +74,23 @@ def by_data(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh, lengths: np.nd
 
 
 def _of_rollouts(config: ConfigDict, longest: int, limits: Limits) -> Sizes:
-    """longest: tokens of the longest prompt."""
+    """longest: tokens of the longest prompt, or of the longest row where rows have answers."""
     given, each = _given(config), samples(config)
     if given.batch_size % each:
         raise UserError(
             f"config.data.batch_size={given.batch_size} completions in a step, of which config.rollouts.samples={each} "
             f"are of the same prompt; set it to a multiple, such as --config.data.batch_size={8 * each}"
         )
-    needed = longest + config.rollouts.max_new_tokens
+    what = "row" if method_of(config).answered else "prompt"
+    documents = 2 if method_of(config).pairs else 1  # of a row
+    needed = documents * (longest + config.rollouts.max_new_tokens)
     if 0 < given.row_length < needed:
         raise UserError(
-            f"config.data.row_length={given.row_length}: the longest prompt has {longest} tokens, and "
-            f"config.rollouts.max_new_tokens={config.rollouts.max_new_tokens} follow; leave it out, or set {needed}"
+            f"config.data.row_length={given.row_length}: the longest {what} has {longest} tokens, and "
+            f"config.rollouts.max_new_tokens={config.rollouts.max_new_tokens} follow"
+            f"{', twice' * (documents > 1)}; leave it out, or set {needed}"
         )
-    length = min(-(-needed // limits.multiple) * limits.multiple, limits.length)
+    length = min(-(-needed // limits.multiple) * limits.multiple, documents * limits.length)
     rows = given.batch_size or -(-_PROMPTS * each // limits.rows) * limits.rows
     return Sizes(rows, given.row_length or length, given.epochs or limits.epochs[0])
 
@@ -112,13 +115,15 @@ def _decoder(config: ConfigDict, spec: DecoderSpec) -> Decoder:
     return Decoder(spec, *dtypes, "none", config.model.attention)
 
 
-def by_memory(config: ConfigDict, model: Decoder, mesh: Mesh, room: float | None) -> ConfigDict:
-    """With remat and accumulate. room: bytes of a device's memory, None where they are unknown."""
+def by_memory(
+    config: ConfigDict, model: Decoder, mesh: Mesh, room: float | None, teacher: Decoder | None = None
+) -> ConfigDict:
+    """With remat and accumulate. room: bytes of a device's memory, None where they are unknown; teacher: beside it."""
     if config.model.remat != "auto" and config.accumulate:
         return config
     whole = configs.changed(config, {"accumulate": 1})
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        program = assemble.program(whole, model, mesh, total_steps=1)
+        program = assemble.program(whole, model, mesh, 1, teacher)
         remat, count = memory.choose(config, program, room)
     return configs.changed(config, {"model.remat": remat, "accumulate": count})
 

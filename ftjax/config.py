@@ -15,6 +15,7 @@ from ftjax.config_checks import (
     LAYERS,
     Check,
     check_replay,
+    check_type,
     losses,
     names,
     number,
@@ -102,7 +103,8 @@ KEYS: dict[str, Key] = {
     # Of the rows before training; on: stop on errors, warn: print them.
     "data.checks": Key("on", one_of("on", "warn", "off")),
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
-    # A method of ftjax/method.py: sft; dpo, kto, cpo, simpo, orpo; reward, prm, classify; grpo, rloo, ppo
+    # A method of ftjax/method: sft; dpo, kto, cpo, simpo, orpo; reward, prm, classify; grpo, rloo, ppo, online_dpo,
+    # rejection; gkd
     "objective.name": Key("sft", ANY),
     # sft: the share of a target's probability that is spread over the vocabulary; of pairs: of labels taken to be wrong
     "objective.label_smoothing": Key(0.0, number(0, 0.99)),
@@ -156,7 +158,7 @@ KEYS: dict[str, Key] = {
     "objective.sapo_temperature_neg": Key(1.05, number(1e-6)),
     # grpo, rloo: completions that reach rollouts.max_new_tokens teach nothing
     "objective.mask_truncated": Key(False, ANY),
-    # rloo, ppo: what is subtracted from the score of such a completion
+    # rloo, ppo, online_dpo, rejection: what such a completion loses of its reward
     "objective.missing_eos_penalty": Key(0.0, number(0)),
     # rloo: what a reward is compared with, the mean of the others to the same prompt or of the whole batch
     "objective.baseline": Key("others", one_of("others", "batch")),
@@ -170,6 +172,11 @@ KEYS: dict[str, Key] = {
     "objective.ptx_coef": Key(0.0, number(0)),  # ppo: what the mean cross-entropy of a token of data.ptx counts
     "objective.vf_coef": Key(0.1, number(0)),  # ppo: what the loss of the values counts
     "objective.value_clip": Key(0.2, number(1e-6)),  # ppo: how far values may go from those of the round
+    "objective.least_reward": Key(-1e9, number(-1e9)),  # rejection: of a completion that is learned from
+    "objective.teacher": Key("", ANY),  # gkd: the model that is learned from, named as model.source is
+    "objective.distill_beta": Key(0.5, number(0, 1)),  # gkd: from 0, KL(teacher || now), to 1, KL(now || teacher)
+    "objective.distill_temperature": Key(1.0, number(0.01)),  # gkd: of both models where they are compared
+    "objective.student_share": Key(0.5, number(0, 1)),  # gkd: of steps that learn from what the model itself writes
     # What the model writes in training, with a method that lets it.
     "rollouts.samples": Key(8, number(1)),  # completions of a prompt; data.batch_size is a multiple of it
     "rollouts.max_new_tokens": Key(256, number(1)),  # of a completion; data.max_length is for it and its prompt
@@ -293,7 +300,7 @@ FREE_TO_CHANGE = (
 
 # Where a run finds its base, an adapter to go on from and its rows. Digests say whether they are still the same
 # (origin.py, Loader.fingerprint), so they may be found elsewhere when it is resumed.
-PLACES = ("model.source", "model.revision", "adapter.source", "data.train", "data.ptx")
+PLACES = ("model.source", "model.revision", "adapter.source", "data.train", "data.ptx", "objective.teacher")
 
 # Keys that may differ as well, with consequences that a run says (`resume.going_on`).
 LENGTH = ("steps", "epochs")
@@ -332,7 +339,7 @@ def assign(config: ConfigDict, key: str, value: Any) -> None:
     """Sets one key, given by its dotted name; UserError where there is none of that name, or for another type."""
     if key not in KEYS:
         raise UserError(unknown_key(key))
-    _check_type(key, value, KEYS[key].default)
+    check_type(key, value, KEYS[key].default)
     section, _, leaf = key.rpartition(".")
     holder = config.get(section) if section else config
     if holder is None or leaf not in holder:
@@ -351,7 +358,7 @@ def validate(config: ConfigDict, data: bool = True) -> None:
     if missing := sorted(KEYS.keys() - given.keys()):
         raise UserError(f"config lacks {', '.join(missing)}; build it from ftjax.config.defaults()")
     for key, (default, _) in KEYS.items():
-        _check_type(key, given[key], default)
+        check_type(key, given[key], default)
     for key, (_, check) in KEYS.items():
         if (data or key != "data.train") and not check.holds(given[key]):
             raise UserError(f"config.{key}={given[key]!r}: it must be {check.wanted}")
@@ -489,12 +496,3 @@ def read(path: Path) -> ConfigDict:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return config
-
-
-def _check_type(key: str, value: Any, default: Any) -> None:
-    wanted = type(default)
-    fits = isinstance(value, int | float) and not isinstance(value, bool) if wanted is float else type(value) is wanted
-    if wanted is tuple:
-        fits = isinstance(value, tuple | list)
-    if not fits:
-        raise UserError(f"config.{key}={value!r} is {type(value).__name__}; it must be {wanted.__name__}")

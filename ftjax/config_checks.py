@@ -122,3 +122,12 @@ def check_replay(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
             f"config.data.train: the shares 'replay' are {total:g} together, beside {len(train)} sources in all; they "
             "must leave room for a source without, which the run is to learn"
         )
+
+
+def check_type(key: str, value: Any, default: Any) -> None:
+    wanted = type(default)
+    fits = isinstance(value, int | float) and not isinstance(value, bool) if wanted is float else type(value) is wanted
+    if wanted is tuple:
+        fits = isinstance(value, tuple | list)
+    if not fits:
+        raise UserError(f"config.{key}={value!r} is {type(value).__name__}; it must be {wanted.__name__}")

@@ -54,13 +54,18 @@ def run(
         **({"quantized": f"{_size(packed, quant.count(packed))}, {config.quantize.base}"} if packed else {}),
         "mesh": _mesh(mesh, base, abstract["params"]),
         "attention": attention.name + (f"; {attention.reason}" if attention.reason else ""),
-        "data": _prompts(report) if program.method.rollouts else counted(report),
+        "data": counted(report) if program.method.answered else _prompts(report),
         "batch": _rollouts(config, loader)
-        if program.method.rollouts
+        if not program.method.answered
         else f"{data.batch_size} rows of {loader.max_length} tokens"
-        + (", packed" if data.packing else f", not packed but padded to {', '.join(map(str, loader.lengths))} tokens,")
+        + (
+            ", packed"
+            if loader.packing
+            else f", not packed but padded to {', '.join(map(str, loader.lengths))} tokens,"
+        )
         + f" {loader.packing_efficiency():.1%} full: {_examples(loader)} an update"
         + (f", chosen for {len(loader.examples):,} examples" if not asked.data.batch_size else ""),
+        **(_teacher(config) if program.method.distills else {}),
         "memory": _memory(config, asked, room, program),
         "steps": f"{steps} ({epochs:.2f} epochs), learning rate {learning_rate(config):g}, {config.schedule.name}",
     }
@@ -84,12 +89,20 @@ def _rollouts(config: ConfigDict, loader: Loader) -> str:
         if not configs.is_default(config, f"rollouts.{key}")
     )
     again = f", for {settings.iterations} steps" if settings.iterations > 1 else ""
+    count = loader.batch_size * settings.samples
     return (
-        f"{config.data.batch_size} completions that the model writes{again}: {settings.samples} to each of "
+        f"{count} completions that the model writes{again}: {settings.samples} to each of "
         f"{loader.batch_size} prompts, of at most {settings.max_new_tokens} tokens, at temperature "
         f"{settings.temperature:g}{filters}; rewarded by {' + '.join(names)}"
         + (f"; beside them {ptx_rows(config)} rows of config.data.ptx in each step" if config.data.ptx else "")
     )
+
+
+def _teacher(config: ConfigDict) -> dict[str, str]:
+    objective, settings = config.objective, config.rollouts
+    written = f"{objective.student_share:.0%} of the steps from completions that the model writes, of at most "
+    written += f"{settings.max_new_tokens} tokens, at temperature {settings.temperature:g}"
+    return {"teacher": f"{objective.teacher}; {written if objective.student_share else 'from the rows alone'}"}
 
 
 def _examples(loader: Loader) -> str:

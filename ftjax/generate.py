@@ -7,6 +7,7 @@
     python -m ftjax.generate --workdir runs/quickstart --model M --prompt "..."   where the run's base is now at M
     python -m ftjax.generate --model M --adapter tickets=A,haiku=B --use haiku --chat
     python -m ftjax.generate --model M --prompts FILE --out FILE.jsonl    every prompt of a file, in batches
+    python -m ftjax.generate --model M --prompts FILE --out FILE.jsonl --best_of 8 --reward json --temperature 1
     echo "..." | python -m ftjax.generate --model M                       the prompt from standard input (--prompt -)
 
 With several adapters, --use names the one to begin with; in a conversation, "/adapter tickets" changes to another one
@@ -14,6 +15,9 @@ and "/adapter none" to the base alone.
 
 --prompts takes a .txt file with a prompt a line, or rows in any format that training reads, whose answers are left out
 (of a conversation, what follows the last turn of the user); --out gets {"prompt", "completion"} a line, in their order.
+
+With --best_of N each prompt is completed N times, and the completion that the reward (a score, reward:PATH or
+MODULE:FUNCTION) gives most is written, as {"prompt", "completion", "reward"}.
 
 The prompt is put into the model's chat template where it has one; --raw leaves it as it is. Generation stops at any of
 the model's end tokens, and before any text that --stop names. --temperature 0 (the default) is greedy.
@@ -27,7 +31,7 @@ import numpy as np
 from absl import flags
 from transformers import PreTrainedTokenizerFast
 
-from ftjax import assemble, cli, distributed, interpolation, prompts
+from ftjax import assemble, best_of, cli, distributed, interpolation, prompts
 from ftjax import config as configs
 from ftjax.adapted import NONE, load_model, parse_adapters
 from ftjax.assemble import Base
@@ -85,6 +89,13 @@ def main(argv: list[str]) -> int:
         raise UserError("--prompts FILE and --out FILE go together: the prompts, and where completions are written")
     if FLAGS["batch_size"].present and not FLAGS.prompts:
         raise UserError("--batch_size goes with --prompts")
+    if FLAGS.best_of > 1 and not (FLAGS.prompts and FLAGS.reward and FLAGS.temperature):
+        raise UserError(
+            "--best_of goes with --prompts and --out, --reward (what is best) and a --temperature above 0, such as 1: "
+            "at 0 all completions of a prompt are the same"
+        )
+    if FLAGS.best_of == 1 and (FLAGS.reward or FLAGS.run_code):
+        raise UserError("--reward and --run_code choose among several completions; give --best_of, such as --best_of 8")
     if FLAGS.raw and (FLAGS.system or FLAGS.chat):
         raise UserError("--raw gives the prompt as it is; it takes no --system and no --chat")
     if FLAGS.workdir and FLAGS["dtype"].present:
@@ -97,7 +108,11 @@ def main(argv: list[str]) -> int:
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed, FLAGS.min_p)
     if FLAGS.prompts:
         prompts.check_out(Path(FLAGS.out))
-    asked = [] if FLAGS.chat else prompts.of_file(FLAGS.prompts) if FLAGS.prompts else [prompts.given(text)]
+    rewarded = best_of.questions_of(FLAGS.prompts, FLAGS.reward, FLAGS.run_code) if FLAGS.best_of > 1 else None
+    asked = [question.prompt for question in rewarded.questions] if rewarded else []
+    asked = (
+        asked if FLAGS.chat or rewarded else prompts.of_file(FLAGS.prompts) if FLAGS.prompts else [prompts.given(text)]
+    )
     if not FLAGS.workdir:
         adapters = parse_adapters(FLAGS.adapter) if FLAGS.adapter else {}
         in_use = initial_adapter(FLAGS.use, [NONE, *adapters])
@@ -136,12 +151,17 @@ def main(argv: list[str]) -> int:
     else:
         with Display(1) as display:
             ids = prompts.encode(asked, base, FLAGS.max_new_tokens, FLAGS.system or "", FLAGS.raw)
+            ids = [its for its in ids for _ in range(FLAGS.best_of)]
             answers = prompts.complete(
                 *(base, variables[in_use], ids, FLAGS.max_new_tokens, sampling, FLAGS.batch_size, display),
                 stops=FLAGS.stop,
             )
-            prompts.write(Path(FLAGS.out), asked, [answer.text for answer in answers])
-            display.say(f"{len(answers):,} completions are in {FLAGS.out}")
+            texts, further = [answer.text for answer in answers], {}
+            if rewarded:
+                chosen = best_of.best(rewarded, texts, FLAGS.best_of)
+                texts, further = [one.text for one in chosen], {"reward": [one.reward for one in chosen]}
+            prompts.write(Path(FLAGS.out), asked, texts, further)
+            display.say(f"{len(texts):,} completions are in {FLAGS.out}")
     return 0
 
 
@@ -180,6 +200,9 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("out", None, "with --prompts: the JSON Lines to write")
     flags.DEFINE_integer("batch_size", 16, "with --prompts: how many are completed together", lower_bound=1)
+    flags.DEFINE_integer("best_of", 1, "with --prompts: write the best of so many completions", lower_bound=1)
+    flags.DEFINE_string("reward", None, "with --best_of: what is best, a score, reward:PATH or MODULE:FUNCTION")
+    flags.DEFINE_boolean("run_code", False, "with --reward: allow scores that run what the model writes")
     flags.DEFINE_string("system", None, "a system message before a prompt that has none")
     flags.DEFINE_boolean("chat", False, "a conversation: one line from you, one answer, and so on")
     flags.DEFINE_boolean("raw", False, "use the prompt as it is, without the chat template")

@@ -342,7 +342,7 @@ def _objective(given: dict, notes: list[str]) -> dict[str, Any]:
         return {}
     if rl not in METHODS:
         raise UserError(f"rl: {rl!r} is no method of ftjax, which are {', '.join(METHODS)}")
-    if METHODS[rl].rollouts:
+    if "rewards" in METHODS[rl].settings:
         raise UserError(
             f"rl: {rl}: its rewards are Python files that this does not read; write a config with objective.name={rl} "
             "(docs/reinforcement.md)"

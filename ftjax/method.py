@@ -21,6 +21,7 @@ from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
 from ftjax.models.heads import COLLECTION, VALUE
 from ftjax.objectives.classify import make_classify, make_prm
+from ftjax.objectives.distillation import make_distillation
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.policy import make_policy, make_rloo
 from ftjax.objectives.ppo import make_ppo, make_ppo_totals
@@ -80,8 +81,43 @@ class Method(NamedTuple):
 
     @property
     def rollouts(self) -> bool:
-        """Whether the model writes what it learns from, as config.rollouts says."""
-        return self.source == "rollouts"
+        """Whether the model writes what it learns from, or some of it, as config.rollouts says."""
+        return self.source in _WRITING
+
+    @property
+    def answered(self) -> bool:
+        """Whether its rows hold what is learned from, so that rows that are held out have a loss."""
+        return ROW_KINDS[self.rows].answered
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the documents of its batches are pairs, of rows or of what the model writes."""
+        return self.rows == "pair" or self.source == "pairs"
+
+    @property
+    def distills(self) -> bool:
+        """Whether it learns from another model, which stands beside the one that learns."""
+        return "teacher" in self.settings
+
+
+_SAMPLED = (
+    "samples",
+    "max_new_tokens",
+    "stop_strings",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "batch_size",
+    "iterations",
+)
+# The keys of config.rollouts that a source reads; any other one that is set is refused.
+_WRITING = {
+    "distillation": ("max_new_tokens", "temperature", "batch_size"),
+    "rollouts": (*_SAMPLED, "resample"),
+    "pairs": _SAMPLED,
+    "best": _SAMPLED,
+}
 
 
 _PAIRS = Method(
@@ -202,6 +238,33 @@ METHODS = {
         kl_in_reward=True,
         source="rollouts",
     ),
+    "online_dpo": _PAIRS._replace(
+        objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),)),
+        rows="prompt",
+        epochs=(1.0, 1.0),
+        settings=(
+            *("beta", "loss", "label_smoothing", "divergence", "divergence_alpha", "discopop_tau", "ld_alpha"),
+            *("weighting", "reference_every", "reference_share", "rewards", "missing_eos_penalty"),
+        ),
+        reference=True,
+        source="pairs",
+    ),
+    "rejection": Method(
+        make_sft,
+        rows="prompt",
+        learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5},
+        epochs=(1.0, 1.0),
+        settings=("label_smoothing", "z_loss", "rewards", "missing_eos_penalty", "least_reward"),
+        source="best",
+    ),
+    "gkd": Method(
+        make_distillation,
+        rows="conversation",
+        learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5},  # as sft, of which it is TRL's, too
+        epochs=(1.0, 3.0),
+        settings=("teacher", "distill_beta", "distill_temperature", "student_share"),
+        source="distillation",
+    ),
 }
 
 
@@ -221,12 +284,12 @@ def method_of(config: ConfigDict) -> Method:
         unused += ["data.train_on", "data.long_text"]
     if "ptx_coef" not in method.settings:
         unused += ["data.ptx", "data.ptx_rows"]
-    if not method.rollouts:
-        unused += [f"rollouts.{key}" for key in config.rollouts]
+    unused += [f"rollouts.{key}" for key in config.rollouts if key not in _WRITING.get(method.source, ())]
     unused = [key for key in unused if not configs.is_default(config, key)]
     if unused:
         users = [other for other, its in METHODS.items() if unused[0].removeprefix("objective.") in its.settings]
-        users += [other for other, its in METHODS.items() if unused[0].startswith("rollouts.") and its.rollouts]
+        section, _, key = unused[0].partition(".")
+        users += [o for o, its in METHODS.items() if section == "rollouts" and key in _WRITING.get(its.source, ())]
         users += [other for other, its in METHODS.items() if "data.ptx" in unused[0] and "ptx_coef" in its.settings]
         hint = f" (of {', '.join(users)})" if users else ""
         raise UserError(f"config.{unused[0]}: objective.name={name!r} does not use it{hint}; leave it at its default")
@@ -241,7 +304,9 @@ def method_of(config: ConfigDict) -> Method:
         raise UserError("config.objective.reference_share is of a reference that moves; set objective.reference_every")
     if "classes" in method.settings and not config.objective.classes:
         raise UserError("config.objective.classes: name the classes of the rows' labels, such as ('spam', 'other')")
-    if method.rollouts:
+    if method.distills:
+        _check_distills(config)
+    if method.source == "rollouts":
         for key in ("adapter.dropout", "model.neftune_alpha"):
             if not configs.is_default(config, key):
                 raise UserError(
@@ -277,6 +342,19 @@ def lasting(method: Method, variables: Tree) -> Tree:
     return {name: part for name, part in variables.items() if name != COLLECTION or not method.critic}
 
 
+def _check_distills(config: ConfigDict) -> None:
+    if not config.objective.teacher:
+        raise UserError(
+            "config.objective.teacher: name the model to learn from, as config.model.source names the one that learns"
+        )
+    given = [f"rollouts.{key}" for key in config.rollouts if not configs.is_default(config, f"rollouts.{key}")]
+    if given and not config.objective.student_share:
+        raise UserError(
+            f"config.{given[0]}: with config.objective.student_share=0 the model writes nothing; leave it at its "
+            "default"
+        )
+
+
 def holds_reference_in_vain(config: ConfigDict) -> bool:
     """Whether full fine-tuning holds a second model that objective.cache_reference would make needless."""
     objective, settings = config.objective, METHODS[config.objective.name].settings
@@ -287,7 +365,7 @@ def holds_reference_in_vain(config: ConfigDict) -> bool:
 
 def samples(config: ConfigDict) -> int:
     """How many rows of a batch are made of one row of the data: 1, or completions of a prompt."""
-    return config.rollouts.samples if METHODS[config.objective.name].rollouts else 1
+    return config.rollouts.samples if METHODS[config.objective.name].source == "rollouts" else 1
 
 
 def ptx_rows(config: ConfigDict) -> int:
@@ -297,7 +375,8 @@ def ptx_rows(config: ConfigDict) -> int:
 
 def iterations(config: ConfigDict) -> int:
     """How many steps are made on the same rows, one after the other."""
-    return config.rollouts.iterations if METHODS[config.objective.name].rollouts else 1
+    writes = "iterations" in _WRITING.get(METHODS[config.objective.name].source, ())
+    return config.rollouts.iterations if writes else 1
 
 
 def learning_rate(config: ConfigDict) -> float:

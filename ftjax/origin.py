@@ -81,6 +81,8 @@ def located(config: ConfigDict, path: Path) -> ConfigDict:
     out.model.source, out.model.revision = everywhere(config.model.source, path)
     if config.adapter.source:
         out.adapter.source = str(Path(config.adapter.source).expanduser().absolute())
+    if config.objective.teacher and Path(config.objective.teacher).expanduser().exists():
+        out.objective.teacher = str(Path(config.objective.teacher).expanduser().absolute())
     out.data.chat_template = templates.located(config.data.chat_template)
     for section, key in (("data", "train"), ("data", "eval"), ("data", "ptx"), ("evaluate", "general")):
         entries = [(entry, configs.source_entry(entry, f"{section}.{key}")) for entry in out[section][key]]
@@ -182,6 +184,12 @@ def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None
             f"then {found['adapter.source']}; restore it, say where it is now ({_SAY['adapter']}), or choose another "
             "--workdir"
         )
+    if "teacher" in digests and then.get("teacher") != digests["teacher"]:
+        raise UserError(
+            f"config.objective.teacher={config.objective.teacher}: this model is not the one that the run in {workdir} "
+            f"began to learn from, in {found['objective.teacher']}; restore it, say where it is now, or choose another "
+            "--workdir"
+        )
     if changed := [part for part in _PARTS if part in then and then[part] != digests[part]]:
         commit = f" at commit {found['model.revision']}" if found["model.revision"] else ""
         raise UserError(
@@ -205,6 +213,8 @@ def at_hand(config: ConfigDict, workdir: Path) -> ConfigDict:
         out.model.update(source=found["model.source"], revision=found["model.revision"])
     if "adapter.source" in found and not Path(config.adapter.source).expanduser().exists():
         out.adapter.source = found["adapter.source"]
+    if "objective.teacher" in found and not Path(config.objective.teacher).expanduser().exists():
+        out.objective.teacher = found["objective.teacher"]
     for which in {"train", "eval", "ptx"} & {key.removeprefix("data.") for key in found}:
         here = [sources.is_here(entry["source"]) for entry in configs.sources(config, which)]
         entries = zip(out.data[which], found[f"data.{which}"], here, strict=True)

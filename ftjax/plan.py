@@ -22,6 +22,7 @@ from ftjax import config as configs
 from ftjax.atomic import write_text
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
+from ftjax.method import method_of
 from ftjax.models import published
 from ftjax.models.families import spec_from_config
 from ftjax.models.spec import DecoderSpec
@@ -58,6 +59,11 @@ def plan(
     """Prints the plan of `config` on a topology such as "v5e:4x4", and writes it to `out`; returns the exit status."""
     configs.validate(config, data=False)
     preflight.check_used(config)
+    if method_of(config).distills:
+        raise UserError(
+            f"objective.name={config.objective.name!r}: a plan does not count the teacher yet; plan the same config "
+            "with --config.objective.name=sft, and leave room for the teacher's weights"
+        )
     slice_ = topology.parse(topology_name)
     devices = topology.devices(slice_)
     beside = rewards.needed(config, devices)  # of models that lie beside the one that learns, whatever it does

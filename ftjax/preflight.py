@@ -105,7 +105,7 @@ def check_evaluation(config: ConfigDict) -> None:
         if evaluate[key] and why:
             raise UserError(f"config.evaluate.{key}={evaluate[key]!r} does nothing: {fix}")
     unscored = [entry["source"] for entry in split_entries(config)[1]]
-    if method_of(config).rollouts and (unscored or config.data.holdout):
+    if not method_of(config).answered and (unscored or config.data.holdout):
         what = (
             f"config.data.eval: {unscored[0]} has no 'score'" if unscored else "config.data.holdout: rows without one"
         )
@@ -224,7 +224,7 @@ def check_mesh(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
 
 def check_whole_step(config: ConfigDict) -> None:
     """UserError where the objective compares the pairs of a step with each other and micro-batches keep them apart."""
-    if method_of(config).rows == "pair" and (name := compares_pairs(config.objective)) and config.accumulate > 1:
+    if method_of(config).pairs and (name := compares_pairs(config.objective)) and config.accumulate > 1:
         raise UserError(
             f"config.objective.loss: {name!r} compares all pairs of a step with each other, which "
             f"{config.accumulate} micro-batches keep apart; set config.accumulate=1, and config.data.batch_size lower "

@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,14 +198,18 @@ def check_out(out: Path) -> None:
         raise UserError(f"--out {out}: there is no directory {out.parent}; make it first")
 
 
-def write(out: Path, prompts: Sequence[Prompt], completions: Sequence[str]) -> None:
-    """Writes JSON Lines of "prompt" and "completion".
+def write(
+    out: Path,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    further: Mapping[str, Sequence] = types.MappingProxyType({}),
+) -> None:
+    """Writes JSON Lines of "prompt" and "completion", and what `further` has for each.
 
     The prompt is a string, or where the conversation has more than one turn its messages; the completion is a string.
     """
-    rows = [
-        {"prompt": _shown(prompt.fields), "completion": text} for prompt, text in zip(prompts, completions, strict=True)
-    ]
+    columns = {"prompt": [_shown(prompt.fields) for prompt in prompts], "completion": completions, **further}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

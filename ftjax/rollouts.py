@@ -34,15 +34,15 @@ from ftjax.training.state import TrainState
 from ftjax.tree import Tree
 
 FILE = "rollouts.jsonl"  # in the workdir: the completions of the first prompt of each round
-_LENGTHS = 64  # rows of a batch have a multiple of it tokens, since each length is compiled
+LENGTHS = 64  # rows of a batch have a multiple of it tokens, since each length is compiled
 _EQUAL = 1e-8  # rewards of a smaller standard deviation are equal, as in TRL
 
 
 def check(config: ConfigDict, spec: DecoderSpec, loader: Loader) -> None:
     """UserError where the prompts of `loader` cannot be rewarded, or the model would not say again how likely what it
-    wrote was; nothing for a method without rollouts.
+    wrote was; nothing for a method without rewards.
     """
-    if not method_of(config).rollouts:
+    if "rewards" not in method_of(config).settings:
         return
     if config.steps % config.rollouts.iterations:
         raise UserError(
@@ -219,15 +219,13 @@ class Rollouts:
         """
         documents, places = [], []
         for prompt, one in zip(written.prompts, written.completions, strict=True):
-            stop = () if one.stop_token is None else (np.int32(one.stop_token),)
-            tokens = np.concatenate([prompt, np.append(one.tokens, stop).astype(np.int32)])
-            trained = np.arange(len(tokens)) >= len(prompt)
+            document = whole(prompt, one)
             if self._config.objective.mask_truncated and not one.stopped:
-                trained[:] = False
-            documents.append([Document(tokens, trained)])
-            places.append(slice(len(prompt) - 1, len(tokens) - 1))  # what predicts these tokens
+                document.trained[:] = False
+            documents.append([document])
+            places.append(slice(len(prompt) - 1, len(document.tokens) - 1))  # what predicts these tokens
         longest = max(len(document.tokens) for (document,) in documents)
-        multiple = max(_LENGTHS, self._loader.multiple)
+        multiple = max(LENGTHS, self._loader.multiple)
         length = min(-(-longest // multiple) * multiple, self._program.row_length)
         batch = packing.lay(documents, length, self._program.method.batch)
         for row, (place, one) in enumerate(zip(places, written.completions, strict=True)):
@@ -265,7 +263,9 @@ class Rollouts:
         pace = {} if began is None else {"eps": completions / (self._began - began)}
         return {"episode": float((round_ + 1) * completions)} | pace
 
-    def _record(self, step: int, written: Written, grades: np.ndarray, advantages: np.ndarray) -> None:
+    def _record(
+        self, step: int, written: Written, grades: np.ndarray, values: np.ndarray, name: str = "advantage"
+    ) -> None:
         """Adds a line with the completions of the first prompt; lines of later steps, of a run that was killed, go."""
         if not self._writes_on:
             earlier = [record for record in metrics.read(self._file) if record["step"] < step]
@@ -274,8 +274,8 @@ class Rollouts:
         question = rewarding.question_of(self._loader.examples, int(written.chosen[0]))
         names = [reward.name for reward in self._rewards]
         answers = [
-            {"text": text, "rewards": dict(zip(names, given.tolist())), "advantage": float(advantage)}
-            for text, given, advantage in list(zip(written.texts, grades, advantages))[: self.samples]
+            {"text": text, "rewards": dict(zip(names, given.tolist())), name: float(value)}
+            for text, given, value in list(zip(written.texts, grades, values))[: self.samples]
         ]
         record = {"step": step, "prompt": question.prompt.last, "expected": question.expected, "completions": answers}
         with self._file.open("a", encoding="utf-8") as file:
@@ -306,6 +306,13 @@ def _deviation(values: np.ndarray) -> float:
 
 def _line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def whole(prompt: np.ndarray, completion: Completion) -> Document:
+    """A prompt with its completion and the end token where there is one, which are trained."""
+    stop = () if completion.stop_token is None else (completion.stop_token,)
+    tokens = np.concatenate([prompt, np.array([*completion.tokens, *stop], np.int32)])
+    return Document(tokens, np.arange(len(tokens)) >= len(prompt))
 
 
 def differing(rewards: np.ndarray) -> np.ndarray:

@@ -14,8 +14,10 @@ from ftjax.assemble import Base, Program
 from ftjax.data import pipeline
 from ftjax.data.batch.loader import Loader
 from ftjax.data.tokens.kinds import PLAIN
+from ftjax.distillation import Distilled
 from ftjax.method import ptx_rows
 from ftjax.rollouts import Rollouts
+from ftjax.selected import Selected
 from ftjax.training.source import FileSource, Source
 from ftjax.tree import Tree
 
@@ -71,4 +73,18 @@ def _from_rollouts(run: Parts) -> Source:
     return Rollouts(run.config, run.base, run.program, run.frozen, run.loader, run.workdir, run.ptx)
 
 
-SOURCES: dict[str, Callable[[Parts], Source]] = {"files": _from_files, "rollouts": _from_rollouts}
+def _from_selected(run: Parts) -> Source:
+    return Selected(run.config, run.base, run.program, run.frozen, run.loader, run.workdir)
+
+
+def _from_both(run: Parts) -> Source:
+    return Distilled(run.config, run.base, run.frozen, run.loader)
+
+
+SOURCES: dict[str, Callable[[Parts], Source]] = {
+    "files": _from_files,
+    "rollouts": _from_rollouts,
+    "pairs": _from_selected,
+    "best": _from_selected,
+    "distillation": _from_both,
+}

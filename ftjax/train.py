@@ -29,6 +29,7 @@ from ftjax import (
     cli,
     config_flag,
     describe,
+    distillation,
     distributed,
     exportable,
     memory,
@@ -98,13 +99,13 @@ def _train(
     # Config and model: described, not read yet.
     asked = config
     config = choices.by_devices(config, sharding.platform(mesh))
-    base, contents = _open_base(config, workdir, there)
+    base, teacher, contents = _open_base(config, workdir, there)
     preflight.check_adapter_tokenizer(config, base, display)
     preflight.check_length(config, base.model.spec)
     preflight.check_mesh(config, base.model.spec, mesh)
 
     # Data.
-    config, train_loader, heldout, report = _load_data(config, base, mesh, room, display)
+    config, train_loader, heldout, report = _load_data(config, base, teacher, mesh, room, display)
     ptx = ptx_loader(config, base, mesh, display.counter)
     base = base._replace(model=base.model.clone(remat=config.model.remat))
     preflight.check_whole_step(config)
@@ -125,10 +126,11 @@ def _train(
         preflight.check_rows(config, base, ptx, heldout, display, kind="conversation")
     preflight.check_classes(config, train_loader, display)
     rollouts.check(config, base.model.spec, train_loader)
+    distillation.check(config, train_loader)
 
     with jax.set_mesh(mesh):
         # Shardings, objective, optimizer and step: shapes only.
-        program = assemble.program(config, base.model, mesh, total_steps)
+        program = assemble.program(config, base.model, mesh, total_steps, teacher and teacher.model)
         preflight.check_ranks(program.variables.get("lora", {}), display)
         exportable.check(tuple(config.export_formats), config, base, lasting(program.method, program.variables))
         evaluator = Evaluator(config, base, program, heldout, workdir, preemption, display)
@@ -152,6 +154,7 @@ def _train(
         try:
             with memory.exhausted("reading the weights", smaller):
                 start = resume.start(there, config, base, program, workdir, checkpoints, rows_digest, begin)
+                start = start._replace(frozen=distillation.with_teacher(start.frozen, teacher, program))
         except Preempted as stop:
             return _stopped(stop, there.step, checkpoints, display)
         distributed.meet_devices()
@@ -263,20 +266,23 @@ def _stopped(stop: Preempted, began: int | None, checkpoints: Checkpoints, displ
     return cli.EXIT_INTERRUPTED if reason == CTRL_C else cli.EXIT_PREEMPTED
 
 
-def _open_base(config: ConfigDict, workdir: Path, there: resume.Resume) -> tuple[Base, dict[str, str]]:
-    """The base, and the digests of what it consists of: of a run that goes on it is the one that it began with."""
+def _open_base(config: ConfigDict, workdir: Path, there: resume.Resume) -> tuple[Base, Base | None, dict[str, str]]:
+    """The base, the teacher if there is one, and the digests of what they consist of: of a run that goes on they are
+    those that it began with."""
     if there.step is None:
         preflight.check_used(config)
-        base = assemble.open_base(config.model, config.data)
-        return base, origin.contents(config, base.reader, base.model.spec)
-    base = assemble.open_base(config.model, assemble.with_kept_template(config.data, workdir))
+    data = config.data if there.step is None else assemble.with_kept_template(config.data, workdir)
+    base = assemble.open_base(config.model, data)
+    teacher = distillation.open_teacher(config, base)
     contents = origin.contents(config, base.reader, base.model.spec)
-    origin.check(config, workdir, contents)
-    return base, contents
+    contents |= {"teacher": distillation.teacher_digest(teacher)} if teacher else {}
+    if there.step is not None:
+        origin.check(config, workdir, contents)
+    return base, teacher, contents
 
 
 def _load_data(
-    config: ConfigDict, base: Base, mesh: Mesh, room: float | None, display: Display
+    config: ConfigDict, base: Base, teacher: Base | None, mesh: Mesh, room: float | None, display: Display
 ) -> tuple[ConfigDict, Loader, Loader | None, dict]:
     """The config with all that it left open chosen, the training rows, the held-out rows (None without any), and the
     report on the former. room: bytes of a device's memory.
@@ -284,7 +290,7 @@ def _load_data(
     model, train, (_, heldout) = base.model, configs.sources(config, "train"), split_entries(config)
     examples = pipeline.read(train, base.tokenizer, assemble.data_spec(config, model.spec, mesh), display.counter)
     config = choices.by_data(choices.by_model(config, model.spec), model.spec, mesh, examples.lengths, examples.count)
-    config = choices.by_memory(config, model, mesh, room)
+    config = choices.by_memory(config, model, mesh, room, teacher and teacher.model)
     spec = assemble.data_spec(config, model.spec, mesh)
     loader = pipeline.training_loader(examples, spec)
     spec = dataclasses.replace(spec, batch_size=spec.batch_size // config.accumulate)

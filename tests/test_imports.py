@@ -40,7 +40,7 @@ FLOORS = [
     {"evals", "rewards"},
     {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"}
     | {"critic", "rewarding"},
-    {"constitutional", "labeling", "planning", "rollouts"},
+    {"best_of", "constitutional", "distillation", "labeling", "planning", "rollouts", "selected"},
     {"sources"},
     {"__main__", "train", "sweep", "pipeline", "evaluate", "generate", "report", "export", "harness", "score"}
     | {"plan", "inspect_data", "curate", "label", "constitution", "import_config"},

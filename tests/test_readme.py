@@ -15,7 +15,7 @@ from support.runs import write_table
 from transformers import AutoModelForCausalLM
 
 from ftjax import config as configs
-from ftjax.method import method_of
+from ftjax.method import METHODS, method_of
 from ftjax.training import metrics
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +37,7 @@ def test_every_config_is_valid_but_for_what_the_user_must_set(path):
     config = runpy.run_path(str(path))["get_config"]()
     config.model.source = config.model.source or "model"
     config.data.train = config.data.train or ("rows.jsonl",)
+    config.objective.teacher = "teacher" if METHODS[config.objective.name].distills else ""
     configs.validate(config)
     method_of(config)
 

@@ -56,3 +56,8 @@ def make_unembed(model: Decoder) -> Unembed:
         return part.apply(tree.unflatten(head), hidden, token_index, method=part.unembed, rngs=rngs)
 
     return unembed
+
+
+def at_temperature(temperature: float, unembed: Unembed) -> Unembed:
+    """The same logits over a temperature."""
+    return lambda *given: unembed(*given) / temperature

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ftjax.config import KEYS
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
-from ftjax.objectives.head import Unembed, make_unembed
+from ftjax.objectives.head import at_temperature, make_unembed
 from ftjax.objectives.logps import Batch, document_sums, of_tokens, token_logps
 from ftjax.objectives.loss import Loss, Objective
 from ftjax.objectives.preference import mixture
@@ -109,7 +109,7 @@ def make_policy(model: Decoder, config: ConfigDict, *, temperature: float = 1.0,
     name = _name_of(config)
     if not temperature > 0:
         raise UserError(f"a policy learns from answers that were drawn, not at temperature {temperature:g}; 1 is usual")
-    unembed = _at(temperature, make_unembed(model))
+    unembed = at_temperature(temperature, make_unembed(model))
 
     def policy(variables, batch, rng):
         ours, frozen = policy_and_moving_reference(variables)
@@ -173,10 +173,6 @@ def policy_loss(
 def _by_token(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """[B, T]: at each token what `values`, [B, N], have for its document; any of them at padding."""
     return jnp.take_along_axis(values, jnp.maximum(segment_ids - 1, 0), axis=1)
-
-
-def _at(temperature: float, unembed: Unembed) -> Unembed:
-    return lambda *given: unembed(*given) / temperature
 
 
 def _name_of(config: ConfigDict) -> str:

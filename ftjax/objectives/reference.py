@@ -10,6 +10,8 @@ from ftjax.tree import Tree
 
 REFERENCE = "reference"  # the collection of initial values; none is needed where they change nothing
 
+TEACHER = "teacher"  # the collection of another model that the policy learns from, with its own params
+
 MOVING = "moving_reference"  # in the collection `kept`: a reference that follows the policy
 
 
@@ -24,7 +26,7 @@ def policy_and_reference(variables: Tree) -> tuple[Tree, Tree]:
     Without a REFERENCE collection the reference is the base without its adapters: what fresh LoRA begins as, since its
     B is zero (Hu et al. 2021, section 4.1).
     """
-    policy = {name: part for name, part in variables.items() if name != REFERENCE}
+    policy = {name: part for name, part in variables.items() if name not in (REFERENCE, TEACHER)}
     if REFERENCE not in variables:
         return policy, {name: part for name, part in policy.items() if name != "lora"}
     return policy, _overlaid(policy, variables[REFERENCE])

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ftjax import sharding
 from ftjax.assemble import Program
 from ftjax.memory import bytes_on_device
-from ftjax.method import method_of
+from ftjax.method import method_of, samples
 from ftjax.planning import compiled, flops, hlo, traffic
 from ftjax.planning.roofline import Roofline, roofline
 from ftjax.planning.topology import Topology
@@ -76,10 +76,10 @@ def plan(config: ConfigDict, program: Program, topology: Topology) -> Writing | 
     if not method_of(config).rollouts:
         return None
     model, mesh, new = program.model, program.mesh, config.rollouts.max_new_tokens
-    completions = config.data.batch_size
+    prompts = config.data.batch_size // samples(config)
+    completions, longest = prompts * config.rollouts.samples, config.data.max_length
     rows = engine.rounded(min(config.rollouts.batch_size, completions), mesh)
-    prompts, prompt = completions // config.rollouts.samples, program.row_length - new
-    capacity = engine.capacity(program.row_length, model)
+    prompt, capacity = longest - new, engine.capacity(longest, model)
     there = slots.abstract(model, rows, capacity, engine.STOPS, 0, mesh)
     cache = sum(map(bytes_on_device, jax.tree.leaves((there.cache.keys, there.cache.values))))
     state = [*jax.tree.leaves(program.state), *jax.tree.leaves(program.frozen)]

@@ -21,7 +21,7 @@ SMALL += ("--config.data.checks=off", "--config.adapter.rank=4", "--config.model
 def test_the_table_has_every_method_with_its_settings_and_learning_rates():
     rows, line = {}, r"^\| `(\w+)` \|[^|]*\|([^|]*)\| ([\de-]+, [\de-]+) \|$"
     for name, settings, rates in re.findall(line, PAGE, re.MULTILINE):
-        rows[name] = (re.findall(r"`(\w+)` \(([\w.\\]*)\)", settings), *map(float, rates.split(", ")))
+        rows[name] = (re.findall(r"`(\w+)` \(([\w.\\-]*)\)", settings), *map(float, rates.split(", ")))
     defaults = configs.defaults().objective
     for name, method in METHODS.items():
         rates = method.learning_rates["lora"], method.learning_rates["none"]
@@ -56,6 +56,25 @@ def test_supervised_tuning_then_rewards(tmp_path, monkeypatch):
     assert ["reward" in record for record in records] == [True, True]
     records = metrics.read(tmp_path / "runs/ppo/metrics.jsonl")
     assert ["objective/scores" in record for record in records] == [True] * 8
+
+
+@pytest.mark.slow
+def test_what_else_learns_from_what_the_model_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model")
+    write_model(tmp_path / "teacher", hidden_size=96)
+    write_rows(tmp_path / "rows.jsonl", 60)
+    page = (ROOT / "docs/reinforcement.md").read_text().split("## Pairs")[1]
+    lines = re.findall(r"^ {4}(python -m ftjax.+MODEL.+)$", page, re.MULTILINE)
+    for line in lines:
+        line = line.replace("MODEL", "model").replace("TEACHER", "teacher").replace("configs/", f"{ROOT}/configs/")
+        arguments = [word for word in shlex.split(line)[2:] if "adapter.source" not in word]
+        small = (*SMALL, "--config.rollouts.max_new_tokens=8") if arguments[0] == "ftjax.train" else ()
+        finish(command(*arguments, *small or ("--max_new_tokens=8",)))
+    assert len(lines) == 4
+    assert len((tmp_path / "best.jsonl").read_text().splitlines()) == 60
+    for name, metric in (("online-dpo", "objective/scores_margin"), ("rejection", "reward_best"), ("gkd", "entropy")):
+        assert [metric in record for record in metrics.read(tmp_path / f"runs/{name}/metrics.jsonl")] == [True, True]
 
 
 @pytest.mark.slow

@@ -21,9 +21,11 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.heads import abstract_heads, init_heads
 from ftjax.models.params import abstract_params, logical_axes
+from ftjax.objectives.distillation import make_distillation
 from ftjax.objectives.policy import make_policy
 from ftjax.objectives.ppo import KL_COEF, make_ppo, make_ppo_totals
 from ftjax.objectives.preference import make_preference, preference_totals
+from ftjax.objectives.reference import TEACHER
 from ftjax.objectives.reward import make_reward
 from ftjax.objectives.sft import make_sft
 from ftjax.objectives.unpaired import make_unpaired, make_unpaired_totals
@@ -42,12 +44,14 @@ OPTIMIZER = ConfigDict(DEFAULTS.to_dict() | {"weight_decay": 0.01})
 # alike; gradients are 1e-6, some 1e-9, and what the mesh changes 1e-9. A larger epsilon leaves these where they are.
 EPS = {"reward": 1e-7}
 RATES = {"lora": 2e-4, "none": 2e-5, "dpo": 2e-3, "kto": 2e-3, "reward": 2e-4, "grpo": 2e-4, "ppo": 2e-4}
+RATES |= {"gkd": 2e-4}
 PAIRS = ("dpo", "reward")
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64}
 SPECS = {
     "dense": spec(**SIZES),
     "mixture": spec_from_config(CONFIG | SIZES | {"model_type": "mixtral"} | {"num_local_experts": 8}),
 }
+TEACHERS = spec(**SIZES | {"hidden_size": 64})
 
 MESHES = {
     "1": {},
@@ -102,6 +106,9 @@ ROLLED_OUT = [
     ("dense", "ppo", "1", 1, True, "none"),
     ("dense", "ppo", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
     ("dense", "ppo", "data=2 x fsdp=4", 4, True, "full"),
+    ("dense", "gkd", "1", 1, True, "none"),
+    ("dense", "gkd", "fsdp=2 x tensor=2 x context=2", 2, False, "none"),
+    ("dense", "gkd", "data=2 x fsdp=4", 4, True, "full"),
 ]
 
 
@@ -186,6 +193,8 @@ def variables_on(mesh, model, kind):
         variables["lora"] = lora.init_adapters(adapters, 11, lora.scale(8, 16, False))
     if kind in HEADS:
         variables["heads"] = init_heads(abstract_heads(HEADS[kind], model.spec, mesh), 11)
+    if kind == "gkd":
+        variables[TEACHER] = variables_on(mesh, Decoder(TEACHERS), "none")
     return variables
 
 
@@ -224,6 +233,9 @@ def train(name, kind, mesh, accumulate, packed, remat):
     if kind == "ppo":
         settings = configs.changed(configs.defaults(), {"objective.ptx_coef": 0.5}).objective
         objective, totals = make_ppo(model, settings), make_ppo_totals(model, settings)
+    if kind == "gkd":
+        settings = configs.changed(configs.defaults(), {"objective.distill_temperature": 0.5}).objective
+        objective = make_distillation(model, settings, Decoder(TEACHERS))
     step = make_step(objective, optimizer, schedule, abstract, seed=0, kept=kept, totals=totals)
     losses, ends = [], []
     with jax.set_mesh(mesh):

@@ -1,0 +1,146 @@
+"""What on-policy distillation has beside the model that learns: its teacher, and batches that the model writes itself.
+
+Whether it writes a batch, and what, follows from (seed, index) and the state, so that a run that goes on learns from
+the same batches.
+"""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ftjax import config as configs
+from ftjax.assemble import Base, Program, open_base
+from ftjax.data.batch import packing
+from ftjax.data.batch.loader import Loader
+from ftjax.data.format.example import Document
+from ftjax.errors import UserError
+from ftjax.method import method_of
+from ftjax.models.params import abstract_params
+from ftjax.objectives.reference import TEACHER, policy_and_reference
+from ftjax.rollouts import LENGTHS, whole
+from ftjax.sampling.engine import generate
+from ftjax.sampling.sampler import Sampling
+from ftjax.training.source import Batch
+from ftjax.training.state import TrainState
+from ftjax.tree import Tree, combine
+from ftjax.weights.load import load_params
+from ftjax.weights.peft.adapter import base_digest
+
+
+def open_teacher(config: ConfigDict, base: Base) -> Base | None:
+    """The model that config.objective.teacher names, not read yet; None for a method that learns from no other model.
+
+    Raises:
+      UserError: its tokens are not those of `base`, or it has another number of logits.
+    """
+    if not method_of(config).distills:
+        return None
+    model = configs.changed(config, {"model.source": config.objective.teacher, "model.revision": ""}).model
+    model.update(add_tokens=(), resize_vocab=False, neftune_alpha=0.0, remat="none")
+    teacher = open_base(model)
+    ours, theirs = base.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    where = f"config.objective.teacher={config.objective.teacher}"
+    if differing := sorted(ours.items() ^ theirs.items()):
+        token, number = differing[0]
+        raise UserError(
+            f"{where}: its vocabulary is not that of {base.source}, such as in {token!r}, {number}; probabilities of "
+            "tokens can be compared only between models with the same ones: name a teacher of the same family"
+        )
+    if base.model.spec.vocab_size != teacher.model.spec.vocab_size:
+        raise UserError(
+            f"{where}: its tokens are those of {base.source}, but it has {teacher.model.spec.vocab_size} logits and "
+            f"not {base.model.spec.vocab_size}; name a teacher whose vocabulary is padded alike"
+        )
+    return teacher
+
+
+def teacher_digest(teacher: Base) -> str:
+    return base_digest(teacher.reader, teacher.model.spec)
+
+
+def with_teacher(frozen: Tree, teacher: Base | None, program: Program) -> Tree:
+    """`frozen` with the teacher's variables beside them, read from its files."""
+    if teacher is None:
+        return frozen
+    wanted = abstract_params(teacher.model, program.mesh)
+    return frozen | {TEACHER: {"params": load_params(teacher.reader, teacher.model.spec, wanted)}}
+
+
+def check(config: ConfigDict, loader: Loader) -> None:
+    """UserError where a row of `loader` is none whose answer the model could write itself."""
+    if not (method_of(config).distills and config.objective.student_share):
+        return
+    examples, room = loader.examples, loader.max_length - config.rollouts.max_new_tokens
+    for i in range(len(examples)):
+        prompt = len(_prompt(examples.documents_of(i)[0]))
+        if prompt < 2:
+            raise UserError(
+                f"{examples.origin(i)}: there is no prompt that the model could answer; leave plain texts out, or "
+                "learn from the rows alone: --config.objective.student_share=0"
+            )
+        if prompt > room:
+            raise UserError(
+                f"{examples.origin(i)}: its prompt has {prompt} tokens, which leaves no room for a completion of "
+                f"{config.rollouts.max_new_tokens} (config.rollouts.max_new_tokens) within {loader.max_length}; set "
+                f"--config.data.max_length={prompt + config.rollouts.max_new_tokens} or more, or leave the row out"
+            )
+
+
+def _prompt(document: Document) -> np.ndarray:
+    """The tokens before the last answer: before the last run of trained ones."""
+    last = int(np.flatnonzero(document.trained)[-1])
+    untrained = np.flatnonzero(~document.trained[:last])
+    return document.tokens[: untrained[-1] + 1]
+
+
+class Distilled:
+    """The `training.source.Source` of a method whose model learns from another what to say after its own beginnings.
+
+    With probability config.objective.student_share a batch has completions that the model writes to its rows' prompts,
+    all tokens before the last answer; else the rows as they are.
+    """
+
+    updates = 1
+
+    def __init__(self, config: ConfigDict, base: Base, frozen: Tree, loader: Loader):
+        self._config, self._base, self._frozen, self._loader = config, base, frozen, loader
+
+    def batch(self, index: int, state: TrainState) -> Batch:
+        draw = np.random.default_rng((self._config.seed, index)).random()
+        if draw < self._config.objective.student_share:
+            return self._written(index, state)
+        arrays = self._loader.batch(index)
+        return Batch(arrays, self._loader.batch_tokens(index), {"student_written": 0.0})
+
+    def epoch_at(self, index: int) -> float:
+        return self._loader.epoch_at(index)
+
+    def __enter__(self) -> "Distilled":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def _written(self, index: int, state: TrainState) -> Batch:
+        settings, examples = self._config.rollouts, self._loader.examples
+        prompts = [_prompt(examples.documents_of(i)[0]) for i in self._loader.batch_examples(index)]
+        policy, _ = policy_and_reference(combine(state.trainable, self._frozen))
+        completions = generate(
+            self._base.model,
+            policy,
+            prompts,
+            settings.max_new_tokens,
+            self._base.end_tokens,
+            Sampling(settings.temperature, seed=self._config.seed),
+            settings.batch_size,
+            first=index * len(prompts),
+        )
+        documents = [[whole(*both)] for both in zip(prompts, completions, strict=True)]
+        longest, multiple = max(len(one.tokens) for (one,) in documents), max(LENGTHS, self._loader.multiple)
+        arrays = packing.lay(documents, min(-(-longest // multiple) * multiple, self._loader.max_length), packing.BATCH)
+        lengths = np.array([len(one.logps) for one in completions])
+        metrics = {
+            "student_written": 1.0,
+            "completions/mean_length": float(lengths.mean()),
+            "completions/clipped_ratio": float(np.mean([not one.stopped for one in completions])),
+        }
+        return Batch(arrays, int((arrays["segment_ids"] > 0).sum()), metrics)

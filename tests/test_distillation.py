@@ -1,0 +1,194 @@
+"""Learning from another model: what its batches are, that it learns, and that a run of it resumes exactly."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.pairs import begun, config_of
+from support.runs import write_model, write_rows
+
+from ftjax import assemble, distillation, origin, plan, train, tree
+from ftjax.distillation import Distilled
+from ftjax.errors import UserError
+from ftjax.objectives.distillation import make_distillation
+from ftjax.objectives.reference import TEACHER
+from ftjax.training import metrics
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("distillation")
+    write_model(root / "model")
+    write_model(root / "teacher", hidden_size=96, intermediate_size=48)
+    write_rows(root / "rows.jsonl", 40)
+    return root
+
+
+def config_for(root, **changes):
+    given = {
+        "objective.name": "gkd",
+        "objective.teacher": str(root / "teacher"),
+        "data.train": (str(root / "rows.jsonl"),),
+        "data.checks": "off",
+        "data.max_length": 64,
+        "data.row_length": 64,
+        "rollouts.max_new_tokens": 8,
+        "log_every": 1,
+        "checkpoint_every": 2,
+    }
+    return config_of(root, **given | changes)
+
+
+def with_teacher(config):
+    """(the program, what training starts from with the teacher, the loader, both models)"""
+    program, start, loader = begun(config)
+    base = assemble.open_base(config.model)
+    teacher = distillation.open_teacher(config, base)
+    frozen = distillation.with_teacher(start.frozen, teacher, program)
+    return program, start._replace(frozen=frozen), loader, (base, teacher)
+
+
+def exact(ours, theirs, trained, beta, temperature):
+    """The means of the divergence and of our entropy over trained tokens; logits float64 [B, T, V]."""
+    logs = [logits / temperature for logits in (ours, theirs)]
+    q, p = (np.exp(x - x.max(-1, keepdims=True)) for x in logs)
+    q, p = q / q.sum(-1, keepdims=True), p / p.sum(-1, keepdims=True)
+    m = beta * p + (1 - beta) * q
+    each = (beta * p * np.log(p / m) + (1 - beta) * q * np.log(q / m)).sum(-1)
+    return each[trained].mean(), -(q * np.log(q)).sum(-1)[trained].mean()
+
+
+def test_the_loss_is_the_divergence_from_the_teacher_at_trained_tokens(root):
+    config = config_for(root, **{"objective.distill_beta": 0.3, "objective.distill_temperature": 2.0})
+    program, start, loader, (base, teacher) = with_teacher(config)
+    with jax.set_mesh(program.mesh):
+        batch = {name: jnp.asarray(array) for name, array in loader.batch(0).items()}
+        variables = tree.combine(start.state.trainable, start.frozen)
+        objective = jax.jit(make_distillation(base.model, config.objective, teacher.model), static_argnums=2)
+        loss = objective(variables, batch, None)
+
+        def logits(model, variables):
+            given = batch["tokens"], batch["positions"], batch["segment_ids"]
+            return np.asarray(
+                model.apply(variables, model.apply(variables, *given)[0], method=model.unembed), np.float64
+            )
+
+        ours = logits(base.model, {name: part for name, part in variables.items() if name != TEACHER})
+        theirs = logits(teacher.model, variables[TEACHER])
+    expected, entropy = exact(ours, theirs, np.asarray(batch["weights"]) > 0, 0.3, 2.0)
+    assert float(loss.sum / loss.weight) == pytest.approx(expected, rel=1e-5)
+    total, weight = loss.metrics["entropy"]
+    assert float(total / weight) == pytest.approx(entropy, rel=1e-5)
+    assert float(loss.weight) == batch["weights"].sum()
+
+
+def test_batches_are_the_rows_or_what_the_model_writes_to_their_prompts(root):
+    config = config_for(root)
+    program, start, loader, (base, _) = with_teacher(config)
+    source, again = (Distilled(config, base, start.frozen, loader) for _ in range(2))
+    with jax.set_mesh(program.mesh):
+        made = [source.batch(index, start.state) for index in range(6)]
+        last = again.batch(5, start.state)
+    for name, array in made[5].arrays.items():
+        np.testing.assert_array_equal(last.arrays[name], array)
+    assert {batch.metrics["student_written"] for batch in made} == {0.0, 1.0}
+    for index, batch in enumerate(made):
+        rows = loader.batch(index)
+        if not batch.metrics["student_written"]:
+            for name, array in rows.items():
+                np.testing.assert_array_equal(batch.arrays[name], array)
+            continue
+        for row in range(4):
+            trained, theirs = batch.arrays["weights"][row] > 0, rows["weights"][row] > 0
+            start_at = np.argmax(theirs)
+            assert np.argmax(trained) == start_at
+            np.testing.assert_array_equal(
+                batch.arrays["tokens"][row, : start_at + 1], rows["tokens"][row, : start_at + 1]
+            )
+            assert 1 <= trained.sum() <= 8
+
+
+def test_the_prompt_of_several_turns_is_all_before_the_last_answer(root, tmp_path):
+    turns = [("user", "The blue lamp"), ("assistant", "send blue"), ("user", "The red lamp"), ("assistant", "send red")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    config = config_for(root, **{"data.train": (str(tmp_path / "rows.jsonl"),), "data.max_length": 96})
+    config.data.row_length = 96
+    _, _, loader = begun(config)
+    tokenizer = assemble.open_base(config.model).tokenizer
+    prompt = distillation._prompt(loader.examples.documents_of(0)[0])
+    asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    assert prompt.tolist() == asked
+
+
+def values(workdir):
+    _, _, variables, step = assemble.load_run(workdir)
+    assert step == 4
+    return {path: np.asarray(leaf) for path, leaf in tree.flatten(variables["lora"]).items()}
+
+
+@pytest.mark.slow
+def test_a_run_resumes_exactly(root, tmp_path):
+    config = config_for(root, steps=4)
+    assert train.train(config, tmp_path / "run") == 0
+    steps = metrics.read(tmp_path / "run/metrics.jsonl")
+    assert {record["student_written"] for record in steps} == {0.0, 1.0}
+    end = values(tmp_path / "run")
+
+    config.checkpoint.resume_step = 2
+    assert train.train(config, tmp_path / "run") == 0
+    again = metrics.read(tmp_path / "run/metrics.jsonl")
+    for name in ("loss", "grad_norm", "student_written"):
+        assert [record[name] for record in again] == [record[name] for record in steps]
+    for path, leaf in values(tmp_path / "run").items():
+        np.testing.assert_array_equal(leaf, end[path], err_msg=path)
+
+
+def test_a_run_goes_on_with_the_same_teacher_alone_wherever_that_is(root, tmp_path):
+    config = config_for(root)
+    base = assemble.open_base(config.model)
+    digest = distillation.teacher_digest(distillation.open_teacher(config, base))
+    began = origin.contents(config, base.reader, base.model.spec) | {"teacher": digest}
+    origin.record(tmp_path, config, origin.located(config, base.path), began)
+    config.objective.teacher = str(tmp_path / "moved")
+    origin.check(config, tmp_path, began)
+    with pytest.raises(UserError, match=r"teacher=.*moved: this model is not the one that .* began to learn from"):
+        origin.check(config, tmp_path, began | {"teacher": "another"})
+
+
+@pytest.mark.slow
+def test_it_learns_what_the_teacher_says(root, tmp_path):
+    config = config_for(root, steps=16, **{"data.holdout": 0.2, "optimizer.learning_rate": 3e-2})
+    assert train.train(config, tmp_path / "run") == 0
+    records = metrics.read(tmp_path / "run/metrics.jsonl")
+    losses = [record["eval_loss"] for record in records if "eval_loss" in record]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective.teacher": ""}, "config.objective.teacher: name the model to learn from"),
+        ({"objective.teacher": "padded"}, "but it has 416 logits and not 400"),
+        ({"rollouts.samples": 4}, r"rollouts.samples: objective.name='gkd' does not use it \(of grpo, "),
+        ({"objective.student_share": 0.0}, "rollouts.max_new_tokens: with config.objective.student_share=0"),
+        ({"data.train": "texts"}, "there is no prompt that the model could answer"),
+        ({"rollouts.max_new_tokens": 50, "data.row_length": 0}, "leaves no room for a completion of 50"),
+        ({"data.row_length": 30}, r"row_length=30: the longest row has \d+ tokens"),
+    ],
+)
+def test_mistakes_are_named(root, tmp_path, changes, said):
+    if changes.get("objective.teacher") == "padded":
+        changes = {"objective.teacher": str(write_model(tmp_path / "padded", vocab_size=416))}
+    if changes.get("data.train") == "texts":
+        (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "The blue lamp is broken"}) + "\n")
+        changes = {"data.train": (str(tmp_path / "texts.jsonl"),)}
+    with pytest.raises(UserError, match=said):
+        train.train(config_for(root, **changes), tmp_path / "run")
+
+
+def test_a_plan_says_that_it_does_not_count_the_teacher(root):
+    with pytest.raises(UserError, match="does not count the teacher yet"):
+        plan.plan(config_for(root), "v5e:2x2", None)
