@@ -159,15 +159,14 @@ def needed(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> f
 
     Nothing of them is read but what describes them. Raises UserError where there is no such thing.
     """
-    named = {one if isinstance(one, str) else one[0] for one in config.objective.rewards}
+    named = (one if isinstance(one, str) else one[0] for one in config.objective.rewards)
+    kinds_and_paths = {name.partition("?")[0].partition(":")[::2] for name in named}  # however heads are taken together
     mesh, size = sharding.make_mesh({"fsdp": -1}, devices), 0.0
-    for name in sorted(named):
-        kind, _, path = name.partition(":")
-        if kind == configs.REWARD:
-            try:
-                size += _bytes(path, mesh)
-            except UserError as error:
-                raise UserError(f"config.objective.rewards: {name}: {error}") from error
+    for path in sorted(path for kind, path in kinds_and_paths if kind == configs.REWARD):
+        try:
+            size += _bytes(path, mesh)
+        except UserError as error:
+            raise UserError(f"config.objective.rewards: {configs.REWARD}:{path}: {error}") from error
     return size
 
 

@@ -62,7 +62,12 @@ def ours(root):
 def test_the_memory_of_a_reward_model_is_known_before_it_is_read(root, name):
     config = config_of(root, **{"objective.rewards": ("exact", (f"reward:{root / name}", 0.5))})
     arrays = jax.tree.leaves(rewards.load(str(root / name)).variables)
-    assert rewards.needed(config) == pytest.approx(sum(leaf.nbytes for leaf in arrays), rel=0.02)
+    size = pytest.approx(sum(leaf.nbytes for leaf in arrays), rel=0.02)
+    assert rewards.needed(config) == size
+    pessimistic = [f"reward:{root / name}{heads}" for heads in ("", "?min", "?std=0.5")]
+    assert rewards.needed(configs.changed(config, {"objective.rewards": tuple(pessimistic)})) == size, (
+        "it is loaded once"
+    )
     assert rewards.needed(config_of(root, **{"objective.rewards": ("exact",)})) == 0
     with pytest.raises(UserError, match=r"config.objective.rewards: reward:nowhere: .* no such"):
         rewards.needed(config_of(root, **{"objective.rewards": ("reward:nowhere",)}))
