@@ -103,7 +103,7 @@ KEYS: dict[str, Key] = {
     # Of the rows before training; on: stop on errors, warn: print them.
     "data.checks": Key("on", one_of("on", "warn", "off")),
     "data.max_bad_rows": Key(0, number(0)),  # malformed rows to skip (and count) before giving up
-    # A method of ftjax/method: sft; dpo, kto, cpo, simpo, orpo; reward, prm, classify; grpo, rloo, ppo, online_dpo,
+    # A method of ftjax/method.py: sft; dpo, kto, cpo, simpo, orpo; reward, prm, classify; grpo, rloo, ppo, online_dpo,
     # rejection; gkd
     "objective.name": Key("sft", ANY),
     # sft: the share of a target's probability that is spread over the vocabulary; of pairs: of labels taken to be wrong

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -113,6 +114,13 @@ def parsed(key: str, text: str) -> bool | int | float | str | tuple:
         return wanted(text)
     except (ValueError, KeyError):
         raise UserError(f"--config.{key}={text}: must be {_WANTED[wanted]}") from None
+
+
+def text_of(value: Any) -> str:
+    """A value of YAML as it stands behind --config.KEY=, which `parsed` reads as that value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(tuple(value)) if isinstance(value, list) else str(value)
 
 
 def spelled(key: str, value: bool | int | float | str | tuple) -> str:

@@ -11,7 +11,7 @@ from ftjax.assemble import Program
 from ftjax.data.batch import packing
 from ftjax.models import heads
 from ftjax.models.heads import VALUE
-from ftjax.objectives.head import make_unembed
+from ftjax.objectives.head import at_temperature, make_unembed
 from ftjax.objectives.logps import token_logps
 from ftjax.objectives.reference import policy_and_reference
 from ftjax.training.state import TrainState
@@ -27,15 +27,15 @@ def make_ask(config: ConfigDict, program: Program, frozen: Tree) -> Ask:
     The reference is asked where its KL divergence is part of the reward, for log p of the targets at the temperature of
     sampling; a critic where the method has one.
     """
-    model, unembed, method = program.model, make_unembed(program.model), program.method
-    at_temperature = lambda *given: unembed(*given) / config.rollouts.temperature  # noqa: E731
+    model, method = program.model, program.method
+    unembed = at_temperature(config.rollouts.temperature, make_unembed(model))
     asks_reference = method.reference and method.kl_in_reward
 
     def said(trainable: Tree, frozen: Tree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         policy, reference = policy_and_reference(tree.combine(trainable, frozen))
         out = {}
         if asks_reference:
-            out["reference_logps"] = token_logps(model, at_temperature, reference, batch, None)
+            out["reference_logps"] = token_logps(model, unembed, reference, batch, None)
         if method.critic:
             hidden, _ = model.apply(policy, batch["tokens"], batch["positions"], batch["segment_ids"])
             out["values"] = heads.values(policy, VALUE, hidden)[..., 0]

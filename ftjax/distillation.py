@@ -16,9 +16,8 @@ from ftjax.errors import UserError
 from ftjax.method import method_of
 from ftjax.models.params import abstract_params
 from ftjax.objectives.reference import TEACHER, policy_and_reference
-from ftjax.rollouts import LENGTHS, whole
-from ftjax.sampling.engine import generate
-from ftjax.sampling.sampler import Sampling
+from ftjax.rollouts import lay, make_complete, whole
+from ftjax.sampling import stop_strings
 from ftjax.training.source import Batch
 from ftjax.training.state import TrainState
 from ftjax.tree import Tree, combine
@@ -69,6 +68,7 @@ def check(config: ConfigDict, loader: Loader) -> None:
     """UserError where a row of `loader` is none whose answer the model could write itself."""
     if not (method_of(config).distills and config.objective.student_share):
         return
+    stop_strings.check(config.rollouts.stop_strings, "config.rollouts.stop_strings")
     examples, room = loader.examples, loader.max_length - config.rollouts.max_new_tokens
     for i in range(len(examples)):
         prompt = len(_prompt(examples.documents_of(i)[0]))
@@ -102,7 +102,8 @@ class Distilled:
     updates = 1
 
     def __init__(self, config: ConfigDict, base: Base, frozen: Tree, loader: Loader):
-        self._config, self._base, self._frozen, self._loader = config, base, frozen, loader
+        self._config, self._frozen, self._loader = config, frozen, loader
+        self._complete = make_complete(config, base)
 
     def batch(self, index: int, state: TrainState) -> Batch:
         draw = np.random.default_rng((self._config.seed, index)).random()
@@ -121,22 +122,12 @@ class Distilled:
         pass
 
     def _written(self, index: int, state: TrainState) -> Batch:
-        settings, examples = self._config.rollouts, self._loader.examples
+        examples = self._loader.examples
         prompts = [_prompt(examples.documents_of(i)[0]) for i in self._loader.batch_examples(index)]
         policy, _ = policy_and_reference(combine(state.trainable, self._frozen))
-        completions = generate(
-            self._base.model,
-            policy,
-            prompts,
-            settings.max_new_tokens,
-            self._base.end_tokens,
-            Sampling(settings.temperature, seed=self._config.seed),
-            settings.batch_size,
-            first=index * len(prompts),
-        )
+        completions = self._complete(policy, prompts, index * len(prompts))
         documents = [[whole(*both)] for both in zip(prompts, completions, strict=True)]
-        longest, multiple = max(len(one.tokens) for (one,) in documents), max(LENGTHS, self._loader.multiple)
-        arrays = packing.lay(documents, min(-(-longest // multiple) * multiple, self._loader.max_length), packing.BATCH)
+        arrays = lay(documents, self._loader.multiple, self._loader.max_length, packing.BATCH)
         lengths = np.array([len(one.logps) for one in completions])
         metrics = {
             "student_written": 1.0,

@@ -109,10 +109,12 @@ def main(argv: list[str]) -> int:
     if FLAGS.prompts:
         prompts.check_out(Path(FLAGS.out))
     rewarded = best_of.questions_of(FLAGS.prompts, FLAGS.reward, FLAGS.run_code) if FLAGS.best_of > 1 else None
-    asked = [question.prompt for question in rewarded.questions] if rewarded else []
-    asked = (
-        asked if FLAGS.chat or rewarded else prompts.of_file(FLAGS.prompts) if FLAGS.prompts else [prompts.given(text)]
-    )
+    if rewarded:
+        asked = [question.prompt for question in rewarded.questions]
+    elif FLAGS.prompts:
+        asked = prompts.of_file(FLAGS.prompts)
+    else:
+        asked = [] if FLAGS.chat else [prompts.given(text)]
     if not FLAGS.workdir:
         adapters = parse_adapters(FLAGS.adapter) if FLAGS.adapter else {}
         in_use = initial_adapter(FLAGS.use, [NONE, *adapters])

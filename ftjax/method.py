@@ -85,6 +85,13 @@ class Method(NamedTuple):
         return self.source in _WRITING
 
     @property
+    def rollout_settings(self) -> tuple[str, ...]:
+        """The keys of config.rollouts that it reads."""
+        keys = _WRITING.get(self.source, ())
+        # Completions with equal rewards teach nothing only where they are compared with each other alone.
+        return keys if self.credit is of_groups else tuple(key for key in keys if key != "resample")
+
+    @property
     def answered(self) -> bool:
         """Whether its rows hold what is learned from, so that rows that are held out have a loss."""
         return ROW_KINDS[self.rows].answered
@@ -100,24 +107,10 @@ class Method(NamedTuple):
         return "teacher" in self.settings
 
 
-_SAMPLED = (
-    "samples",
-    "max_new_tokens",
-    "stop_strings",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "batch_size",
-    "iterations",
-)
+_WRITTEN = ("max_new_tokens", "stop_strings", "temperature", "top_k", "top_p", "min_p", "batch_size")
+_REWARDED = (*_WRITTEN, "samples", "iterations")
 # The keys of config.rollouts that a source reads; any other one that is set is refused.
-_WRITING = {
-    "distillation": ("max_new_tokens", "temperature", "batch_size"),
-    "rollouts": (*_SAMPLED, "resample"),
-    "pairs": _SAMPLED,
-    "best": _SAMPLED,
-}
+_WRITING = {"distillation": _WRITTEN, "rollouts": (*_REWARDED, "resample"), "pairs": _REWARDED, "best": _REWARDED}
 
 
 _PAIRS = Method(
@@ -284,12 +277,12 @@ def method_of(config: ConfigDict) -> Method:
         unused += ["data.train_on", "data.long_text"]
     if "ptx_coef" not in method.settings:
         unused += ["data.ptx", "data.ptx_rows"]
-    unused += [f"rollouts.{key}" for key in config.rollouts if key not in _WRITING.get(method.source, ())]
+    unused += [f"rollouts.{key}" for key in config.rollouts if key not in method.rollout_settings]
     unused = [key for key in unused if not configs.is_default(config, key)]
     if unused:
         users = [other for other, its in METHODS.items() if unused[0].removeprefix("objective.") in its.settings]
         section, _, key = unused[0].partition(".")
-        users += [o for o, its in METHODS.items() if section == "rollouts" and key in _WRITING.get(its.source, ())]
+        users += [o for o, its in METHODS.items() if section == "rollouts" and key in its.rollout_settings]
         users += [other for other, its in METHODS.items() if "data.ptx" in unused[0] and "ptx_coef" in its.settings]
         hint = f" (of {', '.join(users)})" if users else ""
         raise UserError(f"config.{unused[0]}: objective.name={name!r} does not use it{hint}; leave it at its default")
@@ -375,7 +368,7 @@ def ptx_rows(config: ConfigDict) -> int:
 
 def iterations(config: ConfigDict) -> int:
     """How many steps are made on the same rows, one after the other."""
-    writes = "iterations" in _WRITING.get(METHODS[config.objective.name].source, ())
+    writes = "iterations" in METHODS[config.objective.name].rollout_settings
     return config.rollouts.iterations if writes else 1
 
 

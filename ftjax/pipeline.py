@@ -41,7 +41,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,45 +119,51 @@ def planned(stages: Mapping[str, Mapping[str, Any]], where: Path, path: Path) ->
     """The commands in their order, those that export among them. Raises UserError for a mistake in any of them."""
     tasks: list[Task] = []
     for name, stage in stages.items():
-        earlier = [task.name for task in tasks if task.workdir]
-        wanted: dict[str, None] = {}
-
-        def placed(value: Any, at: str = f"{path}: {name}", earlier: list[str] = earlier, wanted: dict = wanted) -> Any:
-            if isinstance(value, dict):
-                return {key: placed(part) for key, part in value.items()}
-            if isinstance(value, list):
-                return tuple(placed(part) for part in value)
-            if not isinstance(value, str):
-                return value
-
-            def place(found: re.Match) -> str:
-                stage, dot, form = found[1].partition(".")
-                if stage not in earlier:
-                    raise UserError(
-                        f"{at}: {found[0]}: no training of that name comes before{did_you_mean(stage, earlier)}"
-                    )
-                if dot and form not in _FORMATS:
-                    raise UserError(f"{at}: {found[0]}: {form!r} is none of {', '.join(_FORMATS)}")
-                if dot:
-                    wanted[found[1]] = None
-                return str(where / found[1])
-
-            return _PLACE.sub(place, value)
-
-        settings = {key: placed(value) for key, value in stage.items()}
+        mentioned = dict.fromkeys(_mentioned(stage))
         try:
+            _check_mentioned(mentioned, [task.name for task in tasks if task.workdir])
+            settings = _placed(stage, where)
             task = _training(name, settings, where) if "config" in settings else _comparison(name, settings)
         except UserError as error:
             raise UserError(f"{path}: {name}: {error}") from error
         have = {task.name for task in tasks}
-        tasks += [_export(export, where) for export in wanted if export not in have]
+        tasks += [_export(its, where) for its in mentioned if "." in its and its not in have]
         tasks.append(task)
     return tasks
 
 
+def _mentioned(value: Any) -> list[str]:
+    """The names in braces in a value of YAML, in their order."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [name for part in value for name in _mentioned(part)]
+    return _PLACE.findall(value) if isinstance(value, str) else []
+
+
+def _check_mentioned(names: Iterable[str], trainings: Sequence[str]) -> None:
+    """trainings: those that come before."""
+    for name in names:
+        stage, dot, form = name.partition(".")
+        if stage not in trainings:
+            hint = did_you_mean(stage, trainings)
+            raise UserError(f"{{{name}}}: no training of that name comes before{hint}")
+        if dot and form not in _FORMATS:
+            raise UserError(f"{{{name}}}: {form!r} is none of {', '.join(_FORMATS)}")
+
+
+def _placed(value: Any, where: Path) -> Any:
+    """The value with paths for the names in braces."""
+    if isinstance(value, dict):
+        return {key: _placed(part, where) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_placed(part, where) for part in value]
+    return _PLACE.sub(lambda found: str(where / found[1]), value) if isinstance(value, str) else value
+
+
 def _training(name: str, settings: Mapping[str, Any], where: Path) -> Task:
     config = str(settings["config"])
-    pairs = [(key, _text(value)) for key, value in _flat(settings) if key != "config"]
+    pairs = [(key, config_flag.text_of(value)) for key, value in _flat(settings) if key != "config"]
     its = config_flag.overridden(config_files.load(config), pairs)
     configs.validate(its)
     preflight.check_evaluation(its)
@@ -180,7 +186,8 @@ def _comparison(name: str, settings: Mapping[str, Any]) -> Task:
     words = [f"--workdir={settings['evaluate']}"]
     for flag, value in settings.items():
         if flag != "evaluate":
-            words += [f"--{flag}={_text(each)}" for each in (value if isinstance(value, tuple) else (value,))]
+            each = value if isinstance(value, list) else [value]
+            words += [f"--{flag}={config_flag.text_of(its)}" for its in each]
     return Task(name, ("-m", "ftjax.evaluate", *words), compares=Path(settings["evaluate"]))
 
 
@@ -188,11 +195,6 @@ def _export(name: str, where: Path) -> Task:
     stage, _, form = name.rpartition(".")
     words = (f"--workdir={where / stage}", f"--format={form}", f"--out={where / name}")
     return Task(name, ("-m", "ftjax.export", *words), export=where / name)
-
-
-def _text(value: Any) -> str:
-    """A value as it stands on a command line."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # Running it

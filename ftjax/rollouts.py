@@ -6,7 +6,7 @@ A batch is a function of its index and of the state before it: prompts in the lo
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,9 @@ from ftjax.training.state import TrainState
 from ftjax.tree import Tree
 
 FILE = "rollouts.jsonl"  # in the workdir: the completions of the first prompt of each round
-LENGTHS = 64  # rows of a batch have a multiple of it tokens, since each length is compiled
+_LENGTHS = 64  # rows of a batch have a multiple of it tokens, since each length is compiled
+# (variables, prompts, the number of the first among all that a run completes) -> their completions
+Complete = Callable[[Tree, Sequence[np.ndarray], int], list[Completion]]
 _EQUAL = 1e-8  # rewards of a smaller standard deviation are equal, as in TRL
 
 
@@ -49,11 +51,6 @@ def check(config: ConfigDict, spec: DecoderSpec, loader: Loader) -> None:
             f"config.steps={config.steps}: the model writes for {config.rollouts.iterations} steps at a time "
             f"(config.rollouts.iterations); set a multiple, such as --config.steps="
             f"{-(-config.steps // config.rollouts.iterations) * config.rollouts.iterations}"
-        )
-    if config.rollouts.resample and "scale_rewards" not in method_of(config).settings:
-        raise UserError(
-            f"config.rollouts.resample={config.rollouts.resample} is for prompts whose completions have equal rewards, "
-            f"of which objective.name={config.objective.name!r} learns all the same; set --config.rollouts.resample=0"
         )
     ends = [rope.long_after for rope in spec.ropes if rope.long_frequencies is not None]
     if ends and config.data.max_length > min(ends):
@@ -110,8 +107,7 @@ class Rollouts:
         self.updates, self.samples = config.rollouts.iterations, config.rollouts.samples
         self._ask = critic.make_ask(config, program, frozen)
         self._ptx = ptx
-        strings = config.rollouts.stop_strings
-        self._stops_at = stop_strings.stops_at(strings, base.tokenizer, "config.rollouts.stop_strings")
+        self._complete = make_complete(config, base)
         self._round, self._made = -1, None
         self._began: float | None = None  # the last round, by the clock
         self._writes_on = False
@@ -198,17 +194,8 @@ class Rollouts:
         prompts = [examples.documents_of(i)[0].tokens for i in chosen]
         policy, _ = policy_and_reference(tree.combine(state.trainable, self._frozen))
         policy = lasting(self._program.method, policy)
-        completions = generate(
-            self._base.model,
-            policy,
-            prompts,
-            settings.max_new_tokens,
-            self._base.end_tokens,
-            Sampling(settings.temperature, settings.top_k, settings.top_p, self._config.seed, settings.min_p),
-            settings.batch_size,
-            first=(round_ * (1 + settings.resample) + further) * len(chosen),
-            stops_at=self._stops_at,
-        )
+        first = (round_ * (1 + settings.resample) + further) * len(chosen)
+        completions = self._complete(policy, prompts, first)
         texts = [self._base.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in completions]
         return Written(chosen, prompts, completions, texts)
 
@@ -224,10 +211,7 @@ class Rollouts:
                 document.trained[:] = False
             documents.append([document])
             places.append(slice(len(prompt) - 1, len(document.tokens) - 1))  # what predicts these tokens
-        longest = max(len(document.tokens) for (document,) in documents)
-        multiple = max(LENGTHS, self._loader.multiple)
-        length = min(-(-longest // multiple) * multiple, self._program.row_length)
-        batch = packing.lay(documents, length, self._program.method.batch)
+        batch = lay(documents, self._loader.multiple, self._program.row_length, self._program.method.batch)
         for row, (place, one) in enumerate(zip(places, written.completions, strict=True)):
             batch["sampled_logps"][row, place] = one.tempered_logps
         batch["sampled_logps"] *= batch["weights"]
@@ -306,6 +290,30 @@ def _deviation(values: np.ndarray) -> float:
 
 def _line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def make_complete(config: ConfigDict, base: Base) -> Complete:
+    """Completes prompts as config.rollouts says."""
+    settings, strings = config.rollouts, config.rollouts.stop_strings
+    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, config.seed, settings.min_p)
+    stops_at = stop_strings.stops_at(strings, base.tokenizer, "config.rollouts.stop_strings")
+
+    def complete(policy: Tree, prompts: Sequence[np.ndarray], first: int) -> list[Completion]:
+        how = settings.max_new_tokens, base.end_tokens, sampling, settings.batch_size
+        return generate(base.model, policy, prompts, *how, first=first, stops_at=stops_at)
+
+    return complete
+
+
+def lay(
+    rows: Sequence[Sequence[Document]], multiple: int, most: int, arrays: Mapping[str, type[np.generic]]
+) -> dict[str, np.ndarray]:
+    """The arrays [rows, T] of these documents, which are as short as batches of few lengths allow.
+
+    multiple: T is one of it, as the mesh wants. most: of T.
+    """
+    needed, multiple = max(sum(len(one.tokens) for one in row) for row in rows), max(_LENGTHS, multiple)
+    return packing.lay(rows, min(-(-needed // multiple) * multiple, most), arrays)
 
 
 def whole(prompt: np.ndarray, completion: Completion) -> Document:

@@ -7,7 +7,7 @@ import numpy as np
 from ftjax import distributed, rewarding
 from ftjax.data.batch import packing
 from ftjax.data.format.example import Document
-from ftjax.rollouts import LENGTHS, Rollouts, Written, differing, whole
+from ftjax.rollouts import Rollouts, Written, differing, lay, whole
 from ftjax.training.source import Batch
 from ftjax.training.state import TrainState
 
@@ -68,6 +68,4 @@ class Selected(Rollouts):
         for its, learned in zip(places, teaches, strict=True):
             documents = [whole(written.prompts[i], written.completions[i]) for i in its]
             rows.append([document._replace(trained=document.trained & learned) for document in documents])
-        longest = max(sum(len(document.tokens) for document in documents) for documents in rows)
-        multiple = max(LENGTHS, self._loader.multiple)
-        return packing.lay(rows, min(-(-longest // multiple) * multiple, self._program.row_length), packing.BATCH)
+        return lay(rows, self._loader.multiple, self._program.row_length, packing.BATCH)

@@ -115,9 +115,9 @@ def _of_file(path: Path) -> list[dict[str, str]]:
     except yaml.YAMLError as error:
         raise UserError(f"--sweep {path}: no YAML ({error})") from error
     if isinstance(given, dict) and all(isinstance(values, list) for values in given.values()):
-        return _grid({key: [_text(value) for value in values] for key, values in given.items()})
+        return _grid({key: [config_flag.text_of(value) for value in values] for key, values in given.items()})
     if isinstance(given, list) and all(isinstance(settings, dict) for settings in given):
-        return [{key: _text(value) for key, value in settings.items()} for settings in given]
+        return [{key: config_flag.text_of(value) for key, value in settings.items()} for settings in given]
     raise UserError(f"--sweep {path}: must be a mapping from keys to lists, or a list of mappings from keys to values")
 
 
@@ -139,13 +139,6 @@ def _split(text: str, sign: str) -> list[str]:
         else:
             parts[-1] += letter
     return [part.strip() for part in parts]
-
-
-def _text(value: Any) -> str:
-    """A value of YAML as it stands on a command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(tuple(value)) if isinstance(value, list) else str(value)
 
 
 def planned(

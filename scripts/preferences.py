@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from pages import write_measured
 
 from ftjax import assemble, config_files, export, rewards, sharding, train
 from ftjax import config as configs
@@ -38,7 +39,6 @@ from ftjax.sampling.sampler import Sampling
 from ftjax.tasks import support_preference, support_ticket
 from ftjax.tree import Tree
 
-DOCS = Path(__file__).parent.parent / "docs"
 LONGEST, GENERAL = 64, 2560  # tokens of a general text, and of all of them
 START = "SFT"  # the run whose adapter all others go on from
 OWN, OWN_HELD_OUT = "own.jsonl", "own_held_out.jsonl"  # in OUT: pairs of right answers and of what START wrote instead
@@ -274,10 +274,7 @@ def main() -> None:
     drawn = table([latest[name] for name in VARIANTS if name in latest])
     print(drawn)
     if args.write:
-        page = DOCS / "preferences.md"
-        before, _, after = page.read_text(encoding="utf-8").partition("<!-- measured -->\n")
-        rest = after.partition("<!-- end -->\n")[2]
-        page.write_text(f"{before}<!-- measured -->\n{drawn}<!-- end -->\n{rest}", encoding="utf-8")
+        write_measured("preferences.md", drawn)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from pages import DOCS, write_measured
 
 import ftjax
 from ftjax import assemble, interpolation, quant, resume, sharding, tree
@@ -34,7 +35,6 @@ from ftjax.training.step import make_eval_step, means
 from ftjax.tree import Tree
 
 GENERAL = Path(ftjax.__file__).parent / "evals/shipped/texts.jsonl"
-DOCS = Path(__file__).parent.parent / "docs"
 TARGET = 0.02  # nats per trained token of held-out tickets, at which a variant is done
 EVERY = 4  # steps between two looks at that
 MOST = 80  # steps of a variant that does not get there
@@ -311,12 +311,8 @@ def main() -> None:
     print(table(records))
     if args.write:
         (DOCS / "remedies.svg").write_text(plot(records))
-        page = (DOCS / "remedies.md").read_text(encoding="utf-8")
-        before, _, after = page.partition("<!-- measured -->\n")
-        rest = after.partition("<!-- end -->\n")[2]
         image = "![Tickets right over what was forgotten](remedies.svg)"
-        text = f"{before}<!-- measured -->\n{table(records)}\n{image}\n<!-- end -->\n{rest}"
-        (DOCS / "remedies.md").write_text(text, encoding="utf-8")
+        write_measured("remedies.md", f"{table(records)}\n{image}\n")
 
 
 def in_order(records: list[dict]) -> list[dict]:

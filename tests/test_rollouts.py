@@ -11,7 +11,7 @@ from support.runs import write_model, write_rows
 from ftjax import assemble, inspect_data, origin, rollouts, train, tree
 from ftjax import config as configs
 from ftjax.errors import UserError
-from ftjax.method import METHODS
+from ftjax.method import method_of
 from ftjax.objectives.head import make_unembed
 from ftjax.objectives.logps import token_logps
 from ftjax.returns import group_advantages
@@ -126,11 +126,10 @@ def test_prompts_that_teach_nothing_are_replaced_alike_in_a_run_that_goes_on(roo
     assert "groups/written" not in plain.metrics
 
 
-def test_nothing_is_replaced_where_equal_rewards_teach(root, tmp_path, monkeypatch):
-    teaching = tuple(key for key in METHODS["grpo"].settings if key != "scale_rewards")
-    monkeypatch.setitem(METHODS, "grpo", METHODS["grpo"]._replace(settings=teaching))
-    with pytest.raises(UserError, match=r"resample=1 is for prompts .* learns all the same; set --config.rollouts"):
-        rollouts.check(config_for(root, **{"rollouts.resample": 1}), None, None)
+@pytest.mark.parametrize("name", ["rloo", "ppo"])
+def test_nothing_is_replaced_where_equal_rewards_teach(root, name):
+    with pytest.raises(UserError, match=r"rollouts\.resample: .* does not use it \(of grpo\)"):
+        method_of(config_for(root, **{"objective.name": name, "rollouts.resample": 1}))
 
 
 def test_rewards_are_summed_by_weight_and_logged_by_name(root, tmp_path):

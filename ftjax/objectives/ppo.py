@@ -13,7 +13,7 @@ from ftjax.models import heads
 from ftjax.models.decoder import Decoder
 from ftjax.models.heads import VALUE
 from ftjax.objectives.cross_entropy import PLAIN, per_token
-from ftjax.objectives.head import head_of, make_unembed
+from ftjax.objectives.head import at_temperature, head_of, make_unembed
 from ftjax.objectives.logps import Batch, document_sums
 from ftjax.objectives.loss import TOTALS, Loss, Objective
 from ftjax.objectives.reference import policy_and_reference
@@ -39,7 +39,7 @@ def make_ppo(model: Decoder, config: ConfigDict, *, temperature: float = 1.0, ma
     completion, on which nothing here depends.
     """
     unembed = make_unembed(model)
-    sampled_from = lambda *given: unembed(*given) / temperature  # noqa: E731
+    sampled_from = at_temperature(temperature, unembed)
 
     def ppo(variables, batch, rng):
         policy, _ = policy_and_reference({name: part for name, part in variables.items() if name != TOTALS})

@@ -17,7 +17,9 @@ SCRIPT = ROOT / "scripts/preferences.py"
 
 @pytest.fixture(scope="module")
 def script():
-    return runpy.run_path(str(SCRIPT))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(SCRIPT.parent))
+        yield runpy.run_path(str(SCRIPT))
 
 
 def record(name, chosen, rejected, tickets, general, **more):
@@ -67,7 +69,7 @@ def test_what_is_finished_is_not_measured_again_and_the_table_goes_to_the_page(s
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (DPO, DPO | {"steps": 7}, START)))
     (tmp_path / "preferences.md").write_text("before\n<!-- measured -->\nold\n<!-- end -->\nafter\n")
     main = script["main"]
-    monkeypatch.setitem(main.__globals__, "DOCS", tmp_path)
+    monkeypatch.setattr("pages.DOCS", tmp_path)
     monkeypatch.setattr("sys.argv", ["preferences.py", f"--out={tmp_path}", "--only=DPO", "--write"])
     main()
     page = (tmp_path / "preferences.md").read_text()
