@@ -256,7 +256,7 @@ def report(tasks: Sequence[Task], where: Path) -> None:
         page.write(runs, where / PAGE)
         lines += ["", f"Side by side: {where / PAGE}"]
     write_text(where / TABLE, "\n".join(lines) + "\n")
-    print("\n".join(lines), f"\nThis table: {where / TABLE}")
+    print("\n".join([*lines, f"This table: {where / TABLE}"]))
 
 
 def _outcome(workdir: Path) -> tuple[str, str]:

@@ -151,4 +151,5 @@ def test_supervised_then_a_reward_model_then_grpo_then_a_comparison(tmp_path):
     measured = json.loads((tmp_path / "w/grpo/evaluation.json").read_text())
     assert {one["name"] for one in measured["sets"][0]["contestants"]} == {"base", "tuned", "sft"}
     assert (tmp_path / "w" / pipeline.PAGE).stat().st_size > 10_000
-    assert "--- " not in finish(command(*words)), "nothing is left to do"
+    assert " of 5: " in said
+    assert " of 5: " not in finish(command(*words)), "nothing is left to do"
