@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import quant
-from ftjax.models.adapter import adapt
+from ftjax.models.adapter import adapt, by_row
 from ftjax.sharding import constrain
 
 # By their names in Hugging Face configs.
@@ -174,7 +174,11 @@ class Embedding(nn.Module):
         tokens = constrain(tokens, "replica", "length")
         found = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         found = constrain(found, "replica", "length", "table")
-        if lora := self.variables.get("lora"):
+        lora = self.variables.get("lora", {})
+        if "lora_row" in lora:
+            rows = jnp.maximum(lora["lora_row"], 0)
+            return by_row(lora, lora["lora_a"][rows[:, None], tokens].astype(self.dtype), found)
+        if lora:
             inner = jnp.take(lora["lora_a"], tokens, axis=0).astype(self.dtype)
             found = found + inner @ (lora["lora_b"] * lora["lora_scale"]).astype(self.dtype)
         return found

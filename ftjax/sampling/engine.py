@@ -5,10 +5,9 @@ of them are through, the next prompts take their places. Equal prompts are read 
 ends are its own: see slots.py, which is what is compiled. Ends by text (stop_strings.py) are the host's to see.
 """
 
-import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -19,9 +18,11 @@ from ftjax.models.cache import init_cache
 from ftjax.models.decoder import Decoder
 from ftjax.models.kernels import choose as choose_kernel
 from ftjax.models.spec import DecoderSpec
+from ftjax.sampling import adapters as stacked
 from ftjax.sampling import slots as compiled
-from ftjax.sampling.sampler import Sampling, Settings
-from ftjax.sampling.slots import Entering, Prompts, Read, Rows
+from ftjax.sampling.request import Completion, Request, Row
+from ftjax.sampling.sampler import Sampling
+from ftjax.sampling.slots import Entering, Prompts, Read
 from ftjax.sampling.stop_strings import StopsAt
 from ftjax.tree import Tree
 
@@ -32,122 +33,7 @@ CAPACITY = 128  # tokens of a slot at first; doubled when a row needs more
 LENGTHS = 32  # the shortest length that prompts are padded to; the others are its doubles
 FEW = 2**8  # tokens, with padding, that are read so fast that only compiling counts
 TOKENS = 2**13  # of prompts that are read together, with padding, unless a single one is longer
-GREEDY = Sampling()
 PART = 512  # tokens of a long prompt that are read at a time, where attention holds dense scores
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Completion:
-    """The tokens generated for one prompt.
-
-    logps, tempered_logps, full_logps: how likely each was, see sampler.Chosen; one more than there are tokens where a
-    stop token ended it, of that.
-    """
-
-    tokens: np.ndarray  # int32 [at most max_new_tokens], without the stop token; with all that `stops_at` saw
-    stopped: bool  # whether a stop token or `stops_at` ended it, and not max_new_tokens
-    stop_token: int | None  # which
-    logps: np.ndarray  # float32
-    tempered_logps: np.ndarray  # float32
-    full_logps: np.ndarray  # float32
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Request:
-    """A prompt, and how it is to be completed.
-
-    prompt: int32 [length], length >= 1.
-    stop_tokens: any of these token ids ends it.
-    stops_at: what else ends it, see stop_strings.stops_at.
-    number: its randomness follows from (sampling.seed, number, number of tokens generated so far).
-    bias: what is added to the logits of tokens.
-    """
-
-    prompt: np.ndarray
-    max_new_tokens: int
-    sampling: Sampling = GREEDY
-    stop_tokens: Sequence[int] = ()
-    number: int = 0
-    bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    stops_at: StopsAt | None = None
-
-    def check(self, model: Decoder, name: str) -> None:
-        """UserError for what the model cannot complete."""
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={self.max_new_tokens}: use 1 or more")
-        spec, length = model.spec, len(self.prompt)
-        for what, tokens in (("stop tokens", self.stop_tokens), ("biased tokens", list(self.bias))):
-            if outside := [token for token in tokens if not 0 <= token < spec.vocab_size]:
-                raise UserError(f"{what} {outside} are outside the model's vocabulary of {spec.vocab_size}")
-        if length == 0:
-            raise UserError(f"{name} is empty; give it at least one token, such as the model's BOS token")
-        if np.min(self.prompt) < 0 or np.max(self.prompt) >= spec.vocab_size:
-            raise UserError(
-                f"{name} has token ids outside the model's vocabulary of {spec.vocab_size}; "
-                "encode it with the tokenizer that belongs to the model"
-            )
-        if length + self.max_new_tokens > spec.max_position_embeddings:
-            raise UserError(
-                f"{name} has {length} tokens, and with max_new_tokens={self.max_new_tokens} it exceeds the model's "
-                f"{spec.max_position_embeddings} positions; shorten the prompt or lower max_new_tokens"
-            )
-
-    def rows(self) -> Rows:
-        biased, biases = np.array(list(self.bias), np.int32), np.array(list(self.bias.values()), np.float32)
-        stops = np.array(list(self.stop_tokens), np.int32)
-        settings = Settings.of([self.sampling])
-        return Rows(self.sampling.seed, self.number, self.max_new_tokens, settings, stops, biased, biases)
-
-
-class _Row:
-    """A request on its way."""
-
-    def __init__(self, index: int, request: Request):
-        self.index, self.request = index, request
-        self.tokens: list[int] = []
-        self.logps: list[list[float]] = []  # of each token, in the order of Chosen
-        self._at_text = False  # whether `stops_at` ended it
-
-    def note(self, tokens: np.ndarray, *logps: np.ndarray) -> None:
-        """Adds what was chosen, up to where the text ends it."""
-        stops_at = self.request.stops_at
-        for token, *how_likely in zip(tokens.tolist(), *(part.tolist() for part in logps), strict=True):
-            self.tokens.append(token)
-            self.logps.append(how_likely)
-            if stops_at is not None and self.stop_token is None and stops_at(self.tokens):
-                self._at_text = True
-                break
-
-    @property
-    def stop_token(self) -> int | None:
-        return self.tokens[-1] if self.tokens and self.tokens[-1] in self.request.stop_tokens else None
-
-    @property
-    def text_tokens(self) -> list[int]:
-        """Those without the stop token."""
-        return self.tokens if self.stop_token is None else self.tokens[:-1]
-
-    @property
-    def stopped(self) -> bool:
-        return self._at_text or self.stop_token is not None
-
-    @property
-    def ended(self) -> bool:
-        return self.stopped or not self.left
-
-    @property
-    def left(self) -> int:
-        """How many tokens may still be chosen."""
-        return self.request.max_new_tokens - len(self.tokens)
-
-    @property
-    def length(self) -> int:
-        """Tokens that are in the cache, or will be before the next one is chosen."""
-        return len(self.request.prompt) + len(self.tokens)
-
-    def completion(self) -> Completion:
-        logps = np.array(self.logps, np.float32).reshape(-1, 3).T
-        return Completion(np.array(self.text_tokens, np.int32), self.stopped, self.stop_token, *logps)
 
 
 class Engine:
@@ -159,14 +45,27 @@ class Engine:
       variables: {"params": ..., "lora"?: ..., "quant"?: ...}, on one device or sharded.
       slots: rows at once; on a mesh, rounded up to a multiple of the devices that share a batch.
       stops, biases: the most stop tokens and biased tokens of a request.
+      adapters: what requests choose from, made by `adapters.stack`; from now on the engine's own.
     """
 
-    def __init__(self, model: Decoder, variables: Tree, slots: int, stops: int = STOPS, biases: int = 0):
+    def __init__(
+        self,
+        model: Decoder,
+        variables: Tree,
+        slots: int,
+        stops: int = STOPS,
+        biases: int = 0,
+        adapters: Tree | None = None,
+    ):
+        if adapters is not None and "lora" in variables:
+            raise ValueError("these variables have an adapter already; give the base's alone beside adapters")
         self._mesh = jax.sharding.get_mesh()
-        self._model, self._variables = model, variables
+        self._model = model
+        self._variables = variables if adapters is None else variables | {stacked.COLLECTION: adapters}
+        self._adapters = 0 if adapters is None else stacked.count(adapters)
         self._stops, self._biases = stops, biases
-        self._rows: list[_Row | None] = [None] * rounded(slots, self._mesh)
-        self._waiting: deque[_Row] = deque()
+        self._rows: list[Row | None] = [None] * rounded(slots, self._mesh)
+        self._waiting: deque[Row] = deque()
         self._slots = None
         self._count = 0
 
@@ -175,14 +74,31 @@ class Engine:
 
         Raises:
           UserError: it is empty, too long for the model, or has tokens that the model does not know.
-          ValueError: it has more stop tokens or biased tokens than the engine was made for.
+          ValueError: it has more stop tokens or biased tokens than the engine was made for, or an adapter that it has
+            not.
         """
+        if request.adapter is not None and not 0 <= request.adapter < self._adapters:
+            raise ValueError(f"adapter {request.adapter}: the engine has {self._adapters}, counted from 0")
         if len(request.stop_tokens) > self._stops or len(request.bias) > self._biases:
             raise ValueError(f"an engine for {self._stops} stop tokens and {self._biases} biased ones")
         request.check(self._model, f"prompt {self._count}")
-        self._waiting.append(_Row(self._count, request))
+        self._waiting.append(Row(self._count, request))
         self._count += 1
         return self._count - 1
+
+    def set_adapter(self, adapter: int, new: Tree | None) -> None:
+        """Puts another adapter, as lora.py has them, into the place of one; None frees it. Nothing is compiled.
+
+        Raises:
+          UserError: `new` cannot be served, or is larger than the stack was made for.
+          ValueError: there is no such place, or a request that has not ended uses it.
+        """
+        if not 0 <= adapter < self._adapters:
+            raise ValueError(f"adapter {adapter}: the engine has {self._adapters}, counted from 0")
+        if any(row is not None and row.request.adapter == adapter for row in [*self._rows, *self._waiting]):
+            raise ValueError(f"adapter {adapter} is in use by requests that have not ended")
+        adapters = stacked.replace(self._variables[stacked.COLLECTION], adapter, new)
+        self._variables = self._variables | {stacked.COLLECTION: adapters}
 
     @property
     def busy(self) -> bool:
@@ -209,7 +125,7 @@ class Engine:
                 ended[row.index], self._rows[slot] = row.completion(), None
         return new, ended
 
-    def _take(self, most: int) -> list[_Row]:
+    def _take(self, most: int) -> list[Row]:
         """The next rows whose prompts are read together: equal ones count once, and a long one is alone."""
         taken, unique, length, spec = [], set(), 0, self._model.spec
         while self._waiting and len(taken) < most:
@@ -228,7 +144,7 @@ class Engine:
         """How many so many are read as, of which the rest is padding."""
         return _coarse(prompts, len(self._rows))
 
-    def _is_long(self, row: _Row) -> bool:
+    def _is_long(self, row: Row) -> bool:
         """Whether its prompt is read in parts."""
         length = len(row.request.prompt)
         if length <= 2 * PART:
@@ -237,7 +153,7 @@ class Engine:
         model, mesh = self._model, jax.sharding.get_abstract_mesh()
         return choose_kernel(model.attention, model.spec, model.dtype, width, mesh).name == "xla"
 
-    def _enter(self, used: list[int], taken: list[_Row]) -> None:
+    def _enter(self, used: list[int], taken: list[Row]) -> None:
         """Reads the prompts of `taken`, and puts them into the slots `used`."""
         for slot, row in zip(used, taken, strict=True):
             self._rows[slot] = row
@@ -261,20 +177,22 @@ class Engine:
         )
         self._slots = compiled.enter(self._slots, self._read(list(unique.values())), entering)
 
-    def _read(self, rows: list[_Row]) -> Read:
+    def _read(self, rows: list[Row]) -> Read:
         prompts = [row.request.prompt for row in rows]
         if self._is_long(rows[0]):
             return self._read_in_parts(rows[0])
         count = self._rows_read(len(rows))
         width = _padded(max(map(len, prompts)), count, self._model)
-        tokens, lengths, reach = np.zeros((count, width), np.int32), np.ones(count, np.int32), np.ones(count, np.int32)
+        tokens, adapters = np.zeros((count, width), np.int32), np.full(count, -1, np.int32)
+        lengths, reach = np.ones(count, np.int32), np.ones(count, np.int32)
         for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
             tokens[i, : len(prompt)], lengths[i], reach[i] = prompt, len(prompt), _reach(row)
+            adapters[i] = row.request.row_adapter
         if not self._mesh.empty:
             tokens = sharding.place(self._mesh, ("batch", "length"), tokens)
-        return compiled.read(self._model, self._variables, Prompts(tokens, lengths, reach))
+        return compiled.read(self._model, self._variables, Prompts(tokens, lengths, reach, adapters))
 
-    def _read_in_parts(self, row: _Row) -> Read:
+    def _read_in_parts(self, row: Row) -> Read:
         prompt = row.request.prompt
         model, width = self._model, -(-len(prompt) // PART) * PART
         cache = init_cache(model.spec, 1, capacity(width, model), model.dtype, np.array([_reach(row)], np.int32))
@@ -282,7 +200,7 @@ class Engine:
             tokens = np.zeros((1, PART), np.int32)
             part = prompt[start : start + PART]
             tokens[0, : len(part)] = part
-            places = np.int32(start), np.int32(len(part))
+            places = np.array([row.request.row_adapter], np.int32), np.int32(start), np.int32(len(part))
             cache = compiled.read_on(model, self._variables, cache, tokens, *places)
         return Read(cache.keys, cache.values)
 
@@ -393,13 +311,14 @@ def rows_per_batch(prompts: int, batch_size: int) -> int:
     return rounded(min(batch_size, prompts), jax.sharding.get_mesh())
 
 
-def _key(row: _Row, spec: DecoderSpec) -> tuple[bytes, int]:
+def _key(row: Row, spec: DecoderSpec) -> tuple[bytes, int, int]:
     """Rows of the same one leave the same in the cache. With LongRoPE that depends on how long a row may become."""
     is_long = any(rope.long_frequencies is not None for rope in spec.ropes)
-    return np.asarray(row.request.prompt, np.int32).tobytes(), _reach(row) if is_long else 0
+    prompt = np.asarray(row.request.prompt, np.int32).tobytes()
+    return prompt, row.request.row_adapter, _reach(row) if is_long else 0
 
 
-def _reach(row: _Row) -> int:
+def _reach(row: Row) -> int:
     return len(row.request.prompt) + row.request.max_new_tokens
 
 

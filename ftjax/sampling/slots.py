@@ -16,6 +16,7 @@ import numpy as np
 from ftjax import sharding
 from ftjax.models.cache import Cache, init_cache
 from ftjax.models.decoder import Decoder
+from ftjax.sampling import adapters
 from ftjax.sampling.sampler import Chosen, Settings, choose, row_keys, step_keys
 from ftjax.tree import Tree
 
@@ -28,6 +29,7 @@ class Rows(NamedTuple):
     seeds: jax.Array  # uint32
     numbers: jax.Array  # int32: with the seed and the place of a token, what its randomness follows from
     left: jax.Array  # int32: how many tokens may still be chosen
+    adapters: jax.Array  # int32: which of the stack, see adapters.py; -1 for none
     settings: Settings
     stops: jax.Array  # int32 [batch, S]: tokens that end the row; -1 for none
     biased: jax.Array  # int32 [batch, N]: tokens whose logits are changed; those of bias 0 do nothing
@@ -59,6 +61,7 @@ class Prompts(NamedTuple):
     tokens: jax.Array  # int32 [n, length]
     lengths: jax.Array  # int32 [n], 1 at least
     reach: jax.Array  # int32 [n], see Cache
+    adapters: jax.Array  # int32 [n], see Rows
 
 
 class Read(NamedTuple):
@@ -74,7 +77,7 @@ def empty(model: Decoder, rows: int, capacity: int, stops: int, biases: int) -> 
     zeros = jnp.zeros(rows, jnp.int32)
     none = Rows(
         zeros.astype(jnp.uint32),
-        *(zeros, zeros),
+        *(zeros, zeros, zeros - 1),
         Settings(*(jnp.zeros(rows, dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32))),
         jnp.full((rows, stops), -1, jnp.int32),
         *(jnp.zeros((rows, biases), dtype) for dtype in (jnp.int32, jnp.float32)),
@@ -103,15 +106,26 @@ def read(model: Decoder, variables: Tree, prompts: Prompts) -> Read:
     count, length = prompts.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), (count, length))
     segment_ids = (positions < prompts.lengths[:, None]).astype(jnp.int32)
+    variables = adapters.of_rows(variables, prompts.adapters)
     _, found = model.apply(variables, prompts.tokens, positions, segment_ids, prompts.reach, method="prefill")
     return Read(*found)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read_on(
-    model: Decoder, variables: Tree, cache: Cache, tokens: jax.Array, start: jax.Array, count: jax.Array
+    model: Decoder,
+    variables: Tree,
+    cache: Cache,
+    tokens: jax.Array,
+    adapter: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
 ) -> Cache:
-    """Reads a part of a long prompt, tokens int32 [1, length] of which `count` are there, after the `start` before."""
+    """Reads a part of a prompt, tokens int32 [1, length] of which `count` are there, after the `start` before.
+
+    adapter: int32 [1], see Rows.
+    """
+    variables = adapters.of_rows(variables, adapter)
     places = jnp.arange(tokens.shape[1])[None]
     segment_ids = (places < count).astype(jnp.int32)
     return model.apply(variables, tokens, start + places, segment_ids, cache)[1]
@@ -167,6 +181,7 @@ def decode(
     It ends early when no row is active any more, or as soon as `enough` have ended. Returns the slots, what was chosen
     [most, batch], and whether there it was, bool [most, batch].
     """
+    variables = adapters.of_rows(variables, slots.rows.adapters)
     slots = slots.replace(active=slots.active & used)
     began = slots.active
     batch = len(began)
@@ -251,6 +266,7 @@ def rows_of(given: list[Rows], stops: int, biases: int, size: int) -> Rows:
         np.array(columns.seeds, np.uint32),
         np.array(columns.numbers, np.int32),
         np.array(columns.left, np.int32),
+        np.array(columns.adapters, np.int32),
         Settings(*(np.concatenate(parts) for parts in zip(*columns.settings))),
         padded(columns.stops, stops, -1),
         padded(columns.biased, biases, 0),

@@ -1,0 +1,136 @@
+"""What is asked of the engine, and what comes of it: a request, its row on the way through, its completion."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
+from ftjax.sampling.sampler import Sampling, Settings
+from ftjax.sampling.slots import Rows
+from ftjax.sampling.stop_strings import StopsAt
+
+GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Completion:
+    """The tokens generated for one prompt.
+
+    logps, tempered_logps, full_logps: how likely each was, see sampler.Chosen; one more than there are tokens where a
+    stop token ended it, of that.
+    """
+
+    tokens: np.ndarray  # int32 [at most max_new_tokens], without the stop token; with all that `stops_at` saw
+    stopped: bool  # whether a stop token or `stops_at` ended it, and not max_new_tokens
+    stop_token: int | None  # which
+    logps: np.ndarray  # float32
+    tempered_logps: np.ndarray  # float32
+    full_logps: np.ndarray  # float32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt, and how it is to be completed.
+
+    prompt: int32 [length], length >= 1.
+    stop_tokens: any of these token ids ends it.
+    stops_at: what else ends it, see stop_strings.stops_at.
+    number: its randomness follows from (sampling.seed, number, number of tokens generated so far).
+    bias: what is added to the logits of tokens.
+    adapter: which of the engine's adapters; None: none of them.
+    """
+
+    prompt: np.ndarray
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    stop_tokens: Sequence[int] = ()
+    number: int = 0
+    bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    stops_at: StopsAt | None = None
+    adapter: int | None = None
+
+    def check(self, model: Decoder, name: str) -> None:
+        """UserError for what the model cannot complete."""
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens}: use 1 or more")
+        spec, length = model.spec, len(self.prompt)
+        for what, tokens in (("stop tokens", self.stop_tokens), ("biased tokens", list(self.bias))):
+            if outside := [token for token in tokens if not 0 <= token < spec.vocab_size]:
+                raise UserError(f"{what} {outside} are outside the model's vocabulary of {spec.vocab_size}")
+        if length == 0:
+            raise UserError(f"{name} is empty; give it at least one token, such as the model's BOS token")
+        if np.min(self.prompt) < 0 or np.max(self.prompt) >= spec.vocab_size:
+            raise UserError(
+                f"{name} has token ids outside the model's vocabulary of {spec.vocab_size}; "
+                "encode it with the tokenizer that belongs to the model"
+            )
+        if length + self.max_new_tokens > spec.max_position_embeddings:
+            raise UserError(
+                f"{name} has {length} tokens, and with max_new_tokens={self.max_new_tokens} it exceeds the model's "
+                f"{spec.max_position_embeddings} positions; shorten the prompt or lower max_new_tokens"
+            )
+
+    def rows(self) -> Rows:
+        biased, biases = np.array(list(self.bias), np.int32), np.array(list(self.bias.values()), np.float32)
+        stops = np.array(list(self.stop_tokens), np.int32)
+        settings = Settings.of([self.sampling])
+        first = self.sampling.seed, self.number, self.max_new_tokens, self.row_adapter
+        return Rows(*first, settings, stops, biased, biases)
+
+    @property
+    def row_adapter(self) -> int:
+        """As in Rows."""
+        return -1 if self.adapter is None else self.adapter
+
+
+class Row:
+    """A request on its way."""
+
+    def __init__(self, index: int, request: Request):
+        self.index, self.request = index, request
+        self.tokens: list[int] = []
+        self.logps: list[list[float]] = []  # of each token, in the order of Chosen
+        self._at_text = False  # whether `stops_at` ended it
+
+    def note(self, tokens: np.ndarray, *logps: np.ndarray) -> None:
+        """Adds what was chosen, up to where the text ends it."""
+        stops_at = self.request.stops_at
+        for token, *how_likely in zip(tokens.tolist(), *(part.tolist() for part in logps), strict=True):
+            self.tokens.append(token)
+            self.logps.append(how_likely)
+            if stops_at is not None and self.stop_token is None and stops_at(self.tokens):
+                self._at_text = True
+                break
+
+    @property
+    def stop_token(self) -> int | None:
+        return self.tokens[-1] if self.tokens and self.tokens[-1] in self.request.stop_tokens else None
+
+    @property
+    def text_tokens(self) -> list[int]:
+        """Those without the stop token."""
+        return self.tokens if self.stop_token is None else self.tokens[:-1]
+
+    @property
+    def stopped(self) -> bool:
+        return self._at_text or self.stop_token is not None
+
+    @property
+    def ended(self) -> bool:
+        return self.stopped or not self.left
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still be chosen."""
+        return self.request.max_new_tokens - len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens that are in the cache, or will be before the next one is chosen."""
+        return len(self.request.prompt) + len(self.tokens)
+
+    def completion(self) -> Completion:
+        logps = np.array(self.logps, np.float32).reshape(-1, 3).T
+        return Completion(np.array(self.text_tokens, np.int32), self.stopped, self.stop_token, *logps)
