@@ -8,13 +8,14 @@ ends are its own: see slots.py, which is what is compiled. Ends by text (stop_st
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from ftjax import sharding
 from ftjax.errors import UserError
-from ftjax.models.cache import init_cache
 from ftjax.models.decoder import Decoder
 from ftjax.models.kernels import choose as choose_kernel
 from ftjax.models.spec import DecoderSpec
@@ -34,6 +35,8 @@ LENGTHS = 32  # the shortest length that prompts are padded to; the others are i
 FEW = 2**8  # tokens, with padding, that are read so fast that only compiling counts
 TOKENS = 2**13  # of prompts that are read together, with padding, unless a single one is longer
 PART = 512  # tokens of a long prompt that are read at a time, where attention holds dense scores
+REUSED = 64  # tokens that a slot must have of a prompt to be gone on from, where prompts are else read together
+CHAT = 1024  # tokens of the slot of a conversation at first: until then no turn but the first compiles anything
 
 
 class Engine:
@@ -46,6 +49,9 @@ class Engine:
       slots: rows at once; on a mesh, rounded up to a multiple of the devices that share a batch.
       stops, biases: the most stop tokens and biased tokens of a request.
       adapters: what requests choose from, made by `adapters.stack`; from now on the engine's own.
+      reuse: whether a prompt that begins as a row that has ended, such as the next turn of a chat, goes on from what
+        that row left in its slot; only the rest is read. Its log-probabilities are the same up to rounding.
+      room: the tokens that slots have room for at first.
     """
 
     def __init__(
@@ -56,6 +62,8 @@ class Engine:
         stops: int = STOPS,
         biases: int = 0,
         adapters: Tree | None = None,
+        reuse: bool = False,
+        room: int = 0,
     ):
         if adapters is not None and "lora" in variables:
             raise ValueError("these variables have an adapter already; give the base's alone beside adapters")
@@ -66,6 +74,8 @@ class Engine:
         self._stops, self._biases = stops, biases
         self._rows: list[Row | None] = [None] * rounded(slots, self._mesh)
         self._waiting: deque[Row] = deque()
+        self._reuse, self._room = reuse, room
+        self._left: list[_Left | None] = [None] * len(self._rows)
         self._slots = None
         self._count = 0
 
@@ -99,6 +109,7 @@ class Engine:
             raise ValueError(f"adapter {adapter} is in use by requests that have not ended")
         adapters = stacked.replace(self._variables[stacked.COLLECTION], adapter, new)
         self._variables = self._variables | {stacked.COLLECTION: adapters}
+        self._left = [left if left is not None and left.adapter != adapter else None for left in self._left]
 
     @property
     def busy(self) -> bool:
@@ -111,8 +122,13 @@ class Engine:
         Returns the new tokens of requests, stop tokens left out, and the completions of those that have ended.
         """
         while self._waiting and (free := [slot for slot, row in enumerate(self._rows) if row is None]):
+            # What has been left the longest is overwritten first.
+            free.sort(key=lambda slot: -1 if self._left[slot] is None else self._left[slot].row)
             taken = self._take(len(free))
-            self._enter(free[: len(taken)], taken)
+            begun = self._begun(taken[0])
+            if begun is not None and begun.slot in free:
+                free = [begun.slot, *(slot for slot in free if slot != begun.slot)]
+            self._enter(free[: len(taken)], taken, begun)
         counts = [0 if row is None else len(row.tokens) for row in self._rows]
         self._decode(limit)
         new, ended = {}, {}
@@ -123,17 +139,20 @@ class Engine:
                 new[row.index] = tokens
             if row.ended:
                 ended[row.index], self._rows[slot] = row.completion(), None
+                if self._reuse:
+                    tokens = np.array([*row.request.prompt, *row.tokens][:-1], np.int32)
+                    self._left[slot] = _Left(tokens, row.request.row_adapter, self._long(row), row.index)
         return new, ended
 
     def _take(self, most: int) -> list[Row]:
-        """The next rows whose prompts are read together: equal ones count once, and a long one is alone."""
+        """The next rows whose prompts are read together: equal ones count once, and one read in parts is alone."""
         taken, unique, length, spec = [], set(), 0, self._model.spec
         while self._waiting and len(taken) < most:
             row = self._waiting[0]
             if taken and _key(row, spec) not in unique:
                 rows = self._rows_read(len(unique) + 1)
                 tokens = rows * _padded(max(length, len(row.request.prompt)), rows, self._model)
-                if self._is_long(row) or self._is_long(taken[0]) or tokens > TOKENS:
+                if self._begun(row) or self._begun(taken[0]) or tokens > TOKENS:
                     break
             taken.append(self._waiting.popleft())
             unique.add(_key(row, spec))
@@ -144,8 +163,27 @@ class Engine:
         """How many so many are read as, of which the rest is padding."""
         return _coarse(prompts, len(self._rows))
 
+    def _begun(self, row: Row) -> "_Begun | None":
+        """Where the prompt of a row is read in parts, on from what there is of it; None where it is read whole."""
+        best = _Begun(0, 0)
+        for slot, left in enumerate(self._left):
+            if left is None or left.adapter != row.request.row_adapter or left.long != self._long(row):
+                continue
+            there = left.tokens[: len(row.request.prompt) - 1]
+            others = np.flatnonzero(there != row.request.prompt[: len(there)])
+            best = max(best, _Begun(int(others[0]) if len(others) else len(there), slot))
+        # A single slot reads nothing together: there parts are all that compiles, for the first prompt as for others.
+        alone = self._reuse and len(self._rows) == 1
+        if best.length < REUSED and not alone:
+            best = _Begun(0, 0)
+        return best if best.length or alone or self._is_long(row) else None
+
+    def _long(self, row: Row) -> tuple[bool, ...]:
+        """Which of LongRoPE's frequencies its keys have: of each rope whether the long ones."""
+        return tuple(rope.long_after is not None and _reach(row) > rope.long_after for rope in self._model.spec.ropes)
+
     def _is_long(self, row: Row) -> bool:
-        """Whether its prompt is read in parts."""
+        """Whether attention would hold too many scores, were its prompt read whole."""
         length = len(row.request.prompt)
         if length <= 2 * PART:
             return False
@@ -153,10 +191,10 @@ class Engine:
         model, mesh = self._model, jax.sharding.get_abstract_mesh()
         return choose_kernel(model.attention, model.spec, model.dtype, width, mesh).name == "xla"
 
-    def _enter(self, used: list[int], taken: list[Row]) -> None:
-        """Reads the prompts of `taken`, and puts them into the slots `used`."""
+    def _enter(self, used: list[int], taken: list[Row], begun: "_Begun | None") -> None:
+        """Reads the prompts of `taken`, the only one in parts where it is `begun`; puts them into the slots `used`."""
         for slot, row in zip(used, taken, strict=True):
-            self._rows[slot] = row
+            self._rows[slot], self._left[slot] = row, None
         self._make_room(max(row.length for row in taken))
         spec = self._model.spec
         unique = {_key(row, spec): row for row in taken}
@@ -175,12 +213,12 @@ class Engine:
             column(used, len(self._rows)),  # what fills up goes nowhere
             compiled.rows_of([row.request.rows() for row in taken], self._stops, self._biases, size),
         )
-        self._slots = compiled.enter(self._slots, self._read(list(unique.values())), entering)
+        rows = list(unique.values())
+        read = self._read(rows) if begun is None else self._read_in_parts(rows[0], begun)
+        self._slots = compiled.enter(self._slots, read, entering)
 
     def _read(self, rows: list[Row]) -> Read:
         prompts = [row.request.prompt for row in rows]
-        if self._is_long(rows[0]):
-            return self._read_in_parts(rows[0])
         count = self._rows_read(len(rows))
         width = _padded(max(map(len, prompts)), count, self._model)
         tokens, adapters = np.zeros((count, width), np.int32), np.full(count, -1, np.int32)
@@ -192,16 +230,19 @@ class Engine:
             tokens = sharding.place(self._mesh, ("batch", "length"), tokens)
         return compiled.read(self._model, self._variables, Prompts(tokens, lengths, reach, adapters))
 
-    def _read_in_parts(self, row: Row) -> Read:
-        prompt = row.request.prompt
-        model, width = self._model, -(-len(prompt) // PART) * PART
-        cache = init_cache(model.spec, 1, capacity(width, model), model.dtype, np.array([_reach(row)], np.int32))
-        for start in range(0, len(prompt), PART):
-            tokens = np.zeros((1, PART), np.int32)
-            part = prompt[start : start + PART]
+    def _read_in_parts(self, row: Row, begun: "_Begun") -> Read:
+        """Parts of two lengths, since each is compiled. The last token of a prompt is read when the next is chosen."""
+        prompt, start = row.request.prompt[:-1], begun.length
+        reach, adapter = (np.array([value], np.int32) for value in (_reach(row), row.request.row_adapter))
+        cache = compiled.row(self._slots, np.int32(begun.slot), reach)
+        while start < len(prompt):
+            width = PART if len(prompt) - start >= PART else min(PART, LENGTHS)
+            part = prompt[start : start + width]
+            tokens = np.zeros((1, width), np.int32)
             tokens[0, : len(part)] = part
-            places = np.array([row.request.row_adapter], np.int32), np.int32(start), np.int32(len(part))
-            cache = compiled.read_on(model, self._variables, cache, tokens, *places)
+            places = np.int32(start), np.int32(len(part))
+            cache = compiled.read_on(self._model, self._variables, cache, tokens, adapter, *places)
+            start += len(part)
         return Read(cache.keys, cache.values)
 
     def _decode(self, limit: int) -> None:
@@ -225,11 +266,28 @@ class Engine:
 
     def _make_room(self, length: int) -> None:
         """Slots for rows of `length` tokens."""
-        needed = capacity(length, self._model)
+        needed = capacity(max(length, self._room), self._model)
         if self._slots is None:
-            self._slots = compiled.empty(self._model, len(self._rows), needed, self._stops, self._biases)
+            slots = compiled.empty(self._model, len(self._rows), needed, self._stops, self._biases)
+            self._slots = _beside(self._variables, slots)
         elif needed > self._slots.capacity:
             self._slots = compiled.grow(self._slots, needed)
+
+
+class _Left(NamedTuple):
+    """What a row that has ended left in its slot."""
+
+    tokens: np.ndarray  # int32, whose keys and values are there
+    adapter: int  # as in Rows; they are of it
+    long: tuple[bool, ...]  # see Engine._long
+    row: int  # its index
+
+
+class _Begun(NamedTuple):
+    """How many tokens of a prompt are there, and where."""
+
+    length: int
+    slot: int
 
 
 def generate(
@@ -295,20 +353,41 @@ def stream(
 
     prompt: int32 [length]. Raises what `generate` raises, at the call and not at the first token.
     """
-    engine = Engine(model, variables, 1, _most(stop_tokens))
-    engine.add(Request(prompt, max_new_tokens, sampling, stop_tokens, stops_at=stops_at))
-    return _stream(engine)
+    request = Request(prompt, max_new_tokens, sampling, stop_tokens, stops_at=stops_at)
+    return stream_from(Engine(model, variables, 1, _most(stop_tokens)), request)
 
 
-def _stream(engine: Engine) -> Iterator[int]:
-    while engine.busy:
-        new, _ = engine.step(limit=1)
-        yield from new.get(0, [])
+def stream_from(engine: Engine, request: Request) -> Iterator[int]:
+    """The same of a request to an engine; what else is in it goes on with it. Raises what `Engine.add` raises."""
+    return _stream(engine, engine.add(request))
+
+
+def _stream(engine: Engine, number: int) -> Iterator[int]:
+    ended = {}
+    while number not in ended:
+        new, ended = engine.step(limit=1)
+        yield from new.get(number, [])
+
+
+def conversation(model: Decoder, variables: Tree, stop_tokens: Sequence[int]) -> Engine:
+    """An engine for `stream_from`, turn after turn: each reads only what is new, and after the first nothing compiles
+    until there are more than CHAT tokens, or PART come at once; from then on once for each doubling.
+    """
+    return Engine(model, variables, 1, _most(stop_tokens), reuse=True, room=CHAT)
 
 
 def rows_per_batch(prompts: int, batch_size: int) -> int:
     """How many rows `generate` has at once."""
     return rounded(min(batch_size, prompts), jax.sharding.get_mesh())
+
+
+def _beside(variables: Tree, slots: compiled.Slots) -> compiled.Slots:
+    """The slots on the variables' device, where that is one: what is compiled depends on whether it is said which."""
+    placed = [leaf.sharding for leaf in jax.tree.leaves(variables) if isinstance(leaf, jax.Array) and leaf.committed]
+    if not placed or len(placed[0].device_set) > 1:
+        return slots
+    where = placed[0]
+    return jax.device_put(slots, sharding.replicated(where.mesh) if isinstance(where, NamedSharding) else where)
 
 
 def _key(row: Row, spec: DecoderSpec) -> tuple[bytes, int, int]:

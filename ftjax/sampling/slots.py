@@ -128,7 +128,18 @@ def read_on(
     variables = adapters.of_rows(variables, adapter)
     places = jnp.arange(tokens.shape[1])[None]
     segment_ids = (places < count).astype(jnp.int32)
-    return model.apply(variables, tokens, start + places, segment_ids, cache)[1]
+    return _split(model.apply(variables, tokens, start + places, segment_ids, cache)[1])
+
+
+@jax.jit
+def row(slots: Slots, slot: jax.Array, reach: jax.Array) -> Cache:
+    """What is in one slot, for `read_on`; reach int32 [1], of the row that goes on from it."""
+
+    def one(part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(part, slot, 1, axis=1)
+
+    keys, values = jax.tree.map(one, (slots.cache.keys, slots.cache.values))
+    return _split(Cache(keys, values, reach))
 
 
 class Entering(NamedTuple):
@@ -240,13 +251,18 @@ def _choose(
 
 def _lay_out(slots: Slots) -> Slots:
     """On a mesh: the cache is sharded like the activations; what the host reads is replicated."""
+    cache = slots.cache.replace(reach=_on_all(slots.cache.reach))
+    return _on_all(slots.replace(cache=None)).replace(cache=_split(cache))
+
+
+def _split(cache: Cache) -> Cache:
+    """Keys and values sharded like the activations."""
 
     def split(part: jax.Array) -> jax.Array:
         return sharding.constrain(part, *CACHED)
 
-    keys, values = jax.tree.map(split, (slots.cache.keys, slots.cache.values))
-    cache = slots.cache.replace(keys=keys, values=values)
-    return _on_all(slots.replace(cache=None)).replace(cache=cache)
+    keys, values = jax.tree.map(split, (cache.keys, cache.values))
+    return cache.replace(keys=keys, values=values)
 
 
 def _on_all(arrays: Any) -> Any:
