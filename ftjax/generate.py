@@ -40,7 +40,8 @@ from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.method import check_generates
 from ftjax.sampling import stop_strings
-from ftjax.sampling.engine import stream
+from ftjax.sampling.engine import Engine, conversation, stream, stream_from
+from ftjax.sampling.request import Request
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
 
@@ -127,10 +128,20 @@ def main(argv: list[str]) -> int:
         )
         variables = {in_use: trained}
 
+    talks: dict[str, Engine] = {}  # of each adapter that a conversation was with: what it has read of that
+
     def answer(prompt: np.ndarray) -> str:
-        stops_at = stop_strings.stops_at(FLAGS.stop, base.tokenizer)
-        how = FLAGS.max_new_tokens, base.end_tokens, sampling, stops_at
-        tokens, text = stream(base.model, variables[in_use], prompt, *how), ""
+        stops_at, ends = stop_strings.stops_at(FLAGS.stop, base.tokenizer), base.end_tokens
+        if FLAGS.chat:
+            if in_use not in talks:
+                talks[in_use] = conversation(base.model, variables[in_use], ends)
+            tokens = stream_from(
+                talks[in_use], Request(prompt, FLAGS.max_new_tokens, sampling, ends, stops_at=stops_at)
+            )
+        else:
+            how = FLAGS.max_new_tokens, ends, sampling, stops_at
+            tokens = stream(base.model, variables[in_use], prompt, *how)
+        text = ""
         for part in stream_text(base.tokenizer, tokens, FLAGS.stop):
             print(part, end="", flush=True)
             text += part
