@@ -1,7 +1,7 @@
 """A model with adapters as PEFT directories, loaded: what is used without being a run."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -12,6 +12,7 @@ from ftjax.assemble import Base
 from ftjax.errors import UserError
 from ftjax.models.heads import COLLECTION, SCORE
 from ftjax.models.params import abstract_params
+from ftjax.sampling.adapters import ALONE, stack
 from ftjax.tree import Tree
 from ftjax.weights.load import load_params
 from ftjax.weights.peft.adapter import open_adapter
@@ -58,6 +59,22 @@ def load_model(
     for name, its in begun.items():
         variables[name][COLLECTION] = {SCORE: {"kernel": jax.device_put(its.head(), sharding.replicated(mesh))}}
     return base, variables
+
+
+def side_by_side(
+    base: Base, variables: Mapping[str, Tree], rank: int | None = None, targets: Sequence[str] = ()
+) -> Tree:
+    """The adapters of `load_model`, in their order, for an Engine over `variables[NONE]` whose rows choose among them.
+
+    rank, targets: see sampling.adapters.stack. Raises UserError for what cannot be served row by row.
+    """
+    leaves = tree.flatten(variables[NONE]["params"])
+    adapters = {name: its for name, its in variables.items() if name != NONE}
+    for name, its in adapters.items():
+        own = [path for path, leaf in tree.flatten(its["params"]).items() if leaf is not leaves.get(path)]
+        if own:
+            raise UserError(f"adapter {name}: {own[0]} was trained whole, and rows share it; {ALONE}")
+    return stack(base.model, variables[NONE], [its["lora"] for its in adapters.values()], rank, targets)
 
 
 def _with_tokenizer(adapters: Mapping[str, str]) -> Path | None:
