@@ -43,11 +43,16 @@ def stack(
     given = [_modules(adapter, f"adapter {number}") for number, adapter in enumerate(adapters)]
     adapted = {module for modules in given for module in modules} | {path.rpartition("/")[0] for path in targets}
     ranks = [parts["lora_a"].shape[-1] for modules in given for parts in modules.values()]
+    if not adapted:
+        raise UserError("no adapter adapts anything; say in `targets` what those that come later may adapt")
     largest, mesh, out = max([rank or 1, *ranks]), _mesh(variables), {}
     for module in sorted(adapted):
         path = next((path for path in (f"{module}/kernel", f"{module}/embedding") if path in known), None)
         if path is None or "/experts/" in path:
-            raise UserError(f"{module}: the model has no linear layer and no embedding of this name; check the base")
+            raise UserError(
+                f"{module}: the model has no linear layer and no embedding of this name that rows can have adapters "
+                "of; use adapters and targets of this base"
+            )
         *layers, rows, columns = known[path]
         *layer_axes, row_axis, column_axis = axes[path]
         parts = {"lora_a": ((rows, largest), (row_axis, "rank")), "lora_b": ((largest, columns), ("rank", column_axis))}

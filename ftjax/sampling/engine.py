@@ -1,8 +1,9 @@
 """Generation: a fixed number of slots that prompts pass through, each as soon as one is free.
 
 A row knows its own position, so that nothing is padded on the left and rows of any length share a batch; once an eighth
-of them are through, the next prompts take their places. Equal prompts are read once. How a row is sampled and when it
-ends are its own: see slots.py, which is what is compiled. Ends by text (stop_strings.py) are the host's to see.
+of them are through, the next prompts take their places. Equal prompts are read once, and those that go on from an ended
+row's text from there on. How a row is sampled, when it ends and its adapter (adapters.py) are its own: see slots.py,
+which is what is compiled. Ends by text (stop_strings.py) are the host's to see.
 """
 
 import math

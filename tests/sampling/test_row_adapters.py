@@ -244,6 +244,8 @@ def test_what_no_row_can_have_of_its_own_is_refused_by_name():
             stack(model, variables, [adapter_])
     with pytest.raises(UserError, match="adapters is empty"):
         stack(model, variables, [])
+    with pytest.raises(UserError, match="no adapter adapts anything; say in `targets`"):
+        stack(model, variables, [None])
     narrow = stack(model, variables, [adapter(model, "q_proj", 1, 1.0)])
     made_ = Engine(model, variables, 1, adapters=narrow)
     with pytest.raises(UserError, match="has rank 2, and the stack is for 1; make it with rank=2"):
