@@ -27,7 +27,6 @@ from pages import write_measured
 HERE = Path(__file__).parent
 OURS = "ftjax"
 NAMES = {OURS: "ftjax", "peft": "transformers + PEFT", "trl": "TRL"}
-WARM = 2  # steps or calls that do not count: compilation, allocation, caches
 START = "start"  # the command to its first step: no tokens a second
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
 
@@ -76,13 +75,14 @@ def write(file: Path, rows: Sequence[dict]) -> None:
 def run(case: str, who: str, dtype: str, place: Path, args: argparse.Namespace) -> dict:
     """What a contestant's process printed; SystemExit with what it said where it failed."""
     words = [sys.executable, str(HERE / "contestants.py"), case, who, dtype, "--place", str(place)]
-    words += ["--steps", str(args.steps + WARM), "--device", args.device, "--began", str(time.time())]
+    words += ["--steps", str(args.steps), "--device", args.device]
+    began = time.time()
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{case}, {who}, {dtype} failed:\n{done.stderr[-4000:]}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    tokens, seconds = found["tokens"][WARM:], found["seconds"][WARM:]
-    return found | {"case": case, "who": who, "dtype": dtype, "rate": sum(tokens) / sum(seconds)}
+    rate, first = sum(found["tokens"]) / sum(found["seconds"]), found["first"] and found["first"] - began
+    return found | {"case": case, "who": who, "dtype": dtype, "rate": rate, "first": first}
 
 
 def start(place: Path, args: argparse.Namespace) -> list[dict]:
@@ -113,19 +113,20 @@ def start(place: Path, args: argparse.Namespace) -> list[dict]:
 def table(records: Sequence[dict]) -> str:
     """Markdown: a line for each contestant, with how many times as fast ours is where it is theirs."""
     lines = ["| | | tokens/s | ftjax is so many times as fast | peak memory | to the first step |", "| --- " * 6 + "|"]
-    for case in CASES:
+    for case in [name for name in CASES if any(record["case"] == name for record in records)]:
         of_case = [record for record in records if record["case"] == case]
         keys = dict.fromkeys((record["who"], record["dtype"]) for record in of_case)
         rates = {key: [r["rate"] for r in of_case if (r["who"], r["dtype"]) == key] for key in keys}
-        ours = best(rates, ours=True)
+        ours = max((key for key in keys if key[0] == OURS), key=lambda key: statistics.median(rates[key]))
         for key in keys:
             who, dtype = key
             its = [record for record in of_case if (record["who"], record["dtype"]) == key]
             ratio = "" if who == OURS else spread([a / b for a, b in zip(rates[ours], rates[key], strict=True)])
+            first = its[0]["first"] and f"{statistics.median(r['first'] for r in its):.0f} s"
             lines.append(
                 f"| {described(case)} | {NAMES[who]}, {dtype} | {statistics.median(rates[key]):.0f} | {ratio} "
                 f"| {statistics.median(r['peak'] for r in its) / 1e9:.2f} GB "
-                f"| {statistics.median(r['to_first'] for r in its):.0f} s |"
+                f"| {first or ''} |"
             )
     for how in ("cold", "warm"):
         if seconds := [r["seconds"] for r in records if r["case"] == START and r["how"] == how]:
@@ -133,11 +134,6 @@ def table(records: Sequence[dict]) -> str:
             cells = f"| the quickstart's command, {named} | ftjax, float32 | | | | {statistics.median(seconds):.0f} s |"
             lines.append(cells)
     return "\n".join(lines) + "\n"
-
-
-def best(rates: dict[tuple[str, str], list[float]], *, ours: bool) -> tuple[str, str]:
-    """The fastest contestant of ours, or of theirs."""
-    return max((key for key in rates if (key[0] == OURS) == ours), key=lambda key: statistics.median(rates[key]))
 
 
 def spread(values: Sequence[float]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 NEW_TOKENS = 64  # of a prompt, where completions are written
+WARM = 2  # steps or calls that do not count: compilation, allocation, caches
 RATE, RANK, ALPHA = 2e-4, 16, 32
 PROMPT = "A customer writes to a shop about an order. Answer in one paragraph, kindly."
 
@@ -48,11 +49,18 @@ CASES = {
 
 
 class Found(NamedTuple):
-    """tokens, seconds: of each step or call, the first ones included. loss: the last one, None where there is none."""
+    """What was timed.
+
+    Attributes:
+      tokens, seconds: of each step or call, but for the first WARM.
+      loss: of the last step, None where there is none.
+      first: when the first step or call had ended, by time.time(); None where that is not known.
+    """
 
     tokens: list[int]
     seconds: list[float]
     loss: float | None
+    first: float | None
 
 
 def ftjax(case: Case, dtype: str, place: Path, steps: int, device: str) -> Found:
@@ -74,8 +82,10 @@ def ftjax(case: Case, dtype: str, place: Path, steps: int, device: str) -> Found
     if case.data == "texts.jsonl":
         config.data.row_length = case.length
         config.data.long_text = "cut"
-    elif case.kind == "lora":  # as many tokens in packed rows as the other has examples
+    elif case.kind == "lora":  # about four of the examples to a row
         config.data.batch_size, config.data.row_length = case.rows // 4, 2 * case.length
+    else:  # two pairs to a row
+        config.data.batch_size, config.data.row_length = case.rows // 2, 432
     config.optimizer.learning_rate, config.schedule.name = RATE, "constant"
     config.adapter.rank, config.adapter.alpha = RANK, float(ALPHA)
     config.evaluate.general = ()
@@ -84,10 +94,9 @@ def ftjax(case: Case, dtype: str, place: Path, steps: int, device: str) -> Found
     if train.train(config, workdir):
         raise SystemExit("ftjax.train failed")
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timed = [record for record in records if "step_time" in record]
-    tokens = [round(record["tokens_per_second"] * record["step_time"]) for record in timed]
-    losses = [record["loss"] for record in records if "loss" in record]
-    return Found(tokens, [record["step_time"] for record in timed], losses[-1])
+    steps = [record for record in records if record["step"] > WARM and "step_time" in record]
+    tokens = [round(record["tokens_per_second"] * record["step_time"]) for record in steps]
+    return Found(tokens, [record["step_time"] for record in steps], steps[-1]["loss"], None)
 
 
 def _engine(config: Any, case: Case, place: Path, calls: int) -> Found:
@@ -115,12 +124,13 @@ def prompts_of(case: Case, tokenizer: Any) -> list[Any]:
 
 
 def timed(call: Callable[[], int], calls: int) -> Found:
-    tokens, seconds = [], []
+    tokens, seconds, ends = [], [], []
     for _ in range(calls):
         began = time.perf_counter()
         tokens.append(call())
         seconds.append(time.perf_counter() - began)
-    return Found(tokens, seconds, None)
+        ends.append(time.time())
+    return Found(tokens[WARM:], seconds[WARM:], None, ends[0])
 
 
 def peft(case: Case, dtype: str, place: Path, steps: int, device: str) -> Found:
@@ -214,7 +224,7 @@ def trl(case: Case, dtype: str, place: Path, steps: int, device: str) -> Found:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    marks, seen, losses = [], [], []
+    marks, seen, losses, ends = [], [], [], []
 
     class Marks(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -223,6 +233,7 @@ def trl(case: Case, dtype: str, place: Path, steps: int, device: str) -> Found:
         def on_log(self, args: Any, state: Any, control: Any, logs: dict, **kwargs: Any) -> None:
             if "loss" in logs:
                 marks.append(time.perf_counter())
+                ends.append(time.time())
                 seen.append(logs.get("num_tokens", 0))
                 losses.append(float(logs["loss"]))
 
@@ -254,11 +265,11 @@ def trl(case: Case, dtype: str, place: Path, steps: int, device: str) -> Found:
         callbacks=[Marks()],
     )
     trainer.train()
-    begins, ends = marks[::2], marks[1::2]
+    seconds = [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)]
     tokens = [round(now - before) for before, now in zip([0, *seen], seen)]
     if case.kind == "dpo":  # which does not count them
-        tokens = [round(case.rows * tokens_of_pair(tokenizer, place / case.data))] * len(ends)
-    return Found(tokens, [end - begin for begin, end in zip(begins, ends, strict=True)], losses[-1])
+        tokens = [round(case.rows * tokens_of_pair(tokenizer, place / case.data))] * len(seconds)
+    return Found(tokens[WARM:], seconds[WARM:], losses[-1], ends[0])
 
 
 def tokens_of_pair(tokenizer: Any, file: Path) -> float:
@@ -278,14 +289,12 @@ def main() -> None:
     parser.add_argument("who", choices=list(WHO))
     parser.add_argument("dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--place", type=Path, required=True, help="the benchmark's directory")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=6, help="that count")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--began", type=float, default=time.time(), help="when the process was started")
     args = parser.parse_args()
     out, sys.stdout = sys.stdout, sys.stderr  # what they print themselves is not the result
-    found = WHO[args.who](CASES[args.case], args.dtype, args.place, args.steps, args.device)
-    ready = time.time() - args.began - sum(found.seconds[1:])
-    print(json.dumps(found._asdict() | {"to_first": ready, "peak": peak()}), file=out, flush=True)
+    found = WHO[args.who](CASES[args.case], args.dtype, args.place, args.steps + WARM, args.device)
+    print(json.dumps(found._asdict() | {"peak": peak()}), file=out, flush=True)
 
 
 def peak() -> int:
