@@ -177,16 +177,17 @@ def factory(config: ConfigDict, tokenizer: Tokenizer) -> Callable[[], Environmen
     if not name and not tools:
         return None
     asked, where = [{"role": "user", "content": "Name an animal."}], "config.rollouts.turns"
+    offered = json.loads(schemas(config)) if tools else None
     make = None
     if name:
         make = named.find(name, "config.rollouts.environment:")
         if lacking := [one for one in ("reset", "step") if inspect.isclass(make) and not hasattr(make, one)]:
             raise UserError(f"config.rollouts.environment: {name!r} has no method {lacking[0]!r}")
         if config.rollouts.turns > 1:
-            continuation(asked, [{"role": "user", "content": "Another one."}], tokenizer, None, where)
+            continuation(asked, [{"role": "user", "content": "Another one."}], tokenizer, offered, where)
     if not tools:
         return make
-    functions, offered = _functions(tools), json.loads(schemas(config))
+    functions = _functions(tools)
     answer = {"role": "tool", "name": next(iter(functions)), "content": "giraffe"}
     continuation(asked, [answer], tokenizer, offered, where)
     parse = _form(tokenizer, offered)
