@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from support.chat_templates import CHATML, make_tokenizer
+from support.chat_templates import CHATML, HERMES, make_tokenizer
 from support.families import FAMILIES
 from support.games import Echo, add, fails
 from support.rollouts import config_for, source_of
@@ -19,13 +19,6 @@ from ftjax.errors import UserError
 from ftjax.sampling.engine import Completion
 
 NAMED = ("support.games:add", "support.games:fails")
-# ChatML with tools as Hermes has them.
-HERMES = (
-    "{% if tools %}{{ '<|im_start|>system\\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\\n' }}"
-    "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
-    "{% for c in m.tool_calls or [] %}{{ '<tool_call>\\n' + c.function | tojson + '\\n</tool_call>' }}{% endfor %}"
-    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 def config_with(tools=NAMED, environment="", turns=3):
