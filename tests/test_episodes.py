@@ -56,6 +56,8 @@ def test_sampled_tokens_stand_as_they_were_drawn_and_nothing_else_counts(root, t
     source, start, program = source_of(config_for(root, **changes), tmp_path, ENDS)
     with jax.set_mesh(program.mesh):
         made = source.batch(1, start.state)
+        scores = [one.reward for one in source._write(1, 0, start.state).completions]
+    del turns[len(turns) // 2 :]
     arrays, tokenizer = made.arrays, source._base.tokenizer
     sampled = arrays["weights"] > 0
     assert len({number for *_, number in turns}) == len(turns)  # each has randomness of its own
@@ -88,6 +90,12 @@ def test_sampled_tokens_stand_as_they_were_drawn_and_nothing_else_counts(root, t
     between -= sum(len(completion.logps) for its in of_row for _, completion, _ in its[:-1])
     assert made.metrics["episodes/environment_tokens_mean"] == between / 6
     assert made.metrics["completions/mean_length"] == sampled.sum() / 6
+    if name == "ppo":  # without a KL penalty and a critic that says 0, lambda discounts what the last token gets
+        for row, score in enumerate(scores):
+            count = sampled[row].sum()
+            wanted = score * 0.95 ** np.arange(count - 1, -1, -1, dtype=np.float64)
+            np.testing.assert_allclose(arrays["returns"][row][sampled[row]], wanted, rtol=1e-5, atol=1e-7)
+        assert any(scores)
 
     # The trainer agrees with the sampler at every sampled token: the ratio is 1 before anything is learned.
     unembed = make_unembed(program.model)

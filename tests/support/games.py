@@ -2,6 +2,7 @@
 
 import math
 
+from ftjax import distributed
 from ftjax.environments import Turn
 
 
@@ -16,6 +17,14 @@ class Echo:
         self.turns += 1
         reward = completion.count("e") / max(len(completion), 1)
         return Turn([{"role": "user", "content": f"{len(completion)} letters, again"}], self.turns == 3, reward)
+
+
+class OfOneProcess(Echo):
+    """Is never asked in another process than the first."""
+
+    def step(self, completion):
+        assert distributed.is_first()
+        return super().step(completion)
 
 
 class Short(Echo):
