@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ftjax import config as configs
-from ftjax import distributed, interpolation, lora, origin, quant, sharding, tree
+from ftjax import distributed, environments, interpolation, lora, origin, quant, sharding, tree
 from ftjax.atomic import write_text
 from ftjax.data.pipeline import DataSpec
 from ftjax.data.tokens import templates
@@ -222,6 +222,7 @@ def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -
             config.objective.step_separator,
             tuple(config.objective.classes),
             config.rollouts.max_new_tokens if method_of(config).rollouts else 0,
+            environments.schemas(config),
         ),
         # Where rows are split, each part has the length that the attention kernels want.
         multiple=128 * mesh.shape["context"] if mesh is not None and mesh.shape["context"] > 1 else 1,

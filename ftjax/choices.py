@@ -84,6 +84,13 @@ def _of_rollouts(config: ConfigDict, longest: int, limits: Limits) -> Sizes:
     what = "row" if method_of(config).answered else "prompt"
     documents = 2 if method_of(config).pairs else 1  # of a row
     needed = documents * (longest + config.rollouts.max_new_tokens)
+    if config.rollouts.turns > 1:  # an episode may go on until the row is full
+        needed = max(needed, config.data.max_length)
+        if 0 < given.row_length < needed:
+            raise UserError(
+                f"config.data.row_length={given.row_length}: episodes of config.rollouts.turns="
+                f"{config.rollouts.turns} may have {needed} tokens (config.data.max_length); leave it out"
+            )
     if 0 < given.row_length < needed:
         raise UserError(
             f"config.data.row_length={given.row_length}: the longest {what} has {longest} tokens, and "

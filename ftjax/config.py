@@ -11,18 +11,20 @@ from ftjax import foreign
 from ftjax.atomic import write_text
 from ftjax.config_checks import (
     ANY,
-    ENTRY_OPTIONS,
     LAYERS,
     Check,
+    all_named,
     check_replay,
     check_type,
     losses,
+    named,
     names,
     number,
     one_of,
     pairs,
     rewards,
     some_of,
+    source_entry,
     tokens,
 )
 from ftjax.errors import UserError, did_you_mean
@@ -179,7 +181,13 @@ KEYS: dict[str, Key] = {
     "objective.student_share": Key(0.5, number(0, 1)),  # gkd: of steps that learn from what the model itself writes
     # What the model writes in training, with a method that lets it.
     "rollouts.samples": Key(8, number(1)),  # completions of a prompt; data.batch_size is a multiple of it
-    "rollouts.max_new_tokens": Key(256, number(1)),  # of a completion; data.max_length is for it and its prompt
+    # Of a completion, or of one turn of an episode; data.max_length is for all of it and its prompt.
+    "rollouts.max_new_tokens": Key(256, number(1)),
+    # grpo, rloo, ppo: turns that the model writes at most to a prompt, and what answers them in between: an environment
+    # of one's own, "my_game:Guess", and functions that the model may call, ("my_tools:add",) (docs/reinforcement.md)
+    "rollouts.turns": Key(1, number(1)),
+    "rollouts.environment": Key("", named()),
+    "rollouts.tools": Key((), all_named()),
     "rollouts.stop_strings": Key((), ANY),  # texts; a completion ends where it first has one, which it keeps
     "rollouts.temperature": Key(1.0, number(0.01)),
     "rollouts.top_k": Key(0, number(0)),  # with the next two: filters, without which the loss compares probabilities
@@ -391,30 +399,6 @@ def validate(config: ConfigDict, data: bool = True) -> None:
 def evaluates(config: ConfigDict) -> bool:
     """Whether there is something to evaluate on."""
     return bool(config.data.eval) or config.data.holdout > 0
-
-
-def source_entry(entry: Any, key: str) -> dict[str, Any]:
-    """One entry of data.train or data.eval, a string or a mapping, as a dict of "source" and, where given, options.
-
-    Options: "format" and "split" (strings), "weight" (how many times an epoch has each row), "replay" (instead, the
-    share of an epoch's trained tokens that are the source's), "limit" (rows at most), "columns" (our names of columns
-    -> the source's), "score" (data.eval: how completions are scored).
-    """
-    if isinstance(entry, str):
-        return {"source": entry}
-    if not hasattr(entry, "keys") or not isinstance(entry.get("source"), str):
-        raise UserError(f"config.{key}: {entry!r} is neither a string nor a mapping with a 'source'")
-    for name, value in entry.items():
-        if name not in ENTRY_OPTIONS:
-            raise UserError(
-                f"config.{key}: entry {dict(entry)} has no option {name!r}{did_you_mean(name, ENTRY_OPTIONS)}"
-            )
-        if name == "score" and key != "data.eval":
-            raise UserError(f"config.{key}: entry {dict(entry)}: a score is for data.eval; leave it out here")
-        check = ENTRY_OPTIONS[name]
-        if not check.holds(value):
-            raise UserError(f"config.{key}: {name!r} of entry {dict(entry)} must be {check.wanted}")
-    return {name: dict(value) if name == "columns" else value for name, value in entry.items()}
 
 
 def replays(config: ConfigDict) -> bool:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ftjax.errors import UserError
+from ftjax.errors import UserError, did_you_mean
 
 
 class Check(NamedTuple):
@@ -52,6 +52,21 @@ def some_of(*names: str) -> Check:
         return all(name in names for name in value) and len(set(value)) == len(value)
 
     return Check(holds, f"some of {', '.join(names)}")
+
+
+def named() -> Check:
+    return Check(lambda value: not value or _names(value), "MODULE:NAME, such as 'my_game:Guess'")
+
+
+def all_named() -> Check:
+    def holds(value: Any) -> bool:
+        return all(map(_names, value)) and len(set(value)) == len(value)
+
+    return Check(holds, "different functions, each MODULE:NAME, such as ('my_tools:add',)")
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, str) and all(value.partition(":"))
 
 
 def losses() -> Check:
@@ -103,6 +118,30 @@ ENTRY_OPTIONS = {
     ),
     "score": Check(lambda value: isinstance(value, str) and value, "the name of a score, or MODULE:FUNCTION"),
 }
+
+
+def source_entry(entry: Any, key: str) -> dict[str, Any]:
+    """One entry of data.train or data.eval, a string or a mapping, as a dict of "source" and, where given, options.
+
+    Options: "format" and "split" (strings), "weight" (how many times an epoch has each row), "replay" (instead, the
+    share of an epoch's trained tokens that are the source's), "limit" (rows at most), "columns" (our names of columns
+    -> the source's), "score" (data.eval: how completions are scored).
+    """
+    if isinstance(entry, str):
+        return {"source": entry}
+    if not hasattr(entry, "keys") or not isinstance(entry.get("source"), str):
+        raise UserError(f"config.{key}: {entry!r} is neither a string nor a mapping with a 'source'")
+    for name, value in entry.items():
+        if name not in ENTRY_OPTIONS:
+            raise UserError(
+                f"config.{key}: entry {dict(entry)} has no option {name!r}{did_you_mean(name, ENTRY_OPTIONS)}"
+            )
+        if name == "score" and key != "data.eval":
+            raise UserError(f"config.{key}: entry {dict(entry)}: a score is for data.eval; leave it out here")
+        check = ENTRY_OPTIONS[name]
+        if not check.holds(value):
+            raise UserError(f"config.{key}: {name!r} of entry {dict(entry)} must be {check.wanted}")
+    return {name: dict(value) if name == "columns" else value for name, value in entry.items()}
 
 
 def check_replay(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

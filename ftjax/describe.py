@@ -12,6 +12,7 @@ from ftjax import config as configs
 from ftjax import memory, quant, sharding, tree
 from ftjax.assemble import NEW_TOKENS, Base, Program
 from ftjax.data.batch.loader import Loader
+from ftjax.environments import ENVIRONMENT
 from ftjax.evals.best import Standing, evaluations
 from ftjax.evals.general import is_category
 from ftjax.method import Method, iterations, learning_rate, ptx_rows
@@ -82,7 +83,8 @@ def _prompts(report: dict[str, int]) -> str:
 def _rollouts(config: ConfigDict, loader: Loader) -> str:
     """What the model writes for a batch."""
     settings, rewards = config.rollouts, config.objective.rewards
-    names = [one if isinstance(one, str) else f"{one[1]:g} x {one[0]}" for one in rewards or ("score",)]
+    own = ENVIRONMENT if settings.environment else "score"
+    names = [one if isinstance(one, str) else f"{one[1]:g} x {one[0]}" for one in rewards or (own,)]
     filters = "".join(
         f", {key} {settings[key]:g}"
         for key in ("top_k", "top_p", "min_p")
@@ -93,9 +95,17 @@ def _rollouts(config: ConfigDict, loader: Loader) -> str:
     return (
         f"{count} completions that the model writes{again}: {settings.samples} to each of "
         f"{loader.batch_size} prompts, of at most {settings.max_new_tokens} tokens, at temperature "
-        f"{settings.temperature:g}{filters}; rewarded by {' + '.join(names)}"
+        f"{settings.temperature:g}{filters}; {_episodes(config)}rewarded by {' + '.join(names)}"
         + (f"; beside them {ptx_rows(config)} rows of config.data.ptx in each step" if config.data.ptx else "")
     )
+
+
+def _episodes(config: ConfigDict) -> str:
+    settings = config.rollouts
+    named = [name for name in (settings.environment, *settings.tools) if name]
+    if not named:
+        return ""
+    return f"in each at most {settings.turns} turns of so many, answered by {', '.join(named)}; "
 
 
 def _teacher(config: ConfigDict) -> dict[str, str]:

@@ -12,11 +12,12 @@ from ftjax.assemble import Base, Program, open_base
 from ftjax.data.batch import packing
 from ftjax.data.batch.loader import Loader
 from ftjax.data.format.example import Document
+from ftjax.episodes import make_complete, single
 from ftjax.errors import UserError
 from ftjax.method import method_of
 from ftjax.models.params import abstract_params
 from ftjax.objectives.reference import TEACHER, policy_and_reference
-from ftjax.rollouts import lay, make_complete, whole
+from ftjax.rollouts import lay
 from ftjax.sampling import stop_strings
 from ftjax.training.source import Batch
 from ftjax.training.state import TrainState
@@ -125,8 +126,9 @@ class Distilled:
         examples = self._loader.examples
         prompts = [_prompt(examples.documents_of(i)[0]) for i in self._loader.batch_examples(index)]
         policy, _ = policy_and_reference(combine(state.trainable, self._frozen))
-        completions = self._complete(policy, prompts, index * len(prompts))
-        documents = [[whole(*both)] for both in zip(prompts, completions, strict=True)]
+        first = index * len(prompts)
+        completions = self._complete(policy, prompts, range(first, first + len(prompts)))
+        documents = [[single(one).document(prompt)] for prompt, one in zip(prompts, completions, strict=True)]
         arrays = lay(documents, self._loader.multiple, self._loader.max_length, packing.BATCH)
         lengths = np.array([len(one.logps) for one in completions])
         metrics = {

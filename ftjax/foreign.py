@@ -135,6 +135,8 @@ TRL: dict[str, Ours] = _BOTH | {
     "top_p": Ours("rollouts.top_p"),
     "min_p": Ours("rollouts.min_p", "0 where theirs is None"),
     "num_iterations": Ours("rollouts.iterations"),
+    "environment_factory": Ours("rollouts.environment", "MODULE:NAME; its `step` answers a turn"),
+    "max_tool_calling_iterations": Ours("", "rollouts.turns counts turns, which are one more than rounds of calls"),
     "reward_funcs": Ours("objective.rewards", "scores by name, reward:PATH, MODULE:FUNCTION"),
     "reward_weights": Ours("objective.rewards", "pairs of a name and a weight"),
     "scale_rewards": Ours("objective.scale_rewards"),

@@ -109,8 +109,14 @@ class Method(NamedTuple):
 
 _WRITTEN = ("max_new_tokens", "stop_strings", "temperature", "top_k", "top_p", "min_p", "batch_size")
 _REWARDED = (*_WRITTEN, "samples", "iterations")
+_EPISODES = ("turns", "environment", "tools")
 # The keys of config.rollouts that a source reads; any other one that is set is refused.
-_WRITING = {"distillation": _WRITTEN, "rollouts": (*_REWARDED, "resample"), "pairs": _REWARDED, "best": _REWARDED}
+_WRITING = {
+    "distillation": _WRITTEN,
+    "rollouts": (*_REWARDED, "resample", *_EPISODES),
+    "pairs": _REWARDED,
+    "best": _REWARDED,
+}
 
 
 _PAIRS = Method(
@@ -312,7 +318,8 @@ def method_of(config: ConfigDict) -> Method:
                 f"config.rollouts.samples={config.rollouts.samples}: objective.name={name!r} compares completions "
                 "of the same prompt; set it to 2 or more"
             )
-        how = {"temperature": config.rollouts.temperature, "max_new_tokens": config.rollouts.max_new_tokens}
+        longest = config.rollouts.max_new_tokens * config.rollouts.turns
+        how = {"temperature": config.rollouts.temperature, "max_new_tokens": longest}
         method = method._replace(objective=functools.partial(method.objective, **how))
     if config.objective.kl_target:
         settings, every = config.objective, config.rollouts.iterations

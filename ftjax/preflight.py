@@ -87,6 +87,12 @@ def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
         (["objective.kl_horizon"], not config.objective.kl_target, "objective.kl_target=0"),
         (["data.ptx_rows", "objective.ptx_coef"], not config.data.ptx, "no source in config.data.ptx"),
         (["data.ptx"], not config.objective.ptx_coef, "objective.ptx_coef=0"),
+        (
+            ["rollouts.turns"],
+            not config.rollouts.environment and not config.rollouts.tools,
+            "neither an environment nor tools in config.rollouts, so that nothing answers a turn",
+        ),
+        (["rollouts.tools"], config.rollouts.turns == 1, "rollouts.turns=1, in which no call has an answer"),
         (["schedule.decay_ratio"], schedule.name != "wsd", f"schedule.name={schedule.name!r}"),
         (["schedule.final_ratio"], schedule.name == "constant", "schedule.name='constant'"),
     ]

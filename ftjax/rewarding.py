@@ -12,6 +12,8 @@ from ftjax import distributed
 from ftjax.data.audit.checks import spread
 from ftjax.data.read.sources import TASK
 from ftjax.data.tokens.examples import Examples
+from ftjax.environments import ENVIRONMENT
+from ftjax.episodes import Episode
 from ftjax.errors import UserError
 from ftjax.evals import scored
 from ftjax.evals.entries import TASK_SCORE
@@ -26,7 +28,7 @@ class Reward(NamedTuple):
     """One of the rewards whose weighted sum counts.
 
     Attributes:
-      scores: that of the rows of each entry of data.train.
+      scores: that of the rows of each entry of data.train; [] where the environment says it.
     """
 
     name: str
@@ -43,6 +45,10 @@ def rewards_of(config: ConfigDict) -> list[Reward]:
     entries = [entry["source"] for entry in configs.sources(config, "train")]
     where = "config.objective.rewards"
     named = [(one, 1.0) if isinstance(one, str) else tuple(one) for one in config.objective.rewards]
+    if config.rollouts.environment:
+        named = named or [(ENVIRONMENT, 1.0)]
+    elif ENVIRONMENT in dict(named):
+        raise UserError(f"{where}: {ENVIRONMENT!r} is what config.rollouts.environment gives, which names none")
     if not named or TASK_SCORE in dict(named):
         lacking = [source for source in entries if not _has_own(source)]
         if lacking:
@@ -55,7 +61,11 @@ def rewards_of(config: ConfigDict) -> list[Reward]:
         raise UserError(f"{where}: {twice!r} stands there twice; give it one weight")
     run_code = config.evaluate.run_code
     return [
-        Reward(name, weight, [scored.score_of(name, source, run_code, where) for source in entries])
+        Reward(
+            name,
+            weight,
+            [] if name == ENVIRONMENT else [scored.score_of(name, source, run_code, where) for source in entries],
+        )
         for name, weight in named or [(TASK_SCORE, 1.0)]
     ]
 
@@ -68,7 +78,7 @@ def check(config: ConfigDict, examples: Examples) -> None:
     """UserError where the rows of data.train cannot be rewarded."""
     rewards = rewards_of(config)
     for i in spread(len(examples), _CHECKED).tolist():
-        for reward in rewards:
+        for reward in (one for one in rewards if one.scores):
             scored.check(reward.scores[examples.source_ids[i]], reward.name, question_of(examples, i))
 
 
@@ -76,8 +86,11 @@ def question_of(examples: Examples, index: int) -> Question:
     return scored.question_of(examples.row(index), examples.raw(index))
 
 
-def grade(rewards: Sequence[Reward], examples: Examples, chosen: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """float64 [completions, rewards]: what each reward gives to completions of these examples, the same on all hosts.
+def grade(rewards: Sequence[Reward], examples: Examples, chosen: np.ndarray, episodes: Sequence[Episode]) -> np.ndarray:
+    """float64 [episodes, rewards]: what each reward gives to episodes of these examples, the same on all hosts.
+
+    A score is told the text of the last turn, and in its example the conversation before that; the expected answer
+    stands at its end as it does in a row.
 
     Raises:
       UserError: a reward that fails or is no finite number, with the row and the completion.
@@ -85,6 +98,8 @@ def grade(rewards: Sequence[Reward], examples: Examples, chosen: np.ndarray, tex
     questions = {i: question_of(examples, i) for i in np.unique(chosen).tolist()}
     out = np.zeros((len(chosen), len(rewards)))
     for column, reward in enumerate(rewards):
+        if not reward.scores:
+            out[:, column] = [one.reward for one in episodes]
         for source, how in enumerate(reward.scores):
             rows = np.flatnonzero(examples.source_ids[chosen] == source)
             if not len(rows):
@@ -92,10 +107,19 @@ def grade(rewards: Sequence[Reward], examples: Examples, chosen: np.ndarray, tex
             its = ScoredSet("rollouts", reward.name, (), how)
             # By one process: programs, and functions that ask elsewhere, may not give the same to each.
             is_mine = how.together is not None or distributed.is_first()
-            asked = [questions[int(chosen[row])] for row in rows]
-            found = json.dumps(its.grade_all([texts[row] for row in rows], asked)) if is_mine else None
+            asked = [_after(questions[int(chosen[row])], episodes[row]) for row in rows]
+            found = json.dumps(its.grade_all([episodes[row].text for row in rows], asked)) if is_mine else None
             out[rows, column] = json.loads(distributed.tell(found, limit=distributed.LOADING_SECONDS))
     return out
+
+
+def _after(question: Question, episode: Episode) -> Question:
+    """The question that the last turn of an episode answers."""
+    if not episode.said:
+        return question
+    turns = question.example["messages"]
+    prompt, answer = (turns[:-1], turns[-1:]) if turns[-1]["role"] == "assistant" else (turns, [])
+    return question._replace(example=question.example | {"messages": [*prompt, *episode.said[:-1], *answer]})
 
 
 def weighted(rewards: Sequence[Reward], grades: np.ndarray) -> np.ndarray:

@@ -4,21 +4,24 @@ A batch is a function of its index and of the state before it: prompts in the lo
 (seed, number of the completion, token). So a run that goes on writes what it would have written.
 """
 
+import functools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from ftjax import critic, distributed, rewarding, tree
+from ftjax import critic, distributed, environments, rewarding, tree
 from ftjax.assemble import Base, Program
 from ftjax.atomic import write_text
 from ftjax.data.batch import packing
 from ftjax.data.batch.loader import Loader
 from ftjax.data.format.example import Document
+from ftjax.data.tokens.rendering import Tokenizer
+from ftjax.episodes import Episode, make_play
 from ftjax.errors import UserError
 from ftjax.method import lasting, method_of
 from ftjax.models.spec import DecoderSpec
@@ -26,8 +29,6 @@ from ftjax.objectives.ppo import KL_COEF
 from ftjax.objectives.reference import policy_and_reference
 from ftjax.returns import Learned, Round
 from ftjax.sampling import stop_strings
-from ftjax.sampling.engine import Completion, generate
-from ftjax.sampling.sampler import Sampling
 from ftjax.training import metrics
 from ftjax.training.source import Batch
 from ftjax.training.state import TrainState
@@ -35,12 +36,10 @@ from ftjax.tree import Tree
 
 FILE = "rollouts.jsonl"  # in the workdir: the completions of the first prompt of each round
 _LENGTHS = 64  # rows of a batch have a multiple of it tokens, since each length is compiled
-# (variables, prompts, the number of the first among all that a run completes) -> their completions
-Complete = Callable[[Tree, Sequence[np.ndarray], int], list[Completion]]
 _EQUAL = 1e-8  # rewards of a smaller standard deviation are equal, as in TRL
 
 
-def check(config: ConfigDict, spec: DecoderSpec, loader: Loader) -> None:
+def check(config: ConfigDict, spec: DecoderSpec, tokenizer: Tokenizer, loader: Loader) -> None:
     """UserError where the prompts of `loader` cannot be rewarded, or the model would not say again how likely what it
     wrote was; nothing for a method without rewards.
     """
@@ -60,6 +59,7 @@ def check(config: ConfigDict, spec: DecoderSpec, loader: Loader) -> None:
             f"--config.data.max_length={min(ends):.0f} or less"
         )
     stop_strings.check(config.rollouts.stop_strings, "config.rollouts.stop_strings")
+    environments.factory(config, tokenizer)
     rewarding.check(config, loader.examples)
 
 
@@ -69,13 +69,11 @@ class Written(NamedTuple):
     Attributes:
       chosen: int [completions], the example of each.
       prompts: its tokens.
-      texts: without special tokens.
     """
 
     chosen: np.ndarray
     prompts: Sequence[np.ndarray]
-    completions: Sequence[Completion]
-    texts: Sequence[str]
+    completions: Sequence[Episode]
 
     def of(self, places: np.ndarray) -> "Written":
         """Those completions alone, in that order."""
@@ -107,7 +105,7 @@ class Rollouts:
         self.updates, self.samples = config.rollouts.iterations, config.rollouts.samples
         self._ask = critic.make_ask(config, program, frozen)
         self._ptx = ptx
-        self._complete = make_complete(config, base)
+        self._play = make_play(config, base)
         self._round, self._made = -1, None
         self._began: float | None = None  # the last round, by the clock
         self._writes_on = False
@@ -176,7 +174,7 @@ class Rollouts:
     def _graded(self, round_: int, further: int, state: TrainState) -> tuple[Written, np.ndarray]:
         """The completions of a round, or the further ones that replace some, and what each reward gives them."""
         written = self._write(round_, further, state)
-        return written, rewarding.grade(self._rewards, self._loader.examples, written.chosen, written.texts)
+        return written, rewarding.grade(self._rewards, self._loader.examples, written.chosen, written.completions)
 
     def _prompts(self, round_: int, further: int) -> np.ndarray:
         """int [prompts]: examples; of a round in the loader's order, further ones drawn by their sources' weights."""
@@ -195,32 +193,31 @@ class Rollouts:
         policy, _ = policy_and_reference(tree.combine(state.trainable, self._frozen))
         policy = lasting(self._program.method, policy)
         first = (round_ * (1 + settings.resample) + further) * len(chosen)
-        completions = self._complete(policy, prompts, first)
-        texts = [self._base.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in completions]
-        return Written(chosen, prompts, completions, texts)
+        asked = functools.cache(lambda example: rewarding.question_of(examples, example))
+        return Written(chosen, *self._play(policy, prompts, lambda i: asked(int(chosen[i])), first))
 
     def _lay(self, written: Written) -> dict[str, np.ndarray]:
         """The arrays of the method's batches, [completions, T]: a row has a prompt with one completion.
 
         Those that say what is learned of it are 0.
         """
-        documents, places = [], []
+        documents = []
         for prompt, one in zip(written.prompts, written.completions, strict=True):
-            document = whole(prompt, one)
+            document = one.document(prompt)
             if self._config.objective.mask_truncated and not one.stopped:
                 document.trained[:] = False
             documents.append([document])
-            places.append(slice(len(prompt) - 1, len(document.tokens) - 1))  # what predicts these tokens
         batch = lay(documents, self._loader.multiple, self._program.row_length, self._program.method.batch)
-        for row, (place, one) in enumerate(zip(places, written.completions, strict=True)):
-            batch["sampled_logps"][row, place] = one.tempered_logps
+        for row, (prompt, one) in enumerate(zip(written.prompts, written.completions, strict=True)):
+            places = len(prompt) - 1 + np.flatnonzero(one.sampled)  # of what predicts these tokens
+            batch["sampled_logps"][row, places] = one.tempered_logps[one.sampled]
         batch["sampled_logps"] *= batch["weights"]
         return batch
 
-    def _metrics(self, grades: np.ndarray, total: np.ndarray, completions: Sequence[Completion]) -> dict[str, float]:
+    def _metrics(self, grades: np.ndarray, total: np.ndarray, completions: Sequence[Episode]) -> dict[str, float]:
         """By TRL's names."""
         groups = total.reshape(-1, self.samples)
-        lengths = np.array([len(one.logps) for one in completions])
+        lengths = np.array([one.sampled.sum() for one in completions])
         ended = np.array([one.stopped for one in completions])
         out = {
             "reward": total.mean(),
@@ -235,8 +232,17 @@ class Rollouts:
             out["frac_reward_zero_std"] = (~differing(groups)).mean()
         settings = self._config.rollouts
         if settings.top_k or settings.top_p < 1 or settings.min_p:
-            left = np.concatenate([one.tempered_logps - one.logps for one in completions])
+            left = np.concatenate([(one.tempered_logps - one.logps)[one.sampled] for one in completions])
             out["sampling/kept_mean"] = np.exp(left).mean()  # of the probability, what the filters leave
+        if settings.environment or settings.tools:
+            out["episodes/turns_mean"] = np.mean([one.turns for one in completions])
+            out["episodes/environment_tokens_mean"] = np.mean([(~one.sampled).sum() for one in completions])
+        if settings.tools:
+            calls, failures = (sum(getattr(one, name) for one in completions) for name in ("calls", "failures"))
+            out |= {
+                "tools/call_frequency": calls / len(completions),
+                "tools/failure_frequency": failures / max(calls, 1),
+            }
         for reward, values in zip(self._rewards, grades.T, strict=True):
             out |= {f"rewards/{reward.name}/mean": values.mean(), f"rewards/{reward.name}/std": _deviation(values)}
         return {name: float(value) for name, value in out.items()}
@@ -258,8 +264,9 @@ class Rollouts:
         question = rewarding.question_of(self._loader.examples, int(written.chosen[0]))
         names = [reward.name for reward in self._rewards]
         answers = [
-            {"text": text, "rewards": dict(zip(names, given.tolist())), name: float(value)}
-            for text, given, value in list(zip(written.texts, grades, values))[: self.samples]
+            {"text": one.text, **({"turns": one.said} if one.said else {})}
+            | {"rewards": dict(zip(names, given.tolist())), name: float(value)}
+            for one, given, value in list(zip(written.completions, grades, values))[: self.samples]
         ]
         record = {"step": step, "prompt": question.prompt.last, "expected": question.expected, "completions": answers}
         with self._file.open("a", encoding="utf-8") as file:
@@ -292,19 +299,6 @@ def _line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def make_complete(config: ConfigDict, base: Base) -> Complete:
-    """Completes prompts as config.rollouts says."""
-    settings, strings = config.rollouts, config.rollouts.stop_strings
-    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, config.seed, settings.min_p)
-    stops_at = stop_strings.stops_at(strings, base.tokenizer, "config.rollouts.stop_strings")
-
-    def complete(policy: Tree, prompts: Sequence[np.ndarray], first: int) -> list[Completion]:
-        how = settings.max_new_tokens, base.end_tokens, sampling, settings.batch_size
-        return generate(base.model, policy, prompts, *how, first=first, stops_at=stops_at)
-
-    return complete
-
-
 def lay(
     rows: Sequence[Sequence[Document]], multiple: int, most: int, arrays: Mapping[str, type[np.generic]]
 ) -> dict[str, np.ndarray]:
@@ -314,13 +308,6 @@ def lay(
     """
     needed, multiple = max(sum(len(one.tokens) for one in row) for row in rows), max(_LENGTHS, multiple)
     return packing.lay(rows, min(-(-needed // multiple) * multiple, most), arrays)
-
-
-def whole(prompt: np.ndarray, completion: Completion) -> Document:
-    """A prompt with its completion and the end token where there is one, which are trained."""
-    stop = () if completion.stop_token is None else (completion.stop_token,)
-    tokens = np.concatenate([prompt, np.array([*completion.tokens, *stop], np.int32)])
-    return Document(tokens, np.arange(len(tokens)) >= len(prompt))
 
 
 def differing(rewards: np.ndarray) -> np.ndarray:

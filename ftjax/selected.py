@@ -7,7 +7,7 @@ import numpy as np
 from ftjax import distributed, rewarding
 from ftjax.data.batch import packing
 from ftjax.data.format.example import Document
-from ftjax.rollouts import Rollouts, Written, differing, lay, whole
+from ftjax.rollouts import Rollouts, Written, differing, lay
 from ftjax.training.source import Batch
 from ftjax.training.state import TrainState
 
@@ -66,6 +66,6 @@ class Selected(Rollouts):
         """The arrays of BATCH, [prompts, T]: a row has the documents of the completions at `places`."""
         rows: list[Sequence[Document]] = []
         for its, learned in zip(places, teaches, strict=True):
-            documents = [whole(written.prompts[i], written.completions[i]) for i in its]
+            documents = [written.completions[i].document(written.prompts[i]) for i in its]
             rows.append([document._replace(trained=document.trained & learned) for document in documents])
         return lay(rows, self._loader.multiple, self._program.row_length, packing.BATCH)

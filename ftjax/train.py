@@ -125,7 +125,7 @@ def _train(
     if ptx is not None:
         preflight.check_rows(config, base, ptx, heldout, display, kind="conversation")
     preflight.check_classes(config, train_loader, display)
-    rollouts.check(config, base.model.spec, train_loader)
+    rollouts.check(config, base.model.spec, base.tokenizer, train_loader)
     distillation.check(config, train_loader)
 
     with jax.set_mesh(mesh):

@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "ftjax").rglob("*.py"))
 # of its own; "weights" alone is what stands in none of its wings. `data` and `tasks` stay on the host.
 FLOORS = [
     {"errors"},
-    {"atomic", "cache", "cli", "config_checks", "foreign", "relay", "strict_json", "tree"},
+    {"atomic", "cache", "cli", "config_checks", "foreign", "named", "relay", "strict_json", "tree"},
     {"config", "distributed"},
     {"config_files"},
     {"config_flag"},
@@ -29,7 +29,7 @@ FLOORS = [
     {"data.batch"},
     {"data.audit"},
     {"data"},
-    {"origin"},
+    {"environments", "origin"},
     {"objectives", "sampling"},
     {"returns", "training"},
     {"method"},
@@ -38,6 +38,7 @@ FLOORS = [
     {"choices"},
     {"adapted", "prompts"},
     {"evals", "rewards"},
+    {"episodes"},
     {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"}
     | {"critic", "rewarding"},
     {"best_of", "constitutional", "distillation", "labeling", "planning", "rollouts", "selected"},

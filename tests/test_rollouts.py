@@ -69,16 +69,19 @@ def test_a_completion_ends_by_its_text_and_its_tokens_stay(root, tmp_path):
     plain, start, program = source_of(config_for(root), tmp_path)
     with jax.set_mesh(program.mesh):
         free = plain._write(0, 0, start.state)
-        string = next(text[i] for text in free.texts for i in range(2, len(text)) if text[i].isalpha())
+        string = next(
+            text[i] for text in (one.text for one in free.completions) for i in range(2, len(text)) if text[i].isalpha()
+        )
         changes = {"rollouts.stop_strings": (string,), "objective.mask_truncated": True}
         stopping = source_of(config_for(root, **changes), tmp_path)[0]
         written, made = stopping._write(0, 0, start.state), stopping.batch(0, start.state)
-    assert any(string in text for text in written.texts)
-    for before, after, text in zip(free.completions, written.completions, written.texts, strict=True):
+    assert any(string in one.text for one in written.completions)
+    for before, after in zip(free.completions, written.completions, strict=True):
         np.testing.assert_array_equal(after.tokens, before.tokens[: len(after.tokens)])  # nothing is tokenized again
         assert string not in text_of(stopping, after.tokens[:-1])
-        if string in text:
-            assert (after.stopped, after.stop_token) == (True, None)
+        if string in after.text:
+            assert after.stopped
+            assert string in text_of(stopping, after.tokens)  # which no end token follows
             assert len(after.logps) == len(after.tokens)
     trained = [int((row > 0).sum()) for row in made.arrays["weights"]]
     assert trained == [len(one.logps) * one.stopped for one in written.completions]  # one that ended was not cut

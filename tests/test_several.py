@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from support import ROOT
 from support.runs import at_step, command, finish, signal_at_step, write_run
 from support.several import HEARTBEAT, ended, finished, started
 
@@ -260,5 +261,30 @@ def test_what_two_processes_write_and_learn_from_it_is_what_one_does(root, recor
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6, err_msg=name)
     assert (root / "ppo" / "rollouts.jsonl").read_text().count("\n") == 3
     difference = largest_difference(adapters(root / "ppo")[1], adapters(root / "ppo-two")[1])
+    record_figure("adapters", difference)
+    assert difference < 1e-5
+
+
+@pytest.mark.slow
+def test_episodes_of_two_processes_are_those_of_one(root, monkeypatch, record_figure):
+    """The first process has the environments, whose own numbers nobody else would draw alike, and tells the others."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}/tests:{ROOT}")
+    settings = {
+        "objective.name": "grpo", "rollouts.environment": "support.games:OfOneProcess", "rollouts.turns": 3,
+        "rollouts.samples": 4, "data.batch_size": 8, "data.eval": (), "rollouts.max_new_tokens": 8, "steps": 4,
+        "rollouts.stop_strings": ("e", "a", "i", "o"), "log_every": 1, "optimizer.learning_rate": 2e-4, "accumulate": 2,
+        "checkpoint_every": 4, "eval_every": 0, "data.row_length": 0, "data.max_length": 192,
+    }  # fmt: skip
+    given = [f"--config.{key}={value}" for key, value in settings.items()]
+    with together(root, root / "game", 1, *given, devices=2) as processes:
+        finished(processes)
+    with together(root, root / "game-two", 2, *given) as processes:
+        finished(processes, 0)
+    one, two = (metrics.read(root / name / "metrics.jsonl") for name in ("game", "game-two"))
+    assert one[0]["episodes/turns_mean"] > 1
+    for name in ("reward", "loss", "episodes/turns_mean", "episodes/environment_tokens_mean"):
+        ours, theirs = ([record[name] for record in records] for records in (one, two))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6, err_msg=name)
+    difference = largest_difference(adapters(root / "game")[1], adapters(root / "game-two")[1])
     record_figure("adapters", difference)
     assert difference < 1e-5

@@ -61,7 +61,7 @@ def best_metric(config: ConfigDict) -> tuple[str | None, str]:
 def entry_name(entry: dict[str, Any]) -> str:
     source, split = entry["source"], entry.get("split")
     if source.startswith(TASK):
-        return source.removeprefix(TASK) + (f"[{split}]" if split != "test" else "")
+        return source.removeprefix(TASK).rpartition("/")[2] + (f"[{split}]" if split != "test" else "")
     path = source.partition("?")[0].removeprefix("hf:").removeprefix("tfds:").rstrip("/")
     return (PurePath(path).name.partition(".")[0] or source) + (f"[{split}]" if split else "")
 

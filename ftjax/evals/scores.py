@@ -7,7 +7,6 @@ has that of a reward model (`ftjax.rewards`).
 
 import contextlib
 import functools
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ftjax import rewards
+from ftjax import named, rewards
 from ftjax.config import REWARD
 from ftjax.errors import UserError, did_you_mean
 from ftjax.evals import json_scores, python_tests, text_scores
@@ -91,13 +90,7 @@ def find(name: str, where: str) -> Score:
     if not colon:
         meant = did_you_mean(name, [*SCORES, *LIKELY])
         raise UserError(f"{where}: there is no score {name!r}{meant}; a function of your own is MODULE:FUNCTION")
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise UserError(f"{where}: score {name!r}: {error}; is {module} where Python finds modules?") from error
-    if not callable(found):
-        raise UserError(f"{where}: score {name!r}: {module} has no function {function!r}")
-    return Score(found, needs_answer=False)
+    return Score(named.find(name, f"{where}: score"), needs_answer=False)
 
 
 def _of_reward_model(name: str, where: str) -> Score:

@@ -31,7 +31,7 @@ class Writing:
       cache: of all slots at their full length.
       temporaries: of the engine's loop, by the compiler, or if that is more the cache of half the length, which lies
         beside while slots grow; None where the loop did not fit.
-      prefill: seconds to read the prompts, each once, at the peak of the chip.
+      prefill: seconds to read the prompts, each once, and what further turns answer, at the peak of the chip.
       token: of one token of every slot, with the cache as full as it is on average.
       tokens: that every slot chooses in a round, one after the other.
     """
@@ -71,7 +71,8 @@ def plan(config: ConfigDict, program: Program, topology: Topology) -> Writing | 
     """Compiles the engine's loop for the weights and the slots of `config`; None for a method that writes nothing.
 
     Prompts are as long as they may be, and every completion has config.rollouts.max_new_tokens; all fill the slots
-    equally often.
+    equally often. Of an episode every turn is so long and stands at the end of a full row, which each completion reads
+    for itself from the second turn on: more than any round does.
     """
     if not method_of(config).rollouts:
         return None
@@ -88,8 +89,12 @@ def plan(config: ConfigDict, program: Program, topology: Topology) -> Writing | 
     known = {"slots": rows, "capacity": capacity, "prompts": prompts, "completions": completions}
     known |= {"steps": config.rollouts.iterations, "training": training, "cache": cache}
     needed = flops.count(model.spec, weights, lambda path: False, prompts, prompt, generates=False)
-    known |= {"prefill": (needed.forward + needed.attention) / topology.chips / topology.chip.flops}
-    known |= {"tokens": math.ceil(completions / rows) * new}
+    operations = needed.forward + needed.attention
+    if config.rollouts.turns > 1:
+        each = flops.count(model.spec, weights, lambda path: False, completions, prompt, generates=False)
+        operations += (config.rollouts.turns - 1) * (each.forward + each.attention)
+    known |= {"prefill": operations / topology.chips / topology.chip.flops}
+    known |= {"tokens": math.ceil(completions / rows) * new * config.rollouts.turns}
 
     def trace() -> object:
         def whole(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:

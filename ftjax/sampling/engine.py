@@ -295,13 +295,14 @@ def generate(
     model: Decoder,
     variables: Tree,
     prompts: Sequence[np.ndarray],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_tokens: Sequence[int],
     sampling: Sampling,
     batch_size: int = 50,
     on_progress: Callable[[int, int], None] | None = None,
     first: int = 0,
     stops_at: StopsAt | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Completes every prompt; returns the completions in the order of the prompts.
 
@@ -309,8 +310,9 @@ def generate(
     (sampling.seed, first + index of the prompt, number of tokens generated so far).
 
     variables: {"params": ..., "lora"?: ...}, on one device or sharded over the mesh of `jax.set_mesh`.
-    prompts: int32 [length] each, length >= 1.
+    prompts: int32 [length] each, length >= 1. max_new_tokens: of every row, or of each.
     stop_tokens: any of these token ids ends a row. stops_at: see Request.
+    numbers: those of the rows, where they are not first, first + 1, ...
     batch_size: the most rows at once; on a mesh, rounded up to a multiple of the devices that share a batch.
     on_progress: called with (completed prompts, all prompts) whenever some have been completed.
 
@@ -319,9 +321,11 @@ def generate(
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: use 1 or more")
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    numbers = range(first, first + len(prompts)) if numbers is None else numbers
     requests = [
-        Request(prompt, max_new_tokens, sampling, stop_tokens, number, stops_at=stops_at)
-        for number, prompt in enumerate(prompts, first)
+        Request(prompt, limit, sampling, stop_tokens, number, stops_at=stops_at)
+        for prompt, limit, number in zip(prompts, limits, numbers, strict=True)
     ]
     for number, request in enumerate(requests):
         request.check(model, f"prompt {number}")

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from support.runs import command
 
-from ftjax import config as configs
-from ftjax import curate
+from ftjax import config_checks, curate
 from ftjax.data.audit import checks
 from ftjax.data.audit.findings import MATTERS
 from ftjax.data.format import writing
@@ -56,7 +55,7 @@ def test_the_commands_of_curation(tmp_path, monkeypatch):
 def test_the_tables_name_every_format_and_option():
     table = PAGE.split("## Rows")[1].split("## Packing")[0]
     assert [name for name in FORMATS if f"`{name}`" not in table] == []
-    for option in configs.ENTRY_OPTIONS:
+    for option in config_checks.ENTRY_OPTIONS:
         assert option == "source" or f"| `{option}` |" in PAGE
     assert {"messages", "sharegpt", "alpaca", "text"} <= set(writing.WRITERS)
     for code, (least, _) in MATTERS.items():

@@ -39,7 +39,7 @@ def test_supervised_tuning_then_rewards(tmp_path, monkeypatch):
     write_model(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl", 60)
     write_pairs(tmp_path / "pairs.jsonl", 60)
-    page = (ROOT / "docs/reinforcement.md").read_text().split("## Measured")[0]
+    page = (ROOT / "docs/reinforcement.md").read_text().split("## Several turns")[0]
     for line in re.findall(r"^ {4}(python -m ftjax.+MODEL.+|python -m ftjax.export.+)$", page, re.MULTILINE):
         arguments = shlex.split(line.replace("MODEL", "model").replace("configs/", f"{ROOT}/configs/"))[2:]
         small = SMALL if arguments[0] == "ftjax.train" else ()

@@ -16,6 +16,10 @@ SLICE = topology.parse("v5e:1x1")
 
 @pytest.fixture(scope="module")
 def planned():
+    return plan()
+
+
+def plan(**changes):
     """(the plan of writing with GRPO, its program)"""
 
     def compile_text(mesh, trace):
@@ -24,7 +28,7 @@ def planned():
 
     config = configs.changed(configs.defaults(), {"objective.name": "grpo", "model.source": "none"})
     sizes = {"data.max_length": 192, "rollouts.max_new_tokens": 64, "rollouts.batch_size": 6, "data.batch_size": 16}
-    config = configs.changed(config, sizes)
+    config = configs.changed(config, sizes | changes)
     model = spec(max_position_embeddings=512)
     config = choices.without_data(config, model, one_device(), SLICE.chip.usable)
     program = compiled.describe(config, model, jax.devices()[:1])
@@ -66,6 +70,13 @@ def test_the_time_is_of_full_slots_one_token_after_the_other(planned):
     rows = table.writing_rows(report, SLICE.chip.usable)
     assert rows["round"] == "16 completions of 2 prompts, for 1 step(s)"
     assert "round at least" in rows
+
+
+def test_every_turn_of_an_episode_is_the_first_again_and_read_by_each(planned):
+    turns, one = plan(**{"rollouts.turns": 3, "rollouts.environment": "game:Guess"})[0], planned[0]
+    assert turns.tokens == 3 * one.tokens
+    assert turns.prefill == pytest.approx(one.prefill * (1 + 2 * 16 / 2))
+    assert (turns.cache, turns.capacity) == (one.cache, one.capacity)
 
 
 def test_a_method_that_writes_nothing_has_no_such_plan(planned):

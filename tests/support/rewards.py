@@ -29,3 +29,8 @@ def capital(completion, example):
 def capitals(completion, example):
     """The share of letters that are capital ones, of three at least."""
     return sum(letter.isupper() for letter in completion) / max(len(completion), 3)
+
+
+def of_conversation(completion, example):
+    """How many messages it is told of."""
+    return float(len(example["messages"]))

@@ -1,5 +1,6 @@
 """The kinds of rows that methods train on, and the documents that each kind is made of."""
 
+import json
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,18 +10,19 @@ from ftjax.data.format import formats
 from ftjax.data.format.example import Document, Example, Row
 from ftjax.data.format.prompt import prompt_of
 from ftjax.data.tokens import chat
-from ftjax.data.tokens.rendering import Tokenizer
+from ftjax.data.tokens.rendering import Tokenizer, Tools
 from ftjax.errors import UserError, did_you_mean
 
 Documents = dict[str, Document]  # by the names that a person sees, in their order in a batch
 
 
 class Settings(NamedTuple):
-    """What config.objective says about rows."""
+    """What a config says about rows beside config.data."""
 
     step_separator: str = "\n"  # between the steps of an answer
     classes: tuple[str, ...] = ()
     room: int = 0  # tokens that are kept free after a prompt, for its completion
+    tools: str = ""  # JSON schemas of the functions that prompts offer, which rows may offer some of; "" for none
 
 
 PLAIN = Settings()
@@ -97,8 +99,22 @@ def _prompt(
 ) -> list[Documents]:
     fields = prompt_of(row.fields, row.origin)
     turns = fields.get("messages") or fields["prompt"]
-    tokens = chat.render_prompt(turns, tokenizer, fields.get("tools"), row.origin)
+    tokens = chat.render_prompt(turns, tokenizer, offered(fields, settings.tools, row.origin), row.origin)
     return [{"": Document(tokens, np.zeros(len(tokens), bool))}]
+
+
+def offered(fields: dict, tools: str, origin: str) -> Tools:
+    """What a prompt, of `prompt_of`, offers: the tools of its row, else all of `Settings.tools`.
+
+    Raises:
+      UserError: the row offers one that there is no function for.
+    """
+    own, schemas = fields.get("tools"), json.loads(tools or "[]")
+    known = [schema["function"]["name"] for schema in schemas]
+    for tool in own if own and known else ():
+        if (name := tool["function"]["name"]) not in known:
+            raise UserError(f"{origin}: offers the tool {name!r}, which is not in config.rollouts.tools; add it there")
+    return own or schemas or None
 
 
 def _index(label: str, classes: tuple[str, ...]) -> int | None:
