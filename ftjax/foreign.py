@@ -135,6 +135,11 @@ TRL: dict[str, Ours] = _BOTH | {
     "top_p": Ours("rollouts.top_p"),
     "min_p": Ours("rollouts.min_p", "0 where theirs is None"),
     "num_iterations": Ours("rollouts.iterations"),
+    "vllm_importance_sampling_mode": Ours(
+        "objective.correction", "none where vllm_importance_sampling_correction is off"
+    ),
+    "vllm_importance_sampling_clip_max": Ours("objective.correction_max"),
+    "vllm_importance_sampling_clip_min": Ours("objective.correction_min", "0 where theirs is None"),
     "reward_funcs": Ours("objective.rewards", "scores by name, reward:PATH, MODULE:FUNCTION"),
     "reward_weights": Ours("objective.rewards", "pairs of a name and a weight"),
     "scale_rewards": Ours("objective.scale_rewards"),

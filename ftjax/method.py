@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from ftjax import config as configs
 from ftjax.data.batch.mismatched import MISMATCHED
-from ftjax.data.batch.packing import BATCH, CRITIC, KL, LABELS, PTX, REFERENCE, REPLAY, ROLLOUT
+from ftjax.data.batch.packing import BATCH, CORRECTED, CRITIC, KL, LABELS, PTX, REFERENCE, REPLAY, ROLLOUT
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
@@ -31,7 +31,7 @@ from ftjax.objectives.scores import SCORE
 from ftjax.objectives.sft import make_sft
 from ftjax.objectives.unpaired import estimates_kl, make_unpaired, make_unpaired_totals
 from ftjax.returns import Learned, Round, of_groups, of_sequences, of_tokens
-from ftjax.training.state import Kept, kl_controller, moving_reference, reward_sums
+from ftjax.training.state import Kept, earlier_writer, kl_controller, moving_reference, reward_sums, together
 from ftjax.tree import Tree
 
 
@@ -108,7 +108,8 @@ class Method(NamedTuple):
 
 
 _WRITTEN = ("max_new_tokens", "stop_strings", "temperature", "top_k", "top_p", "min_p", "batch_size")
-_REWARDED = (*_WRITTEN, "samples", "iterations")
+_REWARDED = (*_WRITTEN, "samples", "iterations", "ahead")
+_CORRECTED = ("correction", "correction_min", "correction_max")
 # The keys of config.rollouts that a source reads; any other one that is set is refused.
 _WRITING = {"distillation": _WRITTEN, "rollouts": (*_REWARDED, "resample"), "pairs": _REWARDED, "best": _REWARDED}
 
@@ -195,6 +196,7 @@ METHODS = {
         settings=(
             *("loss", "epsilon", "epsilon_high", "importance", "kl_coef"),
             *("sapo_temperature_pos", "sapo_temperature_neg", "rewards", "scale_rewards", "mask_truncated"),
+            *_CORRECTED,
         ),
         batch=types.MappingProxyType(BATCH | ROLLOUT),
         credit=of_groups,
@@ -207,6 +209,7 @@ METHODS = {
         epochs=(1.0, 1.0),
         settings=(
             *("epsilon", "epsilon_high", "kl_coef", "rewards", "mask_truncated", "missing_eos_penalty", "baseline"),
+            *_CORRECTED,
         ),
         batch=types.MappingProxyType(BATCH | ROLLOUT),
         credit=of_sequences,
@@ -220,7 +223,7 @@ METHODS = {
         epochs=(1.0, 1.0),
         settings=(
             *("epsilon", "epsilon_high", "kl_coef", "rewards", "missing_eos_penalty", "kl_estimator", "kl_target"),
-            *("kl_horizon", "discount", "gae_lambda", "vf_coef", "value_clip", "ptx_coef"),
+            *("kl_horizon", "discount", "gae_lambda", "vf_coef", "value_clip", "ptx_coef", *_CORRECTED),
         ),
         heads=lambda config: {VALUE: 1},
         critic=True,
@@ -312,11 +315,14 @@ def method_of(config: ConfigDict) -> Method:
                 f"config.rollouts.samples={config.rollouts.samples}: objective.name={name!r} compares completions "
                 "of the same prompt; set it to 2 or more"
             )
+        _check_correction(config, method)
         how = {"temperature": config.rollouts.temperature, "max_new_tokens": config.rollouts.max_new_tokens}
         method = method._replace(objective=functools.partial(method.objective, **how))
     if config.objective.kl_target:
         settings, every = config.objective, config.rollouts.iterations
         method = method._replace(kept=kl_controller(settings.kl_coef, settings.kl_target, settings.kl_horizon, every))
+    if config.rollouts.ahead:
+        method = method._replace(kept=together(method.kept, earlier_writer(config.rollouts.iterations)))
     if config.objective.ensemble > 1:
         method = method._replace(objective=functools.partial(method.objective, seed=config.seed))
     batch = dict(method.batch) | (LABELS if ROW_KINDS[method.rows].labeled else {})
@@ -324,10 +330,30 @@ def method_of(config: ConfigDict) -> Method:
     batch |= MISMATCHED if method.mismatched(config.objective) else {}
     batch |= KL if config.objective.kl_target else {}
     batch |= PTX if config.data.ptx else {}
+    batch |= CORRECTED if config.objective.correction != "none" else {}
     cached = config.objective.cache_reference
     batch |= REFERENCE if cached else {}
     reference = (method.reference and not cached) or config.objective.kl_coef > 0
     return method._replace(reference=reference, batch=batch)
+
+
+def _check_correction(config: ConfigDict, method: Method) -> None:
+    objective = config.objective
+    bounds = [key for key in ("correction_min", "correction_max") if not configs.is_default(config, f"objective.{key}")]
+    if objective.correction == "none" and bounds:
+        raise UserError(
+            f"config.objective.{bounds[0]} bounds what corrects for the weights that wrote; set objective.correction"
+        )
+    if objective.correction_min > objective.correction_max:
+        raise UserError(
+            f"config.objective.correction_min={objective.correction_min:g} is above config.objective.correction_max="
+            f"{objective.correction_max:g}; lower it"
+        )
+    if objective.correction.startswith("token") and method.credit is of_sequences:
+        raise UserError(
+            f"config.objective.correction={objective.correction!r}: objective.name={objective.name!r} has one ratio of "
+            f"a whole completion; use sequence_{objective.correction.removeprefix('token_')}"
+        )
 
 
 def lasting(method: Method, variables: Tree) -> Tree:

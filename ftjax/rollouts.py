@@ -24,7 +24,7 @@ from ftjax.method import lasting, method_of
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.ppo import KL_COEF
 from ftjax.objectives.reference import policy_and_reference
-from ftjax.returns import Learned, Round
+from ftjax.returns import Learned, Round, correction
 from ftjax.sampling import stop_strings
 from ftjax.sampling.engine import Completion, generate
 from ftjax.sampling.sampler import Sampling
@@ -116,9 +116,12 @@ class Rollouts:
         round_ = index // self.updates
         if self._made is None or self._round != round_:
             self._made, self._round = self._make(round_, state), round_
+        # In steps, from the weights that wrote to those that learn.
+        written_at = max(round_ - self._config.rollouts.ahead, 0) * self.updates
+        made = self._made._replace(metrics={**self._made.metrics, "sampling/staleness": float(index - written_at)})
         if self._ptx is None:
-            return self._made
-        return _with_rows(self._made, self._ptx.batch(index), self._ptx.batch_tokens(index))
+            return made
+        return _with_rows(made, self._ptx.batch(index), self._ptx.batch_tokens(index))
 
     def epoch_at(self, index: int) -> float:
         return self._loader.epoch_at(index // self.updates)
@@ -164,14 +167,19 @@ class Rollouts:
             scores,
             np.array([one.stopped for one in written.completions]),
             arrays["weights"] > 0,
-            arrays["sampled_logps"],
+            said.get("old_logps", arrays["sampled_logps"]),
             said.get("reference_logps"),
             said.get("values"),
             self.samples,
         )
         settings = self._config.objective
         kl_coef = float(state.kept[KL_COEF]) if KL_COEF in state.kept else settings.kl_coef
-        return self._program.method.credit(settings, known, kl_coef)
+        learned = self._program.method.credit(settings, known, kl_coef)
+        if "old_logps" not in said:
+            return learned
+        weights, metrics = correction(settings, said["old_logps"], arrays["sampled_logps"], known.mask)
+        further = {"old_logps": np.where(known.mask, said["old_logps"], 0), "correction": weights}
+        return learned._replace(by_token=learned.by_token | further, metrics=learned.metrics | metrics)
 
     def _graded(self, round_: int, further: int, state: TrainState) -> tuple[Written, np.ndarray]:
         """The completions of a round, or the further ones that replace some, and what each reward gives them."""
@@ -192,7 +200,7 @@ class Rollouts:
         settings, examples = self._config.rollouts, self._loader.examples
         chosen = np.repeat(self._prompts(round_, further), self.samples)
         prompts = [examples.documents_of(i)[0].tokens for i in chosen]
-        policy, _ = policy_and_reference(tree.combine(state.trainable, self._frozen))
+        policy, _ = policy_and_reference(tree.combine(state.writer, self._frozen))
         policy = lasting(self._program.method, policy)
         first = (round_ * (1 + settings.resample) + further) * len(chosen)
         completions = self._complete(policy, prompts, first)

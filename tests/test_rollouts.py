@@ -126,6 +126,45 @@ def test_prompts_that_teach_nothing_are_replaced_alike_in_a_run_that_goes_on(roo
     assert "groups/written" not in plain.metrics
 
 
+def test_a_round_ahead_is_what_the_weights_of_the_last_round_write(root, tmp_path):
+    changes = {"rollouts.iterations": 2, "optimizer.learning_rate": 0.1, "schedule.name": "constant"}
+    of_earlier, of_now = (source_of(config_for(root, **changes), tmp_path)[0] for _ in range(2))
+    source, start, program = source_of(config_for(root, **changes, **{"rollouts.ahead": 1}), tmp_path)
+    state, trained, staleness = start.state, [], []
+    with jax.set_mesh(program.mesh):
+        for index in range(6):
+            trained.append(jax.device_get(state.trainable))
+            made = source.batch(index, state)
+            staleness.append(made.metrics["sampling/staleness"])
+            state, _ = program.step(state, start.frozen, {name: array[None] for name, array in made.arrays.items()})
+        earlier, now = (
+            its.batch(4, start.state.replace(trainable=trained[step], kept={})).arrays
+            for its, step in ((of_earlier, 2), (of_now, 4))
+        )
+    for name in ("tokens", "sampled_logps", "advantages"):
+        np.testing.assert_array_equal(made.arrays[name], earlier[name])
+    assert not np.array_equal(made.arrays["tokens"], now["tokens"])
+    assert staleness == [0, 1, 2, 3, 2, 3]
+
+
+def test_what_earlier_weights_wrote_counts_by_how_likely_it_is_now(root, tmp_path):
+    """The trainer's own log p before the round, and their ratio to those of sampling, against the formula."""
+    changes = {"rollouts.ahead": 1, "rollouts.temperature": 0.7, "objective.correction": "token_truncate"}
+    source, start, program = source_of(config_for(root, **changes, **{"objective.correction_max": 1.1}), tmp_path)
+    state = start.state
+    state = state.replace(trainable=jax.tree.map(lambda leaf: leaf + 0.1, state.trainable))
+    with jax.set_mesh(program.mesh):
+        arrays = source.batch(0, state).arrays
+    unembed, trained = make_unembed(program.model), arrays["weights"] > 0
+    variables = tree.combine(state.trainable, start.frozen)
+    now = np.asarray(token_logps(program.model, lambda *given: unembed(*given) / 0.7, variables, arrays, None))
+    np.testing.assert_allclose(arrays["old_logps"][trained], now[trained], atol=1e-5)
+    ratios = np.exp(np.float64(now)[trained] - arrays["sampled_logps"][trained])
+    assert np.abs(ratios - 1).max() > 0.1
+    np.testing.assert_allclose(arrays["correction"][trained], np.minimum(ratios, 1.1), rtol=1e-4)
+    assert not arrays["correction"][~trained].any()
+
+
 @pytest.mark.parametrize("name", ["rloo", "ppo"])
 def test_nothing_is_replaced_where_equal_rewards_teach(root, name):
     with pytest.raises(UserError, match=r"rollouts\.resample: .* does not use it \(of grpo\)"):
@@ -190,6 +229,8 @@ OF_PPO = {
     "data.ptx_rows": 2,
     "objective.ptx_coef": 0.5,
     "export_formats": ("peft",),
+    "rollouts.ahead": 1,
+    "objective.correction": "sequence_truncate",
 }
 
 
@@ -219,8 +260,12 @@ def test_a_run_of_its_own_completions_resumes_exactly(root, tmp_path, name, chan
     assert rewards[::2] == rewards[1::2]
     assert len(set(rewards)) == 4
     assert records[0]["sampling/logp_difference_mean"] < 1e-4 < records[1]["sampling/logp_difference_mean"]
+    ahead = changes.get("rollouts.ahead", 0)
+    assert [record["sampling/staleness"] for record in records] == [0, 1, *[2 * ahead, 2 * ahead + 1] * 3]
+    assert (records[2]["sampling/logp_difference_mean"] > 1e-4) == ahead
     written, last = (tmp_path / "run" / rollouts.FILE).read_text(), tmp_path / "run/checkpoints/8"
     end = digest.read(last)["leaves"]
+    assert any(path.startswith("kept/writer/lora/") for path in end) == ahead
     assert ("kept/kl_coef" in end) == ("trainable/heads/value/kernel" in end) == (name == "ppo")
     coefs = {record["objective/kl_coef"] for record in records if "objective/kl_coef" in record}
     assert len(coefs) == 4 * (name == "ppo")  # a controller changes it after each round
@@ -359,6 +404,17 @@ def test_the_rows_of_the_pretraining_mix_are_checked_too(root, tmp_path):
         ),
         (PTX | {"data.ptx_rows": 3, "accumulate": 2}, "ptx_rows=3 rows in 2 micro-batch.*to a multiple of 2"),
         ({"data.ptx": ("texts.jsonl",)}, "config.data.ptx: objective.name='grpo' does not use it .of ppo"),
+        ({"objective.correction_max": 2.0}, "correction_max bounds what corrects .*set objective.correction"),
+        (
+            {"objective.correction": "token_mask", "objective.correction_min": 4.0},
+            "correction_min=4 is above config.objective.correction_max=3",
+        ),
+        (
+            {"objective.name": "rloo", "objective.correction": "token_mask"},
+            "'token_mask': objective.name='rloo' has one ratio of a whole completion; use sequence_mask",
+        ),
+        ({"objective.name": "rejection", "objective.correction": "token_mask"}, "does not use it .of grpo, rloo, ppo"),
+        ({"rollouts.ahead": 2}, "rollouts.ahead=2: it must be a number from 0 to 1"),
         ({"objective.vf_coef": 0.5}, "vf_coef: objective.name='grpo' does not use it .of ppo"),
     ],
 )
