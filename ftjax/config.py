@@ -195,7 +195,7 @@ KEYS: dict[str, Key] = {
     "rollouts.batch_size": Key(64, number(1)),  # completions written together
     "rollouts.iterations": Key(1, number(1)),  # steps on the same completions
     "rollouts.ahead": Key(0, number(0, 1)),  # rounds between the weights that write and those that learn at first
-    # grpo: how often at most other prompts are written to replace those whose completions have equal rewards
+    # grpo, rloo: how often at most other prompts are written to replace those whose completions have equal rewards
     "rollouts.resample": Key(0, number(0)),
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.

@@ -89,7 +89,8 @@ class Method(NamedTuple):
         """The keys of config.rollouts that it reads."""
         keys = _WRITING.get(self.source, ())
         # Completions with equal rewards teach nothing only where they are compared with each other alone.
-        return keys if self.credit is of_groups else tuple(key for key in keys if key != "resample")
+        alone = self.credit in (of_groups, of_sequences)
+        return keys if alone else tuple(key for key in keys if key != "resample")
 
     @property
     def answered(self) -> bool:
@@ -316,6 +317,7 @@ def method_of(config: ConfigDict) -> Method:
                 "of the same prompt; set it to 2 or more"
             )
         _check_correction(config, method)
+        _check_resample(config, method)
         how = {"temperature": config.rollouts.temperature, "max_new_tokens": config.rollouts.max_new_tokens}
         method = method._replace(objective=functools.partial(method.objective, **how))
     if config.objective.kl_target:
@@ -335,6 +337,17 @@ def method_of(config: ConfigDict) -> Method:
     batch |= REFERENCE if cached else {}
     reference = (method.reference and not cached) or config.objective.kl_coef > 0
     return method._replace(reference=reference, batch=batch)
+
+
+def _check_resample(config: ConfigDict, method: Method) -> None:
+    """Of completions with equal rewards the advantages must be 0, so that nothing is lost with them."""
+    for key, value in (("kl_coef", 0.0), ("baseline", "others")):
+        if config.rollouts.resample and method.credit is of_sequences and config.objective[key] != value:
+            raise UserError(
+                f"config.rollouts.resample: with config.objective.{key}={config.objective[key]!r} completions of "
+                f"{config.objective.name!r} that are rewarded alike teach something, too, and would be replaced; set "
+                f"objective.{key} to {value!r}, or leave resample out"
+            )
 
 
 def _check_correction(config: ConfigDict, method: Method) -> None:

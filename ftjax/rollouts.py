@@ -137,13 +137,13 @@ class Rollouts:
         total = rewarding.weighted(self._rewards, grades)
         wanted = len(total) // self.samples
         for further in range(1, self._config.rollouts.resample + 1):
-            if differing(total.reshape(-1, self.samples)).sum() >= wanted:
+            if differing(self._groups(every, total)).sum() >= wanted:
                 break
             more, their_grades = self._graded(round_, further, state)
             every = Written(np.append(every.chosen, more.chosen), *([*a, *b] for a, b in zip(every[1:], more[1:])))
             grades = np.concatenate([grades, their_grades])
             total = rewarding.weighted(self._rewards, grades)
-        groups = total.reshape(-1, self.samples)
+        groups = self._groups(every, total)
         kept = most_differing(groups, wanted)
         places = (kept[:, None] * self.samples + np.arange(self.samples)).reshape(-1)
         written = every.of(places)
@@ -157,6 +157,11 @@ class Rollouts:
         if self._config.rollouts.resample:
             found |= {"groups/written": float(len(groups)), "groups/kept": float(differing(groups[kept]).sum())}
         return Batch(arrays, int((arrays["segment_ids"] > 0).sum()), found)
+
+    def _groups(self, written: Written, total: np.ndarray) -> np.ndarray:
+        """float64 [prompts, samples]: what the completions of a prompt are compared by."""
+        ended = np.array([one.stopped for one in written.completions])
+        return (total - self._config.objective.missing_eos_penalty * ~ended).reshape(-1, self.samples)
 
     def _learned(
         self, state: TrainState, arrays: dict[str, np.ndarray], written: Written, scores: np.ndarray

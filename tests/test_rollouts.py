@@ -105,9 +105,10 @@ def test_prompts_of_equal_rewards_give_way_in_their_order():
     assert most_differing(rewards[:2], 2).tolist() == [0, 1]
 
 
-def test_prompts_that_teach_nothing_are_replaced_alike_in_a_run_that_goes_on(root, tmp_path):
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_prompts_that_teach_nothing_are_replaced_alike_in_a_run_that_goes_on(root, tmp_path, name):
     """Few first tokens are capital letters, so that the rewards of most prompts are all 0."""
-    changes = {"objective.rewards": ("support.rewards:capital",), "rollouts.max_new_tokens": 1}
+    changes = {"objective.rewards": ("support.rewards:capital",), "rollouts.max_new_tokens": 1, "objective.name": name}
     source, start, program = source_of(config_for(root, **changes), tmp_path)
     changes["rollouts.resample"] = 6
     replacing, again = (source_of(config_for(root, **changes), tmp_path)[0] for _ in range(2))
@@ -165,10 +166,30 @@ def test_what_earlier_weights_wrote_counts_by_how_likely_it_is_now(root, tmp_pat
     assert not arrays["correction"][~trained].any()
 
 
-@pytest.mark.parametrize("name", ["rloo", "ppo"])
-def test_nothing_is_replaced_where_equal_rewards_teach(root, name):
-    with pytest.raises(UserError, match=r"rollouts\.resample: .* does not use it \(of grpo\)"):
-        method_of(config_for(root, **{"objective.name": name, "rollouts.resample": 1}))
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective.name": "ppo"}, r"does not use it \(of grpo, rloo\)"),
+        ({"objective.name": "rloo", "objective.kl_coef": 0.1}, r"with config.objective.kl_coef=0.1 .* rewarded alike"),
+        ({"objective.name": "rloo", "objective.baseline": "batch"}, r"set objective.baseline to 'others'"),
+    ],
+)
+def test_nothing_is_replaced_where_equal_rewards_teach(root, changes, said):
+    with pytest.raises(UserError, match=rf"rollouts\.resample: .*{said}"):
+        method_of(config_for(root, **changes, **{"rollouts.resample": 1}))
+
+
+def test_of_equal_rewards_those_differ_that_came_to_an_end(root, tmp_path):
+    """What a cut completion loses counts where it is decided which prompts teach something."""
+    changes = {"objective.name": "rloo", "objective.rewards": ("support.rewards:of_prompt",), "rollouts.resample": 3}
+    free, start, program = source_of(config_for(root, **changes), tmp_path, tuple(range(100, 140)))
+    changes |= {"objective.missing_eos_penalty": 0.5}
+    source, start, program = source_of(config_for(root, **changes), tmp_path, tuple(range(100, 140)))
+    with jax.set_mesh(program.mesh):
+        nothing, made = free.batch(0, start.state), source.batch(0, start.state)
+    assert nothing.metrics["groups/kept"] == 0
+    assert made.metrics["groups/kept"] == 2
+    assert made.arrays["advantages"].any(axis=1).reshape(2, 3).any(axis=1).all()
 
 
 def test_rewards_are_summed_by_weight_and_logged_by_name(root, tmp_path):

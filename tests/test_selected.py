@@ -143,7 +143,7 @@ def test_a_bandit_is_solved(tmp_path, name, changes):
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("rejection", {"rollouts.resample": 1}, r"rollouts.resample: .*does not use it \(of grpo\)"),
+        ("rejection", {"rollouts.resample": 1}, r"rollouts.resample: .*does not use it \(of grpo, rloo\)"),
         ("online_dpo", {"objective.least_reward": 0.0}, r"least_reward: .*does not use it \(of rejection\)"),
         ("online_dpo", {"data.row_length": 64}, r"row_length=64: the longest prompt has \d+ tokens.*follow, twice"),
         ("online_dpo", {"objective.loss": ("sigmoidd",)}, "sigmoidd"),

@@ -88,8 +88,8 @@ def make_policy(model: Decoder, config: ConfigDict, *, temperature: float = 1.0,
 
     With the arrays of `packing.CORRECTED` the policy is held near what it was before the round, and not near what drew
     the tokens: ratios are p / p_old, and `correction`, p_old / p_sampled within bounds (`returns.correction`), is what
-    a token's loss counts, though not its KL divergence (decoupled: Hilton et al. 2021, arXiv 2110.00641; Fu et al. 2025,
-    arXiv 2505.24298; as in TRL).
+    a token's loss counts, though not its KL divergence (decoupled: Hilton et al. 2021, arXiv 2110.00641; Fu et al.
+    2025, arXiv 2505.24298; as in TRL).
 
     `config.loss` names one of LOSSES (dapo where it is empty). The ratio of a token is p / p when sampled, p being at
     the temperature of sampling, and with `config.importance` "sequence" the geometric mean of these over its completion
