@@ -146,6 +146,11 @@ KEYS: dict[str, Key] = {
     # grpo, rloo, ppo: what is rewarded, scores as of data.eval, with weights: ("score", ("reward:runs/rm", 0.5));
     # (): a task's own
     "objective.rewards": Key((), rewards()),
+    # online_dpo, instead: a model that says which of two completions is better, here or behind an endpoint's URL; there
+    # its name, and the environment variable with the key
+    "objective.judge": Key("", ANY),
+    "objective.judge_model": Key("", ANY),
+    "objective.judge_key": Key("OPENAI_API_KEY", ANY),
     # grpo: how the rewards of a prompt's completions become advantages: less their mean, over the standard deviation of
     # these (group), of the whole batch (batch), or over nothing (none)
     "objective.scale_rewards": Key("group", one_of("group", "batch", "none")),

@@ -124,6 +124,11 @@ def check_together(given: Mapping[str, Any]) -> None:
         )
 
 
+def is_endpoint(name: str) -> bool:
+    """Whether a model is named by the URL of an OpenAI-compatible endpoint."""
+    return name.startswith(("http://", "https://"))
+
+
 def check_replay(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """UserError where the option "replay" does not say how often a row is seen. sources: the entries of data.train,
     data.eval, ... by "train", "eval", ..."""

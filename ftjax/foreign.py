@@ -140,6 +140,7 @@ TRL: dict[str, Ours] = _BOTH | {
     ),
     "vllm_importance_sampling_clip_max": Ours("objective.correction_max"),
     "vllm_importance_sampling_clip_min": Ours("objective.correction_min", "0 where theirs is None"),
+    "judge": Ours("objective.judge", "a model, or an endpoint's URL with objective.judge_model"),
     "reward_funcs": Ours("objective.rewards", "scores by name, reward:PATH, MODULE:FUNCTION"),
     "reward_weights": Ours("objective.rewards", "pairs of a name and a weight"),
     "scale_rewards": Ours("objective.scale_rewards"),

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
+from ftjax.config_checks import is_endpoint
 from ftjax.data.batch.mismatched import MISMATCHED
 from ftjax.data.batch.packing import BATCH, CORRECTED, CRITIC, KL, LABELS, PTX, REFERENCE, REPLAY, ROLLOUT
 from ftjax.data.tokens.kinds import ROW_KINDS
@@ -242,6 +243,7 @@ METHODS = {
         settings=(
             *("beta", "loss", "label_smoothing", "divergence", "divergence_alpha", "discopop_tau", "ld_alpha"),
             *("weighting", "reference_every", "reference_share", "rewards", "missing_eos_penalty"),
+            *("judge", "judge_model", "judge_key"),
         ),
         reference=True,
         source="pairs",
@@ -303,6 +305,8 @@ def method_of(config: ConfigDict) -> Method:
         raise UserError("config.objective.classes: name the classes of the rows' labels, such as ('spam', 'other')")
     if method.distills:
         _check_distills(config)
+    if "judge" in method.settings:
+        _check_judge(config)
     if method.source == "rollouts":
         for key in ("adapter.dropout", "model.neftune_alpha"):
             if not configs.is_default(config, key):
@@ -372,6 +376,27 @@ def _check_correction(config: ConfigDict, method: Method) -> None:
 def lasting(method: Method, variables: Tree) -> Tree:
     """`variables` without heads that only helped in training."""
     return {name: part for name, part in variables.items() if name != COLLECTION or not method.critic}
+
+
+def _check_judge(config: ConfigDict) -> None:
+    objective, behind_url = config.objective, is_endpoint(config.objective.judge)
+    if objective.judge and objective.rewards:
+        raise UserError(
+            f"config.objective.judge={objective.judge}: the judge alone says what is better; leave objective.rewards "
+            "out"
+        )
+    if objective.judge and config.rollouts.samples < 2:
+        raise UserError(
+            "config.rollouts.samples=1: a judge compares completions of the same prompt; set it to 2 or more"
+        )
+    if behind_url and not objective.judge_model:
+        raise UserError(f"config.objective.judge_model: name the model that {objective.judge} is to ask")
+    for key in ("judge_model", "judge_key"):
+        if not behind_url and not configs.is_default(config, f"objective.{key}"):
+            raise UserError(
+                f"config.objective.{key} is of a judge behind an endpoint; set objective.judge to its URL, such as "
+                "https://HOST/v1"
+            )
 
 
 def _check_distills(config: ConfigDict) -> None:

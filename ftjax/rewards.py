@@ -22,6 +22,7 @@ from ftjax import assemble, sharding
 from ftjax import config as configs
 from ftjax.adapted import NONE, load_model
 from ftjax.assemble import Base
+from ftjax.config_checks import is_endpoint
 from ftjax.data.batch.packing import BATCH, lay
 from ftjax.data.format.conversation import conversation as plain_turns
 from ftjax.data.format.example import Document, Row
@@ -155,18 +156,21 @@ def load(path: str, step: str | None = None, model: str = "") -> RewardModel:
 
 
 def needed(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> float:
-    """Bytes on each device, by default of this machine, of the reward models that config.objective.rewards names.
+    """Bytes on each device, by default of this machine, of the models that config.objective.rewards names, or judge.
 
     Nothing of them is read but what describes them. Raises UserError where there is no such thing.
     """
     named = (one if isinstance(one, str) else one[0] for one in config.objective.rewards)
     kinds_and_paths = {name.partition("?")[0].partition(":")[::2] for name in named}  # however heads are taken together
     mesh, size = sharding.make_mesh({"fsdp": -1}, devices), 0.0
-    for path in sorted(path for kind, path in kinds_and_paths if kind == configs.REWARD):
+    models = {path: f"rewards: {configs.REWARD}:{path}" for kind, path in kinds_and_paths if kind == configs.REWARD}
+    if (judge := config.objective.judge) and not is_endpoint(judge):
+        models[judge] = f"judge={judge}"
+    for path, named in sorted(models.items()):
         try:
             size += _bytes(path, mesh)
         except UserError as error:
-            raise UserError(f"config.objective.rewards: {configs.REWARD}:{path}: {error}") from error
+            raise UserError(f"config.objective.{named}: {error}") from error
     return size
 
 
@@ -184,7 +188,7 @@ def _bytes(path: str, mesh: Mesh) -> float:
     if (where / adapters.CONFIG).is_file():
         source = read_json(inside(where, adapters.CONFIG)).get("base_model_name_or_path") or ""
         adapter = sum(file.stat().st_size for file in where.glob("adapter_model.*"))  # whole on each device
-    dtype = jnp.dtype(_dtype(source))
+    dtype = jnp.dtype(stored_dtype(source))
     spec = spec_from_config(open_source(locate(source, weights=False), weights=False).config)
     return adapter + sum(map(bytes_on_device, jax.tree.leaves(abstract_params(Decoder(spec, dtype, dtype), mesh))))
 
@@ -195,11 +199,11 @@ def _of_directory(path: str, model: str) -> RewardModel:
         config = read_json(inside(where, adapters.CONFIG))
         facts = read_json(inside(where, adapters.FACTS)) if (where / adapters.FACTS).is_file() else {}
         source = model or config.get("base_model_name_or_path") or ""
-        base, variables = load_model(source, {"adapter": path}, _dtype(source), heads=True)
+        base, variables = load_model(source, {"adapter": path}, stored_dtype(source), heads=True)
         return _of_files(path, base, variables["adapter"], kind_of(config), facts.get(FACTS))
     if model:
         raise UserError(f"{path}: is a whole model, or no model at all, and needs none beside it; leave {model} out")
-    base, variables = load_model(path, {}, _dtype(path), heads=True)
+    base, variables = load_model(path, {}, stored_dtype(path), heads=True)
     its = classifier(base.reader)
     return _of_files(path, base, variables[NONE], its and its.kind, base.reader.config.get(FACTS))
 
@@ -244,7 +248,7 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _dtype(source: str) -> str:
+def stored_dtype(source: str) -> str:
     """The type of a model's weights, as its config.json says; float32 where it says none that is computed in."""
     config = open_source(locate(source, weights=False), weights=False).config
     named = config.get("dtype") or config.get("torch_dtype")
