@@ -78,8 +78,8 @@ def _of_rollouts(config: ConfigDict, longest: int, limits: Limits) -> Sizes:
     given, each = _given(config), samples(config)
     if given.batch_size % each:
         raise UserError(
-            f"config.data.batch_size={given.batch_size} completions in a step, of which config.rollouts.samples={each} "
-            f"are of the same prompt; set it to a multiple, such as --config.data.batch_size={8 * each}"
+            f"config.data.batch_size={given.batch_size} completions in a step, of which "
+            f"config.rollouts.{'learned' if config.rollouts.learned else 'samples'}={each} are of the same prompt; set it to a multiple, such as --config.data.batch_size={8 * each}"
         )
     what = "row" if method_of(config).answered else "prompt"
     documents = 2 if method_of(config).pairs else 1  # of a row

@@ -190,7 +190,7 @@ KEYS: dict[str, Key] = {
     "objective.distill_temperature": Key(1.0, number(0.01)),  # gkd: of both models where they are compared
     "objective.student_share": Key(0.5, number(0, 1)),  # gkd: of steps that learn from what the model itself writes
     # What the model writes in training, with a method that lets it.
-    "rollouts.samples": Key(8, number(1)),  # completions of a prompt; data.batch_size is a multiple of it
+    "rollouts.samples": Key(8, number(1)),  # completions of a prompt; data.batch_size counts those learned from
     "rollouts.max_new_tokens": Key(256, number(1)),  # of a completion; data.max_length is for it and its prompt
     "rollouts.stop_strings": Key((), ANY),  # texts; a completion ends where it first has one, which it keeps
     "rollouts.temperature": Key(1.0, number(0.01)),
@@ -201,6 +201,7 @@ KEYS: dict[str, Key] = {
     "rollouts.iterations": Key(1, number(1)),  # steps on the same completions
     "rollouts.ahead": Key(0, number(0, 1)),  # rounds between the weights that write and those that learn at first
     # grpo, rloo: how often at most other prompts are written to replace those whose completions have equal rewards
+    "rollouts.learned": Key(0, number(0)),  # of the completions of a prompt, those that differ most; 0: all
     "rollouts.resample": Key(0, number(0)),
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.

@@ -91,7 +91,8 @@ class Method(NamedTuple):
         keys = _WRITING.get(self.source, ())
         # Completions with equal rewards teach nothing only where they are compared with each other alone.
         alone = self.credit in (of_groups, of_sequences)
-        return keys if alone else tuple(key for key in keys if key != "resample")
+        left_out = {"resample": not alone, "learned": self.credit is not of_groups}
+        return tuple(key for key in keys if not left_out.get(key))
 
     @property
     def answered(self) -> bool:
@@ -113,7 +114,12 @@ _WRITTEN = ("max_new_tokens", "stop_strings", "temperature", "top_k", "top_p", "
 _REWARDED = (*_WRITTEN, "samples", "iterations", "ahead")
 _CORRECTED = ("correction", "correction_min", "correction_max")
 # The keys of config.rollouts that a source reads; any other one that is set is refused.
-_WRITING = {"distillation": _WRITTEN, "rollouts": (*_REWARDED, "resample"), "pairs": _REWARDED, "best": _REWARDED}
+_WRITING = {
+    "distillation": _WRITTEN,
+    "rollouts": (*_REWARDED, "resample", "learned"),
+    "pairs": _REWARDED,
+    "best": _REWARDED,
+}
 
 
 _PAIRS = Method(
@@ -320,6 +326,12 @@ def method_of(config: ConfigDict) -> Method:
                 f"config.rollouts.samples={config.rollouts.samples}: objective.name={name!r} compares completions "
                 "of the same prompt; set it to 2 or more"
             )
+        if config.rollouts.learned and not 2 <= config.rollouts.learned <= config.rollouts.samples:
+            raise UserError(
+                f"config.rollouts.learned={config.rollouts.learned}: of config.rollouts.samples="
+                f"{config.rollouts.samples} completions of a prompt 2 or more are compared; set it to 2 to "
+                f"{config.rollouts.samples}, or to 0 for all"
+            )
         _check_correction(config, method)
         _check_resample(config, method)
         how = {"temperature": config.rollouts.temperature, "max_new_tokens": config.rollouts.max_new_tokens}
@@ -421,8 +433,9 @@ def holds_reference_in_vain(config: ConfigDict) -> bool:
 
 
 def samples(config: ConfigDict) -> int:
-    """How many rows of a batch are made of one row of the data: 1, or completions of a prompt."""
-    return config.rollouts.samples if METHODS[config.objective.name].source == "rollouts" else 1
+    """How many rows of a batch are made of one row of the data: 1, or completions of a prompt that are learned from."""
+    each = config.rollouts.learned or config.rollouts.samples
+    return each if METHODS[config.objective.name].source == "rollouts" else 1
 
 
 def ptx_rows(config: ConfigDict) -> int:

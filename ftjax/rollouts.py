@@ -85,7 +85,8 @@ class Written(NamedTuple):
 class Rollouts:
     """The `training.source.Source` of a method whose model writes what it learns from.
 
-    loader: of the prompts, of which a batch has config.data.batch_size / config.rollouts.samples.
+    loader: of the prompts, of which a batch has config.data.batch_size / config.rollouts.samples, or
+      / config.rollouts.learned.
     ptx: of the rows that each step has beside the completions, None where it has none.
 
     Raises:
@@ -105,6 +106,7 @@ class Rollouts:
         self._config, self._base, self._program, self._frozen = config, base, program, frozen
         self._loader, self._rewards, self._file = loader, rewarding.rewards_of(config), workdir / FILE
         self.updates, self.samples = config.rollouts.iterations, config.rollouts.samples
+        self._each = config.rollouts.learned or self.samples  # of the samples, those that are learned from
         self._ask = critic.make_ask(config, program, frozen)
         self._ptx = ptx
         self._complete = make_complete(config, base)
@@ -145,7 +147,8 @@ class Rollouts:
             total = rewarding.weighted(self._rewards, grades)
         groups = self._groups(every, total)
         kept = most_differing(groups, wanted)
-        places = (kept[:, None] * self.samples + np.arange(self.samples)).reshape(-1)
+        of_each = most_varied(groups[kept], self._each)
+        places = (kept[:, None] * self.samples + of_each).reshape(-1)
         written = every.of(places)
         arrays = self._lay(written)
         learned = self._learned(state, arrays, written, total[places])
@@ -175,7 +178,7 @@ class Rollouts:
             said.get("old_logps", arrays["sampled_logps"]),
             said.get("reference_logps"),
             said.get("values"),
-            self.samples,
+            self._each,
         )
         settings = self._config.objective
         kl_coef = float(state.kept[KL_COEF]) if KL_COEF in state.kept else settings.kl_coef
@@ -272,7 +275,7 @@ class Rollouts:
         names = [reward.name for reward in self._rewards]
         answers = [
             {"text": text, "rewards": dict(zip(names, given.tolist())), name: float(value)}
-            for text, given, value in list(zip(written.texts, grades, values))[: self.samples]
+            for text, given, value in list(zip(written.texts, grades, values))[: self._each]
         ]
         record = {"step": step, "prompt": question.prompt.last, "expected": question.expected, "completions": answers}
         with self._file.open("a", encoding="utf-8") as file:
@@ -347,3 +350,16 @@ def most_differing(rewards: np.ndarray, count: int) -> np.ndarray:
     Dynamic sampling (Yu et al. 2025, arXiv:2503.14476, section 3.2), with an end to it. rewards as of `differing`.
     """
     return np.sort(np.argsort(~differing(rewards), kind="stable")[:count])
+
+
+def most_varied(rewards: np.ndarray, count: int) -> np.ndarray:
+    """int [prompts, count]: of each prompt the completions whose rewards have the greatest variance, in their order.
+
+    Which are its best and its worst ones, so many of each as give the most (PODS: Xu et al. 2025, arXiv:2504.13818,
+    section 3). rewards as of `differing`.
+    """
+    ranked, samples = np.argsort(rewards, axis=1, kind="stable"), rewards.shape[1]
+    ends = np.array([[*range(count - best), *range(samples - best, samples)] for best in range(count + 1)])
+    tried = ranked[:, ends]  # [prompts, count + 1, count]
+    variances = np.take_along_axis(rewards[:, None], tried, axis=2).var(axis=2)
+    return np.sort(tried[np.arange(len(rewards)), variances.argmax(axis=1)], axis=1)

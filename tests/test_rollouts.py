@@ -1,5 +1,6 @@
 """Batches that the model writes itself: what is in them, what is rewarded, and that a run of them resumes exactly."""
 
+import itertools
 import json
 
 import jax
@@ -15,7 +16,7 @@ from ftjax.method import method_of
 from ftjax.objectives.head import make_unembed
 from ftjax.objectives.logps import token_logps
 from ftjax.returns import group_advantages
-from ftjax.rollouts import most_differing
+from ftjax.rollouts import most_differing, most_varied
 from ftjax.training import digest, metrics
 
 
@@ -103,6 +104,42 @@ def test_prompts_of_equal_rewards_give_way_in_their_order():
     assert most_differing(rewards, 2).tolist() == [1, 3]
     assert most_differing(rewards, 4).tolist() == [0, 1, 3, 4]  # the first of those that teach nothing fills up
     assert most_differing(rewards[:2], 2).tolist() == [0, 1]
+
+
+def test_the_completions_that_differ_most_vary_as_much_as_any_so_many_do():
+    """Against all subsets."""
+    rng = np.random.default_rng(0)
+    rewards = np.concatenate([rng.integers(0, 2, (20, 7)), rng.normal(size=(20, 7)), np.ones((1, 7))])
+    for count in (2, 3, 4, 7):
+        chosen = most_varied(rewards, count)
+        for values, places in zip(rewards, chosen, strict=True):
+            assert sorted(set(places)) == places.tolist()
+            most = max(np.var(values[list(some)]) for some in itertools.combinations(range(7), count))
+            assert np.var(values[places]) == pytest.approx(most)
+
+
+def test_of_the_completions_of_a_prompt_those_that_differ_most_are_learned_from(root, tmp_path):
+    """Six are written to each of two prompts, and two learned from; a reward of 0 or 1 makes one of each, if any."""
+    changes = {"objective.rewards": ("support.rewards:capital",), "rollouts.max_new_tokens": 1, "rollouts.samples": 6}
+    whole, start, program = source_of(config_for(root, **changes, **{"data.batch_size": 12}), tmp_path)
+    part = source_of(config_for(root, **changes, **{"data.batch_size": 4, "rollouts.learned": 2}), tmp_path)[0]
+    differed = 0
+    with jax.set_mesh(program.mesh):
+        for index in range(4):
+            every, made = whole.batch(index, start.state), part.batch(index, start.state)
+            assert made.arrays["tokens"].shape[0] == 4
+            assert made.metrics["reward"] == every.metrics["reward"]  # of all that was written
+            rows = {row.tobytes() for row in every.arrays["tokens"][:, : made.arrays["tokens"].shape[1]]}
+            assert all(row.tobytes() in rows for row in made.arrays["tokens"])
+            for before, group in zip(*(one.arrays["advantages"].sum(axis=1).reshape(2, -1) for one in (every, made))):
+                assert before.any() == group.any()
+                differed += group.any()
+                # The two are 1 and 0: their sample standard deviation is the root of a half.
+                expected = [-0.5, 0.5] / (np.sqrt(0.5) + 1e-4) if group.any() else [0, 0]
+                np.testing.assert_allclose(sorted(group), expected, rtol=1e-6)
+    assert differed
+    with pytest.raises(UserError, match=r"rollouts\.learned=7: .*set it to 2 to 6"):
+        method_of(config_for(root, **changes, **{"rollouts.learned": 7}))
 
 
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
