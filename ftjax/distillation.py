@@ -4,6 +4,8 @@ Whether it writes a batch, and what, follows from (seed, index) and the state, s
 the same batches.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -96,14 +98,21 @@ class Distilled:
     """The `training.source.Source` of a method whose model learns from another what to say after its own beginnings.
 
     With probability config.objective.student_share a batch has completions that the model writes to its rows' prompts,
-    all tokens before the last answer; else the rows as they are.
+    all tokens before the last answer; else the rows as they are. between: see `rollouts.make_complete`.
     """
 
     updates = 1
 
-    def __init__(self, config: ConfigDict, base: Base, frozen: Tree, loader: Loader):
+    def __init__(
+        self,
+        config: ConfigDict,
+        base: Base,
+        frozen: Tree,
+        loader: Loader,
+        between: Callable[[], None] | None = None,
+    ):
         self._config, self._frozen, self._loader = config, frozen, loader
-        self._complete = make_complete(config, base)
+        self._complete = make_complete(config, base, between)
 
     def batch(self, index: int, state: TrainState) -> Batch:
         draw = np.random.default_rng((self._config.seed, index)).random()

@@ -11,6 +11,7 @@ last checkpoint).
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -203,7 +204,8 @@ def _train(
         writer, finished = metrics.MetricsWriter(workdir, after, config.trackers, plain), False
         meta = {"config": configs.as_json(located), "data": rows_digest}
         seconds = flops.seconds_per_token(program)
-        parts = Parts(config, base, program, start.frozen, train_loader, ptx, workdir, total_steps)
+        between = functools.partial(preemption.check, within=True)
+        parts = Parts(config, base, program, start.frozen, train_loader, ptx, workdir, total_steps, between)
         loop = Loop(
             step,
             SOURCES[program.method.source](parts),
