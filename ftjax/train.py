@@ -269,8 +269,8 @@ def _stopped(stop: Preempted, began: int | None, checkpoints: Checkpoints, displ
 
 
 def _open_base(config: ConfigDict, workdir: Path, there: resume.Resume) -> tuple[Base, Base | None, dict[str, str]]:
-    """The base, the teacher if there is one, and the digests of what they consist of: of a run that goes on they are
-    those that it began with."""
+    """The base, the teacher if there is one, and the digests of what they and those who reward consist of: of a run
+    that goes on they are those that it began with."""
     if there.step is None:
         preflight.check_used(config)
     data = config.data if there.step is None else assemble.with_kept_template(config.data, workdir)
@@ -278,6 +278,7 @@ def _open_base(config: ConfigDict, workdir: Path, there: resume.Resume) -> tuple
     teacher = distillation.open_teacher(config, base)
     contents = origin.contents(config, base.reader, base.model.spec)
     contents |= {"teacher": distillation.teacher_digest(teacher)} if teacher else {}
+    contents |= rewards.digests(config)
     if there.step is not None:
         origin.check(config, workdir, contents)
     return base, teacher, contents

@@ -1,6 +1,7 @@
 """Runs whose model writes what it learns from, killed or told to stop at any moment: they end with the same bits."""
 
 import os
+import shutil
 import signal
 import time
 
@@ -11,6 +12,7 @@ from support.runs import command, finish, signal_at_step, write_model, write_row
 
 from ftjax import config as configs
 from ftjax import rollouts, train
+from ftjax.errors import UserError
 from ftjax.sampling.engine import Engine
 from ftjax.training import digest, metrics
 
@@ -84,6 +86,20 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(root, tmp_path, reque
     wanted, found = result(tmp_path / "whole"), result(tmp_path / "killed")
     assert len(wanted[1]) == 6
     assert found == wanted
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_same_reward_model_alone(root, tmp_path, reward):
+    """One that was trained further in the same place, as when it is told of more steps."""
+    shutil.copytree(root / "reward", tmp_path / "reward")
+    changes = {"objective.rewards": (f"reward:{tmp_path / 'reward'}",), "steps": 2, "checkpoint_every": 2}
+    config = config_for(root, **changes)
+    assert train.train(config, tmp_path / "run") == 0
+    config.steps = 4
+    further = config_of(root, **{"objective.name": "reward", "data.checks": "off", "steps": 4})
+    assert train.train(further, tmp_path / "reward") == 0
+    with pytest.raises(UserError, match=r"rewards: reward:.*/reward: this model is not the one that rewarded the run"):
+        train.train(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["rejection", pytest.param("ppo", marks=pytest.mark.slow)])
