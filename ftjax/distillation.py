@@ -31,7 +31,7 @@ def open_teacher(config: ConfigDict, base: Base) -> Base | None:
     """The model that config.objective.teacher names, not read yet; None for a method that learns from no other model.
 
     Raises:
-      UserError: its tokens are not those of `base`, or it has another number of logits.
+      UserError: its tokens are not those of `base`, or it has no logits for some of them.
     """
     if not method_of(config).distills:
         return None
@@ -46,10 +46,10 @@ def open_teacher(config: ConfigDict, base: Base) -> Base | None:
             f"{where}: its vocabulary is not that of {base.source}, such as in {token!r}, {number}; probabilities of "
             "tokens can be compared only between models with the same ones: name a teacher of the same family"
         )
-    if base.model.spec.vocab_size != teacher.model.spec.vocab_size:
+    if teacher.model.spec.vocab_size <= (last := max(theirs.values())):
         raise UserError(
-            f"{where}: its tokens are those of {base.source}, but it has {teacher.model.spec.vocab_size} logits and "
-            f"not {base.model.spec.vocab_size}; name a teacher whose vocabulary is padded alike"
+            f"{where}: it has {teacher.model.spec.vocab_size} logits, which do not reach its tokenizer's token {last}; "
+            "name another teacher"
         )
     return teacher
 
