@@ -5,6 +5,7 @@ model.scores([[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "con
 """
 
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import assemble, sharding
+from ftjax import assemble, origin, sharding
 from ftjax import config as configs
 from ftjax.adapted import NONE, load_model
 from ftjax.assemble import Base
@@ -39,6 +40,7 @@ from ftjax.models.families import spec_from_config
 from ftjax.models.heads import COLLECTION, SCORE
 from ftjax.models.params import abstract_params
 from ftjax.objectives.scores import is_last, scores
+from ftjax.training import digest
 from ftjax.training.state import normalization
 from ftjax.tree import Tree
 from ftjax.weights.hf.classifier import FACTS, TEXTS
@@ -160,18 +162,52 @@ def needed(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> f
 
     Nothing of them is read but what describes them. Raises UserError where there is no such thing.
     """
-    named = (one if isinstance(one, str) else one[0] for one in config.objective.rewards)
-    kinds_and_paths = {name.partition("?")[0].partition(":")[::2] for name in named}  # however heads are taken together
     mesh, size = sharding.make_mesh({"fsdp": -1}, devices), 0.0
-    models = {path: f"rewards: {configs.REWARD}:{path}" for kind, path in kinds_and_paths if kind == configs.REWARD}
-    if (judge := config.objective.judge) and not is_endpoint(judge):
-        models[judge] = f"judge={judge}"
-    for path, named in sorted(models.items()):
+    for path, named in _models(config).items():
         try:
             size += _bytes(path, mesh)
         except UserError as error:
-            raise UserError(f"config.objective.{named}: {error}") from error
+            raise UserError(f"{named}: {error}") from error
     return size
+
+
+def digests(config: ConfigDict) -> dict[str, str]:
+    """{what names it in the config: sha256} of the contents of the models that `needed` counts.
+
+    Of a run the checkpoint that it is read from counts, of an adapter its files, of a directory what `base_digest`
+    reads and the head.
+    """
+    return {named: _digest(path) for path, named in _models(config).items()}
+
+
+def _models(config: ConfigDict) -> dict[str, str]:
+    """{path: what names it in the config}"""
+    named = (one if isinstance(one, str) else one[0] for one in config.objective.rewards)
+    kinds_and_paths = {name.partition("?")[0].partition(":")[::2] for name in named}  # however heads are taken together
+    paths = sorted(path for kind, path in kinds_and_paths if kind == configs.REWARD)
+    models = {path: f"config.objective.rewards: {configs.REWARD}:{path}" for path in paths}
+    if (judge := config.objective.judge) and not is_endpoint(judge):
+        models[judge] = f"config.objective.judge={judge}"
+    return models
+
+
+def _digest(path: str) -> str:
+    where = Path(path).expanduser()
+    if (where / "checkpoints").is_dir():
+        _, step = best.chosen(where, None)
+        try:
+            content = [digest.read(where / "checkpoints" / str(step))["leaves"]]
+        except ValueError as error:
+            raise UserError(f"{where}: step {step}: {error}") from error
+        content += [read_json(where / origin.FILE)["sha256"]] if origin.is_recorded(where) else []
+    elif (where / adapters.CONFIG).is_file():
+        content = [adapters.directory_digest(where)]
+    else:
+        reader = open_source(locate(path))
+        content = [adapters.base_digest(reader, spec_from_config(reader.config)), reader.config]
+        if (its := classifier(reader)) is not None and its.kind:
+            content.append(hashlib.sha256(np.asarray(its.head(), np.float32).tobytes()).hexdigest())
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _bytes(path: str, mesh: Mesh) -> float:

@@ -88,6 +88,7 @@ class Rollouts:
     loader: of the prompts, of which a batch has config.data.batch_size / config.rollouts.samples, or
       / config.rollouts.learned.
     ptx: of the rows that each step has beside the completions, None where it has none.
+    between: see `make_complete`.
 
     Raises:
       UserError: in `batch`, where a reward fails or is no finite number, with the row and the completion.
@@ -102,6 +103,7 @@ class Rollouts:
         loader: Loader,
         workdir: Path,
         ptx: Loader | None = None,
+        between: Callable[[], None] | None = None,
     ):
         self._config, self._base, self._program, self._frozen = config, base, program, frozen
         self._loader, self._rewards, self._file = loader, rewarding.rewards_of(config), workdir / FILE
@@ -109,7 +111,7 @@ class Rollouts:
         self._each = config.rollouts.learned or self.samples  # of the samples, those that are learned from
         self._ask = critic.make_ask(config, program, frozen)
         self._ptx = ptx
-        self._complete = make_complete(config, base)
+        self._complete = make_complete(config, base, between)
         self._round, self._made = -1, None
         self._began: float | None = None  # the last round, by the clock
         self._writes_on = False
@@ -308,15 +310,15 @@ def _line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def make_complete(config: ConfigDict, base: Base) -> Complete:
-    """Completes prompts as config.rollouts says."""
+def make_complete(config: ConfigDict, base: Base, between: Callable[[], None] | None = None) -> Complete:
+    """Completes prompts as config.rollouts says. between: called while it writes, to raise what ends that."""
     settings, strings = config.rollouts, config.rollouts.stop_strings
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, config.seed, settings.min_p)
     stops_at = stop_strings.stops_at(strings, base.tokenizer, "config.rollouts.stop_strings")
 
     def complete(policy: Tree, prompts: Sequence[np.ndarray], first: int) -> list[Completion]:
         how = settings.max_new_tokens, base.end_tokens, sampling, settings.batch_size
-        return generate(base.model, policy, prompts, *how, first=first, stops_at=stops_at)
+        return generate(base.model, policy, prompts, *how, first=first, stops_at=stops_at, between=between)
 
     return complete
 

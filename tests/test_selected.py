@@ -85,6 +85,10 @@ def test_a_batch_holds_what_was_chosen_of_the_same_completions(root, tmp_path, n
     assert signs[wanted[0]] == teaches
     assert sum(map(abs, signs)) == documents * teaches
     assert made.metrics["groups/kept"] == ours["weights"].any(axis=1).sum()
+    if name == "online_dpo":
+        assert made.metrics["objective/scores"] == made.metrics["reward"]
+        surprise = -theirs["sampled_logps"].sum(axis=1).mean()
+        assert made.metrics["objective/entropy"] == pytest.approx(surprise, rel=1e-5)
     assert made.metrics["reward"] == pytest.approx(
         every.metrics["reward"] - penalty * every.metrics["completions/clipped_ratio"]
     )
