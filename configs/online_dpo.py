@@ -1,5 +1,5 @@
-"""Preferences of a reward between completions that the model writes: set --config.model.source, --config.data.train
-and --config.objective.rewards.
+"""Preferences of a reward or a judge between completions that the model writes: set --config.model.source,
+--config.data.train and --config.objective.rewards or --config.objective.judge.
 
 Where supervised tuning made an adapter, go on from it: --config.adapter.source.
 """

@@ -77,9 +77,10 @@ def _of_rollouts(config: ConfigDict, longest: int, limits: Limits) -> Sizes:
     """longest: tokens of the longest prompt, or of the longest row where rows have answers."""
     given, each = _given(config), samples(config)
     if given.batch_size % each:
+        key = "config.rollouts.learned" if config.rollouts.learned else "config.rollouts.samples"
         raise UserError(
-            f"config.data.batch_size={given.batch_size} completions in a step, of which config.rollouts.samples={each} "
-            f"are of the same prompt; set it to a multiple, such as --config.data.batch_size={8 * each}"
+            f"config.data.batch_size={given.batch_size} completions in a step, of which {key}={each} are of the same "
+            f"prompt; set it to a multiple, such as --config.data.batch_size={8 * each}"
         )
     what = "row" if method_of(config).answered else "prompt"
     documents = 2 if method_of(config).pairs else 1  # of a row

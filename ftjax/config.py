@@ -15,6 +15,7 @@ from ftjax.config_checks import (
     Check,
     all_named,
     check_replay,
+    check_together,
     check_type,
     losses,
     named,
@@ -147,6 +148,11 @@ KEYS: dict[str, Key] = {
     # grpo, rloo, ppo: what is rewarded, scores as of data.eval, with weights: ("score", ("reward:runs/rm", 0.5));
     # (): a task's own
     "objective.rewards": Key((), rewards()),
+    # online_dpo, instead: a model that says which of two completions is better, here or behind an endpoint's URL; there
+    # its name, and the environment variable with the key
+    "objective.judge": Key("", ANY),
+    "objective.judge_model": Key("", ANY),
+    "objective.judge_key": Key("OPENAI_API_KEY", ANY),
     # grpo: how the rewards of a prompt's completions become advantages: less their mean, over the standard deviation of
     # these (group), of the whole batch (batch), or over nothing (none)
     "objective.scale_rewards": Key("group", one_of("group", "batch", "none")),
@@ -155,6 +161,12 @@ KEYS: dict[str, Key] = {
     "objective.epsilon_high": Key(0.0, number(0)),
     # grpo: whose ratio that is: of each token, or of the whole completion (GSPO)
     "objective.importance": Key("token", one_of("token", "sequence")),
+    # grpo, rloo, ppo: what a token counts, by how likely it is before a round and was when it was drawn
+    "objective.correction": Key(
+        "none", one_of("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+    ),
+    "objective.correction_min": Key(0.0, number(0)),  # what bounds that ratio, see docs/reinforcement.md
+    "objective.correction_max": Key(3.0, number(1e-6)),
     # grpo: how fast the loss sapo closes its gate, for completions better than others and for worse ones
     "objective.sapo_temperature_pos": Key(1.0, number(1e-6)),
     "objective.sapo_temperature_neg": Key(1.05, number(1e-6)),
@@ -180,7 +192,7 @@ KEYS: dict[str, Key] = {
     "objective.distill_temperature": Key(1.0, number(0.01)),  # gkd: of both models where they are compared
     "objective.student_share": Key(0.5, number(0, 1)),  # gkd: of steps that learn from what the model itself writes
     # What the model writes in training, with a method that lets it.
-    "rollouts.samples": Key(8, number(1)),  # completions of a prompt; data.batch_size is a multiple of it
+    "rollouts.samples": Key(8, number(1)),  # completions of a prompt; data.batch_size counts those learned from
     # Of a completion, or of one turn of an episode; data.max_length is for all of it and its prompt.
     "rollouts.max_new_tokens": Key(256, number(1)),
     # grpo, rloo, ppo: turns that the model writes at most to a prompt, and what answers them in between: an environment
@@ -195,7 +207,9 @@ KEYS: dict[str, Key] = {
     "rollouts.min_p": Key(0.0, number(0, 0.999999)),
     "rollouts.batch_size": Key(64, number(1)),  # completions written together
     "rollouts.iterations": Key(1, number(1)),  # steps on the same completions
-    # grpo: how often at most other prompts are written to replace those whose completions have equal rewards
+    "rollouts.ahead": Key(0, number(0, 1)),  # rounds between the weights that write and those that learn at first
+    "rollouts.learned": Key(0, number(0)),  # grpo: of the completions of a prompt, those that differ most; 0: all
+    # grpo, rloo: how often at most other prompts are written to replace those whose completions have equal rewards
     "rollouts.resample": Key(0, number(0)),
     "optimizer.name": Key("adamw", one_of("adamw", "adafactor", "lion", "muon")),
     # 0: the method's own for the width of the model, such as 2e-4 for LoRA and 2e-5 for full fine-tuning with sft.
@@ -370,21 +384,7 @@ def validate(config: ConfigDict, data: bool = True) -> None:
     for key, (_, check) in KEYS.items():
         if (data or key != "data.train") and not check.holds(given[key]):
             raise UserError(f"config.{key}={given[key]!r}: it must be {check.wanted}")
-    if config.data.batch_size % max(config.accumulate, 1):
-        raise UserError(
-            f"config.data.batch_size={config.data.batch_size} is not a multiple of config.accumulate="
-            f"{config.accumulate}; every micro-batch has the same number of rows"
-        )
-    if config.eval_every and config.eval_epochs:
-        raise UserError(
-            f"config.eval_every={config.eval_every} steps and config.eval_epochs={config.eval_epochs:g} epochs both "
-            "say how often to evaluate; set one of them to 0"
-        )
-    if config.evaluate.samples > 1 and not config.evaluate.temperature:
-        raise UserError(
-            f"config.evaluate.samples={config.evaluate.samples} at config.evaluate.temperature=0 are all the same "
-            "answer; set config.evaluate.temperature, such as to 0.8"
-        )
+    check_together(given)
     for which in ("train", "eval", "ptx"):
         for entry in sources(config, which):
             if which == "eval" and entry["source"].startswith(("tfds:", "hf:")) and "split" not in entry:

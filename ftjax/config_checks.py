@@ -144,6 +144,30 @@ def source_entry(entry: Any, key: str) -> dict[str, Any]:
     return {name: dict(value) if name == "columns" else value for name, value in entry.items()}
 
 
+def check_together(given: Mapping[str, Any]) -> None:
+    """UserError where values do not go together. given: those of a config by their dotted keys."""
+    if given["data.batch_size"] % max(given["accumulate"], 1):
+        raise UserError(
+            f"config.data.batch_size={given['data.batch_size']} is not a multiple of config.accumulate="
+            f"{given['accumulate']}; every micro-batch has the same number of rows"
+        )
+    if given["eval_every"] and given["eval_epochs"]:
+        raise UserError(
+            f"config.eval_every={given['eval_every']} steps and config.eval_epochs={given['eval_epochs']:g} epochs "
+            "both say how often to evaluate; set one of them to 0"
+        )
+    if given["evaluate.samples"] > 1 and not given["evaluate.temperature"]:
+        raise UserError(
+            f"config.evaluate.samples={given['evaluate.samples']} at config.evaluate.temperature=0 are all the same "
+            "answer; set config.evaluate.temperature, such as to 0.8"
+        )
+
+
+def is_endpoint(name: str) -> bool:
+    """Whether a model is named by the URL of an OpenAI-compatible endpoint."""
+    return name.startswith(("http://", "https://"))
+
+
 def check_replay(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """UserError where the option "replay" does not say how often a row is seen. sources: the entries of data.train,
     data.eval, ... by "train", "eval", ..."""

@@ -1,4 +1,4 @@
-"""What the reference and a critic say of completions that lie in rows, asked once before the steps on them."""
+"""What reference, critic and policy say of completions that lie in rows, asked once before the steps on them."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from ftjax.objectives.reference import policy_and_reference
 from ftjax.training.state import TrainState
 from ftjax.tree import Tree
 
-# (state, the arrays of BATCH) -> {"reference_logps", "values": float32 [rows, T]}, of what is asked for
+# (state, the arrays of BATCH) -> {"reference_logps", "old_logps", "values": float32 [rows, T]}, of what is asked for
 Ask = Callable[[TrainState, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
@@ -25,17 +25,20 @@ def make_ask(config: ConfigDict, program: Program, frozen: Tree) -> Ask:
     """Asks in micro-batches like those of training, which fit the memory; to be used under the mesh.
 
     The reference is asked where its KL divergence is part of the reward, for log p of the targets at the temperature of
-    sampling; a critic where the method has one.
+    sampling; a critic where the method has one; the policy itself for its own log p where another's is corrected for.
     """
     model, method = program.model, program.method
     unembed = at_temperature(config.rollouts.temperature, make_unembed(model))
     asks_reference = method.reference and method.kl_in_reward
+    asks_policy = config.objective.correction != "none"
 
     def said(trainable: Tree, frozen: Tree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         policy, reference = policy_and_reference(tree.combine(trainable, frozen))
         out = {}
         if asks_reference:
             out["reference_logps"] = token_logps(model, unembed, reference, batch, None)
+        if asks_policy:
+            out["old_logps"] = token_logps(model, unembed, policy, batch, None)
         if method.critic:
             hidden, _ = model.apply(policy, batch["tokens"], batch["positions"], batch["segment_ids"])
             out["values"] = heads.values(policy, VALUE, hidden)[..., 0]
@@ -44,7 +47,7 @@ def make_ask(config: ConfigDict, program: Program, frozen: Tree) -> Ask:
     compiled = jax.jit(said)
 
     def ask(state: TrainState, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if not asks_reference and not method.critic:
+        if not (asks_reference or asks_policy or method.critic):
             return {}
         parts = []
         for rows in np.split(np.arange(len(arrays["tokens"])), config.accumulate):

@@ -92,8 +92,9 @@ def _rollouts(config: ConfigDict, loader: Loader) -> str:
     )
     again = f", for {settings.iterations} steps" if settings.iterations > 1 else ""
     count = loader.batch_size * settings.samples
+    part = f", of which {settings.learned} are learned from," if settings.learned else ""
     return (
-        f"{count} completions that the model writes{again}: {settings.samples} to each of "
+        f"{count} completions that the model writes{again}: {settings.samples}{part} to each of "
         f"{loader.batch_size} prompts, of at most {settings.max_new_tokens} tokens, at temperature "
         f"{settings.temperature:g}{filters}; {_episodes(config)}rewarded by {' + '.join(names)}"
         + (f"; beside them {ptx_rows(config)} rows of config.data.ptx in each step" if config.data.ptx else "")

@@ -4,6 +4,8 @@ Whether it writes a batch, and what, follows from (seed, index) and the state, s
 the same batches.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -30,7 +32,7 @@ def open_teacher(config: ConfigDict, base: Base) -> Base | None:
     """The model that config.objective.teacher names, not read yet; None for a method that learns from no other model.
 
     Raises:
-      UserError: its tokens are not those of `base`, or it has another number of logits.
+      UserError: its tokens are not those of `base`, or it has no logits for some of them.
     """
     if not method_of(config).distills:
         return None
@@ -45,10 +47,10 @@ def open_teacher(config: ConfigDict, base: Base) -> Base | None:
             f"{where}: its vocabulary is not that of {base.source}, such as in {token!r}, {number}; probabilities of "
             "tokens can be compared only between models with the same ones: name a teacher of the same family"
         )
-    if base.model.spec.vocab_size != teacher.model.spec.vocab_size:
+    if teacher.model.spec.vocab_size <= (last := max(theirs.values())):
         raise UserError(
-            f"{where}: its tokens are those of {base.source}, but it has {teacher.model.spec.vocab_size} logits and "
-            f"not {base.model.spec.vocab_size}; name a teacher whose vocabulary is padded alike"
+            f"{where}: it has {teacher.model.spec.vocab_size} logits, which do not reach its tokenizer's token {last}; "
+            "name another teacher"
         )
     return teacher
 
@@ -97,14 +99,21 @@ class Distilled:
     """The `training.source.Source` of a method whose model learns from another what to say after its own beginnings.
 
     With probability config.objective.student_share a batch has completions that the model writes to its rows' prompts,
-    all tokens before the last answer; else the rows as they are.
+    all tokens before the last answer; else the rows as they are. between: see `episodes.make_complete`.
     """
 
     updates = 1
 
-    def __init__(self, config: ConfigDict, base: Base, frozen: Tree, loader: Loader):
+    def __init__(
+        self,
+        config: ConfigDict,
+        base: Base,
+        frozen: Tree,
+        loader: Loader,
+        between: Callable[[], None] | None = None,
+    ):
         self._config, self._frozen, self._loader = config, frozen, loader
-        self._complete = make_complete(config, base)
+        self._complete = make_complete(config, base, between)
 
     def batch(self, index: int, state: TrainState) -> Batch:
         draw = np.random.default_rng((self._config.seed, index)).random()

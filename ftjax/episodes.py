@@ -75,8 +75,8 @@ def single(completion: Completion, text: str = "") -> Episode:
     )
 
 
-def make_complete(config: ConfigDict, base: Base) -> Complete:
-    """Completes prompts as config.rollouts says."""
+def make_complete(config: ConfigDict, base: Base, between: Callable[[], None] | None = None) -> Complete:
+    """Completes prompts as config.rollouts says. between: called while it writes, to raise what ends that."""
     settings, strings = config.rollouts, config.rollouts.stop_strings
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, config.seed, settings.min_p)
     stops_at = stop_strings.stops_at(strings, base.tokenizer, "config.rollouts.stop_strings")
@@ -86,7 +86,7 @@ def make_complete(config: ConfigDict, base: Base) -> Complete:
     ) -> list[Completion]:
         how = base.end_tokens, sampling, settings.batch_size
         most = settings.max_new_tokens if most is None else most
-        return generate(base.model, policy, prompts, most, *how, stops_at=stops_at, numbers=numbers)
+        return generate(base.model, policy, prompts, most, *how, stops_at=stops_at, numbers=numbers, between=between)
 
     return complete
 
@@ -98,14 +98,15 @@ Play = Callable[
 ]
 
 
-def make_play(config: ConfigDict, base: Base) -> Play:
-    """Plays episodes as config.rollouts says: all that are not over write their next turns together.
+def make_play(config: ConfigDict, base: Base, between: Callable[[], None] | None = None) -> Play:
+    """Plays episodes as config.rollouts says: all that are not over write their next turns together. between: as of
+    `make_complete`.
 
     Raises:
       UserError: what `environments.factory` raises. In use: an environment that raises, or returns what is none of its
         forms, with the row and the turn; a prompt that with what `reset` adds leaves no room in data.max_length.
     """
-    make, complete = environments.factory(config, base.tokenizer), make_complete(config, base)
+    make, complete = environments.factory(config, base.tokenizer), make_complete(config, base, between)
 
     def text_of(completion: Completion) -> str:
         return base.tokenizer.decode(completion.tokens, skip_special_tokens=True)

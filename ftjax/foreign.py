@@ -137,6 +137,12 @@ TRL: dict[str, Ours] = _BOTH | {
     "num_iterations": Ours("rollouts.iterations"),
     "environment_factory": Ours("rollouts.environment", "MODULE:NAME; its `step` answers a turn"),
     "max_tool_calling_iterations": Ours("", "rollouts.turns counts turns, which are one more than rounds of calls"),
+    "vllm_importance_sampling_mode": Ours(
+        "objective.correction", "none where vllm_importance_sampling_correction is off"
+    ),
+    "vllm_importance_sampling_clip_max": Ours("objective.correction_max"),
+    "vllm_importance_sampling_clip_min": Ours("objective.correction_min", "0 where theirs is None"),
+    "judge": Ours("objective.judge", "a model, or an endpoint's URL with objective.judge_model"),
     "reward_funcs": Ours("objective.rewards", "scores by name, reward:PATH, MODULE:FUNCTION"),
     "reward_weights": Ours("objective.rewards", "pairs of a name and a weight"),
     "scale_rewards": Ours("objective.scale_rewards"),

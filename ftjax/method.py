@@ -14,8 +14,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
+from ftjax.config_checks import is_endpoint
 from ftjax.data.batch.mismatched import MISMATCHED
-from ftjax.data.batch.packing import BATCH, CRITIC, KL, LABELS, PTX, REFERENCE, REPLAY, ROLLOUT
+from ftjax.data.batch.packing import BATCH, CORRECTED, CRITIC, KL, LABELS, PTX, REFERENCE, REPLAY, ROLLOUT
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError, did_you_mean
 from ftjax.models.decoder import Decoder
@@ -31,7 +32,7 @@ from ftjax.objectives.scores import SCORE
 from ftjax.objectives.sft import make_sft
 from ftjax.objectives.unpaired import estimates_kl, make_unpaired, make_unpaired_totals
 from ftjax.returns import Learned, Round, of_groups, of_sequences, of_tokens
-from ftjax.training.state import Kept, kl_controller, moving_reference, reward_sums
+from ftjax.training.state import Kept, earlier_writer, kl_controller, moving_reference, reward_sums, together
 from ftjax.tree import Tree
 
 
@@ -89,7 +90,9 @@ class Method(NamedTuple):
         """The keys of config.rollouts that it reads."""
         keys = _WRITING.get(self.source, ())
         # Completions with equal rewards teach nothing only where they are compared with each other alone.
-        return keys if self.credit is of_groups else tuple(key for key in keys if key != "resample")
+        alone = self.credit in (of_groups, of_sequences)
+        left_out = {"resample": not alone, "learned": self.credit is not of_groups}
+        return tuple(key for key in keys if not left_out.get(key))
 
     @property
     def answered(self) -> bool:
@@ -108,12 +111,13 @@ class Method(NamedTuple):
 
 
 _WRITTEN = ("max_new_tokens", "stop_strings", "temperature", "top_k", "top_p", "min_p", "batch_size")
-_REWARDED = (*_WRITTEN, "samples", "iterations")
+_REWARDED = (*_WRITTEN, "samples", "iterations", "ahead")
 _EPISODES = ("turns", "environment", "tools")
+_CORRECTED = ("correction", "correction_min", "correction_max")
 # The keys of config.rollouts that a source reads; any other one that is set is refused.
 _WRITING = {
     "distillation": _WRITTEN,
-    "rollouts": (*_REWARDED, "resample", *_EPISODES),
+    "rollouts": (*_REWARDED, "resample", "learned", *_EPISODES),
     "pairs": _REWARDED,
     "best": _REWARDED,
 }
@@ -201,6 +205,7 @@ METHODS = {
         settings=(
             *("loss", "epsilon", "epsilon_high", "importance", "kl_coef"),
             *("sapo_temperature_pos", "sapo_temperature_neg", "rewards", "scale_rewards", "mask_truncated"),
+            *_CORRECTED,
         ),
         batch=types.MappingProxyType(BATCH | ROLLOUT),
         credit=of_groups,
@@ -213,6 +218,7 @@ METHODS = {
         epochs=(1.0, 1.0),
         settings=(
             *("epsilon", "epsilon_high", "kl_coef", "rewards", "mask_truncated", "missing_eos_penalty", "baseline"),
+            *_CORRECTED,
         ),
         batch=types.MappingProxyType(BATCH | ROLLOUT),
         credit=of_sequences,
@@ -226,7 +232,7 @@ METHODS = {
         epochs=(1.0, 1.0),
         settings=(
             *("epsilon", "epsilon_high", "kl_coef", "rewards", "missing_eos_penalty", "kl_estimator", "kl_target"),
-            *("kl_horizon", "discount", "gae_lambda", "vf_coef", "value_clip", "ptx_coef"),
+            *("kl_horizon", "discount", "gae_lambda", "vf_coef", "value_clip", "ptx_coef", *_CORRECTED),
         ),
         heads=lambda config: {VALUE: 1},
         critic=True,
@@ -244,6 +250,7 @@ METHODS = {
         settings=(
             *("beta", "loss", "label_smoothing", "divergence", "divergence_alpha", "discopop_tau", "ld_alpha"),
             *("weighting", "reference_every", "reference_share", "rewards", "missing_eos_penalty"),
+            *("judge", "judge_model", "judge_key"),
         ),
         reference=True,
         source="pairs",
@@ -305,6 +312,8 @@ def method_of(config: ConfigDict) -> Method:
         raise UserError("config.objective.classes: name the classes of the rows' labels, such as ('spam', 'other')")
     if method.distills:
         _check_distills(config)
+    if "judge" in method.settings:
+        _check_judge(config)
     if method.source == "rollouts":
         for key in ("adapter.dropout", "model.neftune_alpha"):
             if not configs.is_default(config, key):
@@ -318,12 +327,22 @@ def method_of(config: ConfigDict) -> Method:
                 f"config.rollouts.samples={config.rollouts.samples}: objective.name={name!r} compares completions "
                 "of the same prompt; set it to 2 or more"
             )
+        if config.rollouts.learned and not 2 <= config.rollouts.learned <= config.rollouts.samples:
+            raise UserError(
+                f"config.rollouts.learned={config.rollouts.learned}: of config.rollouts.samples="
+                f"{config.rollouts.samples} completions of a prompt 2 or more are compared; set it to 2 to "
+                f"{config.rollouts.samples}, or to 0 for all"
+            )
+        _check_correction(config, method)
+        _check_resample(config, method)
         longest = config.rollouts.max_new_tokens * config.rollouts.turns
         how = {"temperature": config.rollouts.temperature, "max_new_tokens": longest}
         method = method._replace(objective=functools.partial(method.objective, **how))
     if config.objective.kl_target:
         settings, every = config.objective, config.rollouts.iterations
         method = method._replace(kept=kl_controller(settings.kl_coef, settings.kl_target, settings.kl_horizon, every))
+    if config.rollouts.ahead:
+        method = method._replace(kept=together(method.kept, earlier_writer(config.rollouts.iterations)))
     if config.objective.ensemble > 1:
         method = method._replace(objective=functools.partial(method.objective, seed=config.seed))
     batch = dict(method.batch) | (LABELS if ROW_KINDS[method.rows].labeled else {})
@@ -331,15 +350,67 @@ def method_of(config: ConfigDict) -> Method:
     batch |= MISMATCHED if method.mismatched(config.objective) else {}
     batch |= KL if config.objective.kl_target else {}
     batch |= PTX if config.data.ptx else {}
+    batch |= CORRECTED if config.objective.correction != "none" else {}
     cached = config.objective.cache_reference
     batch |= REFERENCE if cached else {}
     reference = (method.reference and not cached) or config.objective.kl_coef > 0
     return method._replace(reference=reference, batch=batch)
 
 
+def _check_resample(config: ConfigDict, method: Method) -> None:
+    """Of completions with equal rewards the advantages must be 0, so that nothing is lost with them."""
+    for key, value in (("kl_coef", 0.0), ("baseline", "others")):
+        if config.rollouts.resample and method.credit is of_sequences and config.objective[key] != value:
+            raise UserError(
+                f"config.rollouts.resample: with config.objective.{key}={config.objective[key]!r} completions of "
+                f"{config.objective.name!r} that are rewarded alike teach something, too, and would be replaced; set "
+                f"objective.{key} to {value!r}, or leave resample out"
+            )
+
+
+def _check_correction(config: ConfigDict, method: Method) -> None:
+    objective = config.objective
+    bounds = [key for key in ("correction_min", "correction_max") if not configs.is_default(config, f"objective.{key}")]
+    if objective.correction == "none" and bounds:
+        raise UserError(
+            f"config.objective.{bounds[0]} bounds what corrects for the weights that wrote; set objective.correction"
+        )
+    if objective.correction_min > objective.correction_max:
+        raise UserError(
+            f"config.objective.correction_min={objective.correction_min:g} is above config.objective.correction_max="
+            f"{objective.correction_max:g}; lower it"
+        )
+    if objective.correction.startswith("token") and method.credit is of_sequences:
+        raise UserError(
+            f"config.objective.correction={objective.correction!r}: objective.name={objective.name!r} has one ratio of "
+            f"a whole completion; use sequence_{objective.correction.removeprefix('token_')}"
+        )
+
+
 def lasting(method: Method, variables: Tree) -> Tree:
     """`variables` without heads that only helped in training."""
     return {name: part for name, part in variables.items() if name != COLLECTION or not method.critic}
+
+
+def _check_judge(config: ConfigDict) -> None:
+    objective, behind_url = config.objective, is_endpoint(config.objective.judge)
+    if objective.judge and objective.rewards:
+        raise UserError(
+            f"config.objective.judge={objective.judge}: the judge alone says what is better; leave objective.rewards "
+            "out"
+        )
+    if objective.judge and config.rollouts.samples < 2:
+        raise UserError(
+            "config.rollouts.samples=1: a judge compares completions of the same prompt; set it to 2 or more"
+        )
+    if behind_url and not objective.judge_model:
+        raise UserError(f"config.objective.judge_model: name the model that {objective.judge} is to ask")
+    for key in ("judge_model", "judge_key"):
+        if not behind_url and not configs.is_default(config, f"objective.{key}"):
+            raise UserError(
+                f"config.objective.{key} is of a judge behind an endpoint; set objective.judge to its URL, such as "
+                "https://HOST/v1"
+            )
 
 
 def _check_distills(config: ConfigDict) -> None:
@@ -364,8 +435,9 @@ def holds_reference_in_vain(config: ConfigDict) -> bool:
 
 
 def samples(config: ConfigDict) -> int:
-    """How many rows of a batch are made of one row of the data: 1, or completions of a prompt."""
-    return config.rollouts.samples if METHODS[config.objective.name].source == "rollouts" else 1
+    """How many rows of a batch are made of one row of the data: 1, or completions of a prompt that are learned from."""
+    each = config.rollouts.learned or config.rollouts.samples
+    return each if METHODS[config.objective.name].source == "rollouts" else 1
 
 
 def ptx_rows(config: ConfigDict) -> int:

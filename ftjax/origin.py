@@ -160,9 +160,10 @@ def check_there(config: ConfigDict, workdir: Path) -> None:
 
 
 def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None:
-    """UserError where the base or the adapter that `config` names is not the one that the run in `workdir` began with.
+    """UserError where the base or the adapter that `config` names is not the one that the run in `workdir` began with,
+    or what else has a digest.
 
-    digests: of `contents`. The base of a run that is older than origin.json is not checked.
+    digests: of `contents`, and of `rewards.digests`. The base of a run that is older than origin.json is not checked.
     """
     if is_recorded(workdir):
         content = read_json(workdir / FILE)
@@ -190,6 +191,12 @@ def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None
             f"began to learn from, in {found['objective.teacher']}; restore it, say where it is now, or choose another "
             "--workdir"
         )
+    for name in (name for name in digests if name.startswith("config.")):  # of reward models, which older runs lack
+        if then.get(name, digests[name]) != digests[name]:
+            raise UserError(
+                f"{name}: this model is not the one that rewarded the run in {workdir} when it began; restore it, or "
+                "choose another --workdir"
+            )
     if changed := [part for part in _PARTS if part in then and then[part] != digests[part]]:
         commit = f" at commit {found['model.revision']}" if found["model.revision"] else ""
         raise UserError(

@@ -293,6 +293,7 @@ def check_same_everywhere(
         "evaluation data": heldout and heldout.fingerprint(),
     }
     names = {"adapter": "adapter (config.adapter.source)"}
+    names |= {part: part for part in contents if part.startswith("config.")}
     facts |= {names.get(part, f"{part} (config.model.source)"): digest for part, digest in contents.items()}
     theirs, others = json.loads(distributed.tell(json.dumps([ours, facts]), limit=distributed.LOADING_SECONDS))
     if other := [f"{key}: {ours[key]!r}, there {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 _LEAST = 1e-4  # added to the standard deviation of rewards, as in TRL
 _LEAST_VARIANCE = 1e-8  # added to that of advantages over tokens, as in TRL
+_LARGEST = 700.0  # whose exponential is a float64
 
 
 class Round(NamedTuple):
@@ -20,7 +21,8 @@ class Round(NamedTuple):
       scores: float64 [completions], what each is worth.
       ended: bool [completions]: it came to an end, and was not cut.
       mask: bool [completions, T].
-      sampled_logps: of its tokens under the distribution that they were drawn from.
+      logps: of its tokens under the distribution that they were drawn from; where that is corrected for, under the
+        policy's own before the round.
       reference_logps: under that of the reference, at the same temperature; None where it is not asked.
       values: of a critic before each token, of what is still to come; None where there is none.
       samples: completions of a prompt.
@@ -29,10 +31,38 @@ class Round(NamedTuple):
     scores: np.ndarray
     ended: np.ndarray
     mask: np.ndarray
-    sampled_logps: np.ndarray
+    logps: np.ndarray
     reference_logps: np.ndarray | None
     values: np.ndarray | None
     samples: int
+
+
+def correction(
+    config: ConfigDict, logps: np.ndarray, sampled_logps: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, dict[str, float]]:
+    """(what each token counts, float64 [completions, T], 0 outside of the mask; metrics with TRL's names)
+
+    Importance sampling: p / p_sampled, where p is the policy's at the start of a round and p_sampled that of what drew
+    the token, which has older weights or computes otherwise. Such a ratio is unbiased and of any variance, so
+    `config.correction` bounds it: "truncate" holds it between `correction_min` and `correction_max` (Ionides 2008,
+    "Truncated importance sampling"), "mask" makes it 0 outside of them; after "token_" the ratio of a token, after
+    "sequence_" that of its whole completion, their product.
+    """
+    there = mask.any(axis=1)
+    apart = masked(logps, mask) - masked(sampled_logps, mask)
+    level, _, how = config.correction.partition("_")
+    if level == "sequence":
+        apart = np.broadcast_to(apart.sum(axis=1, keepdims=True), apart.shape)
+    ratios, low, high = np.exp(np.minimum(apart, _LARGEST)), config.correction_min, config.correction_max
+    weights = np.clip(ratios, low, high) if how == "truncate" else np.where((ratios < low) | (ratios > high), 0, ratios)
+    each = weights[:, 0][there] if level == "sequence" else weights[mask]
+    apart = np.abs(np.float64(logps[mask]) - sampled_logps[mask])
+    metrics = {}
+    for name, values in (("importance_sampling_ratio", each), ("sampling_logp_difference", apart)):
+        for of in ("min", "mean", "max"):
+            metrics[f"sampling/{name}/{of}"] = float(getattr(np, of)(values)) if len(values) else 0.0
+    del metrics["sampling/sampling_logp_difference/min"]
+    return np.where(mask, weights, 0.0), metrics
 
 
 class Learned(NamedTuple):
@@ -60,7 +90,7 @@ def of_sequences(config: ConfigDict, known: Round, kl_coef: float) -> Learned:
     """
     rewards, metrics = known.scores - config.missing_eos_penalty * ~known.ended, {}
     if known.reference_logps is not None:
-        kl = kl_estimates(known.sampled_logps, known.reference_logps, known.mask, "k1")
+        kl = kl_estimates(known.logps, known.reference_logps, known.mask, "k1")
         rewards = rewards - kl_coef * kl.sum(axis=1)
         metrics["kl"] = float(kl.sum() / max(known.mask.sum(), 1))
     advantages = rewards - baselines(rewards.reshape(-1, known.samples), config.baseline).reshape(-1)
@@ -75,10 +105,10 @@ def of_tokens(config: ConfigDict, known: Round, kl_coef: float) -> Learned:
     """
     scores = known.scores - config.missing_eos_penalty * ~known.ended
     mask, values = known.mask, masked(known.values, known.mask)
-    kl = kl_estimates(known.sampled_logps, known.reference_logps, mask, config.kl_estimator)
+    kl = kl_estimates(known.logps, known.reference_logps, mask, config.kl_estimator)
     rewards = at_end(scores, mask) - kl_coef * kl
     advantages = gae(rewards, values, mask, config.discount, config.gae_lambda)
-    logps = masked(known.sampled_logps, mask)
+    logps = masked(known.logps, mask)
     metrics = {
         "objective/scores": scores.mean(),
         "objective/entropy": -logps.sum(axis=1).mean(),

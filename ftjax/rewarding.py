@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax import distributed
+from ftjax import distributed, judging
 from ftjax.data.audit.checks import spread
 from ftjax.data.read.sources import TASK
 from ftjax.data.tokens.examples import Examples
@@ -17,6 +17,7 @@ from ftjax.episodes import Episode
 from ftjax.errors import UserError
 from ftjax.evals import scored
 from ftjax.evals.entries import TASK_SCORE
+from ftjax.evals.judge import Judge
 from ftjax.evals.scored import Question, ScoredSet
 from ftjax.evals.scores import Score
 from ftjax.tasks import registry
@@ -28,20 +29,26 @@ class Reward(NamedTuple):
     """One of the rewards whose weighted sum counts.
 
     Attributes:
-      scores: that of the rows of each entry of data.train; [] where the environment says it.
+      scores: that of the rows of each entry of data.train; [] of a judge, and where the environment says it.
+      judge: compares the completions of a prompt, of which there are `samples`; None of a score.
     """
 
     name: str
     weight: float
     scores: list[Score]
+    judge: Judge | None = None
+    samples: int = 1
 
 
 def rewards_of(config: ConfigDict) -> list[Reward]:
-    """What config.objective.rewards names; a task's own score where it names nothing.
+    """What config.objective.rewards names; a task's own score where it names nothing. With config.objective.judge its
+    judgements are the only reward.
 
     Raises:
-      UserError: a score that is not there, or that a source does not have.
+      UserError: a score that is not there, or that a source does not have; a judge that is not there.
     """
+    if config.objective.judge:
+        return [Reward(judging.NAME, 1.0, [], judging.judge_of(config), config.rollouts.samples)]
     entries = [entry["source"] for entry in configs.sources(config, "train")]
     where = "config.objective.rewards"
     named = [(one, 1.0) if isinstance(one, str) else tuple(one) for one in config.objective.rewards]
@@ -98,7 +105,10 @@ def grade(rewards: Sequence[Reward], examples: Examples, chosen: np.ndarray, epi
     questions = {i: question_of(examples, i) for i in np.unique(chosen).tolist()}
     out = np.zeros((len(chosen), len(rewards)))
     for column, reward in enumerate(rewards):
-        if not reward.scores:
+        if reward.judge is not None:
+            asked = [questions[i] for i in chosen.tolist()]
+            out[:, column] = judging.wins(reward.judge, asked, [one.text for one in episodes], reward.samples)
+        elif not reward.scores:
             out[:, column] = [one.reward for one in episodes]
         for source, how in enumerate(reward.scores):
             rows = np.flatnonzero(examples.source_ids[chosen] == source)

@@ -5,6 +5,7 @@ model.scores([[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "con
 """
 
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -18,10 +19,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import assemble, sharding
+from ftjax import assemble, origin, sharding
 from ftjax import config as configs
 from ftjax.adapted import NONE, load_model
 from ftjax.assemble import Base
+from ftjax.config_checks import is_endpoint
 from ftjax.data.batch.packing import BATCH, lay
 from ftjax.data.format.conversation import conversation as plain_turns
 from ftjax.data.format.example import Document, Row
@@ -38,6 +40,7 @@ from ftjax.models.families import spec_from_config
 from ftjax.models.heads import COLLECTION, SCORE
 from ftjax.models.params import abstract_params
 from ftjax.objectives.scores import is_last, scores
+from ftjax.training import digest
 from ftjax.training.state import normalization
 from ftjax.tree import Tree
 from ftjax.weights.hf.classifier import FACTS, TEXTS
@@ -155,19 +158,56 @@ def load(path: str, step: str | None = None, model: str = "") -> RewardModel:
 
 
 def needed(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> float:
-    """Bytes on each device, by default of this machine, of the reward models that config.objective.rewards names.
+    """Bytes on each device, by default of this machine, of the models that config.objective.rewards names, or judge.
 
     Nothing of them is read but what describes them. Raises UserError where there is no such thing.
     """
-    named = (one if isinstance(one, str) else one[0] for one in config.objective.rewards)
-    kinds_and_paths = {name.partition("?")[0].partition(":")[::2] for name in named}  # however heads are taken together
     mesh, size = sharding.make_mesh({"fsdp": -1}, devices), 0.0
-    for path in sorted(path for kind, path in kinds_and_paths if kind == configs.REWARD):
+    for path, named in _models(config).items():
         try:
             size += _bytes(path, mesh)
         except UserError as error:
-            raise UserError(f"config.objective.rewards: {configs.REWARD}:{path}: {error}") from error
+            raise UserError(f"{named}: {error}") from error
     return size
+
+
+def digests(config: ConfigDict) -> dict[str, str]:
+    """{what names it in the config: sha256} of the contents of the models that `needed` counts.
+
+    Of a run the checkpoint that it is read from counts, of an adapter its files, of a directory what `base_digest`
+    reads and the head.
+    """
+    return {named: _digest(path) for path, named in _models(config).items()}
+
+
+def _models(config: ConfigDict) -> dict[str, str]:
+    """{path: what names it in the config}"""
+    named = (one if isinstance(one, str) else one[0] for one in config.objective.rewards)
+    kinds_and_paths = {name.partition("?")[0].partition(":")[::2] for name in named}  # however heads are taken together
+    paths = sorted(path for kind, path in kinds_and_paths if kind == configs.REWARD)
+    models = {path: f"config.objective.rewards: {configs.REWARD}:{path}" for path in paths}
+    if (judge := config.objective.judge) and not is_endpoint(judge):
+        models[judge] = f"config.objective.judge={judge}"
+    return models
+
+
+def _digest(path: str) -> str:
+    where = Path(path).expanduser()
+    if (where / "checkpoints").is_dir():
+        _, step = best.chosen(where, None)
+        try:
+            content = [digest.read(where / "checkpoints" / str(step))["leaves"]]
+        except ValueError as error:
+            raise UserError(f"{where}: step {step}: {error}") from error
+        content += [read_json(where / origin.FILE)["sha256"]] if origin.is_recorded(where) else []
+    elif (where / adapters.CONFIG).is_file():
+        content = [adapters.directory_digest(where)]
+    else:
+        reader = open_source(locate(path))
+        content = [adapters.base_digest(reader, spec_from_config(reader.config)), reader.config]
+        if (its := classifier(reader)) is not None and its.kind:
+            content.append(hashlib.sha256(np.asarray(its.head(), np.float32).tobytes()).hexdigest())
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _bytes(path: str, mesh: Mesh) -> float:
@@ -184,7 +224,7 @@ def _bytes(path: str, mesh: Mesh) -> float:
     if (where / adapters.CONFIG).is_file():
         source = read_json(inside(where, adapters.CONFIG)).get("base_model_name_or_path") or ""
         adapter = sum(file.stat().st_size for file in where.glob("adapter_model.*"))  # whole on each device
-    dtype = jnp.dtype(_dtype(source))
+    dtype = jnp.dtype(stored_dtype(source))
     spec = spec_from_config(open_source(locate(source, weights=False), weights=False).config)
     return adapter + sum(map(bytes_on_device, jax.tree.leaves(abstract_params(Decoder(spec, dtype, dtype), mesh))))
 
@@ -195,11 +235,11 @@ def _of_directory(path: str, model: str) -> RewardModel:
         config = read_json(inside(where, adapters.CONFIG))
         facts = read_json(inside(where, adapters.FACTS)) if (where / adapters.FACTS).is_file() else {}
         source = model or config.get("base_model_name_or_path") or ""
-        base, variables = load_model(source, {"adapter": path}, _dtype(source), heads=True)
+        base, variables = load_model(source, {"adapter": path}, stored_dtype(source), heads=True)
         return _of_files(path, base, variables["adapter"], kind_of(config), facts.get(FACTS))
     if model:
         raise UserError(f"{path}: is a whole model, or no model at all, and needs none beside it; leave {model} out")
-    base, variables = load_model(path, {}, _dtype(path), heads=True)
+    base, variables = load_model(path, {}, stored_dtype(path), heads=True)
     its = classifier(base.reader)
     return _of_files(path, base, variables[NONE], its and its.kind, base.reader.config.get(FACTS))
 
@@ -244,7 +284,7 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _dtype(source: str) -> str:
+def stored_dtype(source: str) -> str:
     """The type of a model's weights, as its config.json says; float32 where it says none that is computed in."""
     config = open_source(locate(source, weights=False), weights=False).config
     named = config.get("dtype") or config.get("torch_dtype")

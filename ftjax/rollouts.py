@@ -7,7 +7,7 @@ A batch is a function of its index and of the state before it: prompts in the lo
 import functools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from ftjax.method import lasting, method_of
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.ppo import KL_COEF
 from ftjax.objectives.reference import policy_and_reference
-from ftjax.returns import Learned, Round
+from ftjax.returns import Learned, Round, correction
 from ftjax.sampling import stop_strings
 from ftjax.training import metrics
 from ftjax.training.source import Batch
@@ -83,8 +83,10 @@ class Written(NamedTuple):
 class Rollouts:
     """The `training.source.Source` of a method whose model writes what it learns from.
 
-    loader: of the prompts, of which a batch has config.data.batch_size / config.rollouts.samples.
+    loader: of the prompts, of which a batch has config.data.batch_size / config.rollouts.samples, or
+      / config.rollouts.learned.
     ptx: of the rows that each step has beside the completions, None where it has none.
+    between: see `episodes.make_play`.
 
     Raises:
       UserError: in `batch`, where a reward fails or is no finite number, with the row and the completion.
@@ -99,13 +101,15 @@ class Rollouts:
         loader: Loader,
         workdir: Path,
         ptx: Loader | None = None,
+        between: Callable[[], None] | None = None,
     ):
         self._config, self._base, self._program, self._frozen = config, base, program, frozen
         self._loader, self._rewards, self._file = loader, rewarding.rewards_of(config), workdir / FILE
         self.updates, self.samples = config.rollouts.iterations, config.rollouts.samples
+        self._each = config.rollouts.learned or self.samples  # of the samples, those that are learned from
         self._ask = critic.make_ask(config, program, frozen)
         self._ptx = ptx
-        self._play = make_play(config, base)
+        self._play = make_play(config, base, between)
         self._round, self._made = -1, None
         self._began: float | None = None  # the last round, by the clock
         self._writes_on = False
@@ -114,9 +118,12 @@ class Rollouts:
         round_ = index // self.updates
         if self._made is None or self._round != round_:
             self._made, self._round = self._make(round_, state), round_
+        # In steps, from the weights that wrote to those that learn.
+        written_at = max(round_ - self._config.rollouts.ahead, 0) * self.updates
+        made = self._made._replace(metrics={**self._made.metrics, "sampling/staleness": float(index - written_at)})
         if self._ptx is None:
-            return self._made
-        return _with_rows(self._made, self._ptx.batch(index), self._ptx.batch_tokens(index))
+            return made
+        return _with_rows(made, self._ptx.batch(index), self._ptx.batch_tokens(index))
 
     def epoch_at(self, index: int) -> float:
         return self._loader.epoch_at(index // self.updates)
@@ -132,15 +139,16 @@ class Rollouts:
         total = rewarding.weighted(self._rewards, grades)
         wanted = len(total) // self.samples
         for further in range(1, self._config.rollouts.resample + 1):
-            if differing(total.reshape(-1, self.samples)).sum() >= wanted:
+            if differing(self._groups(every, total)).sum() >= wanted:
                 break
             more, their_grades = self._graded(round_, further, state)
             every = Written(np.append(every.chosen, more.chosen), *([*a, *b] for a, b in zip(every[1:], more[1:])))
             grades = np.concatenate([grades, their_grades])
             total = rewarding.weighted(self._rewards, grades)
-        groups = total.reshape(-1, self.samples)
+        groups = self._groups(every, total)
         kept = most_differing(groups, wanted)
-        places = (kept[:, None] * self.samples + np.arange(self.samples)).reshape(-1)
+        of_each = most_varied(groups[kept], self._each)
+        places = (kept[:, None] * self.samples + of_each).reshape(-1)
         written = every.of(places)
         arrays = self._lay(written)
         learned = self._learned(state, arrays, written, total[places])
@@ -153,6 +161,11 @@ class Rollouts:
             found |= {"groups/written": float(len(groups)), "groups/kept": float(differing(groups[kept]).sum())}
         return Batch(arrays, int((arrays["segment_ids"] > 0).sum()), found)
 
+    def _groups(self, written: Written, total: np.ndarray) -> np.ndarray:
+        """float64 [prompts, samples]: what the completions of a prompt are compared by."""
+        ended = np.array([one.stopped for one in written.completions])
+        return (total - self._config.objective.missing_eos_penalty * ~ended).reshape(-1, self.samples)
+
     def _learned(
         self, state: TrainState, arrays: dict[str, np.ndarray], written: Written, scores: np.ndarray
     ) -> Learned:
@@ -162,14 +175,19 @@ class Rollouts:
             scores,
             np.array([one.stopped for one in written.completions]),
             arrays["weights"] > 0,
-            arrays["sampled_logps"],
+            said.get("old_logps", arrays["sampled_logps"]),
             said.get("reference_logps"),
             said.get("values"),
-            self.samples,
+            self._each,
         )
         settings = self._config.objective
         kl_coef = float(state.kept[KL_COEF]) if KL_COEF in state.kept else settings.kl_coef
-        return self._program.method.credit(settings, known, kl_coef)
+        learned = self._program.method.credit(settings, known, kl_coef)
+        if "old_logps" not in said:
+            return learned
+        weights, metrics = correction(settings, said["old_logps"], arrays["sampled_logps"], known.mask)
+        further = {"old_logps": np.where(known.mask, said["old_logps"], 0), "correction": weights}
+        return learned._replace(by_token=learned.by_token | further, metrics=learned.metrics | metrics)
 
     def _graded(self, round_: int, further: int, state: TrainState) -> tuple[Written, np.ndarray]:
         """The completions of a round, or the further ones that replace some, and what each reward gives them."""
@@ -190,7 +208,7 @@ class Rollouts:
         settings, examples = self._config.rollouts, self._loader.examples
         chosen = np.repeat(self._prompts(round_, further), self.samples)
         prompts = [examples.documents_of(i)[0].tokens for i in chosen]
-        policy, _ = policy_and_reference(tree.combine(state.trainable, self._frozen))
+        policy, _ = policy_and_reference(tree.combine(state.writer, self._frozen))
         policy = lasting(self._program.method, policy)
         first = (round_ * (1 + settings.resample) + further) * len(chosen)
         asked = functools.cache(lambda example: rewarding.question_of(examples, example))
@@ -266,7 +284,7 @@ class Rollouts:
         answers = [
             {"text": one.text, **({"turns": one.said} if one.said else {})}
             | {"rewards": dict(zip(names, given.tolist())), name: float(value)}
-            for one, given, value in list(zip(written.completions, grades, values))[: self.samples]
+            for one, given, value in list(zip(written.completions, grades, values))[: self._each]
         ]
         record = {"step": step, "prompt": question.prompt.last, "expected": question.expected, "completions": answers}
         with self._file.open("a", encoding="utf-8") as file:
@@ -321,3 +339,16 @@ def most_differing(rewards: np.ndarray, count: int) -> np.ndarray:
     Dynamic sampling (Yu et al. 2025, arXiv:2503.14476, section 3.2), with an end to it. rewards as of `differing`.
     """
     return np.sort(np.argsort(~differing(rewards), kind="stable")[:count])
+
+
+def most_varied(rewards: np.ndarray, count: int) -> np.ndarray:
+    """int [prompts, count]: of each prompt the completions whose rewards have the greatest variance, in their order.
+
+    Which are its best and its worst ones, so many of each as give the most (PODS: Xu et al. 2025, arXiv:2504.13818,
+    section 3). rewards as of `differing`.
+    """
+    ranked, samples = np.argsort(rewards, axis=1, kind="stable"), rewards.shape[1]
+    ends = np.array([[*range(count - best), *range(samples - best, samples)] for best in range(count + 1)])
+    tried = ranked[:, ends]  # [prompts, count + 1, count]
+    variances = np.take_along_axis(rewards[:, None], tried, axis=2).var(axis=2)
+    return np.sort(tried[np.arange(len(rewards)), variances.argmax(axis=1)], axis=1)

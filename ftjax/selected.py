@@ -57,7 +57,9 @@ class Selected(Rollouts):
         }
         values = total[places]
         if values.shape[1] > 1:
+            entropies = [-one.tempered_logps.sum() for one in written.completions]
             found["objective/scores_margin"] = float((values[:, 0] - values[:, 1]).mean())
+            found |= {"objective/scores": float(total.mean()), "objective/entropy": float(np.mean(entropies))}
         else:
             found["reward_best"] = float(values.mean())
         return Batch(arrays, int((arrays["segment_ids"] > 0).sum()), found)

@@ -29,6 +29,7 @@ class Parts(NamedTuple):
       loader: of the rows of data.train.
       ptx: of those of data.ptx, None where there are none.
       steps: how many there are.
+      between: called while the model writes, to raise what ends that (`training.preemption`).
     """
 
     config: ConfigDict
@@ -39,6 +40,7 @@ class Parts(NamedTuple):
     ptx: Loader | None
     workdir: Path
     steps: int
+    between: Callable[[], None]
 
 
 def ptx_loader(config: ConfigDict, base: Base, mesh: Mesh, counter: pipeline.Counter) -> Loader | None:
@@ -70,15 +72,15 @@ def _from_files(run: Parts) -> Source:
 
 
 def _from_rollouts(run: Parts) -> Source:
-    return Rollouts(run.config, run.base, run.program, run.frozen, run.loader, run.workdir, run.ptx)
+    return Rollouts(run.config, run.base, run.program, run.frozen, run.loader, run.workdir, run.ptx, run.between)
 
 
 def _from_selected(run: Parts) -> Source:
-    return Selected(run.config, run.base, run.program, run.frozen, run.loader, run.workdir)
+    return Selected(run.config, run.base, run.program, run.frozen, run.loader, run.workdir, between=run.between)
 
 
 def _from_both(run: Parts) -> Source:
-    return Distilled(run.config, run.base, run.frozen, run.loader)
+    return Distilled(run.config, run.base, run.frozen, run.loader, run.between)
 
 
 SOURCES: dict[str, Callable[[Parts], Source]] = {

@@ -11,6 +11,7 @@ last checkpoint).
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -203,7 +204,8 @@ def _train(
         writer, finished = metrics.MetricsWriter(workdir, after, config.trackers, plain), False
         meta = {"config": configs.as_json(located), "data": rows_digest}
         seconds = flops.seconds_per_token(program)
-        parts = Parts(config, base, program, start.frozen, train_loader, ptx, workdir, total_steps)
+        between = functools.partial(preemption.check, within=True)
+        parts = Parts(config, base, program, start.frozen, train_loader, ptx, workdir, total_steps, between)
         loop = Loop(
             step,
             SOURCES[program.method.source](parts),
@@ -267,8 +269,8 @@ def _stopped(stop: Preempted, began: int | None, checkpoints: Checkpoints, displ
 
 
 def _open_base(config: ConfigDict, workdir: Path, there: resume.Resume) -> tuple[Base, Base | None, dict[str, str]]:
-    """The base, the teacher if there is one, and the digests of what they consist of: of a run that goes on they are
-    those that it began with."""
+    """The base, the teacher if there is one, and the digests of what they and those who reward consist of: of a run
+    that goes on they are those that it began with."""
     if there.step is None:
         preflight.check_used(config)
     data = config.data if there.step is None else assemble.with_kept_template(config.data, workdir)
@@ -276,6 +278,7 @@ def _open_base(config: ConfigDict, workdir: Path, there: resume.Resume) -> tuple
     teacher = distillation.open_teacher(config, base)
     contents = origin.contents(config, base.reader, base.model.spec)
     contents |= {"teacher": distillation.teacher_digest(teacher)} if teacher else {}
+    contents |= rewards.digests(config)
     if there.step is not None:
         origin.check(config, workdir, contents)
     return base, teacher, contents

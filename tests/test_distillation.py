@@ -22,6 +22,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("distillation")
     write_model(root / "model")
     write_model(root / "teacher", hidden_size=96, intermediate_size=48)
+    write_model(root / "padded", vocab_size=416)
     write_rows(root / "rows.jsonl", 40)
     return root
 
@@ -60,8 +61,11 @@ def exact(ours, theirs, trained, beta, temperature):
     return each[trained].mean(), -(q * np.log(q)).sum(-1)[trained].mean()
 
 
-def test_the_loss_is_the_divergence_from_the_teacher_at_trained_tokens(root):
-    config = config_for(root, **{"objective.distill_beta": 0.3, "objective.distill_temperature": 2.0})
+@pytest.mark.parametrize(("model", "teacher_name"), [("model", "teacher"), ("model", "padded"), ("padded", "teacher")])
+def test_the_loss_is_the_divergence_from_the_teacher_at_trained_tokens(root, model, teacher_name):
+    """Over the tokens that both have: what one of them is padded with does not count."""
+    changes = {"model.source": str(root / model), "objective.teacher": str(root / teacher_name)}
+    config = config_for(root, **changes, **{"objective.distill_beta": 0.3, "objective.distill_temperature": 2.0})
     program, start, loader, (base, teacher) = with_teacher(config)
     with jax.set_mesh(program.mesh):
         batch = {name: jnp.asarray(array) for name, array in loader.batch(0).items()}
@@ -77,6 +81,8 @@ def test_the_loss_is_the_divergence_from_the_teacher_at_trained_tokens(root):
 
         ours = logits(base.model, {name: part for name, part in variables.items() if name != TEACHER})
         theirs = logits(teacher.model, variables[TEACHER])
+    assert {ours.shape[-1], theirs.shape[-1]} == ({400, 416} if "padded" in (model, teacher_name) else {400})
+    ours, theirs = ours[..., :400], theirs[..., :400]
     expected, entropy = exact(ours, theirs, np.asarray(batch["weights"]) > 0, 0.3, 2.0)
     assert float(loss.sum / loss.weight) == pytest.approx(expected, rel=1e-5)
     total, weight = loss.metrics["entropy"]
@@ -171,7 +177,6 @@ def test_it_learns_what_the_teacher_says(root, tmp_path):
     ("changes", "said"),
     [
         ({"objective.teacher": ""}, "config.objective.teacher: name the model to learn from"),
-        ({"objective.teacher": "padded"}, "but it has 416 logits and not 400"),
         ({"rollouts.samples": 4}, r"rollouts.samples: objective.name='gkd' does not use it \(of grpo, "),
         ({"objective.student_share": 0.0}, "rollouts.max_new_tokens: with config.objective.student_share=0"),
         ({"data.train": "texts"}, "there is no prompt that the model could answer"),
@@ -180,8 +185,6 @@ def test_it_learns_what_the_teacher_says(root, tmp_path):
     ],
 )
 def test_mistakes_are_named(root, tmp_path, changes, said):
-    if changes.get("objective.teacher") == "padded":
-        changes = {"objective.teacher": str(write_model(tmp_path / "padded", vocab_size=416))}
     if changes.get("data.train") == "texts":
         (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "The blue lamp is broken"}) + "\n")
         changes = {"data.train": (str(tmp_path / "texts.jsonl"),)}

@@ -218,7 +218,7 @@ def test_a_judge_says_whose_answers_win(run, document, capsys):
 
     answers = {its["kind"]: [one["completion"] for one in its["answers"]] for its in document["sets"][1]["contestants"]}
 
-    def verdicts(questions):
+    def verdicts(questions, origins):
         """The tuned model's for every other question, wherever it stands, and else ties."""
         count = len(questions) // 2
         if count == len(answers["tuned"]):

@@ -40,7 +40,7 @@ FLOORS = [
     {"evals", "rewards"},
     {"episodes"},
     {"cached_reference", "describe", "exportable", "inspection", "parity", "preflight", "reporting", "resume"}
-    | {"critic", "rewarding"},
+    | {"critic", "judging", "rewarding"},
     {"best_of", "constitutional", "distillation", "labeling", "planning", "rollouts", "selected"},
     {"sources"},
     {"__main__", "train", "sweep", "pipeline", "evaluate", "generate", "report", "export", "harness", "score"}

@@ -57,7 +57,7 @@ def make_pulled(model, config):
 
 AVERAGE = Kept(
     init=lambda trainable: {"average": jax.tree.map(jnp.copy, trainable), "steps": jnp.zeros((), jnp.float32)},
-    update=lambda kept, trainable, metrics: {
+    update=lambda kept, before, trainable, metrics: {
         "average": jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, kept["average"], trainable),
         "steps": kept["steps"] + 1,
     },

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ftjax.returns import at_end, baselines, gae, kl_estimates, whiten
+from ftjax.config import defaults
+from ftjax.returns import at_end, baselines, correction, gae, kl_estimates, whiten
 
 RNG = np.random.default_rng(0)
 MASK = np.array([[0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]], bool)
@@ -31,6 +32,34 @@ def test_the_score_lands_on_the_last_token_and_never_on_what_follows():
     wanted = np.zeros(MASK.shape)
     wanted[0, 4], wanted[1, 6], wanted[3, 0] = 3, -2, 7
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_what_drew_the_tokens_is_corrected_for_within_bounds(mode):
+    """The ratio of a token or of a whole completion, held between the bounds or 0 outside of them."""
+    settings = defaults().objective
+    settings.update(correction=mode, correction_min=0.5, correction_max=2.0)
+    logps, sampled = drawn(), drawn()
+    weights, metrics = correction(settings, logps, sampled, MASK)
+    wanted, each, moved = np.zeros(MASK.shape), [], set()
+    for row in np.flatnonzero(MASK.any(axis=1)):
+        ratios = [float(np.exp(logps[row, t] - sampled[row, t])) for t in np.flatnonzero(MASK[row])]
+        ratios = [float(np.prod(ratios))] * len(ratios) if mode.startswith("sequence") else ratios
+        bounded = [min(max(ratio, 0.5), 2.0) for ratio in ratios]
+        moved |= {ratio < 0.5 for ratio, within in zip(ratios, bounded, strict=True) if ratio != within}
+        if mode.endswith("mask"):
+            bounded = [ratio * (ratio == within) for ratio, within in zip(ratios, bounded, strict=True)]
+        wanted[row, MASK[row]] = bounded
+        each += bounded[:1] if mode.startswith("sequence") else bounded
+    assert moved
+    np.testing.assert_allclose(weights, wanted, rtol=1e-12)
+    apart = np.abs(logps - sampled)[MASK]
+    expected = {f"sampling/importance_sampling_ratio/{of}": getattr(np, of)(each) for of in ("min", "mean", "max")}
+    expected |= {f"sampling/sampling_logp_difference/{of}": getattr(np, of)(apart) for of in ("mean", "max")}
+    assert metrics == pytest.approx(expected)
+    nothing, metrics = correction(settings, logps, sampled, np.zeros_like(MASK))
+    assert not nothing.any()
+    assert not any(metrics.values())
 
 
 def test_whitened_numbers_have_mean_0_and_variance_1_over_the_mask():

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from support.chat_templates import CHATML, make_tokenizer
 from support.family_configs import CONFIGS
 from support.pairs import config_of, write_pairs
@@ -71,6 +73,27 @@ def test_the_memory_of_a_reward_model_is_known_before_it_is_read(root, name):
     assert rewards.needed(config_of(root, **{"objective.rewards": ("exact",)})) == 0
     with pytest.raises(UserError, match=r"config.objective.rewards: reward:nowhere: .* no such"):
         rewards.needed(config_of(root, **{"objective.rewards": ("reward:nowhere",)}))
+
+
+def test_a_reward_model_is_known_by_what_it_holds(root, tmp_path):
+    """Wherever it lies; with another head it is another, and so is one of other weights."""
+
+    def digest_of(path):
+        named = config_of(root, **{"objective.rewards": (f"reward:{path}",)})
+        ((_, digest),) = rewards.digests(named).items()
+        return digest
+
+    for name in ("run", "hf", "peft"):
+        shutil.copytree(root / name, tmp_path / name)
+        assert digest_of(tmp_path / name) == digest_of(root / name)
+    file = tmp_path / "hf/model.safetensors"
+    whole = load_file(file)
+    for changed in ("score.weight", next(name for name in whole if "down_proj" in name)):
+        save_file(whole | {changed: whole[changed] + 1}, file, {"format": "np"})
+        assert digest_of(tmp_path / "hf") != digest_of(root / "hf")
+    assert digest_of(root / "run") != digest_of(root / "hf")
+    assert rewards.digests(config_of(root, **{"objective.judge": str(root / "model")})) != {}
+    assert rewards.digests(config_of(root, **{"objective.judge": "https://HOST/v1"})) == {}
 
 
 def raw(model, conversations):

@@ -1,5 +1,6 @@
 """Batches that the model writes itself: what is in them, what is rewarded, and that a run of them resumes exactly."""
 
+import itertools
 import json
 
 import jax
@@ -15,7 +16,7 @@ from ftjax.method import method_of
 from ftjax.objectives.head import make_unembed
 from ftjax.objectives.logps import token_logps
 from ftjax.returns import group_advantages
-from ftjax.rollouts import most_differing
+from ftjax.rollouts import most_differing, most_varied
 from ftjax.training import digest, metrics
 
 
@@ -108,9 +109,46 @@ def test_prompts_of_equal_rewards_give_way_in_their_order():
     assert most_differing(rewards[:2], 2).tolist() == [0, 1]
 
 
-def test_prompts_that_teach_nothing_are_replaced_alike_in_a_run_that_goes_on(root, tmp_path):
+def test_the_completions_that_differ_most_vary_as_much_as_any_so_many_do():
+    """Against all subsets."""
+    rng = np.random.default_rng(0)
+    rewards = np.concatenate([rng.integers(0, 2, (20, 7)), rng.normal(size=(20, 7)), np.ones((1, 7))])
+    for count in (2, 3, 4, 7):
+        chosen = most_varied(rewards, count)
+        for values, places in zip(rewards, chosen, strict=True):
+            assert sorted(set(places)) == places.tolist()
+            most = max(np.var(values[list(some)]) for some in itertools.combinations(range(7), count))
+            assert np.var(values[places]) == pytest.approx(most)
+
+
+def test_of_the_completions_of_a_prompt_those_that_differ_most_are_learned_from(root, tmp_path):
+    """Six are written to each of two prompts, and two learned from; a reward of 0 or 1 makes one of each, if any."""
+    changes = {"objective.rewards": ("support.rewards:capital",), "rollouts.max_new_tokens": 1, "rollouts.samples": 6}
+    whole, start, program = source_of(config_for(root, **changes, **{"data.batch_size": 12}), tmp_path)
+    part = source_of(config_for(root, **changes, **{"data.batch_size": 4, "rollouts.learned": 2}), tmp_path)[0]
+    differed = 0
+    with jax.set_mesh(program.mesh):
+        for index in range(4):
+            every, made = whole.batch(index, start.state), part.batch(index, start.state)
+            assert made.arrays["tokens"].shape[0] == 4
+            assert made.metrics["reward"] == every.metrics["reward"]  # of all that was written
+            rows = {row.tobytes() for row in every.arrays["tokens"][:, : made.arrays["tokens"].shape[1]]}
+            assert all(row.tobytes() in rows for row in made.arrays["tokens"])
+            for before, group in zip(*(one.arrays["advantages"].sum(axis=1).reshape(2, -1) for one in (every, made))):
+                assert before.any() == group.any()
+                differed += group.any()
+                # The two are 1 and 0: their sample standard deviation is the root of a half.
+                expected = [-0.5, 0.5] / (np.sqrt(0.5) + 1e-4) if group.any() else [0, 0]
+                np.testing.assert_allclose(sorted(group), expected, rtol=1e-6)
+    assert differed
+    with pytest.raises(UserError, match=r"rollouts\.learned=7: .*set it to 2 to 6"):
+        method_of(config_for(root, **changes, **{"rollouts.learned": 7}))
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_prompts_that_teach_nothing_are_replaced_alike_in_a_run_that_goes_on(root, tmp_path, name):
     """Few first tokens are capital letters, so that the rewards of most prompts are all 0."""
-    changes = {"objective.rewards": ("support.rewards:capital",), "rollouts.max_new_tokens": 1}
+    changes = {"objective.rewards": ("support.rewards:capital",), "rollouts.max_new_tokens": 1, "objective.name": name}
     source, start, program = source_of(config_for(root, **changes), tmp_path)
     changes["rollouts.resample"] = 6
     replacing, again = (source_of(config_for(root, **changes), tmp_path)[0] for _ in range(2))
@@ -129,10 +167,69 @@ def test_prompts_that_teach_nothing_are_replaced_alike_in_a_run_that_goes_on(roo
     assert "groups/written" not in plain.metrics
 
 
-@pytest.mark.parametrize("name", ["rloo", "ppo"])
-def test_nothing_is_replaced_where_equal_rewards_teach(root, name):
-    with pytest.raises(UserError, match=r"rollouts\.resample: .* does not use it \(of grpo\)"):
-        method_of(config_for(root, **{"objective.name": name, "rollouts.resample": 1}))
+def test_a_round_ahead_is_what_the_weights_of_the_last_round_write(root, tmp_path):
+    changes = {"rollouts.iterations": 2, "optimizer.learning_rate": 0.1, "schedule.name": "constant"}
+    of_earlier, of_now = (source_of(config_for(root, **changes), tmp_path)[0] for _ in range(2))
+    source, start, program = source_of(config_for(root, **changes, **{"rollouts.ahead": 1}), tmp_path)
+    state, trained, staleness = start.state, [], []
+    with jax.set_mesh(program.mesh):
+        for index in range(6):
+            trained.append(jax.device_get(state.trainable))
+            made = source.batch(index, state)
+            staleness.append(made.metrics["sampling/staleness"])
+            state, _ = program.step(state, start.frozen, {name: array[None] for name, array in made.arrays.items()})
+        earlier, now = (
+            its.batch(4, start.state.replace(trainable=trained[step], kept={})).arrays
+            for its, step in ((of_earlier, 2), (of_now, 4))
+        )
+    for name in ("tokens", "sampled_logps", "advantages"):
+        np.testing.assert_array_equal(made.arrays[name], earlier[name])
+    assert not np.array_equal(made.arrays["tokens"], now["tokens"])
+    assert staleness == [0, 1, 2, 3, 2, 3]
+
+
+def test_what_earlier_weights_wrote_counts_by_how_likely_it_is_now(root, tmp_path):
+    """The trainer's own log p before the round, and their ratio to those of sampling, against the formula."""
+    changes = {"rollouts.ahead": 1, "rollouts.temperature": 0.7, "objective.correction": "token_truncate"}
+    source, start, program = source_of(config_for(root, **changes, **{"objective.correction_max": 1.1}), tmp_path)
+    state = start.state
+    state = state.replace(trainable=jax.tree.map(lambda leaf: leaf + 0.1, state.trainable))
+    with jax.set_mesh(program.mesh):
+        arrays = source.batch(0, state).arrays
+    unembed, trained = make_unembed(program.model), arrays["weights"] > 0
+    variables = tree.combine(state.trainable, start.frozen)
+    now = np.asarray(token_logps(program.model, lambda *given: unembed(*given) / 0.7, variables, arrays, None))
+    np.testing.assert_allclose(arrays["old_logps"][trained], now[trained], atol=1e-5)
+    ratios = np.exp(np.float64(now)[trained] - arrays["sampled_logps"][trained])
+    assert np.abs(ratios - 1).max() > 0.1
+    np.testing.assert_allclose(arrays["correction"][trained], np.minimum(ratios, 1.1), rtol=1e-4)
+    assert not arrays["correction"][~trained].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective.name": "ppo"}, r"does not use it \(of grpo, rloo\)"),
+        ({"objective.name": "rloo", "objective.kl_coef": 0.1}, r"with config.objective.kl_coef=0.1 .* rewarded alike"),
+        ({"objective.name": "rloo", "objective.baseline": "batch"}, r"set objective.baseline to 'others'"),
+    ],
+)
+def test_nothing_is_replaced_where_equal_rewards_teach(root, changes, said):
+    with pytest.raises(UserError, match=rf"rollouts\.resample: .*{said}"):
+        method_of(config_for(root, **changes, **{"rollouts.resample": 1}))
+
+
+def test_of_equal_rewards_those_differ_that_came_to_an_end(root, tmp_path):
+    """What a cut completion loses counts where it is decided which prompts teach something."""
+    changes = {"objective.name": "rloo", "objective.rewards": ("support.rewards:of_prompt",), "rollouts.resample": 3}
+    free, start, program = source_of(config_for(root, **changes), tmp_path, tuple(range(100, 140)))
+    changes |= {"objective.missing_eos_penalty": 0.5}
+    source, start, program = source_of(config_for(root, **changes), tmp_path, tuple(range(100, 140)))
+    with jax.set_mesh(program.mesh):
+        nothing, made = free.batch(0, start.state), source.batch(0, start.state)
+    assert nothing.metrics["groups/kept"] == 0
+    assert made.metrics["groups/kept"] == 2
+    assert made.arrays["advantages"].any(axis=1).reshape(2, 3).any(axis=1).all()
 
 
 def test_rewards_are_summed_by_weight_and_logged_by_name(root, tmp_path):
@@ -193,6 +290,8 @@ OF_PPO = {
     "data.ptx_rows": 2,
     "objective.ptx_coef": 0.5,
     "export_formats": ("peft",),
+    "rollouts.ahead": 1,
+    "objective.correction": "sequence_truncate",
 }
 
 
@@ -222,8 +321,12 @@ def test_a_run_of_its_own_completions_resumes_exactly(root, tmp_path, name, chan
     assert rewards[::2] == rewards[1::2]
     assert len(set(rewards)) == 4
     assert records[0]["sampling/logp_difference_mean"] < 1e-4 < records[1]["sampling/logp_difference_mean"]
+    ahead = changes.get("rollouts.ahead", 0)
+    assert [record["sampling/staleness"] for record in records] == [0, 1, *[2 * ahead, 2 * ahead + 1] * 3]
+    assert (records[2]["sampling/logp_difference_mean"] > 1e-4) == ahead
     written, last = (tmp_path / "run" / rollouts.FILE).read_text(), tmp_path / "run/checkpoints/8"
     end = digest.read(last)["leaves"]
+    assert any(path.startswith("kept/writer/lora/") for path in end) == ahead
     assert ("kept/kl_coef" in end) == ("trainable/heads/value/kernel" in end) == (name == "ppo")
     coefs = {record["objective/kl_coef"] for record in records if "objective/kl_coef" in record}
     assert len(coefs) == 4 * (name == "ppo")  # a controller changes it after each round
@@ -362,6 +465,17 @@ def test_the_rows_of_the_pretraining_mix_are_checked_too(root, tmp_path):
         ),
         (PTX | {"data.ptx_rows": 3, "accumulate": 2}, "ptx_rows=3 rows in 2 micro-batch.*to a multiple of 2"),
         ({"data.ptx": ("texts.jsonl",)}, "config.data.ptx: objective.name='grpo' does not use it .of ppo"),
+        ({"objective.correction_max": 2.0}, "correction_max bounds what corrects .*set objective.correction"),
+        (
+            {"objective.correction": "token_mask", "objective.correction_min": 4.0},
+            "correction_min=4 is above config.objective.correction_max=3",
+        ),
+        (
+            {"objective.name": "rloo", "objective.correction": "token_mask"},
+            "'token_mask': objective.name='rloo' has one ratio of a whole completion; use sequence_mask",
+        ),
+        ({"objective.name": "rejection", "objective.correction": "token_mask"}, "does not use it .of grpo, rloo, ppo"),
+        ({"rollouts.ahead": 2}, "rollouts.ahead=2: it must be a number from 0 to 1"),
         ({"objective.vf_coef": 0.5}, "vf_coef: objective.name='grpo' does not use it .of ppo"),
     ],
 )

@@ -85,6 +85,10 @@ def test_a_batch_holds_what_was_chosen_of_the_same_completions(root, tmp_path, n
     assert signs[wanted[0]] == teaches
     assert sum(map(abs, signs)) == documents * teaches
     assert made.metrics["groups/kept"] == ours["weights"].any(axis=1).sum()
+    if name == "online_dpo":
+        assert made.metrics["objective/scores"] == made.metrics["reward"]
+        surprise = -theirs["sampled_logps"].sum(axis=1).mean()
+        assert made.metrics["objective/entropy"] == pytest.approx(surprise, rel=1e-5)
     assert made.metrics["reward"] == pytest.approx(
         every.metrics["reward"] - penalty * every.metrics["completions/clipped_ratio"]
     )
@@ -143,7 +147,7 @@ def test_a_bandit_is_solved(tmp_path, name, changes):
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("rejection", {"rollouts.resample": 1}, r"rollouts.resample: .*does not use it \(of grpo\)"),
+        ("rejection", {"rollouts.resample": 1}, r"rollouts.resample: .*does not use it \(of grpo, rloo\)"),
         ("online_dpo", {"objective.least_reward": 0.0}, r"least_reward: .*does not use it \(of rejection\)"),
         ("online_dpo", {"data.row_length": 64}, r"row_length=64: the longest prompt has \d+ tokens.*follow, twice"),
         ("online_dpo", {"objective.loss": ("sigmoidd",)}, "sigmoidd"),

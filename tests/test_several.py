@@ -288,3 +288,20 @@ def test_episodes_of_two_processes_are_those_of_one(root, monkeypatch, record_fi
     difference = largest_difference(adapters(root / "game")[1], adapters(root / "game-two")[1])
     record_figure("adapters", difference)
     assert difference < 1e-5
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_of_two_that_write_gives_up_the_round_on_both(root, record_figure):
+    settings = {
+        "objective.name": "grpo", "objective.rewards": ("f1",), "data.eval": (), "eval_every": 0, "steps": 20,
+        "data.batch_size": 32, "data.max_length": 256, "data.row_length": 0, "rollouts.samples": 2, "accumulate": 2,
+        "rollouts.max_new_tokens": 192, "rollouts.batch_size": 2, "checkpoint_every": 100,
+    }  # fmt: skip
+    workdir, given = root / "gives-up", [f"--config.{key}={value}" for key, value in settings.items()]
+    with together(root, workdir, 2, *given) as processes:
+        signal_at_step(processes[1], workdir, 1, signal.SIGTERM)  # the second step is on its way, and the third written
+        sent = time.monotonic()
+        printed = finished(processes, 75)
+        record_figure("seconds from SIGTERM to the end", time.monotonic() - sent)
+    assert "SIGTERM: saved step 2; " in printed[0]
+    assert (workdir / "rollouts.jsonl").read_text().count("\n") == 2  # the third round was not written to its end

@@ -128,7 +128,15 @@ class Standing(NamedTuple):
 
 
 def choose(workdir: Path, wanted: str | None) -> int:
-    """The step of the run in `workdir` that --step names, said on stderr together with how the others score.
+    """As `chosen`, said on stderr together with how the others score."""
+    standing, step = chosen(workdir, wanted)
+    if distributed.is_first():
+        print(told(standing, step), file=sys.stderr)
+    return step
+
+
+def chosen(workdir: Path, wanted: str | None) -> tuple[Standing, int]:
+    """(how the steps of the run in `workdir` score, the one that --step names).
 
     wanted: "best", "latest", a number, or None for the best where there is one and else the latest. Every process of a
     run calls it alike. Raises UserError where there is no such step.
@@ -148,9 +156,7 @@ def choose(workdir: Path, wanted: str | None) -> int:
     step = json.loads(distributed.tell(json.dumps(step)))
     if step is None:
         raise UserError(f"{workdir / 'checkpoints'} holds no checkpoint. Check --workdir, or train first.")
-    if distributed.is_first():
-        print(told(standing, step), file=sys.stderr)
-    return step
+    return standing, step
 
 
 def told(standing: Standing, step: int) -> str:

@@ -42,11 +42,14 @@ class Endpoint:
     tries: int = 6
     wait: float = 1.0
 
-    def __call__(self, questions: Sequence[Question]) -> list[str]:
-        return [choice["message"]["content"] for choice in self.choices(questions)]
+    def __call__(self, questions: Sequence[Question], origins: Sequence[str] = ()) -> list[str]:
+        return [choice["message"]["content"] for choice in self.choices(questions, origins)]
 
-    def choices(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
-        """The first choice of each reply as the endpoint gives it, {"message": {"content": str}, ...}."""
+    def choices(self, questions: Sequence[Question], origins: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """The first choice of each reply as the endpoint gives it, {"message": {"content": str}, ...}.
+
+        origins: what messages about each question begin with.
+        """
         import httpx2
 
         headers = {}
@@ -57,12 +60,13 @@ class Endpoint:
         with httpx2.Client(headers=headers, timeout=self.timeout) as client:
             pool = ThreadPoolExecutor(self.at_once)
             try:
-                replies = [pool.submit(self._ask, client, question) for question in questions]
+                named = zip(questions, [f"{origin}: " for origin in origins] or [""] * len(questions), strict=True)
+                replies = [pool.submit(self._ask, client, *both) for both in named]
                 return [reply.result() for reply in replies]
             finally:
                 pool.shutdown(cancel_futures=True)  # after an error nothing further is asked
 
-    def _ask(self, client: Any, question: Question) -> dict[str, Any]:
+    def _ask(self, client: Any, question: Question, where: str) -> dict[str, Any]:
         import httpx2
 
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
@@ -72,28 +76,32 @@ class Endpoint:
             try:
                 response = client.post(f"{self.url.rstrip('/')}/chat/completions", json=body)
             except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-                raise UserError(f"{self.url}: {error}; the URL of an endpoint is like https://HOST/v1") from error
+                raise UserError(
+                    f"{where}{self.url}: {error}; the URL of an endpoint is like https://HOST/v1"
+                ) from error
             except httpx2.TransportError as error:
                 trouble = f"{type(error).__name__}: {error}"
             else:
                 if response.status_code == 200:
-                    return self._choice(response, question)
+                    return self._choice(response, question, where)
                 trouble = f"status {response.status_code}: {response.text[:500]}"
                 if response.status_code != 429 and response.status_code < 500:
-                    raise UserError(f"{self.url} refuses {self.model}: {trouble}; it was asked:\n{question}")
+                    raise UserError(f"{where}{self.url} refuses {self.model}: {trouble}; it was asked:\n{question}")
                 pause = max(pause, _seconds(response.headers.get("Retry-After")))
             if attempt + 1 < self.tries:
                 time.sleep(pause)
-        raise TransientError(f"{self.url} did not reply in {self.tries} tries: {trouble}; it was asked:\n{question}")
+        raise TransientError(
+            f"{where}{self.url} did not reply in {self.tries} tries: {trouble}; it was asked:\n{question}"
+        )
 
-    def _choice(self, response: Any, question: str) -> dict[str, Any]:
+    def _choice(self, response: Any, question: str, where: str) -> dict[str, Any]:
         try:
             choice = response.json()["choices"][0]
             content = choice["message"]["content"]
         except (ValueError, LookupError, TypeError):
             content = None
         if not isinstance(content, str):
-            raise UserError(f"{self.url}: no chat completion: {response.text[:500]}; it was asked:\n{question}")
+            raise UserError(f"{where}{self.url}: no chat completion: {response.text[:500]}; it was asked:\n{question}")
         return choice
 
 

@@ -49,20 +49,29 @@ class Judge(NamedTuple):
 
     Attributes:
       name: of the model.
-      verdicts: questions -> "A", "B" or "TIE" for each.
+      verdicts: (questions, where each comes from, for messages) -> "A", "B" or "TIE" for each.
       template: of a question, with {prompt}, {a} and {b}.
+      everywhere: whether every process of a run is to ask, and not one for all.
     """
 
     name: str
-    verdicts: Callable[[Sequence[str]], Sequence[str]]
+    verdicts: Callable[[Sequence[str], Sequence[str]], Sequence[str]]
     template: str
+    everywhere: bool = False
 
 
-def win_rate(judge: Judge, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) -> dict[str, Any]:
+def win_rate(
+    judge: Judge,
+    prompts: Sequence[str],
+    ours: Sequence[str],
+    theirs: Sequence[str],
+    origins: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """How often `ours` are judged better than `theirs`, answers to the same prompts in the same order.
 
     Args:
       prompts: what was asked, as text; see `text_of`.
+      origins: where each prompt comes from, for messages; None: its number.
 
     Returns:
       "rate": (wins + ties / 2) / examples, and its 95 % "interval" by the bootstrap over prompts, None of one prompt;
@@ -80,7 +89,8 @@ def win_rate(judge: Judge, prompts: Sequence[str], ours: Sequence[str], theirs: 
     pairs = list(zip(prompts, ours, theirs, strict=True))
     questions = [_fill(judge.template, prompt, our, their) for prompt, our, their in pairs]
     questions += [_fill(judge.template, prompt, their, our) for prompt, our, their in pairs]
-    verdicts = judge.verdicts(questions)
+    origins = [f"pair {number}" for number in range(len(pairs))] if origins is None else list(origins)
+    verdicts = judge.verdicts(questions, origins * 2)
     before, after = verdicts[: len(pairs)], verdicts[len(pairs) :]
     won = {("A", "B"): 1.0, ("B", "A"): 0.0}
     outcomes = [won.get(both, 0.5) for both in zip(before, after, strict=True)]
@@ -107,14 +117,15 @@ def local(base: Base, variables: Tree, template: str = LETTER) -> Judge:
     """
     letters = [base.tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
 
-    def verdicts(questions: Sequence[str]) -> list[str]:
-        contexts = [prompts_lib.tokens(Prompt("judge", {"prompt": text}), base.tokenizer) for text in questions]
+    def verdicts(questions: Sequence[str], origins: Sequence[str]) -> list[str]:
+        asked = [Prompt(origin, {"prompt": text}) for text, origin in zip(questions, origins, strict=True)]
+        contexts = [prompts_lib.tokens(prompt, base.tokenizer) for prompt in asked]
         items = [Item(context, letter) for context in contexts for letter in letters]
         with jax.set_mesh(jax.tree.leaves(variables)[0].sharding.mesh):
             found = [its.total for its in log_likelihoods(base.model, variables, items)]
         return [_likelier(a, b) for a, b in zip(found[::2], found[1::2], strict=True)]
 
-    return Judge(base.source, verdicts, template)
+    return Judge(base.source, verdicts, template, everywhere=True)
 
 
 def endpoint(url: str, model: str, template: str = REASONED, **settings: Any) -> Judge:
@@ -129,19 +140,19 @@ def endpoint(url: str, model: str, template: str = REASONED, **settings: Any) ->
     """
     ask = Endpoint(url, model, **settings)
 
-    def verdicts(questions: Sequence[str]) -> list[str]:
-        return [verdict_of(*both) for both in zip(questions, ask(questions), strict=True)]
+    def verdicts(questions: Sequence[str], origins: Sequence[str]) -> list[str]:
+        return [verdict_of(*its) for its in zip(questions, ask(questions, origins), origins, strict=True)]
 
     return Judge(model, verdicts, template)
 
 
-def verdict_of(question: str, reply: str) -> str:
+def verdict_of(question: str, reply: str, origin: str) -> str:
     """The verdict of a reply: "A", "B" or "TIE"; UserError where it has none, or several that differ."""
     found = set(_VERDICT.findall(reply))
     if len(found) != 1:
+        what = "no verdict" if not found else "more than one verdict"
         raise UserError(
-            f"the judge's reply has {'no verdict' if not found else 'more than one verdict'}, [[A]], [[B]] or [[TIE]]: "
-            f"{reply!r}; it was asked:\n{question}"
+            f"{origin}: the judge's reply has {what}, [[A]], [[B]] or [[TIE]]: {reply!r}; it was asked:\n{question}"
         )
     return found.pop()
 

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.divergence import Between, divergence_per_token
-from ftjax.objectives.head import at_temperature, head_of, make_unembed
+from ftjax.objectives.head import at_temperature, head_of, make_unembed, within
 from ftjax.objectives.loss import Loss, Objective
 from ftjax.objectives.reference import TEACHER, policy_and_reference
 
@@ -18,9 +18,11 @@ def make_distillation(model: Decoder, config: ConfigDict, teacher: Decoder | Non
     `config.distill_temperature`: arXiv 2306.13649, equation 1, as TRL's `generalized_jsd_loss`. `entropy` is the
     policy's at that temperature. No gradient goes through what was sampled (section 3.2).
 
-    teacher: has the same vocabulary, its variables in the collection TEACHER. None: the objective is only described,
-    such as for reading a run.
+    teacher: has the same vocabulary, its variables in the collection TEACHER. Where one of the two has more logits,
+    which are padding, probabilities are those over what both have. None: the objective is only described, such as for
+    reading a run.
     """
+    common = min(model.spec.vocab_size, (teacher or model).spec.vocab_size)
     unembed = at_temperature(config.distill_temperature, make_unembed(model))
     their_unembed = at_temperature(config.distill_temperature, make_unembed(teacher or model))
     how = Between(unembed, their_unembed, config.distill_beta)
@@ -33,7 +35,8 @@ def make_distillation(model: Decoder, config: ConfigDict, teacher: Decoder | Non
         # Never dropout in the teacher: it is what that model says, not a noisy version of it.
         theirs = jax.lax.stop_gradient(variables[TEACHER])
         their_hidden, _ = teacher.apply(theirs, *given)
-        heads = head_of(model, policy), hidden, head_of(teacher, theirs), jax.lax.stop_gradient(their_hidden)
+        their_head, their_hidden = within(head_of(teacher, theirs), common), jax.lax.stop_gradient(their_hidden)
+        heads = within(head_of(model, policy), common), hidden, their_head, their_hidden
         weights = batch["weights"]
         divergence, entropy = divergence_per_token(how, None, *heads, weights != 0, rng)
         weight = weights.sum()

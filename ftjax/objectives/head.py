@@ -44,6 +44,15 @@ def head_of(model: Decoder, variables: Tree) -> Head:
     return {path: leaf for path, leaf in tree.flatten(variables).items() if path.split("/")[1] == "lm_head"}
 
 
+def within(head: Head, columns: int) -> Head:
+    """The head of the first `columns` of the vocabulary."""
+    out = dict(head)
+    for path, leaf in head.items():
+        if "vocab" in axes(path) and leaf.shape[axes(path).index("vocab")] > columns:
+            out[path] = jax.lax.slice_in_dim(leaf, 0, columns, axis=axes(path).index("vocab"))
+    return out
+
+
 def make_unembed(model: Decoder) -> Unembed:
     """Logits for the columns of the vocabulary that a head has: it is the head of a model with a smaller vocabulary."""
 

@@ -30,7 +30,7 @@ class PolicyLoss(NamedTuple):
 
     Attributes:
       function: (ratios, log p, advantages, config.objective) -> (losses, {metric: where it counts as 1}), all [B, T];
-        a ratio is p / p when sampled. What is said of tokens that are not trained on does not count.
+        a ratio is p / p when sampled, or before the round. What is said of tokens without a weight does not count.
       over: what the loss is a mean over. COMPLETIONS: of means over tokens; TOKENS: all of a step; LENGTH: completions,
         as if each were as long as may be.
       settings: the keys of config.objective that it reads and not every loss does.
@@ -85,6 +85,11 @@ def make_policy(model: Decoder, config: ConfigDict, *, temperature: float = 1.0,
     A batch has `packing.BATCH`, its weights 1 where the target was sampled, the end token included, and float32 [B, T],
     aligned with the targets, `advantages` and `sampled_logps`: log p of the target under the distribution that it was
     drawn from. What these two have where the weight is 0 does not matter, even NaN.
+
+    With the arrays of `packing.CORRECTED` the policy is held near what it was before the round, and not near what drew
+    the tokens: ratios are p / p_old, and `correction`, p_old / p_sampled within bounds (`returns.correction`), is what
+    a token's loss counts, though not its KL divergence (decoupled: Hilton et al. 2021, arXiv 2110.00641; Fu et al.
+    2025, arXiv 2505.24298; as in TRL).
 
     `config.loss` names one of LOSSES (dapo where it is empty). The ratio of a token is p / p when sampled, p being at
     the temperature of sampling, and with `config.importance` "sequence" the geometric mean of these over its completion
@@ -146,20 +151,24 @@ def policy_loss(
     trained, segments = batch["weights"] != 0, batch["segment_ids"]
     # Where nothing is trained on there may be anything; NaN times 0 would be NaN.
     masked = lambda values: jnp.where(trained, values, 0)  # noqa: E731
-    logps, advantages, sampled = map(masked, (logps, batch["advantages"], batch["sampled_logps"]))
+    sampled = masked(batch["sampled_logps"])
+    old = masked(batch["old_logps"]) if "old_logps" in batch else sampled
+    logps, advantages = map(masked, (logps, batch["advantages"]))
     there = trained.astype(jnp.float32)
     lengths = document_sums(there, segments)
     tokens, completions = there.sum(), (lengths > 0).astype(jnp.float32).sum()
     share = there / jnp.maximum(_by_token(lengths, segments), 1)  # sums to 1 over a completion
 
-    log_ratios = logps - sampled
-    metrics = {"sampling/logp_difference_mean": (jnp.abs(log_ratios).sum(), tokens)}
+    metrics = {"sampling/logp_difference_mean": (jnp.abs(logps - sampled).sum(), tokens)}
+    log_ratios = logps - old
     each, count = (there, tokens) if config.importance == TOKEN else (share, completions)
     if config.importance != TOKEN:
         counts = share if config.importance == SEQUENCE else there
         log_ratios = masked(_by_token(document_sums(log_ratios * counts, segments), segments))
     losses, clipped = LOSSES[name].function(jnp.exp(log_ratios), logps, advantages, config)
     metrics |= {metric: (jnp.sum(where * each), count) for metric, where in clipped.items()}
+    if "correction" in batch:
+        losses *= masked(batch["correction"])
     if config.kl_coef:
         less = masked(reference_logps) - logps
         kl = jnp.expm1(less) - less

@@ -29,7 +29,7 @@ def make_ppo(model: Decoder, config: ConfigDict, *, temperature: float = 1.0, ma
     follows it that of `KL`. The loss is that of the policy, - min(ratio A, clip(ratio) A) (Schulman et al. 2017,
     equation 7), plus `config.vf_coef` times that of the values, max((V - R)^2, (clip(V) - R)^2) / 2, clip(V) being held
     within `config.value_clip` of what V was when the completion was written: means over the sampled tokens of the whole
-    step.
+    step. The arrays of `CORRECTED` do to the policy's loss what `policy.make_policy` says; values are not corrected.
 
     With `config.ptx_coef` a batch has the array of `PTX`, too, and rows of texts and conversations beside the
     completions. So much of their mean cross-entropy, over the trained tokens of all of them in the step, is added
@@ -76,9 +76,11 @@ def ppo_loss(logps: jax.Array, values: jax.Array, batch: Batch, config: ConfigDi
     masked = lambda values: jnp.where(sampled, values, 0)  # noqa: E731
     there, names = sampled.astype(jnp.float32), ("advantages", "sampled_logps", "values", "returns")
     tokens = there.sum()
-    logps, values, (advantages, old_logps, old_values, returns) = jax.tree.map(
+    logps, values, (advantages, sampled_logps, old_values, returns) = jax.tree.map(
         masked, (logps, values, tuple(batch[name] for name in names))
     )
+    old_logps = masked(batch["old_logps"]) if "old_logps" in batch else sampled_logps
+    counts = masked(batch["correction"]) if "correction" in batch else there
 
     log_ratios = logps - old_logps
     ratios = jnp.exp(log_ratios)
@@ -86,14 +88,14 @@ def ppo_loss(logps: jax.Array, values: jax.Array, batch: Batch, config: ConfigDi
     free, clipped = -advantages * ratios, -advantages * jnp.clip(ratios, low, high)
     near = old_values + jnp.clip(values - old_values, -config.value_clip, config.value_clip)
     errors, errors_near = (values - returns) ** 2, (near - returns) ** 2
-    of_policy = jnp.sum(jnp.maximum(free, clipped) * there)
+    of_policy = jnp.sum(jnp.maximum(free, clipped) * counts)
     of_values = jnp.sum(jnp.maximum(errors, errors_near) * there) / 2
     means = {
         "policy/approxkl_avg": log_ratios**2 / 2,
         "policy/clipfrac_avg": clipped > free,
         "val/clipfrac_avg": errors_near > errors,
         "val/ratio": ratios,
-        "sampling/logp_difference_mean": jnp.abs(log_ratios),
+        "sampling/logp_difference_mean": jnp.abs(logps - sampled_logps),
     }
     metrics = {name: (jnp.sum(its * there), tokens) for name, its in means.items()}
     metrics |= {"loss/policy_avg": (of_policy, tokens), "loss/value_avg": (of_values, tokens)}

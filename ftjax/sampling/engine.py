@@ -303,6 +303,7 @@ def generate(
     first: int = 0,
     stops_at: StopsAt | None = None,
     numbers: Sequence[int] | None = None,
+    between: Callable[[], None] | None = None,
 ) -> list[Completion]:
     """Completes every prompt; returns the completions in the order of the prompts.
 
@@ -314,7 +315,8 @@ def generate(
     stop_tokens: any of these token ids ends a row. stops_at: see Request.
     numbers: those of the rows, where they are not first, first + 1, ...
     batch_size: the most rows at once; on a mesh, rounded up to a multiple of the devices that share a batch.
-    on_progress: called with (completed prompts, all prompts) whenever some have been completed.
+    on_progress: called with (completed prompts, all prompts) whenever some have been completed. between: called after
+    every dispatch of at most DISPATCH tokens of a row, equally often in every process; what it raises ends all.
 
     Raises UserError for an empty prompt, one with tokens outside the vocabulary, and one that together with
     max_new_tokens exceeds the model's positions.
@@ -339,6 +341,8 @@ def generate(
     completions = {}
     while engine.busy:
         _, ended = engine.step()
+        if between is not None:
+            between()
         completions |= {order[index]: completion for index, completion in ended.items()}
         if ended and on_progress is not None:
             on_progress(len(completions), len(prompts))

@@ -142,7 +142,11 @@ def run(loop: Loop, start: Start) -> TrainState:
                     raise
 
             asked = time.perf_counter()
-            batch = source.batch(done, state)
+            try:
+                batch = source.batch(done, state)
+            except Preempted:  # while the model wrote it: of that nothing is kept
+                save()
+                raise
             timer.waited += time.perf_counter() - asked
             state, metrics = loop.step(state, start.frozen, batch.arrays)
             done += 1

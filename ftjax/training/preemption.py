@@ -67,9 +67,12 @@ class Preemption:
         """From now on Ctrl-C waits for `check`."""
         self._deferred = True
 
-    def check(self) -> None:
-        """Raises Preempted if the run is to end."""
-        if self._reason is None and self._deadline is not None and self._time_is_over():
+    def check(self, within: bool = False) -> None:
+        """Raises Preempted if the run is to end.
+
+        within: this is in the middle of a step, the rest of which may be given up: the clock leaves time for the save.
+        """
+        if self._reason is None and self._deadline is not None and self._time_is_over(within):
             self._request(f"config.max_hours={self._hours:g}")
         if distributed.count() > 1:
             if multihost_utils.reached_preemption_sync_point(next(self._checks)):
@@ -77,8 +80,10 @@ class Preemption:
         elif self._reason is not None:
             raise Preempted(self._reason)
 
-    def _time_is_over(self) -> bool:
-        """Whether a save would end too late if it began at the next call."""
+    def _time_is_over(self, within: bool) -> bool:
+        """Whether a save would end too late if it began at the next call, or within a step, now."""
+        if within:
+            return time.monotonic() + self.reserve() > self._deadline
         self._checked.append(now := time.monotonic())
         slowest = max((after - before for before, after in itertools.pairwise(self._checked)), default=0.0)
         return now + slowest + self.reserve() > self._deadline

@@ -34,7 +34,10 @@ class Source(Protocol):
     updates: int
 
     def batch(self, index: int, state: TrainState) -> Batch:
-        """Batch `index`, from 0: a function of it, a seed, and the `state` before the step that takes the batch."""
+        """Batch `index`, from 0: a function of it, a seed, and the `state` before the step that takes the batch.
+
+        Preempted may be raised where `index` is a multiple of `updates`, so that the state can be saved.
+        """
 
     def epoch_at(self, index: int) -> float:
         """How many epochs are done before batch `index`."""

@@ -25,9 +25,22 @@ class Kept(NamedTuple):
 
     # trainable -> the first value, a dict of arrays, none of size 0
     init: Callable[[Tree], Tree]
-    # (value, trainable after the step, metrics of the step, and sums meant for it alone: `objectives.loss.Loss.kept`)
-    # -> the next value; part of the compiled step
-    update: Callable[[Tree, Tree, Tree], Tree]
+    # (value, trainable before and after the step, metrics of the step, and sums meant for it alone:
+    # `objectives.loss.Loss.kept`) -> the next value; part of the compiled step. What another keeps is not looked at.
+    update: Callable[[Tree, Tree, Tree, Tree], Tree]
+
+
+def together(*parts: Kept | None) -> Kept | None:
+    """What all of them keep, under different names; None where that is nothing."""
+    there = [part for part in parts if part is not None]
+
+    def init(trainable: Tree) -> Tree:
+        return {name: value for part in there for name, value in part.init(trainable).items()}
+
+    def update(value: Tree, before: Tree, trainable: Tree, metrics: Tree) -> Tree:
+        return {name: new for part in there for name, new in part.update(value, before, trainable, metrics).items()}
+
+    return Kept(init, update) if len(there) > 1 else next(iter(there), None)
 
 
 def moving_reference(every: int, share: float) -> Kept:
@@ -40,7 +53,7 @@ def moving_reference(every: int, share: float) -> Kept:
         model = {name: part for name, part in trainable.items() if name != "heads"}
         return {MOVING: jax.tree.map(jnp.copy, model), _STEPS: jnp.zeros((), jnp.int32)}
 
-    def update(value: Tree, trainable: Tree, metrics: Tree) -> Tree:
+    def update(value: Tree, before: Tree, trainable: Tree, metrics: Tree) -> Tree:
         steps = value[_STEPS] + 1
         by = jnp.where(steps % every == 0, share, 0.0)
         model = {name: trainable[name] for name in value[MOVING]}
@@ -60,11 +73,29 @@ def kl_controller(first: float, target: float, horizon: float, every: int) -> Ke
     def init(trainable: Tree) -> Tree:
         return {KL_COEF: jnp.float32(first), _KL_STEPS: jnp.zeros((), jnp.int32)}
 
-    def update(value: Tree, trainable: Tree, metrics: Tree) -> Tree:
+    def update(value: Tree, before: Tree, trainable: Tree, metrics: Tree) -> Tree:
         steps, seen = value[_KL_STEPS] + 1, metrics[KL_COEF]
         error = jnp.clip(seen["kl"] / jnp.maximum(seen["completions"], 1) / target - 1, -0.2, 0.2)
         factor = jnp.where(steps % every == 0, 1 + error * seen["completions"] / horizon, 1.0)
         return {KL_COEF: value[KL_COEF] * factor, _KL_STEPS: steps}
+
+    return Kept(init, update)
+
+
+def earlier_writer(every: int) -> Kept:
+    """The weights that write where each round of `every` steps is written one round ahead: those at the start of the
+    last round, and in the first one those that training starts from.
+    """
+
+    def init(trainable: Tree) -> Tree:
+        model = {name: part for name, part in trainable.items() if name != HEADS}
+        return {WRITER: jax.tree.map(jnp.copy, model), _WRITER_STEPS: jnp.zeros((), jnp.int32)}
+
+    def update(value: Tree, before: Tree, trainable: Tree, metrics: Tree) -> Tree:
+        starts = value[_WRITER_STEPS] % every == 0  # with this step, before which a round was written
+        model = {name: before[name] for name in value[WRITER]}
+        writer = jax.tree.map(lambda old, new: jnp.where(starts, new, old), value[WRITER], model)
+        return {WRITER: writer, _WRITER_STEPS: value[_WRITER_STEPS] + 1}
 
     return Kept(init, update)
 
@@ -76,7 +107,7 @@ def reward_sums() -> Kept:
         width = trainable[HEADS][SCORE]["kernel"].shape[-1]
         return {REWARDS: {"count": jnp.zeros(()), "sum": jnp.zeros(width), "squares": jnp.zeros(width)}}
 
-    def update(value: Tree, trainable: Tree, metrics: Tree) -> Tree:
+    def update(value: Tree, before: Tree, trainable: Tree, metrics: Tree) -> Tree:
         return {REWARDS: jax.tree.map(lambda old, new: 0.95 * old + new, value[REWARDS], metrics[REWARDS])}
 
     return Kept(init, update)
@@ -95,6 +126,8 @@ def normalization(kept: Tree) -> tuple[np.ndarray, np.ndarray]:
 _STEPS = "steps_of_reference"  # a key of `kept`
 _KL_STEPS = "steps_of_kl"  # likewise
 AVERAGE, AVERAGED = "average_of_trained", "averaged_steps"  # keys of `kept`
+WRITER, _WRITER_STEPS = "writer", "steps_of_writer"  # likewise
+_UNSEEN = (AVERAGE, AVERAGED, WRITER, _WRITER_STEPS)  # of these no objective makes anything
 
 
 def with_average(kept: Kept | None, decay: float) -> Kept | None:
@@ -107,21 +140,15 @@ def with_average(kept: Kept | None, decay: float) -> Kept | None:
         return kept
 
     def init(trainable: Tree) -> Tree:
-        average = {AVERAGE: jax.tree.map(jnp.copy, trainable), AVERAGED: jnp.zeros((), jnp.float32)}
-        return (kept.init(trainable) if kept else {}) | average
+        return {AVERAGE: jax.tree.map(jnp.copy, trainable), AVERAGED: jnp.zeros((), jnp.float32)}
 
-    def update(value: Tree, trainable: Tree, metrics: Tree) -> Tree:
+    def update(value: Tree, before: Tree, trainable: Tree, metrics: Tree) -> Tree:
         steps = value[AVERAGED] + 1
         share = (1 - decay) / -jnp.expm1(steps * math.log(decay))
         average = jax.tree.map(lambda old, new: old + share * (new - old), value[AVERAGE], trainable)
-        others = kept.update(_without_average(value), trainable, metrics) if kept else {}
-        return others | {AVERAGE: average, AVERAGED: steps}
+        return {AVERAGE: average, AVERAGED: steps}
 
-    return Kept(init, update)
-
-
-def _without_average(kept: Tree) -> Tree:
-    return {name: part for name, part in kept.items() if name not in (AVERAGE, AVERAGED)}
+    return together(kept, Kept(init, update))
 
 
 @flax.struct.dataclass
@@ -136,13 +163,18 @@ class TrainState:
     @property
     def collections(self) -> Tree:
         """What the objective sees of `kept`: a collection of that name, where a method keeps something."""
-        others = _without_average(self.kept)
+        others = {name: part for name, part in self.kept.items() if name not in _UNSEEN}
         return {"kept": others} if others else {}
 
     @property
     def result(self) -> Tree:
         """What is evaluated and exported: the average of what is trained, or where there is none that itself."""
         return self.kept.get(AVERAGE, self.trainable)
+
+    @property
+    def writer(self) -> Tree:
+        """What of the trained weights writes completions: those themselves, or earlier ones (`earlier_writer`)."""
+        return self.kept.get(WRITER, self.trainable)
 
 
 def abstract_state(

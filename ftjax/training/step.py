@@ -80,7 +80,7 @@ def make_step(
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        after = kept.update(state.kept, trainable, metrics | loss.kept) if kept else {}
+        after = kept.update(state.kept, state.trainable, trainable, metrics | loss.kept) if kept else {}
         return TrainState(state.step + 1, trainable, opt_state, after), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

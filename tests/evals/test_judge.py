@@ -23,7 +23,9 @@ TEMPLATE = "{prompt}|{a}|{b}"
 
 def knowing(verdict):
     """A judge from (prompt, a, b) -> verdict."""
-    return Judge("someone", lambda questions: [verdict(*question.split("|")) for question in questions], TEMPLATE)
+    return Judge(
+        "someone", lambda questions, origins: [verdict(*question.split("|")) for question in questions], TEMPLATE
+    )
 
 
 def longer(prompt, a, b):
@@ -54,7 +56,7 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(UserError, match="two answers to each prompt; got 2, 2, 1"):
         win_rate(knowing(longer), ["p", "q"], ["x", "y"], ["z"])
     with pytest.raises(UserError, match=r"template lacks \{b\}"):
-        win_rate(Judge("someone", list, "{prompt} {a}"), ["p"], ["x"], ["y"])
+        win_rate(Judge("someone", lambda questions, origins: list(questions), "{prompt} {a}"), ["p"], ["x"], ["y"])
 
 
 @pytest.fixture
@@ -129,8 +131,9 @@ def test_an_endpoint_is_asked_as_openai_has_it_and_again_after_troubles(server):
 def test_a_judgement_that_fails_is_an_error_with_its_question(server, reply, kind, message):
     server.replies = lambda question: reply
     with pytest.raises(UserError, match=f"(?s){message}") as caught:
-        win_rate(judge_of(server, tries=2, at_once=1), ["p"], ["long"], ["x"])
+        win_rate(judge_of(server, tries=2, at_once=1), ["p"], ["long"], ["x"], ["rows.jsonl:7"])
     assert caught.type is kind
+    assert str(caught.value).startswith("rows.jsonl:7: ")
 
 
 def test_an_endpoint_that_cannot_be_asked(server, monkeypatch):
@@ -161,7 +164,7 @@ def test_a_model_here_prefers_the_likelier_letter():
     last = logits(model, params, batch)[np.arange(len(rows)), ends - 1]
     expected = ["A" if row[a[0]] > row[b[0]] else "B" for row in last]
     assert set(expected) == {"A", "B"}
-    assert judge.verdicts(questions) == expected
+    assert judge.verdicts(questions, questions) == expected
 
 
 def test_the_docs_show_the_template():

@@ -29,10 +29,10 @@ def add(trees):
     return jax.tree.map(lambda *leaves: sum(leaves), *jax.device_get(trees))
 
 
-def expected(name, config, completions, moved=None):
+def expected(name, config, completions, moved=None, counts=None):
     """(mean loss, metrics) of completions, each (log p, when sampled, of the reference, advantage), by the papers.
 
-    moved: other log p of each, at which the weights of cispo stay what they are.
+    moved: other log p of each, at which the weights of cispo stay what they are. counts: what each token's loss does.
     """
     upper, sums, tokens, clips = config.epsilon_high or config.epsilon, [], 0, []
     for i, (fixed, sampled, reference, advantage) in enumerate(completions):
@@ -56,6 +56,7 @@ def expected(name, config, completions, moved=None):
                 loss = -min(ratio * advantage, most * advantage)
                 low.append(ratio < 1 - config.epsilon and advantage < 0)
                 high.append(ratio > 1 + upper and advantage > 0)
+            loss *= 1 if counts is None else counts[i][at]
             r = np.exp(reference[at] - logp)
             total.append(loss + config.kl_coef * (r - 1 - np.log(r)))
         sums.append(total)
@@ -168,6 +169,38 @@ def test_loss_gradient_and_metrics_are_the_formulas_whatever_stands_elsewhere(na
             slopes[row, column] = (ends[0] - ends[1]) / (2 * step)
     assert np.abs(slopes).max() > 1e-2
     np.testing.assert_allclose(gradient, slopes, rtol=1e-5, atol=1e-5 * np.abs(slopes).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "importance"), [*[(name, "token") for name in LOSSES], ("grpo", "sequence"), ("grpo", "product")]
+)
+def test_what_drew_the_tokens_is_corrected_for_and_the_policy_held_near_what_it_was(name, importance):
+    """Hilton et al. 2021: ratios to one policy, weights that lead to it from another."""
+    batch, logps, reference, places = drawn()
+    there, rng = batch["weights"] != 0, np.random.default_rng(7)
+    near = np.where(there, batch["sampled_logps"], np.nan)
+    further = {
+        "old_logps": near,
+        "correction": np.where(there, rng.uniform(0, 2, there.shape), np.nan).astype(np.float32),
+        "sampled_logps": np.where(there, near + 5, np.nan),  # of which a ratio would be clipped everywhere
+    }
+    coef = 0.0 if importance == "product" else 0.3
+    config, function = gradient_of(name, importance, coef, **BOUNDS[name])
+    (value, loss), gradient = function(logps, reference, batch | further)
+    completions = completions_of(batch, logps, reference, places)
+    counts = [np.float64(further["correction"][row, columns]) for row, columns in places]
+    np.testing.assert_allclose(value, expected(name, config, completions, counts=counts)[0], rtol=1e-5)
+    (_, plain), _ = function(logps, reference, batch)
+    assert [m for m in means(loss) if means(loss)[m] != pytest.approx(float(means(plain)[m]))] == [
+        *("loss", "sampling/logp_difference_mean")
+    ]
+    fixed, step = [one[0] for one in completions], 1e-6
+    for i, (row, columns) in enumerate(places):
+        at, ends = len(columns) - 1, []
+        for sign in (1, -1):
+            moved = [*fixed[:i], fixed[i] + sign * step * (np.arange(len(columns)) == at), *fixed[i + 1 :]]
+            ends.append(expected(name, config, completions, moved, counts)[0])
+        np.testing.assert_allclose(gradient[row, columns[at]], (ends[0] - ends[1]) / (2 * step), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)

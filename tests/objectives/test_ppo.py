@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 from support.tiny import batch_of, documents, logits, numpy_params, spec
 
@@ -55,11 +56,14 @@ def expected(logps, values, batch, config):
     advantages, old, old_values, returns = (
         np.float64(batch[name])[there] for name in ("advantages", "sampled_logps", "values", "returns")
     )
+    apart = logps[there] - old
+    old = np.float64(batch["old_logps"])[there] if "old_logps" in batch else old
     differences = logps[there] - old
     ratios, now = np.exp(differences), values[there]
     clipped = -advantages * np.minimum(np.maximum(ratios, 1 - config.epsilon), 1 + config.epsilon_high)
     near = np.minimum(np.maximum(now, old_values - config.value_clip), old_values + config.value_clip)
-    of_policy = np.maximum(-advantages * ratios, clipped).mean()
+    counts = np.float64(batch["correction"])[there] if "correction" in batch else 1
+    of_policy = (np.maximum(-advantages * ratios, clipped) * counts).mean()
     of_values = 0.5 * np.maximum((now - returns) ** 2, (near - returns) ** 2).mean()
     return of_policy + config.vf_coef * of_values, {
         "loss/policy_avg": of_policy,
@@ -68,12 +72,14 @@ def expected(logps, values, batch, config):
         "policy/clipfrac_avg": np.mean(clipped > -advantages * ratios),
         "val/clipfrac_avg": np.mean((near - returns) ** 2 > (now - returns) ** 2),
         "val/ratio": ratios.mean(),
-        "sampling/logp_difference_mean": np.abs(differences).mean(),
+        "sampling/logp_difference_mean": np.abs(apart).mean(),
     }
 
 
-def test_losses_metrics_and_gradients_are_the_formulas_whatever_stands_elsewhere():
-    config, batch = settings(epsilon_high=0.3, vf_coef=0.4), drawn(ROWS, **OTHERS)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_losses_metrics_and_gradients_are_the_formulas_whatever_stands_elsewhere(corrected):
+    further = {"old_logps": noise(20, 0.4), "correction": np.abs(np.array(noise(21), object))} if corrected else {}
+    config, batch = settings(epsilon_high=0.3, vf_coef=0.4), drawn(ROWS, **OTHERS, **further)
     there = batch["weights"] != 0
 
     def mean(logps, values):

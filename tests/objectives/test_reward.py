@@ -222,11 +222,11 @@ def test_rewards_are_normalized_by_those_of_the_last_steps():
     with torch.no_grad():
         rewards = np.array([model(input_ids=one).logits[0].numpy() for one in tokens], np.float64)
     for _ in range(3):  # the same rewards at every step: how often changes nothing
-        value = kept.update(value, variables, told.kept)
+        value = kept.update(value, variables, variables, told.kept)
         np.testing.assert_allclose(normalization(value), [rewards.mean(0), rewards.std(0)], rtol=1e-5)
     shifted = {"rewards": told.kept["rewards"] | {"sum": told.kept["rewards"]["sum"] + 60.0}}
     for _ in range(100):
-        value = kept.update(value, variables, shifted)
+        value = kept.update(value, variables, variables, shifted)
     np.testing.assert_allclose(normalization(value)[0], rewards.mean(0) + 10, rtol=1e-2)
 
 

@@ -81,8 +81,8 @@ def sampled(apart=1.0):
     return out
 
 
-def by_trl(name, config):
-    """(loss, metrics, gradients by parameter)"""
+def by_trl(name, config, counts=None):
+    """(loss, metrics, gradients by parameter); counts: what corrects for the engine, [completions, T or 1]"""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from trl.trainer import grpo_trainer
@@ -100,7 +100,8 @@ def by_trl(name, config):
             delta=None, use_bias_correction_kl=False, steps_per_generation=1,
         ),
         current_gradient_accumulation_steps=1, aux_loss_enabled=False, top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
+        off_policy_mask_threshold=None, use_vllm=counts is not None, _entropy_bonus_enabled=False,
+        vllm_importance_sampling_correction=True,
         _metrics={"train": collections.defaultdict(list)},
     )  # fmt: skip
     score = functools.partial(grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies, trainer)
@@ -110,6 +111,8 @@ def by_trl(name, config):
     inputs["old_per_token_logps"] = torch.zeros(mask.shape).masked_scatter(
         mask.bool(), torch.tensor(np.concatenate(sampled()))
     )
+    if counts is not None:
+        inputs["importance_sampling_ratio"] = torch.tensor(counts)
     with torch.no_grad():
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         there = torch.cat([inputs["prompt_mask"], mask], 1)
@@ -178,6 +181,19 @@ def test_loss_metrics_and_gradients_are_trls(name, importance, kl_coef, record_f
     config.update(CHANGES.get(name, {}))
     objective = make_policy(MODEL, config, temperature=TEMPERATURE, max_new_tokens=LONGEST)
     compare(by_trl(name, config), objective, our_batch(), record_figure)
+
+
+@pytest.mark.parametrize(("name", "importance"), [("dapo", "token"), ("grpo", "sequence"), ("cispo", "token")])
+def test_what_drew_the_tokens_is_corrected_for_as_in_trl(name, importance, record_figure):
+    given = {"loss": (name,), "importance": importance, "kl_coef": 0.04} | CHANGES.get(name, {})
+    config = ConfigDict(configs.defaults().objective.to_dict() | given)
+    counts = np.float32([[0.3], [1.7], [1.0], [0.0], [0.8]])
+    batch = our_batch()
+    where = batch["weights"] != 0
+    number = np.where(batch["segment_ids"] > 0, batch["segment_ids"] + np.array([[-1], [2]]), 0)
+    batch |= {"old_logps": batch["sampled_logps"], "correction": np.where(where, counts[number, 0], 0)}
+    objective = make_policy(MODEL, config, temperature=TEMPERATURE, max_new_tokens=LONGEST)
+    compare(by_trl(name, config, counts), objective, batch, record_figure)
 
 
 def test_rloo_is_trls(record_figure):

@@ -89,6 +89,15 @@ def test_the_clock_leaves_time_for_a_step_and_a_save(monkeypatch):
             now[0] += 100.0
         with pytest.raises(Preempted, match=r"config\.max_hours=1"):
             active.check()
+    with Preemption(max_hours=1.0) as within:
+        within.reserve = lambda: 100.0
+        within.check()
+        for _ in range(34):  # in the middle of a step the rest of it need not fit, and says nothing of how long one is
+            now[0] += 100.0
+            within.check(within=True)
+        now[0] += 101.0
+        with pytest.raises(Preempted, match=r"config\.max_hours=1"):
+            within.check(within=True)
     with Preemption() as unlimited:
         now[0] += 1e9
         unlimited.check()

@@ -11,7 +11,16 @@ from support.tiny import OPTIMIZER, one_device
 from ftjax import sharding, tree
 from ftjax.training.checkpoint import Checkpoints
 from ftjax.training.optim import make_optimizer
-from ftjax.training.state import Kept, abstract_state, init_state, kl_controller, with_average
+from ftjax.training.state import (
+    Kept,
+    TrainState,
+    abstract_state,
+    earlier_writer,
+    init_state,
+    kl_controller,
+    together,
+    with_average,
+)
 
 
 def described(state):
@@ -61,7 +70,9 @@ def test_the_average_of_what_is_trained_is_corrected_for_its_start():
     """Against float64, beside what a method keeps itself; sharded like what is trained."""
     rng, decay, where = np.random.default_rng(0), 0.9, sharding.named(one_device(), ("embed",), (5,))
     steps = [rng.standard_normal(5).astype(np.float32) for _ in range(6)]
-    count = Kept(lambda trainable: {"count": jnp.zeros(())}, lambda kept, _, metrics: {"count": kept["count"] + 1})
+    count = Kept(
+        lambda trainable: {"count": jnp.zeros(())}, lambda kept, before, after, metrics: {"count": kept["count"] + 1}
+    )
     kept = with_average(count, decay)
     trainable = {"params": {"norm": {"scale": jax.device_put(jnp.asarray(steps[0]), where)}}}
     optimizer = make_optimizer(OPTIMIZER, optax.constant_schedule(1e-3))
@@ -71,7 +82,7 @@ def test_the_average_of_what_is_trained_is_corrected_for_its_start():
     np.testing.assert_array_equal(state.result["params"]["norm"]["scale"], steps[0])
     for values in steps[1:]:
         new = {"params": {"norm": {"scale": jnp.asarray(values)}}}
-        state = state.replace(trainable=new, kept=kept.update(state.kept, new, {}))
+        state = state.replace(trainable=new, kept=kept.update(state.kept, state.trainable, new, {}))
     weights = decay ** np.arange(4, -1, -1, dtype=np.float64)
     expected = weights @ np.float64(steps[1:]) / weights.sum()
     np.testing.assert_allclose(state.result["params"]["norm"]["scale"], expected, rtol=0, atol=1e-6)
@@ -95,7 +106,24 @@ def test_the_coefficient_of_a_kl_follows_its_target_after_each_round():
     value, wanted = kept.init({}), 0.1
     for step, each in enumerate([2.2, 2.2, 4.0, 4.0, 0.0, 0.0]):
         sums = {"kl": jnp.float32(8 * each), "completions": jnp.float32(8)}
-        value = jax.jit(kept.update)(value, {}, {"kl_coef": sums})
+        value = jax.jit(kept.update)(value, {}, {}, {"kl_coef": sums})
         if step % 2:
             wanted *= 1 + 8 / 100 * min(max(each / 2 - 1, -0.2), 0.2)
         np.testing.assert_allclose(value["kl_coef"], wanted, rtol=1e-6)
+
+
+def test_a_round_is_written_by_the_weights_of_the_round_before():
+    """Beside another thing that is kept; heads have no part in what is written."""
+    weights = lambda value: {"lora": {"a": jnp.float32(value)}, "heads": {"value": jnp.float32(value)}}  # noqa: E731
+    kept = together(earlier_writer(every=3), kl_controller(0.1, target=2.0, horizon=100.0, every=3))
+    value, wrote, sums = kept.init(weights(0)), [], {"kl": jnp.float32(8), "completions": jnp.float32(8)}
+    for step in range(12):  # whose weights before it are its number
+        state = TrainState(jnp.int32(step), weights(step), (), value)
+        if step % 3 == 0:
+            wrote.append(float(state.writer["lora"]["a"]))
+        value = jax.jit(kept.update)(value, weights(step), weights(step + 1), {"kl_coef": sums})
+    assert wrote == [0, 0, 3, 6]
+    assert state.collections["kept"].keys() == {"kl_coef", "steps_of_kl"}
+    assert state.writer.keys() == {"lora"}
+    assert state.replace(kept={}).writer is state.trainable
+    assert together(None, None) is None

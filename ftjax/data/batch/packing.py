@@ -38,6 +38,9 @@ REFERENCE = {"reference_logps": np.float32}
 # the distribution that it was drawn from; at what predicts it, as `weights`.
 ROLLOUT = {"advantages": np.float32, "sampled_logps": np.float32}
 
+# And where that is corrected for: log p of it as the trainer has it before the round, and what the token counts.
+CORRECTED = {"old_logps": np.float32, "correction": np.float32}
+
 # And where a critic says what is still to come of a completion: what it said, at each trained token's place, and what
 # there was; where the coefficient of the KL divergence follows it, its estimate there.
 CRITIC = {"values": np.float32, "returns": np.float32}
