@@ -22,15 +22,15 @@ def get_config() -> ConfigDict:
     config.data.train = ("task:support_ticket",)
     config.data.eval = ({"source": "task:support_ticket", "limit": 100},)
     config.data.max_length = 192
-    config.data.batch_size = 16
+    config.data.batch_size = 64
     config.rollouts.samples = 1
-    config.rollouts.iterations = 4
+    config.rollouts.iterations = 2
     config.rollouts.max_new_tokens = 48
 
     config.optimizer.learning_rate = 2e-4
     config.schedule.name = "constant"
-    config.steps = 40
-    config.log_every = 4
+    config.steps = 20
+    config.log_every = 2
     config.checkpoint_every = 20
     config.evaluate.max_new_tokens = 48
     return config

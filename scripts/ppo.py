@@ -1,16 +1,18 @@
 """What PPO makes of a learned reward, on SmolLM2 with the support tickets: python scripts/ppo.py
 
-A short supervised run comes first, then an ensemble of reward heads on pairs of tickets, then PPO against it: with the
-penalty on the KL divergence and without, with the pretraining mix, and pessimistic. The tickets' own score, which no
-reward model has seen, says what a rise of the reward is worth. An hour and a half on two CPU cores. Everything is kept
-in OUT; the same command again goes on, and a finished one only prints. With --write the table goes to
-docs/reinforcement.md.
+A short supervised run comes first, then what it writes itself: of each prompt several tickets, of which a right one is
+preferred to a wrong one, as a labeler would. An ensemble of reward heads learns these pairs, then PPO goes on against
+it: with the penalty on the KL divergence and without, with the pretraining mix, and pessimistic. The tickets' own score
+on held-out messages, which no reward model has seen, says what a rise of the reward is worth. Half an hour on two CPU
+cores for the first variant, a third of an hour for each further one. Everything is kept in OUT; the same command again
+goes on, and a finished one only prints. With --write the table goes to docs/reinforcement.md.
 """
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,11 +20,20 @@ from pages import write_measured
 from remedies import write_replay
 
 from ftjax import assemble, config_files, export, sharding, train
+from ftjax.assemble import Base
+from ftjax.data.tokens.chat import render_prompt
 from ftjax.evals.intervals import interval
+from ftjax.sampling.engine import generate
+from ftjax.sampling.sampler import Sampling
+from ftjax.tasks import support_ticket
 from ftjax.training import metrics
+from ftjax.tree import Tree
 
 TEXTS = 96  # of the pretraining mix: what the base itself answers to general requests
 ROUNDS = 3  # of which the first and the last of a curve are means
+SAMPLES = 8  # tickets that are written to a prompt for pairs
+WRONG = 3  # of these, the most that are compared with a right one
+HELD_OUT = 5  # a prompt in so many tests the reward model instead of training it
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "PPO": {},
@@ -30,6 +41,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PPO-ptx": {"objective.ptx_coef": 1.0, "data.ptx_rows": 4},
     "pessimistic": {"rewards": "?std=1"},
 }
+
+JUDGE = {"objective.ensemble": 4, "optimizer.learning_rate": 5e-4, "data.batch_size": 4}
+
+
+class Sizes(NamedTuple):
+    """How much is written, trained and scored; see the flags."""
+
+    prompts: int
+    steps: int
+    tickets: int
 
 
 def finished(config: str, changes: Mapping[str, Any], workdir: Path, steps: int) -> Path:
@@ -41,22 +62,57 @@ def finished(config: str, changes: Mapping[str, Any], workdir: Path, steps: int)
     return workdir
 
 
-def results(out: Path, wanted: Sequence[str], steps: int, tickets: int) -> dict[str, Path]:
+def own_pairs(base: Base, variables: Tree, examples: Sequence[dict]) -> list[list[dict]]:
+    """Of each example the pairs of a right and a wrong ticket among SAMPLES that the model writes."""
+    prompts = [render_prompt(example["messages"][:-1], base.tokenizer) for example in examples]
+    drawn = Sampling(temperature=1.0, seed=2)
+    done = generate(base.model, variables, [p for p in prompts for _ in range(SAMPLES)], 48, base.end_tokens, drawn, 64)
+    texts = [base.tokenizer.decode(one.tokens, skip_special_tokens=True).strip() for one in done]
+    return [pairs_of(example, texts[i * SAMPLES : (i + 1) * SAMPLES]) for i, example in enumerate(examples)]
+
+
+def pairs_of(example: dict, texts: Sequence[str]) -> list[dict]:
+    """None where all are right or all are wrong."""
+    *prompt, answer = example["messages"]
+    right = [text for text in texts if support_ticket.score(text, example)]
+    wrong = dict.fromkeys(text for text in texts if text and not support_ticket.score(text, example))
+    return [
+        {"prompt": prompt, "chosen": [answer | {"content": good}], "rejected": [answer | {"content": bad}]}
+        for good, bad in list(zip(right * WRONG, wrong))[:WRONG]
+    ]
+
+
+def write(file: Path, pairs: Sequence[Sequence[dict]]) -> None:
+    rows = (json.dumps(pair, ensure_ascii=False) + "\n" for its in pairs for pair in its)
+    file.write_text("".join(rows), encoding="utf-8")
+
+
+def prepare(out: Path, sft: Path, prompts: int) -> None:
+    """Writes what the supervised run and its base write: pairs, and texts of the pretraining mix."""
+    _, base, variables, _ = assemble.load_run(sft)
+    first = len(support_ticket.train_examples())  # PPO has those before
+    with jax.set_mesh(sharding.make_mesh({"fsdp": -1})):
+        pairs = own_pairs(base, variables, support_ticket.train_examples(first + prompts)[first:])
+        plain = {part: leaves for part, leaves in variables.items() if part != "lora"}
+        write_replay(base, plain, out / "texts.jsonl", TEXTS)
+    write(out / "held_out.jsonl", pairs[::HELD_OUT])
+    write(out / "pairs.jsonl", [its for i, its in enumerate(pairs) if i % HELD_OUT])
+
+
+def results(out: Path, wanted: Sequence[str], sizes: Sizes) -> dict[str, Path]:
     """{variant: its workdir}, all finished."""
+    steps = sizes.steps
     sft = finished("quickstart", {"steps": 16, "data.eval": ()}, out / "sft", steps)
     if not (out / "adapter").exists():
         export.export_peft(sft, None, out / "adapter")
     begun = {"adapter.source": str(out / "adapter")}
-    judge = begun | {"objective.ensemble": 4, "data.eval": ()}
+    if not (out / "pairs.jsonl").exists():
+        prepare(out, sft, sizes.prompts)
+    judge = begun | JUDGE | {"data.train": (str(out / "pairs.jsonl"),), "data.eval": (str(out / "held_out.jsonl"),)}
     reward = finished("quickstart_reward", judge, out / "reward", steps)
-    if not (out / "texts.jsonl").exists():
-        _, base, variables, _ = assemble.load_run(sft)
-        plain = {part: leaves for part, leaves in variables.items() if part != "lora"}
-        with jax.set_mesh(sharding.make_mesh({"fsdp": -1})):
-            write_replay(base, plain, out / "texts.jsonl", TEXTS)
     found = {}
     for name in wanted:
-        changes = begun | {"data.eval": ({"source": "task:support_ticket", "limit": tickets},)} | VARIANTS[name]
+        changes = begun | {"data.eval": ({"source": "task:support_ticket", "limit": sizes.tickets},)} | VARIANTS[name]
         changes["objective.rewards"] = (f"reward:{reward}{changes.pop('rewards', '')}",)
         if "objective.ptx_coef" in changes:
             changes["data.ptx"] = (str(out / "texts.jsonl"),)
@@ -100,11 +156,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/ppo-measured"), help="where everything is kept")
     parser.add_argument("--only", action="append", choices=list(VARIANTS), help="these variants alone")
     parser.add_argument("--steps", type=int, default=0, help="of each training (default: those of the configs)")
+    parser.add_argument("--prompts", type=int, default=200, help="on which pairs are written")
     parser.add_argument("--tickets", type=int, default=100, help="how many are scored")
     parser.add_argument("--write", action="store_true", help="also write the table in docs/reinforcement.md")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    drawn = table(results(args.out.absolute(), args.only or list(VARIANTS), args.steps, args.tickets))
+    drawn = table(
+        results(args.out.absolute(), args.only or list(VARIANTS), Sizes(args.prompts, args.steps, args.tickets))
+    )
     print(drawn)
     if args.write:
         write_measured("reinforcement.md", drawn)

@@ -4,6 +4,8 @@ import json
 
 from support import ROOT
 
+from ftjax.tasks import support_ticket
+
 
 def test_the_table_compares_the_same_tickets_before_and_after(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
@@ -25,3 +27,19 @@ def test_the_table_compares_the_same_tickets_before_and_after(tmp_path, monkeypa
     name, reward, kl, right, against, general = row.strip("| ").split(" | ")
     assert (name, reward, kl, right, general) == ("PPO", "0.20 to 0.90", "9.0", "40% to 60%", "+0.031")
     assert against.startswith("+20 % [")
+
+
+def test_pairs_are_of_a_right_and_a_wrong_ticket_to_the_same_message(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import ppo
+
+    (example,) = support_ticket.train_examples(1)
+    right = example["messages"][-1]["content"]
+    spaced = right.replace(":", ": ")  # right, too
+    pairs = ppo.pairs_of(example, ["no", right, "", "no", spaced, "{}", "[]", "[1]"])
+    assert [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs] == [
+        (right, "no"), (spaced, "{}"), (right, "[]")
+    ]  # fmt: skip
+    assert all(pair["prompt"] == example["messages"][:-1] for pair in pairs)
+    assert ppo.pairs_of(example, [right, spaced]) == []
+    assert ppo.pairs_of(example, ["no", "{}"]) == []
