@@ -17,14 +17,14 @@ def get_config() -> ConfigDict:
 
     config.data.train = ("task:support_ticket",)
     config.data.eval = ({"source": "task:support_ticket", "limit": 100},)
-    config.data.max_length = 192
+    config.data.max_length = 128  # the longest prompt with the longest answer
     # Writing costs little beside learning here: of eight completions to each of up to 16 prompts four are learned from,
     # those that differ most, of the eight prompts that teach something.
     config.data.batch_size = 32
     config.rollouts.samples = 8
     config.rollouts.learned = 4
     config.rollouts.resample = 1
-    config.rollouts.max_new_tokens = 56
+    config.rollouts.max_new_tokens = 40
 
     config.optimizer.learning_rate = 4e-4
     config.schedule.name = "constant"
