@@ -26,8 +26,8 @@ def get_config() -> ConfigDict:
     config.rollouts.resample = 1
     config.rollouts.max_new_tokens = 40
 
-    config.optimizer.learning_rate = 4e-4
-    config.schedule.name = "constant"
+    config.optimizer.learning_rate = 5e-4
+    config.schedule.name = "linear"  # to 0: what few completions say at a high rate is averaged
     config.steps = 24
     config.log_every = 1
     config.checkpoint_every = 8
