@@ -5,11 +5,13 @@ the same batches.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
+from ftjax import distributed
 from ftjax.assemble import Base, Program, open_base
 from ftjax.data.batch import packing
 from ftjax.data.batch.loader import Loader
@@ -19,8 +21,9 @@ from ftjax.errors import UserError
 from ftjax.method import method_of
 from ftjax.models.params import abstract_params
 from ftjax.objectives.reference import TEACHER, policy_and_reference
-from ftjax.rollouts import lay
+from ftjax.rollouts import Record, lay
 from ftjax.sampling import stop_strings
+from ftjax.sampling.engine import Completion
 from ftjax.training.source import Batch
 from ftjax.training.state import TrainState
 from ftjax.tree import Tree, combine
@@ -110,10 +113,11 @@ class Distilled:
         base: Base,
         frozen: Tree,
         loader: Loader,
+        workdir: Path,
         between: Callable[[], None] | None = None,
     ):
-        self._config, self._frozen, self._loader = config, frozen, loader
-        self._complete = make_complete(config, base, between)
+        self._config, self._base, self._frozen, self._loader = config, base, frozen, loader
+        self._complete, self._said = make_complete(config, base, between), Record(workdir)
 
     def batch(self, index: int, state: TrainState) -> Batch:
         draw = np.random.default_rng((self._config.seed, index)).random()
@@ -133,10 +137,13 @@ class Distilled:
 
     def _written(self, index: int, state: TrainState) -> Batch:
         examples = self._loader.examples
-        prompts = [_prompt(examples.documents_of(i)[0]) for i in self._loader.batch_examples(index)]
+        rows = [examples.documents_of(i)[0] for i in self._loader.batch_examples(index)]
+        prompts = [_prompt(row) for row in rows]
         policy, _ = policy_and_reference(combine(state.trainable, self._frozen))
         first = index * len(prompts)
         completions = self._complete(policy, prompts, range(first, first + len(prompts)))
+        if distributed.is_first():
+            self._record(index + 1, prompts[0], rows[0], completions[0])
         documents = [[single(one).document(prompt)] for prompt, one in zip(prompts, completions, strict=True)]
         arrays = lay(documents, self._loader.multiple, self._loader.max_length, packing.BATCH)
         lengths = np.array([len(one.logps) for one in completions])
@@ -146,3 +153,10 @@ class Distilled:
             "completions/clipped_ratio": float(np.mean([not one.stopped for one in completions])),
         }
         return Batch(arrays, int((arrays["segment_ids"] > 0).sum()), metrics)
+
+    def _record(self, step: int, prompt: np.ndarray, row: Document, completion: Completion) -> None:
+        """From the tokens: of one row there may be an example for each of its answers."""
+        answer = row.tokens[len(prompt) :][row.trained[len(prompt) :]]
+        decode = self._base.tokenizer.decode
+        expected, text = (decode(tokens, skip_special_tokens=True) for tokens in (answer, completion.tokens))
+        self._said.add(step, decode(prompt), expected, [{"text": text}])

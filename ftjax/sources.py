@@ -80,7 +80,7 @@ def _from_selected(run: Parts) -> Source:
 
 
 def _from_both(run: Parts) -> Source:
-    return Distilled(run.config, run.base, run.frozen, run.loader, run.between)
+    return Distilled(run.config, run.base, run.frozen, run.loader, run.workdir, run.between)
 
 
 SOURCES: dict[str, Callable[[Parts], Source]] = {

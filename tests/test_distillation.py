@@ -9,7 +9,7 @@ import pytest
 from support.pairs import begun, config_of
 from support.runs import write_model, write_rows
 
-from ftjax import assemble, distillation, origin, plan, train, tree
+from ftjax import assemble, distillation, origin, plan, rollouts, train, tree
 from ftjax.distillation import Distilled
 from ftjax.errors import UserError
 from ftjax.objectives.distillation import make_distillation
@@ -90,10 +90,10 @@ def test_the_loss_is_the_divergence_from_the_teacher_at_trained_tokens(root, mod
     assert float(loss.weight) == batch["weights"].sum()
 
 
-def test_batches_are_the_rows_or_what_the_model_writes_to_their_prompts(root):
+def test_batches_are_the_rows_or_what_the_model_writes_to_their_prompts(root, tmp_path):
     config = config_for(root)
     program, start, loader, (base, _) = with_teacher(config)
-    source, again = (Distilled(config, base, start.frozen, loader) for _ in range(2))
+    source, again = (Distilled(config, base, start.frozen, loader, tmp_path) for _ in range(2))
     with jax.set_mesh(program.mesh):
         made = [source.batch(index, start.state) for index in range(6)]
         last = again.batch(5, start.state)
@@ -114,6 +114,29 @@ def test_batches_are_the_rows_or_what_the_model_writes_to_their_prompts(root):
                 batch.arrays["tokens"][row, : start_at + 1], rows["tokens"][row, : start_at + 1]
             )
             assert 1 <= trained.sum() <= 8
+
+
+def test_the_first_answer_of_a_step_that_the_model_wrote_can_be_read(root, tmp_path):
+    """In the workdir, as its tokens say it; lines that a killed run left are written anew."""
+    config = config_for(root)
+    program, start, loader, (base, _) = with_teacher(config)
+    (tmp_path / rollouts.FILE).write_text('{"step": 1, "prompt": "kept"}\n{"step": 9, "prompt": "late"}\n{"ste')
+    source = Distilled(config, base, start.frozen, loader, tmp_path)
+    with jax.set_mesh(program.mesh):
+        made = {index + 1: source.batch(index, start.state) for index in range(1, 8)}
+    written = {step: batch.arrays for step, batch in made.items() if batch.metrics["student_written"]}
+    first, *lines = metrics.read(tmp_path / rollouts.FILE)
+    assert first == {"step": 1, "prompt": "kept"}
+    assert [line["step"] for line in lines] == list(written)
+    for line, arrays in zip(lines, written.values(), strict=True):
+        row = loader.examples.row(int(loader.batch_examples(line["step"] - 1)[0])).fields
+        asked, answer = (
+            row["messages"] if "messages" in row else ({"content": row[k]} for k in ("prompt", "completion"))
+        )
+        assert asked["content"] in line["prompt"]
+        assert line["expected"] == answer["content"]
+        drawn = arrays["targets"][0][arrays["weights"][0] > 0]
+        assert [one["text"] for one in line["completions"]] == [base.tokenizer.decode(drawn, skip_special_tokens=True)]
 
 
 def test_the_prompt_of_several_turns_is_all_before_the_last_answer(root, tmp_path):
@@ -141,13 +164,14 @@ def test_a_run_resumes_exactly(root, tmp_path):
     assert train.train(config, tmp_path / "run") == 0
     steps = metrics.read(tmp_path / "run/metrics.jsonl")
     assert {record["student_written"] for record in steps} == {0.0, 1.0}
-    end = values(tmp_path / "run")
+    end, written = values(tmp_path / "run"), (tmp_path / "run" / rollouts.FILE).read_text()
 
     config.checkpoint.resume_step = 2
     assert train.train(config, tmp_path / "run") == 0
     again = metrics.read(tmp_path / "run/metrics.jsonl")
     for name in ("loss", "grad_norm", "student_written"):
         assert [record[name] for record in again] == [record[name] for record in steps]
+    assert (tmp_path / "run" / rollouts.FILE).read_text() == written
     for path, leaf in values(tmp_path / "run").items():
         np.testing.assert_array_equal(leaf, end[path], err_msg=path)
 
