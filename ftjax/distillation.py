@@ -7,12 +7,13 @@ the same batches.
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax import distributed
-from ftjax.assemble import Base, Program, open_base
+from ftjax import distributed, lora, sharding
+from ftjax.assemble import Base, Program, base_facts, open_base
 from ftjax.data.batch import packing
 from ftjax.data.batch.loader import Loader
 from ftjax.data.format.example import Document
@@ -26,22 +27,25 @@ from ftjax.sampling import stop_strings
 from ftjax.sampling.engine import Completion
 from ftjax.training.source import Batch
 from ftjax.training.state import TrainState
-from ftjax.tree import Tree, combine
+from ftjax.tree import Tree, combine, flatten, unflatten
 from ftjax.weights.load import load_params
-from ftjax.weights.peft.adapter import base_digest
+from ftjax.weights.peft.adapter import StoredAdapter, base_digest, directory_digest, open_adapter
+from ftjax.weights.peft.keys import EMBEDDING
 
 
 def open_teacher(config: ConfigDict, base: Base) -> Base | None:
     """The model that config.objective.teacher names, not read yet; None for a method that learns from no other model.
 
     Raises:
-      UserError: its tokens are not those of `base`, or it has no logits for some of them.
+      UserError: its tokens are not those of `base`, or it has no logits for some of them; config.objective
+        .teacher_adapter names no adapter of it.
     """
     if not method_of(config).distills:
         return None
     model = configs.changed(config, {"model.source": config.objective.teacher, "model.revision": ""}).model
     model.update(add_tokens=(), resize_vocab=False, neftune_alpha=0.0, remat="none")
-    teacher = open_base(model)
+    directory = config.objective.teacher_adapter
+    teacher = open_base(model, adapter=Path(directory).expanduser() if directory else None)
     ours, theirs = base.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     where = f"config.objective.teacher={config.objective.teacher}"
     if differing := sorted(ours.items() ^ theirs.items()):
@@ -55,19 +59,45 @@ def open_teacher(config: ConfigDict, base: Base) -> Base | None:
             f"{where}: it has {teacher.model.spec.vocab_size} logits, which do not reach its tokenizer's token {last}; "
             "name another teacher"
         )
+    if (adapter := _adapter(config, teacher)) is not None:
+        adapter.check_base(base_facts(config, teacher), teacher.reader)
     return teacher
 
 
-def teacher_digest(teacher: Base) -> str:
-    return base_digest(teacher.reader, teacher.model.spec)
+def _adapter(config: ConfigDict, teacher: Base) -> StoredAdapter | None:
+    """What config.objective.teacher_adapter names; UserError where it is none that can be merged into `teacher`."""
+    if not config.objective.teacher_adapter:
+        return None
+    where, spec = f"config.objective.teacher_adapter={config.objective.teacher_adapter}", teacher.model.spec
+    adapter = open_adapter(Path(config.objective.teacher_adapter), spec)
+    if adapter.kind:
+        raise UserError(f"{where}: is a model {adapter.kind}, whose head gives no tokens; name the adapter of another")
+    if spec.tie_word_embeddings and EMBEDDING in adapter.modules:
+        raise UserError(
+            f"{where}: adapts an embedding that is the output head too, which takes no part in it; write both as a "
+            "whole model (ftjax.export --format merged), and name that as config.objective.teacher alone"
+        )
+    return adapter
 
 
-def with_teacher(frozen: Tree, teacher: Base | None, program: Program) -> Tree:
-    """`frozen` with the teacher's variables beside them, read from its files."""
+def teacher_digest(config: ConfigDict, teacher: Base) -> str:
+    """sha256 (hex) of the model, and of the adapter that it is used with."""
+    digest, adapter = base_digest(teacher.reader, teacher.model.spec), config.objective.teacher_adapter
+    return f"{digest}+{directory_digest(Path(adapter).expanduser())}" if adapter else digest
+
+
+def with_teacher(frozen: Tree, config: ConfigDict, teacher: Base | None, program: Program) -> Tree:
+    """`frozen` with the teacher's variables beside them, read from its files, an adapter merged into them."""
     if teacher is None:
         return frozen
-    wanted = abstract_params(teacher.model, program.mesh)
-    return frozen | {TEACHER: {"params": load_params(teacher.reader, teacher.model.spec, wanted)}}
+    params = load_params(teacher.reader, teacher.model.spec, abstract_params(teacher.model, program.mesh))
+    if (adapter := _adapter(config, teacher)) is not None:
+        adapters, saved = adapter.read()
+        leaves = flatten(params)
+        for path, values in saved.items():
+            leaves[path] = jax.device_put(values.astype(leaves[path].dtype), leaves[path].sharding)
+        params = lora.merge(unflatten(leaves), jax.device_put(adapters, sharding.replicated(program.mesh)))
+    return frozen | {TEACHER: {"params": params}}
 
 
 def check(config: ConfigDict, loader: Loader) -> None:

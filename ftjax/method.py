@@ -268,7 +268,7 @@ METHODS = {
         rows="conversation",
         learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5},  # as sft, of which it is TRL's, too
         epochs=(1.0, 3.0),
-        settings=("teacher", "distill_beta", "distill_temperature", "student_share"),
+        settings=("teacher", "teacher_adapter", "distill_beta", "distill_temperature", "student_share"),
         source="distillation",
     ),
 }

@@ -155,7 +155,7 @@ def _train(
         try:
             with memory.exhausted("reading the weights", smaller):
                 start = resume.start(there, config, base, program, workdir, checkpoints, rows_digest, begin)
-                start = start._replace(frozen=distillation.with_teacher(start.frozen, teacher, program))
+                start = start._replace(frozen=distillation.with_teacher(start.frozen, config, teacher, program))
         except Preempted as stop:
             return _stopped(stop, there.step, checkpoints, display)
         distributed.meet_devices()
@@ -277,7 +277,7 @@ def _open_base(config: ConfigDict, workdir: Path, there: resume.Resume) -> tuple
     base = assemble.open_base(config.model, data)
     teacher = distillation.open_teacher(config, base)
     contents = origin.contents(config, base.reader, base.model.spec)
-    contents |= {"teacher": distillation.teacher_digest(teacher)} if teacher else {}
+    contents |= {"teacher": distillation.teacher_digest(config, teacher)} if teacher else {}
     contents |= rewards.digests(config)
     if there.step is not None:
         origin.check(config, workdir, contents)

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from support.pairs import begun, config_of
 from support.runs import write_model, write_rows
+from transformers import AutoModelForCausalLM
 
 from ftjax import assemble, distillation, origin, plan, rollouts, train, tree
 from ftjax.distillation import Distilled
@@ -15,6 +18,8 @@ from ftjax.errors import UserError
 from ftjax.objectives.distillation import make_distillation
 from ftjax.objectives.reference import TEACHER
 from ftjax.training import metrics
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ def with_teacher(config):
     program, start, loader = begun(config)
     base = assemble.open_base(config.model)
     teacher = distillation.open_teacher(config, base)
-    frozen = distillation.with_teacher(start.frozen, teacher, program)
+    frozen = distillation.with_teacher(start.frozen, config, teacher, program)
     return program, start._replace(frozen=frozen), loader, (base, teacher)
 
 
@@ -88,6 +93,53 @@ def test_the_loss_is_the_divergence_from_the_teacher_at_trained_tokens(root, mod
     total, weight = loss.metrics["entropy"]
     assert float(total / weight) == pytest.approx(entropy, rel=1e-5)
     assert float(loss.weight) == batch["weights"].sum()
+
+
+def write_teachers_adapter(path, teacher, seed=0, **settings):
+    """By peft, of random matrices, beside its base in torch; returns that model."""
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(path)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True, "modules_to_save": ["lm_head"]}], ids=["lora", "dora"])
+def test_a_teacher_with_an_adapter_says_what_it_says_in_peft(root, tmp_path, settings, record_figure):
+    source = str(write_model(tmp_path / "teacher", hidden_size=96, tie_word_embeddings=False))
+    theirs = write_teachers_adapter(tmp_path / "adapter", source, **settings)
+    config = config_for(root, **{"objective.teacher": source, "objective.teacher_adapter": str(tmp_path / "adapter")})
+    program, start, loader, (_, teacher) = with_teacher(config)
+    with jax.set_mesh(program.mesh):
+        tokens = loader.batch(0)["tokens"][:1, :20]
+        positions = np.arange(20)[None]
+        hidden, _ = teacher.model.apply(start.frozen[TEACHER], tokens, positions, np.ones_like(tokens))
+        ours = np.asarray(teacher.model.apply(start.frozen[TEACHER], hidden, method="unembed"))
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(tokens.astype(np.int64))).logits.numpy()
+        with theirs.disable_adapter():
+            before = theirs(torch.tensor(tokens.astype(np.int64))).logits.numpy()
+    record_figure("logits", difference := np.abs(ours - wanted).max())
+    assert difference < 1e-4
+    assert np.abs(before - wanted).max() > 0.05
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_an_adapter_that_is_none_of_the_teacher_is_refused(root, tmp_path):
+    key = "objective.teacher_adapter"
+    write_teachers_adapter(tmp_path / "adapter", root / "padded")
+    with pytest.raises(UserError, match="this adapter does not fit the model"):
+        train.train(config_for(root, **{key: str(tmp_path / "adapter")}), tmp_path / "run")
+    with pytest.raises(UserError, match=r"nothing/adapter_config\.json: no such file"):
+        train.train(config_for(root, **{key: str(tmp_path / "nothing")}), tmp_path / "run")
+    write_teachers_adapter(tmp_path / "tied", root / "teacher", target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(UserError, match="adapts an embedding that is the output head too"):
+        train.train(config_for(root, **{key: str(tmp_path / "tied")}), tmp_path / "run")
 
 
 def test_batches_are_the_rows_or_what_the_model_writes_to_their_prompts(root, tmp_path):
@@ -179,13 +231,33 @@ def test_a_run_resumes_exactly(root, tmp_path):
 def test_a_run_goes_on_with_the_same_teacher_alone_wherever_that_is(root, tmp_path):
     config = config_for(root)
     base = assemble.open_base(config.model)
-    digest = distillation.teacher_digest(distillation.open_teacher(config, base))
+    digest = distillation.teacher_digest(config, distillation.open_teacher(config, base))
     began = origin.contents(config, base.reader, base.model.spec) | {"teacher": digest}
     origin.record(tmp_path, config, origin.located(config, base.path), began)
     config.objective.teacher = str(tmp_path / "moved")
     origin.check(config, tmp_path, began)
     with pytest.raises(UserError, match=r"teacher=.*moved: this model is not the one that .* began to learn from"):
         origin.check(config, tmp_path, began | {"teacher": "another"})
+    write_teachers_adapter(tmp_path / "adapter", root / "teacher")
+    config.objective.update(teacher=str(root / "teacher"), teacher_adapter=str(tmp_path / "adapter"))
+    digests = set()
+    for seed in (1, 2):
+        write_teachers_adapter(tmp_path / "adapter", root / "teacher", seed)
+        digests.add(distillation.teacher_digest(config, distillation.open_teacher(config, base)))
+    assert len(digests | {digest}) == 3
+    with pytest.raises(UserError, match=r"teacher=.* with the adapter .*: this model is not the one"):
+        origin.check(config, tmp_path, began | {"teacher": digests.pop()})
+
+
+def test_a_teachers_adapter_is_found_from_every_directory(root, tmp_path, monkeypatch):
+    write_teachers_adapter(tmp_path / "adapter", root / "teacher")
+    monkeypatch.chdir(tmp_path)
+    config = config_for(root, **{"objective.teacher_adapter": "adapter"})
+    located = origin.located(config, root / "model")
+    assert located.objective.teacher_adapter == str(tmp_path / "adapter")
+    origin.record(tmp_path, config, located, {})
+    monkeypatch.chdir(root)
+    assert origin.at_hand(config, tmp_path).objective.teacher_adapter == str(tmp_path / "adapter")
 
 
 @pytest.mark.slow
