@@ -13,10 +13,13 @@ from support.runs import write_model, write_rows
 from transformers import AutoModelForCausalLM
 
 from ftjax import assemble, distillation, origin, plan, rollouts, train, tree
+from ftjax import config as configs
 from ftjax.distillation import Distilled
 from ftjax.errors import UserError
+from ftjax.memory import bytes_on_device
 from ftjax.objectives.distillation import make_distillation
 from ftjax.objectives.reference import TEACHER
+from ftjax.planning import compiled, flops, topology, writing
 from ftjax.training import metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -288,6 +291,38 @@ def test_mistakes_are_named(root, tmp_path, changes, said):
         train.train(config_for(root, **changes), tmp_path / "run")
 
 
-def test_a_plan_says_that_it_does_not_count_the_teacher(root):
-    with pytest.raises(UserError, match="does not count the teacher yet"):
-        plan.plan(config_for(root), "v5e:2x2", None)
+def test_a_plan_counts_the_teacher(root):
+    """Its weights, and the products of its forward pass: what the program of a step has more than that of sft."""
+    sizes = {"model.param_dtype": "float32", "data.row_length": 64}
+    spec, theirs = (plan.model_spec(str(root / name)) for name in ("model", "teacher"))
+    config = configs.changed(config_for(root), sizes)
+    alone = configs.changed(config, {"objective.name": "sft", "objective.teacher": "", "rollouts.max_new_tokens": 256})
+    devices = jax.devices()[:1]
+    beside = compiled.describe(config, spec, devices, theirs)
+    alone = compiled.describe(alone, spec, devices)
+    held = [sum(map(bytes_on_device, jax.tree.leaves(program.frozen))) for program in (beside, alone)]
+    torch_teacher = AutoModelForCausalLM.from_pretrained(root / "teacher", dtype=torch.float32)
+    weights = {name: leaf.numel() for name, leaf in torch_teacher.named_parameters()}
+    assert held[0] - held[1] == 4 * sum(weights.values())
+    its = torch_teacher.config
+    assert its.tie_word_embeddings
+    products = sum(size for name, size in weights.items() if "norm" not in name)
+    scores = 4 * (64 * 65 // 2) * its.num_attention_heads * its.head_dim * its.num_hidden_layers
+    found = [flops.of_step(program) for program in (beside, alone)]
+    assert found[0].total - found[1].total == 4 * (2 * 64 * products + scores)
+
+
+def test_the_plan_of_writing_is_of_one_completion_to_each_row(root, monkeypatch):
+    def compile_text(mesh, trace):
+        done = trace().lower().compile()
+        return done.as_text(), done.memory_analysis()
+
+    monkeypatch.setattr(compiled, "compile_text", compile_text)
+    slice_, spec = topology.parse("v5e:1x1"), plan.model_spec(str(root / "model"))
+    config = config_for(root)
+    program = compiled.describe(config, spec, jax.devices()[:1], spec)
+    found = writing.plan(config, program, slice_)
+    assert (found.prompts, found.completions, found.tokens) == (4, 4, 8)
+    assert found.training >= 2 * 4 * sum(leaf.size for leaf in jax.tree.leaves(program.variables["params"]))
+    config = configs.changed(config, {"objective.student_share": 0.0, "rollouts.max_new_tokens": 256})
+    assert writing.plan(config, program, slice_) is None
