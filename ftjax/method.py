@@ -244,7 +244,7 @@ METHODS = {
         source="rollouts",
     ),
     "online_dpo": _PAIRS._replace(
-        objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),)),
+        objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),), sampled=True),
         rows="prompt",
         epochs=(1.0, 1.0),
         settings=(
