@@ -93,7 +93,7 @@ def located(config: ConfigDict, path: Path) -> ConfigDict:
             else given | {"source": _absolute(given["source"])} | _score(given)
             for entry, given in entries
         ]
-    out.objective.rewards = located_rewards(config)
+    out.objective.update(rewards=located_rewards(config), judge=located_judge(config))
     return out
 
 
@@ -101,6 +101,12 @@ def located_rewards(config: ConfigDict) -> tuple[str | tuple[str, float], ...]:
     """config.objective.rewards, models among them by their absolute paths."""
     named = config.objective.rewards
     return tuple(_model(one) if isinstance(one, str) else (_model(one[0]), one[1]) for one in named)
+
+
+def located_judge(config: ConfigDict) -> str:
+    """config.objective.judge, a directory by its absolute path."""
+    judge = config.objective.judge
+    return str(Path(judge).expanduser().absolute()) if judge and Path(judge).expanduser().exists() else judge
 
 
 def _model(score: str) -> str:
