@@ -215,7 +215,8 @@ def values(workdir):
 
 @pytest.mark.slow
 def test_a_run_resumes_exactly(root, tmp_path):
-    config = config_for(root, steps=4)
+    write_teachers_adapter(tmp_path / "adapter", root / "teacher")
+    config = config_for(root, steps=4, **{"objective.teacher_adapter": str(tmp_path / "adapter")})
     assert train.train(config, tmp_path / "run") == 0
     steps = metrics.read(tmp_path / "run/metrics.jsonl")
     assert {record["student_written"] for record in steps} == {0.0, 1.0}
