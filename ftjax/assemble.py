@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 
 from ftjax import config as configs
 from ftjax import distributed, environments, interpolation, lora, origin, quant, sharding, tree
-from ftjax.atomic import write_text
 from ftjax.data.pipeline import DataSpec
 from ftjax.data.tokens import templates
 from ftjax.data.tokens import tokenizer as tokenizers
@@ -50,7 +49,6 @@ from ftjax.weights.source import Reader, locate, open_source
 log = logging.getLogger(__name__)
 
 NEW_TOKENS = frozenset({"embed_tokens/embedding", "lm_head/kernel"})  # what has a row for each token
-_TEMPLATE = "chat_template.jinja"  # in the workdir of a run that chose one
 
 
 class Base(NamedTuple):
@@ -130,6 +128,7 @@ class Program(NamedTuple):
       state, batch: what `step` takes, a batch as [accumulate, batch / accumulate, length].
       totals: those of the method for this model, None where it needs none.
       step: see `training.step.make_step`.
+      teacher: the model that is learned from, None where the method has none, or the run is only described.
     """
 
     model: Decoder
@@ -146,6 +145,7 @@ class Program(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]
     totals: Callable[[Tree, Batch], Tree] | None
     step: Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
+    teacher: Decoder | None
 
     @property
     def row_length(self) -> int:
@@ -187,7 +187,7 @@ def program(
     count = _trained_count(config, model.spec, trainable)
     return Program(
         *(model, mesh, method, objective, variables, is_trained, count, frozen, optimizer, kept, state, batch),
-        *(totals, step),
+        *(totals, step, teacher),
     )
 
 
@@ -421,22 +421,6 @@ def trained_whole(config: ConfigDict, base: Base) -> set[str]:
     return _adapters(config, base.model, leaves)[2]
 
 
-def keep_template(base: Base, config: ConfigDict, workdir: Path) -> None:
-    """Keeps a template that the run chose in its workdir, since a file of the user's may change or move."""
-    if config.data.chat_template:
-        write_text(workdir / _TEMPLATE, templates.read(config.data.chat_template, base.tokenizer))
-    else:  # that of a run here which ended before it saved anything
-        (workdir / _TEMPLATE).unlink(missing_ok=True)
-
-
-def with_kept_template(data: ConfigDict, workdir: Path) -> ConfigDict:
-    """config.data with the template that the run in `workdir` keeps, where it has chosen one."""
-    kept = ConfigDict(data)
-    if (workdir / _TEMPLATE).is_file():
-        kept.chat_template = str(workdir / _TEMPLATE)
-    return kept
-
-
 def load_run(
     workdir: Path,
     step: int | None = None,
@@ -456,7 +440,8 @@ def load_run(
     """
     config = _found(configs.read(workdir / "config.json"), moved or {})
     origin.check_there(config, workdir)
-    base = open_base(config.model, with_kept_template(config.data, workdir))
+    template = templates.kept(config.data.chat_template, workdir)
+    base = open_base(config.model, configs.changed(config, {"data.chat_template": template}).data)
     config = origin.located(config, base.path)
     base = base._replace(source=config.model.source)
     origin.check(config, workdir, origin.contents(config, base.reader, base.model.spec))

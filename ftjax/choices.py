@@ -103,19 +103,22 @@ def _of_rollouts(config: ConfigDict, longest: int, limits: Limits) -> Sizes:
     return Sizes(rows, given.row_length or length, given.epochs or limits.epochs[0])
 
 
-def without_data(config: ConfigDict, spec: DecoderSpec, mesh: Mesh, room: float | None) -> ConfigDict:
+def without_data(
+    config: ConfigDict, spec: DecoderSpec, mesh: Mesh, room: float | None, teacher: DecoderSpec | None = None
+) -> ConfigDict:
     """With everything, for rows that are not there: as if they were many, and as long as they may be.
 
-    room: as in `by_memory`.
+    room, teacher: as in `by_memory`.
     """
     config = by_model(by_devices(config, sharding.platform(mesh)), spec)
     given, limit = _given(config), limits(config, spec, mesh)
+    models = _decoder(config, spec), mesh, room, teacher and _decoder(config, teacher)
     if method_of(config).rollouts:
         chosen = _of_rollouts(config, config.data.max_length - config.rollouts.max_new_tokens, limit)
-        return by_memory(_with(config, chosen), _decoder(config, spec), mesh, room)
+        return by_memory(_with(config, chosen), *models)
     rows = given.batch_size or max(_ROWS // limit.rows, 1) * limit.rows
     config = _with(config, Sizes(rows, given.row_length or limit.length, given.epochs or limit.epochs[0]))
-    return by_memory(config, _decoder(config, spec), mesh, room)
+    return by_memory(config, *models)
 
 
 def _decoder(config: ConfigDict, spec: DecoderSpec) -> Decoder:

@@ -188,6 +188,7 @@ KEYS: dict[str, Key] = {
     "objective.value_clip": Key(0.2, number(1e-6)),  # ppo: how far values may go from those of the round
     "objective.least_reward": Key(-1e9, number(-1e9)),  # rejection: of a completion that is learned from
     "objective.teacher": Key("", ANY),  # gkd: the model that is learned from, named as model.source is
+    "objective.teacher_adapter": Key("", ANY),  # a PEFT adapter directory that it is used with
     "objective.distill_beta": Key(0.5, number(0, 1)),  # gkd: from 0, KL(teacher || now), to 1, KL(now || teacher)
     "objective.distill_temperature": Key(1.0, number(0.01)),  # gkd: of both models where they are compared
     "objective.student_share": Key(0.5, number(0, 1)),  # gkd: of steps that learn from what the model itself writes
@@ -320,9 +321,12 @@ FREE_TO_CHANGE = (
     "data.long_text",  # the tokens decide whether a run may go on
 )
 
-# Where a run finds its base, an adapter to go on from and its rows. Digests say whether they are still the same
-# (origin.py, Loader.fingerprint), so they may be found elsewhere when it is resumed.
-PLACES = ("model.source", "model.revision", "adapter.source", "data.train", "data.ptx", "objective.teacher")
+# Where a run finds its base, an adapter to go on from, its rows and its teacher. Digests say whether they are still the
+# same (origin.py, Loader.fingerprint), so they may be found elsewhere when it is resumed.
+PLACES = (
+    *("model.source", "model.revision", "adapter.source", "data.train", "data.ptx"),
+    *("objective.teacher", "objective.teacher_adapter"),
+)
 
 # Keys that may differ as well, with consequences that a run says (`resume.going_on`).
 LENGTH = ("steps", "epochs")

@@ -113,7 +113,8 @@ def _teacher(config: ConfigDict) -> dict[str, str]:
     objective, settings = config.objective, config.rollouts
     written = f"{objective.student_share:.0%} of the steps from completions that the model writes, of at most "
     written += f"{settings.max_new_tokens} tokens, at temperature {settings.temperature:g}"
-    return {"teacher": f"{objective.teacher}; {written if objective.student_share else 'from the rows alone'}"}
+    model = objective.teacher + (f" with {objective.teacher_adapter}" if objective.teacher_adapter else "")
+    return {"teacher": f"{model}; {written if objective.student_share else 'from the rows alone'}"}
 
 
 def _examples(loader: Loader) -> str:

@@ -5,12 +5,15 @@ the same batches.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax.assemble import Base, Program, open_base
+from ftjax import distributed, lora, sharding
+from ftjax.assemble import Base, Program, base_facts, open_base
 from ftjax.data.batch import packing
 from ftjax.data.batch.loader import Loader
 from ftjax.data.format.example import Document
@@ -19,26 +22,30 @@ from ftjax.errors import UserError
 from ftjax.method import method_of
 from ftjax.models.params import abstract_params
 from ftjax.objectives.reference import TEACHER, policy_and_reference
-from ftjax.rollouts import lay
+from ftjax.rollouts import Record, lay
 from ftjax.sampling import stop_strings
+from ftjax.sampling.engine import Completion
 from ftjax.training.source import Batch
 from ftjax.training.state import TrainState
-from ftjax.tree import Tree, combine
+from ftjax.tree import Tree, combine, flatten, unflatten
 from ftjax.weights.load import load_params
-from ftjax.weights.peft.adapter import base_digest
+from ftjax.weights.peft.adapter import StoredAdapter, base_digest, directory_digest, open_adapter
+from ftjax.weights.peft.keys import EMBEDDING
 
 
 def open_teacher(config: ConfigDict, base: Base) -> Base | None:
     """The model that config.objective.teacher names, not read yet; None for a method that learns from no other model.
 
     Raises:
-      UserError: its tokens are not those of `base`, or it has no logits for some of them.
+      UserError: its tokens are not those of `base`, or it has no logits for some of them; config.objective
+        .teacher_adapter names no adapter of it.
     """
     if not method_of(config).distills:
         return None
     model = configs.changed(config, {"model.source": config.objective.teacher, "model.revision": ""}).model
     model.update(add_tokens=(), resize_vocab=False, neftune_alpha=0.0, remat="none")
-    teacher = open_base(model)
+    directory = config.objective.teacher_adapter
+    teacher = open_base(model, adapter=Path(directory).expanduser() if directory else None)
     ours, theirs = base.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     where = f"config.objective.teacher={config.objective.teacher}"
     if differing := sorted(ours.items() ^ theirs.items()):
@@ -52,19 +59,45 @@ def open_teacher(config: ConfigDict, base: Base) -> Base | None:
             f"{where}: it has {teacher.model.spec.vocab_size} logits, which do not reach its tokenizer's token {last}; "
             "name another teacher"
         )
+    if (adapter := _adapter(config, teacher)) is not None:
+        adapter.check_base(base_facts(config, teacher), teacher.reader)
     return teacher
 
 
-def teacher_digest(teacher: Base) -> str:
-    return base_digest(teacher.reader, teacher.model.spec)
+def _adapter(config: ConfigDict, teacher: Base) -> StoredAdapter | None:
+    """What config.objective.teacher_adapter names; UserError where it is none that can be merged into `teacher`."""
+    if not config.objective.teacher_adapter:
+        return None
+    where, spec = f"config.objective.teacher_adapter={config.objective.teacher_adapter}", teacher.model.spec
+    adapter = open_adapter(Path(config.objective.teacher_adapter), spec)
+    if adapter.kind:
+        raise UserError(f"{where}: is a model {adapter.kind}, whose head gives no tokens; name the adapter of another")
+    if spec.tie_word_embeddings and EMBEDDING in adapter.modules:
+        raise UserError(
+            f"{where}: adapts an embedding that is the output head too, which takes no part in it; write both as a "
+            "whole model (ftjax.export --format merged), and name that as config.objective.teacher alone"
+        )
+    return adapter
 
 
-def with_teacher(frozen: Tree, teacher: Base | None, program: Program) -> Tree:
-    """`frozen` with the teacher's variables beside them, read from its files."""
+def teacher_digest(config: ConfigDict, teacher: Base) -> str:
+    """sha256 (hex) of the model, and of the adapter that it is used with."""
+    digest, adapter = base_digest(teacher.reader, teacher.model.spec), config.objective.teacher_adapter
+    return f"{digest}+{directory_digest(Path(adapter).expanduser())}" if adapter else digest
+
+
+def with_teacher(frozen: Tree, config: ConfigDict, teacher: Base | None, program: Program) -> Tree:
+    """`frozen` with the teacher's variables beside them, read from its files, an adapter merged into them."""
     if teacher is None:
         return frozen
-    wanted = abstract_params(teacher.model, program.mesh)
-    return frozen | {TEACHER: {"params": load_params(teacher.reader, teacher.model.spec, wanted)}}
+    params = load_params(teacher.reader, teacher.model.spec, abstract_params(teacher.model, program.mesh))
+    if (adapter := _adapter(config, teacher)) is not None:
+        adapters, saved = adapter.read()
+        leaves = flatten(params)
+        for path, values in saved.items():
+            leaves[path] = jax.device_put(values.astype(leaves[path].dtype), leaves[path].sharding)
+        params = lora.merge(unflatten(leaves), jax.device_put(adapters, sharding.replicated(program.mesh)))
+    return frozen | {TEACHER: {"params": params}}
 
 
 def check(config: ConfigDict, loader: Loader) -> None:
@@ -110,10 +143,11 @@ class Distilled:
         base: Base,
         frozen: Tree,
         loader: Loader,
+        workdir: Path,
         between: Callable[[], None] | None = None,
     ):
-        self._config, self._frozen, self._loader = config, frozen, loader
-        self._complete = make_complete(config, base, between)
+        self._config, self._base, self._frozen, self._loader = config, base, frozen, loader
+        self._complete, self._said = make_complete(config, base, between), Record(workdir)
 
     def batch(self, index: int, state: TrainState) -> Batch:
         draw = np.random.default_rng((self._config.seed, index)).random()
@@ -133,10 +167,13 @@ class Distilled:
 
     def _written(self, index: int, state: TrainState) -> Batch:
         examples = self._loader.examples
-        prompts = [_prompt(examples.documents_of(i)[0]) for i in self._loader.batch_examples(index)]
+        rows = [examples.documents_of(i)[0] for i in self._loader.batch_examples(index)]
+        prompts = [_prompt(row) for row in rows]
         policy, _ = policy_and_reference(combine(state.trainable, self._frozen))
         first = index * len(prompts)
         completions = self._complete(policy, prompts, range(first, first + len(prompts)))
+        if distributed.is_first():
+            self._record(index + 1, prompts[0], rows[0], completions[0])
         documents = [[single(one).document(prompt)] for prompt, one in zip(prompts, completions, strict=True)]
         arrays = lay(documents, self._loader.multiple, self._loader.max_length, packing.BATCH)
         lengths = np.array([len(one.logps) for one in completions])
@@ -146,3 +183,10 @@ class Distilled:
             "completions/clipped_ratio": float(np.mean([not one.stopped for one in completions])),
         }
         return Batch(arrays, int((arrays["segment_ids"] > 0).sum()), metrics)
+
+    def _record(self, step: int, prompt: np.ndarray, row: Document, completion: Completion) -> None:
+        """From the tokens: of one row there may be an example for each of its answers."""
+        answer = row.tokens[len(prompt) :][row.trained[len(prompt) :]]
+        decode = self._base.tokenizer.decode
+        expected, text = (decode(tokens, skip_special_tokens=True) for tokens in (answer, completion.tokens))
+        self._said.add(step, decode(prompt), expected, [{"text": text}])

@@ -10,30 +10,34 @@
 It takes the config of the training and any --config.key=value that training takes, reads the tokenizer (no weights),
 and prints the sources and their shares, lengths, truncation, duplicates, how full the packed rows are, steps and time;
 then the rows asked for: trained tokens are green (in a pipe: between [[ and ]]), "|" separates tokens, special tokens
-are shown by name, BOS and EOS marked. Last comes the verdict: errors and warnings, each with its code, where it is
-(file:line) and what to do.
+are shown by name, BOS and EOS marked. After those of data.train the same is said of data.ptx, where that has any. Last
+comes the verdict: errors and warnings, each with its code, where it is (file:line) and what to do.
 
 Exit status: 0 no errors (there may be warnings), 2 errors, or a mistake in the config or flags. Training makes the same
 checks, except for near duplicates, and does not start on errors; config.data.checks=warn only prints them.
 """
 
 import dataclasses
+import functools
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
+from rich.console import Console
 from rich.progress import Progress
 
 from ftjax import assemble, choices, cli, config_flag, sharding
 from ftjax import config as configs
+from ftjax.assemble import Base
 from ftjax.atomic import write_text
 from ftjax.data.audit import checks
-from ftjax.data.audit.findings import Findings
-from ftjax.data.pipeline import read_heldout, training_rows
+from ftjax.data.audit.findings import ERROR, Findings
+from ftjax.data.pipeline import DataSpec, read_heldout, training_rows
 from ftjax.data.read.rows import Rows
 from ftjax.data.tokens.outcome import outcome
 from ftjax.errors import UserError
@@ -41,8 +45,9 @@ from ftjax.evals.entries import split_entries
 from ftjax.inspection import page, terminal
 from ftjax.inspection.pieces import Piece, pieces
 from ftjax.inspection.survey import Epoch, Survey, epoch_of, examples_in_epoch, survey
-from ftjax.method import method_of
+from ftjax.method import iterations, method_of
 from ftjax.objectives.unpaired import imbalance
+from ftjax.sources import ptx_spec
 from ftjax.training import metrics
 
 _PAGE_ROWS = 1500
@@ -59,18 +64,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
     entries, by_loss = split_entries(config)
     heldout = read_heldout([*entries, *by_loss], configs.sources(config, "train"), spec)
     out = terminal.console()
-    with Progress(console=out, disable=not out.is_terminal, transient=True) as bar:
-        task = bar.add_task("reading and tokenizing", total=min(len(train), options["max_rows"] or len(train)))
-        result = survey(
-            train,
-            heldout,
-            base.tokenizer,
-            base.end_tokens,
-            spec,
-            options["max_rows"],
-            lambda done: bar.update(task, completed=done),
-            base.known_rows,
-        )
+    result = _surveyed(train, heldout, base, spec, options["max_rows"], out)
     mesh = AbstractMesh(tuple(max(config.mesh[axis], 1) for axis in sharding.MESH_AXES), sharding.MESH_AXES)
     asked, examples = config, examples_in_epoch(result)
     if len(result.cut):
@@ -87,37 +81,77 @@ def inspect(config: ConfigDict, options: dict) -> int:
             warnings.add("unbalanced", what=unbalanced)
     result.findings.extend(warnings.all())
     terminal.summary(out, result, epoch, spec, speed)
-
-    def shown(index: int) -> tuple[str, list[tuple[str, list[Piece]]]] | None:
-        """The origin of a training row and its named examples in pieces; None where it is not trained on."""
-        found = outcome(train, index, base.tokenizer, spec.rules)
-        if found is None or found.bad or not found.parts:
-            return None  # reported among the findings
-        named = [
-            (name or (f"answer {number}" if found.split else ""), document)
-            for number, documents in enumerate(found.parts, 1)
-            for name, document in documents.items()
-        ]
-        return found.row.origin, [
-            (name, pieces(document.tokens, document.trained, base.tokenizer)) for name, document in named
-        ]
-
-    codes = {}
-    for code, indices in result.marked.items():
-        for index in indices:
-            codes.setdefault(index, []).append(code)
+    shown, codes = functools.partial(_shown, train, base, spec), _codes(result)
     for index in indices_to_show(train, options["source"], options["rows"]):
         if row := shown(index):
             terminal.row(out, *row, codes.get(index, []))
+    figures = report(result, epoch)
+    if config.data.ptx and epoch.rows:
+        steps = config.steps or epoch.steps * iterations(config)
+        figures["ptx"] = _inspect_ptx(config, base, heldout, steps, options, out, result)
     terminal.findings(out, result, config.data.checks)
     if options["html"]:
         rows = page_rows(train, codes, shown)
         write_text(Path(options["html"]), page.render(result, epoch, spec, rows, config.data.checks))
-        out.print(f"the page is {options['html']}", markup=False)
+        only = ", with the rows of config.data.train" if config.data.ptx else ""
+        out.print(f"the page is {options['html']}{only}", markup=False)
     if options["json"]:
-        text = json.dumps(report(result, epoch), indent=2, ensure_ascii=False)
-        write_text(Path(options["json"]), text + "\n")
+        write_text(Path(options["json"]), json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     return cli.EXIT_MISTAKE if result.failed() else 0
+
+
+def _inspect_ptx(
+    config: ConfigDict, base: Base, heldout: Sequence[Rows], steps: int, options: dict, out: Console, result: Survey
+) -> dict:
+    """Shows the rows of data.ptx as those of data.train; returns their report. Adds what is found to `result`."""
+    spec = ptx_spec(config, assemble.data_spec(config, base.model.spec))
+    rows = training_rows(configs.sources(config, "ptx"), spec)
+    found = _surveyed(rows, heldout, base, spec, options["max_rows"], out)
+    epoch = epoch_of(found, spec, steps, 0.0)
+    out.print(f"config.data.ptx, of which each step has {spec.batch_size} rows beside the completions", style="bold")
+    terminal.summary(out, found, epoch, spec, speed_of(options["tokens_per_second"], options["workdir"]))
+    codes = _codes(found)
+    for index in indices_to_show(rows, None, options["rows"]) if options["source"] is None else ():
+        if row := _shown(rows, base, spec, index):
+            terminal.row(out, *row, codes.get(index, []))
+    result.findings.extend(finding for finding in found.findings if finding not in result.findings)
+    result.findings.sort(key=lambda finding: finding.severity != ERROR)
+    return report(found, epoch)
+
+
+def _surveyed(rows: Rows, heldout: Sequence[Rows], base: Base, spec: DataSpec, max_rows: int, out: Console) -> Survey:
+    with Progress(console=out, disable=not out.is_terminal, transient=True) as bar:
+        task = bar.add_task("reading and tokenizing", total=min(len(rows), max_rows or len(rows)))
+        tokens = base.tokenizer, base.end_tokens
+        return survey(
+            *(rows, heldout, *tokens, spec, max_rows),
+            lambda done: bar.update(task, completed=done),
+            base.known_rows,
+        )
+
+
+def _codes(found: Survey) -> dict[int, list[str]]:
+    """{index of a row: the codes of what was found of it}."""
+    codes: dict[int, list[str]] = {}
+    for code, indices in found.marked.items():
+        for index in indices:
+            codes.setdefault(index, []).append(code)
+    return codes
+
+
+def _shown(rows: Rows, base: Base, spec: DataSpec, index: int) -> tuple[str, list[tuple[str, list[Piece]]]] | None:
+    """The origin of a row and its named examples in pieces; None where it is not trained on."""
+    found = outcome(rows, index, base.tokenizer, spec.rules)
+    if found is None or found.bad or not found.parts:
+        return None  # reported among the findings
+    named = [
+        (name or (f"answer {number}" if found.split else ""), document)
+        for number, documents in enumerate(found.parts, 1)
+        for name, document in documents.items()
+    ]
+    return found.row.origin, [
+        (name, pieces(document.tokens, document.trained, base.tokenizer)) for name, document in named
+    ]
 
 
 def speed_of(tokens_per_second: float, workdir: str | None) -> tuple[float, str] | None:

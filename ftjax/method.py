@@ -244,7 +244,7 @@ METHODS = {
         source="rollouts",
     ),
     "online_dpo": _PAIRS._replace(
-        objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),)),
+        objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),), sampled=True),
         rows="prompt",
         epochs=(1.0, 1.0),
         settings=(
@@ -268,7 +268,7 @@ METHODS = {
         rows="conversation",
         learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5},  # as sft, of which it is TRL's, too
         epochs=(1.0, 3.0),
-        settings=("teacher", "distill_beta", "distill_temperature", "student_share"),
+        settings=("teacher", "teacher_adapter", "distill_beta", "distill_temperature", "student_share"),
         source="distillation",
     ),
 }

@@ -81,8 +81,9 @@ def located(config: ConfigDict, path: Path) -> ConfigDict:
     out.model.source, out.model.revision = everywhere(config.model.source, path)
     if config.adapter.source:
         out.adapter.source = str(Path(config.adapter.source).expanduser().absolute())
-    if config.objective.teacher and Path(config.objective.teacher).expanduser().exists():
-        out.objective.teacher = str(Path(config.objective.teacher).expanduser().absolute())
+    for key in ("teacher", "teacher_adapter"):
+        if config.objective[key] and Path(config.objective[key]).expanduser().exists():
+            out.objective[key] = str(Path(config.objective[key]).expanduser().absolute())
     out.data.chat_template = templates.located(config.data.chat_template)
     for section, key in (("data", "train"), ("data", "eval"), ("data", "ptx"), ("evaluate", "general")):
         entries = [(entry, configs.source_entry(entry, f"{section}.{key}")) for entry in out[section][key]]
@@ -92,7 +93,7 @@ def located(config: ConfigDict, path: Path) -> ConfigDict:
             else given | {"source": _absolute(given["source"])} | _score(given)
             for entry, given in entries
         ]
-    out.objective.rewards = located_rewards(config)
+    out.objective.update(rewards=located_rewards(config), judge=located_judge(config))
     return out
 
 
@@ -100,6 +101,12 @@ def located_rewards(config: ConfigDict) -> tuple[str | tuple[str, float], ...]:
     """config.objective.rewards, models among them by their absolute paths."""
     named = config.objective.rewards
     return tuple(_model(one) if isinstance(one, str) else (_model(one[0]), one[1]) for one in named)
+
+
+def located_judge(config: ConfigDict) -> str:
+    """config.objective.judge, a directory by its absolute path."""
+    judge = config.objective.judge
+    return str(Path(judge).expanduser().absolute()) if judge and Path(judge).expanduser().exists() else judge
 
 
 def _model(score: str) -> str:
@@ -186,10 +193,12 @@ def check(config: ConfigDict, workdir: Path, digests: Mapping[str, str]) -> None
             "--workdir"
         )
     if "teacher" in digests and then.get("teacher") != digests["teacher"]:
+        names = [found[key] for key in ("objective.teacher", "objective.teacher_adapter") if found.get(key)]
+        adapter = config.objective.teacher_adapter and f" with the adapter {config.objective.teacher_adapter}"
         raise UserError(
-            f"config.objective.teacher={config.objective.teacher}: this model is not the one that the run in {workdir} "
-            f"began to learn from, in {found['objective.teacher']}; restore it, say where it is now, or choose another "
-            "--workdir"
+            f"config.objective.teacher={config.objective.teacher}{adapter}: this model is not the one that the run in "
+            f"{workdir} began to learn from, in {' with the adapter '.join(names)}; restore it, say where it is now, "
+            "or choose another --workdir"
         )
     for name in (name for name in digests if name.startswith("config.")):  # of reward models, which older runs lack
         if then.get(name, digests[name]) != digests[name]:
@@ -220,8 +229,9 @@ def at_hand(config: ConfigDict, workdir: Path) -> ConfigDict:
         out.model.update(source=found["model.source"], revision=found["model.revision"])
     if "adapter.source" in found and not Path(config.adapter.source).expanduser().exists():
         out.adapter.source = found["adapter.source"]
-    if "objective.teacher" in found and not Path(config.objective.teacher).expanduser().exists():
-        out.objective.teacher = found["objective.teacher"]
+    for key in ("teacher", "teacher_adapter"):
+        if f"objective.{key}" in found and not Path(config.objective[key]).expanduser().exists():
+            out.objective[key] = found[f"objective.{key}"]
     for which in {"train", "eval", "ptx"} & {key.removeprefix("data.") for key in found}:
         here = [sources.is_here(entry["source"]) for entry in configs.sources(config, which)]
         entries = zip(out.data[which], found[f"data.{which}"], here, strict=True)

@@ -9,6 +9,7 @@ Exit status: 0 it fits, 1 it does not, 2 a mistake in what was asked.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -59,19 +60,16 @@ def plan(
     """Prints the plan of `config` on a topology such as "v5e:4x4", and writes it to `out`; returns the exit status."""
     configs.validate(config, data=False)
     preflight.check_used(config)
-    if method_of(config).distills:
-        raise UserError(
-            f"objective.name={config.objective.name!r}: a plan does not count the teacher yet; plan the same config "
-            "with --config.objective.name=sft, and leave room for the teacher's weights"
-        )
     slice_ = topology.parse(topology_name)
     devices = topology.devices(slice_)
     beside = rewards.needed(config, devices)  # of models that lie beside the one that learns, whatever it does
     slice_ = slice_.less(beside)
     spec = with_new_tokens(config.model, model_spec(config.model.source, config.model.revision))
     mesh = sharding.make_mesh(dict(config.mesh), devices)
-    config = choices.without_data(config, spec, mesh, slice_.chip.usable)
-    program = compiled.describe(config, spec, devices)
+    teacher = model_spec(config.objective.teacher) if method_of(config).distills else None
+    config = choices.without_data(config, spec, mesh, slice_.chip.usable, teacher)
+    describe = functools.partial(compiled.describe, spec=spec, devices=devices, teacher=teacher)
+    program = describe(config)
     display.say(f"compiling for {slice_}")
     result = compiled.plan(program, slice_)
     report = table.as_json(config, slice_, program, result) | ({"reward_models": beside} if beside else {})
@@ -84,9 +82,9 @@ def plan(
     display.say("\n".join(["assuming", *(f"  {line}" for line in ASSUMPTIONS)]))
     if search or not result.fits:
         if search:
-            tried = advice.search(config, spec, slice_, devices, display.say)
+            tried = advice.search(config, spec, slice_, describe, display.say)
         else:
-            tried = advice.try_all(advice.remedies(config, slice_), spec, slice_, devices, display.say)
+            tried = advice.try_all(advice.remedies(config, slice_), describe, slice_, display.say)
         report["tried"] = table.tried(tried)
         display.table("what may be faster" if search else "what would fit", table.tried_rows(report["tried"]))
         if not result.fits and not any(entry["fits"] for entry in report["tried"]):

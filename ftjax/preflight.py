@@ -292,7 +292,7 @@ def check_same_everywhere(
         "training data, or tokenizer": fingerprint,
         "evaluation data": heldout and heldout.fingerprint(),
     }
-    names = {"adapter": "adapter (config.adapter.source)"}
+    names = {"adapter": "adapter (config.adapter.source)", "teacher": "teacher (config.objective.teacher)"}
     names |= {part: part for part in contents if part.startswith("config.")}
     facts |= {names.get(part, f"{part} (config.model.source)"): digest for part, digest in contents.items()}
     theirs, others = json.loads(distributed.tell(json.dumps([ours, facts]), limit=distributed.LOADING_SECONDS))

@@ -63,7 +63,8 @@ def find(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints
     """
     step = checkpoints.latest() if config.checkpoint.resume_step < 0 else config.checkpoint.resume_step
     named = {"data.chat_template": templates.located(config.data.chat_template)}
-    config = configs.changed(config, named | {"objective.rewards": origin.located_rewards(config)})
+    named |= {"objective.rewards": origin.located_rewards(config), "objective.judge": origin.located_judge(config)}
+    config = configs.changed(config, named)
     if step is None:
         return config, Resume(None, None, [], set())
     before = configs.read(workdir / "config.json")

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -80,6 +80,23 @@ class Written(NamedTuple):
         return Written(self.chosen[places], *([them[i] for i in places] for them in self[1:]))
 
 
+class Record:
+    """The file of a workdir that says what the model wrote to the first prompt of each round."""
+
+    def __init__(self, workdir: Path):
+        self._file, self._writes_on = workdir / FILE, False
+
+    def add(self, step: int, prompt: str, expected: str, completions: Sequence[Mapping[str, Any]]) -> None:
+        """Adds a line; lines of this step and later ones, of a run that was killed, go."""
+        if not self._writes_on:
+            earlier = [record for record in metrics.read(self._file) if record["step"] < step]
+            write_text(self._file, "".join(map(_line, earlier)))
+            self._writes_on = True
+        record = {"step": step, "prompt": prompt, "expected": expected, "completions": completions}
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+
+
 class Rollouts:
     """The `training.source.Source` of a method whose model writes what it learns from.
 
@@ -104,7 +121,7 @@ class Rollouts:
         between: Callable[[], None] | None = None,
     ):
         self._config, self._base, self._program, self._frozen = config, base, program, frozen
-        self._loader, self._rewards, self._file = loader, rewarding.rewards_of(config), workdir / FILE
+        self._loader, self._rewards, self._said = loader, rewarding.rewards_of(config), Record(workdir)
         self.updates, self.samples = config.rollouts.iterations, config.rollouts.samples
         self._each = config.rollouts.learned or self.samples  # of the samples, those that are learned from
         self._ask = critic.make_ask(config, program, frozen)
@@ -112,7 +129,6 @@ class Rollouts:
         self._play = make_play(config, base, between)
         self._round, self._made = -1, None
         self._began: float | None = None  # the last round, by the clock
-        self._writes_on = False
 
     def batch(self, index: int, state: TrainState) -> Batch:
         round_ = index // self.updates
@@ -274,11 +290,7 @@ class Rollouts:
     def _record(
         self, step: int, written: Written, grades: np.ndarray, values: np.ndarray, name: str = "advantage"
     ) -> None:
-        """Adds a line with the completions of the first prompt; lines of later steps, of a run that was killed, go."""
-        if not self._writes_on:
-            earlier = [record for record in metrics.read(self._file) if record["step"] < step]
-            write_text(self._file, "".join(map(_line, earlier)))
-            self._writes_on = True
+        """Adds a line with the completions of the first prompt."""
         question = rewarding.question_of(self._loader.examples, int(written.chosen[0]))
         names = [reward.name for reward in self._rewards]
         answers = [
@@ -286,9 +298,7 @@ class Rollouts:
             | {"rewards": dict(zip(names, given.tolist())), name: float(value)}
             for one, given, value in list(zip(written.completions, grades, values))[: self._each]
         ]
-        record = {"step": step, "prompt": question.prompt.last, "expected": question.expected, "completions": answers}
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+        self._said.add(step, question.prompt.last, question.expected, answers)
 
 
 def _with_rows(made: Batch, others: dict[str, np.ndarray], tokens: int) -> Batch:

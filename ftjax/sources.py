@@ -13,6 +13,7 @@ from ftjax import config as configs
 from ftjax.assemble import Base, Program
 from ftjax.data import pipeline
 from ftjax.data.batch.loader import Loader
+from ftjax.data.pipeline import DataSpec
 from ftjax.data.tokens.kinds import PLAIN
 from ftjax.distillation import Distilled
 from ftjax.method import ptx_rows
@@ -44,21 +45,21 @@ class Parts(NamedTuple):
 
 
 def ptx_loader(config: ConfigDict, base: Base, mesh: Mesh, counter: pipeline.Counter) -> Loader | None:
-    """The loader of the rows of data.ptx, in which they lie as in supervised tuning; None where there are none.
+    """The loader of the rows of data.ptx; None where there are none."""
+    if not config.data.ptx:
+        return None
+    spec = ptx_spec(config, assemble.data_spec(config, base.model.spec, mesh))
+    return pipeline.load(configs.sources(config, "ptx"), base.tokenizer, spec, counter)[0]
+
+
+def ptx_spec(config: ConfigDict, spec: DataSpec) -> DataSpec:
+    """How the rows of data.ptx lie in batches: as in supervised tuning; spec: of those of data.train.
 
     Their documents are at most as long as a prompt with its completion may be.
     """
-    if not config.data.ptx:
-        return None
-    spec = dataclasses.replace(
-        assemble.data_spec(config, base.model.spec, mesh),
-        kind="conversation",
-        max_length=config.data.row_length,
-        batch_size=ptx_rows(config),
-        packing=config.data.packing,
-        settings=PLAIN,
-    )
-    return pipeline.load(configs.sources(config, "ptx"), base.tokenizer, spec, counter)[0]
+    rows, length = ptx_rows(config), config.data.row_length
+    as_conversations = {"kind": "conversation", "max_length": length, "settings": PLAIN}
+    return dataclasses.replace(spec, **as_conversations, batch_size=rows, packing=config.data.packing)
 
 
 def fingerprint(loader: Loader, ptx: Loader | None) -> str:
@@ -80,7 +81,7 @@ def _from_selected(run: Parts) -> Source:
 
 
 def _from_both(run: Parts) -> Source:
-    return Distilled(run.config, run.base, run.frozen, run.loader, run.between)
+    return Distilled(run.config, run.base, run.frozen, run.loader, run.workdir, run.between)
 
 
 SOURCES: dict[str, Callable[[Parts], Source]] = {

@@ -45,6 +45,7 @@ from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.data import pipeline
 from ftjax.data.batch.loader import Loader
+from ftjax.data.tokens import templates
 from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.evals.entries import split_entries
@@ -155,7 +156,7 @@ def _train(
         try:
             with memory.exhausted("reading the weights", smaller):
                 start = resume.start(there, config, base, program, workdir, checkpoints, rows_digest, begin)
-                start = start._replace(frozen=distillation.with_teacher(start.frozen, teacher, program))
+                start = start._replace(frozen=distillation.with_teacher(start.frozen, config, teacher, program))
         except Preempted as stop:
             return _stopped(stop, there.step, checkpoints, display)
         distributed.meet_devices()
@@ -174,7 +175,7 @@ def _train(
             environment.begin(workdir, mesh, began, there.step, total_steps, about, counts)
             configs.write(located, workdir / "config.json")
             if there.step is None:
-                assemble.keep_template(base, config, workdir)
+                templates.keep(config.data.chat_template, base.tokenizer, workdir)
 
         def step(state: TrainState, frozen: Tree, arrays: dict) -> tuple:
             return program.step(state, frozen, place_batch(mesh, arrays, config.accumulate))
@@ -273,11 +274,13 @@ def _open_base(config: ConfigDict, workdir: Path, there: resume.Resume) -> tuple
     that goes on they are those that it began with."""
     if there.step is None:
         preflight.check_used(config)
-    data = config.data if there.step is None else assemble.with_kept_template(config.data, workdir)
-    base = assemble.open_base(config.model, data)
+    with_kept = config
+    if there.step is not None:
+        with_kept = configs.changed(config, {"data.chat_template": templates.kept(config.data.chat_template, workdir)})
+    base = assemble.open_base(config.model, with_kept.data)
     teacher = distillation.open_teacher(config, base)
     contents = origin.contents(config, base.reader, base.model.spec)
-    contents |= {"teacher": distillation.teacher_digest(teacher)} if teacher else {}
+    contents |= {"teacher": distillation.teacher_digest(config, teacher)} if teacher else {}
     contents |= rewards.digests(config)
     if there.step is not None:
         origin.check(config, workdir, contents)

@@ -6,15 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from support.pairs import begun, config_of
 from support.runs import write_model, write_rows
+from transformers import AutoModelForCausalLM
 
-from ftjax import assemble, distillation, origin, plan, train, tree
+from ftjax import assemble, distillation, origin, plan, rollouts, train, tree
+from ftjax import config as configs
 from ftjax.distillation import Distilled
 from ftjax.errors import UserError
+from ftjax.memory import bytes_on_device
 from ftjax.objectives.distillation import make_distillation
 from ftjax.objectives.reference import TEACHER
+from ftjax.planning import compiled, flops, topology, writing
 from ftjax.training import metrics
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,7 @@ def with_teacher(config):
     program, start, loader = begun(config)
     base = assemble.open_base(config.model)
     teacher = distillation.open_teacher(config, base)
-    frozen = distillation.with_teacher(start.frozen, teacher, program)
+    frozen = distillation.with_teacher(start.frozen, config, teacher, program)
     return program, start._replace(frozen=frozen), loader, (base, teacher)
 
 
@@ -90,10 +98,57 @@ def test_the_loss_is_the_divergence_from_the_teacher_at_trained_tokens(root, mod
     assert float(loss.weight) == batch["weights"].sum()
 
 
-def test_batches_are_the_rows_or_what_the_model_writes_to_their_prompts(root):
+def write_teachers_adapter(path, teacher, seed=0, **settings):
+    """By peft, of random matrices, beside its base in torch; returns that model."""
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(path)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True, "modules_to_save": ["lm_head"]}], ids=["lora", "dora"])
+def test_a_teacher_with_an_adapter_says_what_it_says_in_peft(root, tmp_path, settings, record_figure):
+    source = str(write_model(tmp_path / "teacher", hidden_size=96, tie_word_embeddings=False))
+    theirs = write_teachers_adapter(tmp_path / "adapter", source, **settings)
+    config = config_for(root, **{"objective.teacher": source, "objective.teacher_adapter": str(tmp_path / "adapter")})
+    program, start, loader, (_, teacher) = with_teacher(config)
+    with jax.set_mesh(program.mesh):
+        tokens = loader.batch(0)["tokens"][:1, :20]
+        positions = np.arange(20)[None]
+        hidden, _ = teacher.model.apply(start.frozen[TEACHER], tokens, positions, np.ones_like(tokens))
+        ours = np.asarray(teacher.model.apply(start.frozen[TEACHER], hidden, method="unembed"))
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(tokens.astype(np.int64))).logits.numpy()
+        with theirs.disable_adapter():
+            before = theirs(torch.tensor(tokens.astype(np.int64))).logits.numpy()
+    record_figure("logits", difference := np.abs(ours - wanted).max())
+    assert difference < 1e-4
+    assert np.abs(before - wanted).max() > 0.05
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_an_adapter_that_is_none_of_the_teacher_is_refused(root, tmp_path):
+    key = "objective.teacher_adapter"
+    write_teachers_adapter(tmp_path / "adapter", root / "padded")
+    with pytest.raises(UserError, match="this adapter does not fit the model"):
+        train.train(config_for(root, **{key: str(tmp_path / "adapter")}), tmp_path / "run")
+    with pytest.raises(UserError, match=r"nothing/adapter_config\.json: no such file"):
+        train.train(config_for(root, **{key: str(tmp_path / "nothing")}), tmp_path / "run")
+    write_teachers_adapter(tmp_path / "tied", root / "teacher", target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(UserError, match="adapts an embedding that is the output head too"):
+        train.train(config_for(root, **{key: str(tmp_path / "tied")}), tmp_path / "run")
+
+
+def test_batches_are_the_rows_or_what_the_model_writes_to_their_prompts(root, tmp_path):
     config = config_for(root)
     program, start, loader, (base, _) = with_teacher(config)
-    source, again = (Distilled(config, base, start.frozen, loader) for _ in range(2))
+    source, again = (Distilled(config, base, start.frozen, loader, tmp_path) for _ in range(2))
     with jax.set_mesh(program.mesh):
         made = [source.batch(index, start.state) for index in range(6)]
         last = again.batch(5, start.state)
@@ -114,6 +169,29 @@ def test_batches_are_the_rows_or_what_the_model_writes_to_their_prompts(root):
                 batch.arrays["tokens"][row, : start_at + 1], rows["tokens"][row, : start_at + 1]
             )
             assert 1 <= trained.sum() <= 8
+
+
+def test_the_first_answer_of_a_step_that_the_model_wrote_can_be_read(root, tmp_path):
+    """In the workdir, as its tokens say it; lines that a killed run left are written anew."""
+    config = config_for(root)
+    program, start, loader, (base, _) = with_teacher(config)
+    (tmp_path / rollouts.FILE).write_text('{"step": 1, "prompt": "kept"}\n{"step": 9, "prompt": "late"}\n{"ste')
+    source = Distilled(config, base, start.frozen, loader, tmp_path)
+    with jax.set_mesh(program.mesh):
+        made = {index + 1: source.batch(index, start.state) for index in range(1, 8)}
+    written = {step: batch.arrays for step, batch in made.items() if batch.metrics["student_written"]}
+    first, *lines = metrics.read(tmp_path / rollouts.FILE)
+    assert first == {"step": 1, "prompt": "kept"}
+    assert [line["step"] for line in lines] == list(written)
+    for line, arrays in zip(lines, written.values(), strict=True):
+        row = loader.examples.row(int(loader.batch_examples(line["step"] - 1)[0])).fields
+        asked, answer = (
+            row["messages"] if "messages" in row else ({"content": row[k]} for k in ("prompt", "completion"))
+        )
+        assert asked["content"] in line["prompt"]
+        assert line["expected"] == answer["content"]
+        drawn = arrays["targets"][0][arrays["weights"][0] > 0]
+        assert [one["text"] for one in line["completions"]] == [base.tokenizer.decode(drawn, skip_special_tokens=True)]
 
 
 def test_the_prompt_of_several_turns_is_all_before_the_last_answer(root, tmp_path):
@@ -137,17 +215,19 @@ def values(workdir):
 
 @pytest.mark.slow
 def test_a_run_resumes_exactly(root, tmp_path):
-    config = config_for(root, steps=4)
+    write_teachers_adapter(tmp_path / "adapter", root / "teacher")
+    config = config_for(root, steps=4, **{"objective.teacher_adapter": str(tmp_path / "adapter")})
     assert train.train(config, tmp_path / "run") == 0
     steps = metrics.read(tmp_path / "run/metrics.jsonl")
     assert {record["student_written"] for record in steps} == {0.0, 1.0}
-    end = values(tmp_path / "run")
+    end, written = values(tmp_path / "run"), (tmp_path / "run" / rollouts.FILE).read_text()
 
     config.checkpoint.resume_step = 2
     assert train.train(config, tmp_path / "run") == 0
     again = metrics.read(tmp_path / "run/metrics.jsonl")
     for name in ("loss", "grad_norm", "student_written"):
         assert [record[name] for record in again] == [record[name] for record in steps]
+    assert (tmp_path / "run" / rollouts.FILE).read_text() == written
     for path, leaf in values(tmp_path / "run").items():
         np.testing.assert_array_equal(leaf, end[path], err_msg=path)
 
@@ -155,13 +235,33 @@ def test_a_run_resumes_exactly(root, tmp_path):
 def test_a_run_goes_on_with_the_same_teacher_alone_wherever_that_is(root, tmp_path):
     config = config_for(root)
     base = assemble.open_base(config.model)
-    digest = distillation.teacher_digest(distillation.open_teacher(config, base))
+    digest = distillation.teacher_digest(config, distillation.open_teacher(config, base))
     began = origin.contents(config, base.reader, base.model.spec) | {"teacher": digest}
     origin.record(tmp_path, config, origin.located(config, base.path), began)
     config.objective.teacher = str(tmp_path / "moved")
     origin.check(config, tmp_path, began)
     with pytest.raises(UserError, match=r"teacher=.*moved: this model is not the one that .* began to learn from"):
         origin.check(config, tmp_path, began | {"teacher": "another"})
+    write_teachers_adapter(tmp_path / "adapter", root / "teacher")
+    config.objective.update(teacher=str(root / "teacher"), teacher_adapter=str(tmp_path / "adapter"))
+    digests = set()
+    for seed in (1, 2):
+        write_teachers_adapter(tmp_path / "adapter", root / "teacher", seed)
+        digests.add(distillation.teacher_digest(config, distillation.open_teacher(config, base)))
+    assert len(digests | {digest}) == 3
+    with pytest.raises(UserError, match=r"teacher=.* with the adapter .*: this model is not the one"):
+        origin.check(config, tmp_path, began | {"teacher": digests.pop()})
+
+
+def test_a_teachers_adapter_is_found_from_every_directory(root, tmp_path, monkeypatch):
+    write_teachers_adapter(tmp_path / "adapter", root / "teacher")
+    monkeypatch.chdir(tmp_path)
+    config = config_for(root, **{"objective.teacher_adapter": "adapter"})
+    located = origin.located(config, root / "model")
+    assert located.objective.teacher_adapter == str(tmp_path / "adapter")
+    origin.record(tmp_path, config, located, {})
+    monkeypatch.chdir(root)
+    assert origin.at_hand(config, tmp_path).objective.teacher_adapter == str(tmp_path / "adapter")
 
 
 @pytest.mark.slow
@@ -192,6 +292,38 @@ def test_mistakes_are_named(root, tmp_path, changes, said):
         train.train(config_for(root, **changes), tmp_path / "run")
 
 
-def test_a_plan_says_that_it_does_not_count_the_teacher(root):
-    with pytest.raises(UserError, match="does not count the teacher yet"):
-        plan.plan(config_for(root), "v5e:2x2", None)
+def test_a_plan_counts_the_teacher(root):
+    """Its weights, and the products of its forward pass: what the program of a step has more than that of sft."""
+    sizes = {"model.param_dtype": "float32", "data.row_length": 64}
+    spec, theirs = (plan.model_spec(str(root / name)) for name in ("model", "teacher"))
+    config = configs.changed(config_for(root), sizes)
+    alone = configs.changed(config, {"objective.name": "sft", "objective.teacher": "", "rollouts.max_new_tokens": 256})
+    devices = jax.devices()[:1]
+    beside = compiled.describe(config, spec, devices, theirs)
+    alone = compiled.describe(alone, spec, devices)
+    held = [sum(map(bytes_on_device, jax.tree.leaves(program.frozen))) for program in (beside, alone)]
+    torch_teacher = AutoModelForCausalLM.from_pretrained(root / "teacher", dtype=torch.float32)
+    weights = {name: leaf.numel() for name, leaf in torch_teacher.named_parameters()}
+    assert held[0] - held[1] == 4 * sum(weights.values())
+    its = torch_teacher.config
+    assert its.tie_word_embeddings
+    products = sum(size for name, size in weights.items() if "norm" not in name)
+    scores = 4 * (64 * 65 // 2) * its.num_attention_heads * its.head_dim * its.num_hidden_layers
+    found = [flops.of_step(program) for program in (beside, alone)]
+    assert found[0].total - found[1].total == 4 * (2 * 64 * products + scores)
+
+
+def test_the_plan_of_writing_is_of_one_completion_to_each_row(root, monkeypatch):
+    def compile_text(mesh, trace):
+        done = trace().lower().compile()
+        return done.as_text(), done.memory_analysis()
+
+    monkeypatch.setattr(compiled, "compile_text", compile_text)
+    slice_, spec = topology.parse("v5e:1x1"), plan.model_spec(str(root / "model"))
+    config = config_for(root)
+    program = compiled.describe(config, spec, jax.devices()[:1], spec)
+    found = writing.plan(config, program, slice_)
+    assert (found.prompts, found.completions, found.tokens) == (4, 4, 8)
+    assert found.training >= 2 * 4 * sum(leaf.size for leaf in jax.tree.leaves(program.variables["params"]))
+    config = configs.changed(config, {"objective.student_share": 0.0, "rollouts.max_new_tokens": 256})
+    assert writing.plan(config, program, slice_) is None

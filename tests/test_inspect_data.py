@@ -7,7 +7,10 @@ import numpy as np
 import pandas
 import pytest
 from support.chat_templates import CHATML, make_tokenizer
-from support.runs import command, finish, write_run
+from support.rollouts import config_for
+from support.runs import command, finish, write_model, write_rows, write_run
+
+from ftjax import inspect_data, train
 
 ROWS = 60
 
@@ -125,3 +128,44 @@ def test_help_teaches_and_mistakes_are_told(run):
     for word in ("--rows", "--html", "--source", "file:line", "Exit status"):
         assert word in printed
     assert "has the sources 0 to 0" in inspect(run, "--source=3", status=2)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("prompts")
+    write_model(root / "model")
+    write_rows(root / "rows.jsonl", 40)
+    return root
+
+
+def test_rows_without_an_answer_are_prompts_and_inspected_as_such(prompts, tmp_path, capsys):
+    rows = [{"prompt": f"The {color} lamp"} for color in ("blue", "red", "green")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_for(prompts, **{"data.train": (str(tmp_path / "prompts.jsonl"),), "data.checks": "on"})
+    options = dict.fromkeys(("tokens_per_second", "workdir", "source", "html", "json")) | {"max_rows": 100, "rows": 1}
+    assert inspect_data.inspect(config, options) == 0
+    shown = capsys.readouterr().out
+    assert "no errors and no warnings" in shown
+    config.steps = 1
+    assert train.train(config, tmp_path / "run") == 0
+
+
+def test_the_rows_of_the_pretraining_mix_are_inspected_too(prompts, tmp_path, capsys):
+    rows = [{"text": f"the {color} lamp hangs here"} for color in ("blue", "red", "green")]
+    rows += [{"prompt": "Which lamp?", "completion": "the blue one"}, {"prompt": "Whose?", "completion": ""}]
+    (tmp_path / "mix.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"objective.name": "ppo", "objective.ptx_coef": 0.5, "data.ptx": (str(tmp_path / "mix.jsonl"),)}
+    config = config_for(prompts, **changes, **{"data.checks": "on", "data.ptx_rows": 2, "steps": 6})
+    options = dict.fromkeys(("tokens_per_second", "workdir", "source", "html")) | {"max_rows": 100, "rows": 1}
+    options |= {"json": str(tmp_path / "report.json"), "html": str(tmp_path / "page.html")}
+    assert inspect_data.inspect(config, options) == 2
+    shown, ptx = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())["ptx"]
+    first, second = shown.split("config.data.ptx, of which each step has 2 rows beside the completions")
+    assert f"{prompts}/rows.jsonl:1: " in first
+    assert f"{tmp_path}/mix.jsonl:1: " in second
+    assert re.search(r"t\[\[he blue lamp hangs here.*\]\]", second.replace("|", ""))
+    assert f"error: {tmp_path}/mix.jsonl:5" in second
+    assert "1 error" in second
+    assert "page.html, with the rows of config.data.train" in second.replace("\n", " ")
+    assert (ptx["rows"], ptx["used"], ptx["epoch"]["steps"]) == (5, 4, 6)
+    assert [finding["severity"] for finding in ptx["findings"]].count("error") == 1

@@ -10,7 +10,8 @@ from support.endpoints import serving
 from support.pairs import begun, config_of
 from support.runs import write_model, write_rows
 
-from ftjax import assemble, judging, rewards, rollouts, train
+from ftjax import assemble, judging, origin, rewards, rollouts, train
+from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.evals.judge import Judge
 from ftjax.evals.scored import Question
@@ -126,17 +127,30 @@ def test_a_reply_without_a_verdict_ends_the_run_with_the_row(root, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_with_a_model_here_as_its_judge_resumes_exactly(root, tmp_path):
-    config = config_for(root, str(root / "model"), steps=4)
+def test_a_run_with_a_model_here_as_its_judge_resumes_exactly(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+    config = config_for(root, "model", steps=4)
     assert train.train(config, tmp_path / "run") == 0
     records, end = metrics.read(tmp_path / "run/metrics.jsonl"), digest.read(tmp_path / "run/checkpoints/4")["leaves"]
     assert sum(record["groups/kept"] for record in records) > 0
+    assert configs.read(tmp_path / "run/config.json").objective.judge == str(root / "model")
     config.checkpoint.resume_step = 2
     assert train.train(config, tmp_path / "run") == 0
     again = metrics.read(tmp_path / "run/metrics.jsonl")
     for metric in ("loss", "grad_norm", "groups/kept"):
         assert [record[metric] for record in again] == [record[metric] for record in records]
     assert digest.read(tmp_path / "run/checkpoints/4")["leaves"] == end
+
+
+@pytest.mark.parametrize("judge", ["model", "org/judge", "https://HOST/v1"])
+def test_the_place_of_a_judge_is_the_same_from_every_directory(root, monkeypatch, judge):
+    """In what a run records, and in what is compared with it when it goes on; ids of the Hub and URLs are no places."""
+    monkeypatch.chdir(root)
+    config = config_for(root, judge)
+    recorded = origin.located(config, root / "model")
+    assert recorded.objective.judge == (str(root / "model") if judge == "model" else judge)
+    again = configs.changed(config, {"objective.judge": origin.located_judge(config)})
+    assert configs.changes(recorded, again) == []
 
 
 def test_the_memory_of_a_model_here_is_counted(root):

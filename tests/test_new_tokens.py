@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ftjax import assemble, describe, export, generate, plan, preflight, tree
 from ftjax.data.audit import checks
 from ftjax.data.format.example import Row
-from ftjax.data.tokens import chat
+from ftjax.data.tokens import chat, templates
 from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
@@ -164,14 +164,14 @@ def test_a_run_keeps_the_template_that_came_from_a_file(root, tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}")
     config = config_of(root, data__chat_template=str(file))
-    assemble.keep_template(assemble.open_base(config.model, config.data), config, tmp_path)
+    templates.keep(str(file), assemble.open_base(config.model, config.data).tokenizer, tmp_path)
     file.unlink()
-    base = assemble.open_base(config.model, assemble.with_kept_template(config.data, tmp_path))
+    config.data.chat_template = templates.kept(str(file), tmp_path)
+    base = assemble.open_base(config.model, config.data)
     assert base.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "user: Hi</s>"
     assert base.end_tokens == (base.tokenizer.convert_tokens_to_ids("</s>"),)
-    assert config.data.chat_template == str(file)
     # A run that begins here later without one keeps none.
-    assemble.keep_template(base, config_of(root), tmp_path)
+    templates.keep("", base.tokenizer, tmp_path)
     assert not (tmp_path / "chat_template.jinja").exists()
 
 

@@ -9,7 +9,7 @@ import pytest
 from support.rollouts import REWARD, config_for, source_of
 from support.runs import write_model, write_rows
 
-from ftjax import assemble, inspect_data, origin, rollouts, train, tree
+from ftjax import assemble, origin, rollouts, train, tree
 from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.method import method_of
@@ -263,18 +263,6 @@ def test_completions_that_are_cut_may_teach_nothing(root, tmp_path):
     cut = made.metrics["completions/clipped_ratio"]
     assert cut > 0
     assert (made.arrays["weights"].sum(axis=1) == 0).mean() == pytest.approx(cut)
-
-
-def test_rows_without_an_answer_are_prompts_and_inspected_as_such(root, tmp_path, monkeypatch, capsys):
-    rows = [{"prompt": f"The {color} lamp"} for color in ("blue", "red", "green")]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = config_for(root, **{"data.train": (str(tmp_path / "prompts.jsonl"),), "data.checks": "on"})
-    options = dict.fromkeys(("tokens_per_second", "workdir", "source", "html", "json")) | {"max_rows": 100, "rows": 1}
-    assert inspect_data.inspect(config, options) == 0
-    shown = capsys.readouterr().out
-    assert "no errors and no warnings" in shown
-    config.steps = 1
-    assert train.train(config, tmp_path / "run") == 0
 
 
 OF_PPO = {

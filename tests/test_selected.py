@@ -118,6 +118,9 @@ def test_a_run_resumes_exactly(root, tmp_path, name):
     if name == "online_dpo":
         assert records[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
         assert records[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+        kls = [record["objective/kl"] for record in records]
+        assert kls[0] == pytest.approx(0, abs=1e-5)
+        assert max(map(abs, kls[1:])) > 1e-3
     config.checkpoint.resume_step = 2
     assert train.train(config, tmp_path / "run") == 0
     again = metrics.read(tmp_path / "run/metrics.jsonl")

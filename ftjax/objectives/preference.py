@@ -22,7 +22,9 @@ SFT = "sft"  # in a mixture: the cross-entropy of the chosen answers, a mean ove
 Weighted = Sequence[tuple[str, float]]
 
 
-def make_preference(model: Decoder, config: ConfigDict, usual: Weighted, reference: bool = True) -> Objective:
+def make_preference(
+    model: Decoder, config: ConfigDict, usual: Weighted, reference: bool = True, sampled: bool = False
+) -> Objective:
     """The objective over batches of pairs, packed or not.
 
     The loss is the weighted sum of `config.loss` (`usual` where that is empty), a sum over pairs whose weight is their
@@ -30,6 +32,8 @@ def make_preference(model: Decoder, config: ConfigDict, usual: Weighted, referen
     reference beta log p.
 
     reference: there is one; without, only losses that have a meaning then are allowed.
+    sampled: the policy wrote the answers, beside a reference that is asked here. The mean of log p / p_reference over
+      both of all pairs then estimates KL(policy || reference) of an answer: `objective/kl`.
 
     Raises:
       UserError: an unknown loss, one that needs a reference, or a setting that none of them uses or that is out of its
@@ -80,6 +84,8 @@ def make_preference(model: Decoder, config: ConfigDict, usual: Weighted, referen
             "logps/chosen": pairs.chosen,
             "logps/rejected": pairs.rejected,
         }
+        if sampled:
+            metrics["objective/kl"] = sum(pair_sums(by_token - theirs, segments)) / 2
         return Loss(loss, count, {name: (jnp.sum(values * there), count) for name, values in metrics.items()})
 
     return preference

@@ -22,6 +22,8 @@ from ftjax.planning.topology import Topology
 BEST = 4  # settings of a search that must fit before it ends
 MOST = 8  # compiles of a search, or of looking for what fits
 
+Describe = Callable[[ConfigDict], Program]  # `compiled.describe` of a model on the devices of a slice
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -86,20 +88,18 @@ def remedies(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
 
 
 def try_all(
-    candidates: Iterator[Candidate], spec: DecoderSpec, topology: Topology, devices: list, tell: Callable[[str], None]
+    candidates: Iterator[Candidate], describe: Describe, topology: Topology, tell: Callable[[str], None]
 ) -> list[Tried]:
     """Compiles each, one after the other, at most MOST."""
-    return [attempt(one, spec, topology, devices, tell) for one in itertools.islice(candidates, MOST)]
+    return [attempt(one, describe, topology, tell) for one in itertools.islice(candidates, MOST)]
 
 
-def attempt(
-    candidate: Candidate, spec: DecoderSpec, topology: Topology, devices: list, tell: Callable[[str], None]
-) -> Tried:
+def attempt(candidate: Candidate, describe: Describe, topology: Topology, tell: Callable[[str], None]) -> Tried:
     """Compiles one; says before what, and after what came of it."""
     tell(f"compiling {candidate}")
     try:
         configs.validate(candidate.config, data=False)
-        found = compiled.plan(compiled.describe(candidate.config, spec, devices), topology)
+        found = compiled.plan(describe(candidate.config), topology)
     except UserError as error:
         tell(f"  not possible: {error}")
         return Tried(candidate, None, str(error))
@@ -109,20 +109,20 @@ def attempt(
 
 
 def search(
-    config: ConfigDict, spec: DecoderSpec, topology: Topology, devices: list, tell: Callable[[str], None]
+    config: ConfigDict, spec: DecoderSpec, topology: Topology, describe: Describe, tell: Callable[[str], None]
 ) -> list[Tried]:
     """Compiles what may be the fastest until BEST settings fit, at most MOST compiles.
 
     Where a setting turns out too large, so does the estimate: more micro-batches are then tried on the same mesh.
     """
-    ways = list(_ways(config, spec, topology, devices))
+    ways = list(_ways(config, spec, topology, describe))
     tell(f"{len(ways)} meshes and remat policies are expected to fit; compiling the fastest of them, {MOST} at most")
     out: list[Tried] = []
     for way in ways:
         for candidate in way:
             if len(out) == MOST or len(fitting(out)) == BEST:
                 return out
-            out.append(attempt(candidate, spec, topology, devices, tell))
+            out.append(attempt(candidate, describe, topology, tell))
             if out[-1].plan is not None and out[-1].plan.fits:
                 break
     return out
@@ -134,7 +134,7 @@ def fitting(tried: list[Tried]) -> list[Tried]:
     return sorted(fits, key=lambda one: one.plan.roofline.step)
 
 
-def _ways(config: ConfigDict, spec: DecoderSpec, topology: Topology, devices: list) -> Iterator[list[Candidate]]:
+def _ways(config: ConfigDict, spec: DecoderSpec, topology: Topology, describe: Describe) -> Iterator[list[Candidate]]:
     """Settings by their estimated time: of each mesh and remat policy the fewest micro-batches that fit, then more.
 
     Meshes of data, fsdp and tensor that the batch and the heads divide, and 1 to 8 micro-batches.
@@ -146,7 +146,7 @@ def _ways(config: ConfigDict, spec: DecoderSpec, topology: Topology, devices: li
         counts = [count for count in (1, 2, 4, 8) if rows % (count * mesh["data"] * mesh["fsdp"]) == 0]
         if not counts:
             continue
-        program = compiled.describe(changed(config, accumulate=counts[0], **keys).config, spec, devices)
+        program = describe(changed(config, accumulate=counts[0], **keys).config)
         for remat in ("none", "full"):
             each = [changed(config, **keys, model__remat=remat, accumulate=count) for count in counts]
             estimates = [estimate(one.config, program, topology) for one in each]

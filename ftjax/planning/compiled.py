@@ -17,6 +17,7 @@ from ftjax.assemble import Program
 from ftjax.memory import bytes_on_device
 from ftjax.models.decoder import Decoder
 from ftjax.models.spec import DecoderSpec
+from ftjax.objectives.reference import TEACHER
 from ftjax.planning import flops, hlo, traffic
 from ftjax.planning.flops import Flops
 from ftjax.planning.roofline import Roofline, roofline
@@ -32,6 +33,7 @@ class Memory:
 
     parameters: float  # frozen ones, and those that are trained whole
     adapters: float
+    teacher: float
     optimizer: float
     batch: float
     temporaries: float  # activations, gradients, gathered weights: the compiler's own figure
@@ -40,7 +42,7 @@ class Memory:
 
     @property
     def arguments(self) -> float:
-        return self.parameters + self.adapters + self.optimizer + self.batch
+        return self.parameters + self.adapters + self.teacher + self.optimizer + self.batch
 
     @property
     def total(self) -> float:
@@ -65,14 +67,20 @@ class Plan:
         return self.memory is not None and self.lacking <= 0
 
 
-def describe(config: ConfigDict, spec: DecoderSpec, devices: list[jax.Device]) -> Program:
-    """The step of `config` on its mesh of these devices. Raises UserError where the batch does not divide."""
+def describe(
+    config: ConfigDict, spec: DecoderSpec, devices: list[jax.Device], teacher: DecoderSpec | None = None
+) -> Program:
+    """The step of `config` on its mesh of these devices; teacher: of the model that it learns from, if there is one.
+
+    Raises UserError where the batch does not divide.
+    """
     mesh = sharding.make_mesh(dict(config.mesh), devices)
     dtypes = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
     model = Decoder(spec, *dtypes, config.model.remat, config.model.attention, config.model.neftune_alpha)
     preflight.check_mesh(config, spec, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return assemble.program(config, model, mesh, STEPS)
+        beside = teacher and Decoder(teacher, *dtypes, "none", config.model.attention)
+        return assemble.program(config, model, mesh, STEPS, beside)
 
 
 def compile_text(mesh: Mesh, trace: Callable[[], Any]) -> tuple[str, object]:
@@ -143,11 +151,12 @@ def _size(text: str) -> float:
 def _memory(program: Program, analysis) -> Memory:
     leaves = [*tree.flatten(program.state.trainable).items(), *tree.flatten(program.frozen).items()]
     adapters = sum(bytes_on_device(leaf) for path, leaf in leaves if path.startswith("lora/"))
-    whole = sum(bytes_on_device(leaf) for path, leaf in leaves if not path.startswith("lora/"))
+    teacher = sum(bytes_on_device(leaf) for path, leaf in leaves if path.startswith(f"{TEACHER}/"))
+    whole = sum(map(bytes_on_device, (leaf for _, leaf in leaves))) - adapters - teacher
     state = program.state
     optimizer = sum(map(bytes_on_device, jax.tree.leaves((state.opt_state, state.kept, state.step))))
     # What is left of the compiler's own sum of arguments: the batch, and the padding of arrays to their tiles.
-    batch = analysis.argument_size_in_bytes - whole - adapters - optimizer
+    batch = analysis.argument_size_in_bytes - whole - adapters - teacher - optimizer
     output = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     host = analysis.host_temp_size_in_bytes
-    return Memory(whole, adapters, optimizer, batch, analysis.temp_size_in_bytes, output, host)
+    return Memory(whole, adapters, teacher, optimizer, batch, analysis.temp_size_in_bytes, output, host)

@@ -10,6 +10,7 @@ from ftjax.data.batch.mismatched import MISMATCHED
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.models.groups import stack_of, stacks
 from ftjax.models.spec import DecoderSpec
+from ftjax.objectives.reference import TEACHER
 from ftjax.planning.chips import CHIPS
 from ftjax.tree import Tree
 
@@ -23,7 +24,7 @@ class Flops:
     to_weights: float  # and to the weights, of those that are trained
     attention: float  # scores and sums of values, forward
     attention_backward: float
-    reference: float = 0.0  # forward passes without gradients: of a reference, of documents that only measure
+    reference: float = 0.0  # forward passes without gradients: of a reference, a teacher, documents that only measure
 
     @property
     def total(self) -> float:
@@ -68,6 +69,10 @@ def of_step(program: Program) -> Flops:
     method, rows = program.method, accumulate * rows * documents
     its = program.model.spec, program.variables, program.is_trained
     found = count(*its, rows, length, method.reference, method.generates)
+    if program.teacher is not None:
+        theirs = program.teacher.spec, {"params": program.frozen[TEACHER]["params"]}, lambda path: False
+        its = count(*theirs, rows, length)
+        found = replace(found, reference=found.reference + its.forward + its.attention)
     if MISMATCHED.keys() <= program.batch.keys():  # as many tokens again, forward through policy and reference
         found = replace(found, reference=2 * found.reference + found.forward + found.attention)
     return found

@@ -124,7 +124,7 @@ def rows(report: dict[str, Any], topology: Topology) -> dict[str, str]:
             "memory": f"does not fit: {report['lacking'] / GIB:.2f} GiB more than the {usable / GIB:.2f} usable"
         }
     for name, size in report["memory"].items():
-        if name not in ("total", "host"):
+        if name not in ("total", "host") and (size or name != "teacher"):
             out[f"  {name}"] = f"{size / GIB:8.3f} GiB"
     total = report["memory"]["total"]
     verdict = "fits" if report["fits"] else f"does not fit, by {report['lacking'] / GIB:.2f} GiB"

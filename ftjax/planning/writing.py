@@ -68,17 +68,19 @@ class Writing:
 
 
 def plan(config: ConfigDict, program: Program, topology: Topology) -> Writing | None:
-    """Compiles the engine's loop for the weights and the slots of `config`; None for a method that writes nothing.
+    """Compiles the engine's loop for the weights and the slots of `config`; None for one whose model writes nothing.
 
     Prompts are as long as they may be, and every completion has config.rollouts.max_new_tokens; all fill the slots
     equally often. Of an episode every turn is so long and stands at the end of a full row, which each completion reads
     for itself from the second turn on: more than any round does.
     """
-    if not method_of(config).rollouts:
+    method = method_of(config)
+    if not method.rollouts or (method.distills and not config.objective.student_share):
         return None
     model, mesh, new = program.model, program.mesh, config.rollouts.max_new_tokens
     prompts = config.data.batch_size // samples(config)
-    completions, longest = prompts * config.rollouts.samples, config.data.max_length
+    each = config.rollouts.samples if "samples" in method.rollout_settings else 1
+    completions, longest = prompts * each, config.data.max_length
     rows = engine.rounded(min(config.rollouts.batch_size, completions), mesh)
     prompt, capacity = longest - new, engine.capacity(longest, model)
     there = slots.abstract(model, rows, capacity, engine.STOPS, 0, mesh)

@@ -97,6 +97,28 @@ class Engine:
         self._count += 1
         return self._count - 1
 
+    def cancel(self, number: int) -> Completion:
+        """Gives up a request, by its number of `add`: `step` does not call it again, and its slot is free at the next.
+
+        Returns what it has written so far, nothing of one that was still waiting; `stopped` is False. Other requests go
+        on as if it had ended there.
+
+        Raises:
+          ValueError: there is no such request, or it has ended.
+        """
+        for row in [*self._rows, *self._waiting]:
+            if row is not None and row.index == number:
+                if row in self._waiting:
+                    self._waiting.remove(row)
+                else:
+                    self._free(self._rows.index(row))
+                return row.completion()
+        raise ValueError(f"request {number}: there is none of this number, or it has ended")
+
+    def has(self, number: int) -> bool:
+        """Whether there is a request of this number that has not ended."""
+        return any(row is not None and row.index == number for row in [*self._rows, *self._waiting])
+
     def set_adapter(self, adapter: int, new: Tree | None) -> None:
         """Puts another adapter, as lora.py has them, into the place of one; None frees it. Nothing is compiled.
 
@@ -139,11 +161,16 @@ class Engine:
             if tokens := row.text_tokens[count:]:
                 new[row.index] = tokens
             if row.ended:
-                ended[row.index], self._rows[slot] = row.completion(), None
-                if self._reuse:
-                    tokens = np.array([*row.request.prompt, *row.tokens][:-1], np.int32)
-                    self._left[slot] = _Left(tokens, row.request.row_adapter, self._long(row), row.index)
+                ended[row.index] = row.completion()
+                self._free(slot)
         return new, ended
+
+    def _free(self, slot: int) -> None:
+        """Takes the row out of its slot, where what it leaves may be gone on from."""
+        row, self._rows[slot] = self._rows[slot], None
+        if self._reuse:
+            tokens = np.array([*row.request.prompt, *row.tokens][:-1], np.int32)
+            self._left[slot] = _Left(tokens, row.request.row_adapter, self._long(row), row.index)
 
     def _take(self, most: int) -> list[Row]:
         """The next rows whose prompts are read together: equal ones count once, and one read in parts is alone."""
@@ -367,14 +394,16 @@ def stream(
 
 
 def stream_from(engine: Engine, request: Request) -> Iterator[int]:
-    """The same of a request to an engine; what else is in it goes on with it. Raises what `Engine.add` raises."""
+    """The same of a request to an engine; what else is in it goes on with it. It ends where the request is canceled.
+
+    Raises what `Engine.add` raises.
+    """
     return _stream(engine, engine.add(request))
 
 
 def _stream(engine: Engine, number: int) -> Iterator[int]:
-    ended = {}
-    while number not in ended:
-        new, ended = engine.step(limit=1)
+    while engine.has(number):
+        new, _ = engine.step(limit=1)
         yield from new.get(number, [])
 
 

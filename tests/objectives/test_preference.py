@@ -104,6 +104,19 @@ def test_loss_gradients_and_metrics_are_torchs_however_pairs_lie_in_rows(layout,
     record_figure(f"gradients, {layout}", largest)
 
 
+@pytest.mark.parametrize("ld_alpha", [1.0, 0.5])
+def test_of_answers_that_the_policy_wrote_the_ratio_estimates_the_kl(witness, ld_alpha):
+    """TRL's objective/kl, but for its padding: the mean over both answers, whole whatever ld_alpha counts."""
+    policy, reference = ({"params": numpy_params(MODEL, seed)} for seed in (0, 1))
+    objective = make_preference(MODEL, settings(beta=BETA, ld_alpha=ld_alpha), (("sigmoid", 1.0),), sampled=True)
+    loss = jax.jit(objective)(policy | frozen_with_reference({}, reference), LAYOUTS["packed"](), None)
+    _, _, metrics = witness
+    value, weight = loss.metrics["objective/kl"]
+    assert float(weight) == len(PAIRS)
+    ratios = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / BETA
+    assert float(value) == pytest.approx(ratios / 2, rel=1e-5, abs=1e-5)
+
+
 def test_a_policy_that_is_its_reference_has_margin_0_and_loss_ln_2():
     params = numpy_params(MODEL, 0)
     loss, gradients = loss_of(params, params, LAYOUTS["packed"]())

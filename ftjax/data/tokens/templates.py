@@ -7,9 +7,11 @@ import json
 import re
 from pathlib import Path
 
+from ftjax.atomic import write_text
 from ftjax.data.tokens.rendering import TEMPLATE_ERRORS, Tokenizer, traits
 from ftjax.errors import UserError
 
+_KEPT = "chat_template.jinja"  # in the workdir of a run that chose one
 _DIRECTORY = Path(__file__).with_name("chat_templates")
 # name -> the tokens by which it structures a conversation, beside the tokenizer's own BOS and end token
 KNOWN = {
@@ -52,6 +54,19 @@ def read(name: str, tokenizer: Tokenizer) -> str:
             f"config.data.chat_template={name!r} is no known template ({', '.join(KNOWN)}) and cannot be read as a "
             f"file ({reason}); correct the name or the path"
         ) from error
+
+
+def keep(name: str, tokenizer: Tokenizer, workdir: Path) -> None:
+    """Keeps a template that the run chose in its workdir, since a file of the user's may change or move."""
+    if name:
+        write_text(workdir / _KEPT, read(name, tokenizer))
+    else:  # that of a run here which ended before it saved anything
+        (workdir / _KEPT).unlink(missing_ok=True)
+
+
+def kept(name: str, workdir: Path) -> str:
+    """config.data.chat_template as the run in `workdir` keeps it, where it has chosen one; else as it is."""
+    return str(workdir / _KEPT) if (workdir / _KEPT).is_file() else name
 
 
 def check(tokenizer: Tokenizer, name: str) -> None:
