@@ -3,8 +3,8 @@
 A short supervised run comes first, then what it writes itself: of each prompt several tickets, of which a right one is
 preferred to a wrong one, as a labeler would. An ensemble of reward heads learns these pairs, then PPO goes on against
 it: with the penalty on the KL divergence and without, with the pretraining mix, and pessimistic. The tickets' own score
-on held-out messages, which no reward model has seen, says what a rise of the reward is worth. Half an hour on two CPU
-cores for the first variant, a third of an hour for each further one. Everything is kept in OUT; the same command again
+on held-out messages, which no reward model has seen, says what a rise of the reward is worth. Forty minutes on two
+CPU cores for the first variant, half an hour for each further one. Everything is kept in OUT; the same command again
 goes on, and a finished one only prints. With --write the table goes to docs/reinforcement.md.
 """
 
