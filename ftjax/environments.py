@@ -85,10 +85,11 @@ class Tools:
             result = self._functions[call.name](**call.arguments)
             content = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
             content.encode()  # half of a surrogate pair, which no tokenizer takes
-        except Exception as error:  # a person's own function may raise anything, and the model is to see it
+        except (Exception, SystemExit) as error:  # a person's own function may raise anything; the model is to see it
             self.failures += 1
             content = json.dumps({"error": str(error) or type(error).__name__})
-        name = "unknown" if isinstance(call, str) else call.name
+        # A name that there is not was sampled, and may be text that no message can have.
+        name = call.name if isinstance(call, Call) and call.name in self._functions else "unknown"
         return {"role": "tool", "name": name, "content": content}
 
 
@@ -223,7 +224,7 @@ def checked(given: object, what: str) -> Turn:
         raise UserError(f"{what}: done is {turn.done!r}; it must be True or False")
     try:
         reward = float(turn.reward)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         reward = math.nan
     if not math.isfinite(reward):
         raise UserError(f"{what}: the reward is {turn.reward!r}; it must be a finite number")

@@ -7,6 +7,7 @@ Randomness follows from (seed, number of the episode x config.rollouts.turns + t
 live in the first process, which tells the others what they said.
 """
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -185,7 +186,8 @@ class _Game:
         group = self.number // self._config.rollouts.samples
         seed = int(np.random.SeedSequence((self._config.seed, group)).generate_state(1)[0])
         self._environment = self._guarded(self._make)
-        given = self._guarded(lambda: self._environment.reset(self._question.example, seed))
+        example = copy.deepcopy(self._question.example)  # what one episode changes in it is not another's
+        given = self._guarded(lambda: self._environment.reset(example, seed))
         return environments.messages(given, f"{self._where}: reset", self._before)
 
     def begin(self, said: list[dict]) -> None:
@@ -251,6 +253,6 @@ class _Game:
             return ask()
         except UserError as error:
             raise UserError(f"{self._where}: {error}") from error
-        except Exception as error:  # a person's own environment may raise anything, which is never a 0
+        except (Exception, SystemExit) as error:  # a person's own environment may raise anything, which is never a 0
             told = f"; it was told {self._parts[-1].text!r}" if self._parts else ""
             raise UserError(f"{self._where}: {type(error).__name__}: {error}{told}") from error

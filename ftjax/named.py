@@ -14,6 +14,8 @@ def find(name: str, what: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), function, None)
     except ImportError as error:
         raise UserError(f"{what} {name!r}: {error}; is {module} where Python finds modules?") from error
+    except (Exception, SystemExit) as error:  # a person's own module may raise anything
+        raise UserError(f"{what} {name!r}: importing {module} raised {type(error).__name__}: {error}") from error
     if not callable(found):
         raise UserError(f"{what} {name!r}: {module} has no function {function!r}")
     return found

@@ -68,6 +68,20 @@ def test_calls_are_answered_and_errors_too():
     assert game.step("it is 5").messages == [{"role": "user", "content": "7 letters, again"}]
 
 
+def leaves():
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize("name", ["\\ud800", "sub", "", "leaves"])
+def test_no_call_of_the_models_ends_a_run(name):
+    tools = Tools({"add": add, "leaves": leaves}, tagged)
+    turn = tools.step(f'<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>')
+    (said,) = environments.checked(turn, "step").messages
+    assert said["name"] == ("leaves" if name == "leaves" else "unknown")
+    assert "error" in json.loads(said["content"])
+    assert tools.failures == 1
+
+
 def test_schemas_are_made_of_signatures():
     first, _ = json.loads(schemas(config_with()))
     assert first["function"]["name"] == "add"

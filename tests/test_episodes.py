@@ -10,7 +10,7 @@ from support.games import Echo
 from support.rollouts import config_for, source_of
 from support.runs import write_model, write_rows
 
-from ftjax import assemble, episodes, rollouts, train, tree
+from ftjax import assemble, environments, episodes, rollouts, train, tree
 from ftjax.environments import Turn
 from ftjax.errors import UserError
 from ftjax.method import method_of
@@ -195,10 +195,12 @@ def test_a_run_with_an_environment_resumes_exactly(root, tmp_path, monkeypatch, 
             r"rows.jsonl:\d+: turn 2 of the environment: LookupError: the board is gone; it was told",
         ),
         ({"rollouts.environment": "support.games:NoNumber"}, r"turn 1 .*was told.*step: the reward is nan"),
+        ({"rollouts.environment": "support.games:Leaves"}, r"turn 1 .*SystemExit: 0; it was told"),
         ({"rollouts.environment": "support.games:Speaks"}, r"turn 1 .*step: has a message of the assistant"),
         ({"rollouts.environment": "support.games:Silent"}, "says nothing and is not done"),
         ({"rollouts.environment": "support.games:Nothing"}, r"step returned None; return Turn\(messages"),
         ({"data.max_length": 50}, r"with what reset added the prompt has \d+ tokens, which leaves no room"),
+        ({"rollouts.environment": "support.leaving:Echo"}, "importing support.leaving raised SystemExit: 0"),
         ({"rollouts.environment": "support.games:Ecco"}, "support.games has no function 'Ecco'"),
         ({"rollouts.environment": "support.games:add", "rollouts.turns": 2}, r"add\(\) missing 2 required"),
         ({"rollouts.environment": ""}, "rollouts.turns=3 does nothing with neither an environment nor tools"),
@@ -223,3 +225,25 @@ def test_others_have_one_turn(root, name):
 def test_a_turn_is_a_plain_tuple():
     assert Echo().reset({}, 5) == [{"role": "user", "content": "the game is 5"}]
     assert Turn([], True) == ([], True, 0.0)
+
+
+@pytest.mark.parametrize("reward", [np.float32(0.5), "0.5", np.array(0.5)])
+def test_a_reward_is_a_plain_number(reward):
+    turn = environments.checked(Turn([], True, reward), "step")
+    assert type(turn.reward) is float
+    assert turn.reward == 0.5
+
+
+@pytest.mark.parametrize("reward", [10**400, None, float("inf")])
+def test_a_reward_that_is_no_number_is_refused(reward):
+    with pytest.raises(UserError, match="must be a finite number"):
+        environments.checked(Turn([], True, reward), "step")
+
+
+def test_an_episode_sees_nothing_that_another_changed(root, tmp_path):
+    source, start, program = source_of(
+        config_for(root, **GAME | {"rollouts.environment": "support.games:Changes"}), tmp_path, ENDS
+    )
+    with jax.set_mesh(program.mesh):
+        written = source._write(0, 0, start.state)
+    assert all(type(one.reward) is float for one in written.completions)

@@ -62,7 +62,7 @@ class ScoredSet(NamedTuple):
             value = self.how.function(completion, question.example)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        except Exception as error:  # a person's own function may raise anything, which is never a 0
+        except (Exception, SystemExit) as error:  # a person's own function may raise anything, which is never a 0
             raise UserError(f"{where}: {type(error).__name__}: {error}; the completion was {completion!r}") from error
         return scores.checked(value, f"{where} of {completion!r}")
 

@@ -85,6 +85,9 @@ def nothing(completion, example):
 
 def fails(completion, example):
     raise KeyError("colour")
+
+def leaves(completion, example):
+    raise SystemExit(0)
 """
 
 
@@ -103,6 +106,9 @@ def test_a_function_of_ones_own_scores_rows_without_answers(tmp_path, monkeypatc
         found.grade("x", found.questions[0])
     (found,) = sets({"source": path, "score": "own_scores:fails"})
     with pytest.raises(UserError, match=r"asked.jsonl:1: fails: KeyError: 'colour'; the completion was 'x'"):
+        found.grade("x", found.questions[0])
+    (found,) = sets({"source": path, "score": "own_scores:leaves"})
+    with pytest.raises(UserError, match=r"asked.jsonl:1: leaves: SystemExit: 0; the completion was 'x'"):
         found.grade("x", found.questions[0])
     with pytest.raises(UserError, match=r"asked.jsonl:1: has no answer in words, with which the score 'exact'"):
         sets({"source": path, "score": "exact"})

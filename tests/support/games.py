@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from ftjax import distributed
 from ftjax.environments import Turn
 
@@ -57,6 +59,23 @@ class Speaks(Echo):
 class Silent(Echo):
     def step(self, completion):
         return Turn()
+
+
+class Leaves(Echo):
+    def step(self, completion):
+        raise SystemExit(0)
+
+
+class Changes(Echo):
+    """Changes what it is given, and takes none that was changed before; its numbers are of NumPy."""
+
+    def reset(self, example, seed):
+        assert example["messages"][0].pop("role") == "user"
+        return super().reset(example, seed)
+
+    def step(self, completion):
+        turn = super().step(completion)
+        return turn._replace(reward=np.float32(turn.reward))
 
 
 class Nothing(Echo):

@@ -1,0 +1,3 @@
+"""A module that cannot be imported: it ends the program."""
+
+raise SystemExit(0)
