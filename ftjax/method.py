@@ -314,6 +314,13 @@ def method_of(config: ConfigDict) -> Method:
         _check_distills(config)
     if "judge" in method.settings:
         _check_judge(config)
+    to_others = "baseline" in method.settings and config.objective.baseline == "others"
+    compares = "scale_rewards" in method.settings or to_others or method.source == "pairs"
+    if compares and config.rollouts.samples < 2:
+        raise UserError(
+            f"config.rollouts.samples={config.rollouts.samples}: objective.name={name!r} compares completions "
+            "of the same prompt; set it to 2 or more"
+        )
     if method.source == "rollouts":
         for key in ("adapter.dropout", "model.neftune_alpha"):
             if not configs.is_default(config, key):
@@ -321,12 +328,6 @@ def method_of(config: ConfigDict) -> Method:
                     f"config.{key}: objective.name={name!r} compares how likely what the model wrote is in training "
                     "and was in writing, and noise in training would be all the difference; leave it out"
                 )
-        to_others = "baseline" in method.settings and config.objective.baseline == "others"
-        if ("scale_rewards" in method.settings or to_others) and config.rollouts.samples < 2:
-            raise UserError(
-                f"config.rollouts.samples={config.rollouts.samples}: objective.name={name!r} compares completions "
-                "of the same prompt; set it to 2 or more"
-            )
         if config.rollouts.learned and not 2 <= config.rollouts.learned <= config.rollouts.samples:
             raise UserError(
                 f"config.rollouts.learned={config.rollouts.learned}: of config.rollouts.samples="
@@ -398,10 +399,6 @@ def _check_judge(config: ConfigDict) -> None:
         raise UserError(
             f"config.objective.judge={objective.judge}: the judge alone says what is better; leave objective.rewards "
             "out"
-        )
-    if objective.judge and config.rollouts.samples < 2:
-        raise UserError(
-            "config.rollouts.samples=1: a judge compares completions of the same prompt; set it to 2 or more"
         )
     if behind_url and not objective.judge_model:
         raise UserError(f"config.objective.judge_model: name the model that {objective.judge} is to ask")

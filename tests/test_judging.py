@@ -163,7 +163,7 @@ def test_the_memory_of_a_model_here_is_counted(root):
     ("judge", "changes", "said"),
     [
         ("model", {"objective.rewards": ("f1",)}, "judge=model: the judge alone says what is better"),
-        ("model", {"rollouts.samples": 1}, "samples=1: a judge compares completions of the same prompt"),
+        ("model", {"rollouts.samples": 1}, "samples=1: .*compares completions of the same prompt"),
         (
             "https://HOST/v1",
             {"objective.judge_model": ""},

@@ -150,6 +150,7 @@ def test_a_bandit_is_solved(tmp_path, name, changes):
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
+        ("online_dpo", {"rollouts.samples": 1}, "samples=1: .*compares completions of the same prompt; set it to 2"),
         ("rejection", {"rollouts.resample": 1}, r"rollouts.resample: .*does not use it \(of grpo, rloo\)"),
         ("online_dpo", {"objective.least_reward": 0.0}, r"least_reward: .*does not use it \(of rejection\)"),
         ("online_dpo", {"data.row_length": 64}, r"row_length=64: the longest prompt has \d+ tokens.*follow, twice"),
