@@ -166,6 +166,6 @@ def test_the_rows_of_the_pretraining_mix_are_inspected_too(prompts, tmp_path, ca
     assert re.search(r"t\[\[he blue lamp hangs here.*\]\]", second.replace("|", ""))
     assert f"error: {tmp_path}/mix.jsonl:5" in second
     assert "1 error" in second
-    assert "page.html, with the rows of config.data.train" in second.replace("\n", " ")
+    assert "page.html, with the rows of config.data.train" in " ".join(second.split())
     assert (ptx["rows"], ptx["used"], ptx["epoch"]["steps"]) == (5, 4, 6)
     assert [finding["severity"] for finding in ptx["findings"]].count("error") == 1
