@@ -6,11 +6,13 @@ beside it may stay, hidden, under a name that ends in `.tmp-` and something rand
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ftjax.errors import TransientError, UserError
 
@@ -49,6 +51,11 @@ def write_text(path: Path, text: str) -> None:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:  # which names the hidden file
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces a file by JSON Lines, as of `json.dumps`, with all letters as they are."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import Any
 
 from ftjax import cli, distributed
 from ftjax import config as configs
-from ftjax.atomic import write_text
+from ftjax.atomic import write_rows
 from ftjax.constitutional import journal, principles
 from ftjax.errors import UserError
 
@@ -178,7 +178,7 @@ def _once(make: Callable[[], Any]) -> Callable[[], Any]:
 def _write(path: Path, rows: Sequence[dict]) -> None:
     """Without any row there is no file: training refuses an empty one."""
     if rows:
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_rows(path, rows)
     else:
         path.unlink(missing_ok=True)
 

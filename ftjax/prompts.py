@@ -1,6 +1,5 @@
 """Prompts on their way into a model: one, or those of a file, which are completed in batches."""
 
-import json
 import sys
 import time
 import types
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from ftjax.assemble import Base
-from ftjax.atomic import write_text
+from ftjax.atomic import write_rows
 from ftjax.data.format.prompt import prompt_of
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens.chat import render_prompt
@@ -210,7 +209,7 @@ def write(
     """
     columns = {"prompt": [_shown(prompt.fields) for prompt in prompts], "completion": completions, **further}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_rows(out, rows)
 
 
 def _shown(fields: dict) -> str | list[dict]:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ftjax import critic, distributed, environments, rewarding, tree
 from ftjax.assemble import Base, Program
-from ftjax.atomic import write_text
+from ftjax.atomic import write_rows
 from ftjax.data.batch import packing
 from ftjax.data.batch.loader import Loader
 from ftjax.data.format.example import Document
@@ -90,11 +90,11 @@ class Record:
         """Adds a line; lines of this step and later ones, of a run that was killed, go."""
         if not self._writes_on:
             earlier = [record for record in metrics.read(self._file) if record["step"] < step]
-            write_text(self._file, "".join(map(_line, earlier)))
+            write_rows(self._file, earlier)
             self._writes_on = True
         record = {"step": step, "prompt": prompt, "expected": expected, "completions": completions}
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 class Rollouts:
@@ -321,10 +321,6 @@ def _wide(array: np.ndarray, length: int) -> np.ndarray:
 def _deviation(values: np.ndarray) -> float:
     """The sample standard deviation, as in TRL; 0 of a single one."""
     return values.std(ddof=1) if len(values) > 1 else 0.0
-
-
-def _line(record: dict) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def lay(

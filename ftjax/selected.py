@@ -40,8 +40,8 @@ class Selected(Rollouts):
         written, grades = self._graded(round_, 0, state)
         settings = self._config.objective
         stopped = np.array([one.stopped for one in written.completions])
-        total = rewarding.weighted(self._rewards, grades) - settings.missing_eos_penalty * ~stopped
-        rewards = total.reshape(-1, self.samples)
+        rewards = self._groups(written, rewarding.weighted(self._rewards, grades))
+        total = rewards.reshape(-1)
         chosen, teaches = CHOICES[self._program.method.source](rewards, settings.least_reward)
         places = chosen + np.arange(len(rewards))[:, None] * self.samples
         if distributed.is_first():

@@ -24,6 +24,8 @@ from pathlib import Path
 from contestants import CASES, Case
 from pages import write_measured
 
+from ftjax.atomic import write_rows
+
 HERE = Path(__file__).parent
 OURS = "ftjax"
 NAMES = {OURS: "ftjax", "peft": "transformers + PEFT", "trl": "TRL"}
@@ -62,14 +64,10 @@ def prepare(place: Path, model: str) -> None:
     messages = " ".join(row["messages"][1]["content"] for row in tickets)
     size = 8000  # characters: more than 1,024 tokens
     texts = [{"text": messages[start : start + size]} for start in range(0, len(messages) - size, size // 2)]
-    write(place / "texts.jsonl", texts * 8)
-    write(place / "chats.jsonl", [{"messages": row["messages"]} for row in tickets])
+    write_rows(place / "texts.jsonl", texts * 8)
+    write_rows(place / "chats.jsonl", [{"messages": row["messages"]} for row in tickets])
     pairs = support_preference.train_examples(200)
-    write(place / "pairs.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs])
-
-
-def write(file: Path, rows: Sequence[dict]) -> None:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_rows(place / "pairs.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs])
 
 
 def run(case: str, who: str, dtype: str, place: Path, args: argparse.Namespace) -> dict:

@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +154,7 @@ def peft(case: Case, dtype: str, place: Path, steps: int, device: str) -> Found:
     losses = []
 
     def step() -> int:
-        batch = {name: torch.tensor(value, device=device) for name, value in next(batches).items()}
+        batch = {name: value.to(device) for name, value in next(batches).items()}
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -180,23 +180,19 @@ def _lora() -> Any:
     return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _batches(case: Case, tokenizer: Any, place: Path, steps: int) -> list[dict[str, list[list[int]]]]:
+def _batches(case: Case, tokenizer: Any, place: Path, steps: int) -> list[dict[str, Any]]:
     """Padded to their longest, which is nothing where all rows are long."""
     rows = [json.loads(line) for line in (place / case.data).read_text().splitlines()]
     if case.data == "chats.jsonl":
         ids = [tokenizer.apply_chat_template(row["messages"], return_dict=False)[: case.length] for row in rows]
     else:
         ids = [tokenizer(row["text"])["input_ids"][: case.length] for row in rows]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batches = []
     for step in range(steps):
         its = [ids[(step * case.rows + i) % len(ids)] for i in range(case.rows)]
-        longest = max(map(len, its))
-
-        def padded(values: Sequence[Sequence[int]], by: int, longest: int = longest) -> list[list[int]]:
-            return [[*one, *[by] * (longest - len(one))] for one in values]
-
-        mask = padded([[1] * len(one) for one in its], 0)
-        batches.append({"input_ids": padded(its, 0), "attention_mask": mask, "labels": padded(its, -100)})
+        batch = tokenizer.pad({"input_ids": its}, return_tensors="pt")
+        batches.append(batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)})
     return batches
 
 

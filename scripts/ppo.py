@@ -9,7 +9,7 @@ goes on, and a finished one only prints. With --write the table goes to docs/rei
 """
 
 import argparse
-import json
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from pages import write_measured
+from preferences import with_interval
 from remedies import write_replay
 
 from ftjax import assemble, config_files, export, sharding, train
 from ftjax.assemble import Base
+from ftjax.atomic import write_rows
 from ftjax.data.tokens.chat import render_prompt
-from ftjax.evals.intervals import interval
 from ftjax.sampling.engine import generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.tasks import support_ticket
@@ -82,11 +83,6 @@ def pairs_of(example: dict, texts: Sequence[str]) -> list[dict]:
     ]
 
 
-def write(file: Path, pairs: Sequence[Sequence[dict]]) -> None:
-    rows = (json.dumps(pair, ensure_ascii=False) + "\n" for its in pairs for pair in its)
-    file.write_text("".join(rows), encoding="utf-8")
-
-
 def prepare(out: Path, sft: Path, prompts: int) -> None:
     """Writes what the supervised run and its base write: pairs, and texts of the pretraining mix."""
     _, base, variables, _ = assemble.load_run(sft)
@@ -95,8 +91,8 @@ def prepare(out: Path, sft: Path, prompts: int) -> None:
         pairs = own_pairs(base, variables, support_ticket.train_examples(first + prompts)[first:])
         plain = {part: leaves for part, leaves in variables.items() if part != "lora"}
         write_replay(base, plain, out / "texts.jsonl", TEXTS)
-    write(out / "held_out.jsonl", pairs[::HELD_OUT])
-    write(out / "pairs.jsonl", [its for i, its in enumerate(pairs) if i % HELD_OUT])
+    write_rows(out / "held_out.jsonl", itertools.chain(*pairs[::HELD_OUT]))
+    write_rows(out / "pairs.jsonl", itertools.chain(*(its for i, its in enumerate(pairs) if i % HELD_OUT)))
 
 
 def results(out: Path, wanted: Sequence[str], sizes: Sizes) -> dict[str, Path]:
@@ -138,17 +134,11 @@ def table(runs: Mapping[str, Path]) -> str:
             f"{np.mean(scores[:ROUNDS]):.2f} to {np.mean(scores[-ROUNDS:]):.2f}",
             f"{np.mean(kl[-ROUNDS:]):.1f}",
             f"{np.mean(first):.0%} to {np.mean(last):.0%}",
-            with_interval(np.subtract(last, first)),
+            with_interval(np.subtract(last, first), "+"),
             f"{general[-1]:+.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def with_interval(values: Sequence[float]) -> str:
-    """The mean in percent, with its 95 % interval."""
-    low, high = interval(values)
-    return f"{100 * np.mean(values):+.0f} % [{100 * low:+.0f}, {100 * high:+.0f}]"
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from pages import write_measured
 from ftjax import assemble, config_files, export, rewards, sharding, train
 from ftjax import config as configs
 from ftjax.assemble import Base
+from ftjax.atomic import write_rows
 from ftjax.data.format.example import Document
 from ftjax.data.format.formats import check_row
 from ftjax.data.tokens.chat import render_prompt
@@ -37,6 +38,7 @@ from ftjax.method import method_of
 from ftjax.sampling.engine import generate
 from ftjax.sampling.sampler import Sampling
 from ftjax.tasks import support_preference, support_ticket
+from ftjax.training import metrics
 from ftjax.tree import Tree
 
 LONGEST, GENERAL = 64, 2560  # tokens of a general text, and of all of them
@@ -153,7 +155,7 @@ def config_of(variant: Variant, out: Path, sizes: Sizes) -> ConfigDict:
 
 def results(out: Path, sizes: Sizes, wanted: Sequence[str]) -> Iterator[dict]:
     """Of the run that all start from, and of each wanted variant that OUT/results.jsonl lacks."""
-    have = {record["name"] for record in read(out / "results.jsonl")}
+    have = {record["name"] for record in metrics.read(out / "results.jsonl")}
     held = None
     for name in dict.fromkeys((START, *wanted)):
         if name in have:
@@ -167,11 +169,11 @@ def results(out: Path, sizes: Sizes, wanted: Sequence[str]) -> Iterator[dict]:
         config, base, variables, how["steps"] = assemble.load_run(workdir)
         with jax.set_mesh(sharding.make_mesh({"fsdp": -1})):
             if name == START and not (out / OWN).exists():
-                write(out / OWN_HELD_OUT, mistakes(base, variables, support_ticket.test_examples(sizes.tickets)))
+                write_rows(out / OWN_HELD_OUT, mistakes(base, variables, support_ticket.test_examples(sizes.tickets)))
                 first = len(support_ticket.train_examples())
                 more = support_ticket.train_examples(first + sizes.own)[first:]
-                write(out / OWN, mistakes(base, variables, more))
-            held = held or held_out(base, sizes, read(out / OWN_HELD_OUT))
+                write_rows(out / OWN, mistakes(base, variables, more))
+            held = held or held_out(base, sizes, metrics.read(out / OWN_HELD_OUT))
             how |= measured(base, variables, held) if method_of(config).generates else ranked(workdir, held)
             if name == START:
                 plain = {part: leaves for part, leaves in variables.items() if part != "lora"}
@@ -214,14 +216,6 @@ def measured(base: Base, variables: Tree, held: Held) -> dict[str, list[float]]:
 def nats(base: Base, variables: Tree, held: Held) -> list[float]:
     """Of each general text, per token."""
     return [round(float(loss), 4) for loss in forgetting.losses(base.model, variables, held.texts)]
-
-
-def write(file: Path, rows: Sequence[dict]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def table(records: list[dict]) -> str:
@@ -270,7 +264,7 @@ def main() -> None:
     for record in results(args.out, sizes, args.only or list(VARIANTS)):
         with (args.out / "results.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
-    latest = {record["name"]: record for record in read(args.out / "results.jsonl")}
+    latest = {record["name"]: record for record in metrics.read(args.out / "results.jsonl")}
     drawn = table([latest[name] for name in VARIANTS if name in latest])
     print(drawn)
     if args.write:

@@ -22,6 +22,7 @@ import ftjax
 from ftjax import assemble, interpolation, quant, resume, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base, Program
+from ftjax.atomic import write_rows
 from ftjax.data import pipeline
 from ftjax.data.tokens.chat import render_prompt
 from ftjax.evals import forgetting, general
@@ -140,7 +141,7 @@ def write_replay(base: Base, variables: Tree, file: Path, count: int) -> None:
     done = generate(base.model, variables, prompts, 80, base.end_tokens, Sampling(temperature=1.0, seed=1), 48)
     answers = (base.tokenizer.decode(one.tokens, skip_special_tokens=True).strip() for one in done)
     rows = [{"prompt": text, "completion": answer} for text, answer in zip(asked, answers) if answer]
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_rows(file, rows)
 
 
 def results(out: Path, source: Path, sizes: Sizes, wanted: list[str]) -> Iterator[dict]:

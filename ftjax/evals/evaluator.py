@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ftjax import distributed, sharding, tree
 from ftjax.assemble import Base, Program
-from ftjax.atomic import write_text
+from ftjax.atomic import write_rows
 from ftjax.data.batch.loader import Loader
 from ftjax.errors import UserError
 from ftjax.evals import forgetting, scored
@@ -184,7 +184,7 @@ class Evaluator:
         samples = read(self._samples)
         kept = [old for old in samples if old["step"] < step or (old["step"] == step and old["source"] != name)]
         new = [{"step": step, "source": name} | record for record in records]
-        write_text(self._samples, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in kept + new))
+        write_rows(self._samples, kept + new)
 
 
 @jax.jit

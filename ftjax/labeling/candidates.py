@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ftjax.atomic import write_text
+from ftjax.atomic import write_rows, write_text
 from ftjax.data.audit.parts import conversation as text_of
 from ftjax.data.format.conversation import check_filled, conversation, tools_of
 from ftjax.data.format.formats import check_row
@@ -101,7 +101,7 @@ def open_or_make(
     made = make()
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / SOURCE, json.dumps(source, indent=2, ensure_ascii=False) + "\n")
-    write_text(out / FILE, "".join(json.dumps(_row(one), ensure_ascii=False) + "\n" for one in made))
+    write_rows(out / FILE, map(_row, made))
     return made, False
 
 

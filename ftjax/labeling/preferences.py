@@ -1,12 +1,11 @@
 """What labels come to: rows of preferences that `data.train` reads, and how many judgements gave none."""
 
 import collections
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ftjax.atomic import write_text
+from ftjax.atomic import write_rows
 from ftjax.labeling.agreement import Agreement, agreement
 from ftjax.labeling.candidates import short
 from ftjax.labeling.journal import Label, Labels
@@ -50,7 +49,7 @@ def export(out: Path, pairs: Sequence[Pair], labels: Labels) -> Outcome:
     verdicts = {pair.id: verdict(labels[pair.id]) for pair in pairs if labels.get(pair.id)}
     rows = [_row(pair, verdicts[pair.id]) for pair in pairs if verdicts.get(pair.id) in ("a", "b")]
     if rows:
-        write_text(out / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_rows(out / FILE, rows)
     else:
         (out / FILE).unlink(missing_ok=True)
     counts = collections.Counter(verdicts.values())

@@ -93,8 +93,8 @@ def plan(config: ConfigDict, program: Program, topology: Topology) -> Writing | 
     needed = flops.count(model.spec, weights, lambda path: False, prompts, prompt, generates=False)
     operations = needed.forward + needed.attention
     if config.rollouts.turns > 1:
-        each = flops.count(model.spec, weights, lambda path: False, completions, prompt, generates=False)
-        operations += (config.rollouts.turns - 1) * (each.forward + each.attention)
+        again = flops.count(model.spec, weights, lambda path: False, completions, prompt, generates=False)
+        operations += (config.rollouts.turns - 1) * (again.forward + again.attention)
     known |= {"prefill": operations / topology.chips / topology.chip.flops}
     known |= {"tokens": math.ceil(completions / rows) * new * config.rollouts.turns}
 
