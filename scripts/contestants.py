@@ -77,12 +77,13 @@ def ftjax(case: Case, dtype: str, place: Path, steps: int, device: str) -> Found
     config.objective.name = "dpo" if case.kind == "dpo" else "sft"
     config.adapter.kind = "none" if case.kind == "full" else "lora"
     config.data.train = (str(place / case.data),)
-    config.data.max_length, config.data.train_on, config.data.checks = case.length, "all", "off"
+    config.data.max_length, config.data.checks = case.length, "off"
     config.data.batch_size = case.rows
     if case.data == "texts.jsonl":
         config.data.row_length = case.length
         config.data.long_text = "cut"
     elif case.kind == "lora":  # about four of the examples to a row
+        config.data.train_on = "all"  # as the others do
         config.data.batch_size, config.data.row_length = case.rows // 4, 2 * case.length
     else:  # two pairs to a row
         config.data.batch_size, config.data.row_length = case.rows // 2, 432
