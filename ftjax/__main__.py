@@ -27,6 +27,7 @@ COMMANDS = {
     "export": "a run's result for other software: a PEFT adapter, a Hugging Face model, a GGUF",
     "label": "ask people which of two answers is better, the most informative pairs first; training reads it",
     "constitution": "critiques, revisions and preferences that a model writes itself, by principles of a file",
+    "serve": "OpenAI's files, fine-tuning jobs and answers behind HTTP, on this machine",
     "import_config": "a config of Axolotl's as one of ours",
 }
 

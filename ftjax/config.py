@@ -1,7 +1,7 @@
 """The config: every key with its default and its check. A run's file changes some of them (see configs/)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -289,10 +289,13 @@ OPEN = (
 )
 
 
-def defaults() -> ConfigDict:
-    """All keys with their defaults, locked: a misspelled key is refused where it is set."""
+def defaults(keys: Mapping[str, Key] = KEYS) -> ConfigDict:
+    """All keys with their defaults, locked: a misspelled key is refused where it is set.
+
+    keys: of a run; another table of them is of something else that has a config, such as the server.
+    """
     config = ConfigDict()
-    for name, key in KEYS.items():
+    for name, key in keys.items():
         section, _, leaf = name.rpartition(".")
         if section and section not in config:
             config[section] = ConfigDict()
@@ -346,31 +349,49 @@ def flat(config: ConfigDict) -> dict[str, Any]:
     return out
 
 
-def unknown_key(name: str) -> str:
+def unknown_key(name: str, keys: Mapping[str, Key] = KEYS) -> str:
     """The message about a key that there is none of; it names the one that is meant where that can be known."""
     leaf = name.rpartition(".")[2]
-    same = [key for key in KEYS if key.rpartition(".")[2] == leaf]
+    same = [key for key in keys if key.rpartition(".")[2] == leaf]
     if same and leaf == name:
         return f"config has no key {name!r}; did you mean {' or '.join(map(repr, same))}?"
-    theirs = None if same else foreign.find(leaf)
+    theirs = None if same or keys is not KEYS else foreign.find(leaf)
     if theirs is None:
-        sections = {key.partition(".")[0] for key in KEYS}
-        return f"config has no key {name!r}{did_you_mean(name, same if len(same) == 1 else sections | KEYS.keys())}"
+        sections = {key.partition(".")[0] for key in keys}
+        return f"config has no key {name!r}{did_you_mean(name, same if len(same) == 1 else sections | keys.keys())}"
     if not theirs.key:
         return f"config has no key {name!r}: {theirs.note}"
     return f"config has no key {name!r}; did you mean {theirs.key!r}?" + (f" ({theirs.note})" if theirs.note else "")
 
 
-def assign(config: ConfigDict, key: str, value: Any) -> None:
+def assign(config: ConfigDict, key: str, value: Any, keys: Mapping[str, Key] = KEYS) -> None:
     """Sets one key, given by its dotted name; UserError where there is none of that name, or for another type."""
-    if key not in KEYS:
-        raise UserError(unknown_key(key))
-    check_type(key, value, KEYS[key].default)
+    if key not in keys:
+        raise UserError(unknown_key(key, keys))
+    check_type(key, value, keys[key].default)
     section, _, leaf = key.rpartition(".")
     holder = config.get(section) if section else config
     if holder is None or leaf not in holder:
         raise UserError(f"config lacks {key}; build it from ftjax.config.defaults()")
-    holder[leaf] = type(KEYS[key].default)(value)
+    holder[leaf] = type(keys[key].default)(value)
+
+
+def check_values(config: ConfigDict, keys: Mapping[str, Key] = KEYS, but: Sequence[str] = ()) -> dict[str, Any]:
+    """The values by their dotted keys; UserError for unknown, missing and mistyped keys, and values that may not be.
+
+    but: keys that may have any value.
+    """
+    given = flat(config)
+    for key in given.keys() - keys.keys():
+        raise UserError(unknown_key(key, keys))
+    if missing := sorted(keys.keys() - given.keys()):
+        raise UserError(f"config lacks {', '.join(missing)}; build it from ftjax.config.defaults()")
+    for key, (default, _) in keys.items():
+        check_type(key, given[key], default)
+    for key, (_, check) in keys.items():
+        if key not in but and not check.holds(given[key]):
+            raise UserError(f"config.{key}={given[key]!r}: it must be {check.wanted}")
+    return given
 
 
 def validate(config: ConfigDict, data: bool = True) -> None:
@@ -378,16 +399,7 @@ def validate(config: ConfigDict, data: bool = True) -> None:
 
     data: False does without data.train, which a plan does not need.
     """
-    given = flat(config)
-    for key in given.keys() - KEYS.keys():
-        raise UserError(unknown_key(key))
-    if missing := sorted(KEYS.keys() - given.keys()):
-        raise UserError(f"config lacks {', '.join(missing)}; build it from ftjax.config.defaults()")
-    for key, (default, _) in KEYS.items():
-        check_type(key, given[key], default)
-    for key, (_, check) in KEYS.items():
-        if (data or key != "data.train") and not check.holds(given[key]):
-            raise UserError(f"config.{key}={given[key]!r}: it must be {check.wanted}")
+    given = check_values(config, but=() if data else ("data.train",))
     check_together(given)
     for which in ("train", "eval", "ptx"):
         for entry in sources(config, which):

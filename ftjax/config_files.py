@@ -9,7 +9,7 @@ import json
 import re
 import runpy
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,26 @@ from ml_collections import ConfigDict
 import ftjax
 from ftjax import config as configs
 from ftjax import strict_json
+from ftjax.config import Key
 from ftjax.errors import UserError, did_you_mean
 
 
-def load(name: str) -> ConfigDict:
+def load(name: str, keys: Mapping[str, Key] = configs.KEYS) -> ConfigDict:
     """The config that --config names: "chat", "configs/chat.py", "mine.py:argument", "mine.yaml", "runs/x/config.json".
+
+    keys: those that it may have.
 
     Raises:
       UserError: there is none of that name, or it cannot be read, with the file and the line.
     """
     path, argument = find(name)
     if path.suffix == ".py":
-        return _from_python(path, argument)
+        return _from_python(path, argument, keys)
     if path.suffix in (".yaml", ".yml"):
-        return _from_values(_yaml_values(path))
+        return _from_values(_yaml_values(path, keys), keys)
     if path.suffix == ".json":
         chosen = _chosen(path)
-        return _from_values(value for value in _json_values(path) if value[1] not in chosen)
+        return _from_values((value for value in _json_values(path, keys) if value[1] not in chosen), keys)
     raise UserError(f"--config {path}: a config is a file in Python, YAML or JSON (.py, .yaml, .yml, .json)")
 
 
@@ -78,7 +81,7 @@ def _summary(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
-def _from_python(path: Path, argument: str | None) -> ConfigDict:
+def _from_python(path: Path, argument: str | None, keys: Mapping[str, Key]) -> ConfigDict:
     try:
         config = runpy.run_path(str(path), run_name="ftjax_config")["get_config"](
             *[] if argument is None else [argument]
@@ -86,7 +89,7 @@ def _from_python(path: Path, argument: str | None) -> ConfigDict:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}:{_line(error, path)}: {_explained(error)}") from error
+        raise UserError(f"{path}:{_line(error, path)}: {_explained(error, keys)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: its get_config() returns no ConfigDict; begin it with ftjax.config.defaults()")
     return config.lock()
@@ -110,7 +113,7 @@ _LOCKED = re.compile(r'Key "(\w+)" does not exist and cannot be added')
 _ABSENT = re.compile(r"""['"\\]*(\w+)['"\\]*(\\n|\n|$)""")
 
 
-def _explained(error: Exception) -> str:
+def _explained(error: Exception, keys: Mapping[str, Key]) -> str:
     text = str(error.args[0]) if error.args else ""
     if isinstance(error, KeyError) and text == "get_config":
         return "has no function get_config(); see configs/chat.py"
@@ -118,7 +121,7 @@ def _explained(error: Exception) -> str:
         return _mistyped(*match.groups())
     match = _LOCKED.search(text) or (isinstance(error, AttributeError) and _ABSENT.match(text))
     if match:
-        return configs.unknown_key(match[1])
+        return configs.unknown_key(match[1], keys)
     return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
@@ -132,29 +135,29 @@ def _mistyped(key: str, value: str, given: str, wanted: str) -> str:
 Value = tuple[str, str, Any]  # where it stands, the dotted key, the value
 
 
-def _from_values(values: Iterator[Value]) -> ConfigDict:
-    config = configs.defaults()
+def _from_values(values: Iterator[Value], keys: Mapping[str, Key]) -> ConfigDict:
+    config = configs.defaults(keys)
     for where, key, value in values:
         try:
-            configs.assign(config, key, _fitted(key, value))
+            configs.assign(config, key, _fitted(key, value, keys), keys)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     return config
 
 
-def _fitted(key: str, value: Any) -> Any:
+def _fitted(key: str, value: Any, keys: Mapping[str, Key]) -> Any:
     """A value of YAML or JSON as the key wants it: one entry of a tuple may stand alone, and 2 is a float as well."""
-    default = configs.KEYS[key].default if key in configs.KEYS else None
+    default = keys[key].default if key in keys else None
     if isinstance(default, tuple) and isinstance(value, str | dict):
         return (value,)
     return value
 
 
-def _is_section(key: str) -> bool:
-    return any(name.startswith(f"{key}.") for name in configs.KEYS)
+def _is_section(key: str, keys: Mapping[str, Key]) -> bool:
+    return any(name.startswith(f"{key}.") for name in keys)
 
 
-def _json_values(path: Path) -> Iterator[Value]:
+def _json_values(path: Path, keys: Mapping[str, Key]) -> Iterator[Value]:
     try:
         given = strict_json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -163,7 +166,7 @@ def _json_values(path: Path) -> Iterator[Value]:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(given, dict):
         raise UserError(f"{path}: must hold an object of keys and values, and holds a {type(given).__name__}")
-    yield from _members(given, str(path), "")
+    yield from _members(given, str(path), "", keys)
 
 
 def _chosen(path: Path) -> set[str]:
@@ -174,11 +177,11 @@ def _chosen(path: Path) -> set[str]:
     return set(strict_json.loads(record.read_text(encoding="utf-8")).get("chosen", ()))
 
 
-def _members(given: dict, where: str, section: str) -> Iterator[Value]:
+def _members(given: dict, where: str, section: str, keys: Mapping[str, Key]) -> Iterator[Value]:
     for name, value in given.items():
         key = f"{section}{name}"
-        if isinstance(value, dict) and _is_section(key):
-            yield from _members(value, where, f"{key}.")
+        if isinstance(value, dict) and _is_section(key, keys):
+            yield from _members(value, where, f"{key}.", keys)
         else:
             yield where, key, value
 
@@ -198,12 +201,12 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
-def _yaml_values(path: Path) -> Iterator[Value]:
+def _yaml_values(path: Path, keys: Mapping[str, Key]) -> Iterator[Value]:
     try:
         loader = _Loader(path.read_text(encoding="utf-8-sig"))
         node = loader.get_single_node()
         if node is not None:  # an empty file changes nothing
-            yield from _node_values(loader, node, path, "")
+            yield from _node_values(loader, node, path, "", keys)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not YAML ({error.problem})") from error
@@ -211,7 +214,9 @@ def _yaml_values(path: Path) -> Iterator[Value]:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
 
 
-def _node_values(loader: _Loader, node: yaml.Node, path: Path, section: str) -> Iterator[Value]:
+def _node_values(
+    loader: _Loader, node: yaml.Node, path: Path, section: str, keys: Mapping[str, Key]
+) -> Iterator[Value]:
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}:{node.start_mark.line + 1}: must hold keys and values, such as `epochs: 2`")
     seen = set()
@@ -220,7 +225,7 @@ def _node_values(loader: _Loader, node: yaml.Node, path: Path, section: str) -> 
         if key in seen:
             raise UserError(f"{where}: {key!r} stands there twice")
         seen.add(key)
-        if _is_section(key) and isinstance(value, yaml.MappingNode):
-            yield from _node_values(loader, value, path, f"{key}.")
-        elif not _is_section(key) or value.tag != "tag:yaml.org,2002:null":  # an empty section changes nothing
+        if _is_section(key, keys) and isinstance(value, yaml.MappingNode):
+            yield from _node_values(loader, value, path, f"{key}.", keys)
+        elif not _is_section(key, keys) or value.tag != "tag:yaml.org,2002:null":  # an empty section changes nothing
             yield where, key, loader.construct_object(value, deep=True)

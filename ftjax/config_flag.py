@@ -5,6 +5,7 @@ import contextlib
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from ftjax import cli, config_files, foreign
 from ftjax import config as configs
+from ftjax.config import Key
 from ftjax.errors import UserError
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
@@ -27,7 +29,7 @@ def define(default: str | None = None) -> None:
     flags.DEFINE_string("config", default, text, module_name=sys.argv[0])
 
 
-def parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str], keys: Mapping[str, Key] = configs.KEYS) -> list[str]:
     """The `parse` of `cli.run` for a command with a config: keeps the overrides, gives absl the rest."""
     rest, _overrides[:] = take_overrides(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
     try:
@@ -35,16 +37,19 @@ def parse(argv: list[str]) -> list[str]:
     except UserError as error:
         unknown = error.__cause__
         text = str(getattr(unknown, "flagvalue", "")).partition("=")[2]  # of the whole argument, --epochs=3
-        if isinstance(unknown, flags.UnrecognizedFlagError) and (hint := _meant(unknown.flagname, text)):
+        if isinstance(unknown, flags.UnrecognizedFlagError) and (hint := _meant(unknown.flagname, text, keys)):
             raise UserError(f"there is no flag --{unknown.flagname}{hint}") from error
         raise
 
 
-def value() -> ConfigDict:
-    """The config of the command line, overrides included; UserError where none is given or it cannot be read."""
+def value(keys: Mapping[str, Key] = configs.KEYS) -> ConfigDict:
+    """The config of the command line, overrides included; UserError where none is given or it cannot be read.
+
+    keys: those that it may have.
+    """
     if not flags.FLAGS.config:
         raise UserError(f"--config is missing; {config_files.listed()}")
-    return overridden(config_files.load(flags.FLAGS.config), _overrides)
+    return overridden(config_files.load(flags.FLAGS.config, keys), _overrides, keys)
 
 
 def overrides() -> list[tuple[str, str]]:
@@ -84,28 +89,30 @@ def take_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     return rest, overrides
 
 
-def overridden(config: ConfigDict, overrides: list[tuple[str, str]]) -> ConfigDict:
+def overridden(
+    config: ConfigDict, overrides: list[tuple[str, str]], keys: Mapping[str, Key] = configs.KEYS
+) -> ConfigDict:
     """The config with keys set as a command line says; a tuple that is given several times has all of the entries."""
     values = {}
     for key, text in overrides:
-        if key not in configs.KEYS:
-            if sections := [name for name in configs.KEYS if name.startswith(f"{key}.")]:
+        if key not in keys:
+            if sections := [name for name in keys if name.startswith(f"{key}.")]:
                 raise UserError(f"--config.{key} is a section; set its keys: {', '.join(sections)}")
-            raise UserError(f"--config.{key}: {configs.unknown_key(key)}")
-        given = parsed(key, text)
+            raise UserError(f"--config.{key}: {configs.unknown_key(key, keys)}")
+        given = parsed(key, text, keys)
         values[key] = (*values.get(key, ()), *given) if isinstance(given, tuple) else given
     for key, given in values.items():
-        configs.assign(config, key, given)
+        configs.assign(config, key, given, keys)
     return config
 
 
-def parsed(key: str, text: str) -> bool | int | float | str | tuple:
+def parsed(key: str, text: str, keys: Mapping[str, Key] = configs.KEYS) -> bool | int | float | str | tuple:
     """The value of a key that `text` spells on a command line.
 
     Strings are taken as they stand. A tuple is a Python literal of one, of a list, or of one entry of it ({...} or a
     quoted string); everything else is one string, such as a path with blanks or commas in it.
     """
-    wanted = type(configs.KEYS[key].default)
+    wanted = type(keys[key].default)
     try:
         if wanted is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -151,10 +158,10 @@ def _entries(key: str, text: str) -> tuple:
     return (text,) if text else ()
 
 
-def _meant(name: str, text: str) -> str:
+def _meant(name: str, text: str, keys: Mapping[str, Key]) -> str:
     """The end of a message about an unknown flag that a key was meant by; "" where none was."""
-    same = [key for key in configs.KEYS if name in (key, key.rpartition(".")[2])]
-    theirs = foreign.find(name)
+    same = [key for key in keys if name in (key, key.rpartition(".")[2])]
+    theirs = foreign.find(name) if keys is configs.KEYS else None
     if same:
         return f"; did you mean {' or '.join(f'--config.{key}={text}' for key in same)}?"
     if theirs and theirs.key and theirs.note:  # the value may be another one here

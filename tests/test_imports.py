@@ -43,8 +43,9 @@ FLOORS = [
     | {"critic", "judging", "rewarding"},
     {"best_of", "constitutional", "distillation", "labeling", "planning", "rollouts", "selected"},
     {"sources"},
+    {"hosted"},
     {"__main__", "train", "sweep", "pipeline", "evaluate", "generate", "report", "export", "harness", "score"}
-    | {"plan", "inspect_data", "curate", "label", "constitution", "import_config"},
+    | {"plan", "inspect_data", "curate", "label", "constitution", "serve", "import_config"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]

@@ -1,5 +1,7 @@
 """The server's database: SQLite beside its files, or PostgreSQL by its URL. Each module declares its own tables."""
 
+from typing import ClassVar
+
 import sqlalchemy
 from sqlalchemy.orm import DeclarativeBase
 
@@ -7,7 +9,10 @@ from ftjax.errors import UserError
 
 
 class Base(DeclarativeBase):
-    """What tables derive from."""
+    """What tables derive from. Whole numbers have 64 bits: times in seconds and bytes are larger than 32 hold."""
+
+    # SQLite's INTEGER has them anyway, and numbers rows by itself only under that name.
+    type_annotation_map: ClassVar = {int: sqlalchemy.BigInteger().with_variant(sqlalchemy.Integer, "sqlite")}
 
 
 def connect(url: str) -> sqlalchemy.Engine:
@@ -17,7 +22,8 @@ def connect(url: str) -> sqlalchemy.Engine:
     another instead of failing.
     """
     try:
-        engine = sqlalchemy.create_engine(url)
+        # Parameters are what users sent, and would stand in the messages of errors, which are logged.
+        engine = sqlalchemy.create_engine(url, hide_parameters=True, pool_pre_ping=True)
     except (sqlalchemy.exc.ArgumentError, ImportError) as error:
         raise UserError(
             f"database={url!r}: {error}; use sqlite:////absolute/path.db, or postgresql+psycopg://user@host/name "

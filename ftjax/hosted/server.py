@@ -1,0 +1,136 @@
+"""The server as a process: what its config asks for, wired together and served until a signal ends it."""
+
+import contextlib
+import fcntl
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import sqlalchemy
+import uvicorn
+from fastapi import FastAPI
+from ml_collections import ConfigDict
+from prometheus_client import CollectorRegistry
+
+from ftjax.errors import UserError
+from ftjax.hosted import app, files, forms, logs
+from ftjax.hosted import settings as configs
+from ftjax.hosted.database import connect
+from ftjax.hosted.gate import Rules
+from ftjax.hosted.keys import Keys
+
+_TIDY_EVERY = 600  # seconds
+_FINISH_WITHIN = 20  # seconds that answers have to end in when the server ends
+
+
+def serve(settings: ConfigDict) -> int:
+    """Until SIGTERM or Ctrl-C; 0 once what was asked is answered."""
+    with _alone(Path(settings.folder)), _listen(settings.host, settings.port) as sock:
+        engine = _database(settings)
+        keys = Keys(engine)
+        logs.begin()
+        application = wire(settings, engine, keys)
+        scheme = "https" if settings.certificate else "http"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        print(f"serving {scheme}://{host}:{sock.getsockname()[1]}/v1; all of it is in {settings.folder}", flush=True)
+        if not keys.all():
+            print(f"an API key, which is not shown again: {keys.create('first').secret}", flush=True)
+        if scheme == "http" and not configs.is_local(settings):
+            print("keys and data pass in the clear: set config.certificate, or let a proxy do TLS", flush=True)
+        _run(application, sock, settings)
+    return 0
+
+
+def wire(settings: ConfigDict, engine: sqlalchemy.Engine, keys: Keys) -> FastAPI:
+    """The application with all its parts."""
+    folder, registry = Path(settings.folder), CollectorRegistry()
+    limits = files.Limits(
+        settings.files.max_mb * configs.MB,
+        settings.files.quota_mb * configs.MB,
+        round(settings.files.retention_days * 24 * 3600),
+    )
+    kept = files.Files(engine, folder / "files", limits)
+    parts = [files.routes(kept)]
+    tidy = [kept.expire]
+    larger = {"/v1/files": settings.files.max_mb * configs.MB + forms.OVERHEAD}
+    # Jobs and answers come here: their routes to `parts`, what begins and ends with the server to the lifespan.
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_tidy, tidy)
+            yield
+            tasks.cancel_scope.cancel()
+
+    rules = Rules(
+        keys.owner,
+        configs.hosts(settings),
+        settings.limits.requests_per_minute,
+        settings.limits.body_mb * configs.MB,
+        larger,
+    )
+    application = app.create(*parts, engine=engine, rules=rules, registry=registry, lifespan=lifespan)
+    application.state.files = kept
+    return application
+
+
+def keys_of(settings: ConfigDict) -> Keys:
+    """The keys, also while the server runs."""
+    return Keys(_database(settings))
+
+
+def _database(settings: ConfigDict) -> sqlalchemy.Engine:
+    Path(settings.folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+    return connect(configs.database_url(settings))
+
+
+async def _tidy(chores: Sequence[Callable[[], None]]) -> None:
+    while True:
+        for chore in chores:
+            try:
+                await anyio.to_thread.run_sync(chore)
+            except Exception:  # such as a database that is away; the next time may do
+                logs.log.exception("tidying failed")
+        await anyio.sleep(_TIDY_EVERY)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """UserError where another server uses the folder."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (folder / "server.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"config.folder={str(folder)!r}: another server uses it; end it or name another") from error
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(f"config.host={host!r}, config.port={port}: {error.strerror}; name another") from error
+
+
+def _run(application: FastAPI, sock: socket.socket, settings: ConfigDict) -> None:
+    config = uvicorn.Config(
+        application,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_FINISH_WITHIN,
+        ssl_certfile=settings.certificate or None,
+        ssl_keyfile=settings.private_key or None,
+    )
+    # uvicorn ends on these, and then raises them again for whom they were meant before: nobody.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    uvicorn.Server(config).run(sockets=[sock])
