@@ -85,15 +85,13 @@ class Quota:
 
     def take(self, owner: str, nbytes: int) -> None:
         """Refused (403, "quota_exceeded") where it would be more than the key may have."""
+        self.count(owner)
         with self._lock:
-            if owner not in self._held:
-                self._held[owner] = sum(count(owner) for count in self.counts)
             held = self._held[owner] + nbytes
             if held > self.most:
                 raise Refused(
                     f"your key may have {atomic.size(self.most)} on this server and has "
                     f"{atomic.size(self._held[owner])}; delete files that you no longer need",
-                    param="file",
                     code="quota_exceeded",
                     status=403,
                 )
@@ -101,8 +99,13 @@ class Quota:
 
     def give(self, owner: str, nbytes: int) -> None:
         with self._lock:
-            if owner in self._held:
-                self._held[owner] -= nbytes
+            self._held[owner] -= nbytes
+
+    def count(self, owner: str) -> None:
+        """Counts what is there where that was not done yet: before any of it is removed."""
+        with self._lock:
+            if owner not in self._held:
+                self._held[owner] = sum(count(owner) for count in self.counts)
 
 
 class Files:
@@ -146,22 +149,16 @@ class Files:
                 arriving.write(chunk)
             return self.keep(arriving, purpose, filename, keep_for)
 
-    @contextlib.contextmanager
-    def arriving(self, owner: str, largest: int | None = None, counted: bool = True) -> Iterator["Arriving"]:
+    def arriving(
+        self, owner: str, largest: int | None = None, counted: bool = True
+    ) -> contextlib.AbstractContextManager["Arriving"]:
         """A file to write to, which `keep` makes one of the files.
 
+        largest: bytes; None: as the limits say.
         counted: False where its bytes are counted already, as the parts that they come from.
         """
-        path = self.folder / f"file-{secrets.token_hex(12)}"
-        temporary, quota = atomic.beside(path), self.quota if counted else None
-        arriving = Arriving(owner, path.name, temporary, largest or self.limits.largest, quota)
-        try:
-            with arriving.handle:
-                yield arriving
-        finally:
-            temporary.unlink(missing_ok=True)
-            if counted and not arriving.kept:
-                self.quota.give(owner, arriving.bytes)
+        id = f"file-{secrets.token_hex(12)}"
+        return arriving(self.folder, id, owner, largest or self.limits.largest, self.quota if counted else None)
 
     def keep(
         self,
@@ -189,22 +186,14 @@ class Files:
         arriving.handle.flush()
         if purpose == "fine-tune":
             check_rows(arriving.place)
-        atomic.sync(arriving.place)
-        path = self.path(file)
-        arriving.place.replace(path)
-        atomic.sync(self.folder)
-        try:
-            with Session(self.engine, expire_on_commit=False) as session, session.begin():
-                session.add(file)
-                also(session, file)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        arriving.kept = True
+        with arriving.placed(self.path(file)), Session(self.engine, expire_on_commit=False) as session, session.begin():
+            session.add(file)
+            also(session, file)
         return file
 
     def delete(self, id: str, owner: str) -> None:
         """Refused (404) as `find`."""
+        self.quota.count(owner)
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             file = self._find(session, id, owner)
             session.delete(file)
@@ -230,6 +219,7 @@ class Files:
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             old = list(session.scalars(sqlalchemy.select(File).where(~_holds())))
             for file in old:
+                self.quota.count(file.owner)
                 session.delete(file)
         self._remove(old)
 
@@ -251,24 +241,56 @@ class Files:
             return int(session.scalar(total) or 0)
 
 
+@contextlib.contextmanager
+def arriving(
+    folder: Path, id: str, owner: str, largest: int, quota: Quota | None, param: str = "file"
+) -> Iterator["Arriving"]:
+    """A file to write to; what is not `placed` by the end of the block is gone, and not counted.
+
+    param: the field of the form that it comes in.
+    """
+    file = Arriving(owner, id, atomic.beside(folder / id), largest, quota, param)
+    try:
+        with file.handle:
+            yield file
+    finally:
+        file.place.unlink(missing_ok=True)
+        if quota and file.bytes and not file.kept:
+            quota.give(owner, file.bytes)
+
+
 class Arriving:
     """A file of which a part is there.
 
-    Attributes: id, bytes so far, md5 so far; place, where it is; kept, whether it has become one of the files.
+    Attributes: id, bytes so far, md5 so far; place, where it is; kept, whether it has been placed.
     """
 
-    def __init__(self, owner: str, id: str, place: Path, largest: int, quota: Quota | None):
+    def __init__(self, owner: str, id: str, place: Path, largest: int, quota: Quota | None, param: str):
         self.owner, self.id, self.place = owner, id, place
         self.handle = place.open("xb")
         self.bytes, self.md5, self.kept = 0, hashlib.md5(usedforsecurity=False), False
-        self._largest, self._quota = largest, quota
+        self._largest, self._quota, self._param = largest, quota, param
+
+    @contextlib.contextmanager
+    def placed(self, path: Path) -> Iterator[None]:
+        """Puts the file, synced, under its name, where it stays if the block, which writes its row, ends well."""
+        self.handle.flush()
+        atomic.sync(self.place)
+        self.place.replace(path)
+        atomic.sync(path.parent)
+        try:
+            yield
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        self.kept = True
 
     def write(self, chunk: bytes) -> None:
         """Refused (413) where it grows too large, (403) where its owner has no room left."""
         if self.bytes + len(chunk) > self._largest:
             raise Refused(
-                f"the file is larger than {atomic.size(self._largest)}; divide it, or send it as an upload of parts",
-                param="file",
+                f"{self._param} is larger than {atomic.size(self._largest)}; divide it, or send parts (/v1/uploads)",
+                param=self._param,
                 code="file_too_large",
                 status=413,
             )

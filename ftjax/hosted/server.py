@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from prometheus_client import CollectorRegistry
 
 from ftjax.errors import UserError
-from ftjax.hosted import app, files, forms, logs
+from ftjax.hosted import app, files, forms, logs, uploads
 from ftjax.hosted import settings as configs
 from ftjax.hosted.database import connect
 from ftjax.hosted.gate import Rules
@@ -53,9 +53,13 @@ def wire(settings: ConfigDict, engine: sqlalchemy.Engine, keys: Keys) -> FastAPI
         round(settings.files.retention_days * 24 * 3600),
     )
     kept = files.Files(engine, folder / "files", limits)
-    parts = [files.routes(kept)]
-    tidy = [kept.expire]
-    larger = {"/v1/files": settings.files.max_mb * configs.MB + forms.OVERHEAD}
+    large = uploads.Uploads(kept, folder / "uploads", settings.files.upload_mb * configs.MB)
+    parts = [files.routes(kept), uploads.routes(large)]
+    tidy = [kept.expire, large.expire]
+    larger = {
+        "/v1/files": settings.files.max_mb * configs.MB + forms.OVERHEAD,
+        "/v1/uploads/{upload_id}/parts": uploads.PART + forms.OVERHEAD,
+    }
     # Jobs and answers come here: their routes to `parts`, what begins and ends with the server to the lifespan.
 
     @contextlib.asynccontextmanager
@@ -73,7 +77,7 @@ def wire(settings: ConfigDict, engine: sqlalchemy.Engine, keys: Keys) -> FastAPI
         larger,
     )
     application = app.create(*parts, engine=engine, rules=rules, registry=registry, lifespan=lifespan)
-    application.state.files = kept
+    application.state.files, application.state.uploads = kept, large
     return application
 
 

@@ -157,7 +157,7 @@ def test_files_that_jobs_write_are_their_owners(server):
 def test_too_large_is_refused_while_it_arrives_and_leaves_nothing(tmp_path):
     with hosted(tmp_path / "serve", **{"files.max_mb": 1, "files.quota_mb": 2}) as server:
         client = server.client()
-        with pytest.raises(openai.APIStatusError, match=r"larger than 1\.0 MB") as refused:
+        with pytest.raises(openai.APIStatusError, match=r"file is larger than 1\.0 MB") as refused:
             client.files.create(file=b"x" * (2**20 + 1), purpose="user_data")
         assert (refused.value.status_code, refused.value.code) == (413, "file_too_large")
         with pytest.raises(openai.APIStatusError, match="the body may have") as refused:  # by its announced length

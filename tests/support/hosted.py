@@ -48,7 +48,7 @@ class Hosted:
         self.engine = connect(server.configs.database_url(settings))
         self.keys = Keys(self.engine)
         self.application = server.wire(settings, self.engine, self.keys)
-        self.files = self.application.state.files
+        self.files, self.uploads = self.application.state.files, self.application.state.uploads
         self._secrets: dict[str, str] = {}
         self.url = ""
 

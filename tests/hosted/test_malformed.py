@@ -1,0 +1,145 @@
+"""A thousand requests that nobody should send: each gets a 4xx with a message, none a 5xx."""
+
+import http.client
+import json
+import random
+import string
+from urllib.parse import quote
+
+import pytest
+from support.hosted import hosted
+
+COUNT = 1000
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "BREW")
+NASTY = (
+    "",
+    "x",
+    "..",
+    "../..",
+    "%2e%2e%2f",
+    "a/b",
+    "%00",
+    "\u202e",
+    "é" * 300,
+    "'; DROP TABLE files;--",
+    "${7*7}",
+    "{}",
+)
+JSON = (None, True, -1, 0, 2**70, 1.5, 1e300, "", "fine-tune", "\ud800", "a\0b", [], [[]], {}, {"a": {}}, ["x"] * 50)
+
+
+def paths(application):
+    """The templates of all routes of the server, whatever parts it has."""
+
+    def below(routes):
+        for route in routes:
+            router = getattr(route, "original_router", None) or getattr(route, "router", None)
+            if router is not None:
+                yield from below(router.routes)
+            else:
+                yield route.path
+
+    return sorted({*below(application.routes)})
+
+
+class Fuzzer:
+    """Draws requests. What could be right by chance is made wrong: an unknown field, an id of nobody's."""
+
+    def __init__(self, seed, templates):
+        self.draw, self.templates = random.Random(seed), templates
+
+    def request(self):
+        draw = self.draw
+        path = draw.choice(self.templates)
+        while "{" in path:
+            start, rest = path.split("{", 1)
+            path = start + self.id() + rest.split("}", 1)[1]
+        if draw.random() < 0.1:
+            path = f"{path}/{draw.choice(NASTY)}"
+        headers, content = draw.choice((self.json, self.form, self.bytes, self.nothing))()
+        if draw.random() < 0.3:
+            path += "?" + "&".join(f"{self.name()}={self.text()}" for _ in range(draw.randint(1, 4)))
+        if draw.random() < 0.1:
+            headers |= {draw.choice(("Content-Type", "Accept", "Range", "Expect", "X-Request-Id")): self.token()}
+        return draw.choice(METHODS), path, headers, content
+
+    def id(self):
+        kind = self.draw.choice(("file-", "upload_", "ftjob-", "ft:", ""))
+        return kind + self.draw.choice([*NASTY[1:], "0" * 24, "f" * 24, "9" * 4000]).replace("/", "%2F")
+
+    def name(self):
+        names = ("after", "limit", "order", "purpose", "metadata[a]", "file", "bytes", "purpose", "data", "part_ids")
+        return self.draw.choice(names)
+
+    def text(self):
+        return self.draw.choice((*NASTY, "-1", "0", "10001", "9" * 5000, "NaN", "asc", "%FF", "file-" + "0" * 24))
+
+    def token(self):
+        return "".join(self.draw.choices(string.printable[:94], k=self.draw.randint(1, 40))).strip() or "x"
+
+    def json(self):
+        body = {self.name(): self.draw.choice(JSON) for _ in range(self.draw.randint(0, 5))} | {"nobody_knows": 1}
+        text = json.dumps(self.draw.choice((body, body, [body], "text", 1, None))).encode()
+        if self.draw.random() < 0.3:
+            text = text[: self.draw.randrange(len(text))]
+        if self.draw.random() < 0.1:
+            text = b"[" * 100_000
+        return {"Content-Type": "application/json"}, text
+
+    def form(self):
+        parts = []
+        for _ in range(self.draw.randint(0, 4)):
+            disposition = f'Content-Disposition: form-data; name="{self.name()}"'
+            if self.draw.random() < 0.5:
+                disposition += f'; filename="{self.draw.choice(NASTY)}"'
+            parts.append(f"--b\r\n{disposition}\r\n\r\n{self.draw.choice(('fine-tune', '{}', '', 'x' * 70_000))}\r\n")
+        parts.append('--b\r\nContent-Disposition: form-data; name="nobody_knows"\r\n\r\n1\r\n--b--\r\n')
+        content = "".join(parts).encode()
+        if self.draw.random() < 0.3:
+            content = content[: self.draw.randrange(len(content))]
+        boundary = self.draw.choice(("; boundary=b", "; boundary=b", "; boundary=c", "", "; boundary=" + "b" * 300))
+        return {"Content-Type": f"multipart/form-data{boundary}"}, content
+
+    def bytes(self):
+        kind = self.draw.choice(("application/json", "multipart/form-data; boundary=b", "text/plain", "a", ";"))
+        return {"Content-Type": kind}, self.draw.randbytes(self.draw.randrange(3000))
+
+    def nothing(self):
+        return {}, b""
+
+
+def ask(url, method, path, headers, content):
+    """(status, headers, body), with the path as it stands: the usual clients would put it in order."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    try:
+        path = quote(path, safe=string.punctuation)
+        headers = {"Content-Length": str(len(content))} | headers
+        connection.request(method, path, content, headers)
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with a key", "without"])
+def test_malformed_requests_are_refused_with_a_message(tmp_path, known):
+    with hosted(tmp_path / "serve", **{"limits.requests_per_minute": 100_000}) as server:
+        templates = [path for path in paths(server.application) if path.startswith("/v1/")] + ["/v1/nowhere", "/"]
+        assert {"/v1/files/{file_id}/content", "/v1/uploads/{upload_id}/complete"} <= {*templates}
+        fuzzer, statuses = Fuzzer(17, templates), []
+        key = server.key("anna") if known else "sk-wrong"
+        while len(statuses) < COUNT:
+            method, path, headers, content = fuzzer.request()
+            status, answered, body = ask(
+                server.url, method, path, {"Authorization": f"Bearer {key}", **headers}, content
+            )
+            if status == 200 and method == "GET":
+                continue  # lists, whatever else the request has
+            statuses.append(status)
+            assert 400 <= status < 500, (method, path, headers, content[:200], body)
+            assert json.loads(body)["error"]["message"]
+            assert answered["x-request-id"].startswith("req_")
+        assert ask(server.url, "GET", "/healthz", {}, b"")[0] == 200
+        assert {*statuses} >= ({400, 404, 405} if known else {401})
+        assert server.client().files.list().data == []
+        assert list(server.files.folder.iterdir()) == []
