@@ -4,14 +4,19 @@ import contextlib
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
 
+import httpx
 import openai
 import pytest
 from support import PYTHONPATH, ROOT
+
+from ftjax.errors import UserError
+from ftjax.hosted.database import connect
 
 ENV = os.environ | {"PYTHONPATH": PYTHONPATH}
 COMMAND = [sys.executable, "-m", "ftjax.serve", "--config", "configs/serve.py", "--config.port=0"]
@@ -53,7 +58,7 @@ def test_a_server_from_its_first_start_to_its_second(tmp_path):
     folder = tmp_path / "served"
     with serving(folder) as (process, url):
         line = process.stdout.readline()
-        key = re.search(r"an API key, which is not shown again: (sk-\S+)", line)[1]
+        key = re.search(r"an API key, which is not shown again: (tml-\S+)", line)[1]
         client = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
         until_answers(client)
         file = client.files.create(file=("a.jsonl", b'{"a": 1}\n'), purpose="fine-tune")
@@ -62,11 +67,11 @@ def test_a_server_from_its_first_start_to_its_second(tmp_path):
         assert "another server uses it" in command(folder, code=2)
 
         printed = command(folder, "keys", "create", "ben")  # while the server runs
-        id, secret = re.search(r"(key_\S+) is the key of ben.*\n(sk-\S+)", printed).groups()
+        id, secret = re.search(r"(key_\S+) is the key of ben.*\n(tml-\S+)", printed).groups()
         ben = openai.OpenAI(base_url=url, api_key=secret, max_retries=0)
         assert ben.files.list().data == []
         listed = command(folder, "keys", "list")
-        assert re.search(rf"{id}  {re.escape(secret[:7])}\.\.\.  \d+-\d+-\d+  holds    ben", listed)
+        assert re.search(rf"{id}  {re.escape(secret[:8])}\.\.\.  \d+-\d+-\d+  holds    ben", listed)
         assert secret not in listed
         command(folder, "keys", "revoke", id)
         with pytest.raises(openai.AuthenticationError):
@@ -101,12 +106,13 @@ class _Slow:
         return next(self._pieces, b"")
 
 
+@pytest.mark.slow
 def test_a_killed_server_keeps_what_it_answered(tmp_path):
     """Five times, in the middle of uploads."""
     folder, key, kept = tmp_path / "served", None, set()
     for _ in range(5):
         with serving(folder) as (process, url):
-            key = key or re.search(r"(sk-\S+)", process.stdout.readline())[1]
+            key = key or re.search(r"(tml-\S+)", process.stdout.readline())[1]
             client = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
             assert {file.id for file in until_answers(client)} >= kept
             for id in kept:
@@ -125,12 +131,25 @@ def test_a_killed_server_keeps_what_it_answered(tmp_path):
 def test_mistakes_of_the_command_line(tmp_path):
     folder = tmp_path / "served"
     for words, message in (
-        (["keys"], "it is `keys create NAME`, `keys list` or `keys revoke ID`"),
         (["key", "list"], "unexpected argument 'key'"),
         (["keys", "revoke", "key_x"], "there is no such key"),
-        (["--config.prot=1"], "config has no key 'prot'; did you mean 'port'?"),
         (["--port=1"], "did you mean --config.port=1?"),
-        (["--config.database=mysql+nothing://x"], "use sqlite:////absolute/path.db, or postgresql+psycopg://"),
         (["--config.host=no.such.host.invalid"], "config.host='no.such.host.invalid'"),
     ):
         assert message in command(folder, *words, code=2)
+    with pytest.raises(UserError, match=r"or postgresql\+psycopg"):
+        connect("mysql+nothing://x")
+
+
+def test_tls_is_one_certificate_away(tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert]
+    subprocess.run(make, check=True, capture_output=True)
+    with serving(tmp_path / "served", f"--config.certificate={cert}", f"--config.private_key={key}") as (_, url):
+        assert url.startswith("https://")
+        trusting = httpx.Client(verify=ssl.create_default_context(cafile=cert))
+        with trusting:
+            assert trusting.get(url.replace("/v1", "/healthz")).json() == {"status": "ok"}
+        with pytest.raises(httpx.ConnectError, match="self-signed certificate"):
+            httpx.get(url.replace("/v1", "/healthz"))

@@ -122,7 +122,9 @@ class Gate:
 
     async def _owner(self, headers: Headers) -> str:
         scheme, _, secret = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secret.strip():
+        if scheme.lower() != "bearer":
+            secret = headers.get("x-api-key", "")  # as Tinker's client sends it
+        if not secret.strip():
             raise Refused(
                 "this needs an API key; send the header Authorization: Bearer KEY",
                 code="missing_api_key",

@@ -2,7 +2,8 @@
 
 A key is 256 random bits, of which the database holds the SHA-256 alone. Slow hashes such as scrypt protect what people
 think up, which can be guessed; of so many random bits nobody finds any by trying, and each request is checked at once.
-The hash is what is looked up: how long that takes says something about the hash, and nothing about the key.
+The hash is what is looked up: how long that takes says something about the hash, and nothing about the key. Keys begin
+with "tml-" since Tinker's client takes no others; OpenAI's takes any.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from ftjax.errors import UserError
 from ftjax.hosted.database import Base
 
-_SHOWN = 7  # characters of a key by which its owner knows it: "sk-" and four of its 43
+_SHOWN = 8  # characters of a key by which its owner knows it: the beginning that all have, and four of its 43
 
 
 class Key(Base):
@@ -49,7 +50,7 @@ class Keys:
         """name: whose it is, or what for, for those who read the list."""
         if not name.strip() or not name.isprintable():
             raise UserError(f"keys create {name!r}: give it a name, such as who uses it")
-        created = Created(f"key_{secrets.token_hex(8)}", f"sk-{secrets.token_urlsafe(32)}")
+        created = Created(f"key_{secrets.token_hex(8)}", f"tml-{secrets.token_urlsafe(32)}")
         with Session(self._engine) as session, session.begin():
             session.add(
                 Key(

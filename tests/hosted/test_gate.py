@@ -91,6 +91,8 @@ def test_a_route_is_told_whose_key_asks(client):
     assert response.json() == {"id": "x", "owner": "key_anna", "model": "m"}
     again = client.post("/v1/things/x", json={"model": "m"}, headers={"Authorization": "bearer sk-ben"})
     assert again.json()["owner"] == "key_ben"
+    tinker = httpx.get(client.base_url.join("/v1/refused"), headers={"X-API-Key": "sk-ben"})
+    assert tinker.status_code == 404
     assert response.headers["x-request-id"] != again.headers["x-request-id"]
 
 

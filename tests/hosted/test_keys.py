@@ -18,16 +18,16 @@ def keys(tmp_path):
 
 def test_a_key_holds_until_it_is_revoked(keys):
     anna, ben = keys.create("anna"), keys.create("ben")
-    assert len(anna.secret) == 46  # "sk-" and 256 bits
-    assert anna.secret.startswith("sk-")
+    assert len(anna.secret) == 47  # "tml-" and 256 bits
+    assert anna.secret.startswith("tml-")
     assert (keys.owner(anna.secret), keys.owner(ben.secret)) == (anna.id, ben.id)
-    for wrong in ("", "sk-", anna.secret[:-1], anna.secret + "x", anna.secret.lower(), "ü", "\0"):
+    for wrong in ("", "tml-", anna.secret[:-1], anna.secret + "x", anna.secret.lower(), "ü", "\0"):
         assert keys.owner(wrong) is None
     keys.revoke(anna.id)
     keys.revoke(anna.id)
     assert (keys.owner(anna.secret), keys.owner(ben.secret)) == (None, ben.id)
     shown = [(key.id, key.name, key.prefix, bool(key.revoked_at)) for key in keys.all()]
-    assert shown == [(anna.id, "anna", anna.secret[:7], True), (ben.id, "ben", ben.secret[:7], False)]
+    assert shown == [(anna.id, "anna", anna.secret[:8], True), (ben.id, "ben", ben.secret[:8], False)]
 
 
 def test_the_database_does_not_have_the_key(keys, tmp_path):
@@ -36,7 +36,7 @@ def test_the_database_does_not_have_the_key(keys, tmp_path):
         dump = "\n".join(database.iterdump())
     database.close()
     assert "anna" in dump
-    assert secret[8:20] not in dump
+    assert secret[9:20] not in dump
 
 
 def test_mistakes_are_said(keys):
