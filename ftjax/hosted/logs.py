@@ -8,6 +8,9 @@ from typing import TextIO
 
 log = logging.getLogger("ftjax.hosted")
 
+# Of the loggers that a server has. python_multipart warns of forms that are none, which their senders are told.
+LEVELS = {"ftjax.hosted": logging.INFO, "uvicorn": logging.WARNING, "python_multipart": logging.ERROR}
+
 
 class JsonLines(logging.Formatter):
     """time, level, event, the record's own `fields`, and the traceback of an error."""
@@ -26,12 +29,10 @@ class JsonLines(logging.Formatter):
 
 
 def begin(stream: TextIO | None = None) -> None:
-    """Sends what the server and uvicorn log to a stream, by default stderr."""
+    """Sends what they log to a stream, by default stderr."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines())
-    # python_multipart warns of forms that are none, which their senders are told.
-    levels = {"ftjax.hosted": logging.INFO, "uvicorn": logging.WARNING, "python_multipart": logging.ERROR}
-    for name, level in levels.items():
+    for name, level in LEVELS.items():
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)

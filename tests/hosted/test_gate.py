@@ -206,7 +206,7 @@ def test_the_log_has_a_line_of_json_for_each_request_and_nothing_that_users_sent
         with contextlib.suppress(httpx.RemoteProtocolError):
             client.get("/v1/breaks_off")
     finally:
-        for name in ("ftjax.hosted", "uvicorn", "python_multipart"):
+        for name in logs.LEVELS:
             logger = logging.getLogger(name)
             logger.handlers, logger.propagate = [], True
     text = stream.getvalue()
