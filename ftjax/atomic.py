@@ -16,7 +16,7 @@ from typing import Any
 
 from ftjax.errors import TransientError, UserError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def beside(path: Path) -> Path:
@@ -104,7 +104,7 @@ def room_for(out: Path, nbytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         raise refusal(f"it could not be written ({error.strerror})") from error
 

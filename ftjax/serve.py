@@ -3,6 +3,7 @@
     python -m ftjax.serve --config serve                    the server; the same command goes on with what is there
     python -m ftjax.serve --config serve keys create NAME   an API key, which is shown this once
     python -m ftjax.serve --config serve keys list
+    python -m ftjax.serve --config serve keys renew ID      another secret for who has what is made with that key
     python -m ftjax.serve --config serve keys revoke ID
 
 --config.model.source names the model that is tuned, --config.folder where all of it is kept. The first start makes a
@@ -21,6 +22,8 @@ from ftjax import cli, config_flag
 from ftjax.errors import UserError
 from ftjax.hosted import settings as configs
 
+_KEYS = "`keys create NAME`, `keys list`, `keys renew ID` or `keys revoke ID`"
+
 
 def main(argv: list[str]) -> int:
     settings = config_flag.value(configs.KEYS)
@@ -35,7 +38,7 @@ def main(argv: list[str]) -> int:
         case ["keys", *words]:
             return _keys(settings, words)
         case [word, *_]:
-            raise UserError(f"unexpected argument {word!r}; it is `keys create NAME`, `keys list` or `keys revoke ID`")
+            raise UserError(f"unexpected argument {word!r}; for keys it is {_KEYS}")
 
 
 def _keys(settings: ConfigDict, words: list[str]) -> int:
@@ -46,6 +49,8 @@ def _keys(settings: ConfigDict, words: list[str]) -> int:
         case ["create", name]:
             created = keys.create(name)
             print(f"{created.id} is the key of {name}. It is not shown again:\n{created.secret}")
+        case ["renew", id]:
+            print(f"the key {id} is another now. It is not shown again:\n{keys.renew(id).secret}")
         case ["list"]:
             for key in keys.all():
                 made = datetime.datetime.fromtimestamp(key.created_at, datetime.UTC)
@@ -55,7 +60,7 @@ def _keys(settings: ConfigDict, words: list[str]) -> int:
             keys.revoke(id)
             print(f"{id} is revoked; what was made with it stays")
         case _:
-            raise UserError("it is `keys create NAME`, `keys list` or `keys revoke ID`")
+            raise UserError(f"it is {_KEYS}")
     return 0
 
 

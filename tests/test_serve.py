@@ -132,7 +132,7 @@ def test_mistakes_of_the_command_line(tmp_path):
     folder = tmp_path / "served"
     for words, message in (
         (["key", "list"], "unexpected argument 'key'"),
-        (["keys", "revoke", "key_x"], "there is no such key"),
+        (["keys", "revoke", "key_x"], "there is no key key_x"),
         (["--port=1"], "did you mean --config.port=1?"),
         (["--config.host=no.such.host.invalid"], "config.host='no.such.host.invalid'"),
     ):

@@ -10,8 +10,10 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 
+from ftjax import atomic
 from ftjax.errors import TransientError, UserError
 from ftjax.hosted.gate import Gate, Rules, answer
+from ftjax.hosted.logs import log
 from ftjax.hosted.refusals import Refused
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -36,7 +38,7 @@ def create(
     for part in parts:
         app.include_router(part)
     app.include_router(_own(engine, registry))
-    for kind in (Refused, RequestValidationError, HTTPException, UserError):
+    for kind in (Refused, RequestValidationError, HTTPException, UserError, OSError):
         app.add_exception_handler(kind, _refuse)
     app.add_middleware(Gate, rules=rules, registry=registry)
     return app
@@ -86,6 +88,11 @@ async def _refuse(request: Request, error: Exception) -> Response:
         error = _invalid(error)
     elif isinstance(error, HTTPException):
         error = _of_framework(error, request)
+    elif isinstance(error, OSError):
+        if error.errno not in atomic.FULL:
+            raise error
+        log.error("the disk is full")
+        error = Refused("the server's disk is full; try again once there is room", code="disk_full", status=503)
     elif isinstance(error, UserError):
         error = Refused(str(error), status=503 if isinstance(error, TransientError) else 400)
     return answer(error)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import quote
 
 import anyio
 import sqlalchemy
@@ -396,7 +397,11 @@ def routes(files: Files) -> APIRouter:
             with handle:
                 yield from iter(lambda: handle.read(_BLOCK), b"")
 
-        headers = {"Content-Length": str(file.bytes), "X-Content-Type-Options": "nosniff"}
+        headers = {
+            "Content-Length": str(file.bytes),
+            "Content-Disposition": f"attachment; filename*=UTF-8''{quote(file.filename)}",
+            "X-Content-Type-Options": "nosniff",
+        }
         return StreamingResponse(blocks(), media_type="application/octet-stream", headers=headers)
 
     @router.delete("/v1/files/{file_id}")

@@ -50,7 +50,7 @@ class Keys:
         """name: whose it is, or what for, for those who read the list."""
         if not name.strip() or not name.isprintable():
             raise UserError(f"keys create {name!r}: give it a name, such as who uses it")
-        created = Created(f"key_{secrets.token_hex(8)}", f"tml-{secrets.token_urlsafe(32)}")
+        created = Created(f"key_{secrets.token_hex(8)}", _secret())
         with Session(self._engine) as session, session.begin():
             session.add(
                 Key(
@@ -71,10 +71,16 @@ class Keys:
     def revoke(self, id: str) -> None:
         """Ends what a key may do; what was made with it stays. UserError where there is none of that id."""
         with Session(self._engine) as session, session.begin():
-            key = session.scalar(sqlalchemy.select(Key).where(Key.id == id))
-            if key is None:
-                raise UserError(f"keys revoke {id}: there is no such key; `keys list` shows their ids")
+            key = _find(session, id)
             key.revoked_at = key.revoked_at or int(time.time())
+
+    def renew(self, id: str) -> Created:
+        """Another secret for the same owner, of whom the old one, known to others or lost, no longer is."""
+        secret = _secret()
+        with Session(self._engine) as session, session.begin():
+            key = _find(session, id)
+            key.prefix, key.digest, key.revoked_at = secret[:_SHOWN], _digest(secret), None
+        return Created(id, secret)
 
     def owner(self, secret: str) -> str | None:
         """The id of a key that holds, else None."""
@@ -84,6 +90,17 @@ class Keys:
             if key is None or key.revoked_at is not None or not hmac.compare_digest(key.digest, digest):
                 return None
             return key.id
+
+
+def _find(session: Session, id: str) -> Key:
+    key = session.scalar(sqlalchemy.select(Key).where(Key.id == id))
+    if key is None:
+        raise UserError(f"there is no key {id}; `keys list` shows their ids")
+    return key
+
+
+def _secret() -> str:
+    return f"tml-{secrets.token_urlsafe(32)}"
 
 
 def _digest(secret: str) -> str:

@@ -1,5 +1,6 @@
 """/v1/files as the official client, unmodified, uses it."""
 
+import errno
 import io
 import json
 import threading
@@ -223,6 +224,22 @@ def test_what_has_expired_is_gone(server, monkeypatch):
     assert path.exists()
     server.files.expire()
     assert not path.exists()
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(server, monkeypatch):
+    client = server.client("unlucky")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ftjax.hosted.files.atomic.sync", full)
+    with pytest.raises(openai.InternalServerError, match="the server's disk is full") as refused:
+        upload(client)
+    assert (refused.value.status_code, refused.value.code) == (503, "disk_full")
+    monkeypatch.undo()
+    assert client.files.list().data == []
+    assert not list(server.files.folder.glob(".*"))
+    upload(client)
 
 
 def test_a_file_that_its_writer_gives_up_leaves_nothing(server):

@@ -30,6 +30,14 @@ def test_a_key_holds_until_it_is_revoked(keys):
     assert shown == [(anna.id, "anna", anna.secret[:8], True), (ben.id, "ben", ben.secret[:8], False)]
 
 
+def test_a_renewed_key_is_the_same_owner(keys):
+    anna = keys.create("anna")
+    keys.revoke(anna.id)
+    renewed = keys.renew(anna.id)
+    assert (keys.owner(anna.secret), keys.owner(renewed.secret)) == (None, anna.id)
+    assert keys.all()[0].prefix == renewed.secret[:8]
+
+
 def test_the_database_does_not_have_the_key(keys, tmp_path):
     secret = keys.create("anna").secret
     with sqlite3.connect(tmp_path / "keys.db") as database:
@@ -40,7 +48,7 @@ def test_the_database_does_not_have_the_key(keys, tmp_path):
 
 
 def test_mistakes_are_said(keys):
-    with pytest.raises(UserError, match="there is no such key; `keys list` shows their ids"):
+    with pytest.raises(UserError, match="there is no key key_x; `keys list` shows their ids"):
         keys.revoke("key_x")
     for name in ("", " ", "a\nb"):
         with pytest.raises(UserError, match="give it a name"):
