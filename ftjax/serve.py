@@ -15,6 +15,7 @@ key. Ctrl-C or SIGTERM ends the server once it has answered what it was asked. I
 import datetime
 import functools
 import sys
+from types import ModuleType
 
 from ml_collections import ConfigDict
 
@@ -28,13 +29,9 @@ _KEYS = "`keys create NAME`, `keys list`, `keys renew ID` or `keys revoke ID`"
 def main(argv: list[str]) -> int:
     settings = config_flag.value(configs.KEYS)
     configs.validate(settings)
-    try:
-        from ftjax.hosted import server
-    except ImportError as error:
-        raise UserError(f"the server needs further packages ({error}); pip install 'ftjax[serve]'") from error
     match argv[1:]:
         case []:
-            return server.serve(settings)
+            return _server().serve(settings)
         case ["keys", *words]:
             return _keys(settings, words)
         case [word, *_]:
@@ -42,9 +39,7 @@ def main(argv: list[str]) -> int:
 
 
 def _keys(settings: ConfigDict, words: list[str]) -> int:
-    from ftjax.hosted import server
-
-    keys = server.keys_of(settings)
+    keys = _server().keys_of(settings)
     match words:
         case ["create", name]:
             created = keys.create(name)
@@ -62,6 +57,14 @@ def _keys(settings: ConfigDict, words: list[str]) -> int:
         case _:
             raise UserError(f"it is {_KEYS}")
     return 0
+
+
+def _server() -> ModuleType:
+    try:
+        from ftjax.hosted import server
+    except ImportError as error:
+        raise UserError(f"the server needs further packages ({error}); pip install 'ftjax[serve]'") from error
+    return server
 
 
 if __name__ == "__main__":

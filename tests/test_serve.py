@@ -15,6 +15,8 @@ import openai
 import pytest
 from support import PYTHONPATH, ROOT
 
+import ftjax.hosted
+from ftjax import serve
 from ftjax.errors import UserError
 from ftjax.hosted.database import connect
 
@@ -139,6 +141,13 @@ def test_mistakes_of_the_command_line(tmp_path):
         assert message in command(folder, *words, code=2)
     with pytest.raises(UserError, match=r"or postgresql\+psycopg"):
         connect("mysql+nothing://x")
+
+
+def test_the_extra_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.delattr(ftjax.hosted, "server", raising=False)
+    monkeypatch.setitem(sys.modules, "ftjax.hosted.server", None)
+    with pytest.raises(UserError, match=r"pip install 'ftjax\[serve\]'"):
+        serve._server()
 
 
 def test_tls_is_one_certificate_away(tmp_path):

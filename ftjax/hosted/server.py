@@ -40,8 +40,7 @@ def serve(settings: ConfigDict) -> int:
             print(f"an API key, which is not shown again: {keys.create('first').secret}", flush=True)
         if scheme == "http" and not configs.is_local(settings):
             print("keys and data pass in the clear: set config.certificate, or let a proxy do TLS", flush=True)
-        _run(application, sock, settings)
-    return 0
+        return _run(application, sock, settings)
 
 
 def wire(settings: ConfigDict, engine: sqlalchemy.Engine, keys: Keys) -> FastAPI:
@@ -121,7 +120,8 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"config.host={host!r}, config.port={port}: {error.strerror}; name another") from error
 
 
-def _run(application: FastAPI, sock: socket.socket, settings: ConfigDict) -> None:
+def _run(application: FastAPI, sock: socket.socket, settings: ConfigDict) -> int:
+    """1 where the application does not begin, of which the log has the reason."""
     config = uvicorn.Config(
         application,
         http="h11",
@@ -137,4 +137,6 @@ def _run(application: FastAPI, sock: socket.socket, settings: ConfigDict) -> Non
     # uvicorn ends on these, and then raises them again for whom they were meant before: nobody.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[sock])
+    process = uvicorn.Server(config)
+    process.run(sockets=[sock])
+    return 0 if process.started else 1
