@@ -27,6 +27,7 @@ from ftjax.hosted.refusals import Refused
 
 GONE = 499  # in the log, of clients that did not wait for their answer
 _METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
+_SECONDS = (0.005, 0.025, 0.1, 0.5, 1, 2.5, 10, 30, 120, 600)  # answers that stream take minutes
 _LINGER = 5  # seconds in which the rest of a refused body is read: a client that still sends would not see the answer
 
 
@@ -83,7 +84,8 @@ class Gate:
         self._threads = anyio.CapacityLimiter(4)
         labels = ("method", "route", "status")
         self._requests = Counter("ftjax_requests", "Requests answered", labels, registry=registry)
-        self._seconds = Histogram("ftjax_request_seconds", "Until the end of the answer", ("route",), registry=registry)
+        text = "Until the end of the answer"
+        self._seconds = Histogram("ftjax_request_seconds", text, ("route",), buckets=_SECONDS, registry=registry)
         self._open = Gauge("ftjax_open_requests", "Requests that are being answered", registry=registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,7 +13,7 @@ import sqlalchemy
 import uvicorn
 from fastapi import FastAPI
 from ml_collections import ConfigDict
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from ftjax.errors import UserError
 from ftjax.hosted import app, files, forms, logs, uploads
@@ -46,6 +46,7 @@ def serve(settings: ConfigDict) -> int:
 def wire(settings: ConfigDict, engine: sqlalchemy.Engine, keys: Keys) -> FastAPI:
     """The application with all its parts."""
     folder, registry = Path(settings.folder), CollectorRegistry()
+    ProcessCollector(registry=registry)  # memory, open files, time of the CPU
     limits = files.Limits(
         settings.files.max_mb * configs.MB,
         settings.files.quota_mb * configs.MB,
