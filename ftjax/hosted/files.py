@@ -99,8 +99,13 @@ class Quota:
             self._held[owner] = held
 
     def give(self, owner: str, nbytes: int) -> None:
+        """Gives back what was taken, of an owner who was counted."""
         with self._lock:
             self._held[owner] -= nbytes
+
+    def add(self, owner: str, nbytes: int) -> None:
+        """Counts what nobody is to be refused, of an owner who was counted before it was there."""
+        self.give(owner, -nbytes)
 
     def count(self, owner: str) -> None:
         """Counts what is there where that was not done yet: before any of it is removed."""
@@ -143,12 +148,18 @@ class Files:
         keep_for: seconds until it expires; None: as the limits say.
 
         Raises:
-          Refused: it is too large, has rows that are no JSON objects, or its owner has no room left.
+          Refused: it is too large, has rows that are no JSON objects, or its owner has no room left. For what jobs
+            write there is room, and it counts.
         """
-        with self.arriving(owner) as arriving:
+        of_server = purpose == RESULTS
+        self.quota.count(owner)
+        with self.arriving(owner, counted=not of_server) as arriving:
             for chunk in chunks:
                 arriving.write(chunk)
-            return self.keep(arriving, purpose, filename, keep_for)
+            file = self.keep(arriving, purpose, filename, keep_for)
+        if of_server:
+            self.quota.add(owner, file.bytes)
+        return file
 
     def arriving(
         self, owner: str, largest: int | None = None, counted: bool = True

@@ -204,7 +204,7 @@ class Uploads:
                 self._files.quota.count(owner)
                 file = self._files.keep(whole, upload.purpose, upload.filename, upload.keep_for, finish)
             self._remove(parts)
-            self._files.quota.give(owner, -file.bytes)
+            self._files.quota.add(owner, file.bytes)
             upload.status, upload.file_id = "completed", file.id
         return upload, file
 

@@ -171,8 +171,15 @@ def test_too_large_is_refused_while_it_arrives_and_leaves_nothing(tmp_path):
             client.files.create(file=b"x" * 100, purpose="user_data")
         assert refused.value.code == "quota_exceeded"
         server.client("another").files.create(file=b"x" * 100, purpose="user_data")
+        owner = server.keys.owner(server.key("anna"))
+        results = server.files.write(owner, "fine-tune-results", "step_metrics.csv", [b"x" * 200])  # a job's
         client.files.delete(first.id)
         client.files.create(file=b"x" * 100, purpose="user_data")
+        client.files.create(file=b"x" * (2**20 - 10 - 100 - 200 + 20), purpose="user_data")  # to the last byte
+        with pytest.raises(openai.PermissionDeniedError):
+            client.files.create(file=b"x", purpose="user_data")
+        client.files.delete(results.id)
+        client.files.create(file=b"x" * 200, purpose="user_data")
 
 
 def test_uploads_at_the_same_time_share_what_their_key_may_have(tmp_path):
