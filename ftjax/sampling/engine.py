@@ -22,7 +22,7 @@ from ftjax.models.kernels import choose as choose_kernel
 from ftjax.models.spec import DecoderSpec
 from ftjax.sampling import adapters as stacked
 from ftjax.sampling import slots as compiled
-from ftjax.sampling.request import Completion, Request, Row
+from ftjax.sampling.request import Completion, Request, Row, allowed_next
 from ftjax.sampling.sampler import Sampling
 from ftjax.sampling.slots import Entering, Prompts, Read
 from ftjax.sampling.stop_strings import StopsAt
@@ -106,18 +106,26 @@ class Engine:
         Raises:
           ValueError: there is no such request, or it has ended.
         """
-        for row in [*self._rows, *self._waiting]:
-            if row is not None and row.index == number:
-                if row in self._waiting:
-                    self._waiting.remove(row)
-                else:
-                    self._free(self._rows.index(row))
-                return row.completion()
-        raise ValueError(f"request {number}: there is none of this number, or it has ended")
+        row = self._find(number)
+        if row in self._waiting:
+            self._waiting.remove(row)
+        else:
+            self._free(self._rows.index(row))
+        return row.completion()
+
+    def written(self, number: int) -> Completion:
+        """What a request that has not ended has written so far; ValueError as of `cancel`."""
+        return self._find(number).completion()
 
     def has(self, number: int) -> bool:
         """Whether there is a request of this number that has not ended."""
         return any(row is not None and row.index == number for row in [*self._rows, *self._waiting])
+
+    def _find(self, number: int) -> Row:
+        for row in [*self._rows, *self._waiting]:
+            if row is not None and row.index == number:
+                return row
+        raise ValueError(f"request {number}: there is none of this number, or it has ended")
 
     def set_adapter(self, adapter: int, new: Tree | None) -> None:
         """Puts another adapter, as lora.py has them, into the place of one; None frees it. Nothing is compiled.
@@ -277,7 +285,8 @@ class Engine:
         rows = [row for row in self._rows if row is not None]
         if not rows:
             return
-        most = LOOKED_AT if any(row.request.stops_at for row in rows) else DISPATCH
+        allowed = allowed_next(self._rows, self._model.spec.vocab_size)
+        most = 1 if allowed is not None else LOOKED_AT if any(row.request.stops_at for row in rows) else DISPATCH
         limit = min(limit, most, max(row.left for row in rows))
         # Those that end before the others need no more.
         self._make_room(max(row.length + min(limit, row.left) for row in rows) - 1)
@@ -285,7 +294,7 @@ class Engine:
         enough = max(len(self._rows) // 8, 1) if self._waiting else len(self._rows) + 1
         used = np.array([row is not None for row in self._rows])
         self._slots, chosen, there = compiled.decode(
-            self._model, DISPATCH, self._variables, self._slots, used, np.int32(limit), np.int32(enough)
+            self._model, DISPATCH, self._variables, self._slots, used, np.int32(limit), np.int32(enough), allowed
         )
         chosen, there = jax.device_get((chosen, there))
         for slot, row in enumerate(self._rows):

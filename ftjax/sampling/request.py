@@ -1,7 +1,7 @@
 """What is asked of the engine, and what comes of it: a request, its row on the way through, its completion."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -12,6 +12,10 @@ from ftjax.sampling.slots import Rows
 from ftjax.sampling.stop_strings import StopsAt
 
 GREEDY = Sampling()
+
+# A row's tokens so far -> which may be next: int32 [ceil(vocabulary / 32)], a bit for each token, the lowest first; one
+# at least.
+Allows = Callable[[Sequence[int]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +44,7 @@ class Request:
     number: its randomness follows from (sampling.seed, number, number of tokens generated so far).
     bias: what is added to the logits of tokens.
     adapter: which of the engine's adapters; None: none of them.
+    allows: what the host allows next, see Allows; all rows beside such a one are then a token a dispatch, too.
     """
 
     prompt: np.ndarray
@@ -50,6 +55,7 @@ class Request:
     bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     stops_at: StopsAt | None = None
     adapter: int | None = None
+    allows: Allows | None = None
 
     def check(self, model: Decoder, name: str) -> None:
         """UserError for what the model cannot complete."""
@@ -134,3 +140,14 @@ class Row:
     def completion(self) -> Completion:
         logps = np.array(self.logps, np.float32).reshape(-1, 3).T
         return Completion(np.array(self.text_tokens, np.int32), self.stopped, self.stop_token, *logps)
+
+
+def allowed_next(rows: Sequence[Row | None], vocabulary: int) -> np.ndarray | None:
+    """int32 [rows, ceil(vocabulary / 32)] as Allows has them, all tokens of the others; None where no row asks."""
+    asking = {slot: row for slot, row in enumerate(rows) if row is not None and row.request.allows is not None}
+    if not asking:
+        return None
+    allowed = np.full((len(rows), -(-vocabulary // 32)), -1, np.int32)
+    for slot, row in asking.items():
+        allowed[slot] = row.request.allows(row.tokens)
+    return allowed
