@@ -83,7 +83,10 @@ def facts_of(base: Base) -> BaseFacts:
 
 
 def of_rows(base: Base, facts: BaseFacts, path: Path) -> Tree:
-    """The adapter in the directory `path` in host memory, for `Engine.set_adapter`; UserError where rows cannot have it."""
+    """The adapter in the directory `path`, in host memory, for `Engine.set_adapter`.
+
+    Raises UserError where rows cannot have it.
+    """
     stored = open_adapter(path, base.model.spec)
     if stored.kind:
         raise UserError(f"{path}: is a model {stored.kind}, whose head gives no tokens")

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ftjax.errors import UserError
 from ftjax.hosted.generation import BIASES, Generation, Writing
 from ftjax.hosted.refusals import Refused
-from ftjax.sampling import stop_strings
 from ftjax.sampling import request as engine
+from ftjax.sampling import stop_strings
 from ftjax.sampling.sampler import Sampling
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -78,7 +78,11 @@ class Asked(BaseModel):
             raise Refused(f"stop has {len(self.stops)} strings; use up to 4.", param="stop")
 
     def requests(
-        self, generation: Generation, prompts: Sequence[Any], rooms: Sequence[int], allows: Any = None
+        self,
+        generation: Generation,
+        prompts: Sequence[Any],
+        rooms: Sequence[int],
+        allows: Callable[[], engine.Allows] | None = None,
     ) -> list[engine.Request]:
         """`n` of each prompt, whose draws differ; prompts int32 [length] each, rooms: the most tokens of each.
 

@@ -2,7 +2,6 @@
 
 import json
 import secrets
-import threading
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, ClassVar
@@ -15,6 +14,7 @@ from pydantic import Field
 from ftjax import environments
 from ftjax.data.format.conversation import tools_of
 from ftjax.data.tokens.chat import render_prompt
+from ftjax.hosted import schema
 from ftjax.hosted.asking import Asked, Events, answered, read, usage
 from ftjax.hosted.generation import Generation, Writing
 from ftjax.hosted.refusals import Refused
@@ -51,6 +51,10 @@ class Chat(Asked):
     def length(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def form(self) -> dict[str, Any]:
+        return {"type": "text"} if self.response_format is None else {"type": None} | self.response_format
+
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
@@ -74,10 +78,9 @@ class Chat(Asked):
             )
         if self.tool_choice == "auto" and not self.tools:
             raise Refused("tool_choice is for requests with tools alone; leave it out.", param="tool_choice")
-        kind = (self.response_format or {"type": "text"}).get("type")
-        if kind != "text":
+        if self.tools and self.tool_choice != "none" and self.form["type"] != "text":
             raise Refused(
-                f"response_format of type {kind!r} is not supported here; use 'text'.",
+                "response_format is not supported beside tools here, as a call would not be of it; leave one out.",
                 param="response_format",
                 code="unsupported_parameter",
             )
@@ -89,16 +92,14 @@ def routes(generation: Generation, models: Models) -> APIRouter:
     models: what a model's name stands for.
     """
     router, tokenizer = APIRouter(), generation.base.tokenizer
-    lock = threading.Lock()  # of the tokenizer, which encodes for one thread at a time
 
     def prompt(body: Chat):
         """int32 [n], and what parses calls of tools."""
-        with lock:
+        with generation.encoding:
             tools = None
             if body.tools and body.tool_choice != "none":
                 tools = read("tools", lambda: tools_of({"tools": body.tools}, "the request"))["tools"]
-                if other := next((tool for tool in tools if tool.get("type") != "function"), None):
-                    raise Refused(f"tools: of type {other.get('type')!r}; use 'function'.", param="tools")
+                _check(tools)
             parse = read("tools", lambda: environments.form_of(tokenizer, tools, "tools")) if tools else None
             return read("messages", lambda: render_prompt(body.messages, tokenizer, tools, "messages")), parse
 
@@ -108,7 +109,8 @@ def routes(generation: Generation, models: Models) -> APIRouter:
         served = await run_in_threadpool(models.find, body.model, request.state.owner)
         ids, parse = await run_in_threadpool(prompt, body)
         room = generation.room(len(ids), body.length, "messages")
-        asked = body.requests(generation, [ids], [room])
+        allows = await run_in_threadpool(schema.follows, generation, body.form)
+        asked = body.requests(generation, [ids], [room], allows)
         writing = generation.ask(asked, served.adapter, bool(body.logprobs))
         answers = [Answer(generation, body, parse) for _ in asked]
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": served.name}
@@ -120,6 +122,20 @@ def routes(generation: Generation, models: Models) -> APIRouter:
     return router
 
 
+def _check(tools: list[dict]) -> None:
+    """Refused for what OpenAI has besides functions."""
+    for tool in tools:
+        if tool.get("type") != "function":
+            raise Refused(f"tools: of type {tool.get('type')!r}; use 'function'.", param="tools")
+        if tool["function"].get("strict"):
+            raise Refused(
+                f"tools: strict of {tool['function']['name']!r} is not supported here, as calls are what the model "
+                "writes; leave it out.",
+                param="tools",
+                code="unsupported_parameter",
+            )
+
+
 class Answer:
     """One choice on its way to a client: `add` and `finish` return what to send, as the deltas of its message."""
 
@@ -127,7 +143,7 @@ class Answer:
         self._text = Text(generation.base.tokenizer, body.stops)
         self._parse, self._logprobs = parse, body.logprobs
         self._bytes_of, self._special = generation.bytes_of, special_tokens(generation.base.tokenizer)
-        self._sent, self._noted = 0, 0  # characters and tokens that were sent
+        self._sent = 0  # characters of the text that were sent
         self.calls: list[dict] = []
         self.reason: str | None = None
         self.count = 0  # tokens that were written, with the one that ended it
@@ -156,14 +172,8 @@ class Answer:
         """Those that have not been given yet, of what has been sent."""
         if not self._logprobs:
             return None
-        over = self.reason is not None
-        out = []
-        for token in self._text.tokens[self._noted :]:
-            if not over and token.end > self._sent:
-                break
-            out.append(self._logprob(token))
-        self._noted += len(out)
-        return {"content": out, "refusal": None}
+        tokens = self._text.take(self._sent if self.reason is None else None)
+        return {"content": [self._logprob(token) for token in tokens], "refusal": None}
 
     def _logprob(self, token: Token) -> dict:
         text = self._bytes_of(token.id)

@@ -128,6 +128,7 @@ class Generation:
         self.vocabulary = llguidance.hf.from_tokenizer(
             base.tokenizer, max(base.model.spec.vocab_size, len(base.tokenizer)), list(base.end_tokens)
         )
+        self.encoding = threading.Lock()  # whose holder encodes: a tokenizer does so for one thread at a time
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of the two that follow
         self._open = 0  # requests that have not ended
@@ -177,6 +178,8 @@ class Generation:
         writing = Writing(len(requests), lambda: self._inbox.put(lambda: self._give_up(asked)))
         asked += [_Asked(request, adapter, index, writing, logps) for index, request in enumerate(requests)]
         most = self.limits.slots + self.limits.waiting
+        if len(asked) > most:
+            raise Refused(f"The request is for {len(asked)} completions; ask for up to {most} at once.", param="n")
         with self._lock:
             if not self._alive:
                 raise _dead()

@@ -37,6 +37,7 @@ class Text:
         self.text = ""
         self.cut = False  # whether a stop string ended it
         self.tokens: list[Token] = []
+        self._taken = 0  # how many of them
 
     def add(self, tokens: Sequence[int], logps: Sequence[float] = ()) -> str:
         for number, token in enumerate(tokens):
@@ -56,6 +57,16 @@ class Text:
         if self.cut:
             self.tokens = [token for token in self.tokens if token.start < len(self.text)]
         return part
+
+    def take(self, until: int | None = None) -> list[Token]:
+        """The tokens that were not taken yet, up to a place in the text; None: all."""
+        out = []
+        for token in self.tokens[self._taken :]:
+            if until is not None and token.end > until:
+                break
+            out.append(token)
+        self._taken += len(out)
+        return out
 
     def _settle(self, how: Callable[[str, Sequence[str]], str]) -> str:
         # What came before is settled, so that stop strings begin after it.

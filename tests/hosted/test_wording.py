@@ -22,10 +22,10 @@ TOKENIZERS = {"bytes": make_tokenizer} | {
 }
 
 
-def parts_of(text, tokens, sizes):
+def parts_of(text, tokens, rng, most):
     out, tokens = [], list(tokens)
     while tokens:
-        size = next(sizes)
+        size = rng.randint(1, most)
         out.append(text.add(tokens[:size]))
         tokens = tokens[size:]
     return [*out, text.finish()]
@@ -39,7 +39,7 @@ def test_the_parts_are_together_what_the_tokenizer_decodes(name):
         whole = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for most in (1, 3, 40):
             made = Text(tokenizer)
-            parts = parts_of(made, tokens, iter(lambda: rng.randint(1, most), 0))
+            parts = parts_of(made, tokens, rng, most)
             assert "".join(parts) == made.text == whole
             assert [token.id for token in made.tokens] == tokens
             assert made.tokens[-1].end <= len(whole)
@@ -55,7 +55,7 @@ def test_any_tokens_at_all_give_one_text_however_they_come(name):
         texts = []
         for most in (1, 7, 200):
             made = Text(tokenizer)
-            assert "".join(parts_of(made, tokens, iter(lambda: rng.randint(1, most), 0))) == made.text
+            assert "".join(parts_of(made, tokens, rng, most)) == made.text
             texts.append(made.text)
         assert len(set(texts)) == 1
 
@@ -71,7 +71,7 @@ def test_nothing_of_a_stop_string_is_said():
             until = next(count for count in range(1, len(tokens) + 1) if ends(tokens[:count]))
             made, kept = Text(tokenizer, stops), stop_strings.before(text, stops)
             said = ""
-            for part in parts_of(made, tokens[:until], iter(lambda: rng.randint(1, 4), 0)):
+            for part in parts_of(made, tokens[:until], rng, 4):
                 said += part
                 assert kept.startswith(said)
             assert said == made.text == kept

@@ -14,12 +14,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from ftjax import lora, tree
-from ftjax.adapted import NONE, load_model
+from ftjax.adapted import NONE, facts_of, load_model
 from ftjax.assemble import Base
 from ftjax.hosted.refusals import Refused
 from ftjax.hosted.served import Served
 from ftjax.models.params import abstract_params, logical_axes
-from ftjax.weights.peft.adapter import BaseFacts, write_adapter
+from ftjax.weights.peft.adapter import write_adapter
 from support.runs import write_model
 from support.tiny import one_device
 
@@ -50,7 +50,7 @@ def random_adapter(base: Base, path: Path, seed: int, rank: int = 4) -> Path:
         else (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
         for at, leaf in leaves.items()
     }
-    write_adapter(path, tree.unflatten(made), base.model.spec, BaseFacts("base", ""))
+    write_adapter(path, tree.unflatten(made), base.model.spec, facts_of(base))
     return path
 
 
@@ -108,4 +108,5 @@ def serving(app: FastAPI) -> Iterator[str]:
 
 
 def client(url: str, **options) -> openai.OpenAI:
+    """OpenAI's own, which says at once what it is told; close it."""
     return openai.OpenAI(base_url=f"{url}/v1", api_key="any", **({"max_retries": 0, "timeout": 120} | options))
