@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from ftjax import lora, tree
 from ftjax.adapted import NONE, facts_of, load_model
@@ -75,6 +76,10 @@ def application(*routers: APIRouter, owner: str = "key_1") -> FastAPI:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
         return JSONResponse(Refused(f"{where}: {first['msg']}", param=where or None).body(), 400)
+
+    @app.exception_handler(HTTPException)
+    def failed(request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(Refused(str(error.detail)).body(), error.status_code)
 
     class Owned:
         def __init__(self, app):
