@@ -43,6 +43,7 @@ class Limits:
     slots: rows that are written together. waiting: requests beyond these, before others are turned away.
     context: the most tokens of a prompt and its completion; of a model of fewer positions, these.
     places: adapters that are loaded together. rank, targets: what they may have, see sampling.adapters.stack.
+    room: the tokens that a row has room for at first; more compile once for each doubling.
     dispatch: tokens of a row before the others' are handed on and the next prompts enter.
     """
 
@@ -50,8 +51,9 @@ class Limits:
     waiting: int = 256
     context: int = 4096
     places: int = 8
-    rank: int = 64
+    rank: int = 16
     targets: str = "all-linear"
+    room: int = 512
     dispatch: int = 8
 
 
@@ -241,7 +243,8 @@ class Generation:
         """A new engine, with nothing in it."""
         limits, model = self.limits, self.base.model
         adapters = stack(model, self._variables, [None] * limits.places, limits.rank, self._targets)
-        self._engine = Engine(model, self._variables, limits.slots, STOPS, BIASES, adapters)
+        how = {"reuse": True, "room": limits.room, "together": False}
+        self._engine = Engine(model, self._variables, limits.slots, STOPS, BIASES, adapters, **how)
         self._loaded.clear()
         self._free = list(range(limits.places))
 

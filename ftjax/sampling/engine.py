@@ -53,6 +53,8 @@ class Engine:
       reuse: whether a prompt that begins as a row that has ended, such as the next turn of a chat, goes on from what
         that row left in its slot; only the rest is read. Its log-probabilities are the same up to rounding.
       room: the tokens that slots have room for at first.
+      together: whether prompts that come together are read together; else each in parts of two lengths, so that prompts
+        of all lengths and numbers compile little.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Engine:
         adapters: Tree | None = None,
         reuse: bool = False,
         room: int = 0,
+        together: bool = True,
     ):
         if adapters is not None and "lora" in variables:
             raise ValueError("these variables have an adapter already; give the base's alone beside adapters")
@@ -75,7 +78,7 @@ class Engine:
         self._stops, self._biases = stops, biases
         self._rows: list[Row | None] = [None] * rounded(slots, self._mesh)
         self._waiting: deque[Row] = deque()
-        self._reuse, self._room = reuse, room
+        self._reuse, self._room, self._together = reuse, room, together
         self._left: list[_Left | None] = [None] * len(self._rows)
         self._slots = None
         self._count = 0
@@ -157,7 +160,7 @@ class Engine:
             free.sort(key=lambda slot: -1 if self._left[slot] is None else self._left[slot].row)
             taken = self._take(len(free))
             begun = self._begun(taken[0])
-            if begun is not None and begun.slot in free:
+            if begun is not None and begun.length and begun.slot in free:
                 free = [begun.slot, *(slot for slot in free if slot != begun.slot)]
             self._enter(free[: len(taken)], taken, begun)
         counts = [0 if row is None else len(row.tokens) for row in self._rows]
@@ -209,7 +212,7 @@ class Engine:
             others = np.flatnonzero(there != row.request.prompt[: len(there)])
             best = max(best, _Begun(int(others[0]) if len(others) else len(there), slot))
         # A single slot reads nothing together: there parts are all that compiles, for the first prompt as for others.
-        alone = self._reuse and len(self._rows) == 1
+        alone = not self._together or (self._reuse and len(self._rows) == 1)
         if best.length < REUSED and not alone:
             best = _Begun(0, 0)
         return best if best.length or alone or self._is_long(row) else None
