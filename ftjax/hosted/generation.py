@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 STOPS = 32  # end tokens of a request, at most
 BIASES = 300  # tokens of `logit_bias`, at most
+ENTERING = 4  # the part of the slots, one in so many, for which prompts are read between two dispatches
 FAILURES = 3  # of the engine one after another, after which the thread ends
 
 
@@ -266,8 +267,10 @@ class Generation:
         whose slots then nobody else comes.
         """
         claims: dict[Path, Path] = {}  # the adapter that waits, and the one it waits for
+        # A few at a time, since nothing is written while prompts are read.
+        most = min(self.limits.slots, len(self._running) + max(self.limits.slots // ENTERING, 1))
         for asked in list(self._waiting):
-            if len(self._running) == self.limits.slots:
+            if len(self._running) == most:
                 return
             try:
                 if not self._ready(asked.adapter, claims):
