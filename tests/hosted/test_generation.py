@@ -187,7 +187,7 @@ def test_a_failing_engine_is_made_anew_and_one_that_fails_again_and_again_ends_t
         for _ in range(2):
             failing.set()
             with pytest.raises(Refused, match="its log says why") as error:
-                await read(made.ask([request(), request()], None))
+                await read(made.ask([request()], None))
             assert error.value.status == 500
             until(lambda: made.open == 0)
         failing.clear()
