@@ -83,10 +83,11 @@ class Asked(BaseModel):
         prompts: Sequence[Any],
         rooms: Sequence[int],
         allows: Callable[[], engine.Allows] | None = None,
+        likeliest: bool = False,
     ) -> list[engine.Request]:
         """`n` of each prompt, whose draws differ; prompts int32 [length] each, rooms: the most tokens of each.
 
-        allows: makes what Request.allows is, for each of them.
+        allows: makes what Request.allows is, for each of them. likeliest: see Request.
         """
         base, vocabulary = generation.base, generation.base.model.spec.vocab_size
         seed = secrets.randbits(32) if self.seed is None else self.seed % 2**32
@@ -100,9 +101,8 @@ class Asked(BaseModel):
         for prompt, room in zip(prompts, rooms, strict=True):
             for _ in range(self.n or 1):
                 own = allows() if allows else None
-                out.append(
-                    engine.Request(*(prompt, room, sampling, base.end_tokens, len(out), bias, stops_at), allows=own)
-                )
+                how = prompt, room, sampling, base.end_tokens, len(out), bias, stops_at
+                out.append(engine.Request(*how, allows=own, likeliest=likeliest))
         return out
 
 
@@ -125,6 +125,11 @@ def read(param: str, how: Callable[[], Made]) -> Made:
         return how()
     except UserError as error:
         raise Refused(str(error), param=param) from error
+
+
+def floor(logp: float) -> float:
+    """As JSON has it: OpenAI's least one where it is infinite."""
+    return max(logp, -9999.0)
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:

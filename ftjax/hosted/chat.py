@@ -15,12 +15,13 @@ from ftjax import environments
 from ftjax.data.format.conversation import tools_of
 from ftjax.data.tokens.chat import render_prompt
 from ftjax.hosted import schema
-from ftjax.hosted.asking import Asked, Events, answered, read, usage
-from ftjax.hosted.generation import Generation, Writing
+from ftjax.hosted.asking import Asked, Events, answered, floor, read, usage
+from ftjax.hosted.generation import Generation, Part, Writing
 from ftjax.hosted.refusals import Refused
 from ftjax.hosted.served import Models
 from ftjax.hosted.wording import Text, Token, ending, special_tokens
 from ftjax.sampling import stop_strings
+from ftjax.sampling.request import Completion
 
 TAG = "<tool_call>"  # where a call of environments.tagged begins
 
@@ -59,13 +60,6 @@ class Chat(Asked):
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise Refused("top_logprobs is for logprobs=true alone; leave it out.", param="top_logprobs")
-        if self.top_logprobs:
-            raise Refused(
-                "top_logprobs above 0 is not supported here: the log-probabilities of the tokens that were chosen are "
-                "what there is; leave it out.",
-                param="top_logprobs",
-                code="unsupported_parameter",
-            )
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise Refused(
                 "max_tokens is the older name of max_completion_tokens; give one of them.", param="max_tokens"
@@ -110,7 +104,7 @@ def routes(generation: Generation, models: Models) -> APIRouter:
         ids, parse = await run_in_threadpool(prompt, body)
         room = generation.room(len(ids), body.length, "messages")
         allows = await run_in_threadpool(schema.follows, generation, body.form)
-        asked = body.requests(generation, [ids], [room], allows)
+        asked = body.requests(generation, [ids], [room], allows, bool(body.top_logprobs))
         writing = generation.ask(asked, served.adapter, bool(body.logprobs))
         answers = [Answer(generation, body, parse) for _ in asked]
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": served.name}
@@ -141,7 +135,7 @@ class Answer:
 
     def __init__(self, generation: Generation, body: Chat, parse: environments.Parse | None):
         self._text = Text(generation.base.tokenizer, body.stops)
-        self._parse, self._logprobs = parse, body.logprobs
+        self._parse, self._logprobs, self._top = parse, body.logprobs, body.top_logprobs or 0
         self._bytes_of, self._special = generation.bytes_of, special_tokens(generation.base.tokenizer)
         self._sent = 0  # characters of the text that were sent
         self.calls: list[dict] = []
@@ -155,11 +149,11 @@ class Answer:
             return self._text.text
         return self._before_calls().rstrip() or None
 
-    def add(self, tokens: list[int], logps: list[float]) -> str:
-        self._text.add(tokens, logps)
+    def add(self, part: Part) -> str:
+        self._text.add(part.tokens, part.logps, part.likeliest)
         return self._send(self._plain())
 
-    def finish(self, completion) -> str:
+    def finish(self, completion: Completion) -> str:
         self._text.finish()
         self.count, self.reason = len(completion.logps), ending(completion)
         calls = self._parse(self._text.text) if self._parse else []
@@ -176,13 +170,13 @@ class Answer:
         return {"content": [self._logprob(token) for token in tokens], "refusal": None}
 
     def _logprob(self, token: Token) -> dict:
-        text = self._bytes_of(token.id)
-        return {
-            "token": text.decode(errors="replace"),
-            "logprob": max(token.logp, -9999.0),
-            "bytes": None if token.id in self._special else list(text),
-            "top_logprobs": [],
-        }
+        others = [self._named(*other) for other in token.likeliest[: self._top]]
+        return self._named(token.id, token.logp) | {"top_logprobs": others}
+
+    def _named(self, token: int, logp: float) -> dict:
+        text = self._bytes_of(token)
+        known = None if token in self._special else list(text)
+        return {"token": text.decode(errors="replace"), "logprob": floor(logp), "bytes": known}
 
     def _send(self, text: str) -> str:
         part, self._sent = text[self._sent :], max(self._sent, len(text))
@@ -206,7 +200,7 @@ def _call(call: environments.Call) -> dict:
 
 async def _whole(writing: Writing, answers: list[Answer], head: dict, prompt: int) -> dict:
     async for part in writing:
-        answers[part.request].add(part.tokens, part.logps)
+        answers[part.request].add(part)
         if part.completion is not None:
             answers[part.request].finish(part.completion)
     choices = []
@@ -232,7 +226,7 @@ async def _chunks(writing: Writing, answers: list[Answer], head: dict, body: Cha
         yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
     async for part in writing:
         index, answer = part.request, answers[part.request]
-        text = answer.add(part.tokens, part.logps)
+        text = answer.add(part)
         if part.completion is not None:
             text += answer.finish(part.completion)
         if text:

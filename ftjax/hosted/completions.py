@@ -12,11 +12,11 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from ftjax.data.format.conversation import check_string
-from ftjax.hosted.asking import Asked, Events, answered, read, usage
-from ftjax.hosted.generation import Generation, Writing
+from ftjax.hosted.asking import Asked, Events, answered, floor, read, usage
+from ftjax.hosted.generation import Generation, Part, Writing
 from ftjax.hosted.refusals import Refused
 from ftjax.hosted.served import Models
-from ftjax.hosted.wording import Text, ending
+from ftjax.hosted.wording import Text, Token, ending
 from ftjax.sampling.request import Completion
 
 LENGTH = 16  # tokens of a completion, where none are asked for: OpenAI's
@@ -41,13 +41,6 @@ class Plain(Asked):
             )
         if self.suffix:
             raise Refused("suffix is not supported here; leave it out.", param="suffix", code="unsupported_parameter")
-        if self.logprobs:
-            raise Refused(
-                "logprobs above 0 is not supported here: the log-probabilities of the tokens that were chosen are what "
-                "there is; use logprobs=0.",
-                param="logprobs",
-                code="unsupported_parameter",
-            )
         if self.echo and self.logprobs is not None:
             raise Refused(
                 "echo with logprobs is not supported here, as prompts have none; leave one of them out.",
@@ -96,7 +89,7 @@ def routes(generation: Generation, models: Models) -> APIRouter:
         prompts = await run_in_threadpool(encoded, body.prompts)
         rooms = [generation.room(len(ids), body.max_tokens, "prompt") for ids in prompts]
         rooms = [min(room, body.max_tokens or LENGTH) for room in rooms]
-        asked = body.requests(generation, prompts, rooms)
+        asked = body.requests(generation, prompts, rooms, likeliest=bool(body.logprobs))
         writing = generation.ask(asked, served.adapter, body.logprobs is not None)
         given = [
             tokenizer.decode(ids) if not isinstance(prompt, str) else prompt
@@ -119,7 +112,7 @@ class Answer:
 
     def __init__(self, generation: Generation, body: Plain, echo: str):
         self._text, self._logprobs = Text(generation.base.tokenizer, body.stops), body.logprobs is not None
-        self._bytes_of, self.echo = generation.bytes_of, echo
+        self._bytes_of, self._top, self.echo = generation.bytes_of, body.logprobs or 0, echo
         self.reason: str | None = None
         self.count = 0
 
@@ -127,8 +120,8 @@ class Answer:
     def text(self) -> str:
         return self.echo + self._text.text
 
-    def add(self, tokens: list[int], logps: list[float]) -> str:
-        return self._text.add(tokens, logps)
+    def add(self, part: Part) -> str:
+        return self._text.add(part.tokens, part.logps, part.likeliest)
 
     def finish(self, completion: Completion) -> str:
         self.count, self.reason = len(completion.logps), ending(completion)
@@ -140,16 +133,24 @@ class Answer:
             return None
         tokens = self._text.take(len(self._text.text) if self.reason is None else None)
         return {
-            "tokens": [self._bytes_of(token.id).decode(errors="replace") for token in tokens],
-            "token_logprobs": [max(token.logp, -9999.0) for token in tokens],
-            "top_logprobs": None,
+            "tokens": [self._name(token.id) for token in tokens],
+            "token_logprobs": [floor(token.logp) for token in tokens],
+            "top_logprobs": [self._likeliest(token) for token in tokens] if self._top else None,
             "text_offset": [token.start for token in tokens],
         }
+
+    def _likeliest(self, token: Token) -> dict[str, float]:
+        """With the token itself; of parts of characters, which have one name, the likeliest."""
+        both = [(token.id, token.logp), *reversed(token.likeliest[: self._top])]
+        return {self._name(id): floor(logp) for id, logp in both}
+
+    def _name(self, token: int) -> str:
+        return self._bytes_of(token).decode(errors="replace")
 
 
 async def _whole(writing: Writing, answers: list[Answer], head: dict, prompts: int) -> dict:
     async for part in writing:
-        answers[part.request].add(part.tokens, part.logps)
+        answers[part.request].add(part)
         if part.completion is not None:
             answers[part.request].finish(part.completion)
     choices = []
@@ -174,7 +175,7 @@ async def _chunks(
             yield chunk(index, answer.echo)
     async for part in writing:
         answer = answers[part.request]
-        text = answer.add(part.tokens, part.logps)
+        text = answer.add(part)
         if part.completion is not None:
             text += answer.finish(part.completion)
         if text or answer.reason:

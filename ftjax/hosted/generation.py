@@ -63,6 +63,7 @@ class Part(NamedTuple):
 
     request: which, counted from 0.
     logps: float of each token under the model's own distribution, where they were asked for.
+    likeliest: of each the tokens that were likeliest in its place and their logps, of requests for `likeliest`.
     completion: the whole, where it has ended.
     """
 
@@ -70,6 +71,7 @@ class Part(NamedTuple):
     tokens: list[int]
     logps: list[float]
     completion: Completion | None
+    likeliest: list[list[tuple[int, float]]] | None = None
 
 
 class Writing:
@@ -325,15 +327,18 @@ class Generation:
         self._failures = 0
         for number in new.keys() | ended.keys():
             asked, completion = self._running[number], ended.get(number)
-            tokens, logps = new.get(number, []), []
+            tokens, logps, likeliest = new.get(number, []), [], None
             if asked.logps:
-                whole = completion or self._engine.written(number)
-                logps = whole.full_logps[asked.sent : asked.sent + len(tokens)].tolist()
+                whole, these = completion or self._engine.written(number), slice(asked.sent, asked.sent + len(tokens))
+                logps = whole.full_logps[these].tolist()
+                if whole.likeliest is not None:
+                    columns = whole.likeliest[these].tolist(), whole.likeliest_logps[these].tolist()
+                    likeliest = [list(zip(*both, strict=True)) for both in zip(*columns, strict=True)]
             asked.sent += len(tokens)
             self.tokens += len(tokens)
             if completion is not None:
                 self._end(asked)
-            asked.writing.put(Part(asked.index, tokens, logps, completion))
+            asked.writing.put(Part(asked.index, tokens, logps, completion, likeliest))
 
     def _give_up(self, asked: Sequence[_Asked]) -> None:
         for one in asked:

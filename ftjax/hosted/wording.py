@@ -13,12 +13,16 @@ WINDOW, KEPT = 64, 8  # tokens that are decoded together, and those of them afte
 
 
 class Token(NamedTuple):
-    """A token of a text: where it begins and ends there, in characters; a part of a character is empty."""
+    """A token of a text: where it begins and ends there, in characters; a part of a character is empty.
+
+    likeliest: the tokens that were likeliest in its place, and their logps.
+    """
 
     id: int
     logp: float
     start: int
     end: int
+    likeliest: Sequence[tuple[int, float]]
 
 
 class Text:
@@ -39,12 +43,18 @@ class Text:
         self.tokens: list[Token] = []
         self._taken = 0  # how many of them
 
-    def add(self, tokens: Sequence[int], logps: Sequence[float] = ()) -> str:
+    def add(
+        self,
+        tokens: Sequence[int],
+        logps: Sequence[float] = (),
+        likeliest: Sequence[Sequence[tuple[int, float]]] | None = None,
+    ) -> str:
         for number, token in enumerate(tokens):
             start = len(self._raw)
             if token not in self._special:
                 self._decode(token)
-            self.tokens.append(Token(token, logps[number] if logps else 0.0, start, len(self._raw)))
+            how_likely, others = logps[number] if logps else 0.0, likeliest[number] if likeliest else ()
+            self.tokens.append(Token(token, how_likely, start, len(self._raw), others))
         return self._settle(stop_strings.settled)
 
     def finish(self) -> str:

@@ -22,7 +22,7 @@ from ftjax.models.kernels import choose as choose_kernel
 from ftjax.models.spec import DecoderSpec
 from ftjax.sampling import adapters as stacked
 from ftjax.sampling import slots as compiled
-from ftjax.sampling.request import Completion, Request, Row, allowed_next
+from ftjax.sampling.request import LIKELIEST, Completion, Request, Row, allowed_next
 from ftjax.sampling.sampler import Sampling
 from ftjax.sampling.slots import Entering, Prompts, Read
 from ftjax.sampling.stop_strings import StopsAt
@@ -296,13 +296,14 @@ class Engine:
         # Where prompts wait, a few free slots do; to read prompts one by one would compile for more numbers of rows.
         enough = max(len(self._rows) // 8, 1) if self._waiting else len(self._rows) + 1
         used = np.array([row is not None for row in self._rows])
+        numbers = np.int32(limit), np.int32(enough), allowed, LIKELIEST * any(row.request.likeliest for row in rows)
         self._slots, chosen, there = compiled.decode(
-            self._model, DISPATCH, self._variables, self._slots, used, np.int32(limit), np.int32(enough), allowed
+            self._model, DISPATCH, self._variables, self._slots, used, *numbers
         )
         chosen, there = jax.device_get((chosen, there))
         for slot, row in enumerate(self._rows):
             if row is not None:
-                row.note(*(part[there[:, slot], slot] for part in chosen))
+                row.note(*(part[there[:, slot], slot] for part in chosen if part is not None))
 
     def _make_room(self, length: int) -> None:
         """Slots for rows of `length` tokens."""

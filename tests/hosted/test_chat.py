@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from support.hosted import Names, application, client, random_adapter, serving, tiny
+from support.tiny import batch_of, logits
 
 from ftjax.adapted import facts_of, of_rows
 from ftjax.data.tokens.chat import render_prompt
@@ -105,6 +106,25 @@ def test_a_stream_is_the_whole_answer_in_parts(served):
     assert len({chunk.id for chunk in chunks}) == 1
     with asks.chat.completions.stream(model="tiny", messages=ASKED, seed=5, max_tokens=30) as events:  # the helper
         assert "".join(event.delta for event in events if event.type == "content.delta") == texts[0]
+
+
+def test_the_likeliest_tokens_in_the_place_of_each_are_the_model_s(served):
+    base, variables, generation, asks = served
+    how = {"model": "tiny", "messages": ASKED, "seed": 5, "max_tokens": 10, "logprobs": True, "top_logprobs": 4}
+    given = asks.chat.completions.create(**how).choices[0].logprobs.content
+    made, _, prompt = expected(base, variables, ASKED, 10, Sampling(1.0, seed=5))
+    whole = np.concatenate([render_prompt(ASKED, base.tokenizer), made.tokens])
+    batch = batch_of([[(whole, np.ones(len(whole), bool))]], len(whole))
+    said = logits(base.model, variables, batch)[0].astype(np.float64)
+    for place, one in enumerate(given):
+        row = said[prompt - 1 + place] - np.log(np.exp(said[prompt - 1 + place]).sum())
+        best = np.argsort(-row)[:4]
+        assert [bytes(other.bytes or []) for other in one.top_logprobs if other.bytes] == [
+            generation.bytes_of(token) for token in best if token not in base.tokenizer.all_special_ids
+        ]
+        np.testing.assert_allclose([other.logprob for other in one.top_logprobs], row[best], rtol=1e-4, atol=1e-5)
+    stream = streamed(asks.chat.completions.create(**how, stream=True))
+    assert [one.top_logprobs for one in stream[2][0]] == [one.top_logprobs for one in given]
 
 
 def test_stop_strings_end_an_answer_and_are_not_in_it(served):

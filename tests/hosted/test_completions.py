@@ -56,6 +56,17 @@ def test_several_of_each_with_log_probabilities(served):
         assert given.text_offset == sorted(given.text_offset)
 
 
+def test_the_likeliest_in_the_place_of_each(served):
+    *_, asks = served
+    how = {"model": "tiny", "prompt": TEXTS[0], "seed": 3, "max_tokens": 6, "logprobs": 3}
+    given = asks.completions.create(**how).choices[0].logprobs
+    assert len(given.top_logprobs) == len(given.tokens) == 6
+    for token, logp, others in zip(given.tokens, given.token_logprobs, given.top_logprobs):
+        assert others[token] >= logp
+        assert 1 <= len(others) <= 4
+        assert max(others.values()) < 0
+
+
 def test_a_stream_and_an_echo(served):
     *_, asks = served
     how = {"model": "tiny", "prompt": TEXTS, "seed": 4, "max_tokens": 20, "logprobs": 0, "stop": ["e"]}
@@ -88,7 +99,7 @@ def test_a_stream_and_an_echo(served):
     [
         ({"suffix": "."}, "suffix", "is not supported here"),
         ({"best_of": 3}, "best_of", "is not supported here"),
-        ({"logprobs": 2}, "logprobs", "use logprobs=0"),
+        ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
         ({"logprobs": 0, "echo": True}, "echo", "leave one of them out"),
         ({"prompt": ""}, "prompt", "is empty"),
         ({"prompt": []}, "prompt", "is empty"),

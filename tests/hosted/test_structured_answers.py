@@ -12,7 +12,7 @@ from support.hosted import Names, application, client, serving, tiny
 
 from ftjax import environments
 from ftjax.hosted import chat
-from ftjax.hosted.generation import Generation, Limits
+from ftjax.hosted.generation import Generation, Limits, Part
 from ftjax.sampling.request import Completion
 
 ASKED = [{"role": "user", "content": "Where is my order?"}]
@@ -145,7 +145,7 @@ def test_calls_are_read_from_what_is_written(served, written, content, calls):
         answer, said = chat.Answer(made, body, environments.tagged), ""
         for start in range(0, len(tokens), size):
             part = tokens[start : start + size]
-            said += answer.add(part, [-1.0] * len(part))
+            said += answer.add(Part(0, part, [-1.0] * len(part), None))
         numbers = np.zeros(len(tokens) + 1, np.float32)
         said += answer.finish(Completion(np.array(tokens), True, 4, numbers, numbers, numbers))
         assert answer.content == content
