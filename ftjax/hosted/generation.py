@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import llguidance.hf
+import numpy as np
 from jax.sharding import NamedSharding
 
 from ftjax import adapted, lora, tree
@@ -46,6 +47,9 @@ class Limits:
     places: adapters that are loaded together. rank, targets: what they may have, see sampling.adapters.stack.
     room: the tokens that a row has room for at first; more compile once for each doubling.
     dispatch: tokens of a row before the others' are handed on and the next prompts enter.
+
+    Raises:
+      UserError: a number is too small.
     """
 
     slots: int = 16
@@ -56,6 +60,12 @@ class Limits:
     targets: str = "all-linear"
     room: int = 512
     dispatch: int = 8
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "waiting" else 1
+            if field.name != "targets" and not (type(value) is int and value >= least):
+                raise UserError(f"{field.name}={value!r}: use a whole number, {least} or more")
 
 
 class Part(NamedTuple):
@@ -122,7 +132,7 @@ class Generation:
       variables: those of the base alone, on one device or on a mesh.
 
     Raises:
-      UserError: limits that the model cannot have.
+      UserError: the model has no layer of `limits.targets`.
     """
 
     def __init__(self, base: Base, variables: Tree, limits: Limits | None = None):
@@ -228,6 +238,7 @@ class Generation:
         try:
             with _on_mesh(self._variables):
                 self._begin()
+                self._warm()
                 while self._take():
                     self._admit()
                     self._step()
@@ -250,6 +261,12 @@ class Generation:
         self._engine = Engine(model, self._variables, limits.slots, STOPS, BIASES, adapters, **how)
         self._loaded.clear()
         self._free = list(range(limits.places))
+
+    def _warm(self) -> None:
+        """Compiles what every request needs, before the first one waits for it."""
+        self._engine.add(Request(np.zeros(2, np.int32), 1))
+        while self._engine.busy:
+            self._engine.step(self.limits.dispatch)
 
     def _take(self) -> bool:
         """Does what has been asked for, for which it waits where there is nothing else to do; whether to go on."""

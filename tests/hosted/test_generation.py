@@ -10,6 +10,7 @@ import openai
 import pytest
 from support.hosted import Names, application, client, random_adapter, serving, tiny
 
+from ftjax.errors import UserError
 from ftjax.hosted import chat, generation
 from ftjax.hosted.generation import Generation, Limits
 from ftjax.hosted.refusals import Refused
@@ -203,6 +204,12 @@ def test_a_failing_engine_is_made_anew_and_one_that_fails_again_and_again_ends_t
 
     asyncio.run(main())
     assert "out of memory" in caplog.text
+
+
+def test_limits_are_numbers_that_do_something():
+    with pytest.raises(UserError, match="slots=0: use a whole number, 1 or more"):
+        Limits(slots=0)
+    assert Limits(waiting=0).waiting == 0
 
 
 def test_an_end_of_the_server_is_told_to_those_who_wait(model):
