@@ -43,6 +43,7 @@ FLOORS = [
     | {"critic", "judging", "rewarding"},
     {"best_of", "constitutional", "distillation", "labeling", "planning", "rollouts", "selected"},
     {"sources"},
+    {"hosted"},
     {"__main__", "train", "sweep", "pipeline", "evaluate", "generate", "report", "export", "harness", "score"}
     | {"plan", "inspect_data", "curate", "label", "constitution", "import_config"},
 ]

@@ -1,0 +1,216 @@
+"""The jobs of a server: made, listed, canceled, paused and resumed by requests; the queue takes them on."""
+
+import contextlib
+import random
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from sqlalchemy import Engine, func, select, update
+from sqlalchemy.orm import Session
+
+from ftjax.hosted.jobs.backend import Backend, Local
+from ftjax.hosted.jobs.configuring import check_settings
+from ftjax.hosted.jobs.queue import Queue
+from ftjax.hosted.jobs.requests import NewJob
+from ftjax.hosted.jobs.tables import OPEN, STOP, VALIDATE, WAIT, Checkpoint, Event, Job, new_id, now, tell
+from ftjax.hosted.refusals import Refused
+from ftjax.hosted.served import Models, Served
+from ftjax.training import workdir as workdirs
+
+_PURPOSE, _RESULTS = "fine-tune", "fine-tune-results"
+
+
+class Files(Protocol):
+    """The files of a server, as far as jobs use them (`ftjax.hosted.files`)."""
+
+    def find(self, id: str, owner: str) -> Any: ...
+    def path(self, file: Any) -> Path: ...
+    def write(self, owner: str, purpose: str, filename: str, chunks: Iterable[bytes]) -> Any: ...
+
+
+class Jobs:
+    """To be used as a context: within it the queue works, in a thread of its own.
+
+    Args:
+      folder: for a folder of each job; one server has it for itself.
+      settings: config keys that all jobs share, such as model.source, mesh.fsdp and adapter.rank.
+      models: names of the base and of what was fine-tuned.
+      backend: where trainings run, at most `at_once` at a time; None: here.
+      helpers: where rows are looked at and adapters exported: beside the server, on its CPUs; None: so.
+      open_jobs: of a key, at most, that are not final.
+      seconds: between two turns of the queue.
+
+    Raises:
+      UserError: a setting that jobs cannot share; another server uses the folder.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        files: Files,
+        folder: Path,
+        settings: Mapping[str, Any],
+        models: Models,
+        backend: Backend | None = None,
+        helpers: Backend | None = None,
+        at_once: int = 1,
+        open_jobs: int = 20,
+        seconds: float = 1.0,
+    ):
+        check_settings(settings)
+        self._engine, self._files, self._folder, self._models = engine, files, folder, models
+        self._open_jobs, self._seconds = open_jobs, seconds
+        helpers = helpers or Local({"JAX_PLATFORMS": "cpu"})
+        self.queue = Queue(
+            engine, folder, settings, backend or Local(), helpers, self._write, at_once, helping=max(1, at_once)
+        )
+        self._end = threading.Event()
+
+    def __enter__(self) -> "Jobs":
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(workdirs.lock(self._folder))
+            thread = threading.Thread(target=self.queue.run, args=(self._end, self._seconds), name="jobs")
+            self._end.clear()
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(self._end.set)
+            self._held = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """The queue ends; what runs goes on, and the next server finds it."""
+        self._held.close()
+
+    def create(self, asked: NewJob, owner: str) -> Job:
+        """Raises Refused: the files, the model or the number of jobs do not allow it."""
+        if asked.integrations:
+            raise Refused(
+                "integrations are not served; what trackers would get is in the job's events and result file",
+                param="integrations",
+            )
+        method, hyperparameters = asked.of_method()
+        if method == "reinforcement":
+            raise Refused("reinforcement is not served yet", param="method")
+        served = self._models.find(asked.model, owner)
+        files = {name: getattr(asked, name) for name in ("training_file", "validation_file")}
+        found = {name: self._file(name, id, owner) for name, id in files.items() if id is not None}
+        id = new_id("ftjob-")
+        place = self.queue.place(id)
+        base = asked.model.split(":")[1] if served.adapter else asked.model
+        row = Job(
+            id=id,
+            owner=owner,
+            created_at=now(),
+            status="validating_files",
+            stage=VALIDATE,
+            model=asked.model,
+            adapter=served.adapter and str(served.adapter),
+            name=f"ft:{base}:{owner}:{asked.suffix or ''}:{id.removeprefix('ftjob-')[:8]}",
+            seed=random.randrange(2**31) if asked.seed is None else asked.seed,
+            training_file=asked.training_file,
+            validation_file=asked.validation_file,
+            method=method,
+            asked=hyperparameters,
+            hyperparameters=hyperparameters,
+            labels=asked.metadata,
+            result_files=[],
+        )
+        with Session(self._engine, expire_on_commit=False) as session, session.begin():
+            there = select(func.count()).where(Job.owner == owner, Job.status.in_(OPEN))
+            if session.scalar(there) >= self._open_jobs:
+                raise Refused(
+                    f"this key has {self._open_jobs} jobs that are not finished; wait for one, or cancel it",
+                    code="rate_limit_exceeded",
+                    status=429,
+                )
+            for name, source in found.items():
+                place.take(self._files.path(source), place.train if name == "training_file" else place.heldout)
+            session.add(row)
+            tell(session, id, f"Created fine-tuning job: {id}")
+            tell(session, id, f"Validating training file: {asked.training_file}")
+        return row
+
+    def find(self, id: str, owner: str) -> Job:
+        """Refused (404) where there is none, or it is another's."""
+        with Session(self._engine) as session:
+            row = session.scalar(select(Job).where(Job.id == id, Job.owner == owner))
+        if row is None:
+            raise Refused(f"there is no fine-tuning job {id!r}", param="fine_tuning_job_id", status=404)
+        return row
+
+    def all(self, owner: str, after: str | None, limit: int, labels: Mapping[str, str] | None = None) -> list[Job]:
+        """The newest first, one more than `limit` at most. labels: those that it has; None: any, and none."""
+        query = select(Job).where(Job.owner == owner)
+        for name, value in (labels or {}).items():
+            query = query.where(Job.labels[name].as_string() == value)
+        return self._page(query, Job, after, limit)
+
+    def unlabeled(self, owner: str, after: str | None, limit: int) -> list[Job]:
+        """As `all`, those without metadata."""
+        return self._page(select(Job).where(Job.owner == owner, Job.labels.is_(None)), Job, after, limit)
+
+    def events(self, id: str, owner: str, after: str | None, limit: int) -> list[Event]:
+        return self._page(select(Event).where(Event.job == self.find(id, owner).id), Event, after, limit)
+
+    def checkpoints(self, id: str, owner: str, after: str | None, limit: int) -> list[Checkpoint]:
+        query = select(Checkpoint).where(Checkpoint.job == self.find(id, owner).id, Checkpoint.deleted.is_(False))
+        return self._page(query, Checkpoint, after, limit)
+
+    def served(self, name: str, owner: str) -> Served:
+        """What a model's name stands for; Refused (404) where it is nobody's, or another's."""
+        return self._models.find(name, owner)
+
+    def cancel(self, id: str, owner: str) -> Job:
+        """Ends a job; what it has made is saved, and its checkpoints stay."""
+        return self._change(id, owner, "cancelled", OPEN, "The job was cancelled", finished_at=now())
+
+    def pause(self, id: str, owner: str) -> Job:
+        """Stops a job until it is resumed; what it has made is saved."""
+        return self._change(id, owner, "paused", ("validating_files", "queued", "running"), "The job was paused")
+
+    def resume(self, id: str, owner: str) -> Job:
+        """Lets a paused job go on from where it was, when it is its turn."""
+        row = self.find(id, owner)
+        status, stage = ("queued", WAIT) if row.every else ("validating_files", VALIDATE)
+        return self._change(id, owner, status, ("paused",), "The job was resumed", stage)
+
+    def _change(self, id: str, owner: str, status: str, those: tuple[str, ...], told: str, stage="", **values) -> Job:
+        """Another status for a job that has one of `those`; the queue ends what runs for it first."""
+        row = self.find(id, owner)
+        with Session(self._engine) as session, session.begin():
+            there = update(Job).where(Job.id == id, Job.status.in_(those))
+            idle = there.where(Job.stage.in_(("", WAIT))).values(status=status, stage=stage, **values)
+            busy = there.where(Job.stage.not_in(("", WAIT))).values(status=status, stage=STOP, **values)
+            if not session.execute(idle).rowcount and not session.execute(busy).rowcount:
+                status = session.scalar(select(Job.status).where(Job.id == id))
+                allowed = ", ".join(those)
+                raise Refused(f"job {id} is {status}; only one that is {allowed} can be", code="invalid_status")
+            tell(session, id, told)
+        return self.find(row.id, owner)
+
+    def _page(self, query: Any, kind: Any, after: str | None, limit: int) -> list[Any]:
+        with Session(self._engine) as session:
+            if after is not None:
+                last = session.scalar(query.where(kind.id == after))
+                if last is None:
+                    raise Refused(f"after: there is no {after!r} in this list", param="after")
+                query = query.where(kind.number < last.number)
+            return list(session.scalars(query.order_by(kind.number.desc()).limit(limit + 1)))
+
+    def _file(self, name: str, id: str, owner: str) -> Any:
+        try:
+            file = self._files.find(id, owner)
+        except Refused as refused:
+            raise Refused(f"{name}: {refused.message}", param=name, code="invalid_file") from refused
+        if file.purpose != _PURPOSE:
+            raise Refused(
+                f"{name}: {id} has the purpose {file.purpose!r}; upload it with purpose={_PURPOSE!r}",
+                param=name,
+                code="invalid_file",
+            )
+        return file
+
+    def _write(self, owner: str, filename: str, text: str) -> str:
+        return self._files.write(owner, _RESULTS, filename, [text.encode()]).id
