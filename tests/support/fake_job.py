@@ -45,6 +45,8 @@ def train(config, workdir):
     checkpoints = workdir / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     done = max((int(path.name) for path in checkpoints.iterdir()), default=0)
+    if done == plan["steps"]:
+        sys.exit(0)
     note(workdir.parent, f"start {done}")
     starts = (workdir.parent / "starts").read_text().count("start")
     (workdir / "environment.json").write_text(json.dumps({"starts": [{"steps": plan["steps"]}]}))
