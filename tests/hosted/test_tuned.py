@@ -26,6 +26,7 @@ def server(tmp_path_factory):
         "adapter.rank": 4,
         "data.max_length": 96,
         "mesh.fsdp": 1,
+        "rollouts.max_new_tokens": 16,
     }
     files, engine = PlainFiles(folder / "files"), connect(f"sqlite:///{folder}/server.db")
     trained = Trained(engine, "tiny")
@@ -164,4 +165,41 @@ def test_rows_that_are_not_to_be_trained_on_fail_the_job_with_their_place(server
     assert (job.error.code, job.error.param) == (f"invalid_{param}", param)
     places = {"train": files["training_file"], "heldout": files.get("validation_file")}
     assert said.format(**places) in job.error.message
+    assert str(server.folder) not in job.error.message
+
+
+@pytest.mark.slow
+def test_a_reinforcement_job_is_rewarded_by_its_grader(server):
+    source = "def grade(sample, item):\n    return sample['output_text'].count(item['letter']) / 10"
+    grader = {"type": "python", "name": "letters", "source": source}
+    asked = {"n_epochs": 1, "batch_size": 4, "compute_multiplier": 0.5}
+    prompts = [{"messages": row["messages"][:1], "letter": "e"} for row in rows(0, 8)]
+    job = server.client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=server.files.add(prompts),
+        validation_file=server.files.add([{"messages": row["messages"][:1], "letter": "e"} for row in rows(20, 24)]),
+        method={"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": asked}},
+    )
+    job = ended(server.client, job)
+    assert job.status == "succeeded", job.error
+    assert job.method.reinforcement.grader.to_dict() == grader
+    config = json.loads((run_of(server, job) / "config.json").read_text())
+    assert (config["objective"]["name"], config["rollouts"]["samples"], config["data"]["batch_size"]) == ("grpo", 4, 16)
+    records = metrics.read(run_of(server, job) / "metrics.jsonl")
+    rewards = {record["step"]: record["reward"] for record in records if "reward" in record}
+    events = [event.data for event in server.client.fine_tuning.jobs.list_events(job.id) if event.data]
+    assert {one["step"]: one["train_mean_reward"] for one in events if "train_mean_reward" in one} == rewards
+    assert list(rewards) == [1, 2]
+    assert [one["step"] for one in events if "full_valid_mean_reward" in one] == [2]
+
+
+@pytest.mark.slow
+def test_a_row_that_lacks_what_the_grader_names_fails_the_job(server):
+    grader = {"type": "string_check", "name": "x", "input": "{{ sample.output_text }}", "operation": "eq"}
+    method = {"type": "reinforcement", "reinforcement": {"grader": grader | {"reference": "{{ item.answer }}"}}}
+    file = server.files.add([{"messages": row["messages"][:1]} for row in rows(0, 4)])
+    job = ended(server.client, server.client.fine_tuning.jobs.create(model="tiny", training_file=file, method=method))
+    assert (job.status, job.error.code) == ("failed", "invalid_training_file")
+    assert f"training_file {file}:1: " in job.error.message
+    assert "item.answer" in job.error.message
     assert str(server.folder) not in job.error.message

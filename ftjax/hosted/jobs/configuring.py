@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ftjax.config import KEYS
+from ftjax.config import GRADER, KEYS
 from ftjax.errors import UserError
 from ftjax.hosted.jobs.tables import Job
 
@@ -62,13 +62,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def config(
-    job: Job, settings: Mapping[str, Any], train: Path, heldout: Path | None, data: Data | None = None
+    job: Job,
+    settings: Mapping[str, Any],
+    train: Path,
+    heldout: Path | None,
+    grader: Path | None = None,
+    data: Data | None = None,
 ) -> dict[str, Any]:
     """{dotted key: value} of the run.
 
     Args:
       settings: config keys that all jobs share, model.source among them.
-      train, heldout: the files of rows.
+      train, heldout: the files of rows; grader: that of what is rewarded.
       data: of the rows; None while they are still to be looked at.
     """
     asked = job.hyperparameters
@@ -76,7 +81,7 @@ def config(
         **(settings if job.adapter is None else {k: v for k, v in settings.items() if not k.startswith("adapter.")}),
         "objective.name": OBJECTIVES[job.method],
         "data.train": [str(train)],
-        "data.eval": [str(heldout)] if heldout else [],
+        "data.eval": [_evaluated(heldout, grader)] if heldout else [],
         "data.packing": False,  # so that a row of a batch is an example, as clients count them
         "evaluate.before": False,
         "seed": job.seed,
@@ -95,6 +100,7 @@ def config(
     each = 1
     if job.method == "reinforcement":
         each = out["rollouts.samples"] = samples(asked)
+        out["objective.rewards"] = [f"{GRADER}:{grader}"]
         out["evaluate.samples"] = 1 if asked["eval_samples"] == "auto" else asked["eval_samples"]
     if asked["batch_size"] != "auto":
         out["data.batch_size"] = asked["batch_size"] * each
@@ -106,6 +112,11 @@ def config(
         out["optimizer.learning_rate"] = float(f"{data.learning_rate * factor:.4g}")
         out["checkpoint_every"] = saves(data, each)[0]
     return out
+
+
+def _evaluated(heldout: Path, grader: Path | None) -> Any:
+    """The entry of data.eval: rows have a loss, or where a grader rewards the answers that it gives."""
+    return {"source": str(heldout), "score": f"{GRADER}:{grader}"} if grader else str(heldout)
 
 
 def samples(asked: Mapping[str, Any]) -> int:

@@ -21,8 +21,10 @@ _OF_EVALUATIONS = {
     "full_valid_loss": ("eval_loss",),
     "full_valid_mean_token_accuracy": ("eval_mean_token_accuracy",),
     "full_valid_accuracy": ("eval_rewards/accuracies",),
+    "full_valid_mean_reward": ("eval_validation/grader",),
 }
-_RESULTS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy", "train_mean_reward")
+_RESULTS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+_REWARDS = ("train_mean_reward", "valid_mean_reward")  # where there are some
 _RECENT = 20  # steps of which the median says how long the others will take
 
 
@@ -58,7 +60,7 @@ def events(run: Run, step: int, evaluated: int) -> list[Told]:
             continue
         measured = _numbers(record)
         if is_eval:
-            parts = [("full validation loss", "full_valid_loss")]
+            parts = [("full validation loss", "full_valid_loss"), ("validation reward", "full_valid_mean_reward")]
         else:
             parts = [("training loss", "train_loss"), ("mean reward", "train_mean_reward")]
         said = ", ".join(f"{name}={measured[key]:.4g}" for name, key in parts if key in measured)
@@ -73,7 +75,7 @@ def at(run: Run, step: int) -> dict[str, float]:
     for record in run.records:
         if record["step"] == step:
             found |= _numbers(record)
-    for name in ("loss", "mean_token_accuracy"):  # the whole file is evaluated, not a batch of it
+    for name in ("loss", "mean_token_accuracy", "mean_reward"):  # the whole file is evaluated, not a batch of it
         if f"full_valid_{name}" in found:
             found[f"valid_{name}"] = found[f"full_valid_{name}"]
     return found
@@ -98,8 +100,8 @@ def results(run: Run) -> str:
     for step in sorted({record["step"] for record in run.records if record["step"]}):
         found = at(run, step)
         found["train_accuracy"] = found.get("train_mean_token_accuracy", found.get("train_accuracy"))
-        rows[step] = {name: found.get(name) for name in _RESULTS}
-    used = [name for name in _RESULTS if name != "train_mean_reward" or _any(rows.values(), name)]
+        rows[step] = {name: found.get(name) for name in (*_RESULTS, *_REWARDS)}
+    used = [*_RESULTS, *(name for name in _REWARDS if _any(rows.values(), name))]
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(used)

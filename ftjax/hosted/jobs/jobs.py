@@ -10,6 +10,10 @@ from typing import Any, Protocol
 from sqlalchemy import Engine, func, select, update
 from sqlalchemy.orm import Session
 
+from ftjax.atomic import write_text
+from ftjax.errors import UserError
+from ftjax.evals import graders, sandbox
+from ftjax.evals.graders import Judges
 from ftjax.hosted.jobs.backend import Backend, Local
 from ftjax.hosted.jobs.configuring import check_settings
 from ftjax.hosted.jobs.queue import Queue
@@ -20,6 +24,16 @@ from ftjax.hosted.served import Models, Served
 from ftjax.training import workdir as workdirs
 
 _PURPOSE, _RESULTS = "fine-tune", "fine-tune-results"
+
+
+def checked(grader: object, judges: Judges, param: str) -> dict[str, Any]:
+    """The grader of a request; Refused where it cannot grade. param: where it stands there."""
+    try:
+        if graders.runs_code(found := graders.check(grader, judges)):
+            sandbox.call("def grade(): return 1", "grade", [])  # whether the kernel lets such code be kept apart
+    except UserError as error:
+        raise Refused(str(error), param=param, code="invalid_grader") from error
+    return dict(found)
 
 
 class Files(Protocol):
@@ -41,6 +55,7 @@ class Jobs:
       helpers: where rows are looked at and adapters exported: beside the server, on its CPUs; None: so.
       open_jobs: of a key, at most, that are not final.
       seconds: between two turns of the queue.
+      judges: who answers graders of the type score_model.
 
     Raises:
       UserError: a setting that jobs cannot share; another server uses the folder.
@@ -58,10 +73,11 @@ class Jobs:
         at_once: int = 1,
         open_jobs: int = 20,
         seconds: float = 1.0,
+        judges: Judges = graders.NOBODY,
     ):
         check_settings(settings)
         self._engine, self._files, self._folder, self._models = engine, files, folder, models
-        self._open_jobs, self._seconds = open_jobs, seconds
+        self._open_jobs, self._seconds, self.judges = open_jobs, seconds, judges
         helpers = helpers or Local({"JAX_PLATFORMS": "cpu"})
         self.queue = Queue(
             engine, folder, settings, backend or Local(), helpers, self._write, at_once, helping=max(1, at_once)
@@ -91,8 +107,9 @@ class Jobs:
                 param="integrations",
             )
         method, hyperparameters = asked.of_method()
+        grader = None
         if method == "reinforcement":
-            raise Refused("reinforcement is not served yet", param="method")
+            grader = checked(asked.method.reinforcement.grader, self.judges, "method.reinforcement.grader")
         served = self._models.find(asked.model, owner)
         files = {name: getattr(asked, name) for name in ("training_file", "validation_file")}
         found = {name: self._file(name, id, owner) for name, id in files.items() if id is not None}
@@ -114,6 +131,7 @@ class Jobs:
             method=method,
             asked=hyperparameters,
             hyperparameters=hyperparameters,
+            grader=grader,
             labels=asked.metadata,
             result_files=[],
         )
@@ -127,6 +145,8 @@ class Jobs:
                 )
             for name, source in found.items():
                 place.take(self._files.path(source), place.train if name == "training_file" else place.heldout)
+            if grader is not None:
+                write_text(place.grader, graders.as_text(grader, self.judges))
             session.add(row)
             tell(session, id, f"Created fine-tuning job: {id}")
             tell(session, id, f"Validating training file: {asked.training_file}")

@@ -28,6 +28,10 @@ class Place(NamedTuple):
         return self.folder / "job.json"
 
     @property
+    def grader(self) -> Path:
+        return self.folder / "grader.json"
+
+    @property
     def report(self) -> Path:
         return self.folder / "report.json"
 

@@ -105,9 +105,9 @@ class Queue:
 
     def _validate(self, job: Job) -> None:
         place = self.place(job.id)
-        heldout = place.heldout if job.validation_file else None
+        files = place.train, place.heldout if job.validation_file else None, place.grader if job.grader else None
         if not place.config.is_file():
-            self._configure(place, configuring.config(job, self._settings, place.train, heldout))
+            self._configure(place, configuring.config(job, self._settings, *files))
         found = self._helped(place.looking())
         if found.state is not State.ENDED:
             return
@@ -115,7 +115,7 @@ class Queue:
         if not isinstance(data, Data):
             self._fail(job, data)
             return
-        self._configure(place, configuring.config(job, self._settings, place.train, heldout, data))
+        self._configure(place, configuring.config(job, self._settings, *files, data))
         each = configuring.samples(job.asked) if job.method == "reinforcement" else 1
         every, share = configuring.saves(data, each)
         values = {"hyperparameters": configuring.resolved(job, data), "every": every, "share": share}
