@@ -31,7 +31,7 @@ from ftjax.hosted.jobs.tables import EXPORT, OPEN, STOP, TRAIN, VALIDATE, WAIT, 
 log = logging.getLogger(__name__)
 
 _STOPPED = (EXIT_PREEMPTED, EXIT_INTERRUPTED, 128 + 15)  # saved, or ended before there was anything to save
-_FAILURES = 3  # starts in a row that end badly before a step is made
+_FAILURES = 5  # starts in a row that end badly, or are lost, before a step is made
 _GRACE = 600.0  # seconds for the save of a run that is stopped
 
 
@@ -132,12 +132,22 @@ class Queue:
         run = self._follow(job)
         for step in following.epochs_ends(run.saved, job.every, job.share):
             self._exported(job, run, step)
-        if found.state is State.ABSENT or (found.state is State.ENDED and found.status in _STOPPED):
+        if found.state is State.ENDED and found.status in _STOPPED:
             self._backend.start(task)
+        elif found.state is State.ABSENT:
+            self._lost_run(job, task)
         elif found.state is State.ENDED and found.status == 0:
             self._move(job, EXPORT, "")
         elif found.state is State.ENDED:
             self._ended_badly(job, task, found.status)
+
+    def _lost_run(self, job: Job, task: Task) -> None:
+        """Of a run that was never started, or lost with its machine, nothing is known but its checkpoints."""
+        if job.failures >= _FAILURES:
+            error = {"code": "server_error", "message": "training is lost again and again", "param": None}
+            self._fail(job, error)
+        elif self._move(job, TRAIN, "", failures=job.failures + 1):
+            self._backend.start(task)
 
     def _ended_badly(self, job: Job, task: Task, status: int | None) -> None:
         said = self._renamed(job, validating.mistake(task.log()))
