@@ -27,7 +27,10 @@ def names(formula: str) -> set[str]:
     """The numbers that a formula names; UserError where it is none."""
     if len(formula) > _MOST:
         raise UserError(f"a formula has {_MOST} characters at most, and this one {len(formula)}")
-    return _names(_parsed(formula))
+    try:
+        return _names(_parsed(formula))
+    except RecursionError:
+        raise UserError(f"{formula[:40]!r}... is nested too deeply") from None
 
 
 def value(formula: str, numbers: Mapping[str, float]) -> float:

@@ -60,13 +60,15 @@ def check(grader: object, judges: Judges = NOBODY) -> Grader:
     if not isinstance(grader, Mapping):
         raise UserError(f"a grader is an object with a type, and this is a {type(grader).__name__}")
     kind = grader.get("type")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise UserError(f"there is no type of graders {kind!r}{did_you_mean(str(kind), _KINDS)}")
     needed, optional, own = _KINDS[kind]
     for key in ("name", *needed):
         if key not in grader:
             raise UserError(f"a grader of the type {kind} needs {key!r}")
-    if unknown := sorted(grader.keys() - {"type", "name", *needed, *optional}):
+    if "image_tag" in grader:
+        raise UserError("image_tag is not served: python graders have Python's standard library; leave it out")
+    if unknown := sorted(map(str, grader.keys() - {"type", "name", *needed, *optional})):
         raise UserError(f"a grader of the type {kind} has no {unknown[0]!r}")
     for key in ("name", *needed):
         if key not in ("graders", "input") and not isinstance(grader[key], str):
@@ -194,8 +196,11 @@ def _check_model(grader: Grader, judges: Judges) -> None:
     low, high = _range(grader)
     if not low < high:
         raise UserError(f"range is {grader['range']!r}; it must be two numbers, the smaller first")
-    if unknown := sorted((grader.get("sampling_params") or {}).keys() - _SAMPLING.keys() - {"reasoning_effort"}):
-        raise UserError(f"sampling_params has no {unknown[0]!r}")
+    given = grader.get("sampling_params") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"sampling_params is an object, not {given!r}")
+    if unknown := sorted(given.keys() - _SAMPLING.keys()):
+        raise UserError(f"sampling_params has no {unknown[0]!r}{did_you_mean(unknown[0], _SAMPLING)}")
     _check_texts(grader, judges)
 
 
@@ -206,7 +211,10 @@ def _check_multi(grader: Grader, judges: Judges) -> None:
     for name, one in graders.items():
         if isinstance(one, Mapping) and one.get("type") == "multi":
             raise UserError(f"graders.{name}: a multi grader cannot hold another")
-        check(one, judges)
+        try:
+            check(one, judges)
+        except UserError as error:
+            raise UserError(f"graders.{name}: {error}") from error
     if absent := sorted(formula.names(grader["calculate_output"]) - graders.keys()):
         raise UserError(f"calculate_output names {absent[0]!r}, and there is no such grader")
 
@@ -263,7 +271,7 @@ def _by_model(grader: Grader, values: Mapping[str, Any], judges: Judges) -> floa
 
 def _range(grader: Grader) -> tuple[float, float]:
     given = grader.get("range") or (0, 1)
-    numbers = isinstance(given, list | tuple) and all(type(one) in (int, float) for one in given)
+    numbers = isinstance(given, list | tuple) and all(type(one) in (int, float) and abs(one) < 1e9 for one in given)
     return (float(given[0]), float(given[1])) if numbers and len(given) == 2 else (0.0, 0.0)
 
 
@@ -281,7 +289,7 @@ _OPERATIONS: dict[str, Callable[[str, str], bool]] = {
 _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Grader, Judges], None]]] = {
     "string_check": (("input", "reference", "operation"), (), _check_string),
     "text_similarity": (("input", "reference", "evaluation_metric"), (), _check_similarity),
-    "python": (("source",), ("image_tag",), _check_python),
+    "python": (("source",), (), _check_python),
     "score_model": (("input", "model"), ("range", "sampling_params"), _check_model),
     "multi": (("graders", "calculate_output"), (), _check_multi),
 }

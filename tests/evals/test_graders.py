@@ -1,5 +1,6 @@
 """Graders in OpenAI's form: what each gives, what is wrong with one, and that no template or formula is code."""
 
+import contextlib
 import json
 
 import pytest
@@ -197,3 +198,38 @@ def test_a_config_names_a_grader_by_its_file(tmp_path):
     file.write_text("{}")
     with pytest.raises(UserError, match=r"config.objective.rewards: grader .*right.json: there is no type"):
         scores.find(f"grader:{file}", "config.objective.rewards")
+
+
+def test_whatever_a_description_holds_is_a_grader_or_a_mistake():
+    judged = {
+        "type": "score_model",
+        "name": "x",
+        "model": "m",
+        "input": [{"role": "user", "content": "?"}],
+        "range": [0, 1],
+    }
+    python = {"type": "python", "name": "x", "source": "def grade(sample, item): return 1"}
+    multi = {"type": "multi", "name": "x", "graders": {"a": RIGHT, "b": SIMILAR}, "calculate_output": "a + b"}
+    odd = (
+        None,
+        True,
+        0,
+        -1,
+        10**400,
+        "",
+        "{{",
+        "{{ }}",
+        "-" * 999 + "1",
+        "\ud800",
+        [],
+        [None],
+        {},
+        {"a": 1},
+        {"type": []},
+    )
+    for given in (RIGHT, SIMILAR, judged, python, multi):
+        for key in given:
+            for value in odd:
+                for made in (given | {key: value}, multi | {"graders": {"a": given | {key: value}}}):
+                    with contextlib.suppress(UserError):
+                        graders.check(made, Judges("http://here"))

@@ -1,6 +1,7 @@
 """The jobs of a server: made, listed, canceled, paused and resumed by requests; the queue takes them on."""
 
 import contextlib
+import json
 import random
 import threading
 from collections.abc import Iterable, Mapping
@@ -29,10 +30,13 @@ _PURPOSE, _RESULTS = "fine-tune", "fine-tune-results"
 def checked(grader: object, judges: Judges, param: str) -> dict[str, Any]:
     """The grader of a request; Refused where it cannot grade. param: where it stands there."""
     try:
+        json.dumps(grader, ensure_ascii=False, allow_nan=False).encode()
         if graders.runs_code(found := graders.check(grader, judges)):
             sandbox.call("def grade(): return 1", "grade", [])  # whether the kernel lets such code be kept apart
     except UserError as error:
         raise Refused(str(error), param=param, code="invalid_grader") from error
+    except (ValueError, RecursionError) as error:  # NaN, half a surrogate pair, a thousand brackets
+        raise Refused(f"the grader is not JSON: {error}", param=param, code="invalid_grader") from error
     return dict(found)
 
 
@@ -107,6 +111,11 @@ class Jobs:
                 param="integrations",
             )
         method, hyperparameters = asked.of_method()
+        unused = [name for name in ("eval_interval", "eval_samples") if hyperparameters.get(name, "auto") != "auto"]
+        if unused and asked.validation_file is None:
+            raise Refused(
+                f"{unused[0]} is of evaluations; give a validation_file", param=f"hyperparameters.{unused[0]}"
+            )
         grader = None
         if method == "reinforcement":
             grader = checked(asked.method.reinforcement.grader, self.judges, "method.reinforcement.grader")

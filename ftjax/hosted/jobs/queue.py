@@ -119,7 +119,11 @@ class Queue:
         each = configuring.samples(job.asked) if job.method == "reinforcement" else 1
         every, share = configuring.saves(data, each)
         values = {"hyperparameters": configuring.resolved(job, data), "every": every, "share": share}
-        self._move(job, WAIT, "Files validated, moving job to queued state", status="queued", **values)
+        with Session(self._engine) as session, session.begin():
+            if self._moved(session, job, WAIT, status="queued", **values):
+                for warning in validating.warnings(place.report, self._names(job)):
+                    tell(session, job.id, warning, "warn")
+                tell(session, job.id, "Files validated, moving job to queued state")
 
     def _begin(self, job: Job) -> None:
         """From here on the job trains, whether or not this server lives to start it."""
@@ -152,7 +156,8 @@ class Queue:
     def _ended_badly(self, job: Job, task: Task, status: int | None) -> None:
         said = self._renamed(job, validating.mistake(task.log()))
         if status == EXIT_MISTAKE:
-            self._fail(job, self._mistake(job, said))
+            names = {name: name for name in self._names(job).values()}
+            self._fail(job, validating.failure(said or "training ended with a mistake", names))
         elif job.failures + 1 >= _FAILURES:
             error = {"code": "server_error", "message": said or f"training ended with status {status}", "param": None}
             self._fail(job, error)
@@ -160,13 +165,6 @@ class Queue:
             message = f"Training ended with status {status}; it goes on from its last checkpoint"
             if self._move(job, TRAIN, message, level="warn", failures=job.failures + 1):
                 self._backend.start(task)
-
-    def _mistake(self, job: Job, said: str) -> dict[str, Any]:
-        """The error of a run that ended with a mistake: of its rows where a file of theirs is named."""
-        for name in self._names(job).values():
-            if name in said:
-                return validating.error(said, {name: name})
-        return {"code": "server_error", "message": said or "training ended with a mistake", "param": None}
 
     def _export(self, job: Job) -> None:
         run = self._follow(job)

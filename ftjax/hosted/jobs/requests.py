@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Auto = Literal["auto"]
 Count = Auto | Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
 Factor = Auto | Annotated[float, Field(gt=0, le=1_000, allow_inf_nan=False)]
-Label = Annotated[str, Field(max_length=512)]
+# PostgreSQL's texts have no NUL.
+Text = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 
 
 class Asked(BaseModel):
@@ -33,7 +34,7 @@ class OfRewards(Hyperparameters):
     compute_multiplier: Factor | None = "auto"
     eval_interval: Count | None = "auto"
     eval_samples: Count | None = "auto"
-    reasoning_effort: Literal["default", "low", "medium", "high"] | None = "default"
+    reasoning_effort: Literal["default"] | None = "default"  # models here have no such setting
 
 
 class Supervised(Asked):
@@ -68,15 +69,15 @@ class Method(Asked):
 class NewJob(Asked):
     """The body of a request for a job."""
 
-    model: str
-    training_file: str
-    validation_file: str | None = None
+    model: Text
+    training_file: Text
+    validation_file: Text | None = None
     suffix: str | None = None
     seed: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
     integrations: list[Any] | None = None
-    metadata: dict[str, Label] | None = None
+    metadata: dict[Text, Text] | None = None
 
     @field_validator("suffix")
     @classmethod

@@ -31,9 +31,22 @@ def read(status: int, report: Path, log: str, names: dict[str, str]) -> Data | d
         message = "; ".join(f"{finding['message']} [{finding['code']}]" for finding in errors[:_SHOWN]) + more
         return error(message, names, errors[0]["code"].startswith(_OF_EVALUATION))
     if status == EXIT_MISTAKE or not found:
-        return error(mistake(log) or "the rows could not be looked at", names)
+        return failure(mistake(log) or f"the check of the rows ended with status {status}", names)
     chosen = found["chosen"]
     return Data(found["epoch"]["rows"], chosen["batch_size"], chosen["epochs"], chosen["learning_rate"])
+
+
+def warnings(report: Path, names: dict[str, str]) -> list[str]:
+    """What else is to be known of the rows."""
+    found = json.loads(report.read_text(encoding="utf-8")).get("findings", ())
+    return [renamed(f"{one['message']} [{one['code']}]", names) for one in found if one["severity"] != ERROR]
+
+
+def failure(message: str, names: dict[str, str]) -> dict[str, Any]:
+    """The error of a command that ended with this message: of the rows where it names a file of theirs."""
+    if any(path in message for path in names):
+        return error(message, names)
+    return {"code": "server_error", "message": message, "param": None}
 
 
 def mistake(log: str) -> str:
