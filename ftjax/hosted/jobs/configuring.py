@@ -78,7 +78,7 @@ def config(
     """
     asked = job.hyperparameters
     out = {
-        **(settings if job.adapter is None else {k: v for k, v in settings.items() if not k.startswith("adapter.")}),
+        **_applying(job, settings),
         "objective.name": OBJECTIVES[job.method],
         "data.train": [str(train)],
         "data.eval": [_evaluated(heldout, grader)] if heldout else [],
@@ -112,6 +112,12 @@ def config(
         out["optimizer.learning_rate"] = float(f"{data.learning_rate * factor:.4g}")
         out["checkpoint_every"] = saves(data, each)[0]
     return out
+
+
+def _applying(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that a run would refuse: an adapter has its own, rollouts are of reinforcement."""
+    sections = {"adapter": job.adapter is None, "rollouts": job.method == "reinforcement"}
+    return {key: value for key, value in settings.items() if sections.get(key.partition(".")[0], True)}
 
 
 def _evaluated(heldout: Path, grader: Path | None) -> Any:
