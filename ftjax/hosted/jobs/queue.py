@@ -135,7 +135,8 @@ class Queue:
         found = self._backend.poll(task)
         run = self._follow(job)
         for step in following.epochs_ends(run.saved, job.every, job.share):
-            self._exported(job, run, step)
+            if run.records and run.records[-1]["step"] > step:  # its evaluation is over, where there is one
+                self._exported(job, run, step)
         if found.state is State.ENDED and found.status in _STOPPED:
             self._backend.start(task)
         elif found.state is State.ABSENT:
