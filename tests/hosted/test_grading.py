@@ -4,7 +4,7 @@ import json
 
 import openai
 import pytest
-from support.hosted import application, client_of, served
+from support.plain_hosted import application, client_of, served
 
 from ftjax.evals.graders import NOBODY
 from ftjax.hosted.jobs import grading

@@ -9,7 +9,7 @@ import sys
 import openai
 import pytest
 from support import SUPPORT
-from support.hosted import PlainFiles, application, client_of, served, until
+from support.plain_hosted import PlainFiles, application, client_of, served, until
 
 from ftjax.errors import UserError
 from ftjax.hosted import models

@@ -11,7 +11,7 @@ import time
 import openai
 import pytest
 from support import ROOT, SUPPORT
-from support.hosted import PlainFiles, client_of, until
+from support.plain_hosted import PlainFiles, client_of, until
 
 ENDS = {
     "succeeded": "The job has successfully completed",

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.numpy import load_file
-from support.hosted import PlainFiles, application, client_of, served, until
+from support.plain_hosted import PlainFiles, application, client_of, served, until
 from support.runs import write_model
 
 from ftjax.hosted import models

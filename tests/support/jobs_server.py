@@ -14,7 +14,7 @@ from ftjax.hosted.jobs.jobs import Jobs
 from ftjax.hosted.jobs.routes import routes
 from ftjax.hosted.models import Trained
 from support import SUPPORT
-from support.hosted import PlainFiles, application, served
+from support.plain_hosted import PlainFiles, application, served
 
 folder = Path(sys.argv[1])
 engine = connect(f"sqlite:///{folder}/server.db")
