@@ -42,7 +42,7 @@ def serving(folder, **options):
     files = PlainFiles(folder / "files")
     engine = connect(f"sqlite:///{folder}/server.db")
     trained = Trained(engine, "tiny", created=1)
-    values = {"backend": FAKE, "helpers": FAKE, "seconds": 0.02, "at_once": 2} | options
+    values = {"backend": FAKE, "helpers": FAKE, "seconds": 0.02, "at_once": 2, "per_key": 2} | options
     with (
         Jobs(engine, files, folder / "jobs", SETTINGS, trained, **values) as jobs,
         served(application(routes(jobs), models.routes(trained))) as url,
@@ -298,17 +298,46 @@ def test_permissions_are_none_and_cannot_be_given(server, client):
 
 
 def test_who_has_many_jobs_waits_for_who_has_few(tmp_path):
-    with serving(tmp_path, at_once=1, open_jobs=5) as server, contextlib.ExitStack() as stack:
+    with serving(tmp_path, at_once=1, queued=5) as server, contextlib.ExitStack() as stack:
         alice, bob = (stack.enter_context(client_of(server.url, name)) for name in ("alice", "bob"))
         first = [alice.fine_tuning.jobs.create(model="tiny", training_file=server.plan(seconds=0.1)) for _ in range(5)]
-        with pytest.raises(openai.RateLimitError, match="5 jobs that are not finished"):
-            alice.fine_tuning.jobs.create(model="tiny", training_file=server.plan())
+        with pytest.raises(openai.RateLimitError, match="5 jobs that wait"):
+            for _ in range(3):  # the first one may run already
+                file = server.plan(seconds=0.1)
+                first.append(alice.fine_tuning.jobs.create(model="tiny", training_file=file))
         later = bob.fine_tuning.jobs.create(model="tiny", training_file=server.plan("bob"))
         until(lambda: bob.fine_tuning.jobs.retrieve(later.id).status in ("running", "succeeded"))
         done = [alice.fine_tuning.jobs.retrieve(job.id).status for job in first]
         assert done.count("succeeded") <= 2
         for job in first:
             ended(alice, job)
+
+
+def test_a_key_may_run_fewer_jobs_than_the_server(tmp_path):
+    with serving(tmp_path, at_once=3, per_key=1) as server, client_of(server.url) as client:
+        jobs = [client.fine_tuning.jobs.create(model="tiny", training_file=server.plan(seconds=0.1)) for _ in range(3)]
+        running = 0
+        while any(job.status not in ("succeeded", "failed") for job in jobs):
+            jobs = [client.fine_tuning.jobs.retrieve(job.id) for job in jobs]
+            training = [server.jobs.find(job.id, "alice").stage == "train" for job in jobs]
+            running = max(running, sum(training))
+        assert running == 1
+
+
+def test_a_key_has_so_much_of_the_disk_and_runs_expire_but_not_models(tmp_path):
+    with serving(tmp_path, quota=50) as server, client_of(server.url) as client:
+        job = ended(client, client.fine_tuning.jobs.create(model="tiny", training_file=server.plan()))
+        with pytest.raises(openai.PermissionDeniedError, match=r"of 0\.0 MB; delete models") as caught:
+            client.fine_tuning.jobs.create(model="tiny", training_file=server.plan())
+        assert caught.value.code == "quota_exceeded"
+        folder = tmp_path / "jobs" / job.id
+        assert server.jobs.bytes_of("alice") > 50
+        until(lambda: not (folder / "run/checkpoints").exists())
+    with serving(tmp_path, kept=1) as server, client_of(server.url) as client:
+        until(lambda: server.jobs.expire() or not (folder / "run").exists())
+        assert [path.name for path in folder.iterdir()] == ["adapters"]
+        assert client.models.retrieve(job.fine_tuned_model).id == job.fine_tuned_model
+        assert client.fine_tuning.jobs.retrieve(job.id).status == "succeeded"
 
 
 def test_one_server_has_a_folder_for_itself(tmp_path):

@@ -23,7 +23,7 @@ fake = Local(python=(sys.executable, "-IS", str(SUPPORT / "fake_job.py")))
 files = PlainFiles(folder / "files")
 settings = {"model.source": "somewhere/tiny"}
 with (
-    Jobs(engine, files, folder / "jobs", settings, trained, fake, fake, at_once=3, seconds=0.02) as jobs,
+    Jobs(engine, files, folder / "jobs", settings, trained, fake, fake, at_once=3, per_key=3, seconds=0.02) as jobs,
     served(application(routes(jobs), models.routes(trained))) as url,
 ):
     print(url, flush=True)

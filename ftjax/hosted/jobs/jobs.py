@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import random
+import shutil
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,12 +13,13 @@ from typing import Any, Protocol
 from sqlalchemy import Engine, func, select, update
 from sqlalchemy.orm import Session
 
-from ftjax.atomic import write_text
+from ftjax.atomic import size, write_text
 from ftjax.errors import UserError
 from ftjax.evals import graders, sandbox
 from ftjax.evals.graders import Judges
 from ftjax.hosted.jobs.backend import Backend, Local
 from ftjax.hosted.jobs.configuring import check_settings
+from ftjax.hosted.jobs.places import ADAPTERS
 from ftjax.hosted.jobs.queue import Queue
 from ftjax.hosted.jobs.requests import NewJob
 from ftjax.hosted.jobs.tables import OPEN, STOP, VALIDATE, WAIT, Checkpoint, Event, Job, new_id, now, tell
@@ -55,9 +58,11 @@ class Jobs:
       folder: for a folder of each job; one server has it for itself.
       settings: config keys that all jobs share, such as model.source, mesh.fsdp and adapter.rank.
       models: names of the base and of what was fine-tuned.
-      backend: where trainings run, at most `at_once` at a time; None: here.
+      backend: where trainings run, at most `at_once` at a time, and `per_key` of one key; None: here.
       helpers: where rows are looked at and adapters exported: beside the server, on its CPUs; None: so.
-      open_jobs: of a key, at most, that are not final.
+      queued: jobs of a key that do not run and are not final, at most.
+      quota: bytes of a key's jobs, with which it may begin no further one.
+      kept: seconds after the end of a job for which its run stays; the models that came of it stay. 0: for good.
       seconds: between two turns of the queue.
       judges: who answers graders of the type score_model.
 
@@ -75,16 +80,20 @@ class Jobs:
         backend: Backend | None = None,
         helpers: Backend | None = None,
         at_once: int = 1,
-        open_jobs: int = 20,
+        per_key: int = 1,
+        queued: int = 100,
+        quota: int = 64 * 2**30,
+        kept: int = 0,
         seconds: float = 1.0,
         judges: Judges = graders.NOBODY,
     ):
         check_settings(settings)
         self._engine, self._files, self._folder, self._models = engine, files, folder, models
-        self._open_jobs, self._seconds, self.judges = open_jobs, seconds, judges
+        self._queued, self._quota, self._kept = queued, quota, kept
+        self._seconds, self.judges = seconds, judges
         helpers = helpers or Local({"JAX_PLATFORMS": "cpu"})
         self.queue = Queue(
-            engine, folder, settings, backend or Local(), helpers, self._write, at_once, helping=max(1, at_once)
+            engine, folder, settings, backend or Local(), helpers, self._write, at_once, per_key, helping=at_once
         )
         self._end = threading.Event()
 
@@ -119,6 +128,12 @@ class Jobs:
         grader = None
         if method == "reinforcement":
             grader = checked(asked.method.reinforcement.grader, self.judges, "method.reinforcement.grader")
+        if (used := self.bytes_of(owner)) >= self._quota:
+            raise Refused(
+                f"the jobs of this key have {size(used)} on the disk, of {size(self._quota)}; delete models",
+                code="quota_exceeded",
+                status=403,
+            )
         served = self._models.find(asked.model, owner)
         files = {name: getattr(asked, name) for name in ("training_file", "validation_file")}
         found = {name: self._file(name, id, owner) for name, id in files.items() if id is not None}
@@ -145,10 +160,10 @@ class Jobs:
             result_files=[],
         )
         with Session(self._engine, expire_on_commit=False) as session, session.begin():
-            there = select(func.count()).where(Job.owner == owner, Job.status.in_(OPEN))
-            if session.scalar(there) >= self._open_jobs:
+            waits = Job.status.in_(OPEN), Job.status != "running"
+            if session.scalar(select(func.count()).where(Job.owner == owner, *waits)) >= self._queued:
                 raise Refused(
-                    f"this key has {self._open_jobs} jobs that are not finished; wait for one, or cancel it",
+                    f"this key has {self._queued} jobs that wait; wait for one of them, or cancel it",
                     code="rate_limit_exceeded",
                     status=429,
                 )
@@ -204,6 +219,34 @@ class Jobs:
         row = self.find(id, owner)
         status, stage = ("queued", WAIT) if row.every else ("validating_files", VALIDATE)
         return self._change(id, owner, status, ("paused",), "The job was resumed", stage)
+
+    def bytes_of(self, owner: str) -> int:
+        """That the jobs of a key have on the disk, without the files that are files of the key's, too."""
+        with Session(self._engine) as session:
+            ids = list(session.scalars(select(Job.id).where(Job.owner == owner)))
+        total = 0
+        for id in ids:
+            for folder, _, names in os.walk(self.queue.place(id).folder):
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):  # a run removes what it no longer needs
+                        status = os.stat(os.path.join(folder, name))
+                        total += status.st_size if status.st_nlink == 1 else 0
+        return total
+
+    def expire(self) -> None:
+        """Removes the runs of jobs that ended long ago, with the rows that they were trained on."""
+        if not self._kept:
+            return
+        with Session(self._engine) as session:
+            old = Job.status.not_in(OPEN), Job.stage == "", Job.finished_at < now() - self._kept
+            ids = list(session.scalars(select(Job.id).where(*old)))
+        for id in ids:
+            folder = self.queue.place(id).folder
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.is_dir() and path.name != ADAPTERS:
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.is_file():
+                    path.unlink(missing_ok=True)
 
     def _change(self, id: str, owner: str, status: str, those: tuple[str, ...], told: str, stage="", **values) -> Job:
         """Another status for a job that has one of `those`; the queue ends what runs for it first."""

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from ftjax.hosted.jobs.backend import Task
 from ftjax.hosted.jobs.validating import command as look
 
+ADAPTERS = "adapters"
+
 
 class Place(NamedTuple):
     """The folder of a job, and what is in it."""
@@ -45,7 +47,7 @@ class Place(NamedTuple):
         return self.folder / "stopping"
 
     def adapter(self, step: int) -> Path:
-        return self.folder / "adapters" / f"step-{step}"
+        return self.folder / ADAPTERS / f"step-{step}"
 
     def looking(self) -> Task:
         """Looks at the rows."""

@@ -40,7 +40,7 @@ class Queue:
 
     Args:
       folder: of all jobs. settings: config keys that all share.
-      backend: runs the trainings, at most `at_once` of them.
+      backend: runs the trainings, at most `at_once` of them, and of one key at most `per_key`.
       helpers: runs what looks at rows and exports adapters, beside the server, at most `helping` at a time.
       write: (owner, file name, text) -> the id of a result file.
     """
@@ -54,11 +54,12 @@ class Queue:
         helpers: Backend,
         write: Callable[[str, str, str], str],
         at_once: int = 1,
+        per_key: int = 1,
         helping: int = 1,
     ):
         self._engine, self._folder, self._settings = engine, folder, dict(settings)
         self._backend, self._helpers, self._write = backend, helpers, write
-        self._at_once, self._helping = at_once, helping
+        self._at_once, self._per_key, self._helping = at_once, per_key, helping
         self._lost: Counter[tuple[str, int]] = Counter()  # exports that ended badly
         self._helps = 0  # tasks of the helpers in this turn
 
@@ -77,7 +78,10 @@ class Queue:
                 self._safely(steps[job.stage], job)
         running = Counter(job.owner for job in jobs if job.stage == TRAIN or self._still_trains(job))
         waiting = [job for job in jobs if job.stage == WAIT]
-        while waiting and sum(running.values()) < self._at_once:
+        while sum(running.values()) < self._at_once:
+            waiting = [job for job in waiting if running[job.owner] < self._per_key]
+            if not waiting:
+                break
             # The owner with the fewest runs is next, and of those the one that has waited longest.
             job = min(waiting, key=lambda job: (running[job.owner], self._last_turn(job), job.number))
             waiting.remove(job)
