@@ -6,9 +6,12 @@ The programs of both are stand-ins that keep their state in files, as the tests 
 import json
 import os
 import stat
+import sys
 
 import pytest
-from support import ROOT
+from support import ROOT, SUPPORT
+from support.jobs import serving
+from support.plain_hosted import client_of, until
 
 from ftjax.errors import UserError
 from ftjax.hosted.jobs.backend import Found, State, Task
@@ -41,15 +44,40 @@ esac
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """Puts stand-ins before the programs of this machine."""
-    commands = {"sbatch": SBATCH, "squeue": SQUEUE, "scancel": 'echo "$*" >>"$FAKE/canceled"', "kubectl": KUBECTL}
+    write(
+        tmp_path,
+        monkeypatch,
+        {"sbatch": SBATCH, "squeue": SQUEUE, "scancel": 'echo "$*" >>"$FAKE/canceled"', "kubectl": KUBECTL},
+    )
+    return tmp_path
+
+
+def write(folder, monkeypatch, commands):
     for name, script in commands.items():
-        path = tmp_path / "bin" / name
+        path = folder / "bin" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE", str(tmp_path))
-    return tmp_path
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE", str(folder))
+
+
+# These run what is submitted, as SLURM would: a job is in the queue while it runs.
+RUNNING_SBATCH = """
+for word; do case $word in --job-name=*) name=${word#*=};; --output=*) out=${word#*=};; esac; done
+while [ "${1##*/}" != train.sbatch ]; do shift; done
+shift
+setsid sh -c 'trap : TERM; "$@"; echo "--- now ended with status $?"' job \\
+    "$PYTHON" -IS "$JOB" -m ftjax.train "$@" >>"$out" 2>&1 &
+echo "$name $!" >>"$FAKE/queue"
+echo $!
+"""
+RUNNING_SQUEUE = """
+for word; do case $word in --name=*) name=${word#*=};; esac; done
+[ ! -e "$FAKE/queue" ] || sed -n "s/^$name //p" "$FAKE/queue" | while read -r job; do
+    if kill -0 "$job" 2>/dev/null; then echo "$job"; fi
+done
+"""
 
 
 def task(folder):
@@ -128,3 +156,24 @@ def test_what_they_refuse_is_said(fake, monkeypatch):
         Slurm(ROOT / "scripts/slurm/train.sbatch").poll(task(fake))
     with pytest.raises(UserError, match="there is no kubectl here"):
         jobsets.poll(task(fake))
+
+
+def test_a_job_runs_under_slurm_is_paused_and_goes_on(tmp_path, monkeypatch):
+    cancel = 'kill -s TERM -- "-$1"'
+    write(tmp_path, monkeypatch, {"sbatch": RUNNING_SBATCH, "squeue": RUNNING_SQUEUE, "scancel": cancel})
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("JOB", str(SUPPORT / "fake_job.py"))
+    with (
+        serving(tmp_path, backend=Slurm(ROOT / "scripts/slurm/train.sbatch")) as server,
+        client_of(server.url) as client,
+    ):
+        jobs = client.fine_tuning.jobs
+        job = jobs.create(model="tiny", training_file=server.plan(steps=40, seconds=0.05))
+        until(lambda: any(event.data for event in jobs.list_events(job.id)))
+        jobs.pause(job.id)
+        until(lambda: server.jobs.find(job.id, "alice").stage == "")
+        assert server.starts(job)[-1].startswith("saved ")
+        jobs.resume(job.id)
+        until(lambda: jobs.retrieve(job.id).status == "succeeded")
+        assert server.starts(job)[-1] == "end"
+        assert sorted(event.data["step"] for event in jobs.list_events(job.id) if event.data) == list(range(1, 41))
