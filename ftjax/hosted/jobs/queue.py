@@ -103,7 +103,10 @@ class Queue:
         try:
             step(job)
         except UserError as error:
-            self._fail(job, {"code": "server_error", "message": self._renamed(job, str(error)), "param": None})
+            if job.stage != STOP:  # what has its end already has no other
+                self._fail(job, {"code": "server_error", "message": self._renamed(job, str(error)), "param": None})
+            else:
+                log.warning("job %s does not stop: %s", job.id, error)
         except Exception:
             log.exception("job %s, stage %s", job.id, job.stage)
 
@@ -255,6 +258,8 @@ class Queue:
             if self._moved(session, job, job.stage, **values):
                 for one in told:
                     tell(session, job.id, one.message, data=one.data, type="metrics")
+                for name, value in values.items():
+                    setattr(job, name, value)
         return run
 
     def _helped(self, task: Task) -> Found:
@@ -269,8 +274,9 @@ class Queue:
         return found
 
     def _fail(self, job: Job, error: dict[str, Any]) -> None:
+        stage = STOP if job.stage == TRAIN else ""  # whatever has failed, nothing is to run on
         with Session(self._engine) as session, session.begin():
-            if self._moved(session, job, "", status="failed", error=error, finished_at=now(), estimated_finish=None):
+            if self._moved(session, job, stage, status="failed", error=error, finished_at=now(), estimated_finish=None):
                 tell(session, job.id, f"The job failed: {error['message']}", "error")
 
     def _move(self, job: Job, stage: str, message: str, level: str = "info", **values: Any) -> bool:
