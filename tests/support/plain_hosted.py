@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from ftjax.hosted.refusals import Refused
 
@@ -53,7 +54,7 @@ class PlainFiles:
 
 def application(*routers: APIRouter) -> FastAPI:
     """With these routes; the key of a request is the name of its owner."""
-    app = FastAPI()
+    app = FastAPI(redirect_slashes=False)
     for router in routers:
         app.include_router(router)
 
@@ -70,6 +71,10 @@ def application(*routers: APIRouter) -> FastAPI:
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         return JSONResponse(Refused(first["msg"], param=".".join(map(str, first["loc"][1:]))).body(), 400)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(Refused(error.detail).body(), error.status_code)
 
     return app
 

@@ -139,7 +139,7 @@ class Jobs:
         found = {name: self._file(name, id, owner) for name, id in files.items() if id is not None}
         id = new_id("ftjob-")
         place = self.queue.place(id)
-        base = asked.model.split(":")[1] if served.adapter else asked.model
+        base = asked.model.removeprefix("ft:").partition(f":{owner}:")[0] if served.adapter else asked.model
         row = Job(
             id=id,
             owner=owner,
@@ -188,6 +188,8 @@ class Jobs:
         """The newest first, one more than `limit` at most. labels: those that it has; None: any, and none."""
         query = select(Job).where(Job.owner == owner)
         for name, value in (labels or {}).items():
+            if '"' in name or "\\" in name:  # which SQLite's paths cannot spell
+                raise Refused(f"metadata[{name}]: jobs are not found by keys with quotes", param="metadata")
             query = query.where(Job.labels[name].as_string() == value)
         return self._page(query, Job, after, limit)
 
