@@ -21,6 +21,7 @@ from ftjax.hosted import settings as configs
 from ftjax.hosted.database import connect
 from ftjax.hosted.gate import Rules
 from ftjax.hosted.keys import Keys
+from ftjax.hosted.serving import Serving
 
 _TIDY_EVERY = 600  # seconds
 _FINISH_WITHIN = 20  # seconds that answers have to end in when the server ends
@@ -60,14 +61,18 @@ def wire(settings: ConfigDict, engine: sqlalchemy.Engine, keys: Keys) -> FastAPI
         "/v1/files": settings.files.max_mb * configs.MB + forms.OVERHEAD,
         "/v1/uploads/{upload_id}/parts": uploads.PART + forms.OVERHEAD,
     }
-    # Jobs and answers come here: their routes to `parts`, what begins and ends with the server to the lifespan.
+    model = Serving(settings, engine, kept, registry) if settings.model.source else None
+    if model is not None:
+        parts += model.routes
+        tidy.append(model.jobs.expire)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_tidy, tidy)
-            yield
-            tasks.cancel_scope.cancel()
+        with model.running() if model else contextlib.nullcontext():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_tidy, tidy)
+                yield
+                tasks.cancel_scope.cancel()
 
     rules = Rules(
         keys.owner,
@@ -76,7 +81,9 @@ def wire(settings: ConfigDict, engine: sqlalchemy.Engine, keys: Keys) -> FastAPI
         settings.limits.body_mb * configs.MB,
         larger,
     )
-    application = app.create(*parts, engine=engine, rules=rules, registry=registry, lifespan=lifespan)
+    application = app.create(
+        *parts, engine=engine, rules=rules, registry=registry, lifespan=lifespan, lacks=model and model.lacks
+    )
     application.state.files, application.state.uploads = kept, large
     return application
 
