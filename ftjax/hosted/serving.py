@@ -39,8 +39,11 @@ class Serving:
             raise UserError("config.model.revision is not served; download that revision and name its directory")
         base, variables = adapted.load_model(settings.model.source, {}, settings.model.dtype)
         name = settings.model.name or assemble.published(base) or Path(settings.model.source).name
-        context, slots = settings.generation.max_length, settings.generation.slots
-        self._generation = Generation(base, variables[adapted.NONE], Limits(slots=slots, context=context))
+        its = settings.generation
+        limits = Limits(
+            slots=its.slots, waiting=its.waiting, context=its.max_length, places=its.adapters, rank=its.rank
+        )
+        self._generation = Generation(base, variables[adapted.NONE], limits)
         trained = models.Trained(engine, name)
         shared = {key: settings.model[key.partition(".")[2]] for key in _SHARED}
         shared["data.max_length"] = self._generation.context  # as long as what can be answered

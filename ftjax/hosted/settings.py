@@ -57,7 +57,10 @@ KEYS: dict[str, Key] = {
     "jobs.judges": Key("", ANY),
     "jobs.judges_key": Key("", ANY),
     "generation.slots": Key(16, number(1)),  # answers that are written at the same time
-    "generation.max_length": Key(2048, number(2)),  # tokens of a prompt and its answer
+    "generation.waiting": Key(256, number(0)),  # further ones that may wait
+    "generation.max_length": Key(2048, number(2)),  # tokens of a prompt and its answer, and of a row that is trained on
+    "generation.adapters": Key(8, number(1)),  # models that are loaded beside the base
+    "generation.rank": Key(16, number(1)),  # the largest of them
 }
 
 
