@@ -45,7 +45,7 @@ def gemma2(config: dict[str, Any]) -> DecoderSpec:
 def gemma3(config: dict[str, Any]) -> DecoderSpec:
     config = _DEFAULTS | {"max_position_embeddings": 131_072, "vocab_size": 262_208} | config
     ropes = _ropes(config)
-    config = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
+    config = config | {"rope_parameters": None, "rope_scaling": None}
     fields = _fields(config, size(config, "sliding_window_pattern", size(config, "_sliding_window_pattern", 6)))
     refuse(config, "attn_logit_softcapping", harmless=None)  # transformers ignores it in Gemma 3
     head_dim, positions = fields["head_dim"], fields["max_position_embeddings"]
