@@ -44,7 +44,7 @@ FLOORS = [
     {"best_of", "constitutional", "distillation", "labeling", "planning", "rollouts", "selected"},
     {"sources"},
     {"__main__", "train", "sweep", "pipeline", "evaluate", "generate", "report", "export", "harness", "score"}
-    | {"plan", "inspect_data", "curate", "label", "constitution", "import_config"},
+    | {"plan", "inspect_data", "curate", "label", "constitution", "import_config", "models.__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]

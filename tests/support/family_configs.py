@@ -289,4 +289,4 @@ MORE_CONFIGS = {
     ),
 }
 
-assert {config["model_type"] for config in CONFIGS.values()} == FAMILIES.keys() - {"gemma3"}
+assert {config["model_type"] for config in CONFIGS.values()} == FAMILIES.keys() - {"gemma3", "mistral3"}

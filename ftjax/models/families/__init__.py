@@ -44,8 +44,16 @@ class Family(NamedTuple):
     as_stored: tuple[str, ...] = ()  # paths of kernels that Hugging Face stores as [in, out], like ours
     read_as: tuple[tuple[str, str], ...] = ()  # (prefix in some files, what it stands for)
     ignored: str | None = None  # a regular expression for tensors in the files that the decoder has no use for
-    language_model: str | None = None  # of a multimodal model: the `model_type` of the `text_config` in its config
+    language_models: tuple[str, ...] = ()  # of a multimodal model: `model_type`s that its `text_config` may have
 
+
+# The language model inside multimodal checkpoints, old and new; vision tensors are left where they are.
+_INSIDE = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+)
+_VISION = r"^(model\.)?(vision_tower|multi_modal_projector)\."
 
 FAMILIES: dict[str, Family] = {
     "apertus": Family(apertus.apertus, "ApertusForCausalLM", apertus.NAMES),
@@ -57,9 +65,9 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family(
         gemma.gemma3,
         "Gemma3ForConditionalGeneration",
-        read_as=gemma.GEMMA3_READ_AS,
-        ignored=gemma.GEMMA3_IGNORED,
-        language_model="gemma3_text",
+        read_as=_INSIDE,
+        ignored=_VISION,
+        language_models=("gemma3_text",),
     ),
     "gemma3_text": Family(gemma.gemma3, "Gemma3ForCausalLM"),
     "glm": Family(glm.glm, "GlmForCausalLM"),
@@ -73,6 +81,13 @@ FAMILIES: dict[str, Family] = {
     "ministral": Family(mistral.ministral, "MinistralForCausalLM"),
     "ministral3": Family(mistral.ministral3, "Ministral3ForCausalLM"),
     "mistral": Family(mistral.mistral, "MistralForCausalLM"),
+    "mistral3": Family(
+        mistral.mistral,
+        "Mistral3ForConditionalGeneration",
+        read_as=_INSIDE,
+        ignored=_VISION,
+        language_models=("mistral", "ministral3"),
+    ),
     "mixtral": Family(mistral.mixtral, "MixtralForCausalLM", mistral.MIXTRAL_NAMES),
     "nemotron": Family(nemotron.nemotron, "NemotronForCausalLM"),
     "olmo": Family(olmo.olmo, "OlmoForCausalLM"),
@@ -95,7 +110,7 @@ def family_of(config: dict[str, Any]) -> Family:
     """Raises UserError for an architecture that is not there, with what is, and what its config resembles most."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        specs = {name: family.spec for name, family in FAMILIES.items() if not family.language_model}
+        specs = {name: family.spec for name, family in FAMILIES.items() if not family.language_models}
         raise UserError(
             f"no port of model_type {shorten(name)}{likeness(config, specs)}; there are: {', '.join(sorted(FAMILIES))}"
         )
@@ -103,24 +118,31 @@ def family_of(config: dict[str, Any]) -> Family:
 
 
 def is_multimodal(config: dict[str, Any]) -> bool:
-    return family_of(config).language_model is not None
+    return bool(family_of(config).language_models)
 
 
 def inside_multimodal(spec: DecoderSpec) -> bool:
     """Whether this may be the language model inside a multimodal one."""
-    return spec.family in {family.language_model for family in FAMILIES.values()}
+    return any(spec.family in family.language_models for family in FAMILIES.values())
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config of the language model alone: of a multimodal model its `text_config`, else `config` itself.
 
-    The multimodal model's own word on token ids and tied embeddings counts.
+    The multimodal model's own word on token ids and tied embeddings counts. The language model is of the first of the
+    family's `language_models` unless its config says another.
     """
     if not is_multimodal(config):
         return config
     if not isinstance(config.get("text_config"), dict):
         raise UserError(f"config.json of a {config['model_type']!r} model lacks 'text_config'")
-    name = family_of(config).language_model
+    names = family_of(config).language_models
+    name = config["text_config"].get("model_type") or names[0]
+    if name not in names:
+        raise UserError(
+            f"config.json of a {config['model_type']!r} model: no port of a language model {shorten(name)} in it, "
+            f"only of {', '.join(names)}"
+        )
     ids = {key: value for key, value in config.items() if key.endswith("_token_id") and "image" not in key}
     tied = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
     return ids | config["text_config"] | tied | {"model_type": name, "architectures": [FAMILIES[name].architecture]}

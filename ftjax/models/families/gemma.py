@@ -23,13 +23,6 @@ _DEFAULTS = {
     "sliding_window": 4096,
     "tie_word_embeddings": True,
 }
-# The language model inside Gemma 3's multimodal checkpoints; vision tensors are left where they are.
-GEMMA3_READ_AS = (
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "model."),
-)
-GEMMA3_IGNORED = r"^(model\.)?(vision_tower|multi_modal_projector)\."
 
 
 def gemma2(config: dict[str, Any]) -> DecoderSpec:

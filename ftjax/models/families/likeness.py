@@ -56,7 +56,7 @@ def likeness(config: Mapping[str, Any], families: Mapping[str, Callable[[dict[st
     if not settings.keys() >= {"hidden_size", "num_attention_heads"}:
         return ""
     found = {name: _compared(settings, name, spec) for name, spec in families.items()}
-    name = min(found, key=lambda name: (len(found[name][0]), found[name][1] != "", -_alike(config, name)))
+    name = min(found, key=lambda name: (len(found[name][0]), found[name][1] != "", -_alike(inner, name)))
     unread, refusal = found[name]
     shown = [f"{key}={shorten(settings[key])}" for key in unread[:_MOST]]
     more = f" and {len(unread) - _MOST} more" if len(unread) > _MOST else ""

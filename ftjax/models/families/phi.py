@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ftjax.models.families.fields import decoder_fields, flag, positive, refuse
+from ftjax.models.families.fields import decoder_fields, flag, positive
 from ftjax.models.spec import DecoderSpec
 
 _MODULES = {
@@ -19,15 +19,15 @@ NAMES = {f"{ours}/{leaf}": f"model.{theirs}.{name}" for ours, theirs in _MODULES
 
 
 def phi(config: dict[str, Any]) -> DecoderSpec:
-    refuse(config, "tie_word_embeddings")  # its head has a bias, which the embedding has not
     config = {"partial_rotary_factor": 0.5, "hidden_act": "gelu_new"} | config
     changes = {"norm_eps": positive(config, "layer_norm_eps", 1e-5), "qkv_bias": True, "o_bias": True}
+    fields = decoder_fields(config, partial_rotary=True) | changes
     return DecoderSpec(
-        **decoder_fields(config, partial_rotary=True) | changes,
+        **fields,
         qk_norm="head" if flag(config, "qk_layernorm") else None,
         mlp_bias=True,
         gate=None,
         norm="layer",
         parallel=True,
-        head_bias=True,
+        head_bias=not fields["tie_word_embeddings"],  # an embedding has none
     )

@@ -54,9 +54,14 @@ class Head(NamedTuple):
         return self.kernel.shape[::-1]
 
 
+def is_there(family: str, kind: str) -> bool:
+    """Whether transformers has a class for a family and TEXTS or TOKENS."""
+    return family not in _WITHOUT[kind]
+
+
 def architecture(family: str, kind: str) -> str:
     """transformers' class for a family (a `model_type`) and TEXTS or TOKENS; UserError where it has none."""
-    if family in _WITHOUT[kind]:
+    if not is_there(family, kind):
         raise UserError(
             f"transformers has no {kind} of the family {family!r}, so that this run's head has no place in its "
             "formats; use the run itself (--workdir), whose checkpoints hold it"

@@ -30,16 +30,28 @@ pytestmark = [
 ]
 
 RANK, ALPHA = 3, 5
+_LLAMA = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+_UNGATED = ["down_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+_ONE_UP = ["down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
 NAMES = {
-    "llama": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    "llama": _LLAMA,
+    "phi": ["dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"],
+    "starcoder2": ["c_fc", "c_proj", "k_proj", "o_proj", "q_proj", "v_proj"],
+    "qwen2_moe": ["k_proj", "o_proj", "q_proj", "shared_expert_gate", "v_proj"],
     "phi3": ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"],
     "gpt2": ["c_attn", "c_fc", "c_proj"],
-    "gemma3": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    "gemma3": _LLAMA,
     "mixtral": ["k_proj", "o_proj", "q_proj", "v_proj"],
     "qwen3_moe, a dense layer first": ["k_proj", "o_proj", "q_proj", "v_proj"],
 }
+# Those of which each has the names of another above.
+MORE = {"apertus": _UNGATED, "arcee": _UNGATED, "nemotron": _UNGATED, "glm": _ONE_UP, "glm4": _ONE_UP}
+MORE |= dict.fromkeys(("cohere2", "ernie4_5", "exaone4", "helium", "hunyuan_v1_dense", "ministral"), _LLAMA)
+MORE |= dict.fromkeys(("ministral3", "olmo", "olmo3", "seed_oss", "stablelm"), _LLAMA)
+NAMES |= MORE
 # What peft would take for experts by the name of its module.
 PARAMETERS = {
+    "qwen2_moe": [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up")],
     "qwen3_moe, a dense layer first": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
 }
 TOKENS = documents(0, [12])[0][0]
@@ -90,7 +102,10 @@ class Case:
         return logits(self.decoder, variables, batch)[0]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
+
+
+@pytest.fixture(scope="module", params=[*(name for name in NAMES if name not in MORE), *SLOW])
 def case(request, tmp_path_factory):
     case = Case(torch_model(CONFIGS[request.param]), tmp_path_factory.mktemp("case"))
     case.name, case.ours = request.param, case.adapters("all-linear")
