@@ -77,7 +77,13 @@ def configs(quick):
     return [pytest.param(value, id=name, marks=() if name in quick else pytest.mark.slow) for name, value in every]
 
 
-@pytest.fixture(scope="module", params=configs(quick=[name for name in CONFIGS if "," not in name]))
+# Families all of whose parts are in others that are quick.
+SLOW = {"arcee", "ernie4_5", "exaone4", "glm", "helium", "ministral", "olmo3", "seed_oss", "starcoder2"}
+
+
+@pytest.fixture(
+    scope="module", params=configs(quick=[name for name in CONFIGS if "," not in name and name not in SLOW])
+)
 def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp("case"))
 

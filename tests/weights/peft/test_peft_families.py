@@ -11,7 +11,12 @@ from support.family_configs import CONFIGS, MORE_CONFIGS
 from support.model_dirs import with_scale
 from support.tiny import batch_of, documents, logits, one_device
 from support.torch_models import torch_model
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+)
 
 from ftjax import lora, tree
 from ftjax.errors import UserError
@@ -190,6 +195,26 @@ def test_of_two_layers_of_one_name_only_the_trained_one_is_adapted(gpt2, tmp_pat
     record_figure("largest logit difference", difference)
     assert difference < 1e-4
     again, _ = read(tmp_path / "out", gpt2.spec)
+    jax.tree.map(np.testing.assert_array_equal, again, ours)
+
+
+def test_an_adapter_of_the_language_model_of_mistral3(tmp_path, record_figure):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"model_type": "pixtral", "head_dim": 8, "image_size": 28, "patch_size": 14}
+    config = Mistral3Config(
+        text_config=dict(CONFIGS["ministral3"]), vision_config=vision, image_token_index=60, tie_word_embeddings=False
+    )
+    torch.manual_seed(0)
+    case = Case(Mistral3ForConditionalGeneration(config).eval(), tmp_path / "model")
+    ours = case.adapters("q_proj,down_proj")
+    write(tmp_path / "out", ours, case.spec, multimodal=True)
+    adapted = PeftModel.from_pretrained(fresh(case), tmp_path / "out")
+    assert len(adapted_layers(adapted)) == 2 * 3
+    difference = np.abs(case.logits(ours) - torch_logits(adapted)).max()
+    record_figure("largest logit difference", difference)
+    assert np.abs(case.logits(ours) - case.logits()).max() > 0.05
+    assert difference < 1e-4
+    again, _ = read(tmp_path / "out", case.spec)
     jax.tree.map(np.testing.assert_array_equal, again, ours)
 
 
