@@ -40,9 +40,8 @@ class Case:
     """One family on disk: `base`, and its unquantized `params`."""
 
     def __init__(self, name, path):
-        changes = {
-            key: size for key, size in SIZES.items() if key in CONFIGS[name] or "expert" not in key and "moe" not in key
-        }
+        of_mixtures = ("moe_intermediate_size", "shared_expert_intermediate_size")
+        changes = {key: size for key, size in SIZES.items() if key in CONFIGS[name] or key not in of_mixtures}
         config = CONFIGS[name] | changes
         spec = spec_from_config(config)
         self.params = numpy_params(Decoder(spec))
