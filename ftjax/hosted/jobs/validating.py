@@ -33,7 +33,7 @@ def read(status: int, report: Path, log: str, names: dict[str, str]) -> Data | d
     if status == EXIT_MISTAKE or not found:
         return failure(mistake(log) or f"the check of the rows ended with status {status}", names)
     chosen = found["chosen"]
-    return Data(found["epoch"]["rows"], chosen["batch_size"], chosen["epochs"], chosen["learning_rate"])
+    return Data(found["epoch"]["rows"], **chosen)
 
 
 def warnings(report: Path, names: dict[str, str]) -> list[str]:
