@@ -42,7 +42,7 @@ def server(tmp_path_factory):
 
 def ended(client, job):
     final = ("succeeded", "failed", "cancelled")
-    return until(lambda: (now := client.fine_tuning.jobs.retrieve(job.id)).status in final and now, 300)
+    return until(lambda: (now := client.fine_tuning.jobs.retrieve(job.id)).status in final and now, 600)
 
 
 def rows(first, last):
