@@ -58,7 +58,7 @@ class Growth(NamedTuple):
 
     what: str
     over: str
-    expected: str  # linear or flat
+    expected: str  # linear, flat, or by what it grows
     points: list[tuple[float, float]]
 
     @property
@@ -166,7 +166,7 @@ GROWTH = {
     "vocabulary": (
         "MB of a step, 2,048 tokens",
         "vocabulary",
-        "flat",
+        "by the logits of 512 tokens",
         lambda size: step_memory(8, 256, vocab_size=size),
         (8192, 16384, 32768, 65536, 131072),
     ),
