@@ -1,8 +1,8 @@
 """Next-token cross-entropy that holds the logits of a few tokens and a part of the vocabulary at a time.
 
 Each device holds at most BLOCK logits, or where the head is not split those of TOKENS tokens (`parts`), whatever the
-batch and the number of devices, and the whole head crosses the network once forward and once backward, its gradient once. The logits of the backward pass are
-computed again.
+batch and the number of devices, and the whole head crosses the network once forward and once backward, its gradient
+once. The logits of the backward pass are computed again.
 """
 
 import functools
