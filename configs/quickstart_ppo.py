@@ -1,6 +1,6 @@
 """PPO on support tickets, rewarded by a reward model of pairs of them, on from an adapter of the quickstart's config.
 
-About half an hour on 2 CPU cores; docs/reinforcement.md has the commands. data.eval measures the tickets' own
+About a quarter of an hour on 2 idle CPU cores; docs/reinforcement.md has the commands. data.eval measures the tickets' own
 score, which the reward model has never seen.
 """
 
@@ -27,10 +27,10 @@ def get_config() -> ConfigDict:
     config.rollouts.iterations = 2
     config.rollouts.max_new_tokens = 48
 
-    config.optimizer.learning_rate = 2e-4
-    config.schedule.name = "constant"
-    config.steps = 20
+    config.optimizer.learning_rate = 5e-4
+    config.schedule.name = "linear"  # to 0: the last steps average what few completions say at a high rate
+    config.steps = 28
     config.log_every = 2
-    config.checkpoint_every = 20
+    config.checkpoint_every = 28
     config.evaluate.max_new_tokens = 48
     return config

@@ -10,7 +10,8 @@ goes on, and a finished one only prints. With --write the table goes to docs/rei
 
 import argparse
 import itertools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,8 @@ TEXTS = 96  # of the pretraining mix: what the base itself answers to general re
 ROUNDS = 3  # of which the first and the last of a curve are means
 SAMPLES = 8  # tickets that are written to a prompt for pairs
 WRONG = 3  # of these, the most that are compared with a right one
-HELD_OUT = 5  # a prompt in so many tests the reward model instead of training it
+SPARE = 4_000  # messages for the other half of `balanced`, more than it ever takes
+HELD_OUT = 6  # a prompt in so many tests the reward model instead of training it; of 5, all would have one issue
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "PPO": {},
@@ -43,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pessimistic": {"rewards": "?std=1"},
 }
 
-JUDGE = {"objective.ensemble": 4, "optimizer.learning_rate": 5e-4, "data.batch_size": 4}
+JUDGE = {"objective.ensemble": 4, "optimizer.learning_rate": 5e-4, "data.batch_size": 4, "steps": 96}
 
 
 class Sizes(NamedTuple):
@@ -72,6 +74,37 @@ def own_pairs(base: Base, variables: Tree, examples: Sequence[dict]) -> list[lis
     return [pairs_of(example, texts[i * SAMPLES : (i + 1) * SAMPLES]) for i, example in enumerate(examples)]
 
 
+def balanced(pairs: Sequence[dict], spare: Iterator[dict]) -> list[dict]:
+    """`pairs`, each that prefers issue a to b followed by one that prefers b to a, on a spare example where b is right.
+
+    The model's mistakes are not drawn evenly: it writes some issues too often. A reward model then learns that these
+    are bad whatever the message says, and PPO drops them everywhere. With every issue as often on either side, the
+    message alone tells which one is right.
+    """
+    by_issue: dict[str, list[dict]] = {}
+    found = []
+    for pair in pairs:
+        found.append(pair)
+        good, bad = (issue_of(pair[side]) for side in ("chosen", "rejected"))
+        if good == bad or bad not in support_ticket.ISSUES:
+            continue
+        while not by_issue.get(bad):
+            example = next(spare)
+            by_issue.setdefault(issue_of(example["messages"][-1:]), []).append(example)
+        *prompt, answer = by_issue[bad].pop()["messages"]
+        wrong = json.dumps(json.loads(answer["content"]) | {"issue": good}, separators=(",", ":"), ensure_ascii=False)
+        found.append({"prompt": prompt, "chosen": [answer], "rejected": [answer | {"content": wrong}]})
+    return found
+
+
+def issue_of(messages: Sequence[dict]) -> str | None:
+    """None where the answer is no ticket."""
+    try:
+        return json.loads(messages[-1]["content"])["issue"]
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
 def pairs_of(example: dict, texts: Sequence[str]) -> list[dict]:
     """None where all are right or all are wrong."""
     *prompt, answer = example["messages"]
@@ -91,8 +124,11 @@ def prepare(out: Path, sft: Path, prompts: int) -> None:
         pairs = own_pairs(base, variables, support_ticket.train_examples(first + prompts)[first:])
         plain = {part: leaves for part, leaves in variables.items() if part != "lora"}
         write_replay(base, plain, out / "texts.jsonl", TEXTS)
-    write_rows(out / "held_out.jsonl", itertools.chain(*pairs[::HELD_OUT]))
-    write_rows(out / "pairs.jsonl", itertools.chain(*(its for i, its in enumerate(pairs) if i % HELD_OUT)))
+    spare = iter(support_ticket.train_examples(first + prompts + SPARE)[first + prompts :])
+    held_out = itertools.chain(*pairs[::HELD_OUT])
+    trained = itertools.chain(*(its for i, its in enumerate(pairs) if i % HELD_OUT))
+    write_rows(out / "held_out.jsonl", balanced(list(held_out), spare))
+    write_rows(out / "pairs.jsonl", balanced(list(trained), spare))
 
 
 def results(out: Path, wanted: Sequence[str], sizes: Sizes) -> dict[str, Path]:

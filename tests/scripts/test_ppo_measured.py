@@ -1,6 +1,7 @@
 """scripts/ppo.py: the table of its runs. What it trains takes an hour and more."""
 
 import json
+from collections import Counter
 
 from support import ROOT
 
@@ -43,3 +44,22 @@ def test_pairs_are_of_a_right_and_a_wrong_ticket_to_the_same_message(monkeypatch
     assert all(pair["prompt"] == example["messages"][:-1] for pair in pairs)
     assert ppo.pairs_of(example, [right, spaced]) == []
     assert ppo.pairs_of(example, ["no", "{}"]) == []
+
+
+def test_every_issue_is_as_often_preferred_as_rejected(monkeypatch):
+    """So that no issue is better than another whatever the message says."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import ppo
+
+    first, *spare = support_ticket.train_examples(60)
+    right, good = first["messages"][-1]["content"], ppo.issue_of(first["messages"])
+    others = [issue for issue in support_ticket.ISSUES if issue != good]
+    texts = [right] * 3 + [right.replace(good, issue) for issue in others[:2]] + ["no ticket"]
+    pairs = ppo.balanced(ppo.pairs_of(first, texts), iter(spare))
+    assert len(pairs) == 5  # the one of "no ticket" has no opposite
+    sides = {side: Counter(ppo.issue_of(pair[side]) for pair in pairs) for side in ("chosen", "rejected")}
+    assert sides["rejected"].pop(None) == 1
+    assert sides["chosen"] - sides["rejected"] == Counter({good: 1})
+    for pair in pairs:
+        message = pair["prompt"]
+        assert all(pair["chosen"][0] == e["messages"][-1] for e in spare if e["messages"][:-1] == message)
