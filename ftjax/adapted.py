@@ -15,7 +15,7 @@ from ftjax.models.params import abstract_params
 from ftjax.sampling.adapters import ALONE, stack
 from ftjax.tree import Tree
 from ftjax.weights.load import load_params
-from ftjax.weights.peft.adapter import open_adapter
+from ftjax.weights.peft.adapter import BaseFacts, open_adapter
 from ftjax.weights.peft.begun_heads import classifier
 
 NONE = "none"  # the name of the base without an adapter
@@ -75,6 +75,26 @@ def side_by_side(
         if own:
             raise UserError(f"adapter {name}: {own[0]} was trained whole, and rows share it; {ALONE}")
     return stack(base.model, variables[NONE], [its["lora"] for its in adapters.values()], rank, targets)
+
+
+def facts_of(base: Base) -> BaseFacts:
+    """What `of_rows` compares adapters with; it reads a little of every tensor."""
+    return assemble.base_facts(configs.defaults(), base)
+
+
+def of_rows(base: Base, facts: BaseFacts, path: Path) -> Tree:
+    """The adapter in the directory `path`, in host memory, for `Engine.set_adapter`.
+
+    Raises UserError where rows cannot have it.
+    """
+    stored = open_adapter(path, base.model.spec)
+    if stored.kind:
+        raise UserError(f"{path}: is a model {stored.kind}, whose head gives no tokens")
+    stored.check_base(facts, base.reader)
+    adapter, saved = stored.read()
+    if saved:
+        raise UserError(f"{path}: {next(iter(saved))} was trained whole, and rows share it; {ALONE}")
+    return adapter
 
 
 def _with_tokenizer(adapters: Mapping[str, str]) -> Path | None:

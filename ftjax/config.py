@@ -33,6 +33,7 @@ from ftjax.errors import UserError, did_you_mean
 DTYPES = ("float32", "bfloat16", "float16")
 SHIPPED = "general"  # as a source of config.evaluate.general: the texts that come with this package
 REWARD = "reward"  # a score of an entry in data.eval is reward:PATH, of the reward model there
+GRADER = "grader"  # or grader:FILE, of what the file describes
 
 
 class Key(NamedTuple):

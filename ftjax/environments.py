@@ -191,25 +191,29 @@ def factory(config: ConfigDict, tokenizer: Tokenizer) -> Callable[[], Environmen
     functions = _functions(tools)
     answer = {"role": "tool", "name": next(iter(functions)), "content": "giraffe"}
     continuation(asked, [answer], tokenizer, offered, where)
-    parse = _form(tokenizer, offered)
+    parse = form_of(tokenizer, offered, "config.rollouts.tools")
     return lambda: Tools(functions, parse, make() if make else None)
 
 
-def _form(tokenizer: Tokenizer, offered: list[dict]) -> Parse:
+def form_of(tokenizer: Tokenizer, offered: list[dict], where: str) -> Parse:
     """That of FORMS by which the template writes calls, seen from one: where special tokens are part of it, there is
-    none, since a completion's text is without them."""
+    none, since a completion's text is without them.
+
+    Raises:
+      UserError: naming `where`; it is another form, or none.
+    """
     call, name = {"stripe": "a", "count": 3}, offered[0]["function"]["name"]
     asked = [{"role": "user", "content": "Name an animal."}]
     calls = [{"type": "function", "function": {"name": name, "arguments": call}}]
     turn = {"role": "assistant", "content": "", "tool_calls": calls}
-    before = render(asked, tokenizer, "config.rollouts.tools", offered, generation_prompt=True)
-    text = render([*asked, turn], tokenizer, "config.rollouts.tools", offered)
+    before = render(asked, tokenizer, where, offered, generation_prompt=True)
+    text = render([*asked, turn], tokenizer, where, offered)
     said = tokenizer.decode(encode([text.removeprefix(before)], tokenizer)[0], skip_special_tokens=True)
     for form in FORMS:
         if text.startswith(before) and form(said) == [Call(name, call)]:
             return form
     raise UserError(
-        "config.rollouts.tools: the chat template writes calls in a form that is not read here (read are "
+        f"{where}: the chat template writes calls in a form that is not read here (read are "
         '<tool_call>{"name", "arguments"}</tool_call> and {"name", "parameters"}); take a model, or '
         "config.data.chat_template, with one of these"
     )

@@ -85,7 +85,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
     for index in indices_to_show(train, options["source"], options["rows"]):
         if row := shown(index):
             terminal.row(out, *row, codes.get(index, []))
-    figures = report(result, epoch)
+    figures = report(result, epoch) | {"chosen": _chosen(config, base)}
     if config.data.ptx and epoch.rows:
         steps = config.steps or epoch.steps * iterations(config)
         figures["ptx"] = _inspect_ptx(config, base, heldout, steps, options, out, result)
@@ -196,6 +196,14 @@ def report(result: Survey, epoch: Epoch) -> dict:
         "epoch": dataclasses.asdict(epoch),
         "findings": [dataclasses.asdict(finding) for finding in result.findings],
     }
+
+
+def _chosen(config: ConfigDict, base: Base) -> dict:
+    """What a run would begin with of what a config leaves open, on devices as config.mesh has them."""
+    config = choices.by_model(config, base.model.spec)
+    data = config.data
+    sizes = {"batch_size": data.batch_size, "row_length": data.row_length, "epochs": config.epochs}
+    return {**sizes, "learning_rate": config.optimizer.learning_rate}
 
 
 def main(argv: list[str]) -> int:

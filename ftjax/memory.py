@@ -16,7 +16,7 @@ from ftjax import distributed, sharding, tree
 from ftjax.assemble import Program
 from ftjax.errors import UserError
 from ftjax.method import holds_reference_in_vain, method_of, ptx_rows
-from ftjax.models import kernels
+from ftjax.models import attention, kernels
 from ftjax.models.groups import stacks
 from ftjax.models.spec import DecoderSpec
 
@@ -84,9 +84,9 @@ def needed(program: Program, remat: str, accumulate: int) -> float:
     inside = 5 if sharding.platform(program.mesh) == "gpu" else 3
     whole = 9 + inside * inner(spec) / spec.hidden_size / mesh["tensor"]
     per_layer = {"none": whole, "full": 1.0, "offload": 0.1}[remat]
-    scores = _scores(program, tokens)
     layers = spec.num_hidden_layers
-    kept = width * per_layer * layers + scores * (layers if remat == "none" else 0)
+    scores, held = _scores(program, tokens)
+    kept = width * per_layer * layers + held * (layers if remat == "none" else 0)
     return arguments + gradients + kept + width * whole + 2 * scores + _gathered(program)
 
 
@@ -105,13 +105,20 @@ def _gathered(program: Program) -> float:
     return 2.0 * itemsize * elements / mesh["tensor"] / mesh["expert"]
 
 
-def _scores(program: Program, tokens: float) -> float:
-    """Bytes of a layer's scores and weights of attention, which XLA keeps and the kernels of accelerators do not."""
-    spec, length = program.model.spec, program.row_length
-    chosen = kernels.choose(program.model.attention, spec, program.model.dtype, length, program.mesh)
+def _scores(program: Program, tokens: float) -> tuple[float, float]:
+    """Bytes of a layer's scores and weights of attention at a time, and of those that the backward pass keeps.
+
+    XLA's alone: the kernels of accelerators have none, and whole rows keep none.
+    """
+    spec, length, mesh = program.model.spec, program.row_length, program.mesh
+    chosen = kernels.choose(program.model.attention, spec, program.model.dtype, length, mesh)
     if chosen.name != "xla":
-        return 0.0
-    return 8.0 * tokens * length * spec.num_attention_heads / program.mesh.shape["tensor"]
+        return 0.0, 0.0
+    whole = 8.0 * tokens * length * spec.num_attention_heads / mesh.shape["tensor"]
+    parts, blocks, _ = attention.cut(length)
+    if mesh.shape["context"] > 1 or parts == 1:
+        return whole, whole
+    return whole / (parts * blocks), 0.0
 
 
 def inner(spec: DecoderSpec) -> float:

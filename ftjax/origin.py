@@ -97,6 +97,9 @@ def located(config: ConfigDict, path: Path) -> ConfigDict:
     return out
 
 
+_OF_FILES = (configs.REWARD, configs.GRADER)
+
+
 def located_rewards(config: ConfigDict) -> tuple[str | tuple[str, float], ...]:
     """config.objective.rewards, models among them by their absolute paths."""
     named = config.objective.rewards
@@ -110,14 +113,15 @@ def located_judge(config: ConfigDict) -> str:
 
 
 def _model(score: str) -> str:
-    """The name of a score; where that is given by a model in a directory, with its absolute path."""
+    """The name of a score; where that is given by a model in a directory or by a grader, with its absolute path."""
     kind, colon, path = score.partition(":")
-    return f"{kind}:{Path(path).expanduser().absolute()}" if colon and kind == configs.REWARD else score
+    return f"{kind}:{Path(path).expanduser().absolute()}" if colon and kind in _OF_FILES else score
 
 
 def _score(entry: Mapping[str, Any]) -> dict[str, str]:
-    """The score of an entry where that is given by a model in a directory; {} else."""
-    return {"score": _model(entry["score"])} if entry.get("score", "").startswith(f"{configs.REWARD}:") else {}
+    """The score of an entry where that names a model in a directory, or a grader; {} else."""
+    kind, colon, _ = entry.get("score", "").partition(":")
+    return {"score": _model(entry["score"])} if colon and kind in _OF_FILES else {}
 
 
 def _absolute(source: str) -> str:

@@ -104,7 +104,7 @@ def test_rows_may_offer_some_of_the_tools():
 
 @pytest.mark.parametrize(("name", "form"), [("Qwen 2.5", tagged), ("Qwen 3", tagged), ("Llama 3.1", bare)])
 def test_the_form_of_calls_is_seen_from_the_template(monkeypatch, name, form):
-    seen = environments._form(FAMILIES[name].tokenizer(), json.loads(schemas(config_with())))
+    seen = environments.form_of(FAMILIES[name].tokenizer(), json.loads(schemas(config_with())), "tools")
     assert seen is form
 
 

@@ -59,7 +59,7 @@ QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
 
 def on_a_tpu(monkeypatch):
     """Without its scores of attention, which no accelerator keeps, and with an accelerator's share of the memory."""
-    monkeypatch.setattr(memory, "_scores", lambda program, tokens: 0.0)
+    monkeypatch.setattr(memory, "_scores", lambda program, tokens: (0.0, 0.0))
     monkeypatch.setitem(memory._USED, "cpu", memory._USED["tpu"])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
-from ftjax.config import REWARD
+from ftjax.config import GRADER, REWARD
 from ftjax.data.read.sources import TASK
 from ftjax.tasks import registry
 
@@ -67,4 +67,5 @@ def entry_name(entry: dict[str, Any]) -> str:
 
 
 def score_name(entry: dict[str, Any]) -> str:
-    return REWARD if entry["score"].startswith(f"{REWARD}:") else entry["score"].rpartition(":")[2]
+    kind, _, name = entry["score"].partition(":")
+    return kind if kind in (REWARD, GRADER) and name else entry["score"].rpartition(":")[2]

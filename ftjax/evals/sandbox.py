@@ -1,13 +1,15 @@
 """Python code that a model wrote, run apart: in a process with limits, without files to write to and without network.
 
-It keeps mistakes from doing harm: an endless loop, a full memory, a deleted directory. It is no security boundary:
+`run` keeps mistakes from doing harm: an endless loop, a full memory, a deleted directory. It is no security boundary:
 code that means harm can undo the guards within Python, and may read whatever the user may read. Where that matters, run
-the whole evaluation in a container or a virtual machine.
+the whole evaluation in a container or a virtual machine. `call` is for code of strangers: the kernel keeps it from
+other files (Landlock), from the network and from other processes (namespaces), and where it cannot, nothing is run.
 """
 
 import contextlib
 import functools
 import json
+import math
 import os
 import secrets
 import shutil
@@ -15,7 +17,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ftjax.errors import UserError
 
@@ -37,9 +41,35 @@ def run(code: str, wall_seconds: int = WALL_SECONDS) -> str:
       UserError: the process could not be started, which is never the code's failure.
     """
     token = secrets.token_hex(16)  # that the program ended is told with it, so that an early exit is not taken for it
+    outcome = _outcome(code, token, wall_seconds)
+    return "" if outcome == token else outcome or "ended early"
+
+
+def call(code: str, function: str, arguments: Sequence[Any], wall_seconds: int = WALL_SECONDS) -> tuple[float, str]:
+    """(what a function of a Python program returns for JSON, "") or (NaN, why it returns no number).
+
+    As `run`, and the kernel keeps it from files that are neither its own nor Python's.
+
+    Raises:
+      UserError: the kernel cannot, or the process could not be started.
+    """
+    if not _namespaces():
+        raise UserError("code of others is only run apart from the network, for which this system lacks `unshare`")
+    token = secrets.token_hex(16)
+    outcome = _outcome(code, token, wall_seconds, [function, list(arguments)])
+    if outcome.startswith(f"{token} "):
+        raise UserError(f"code of others is only run apart from other files, and {outcome.removeprefix(token).strip()}")
+    if not outcome.startswith(token):
+        return math.nan, outcome or "ended early"
+    return float(outcome.removeprefix(token)), ""
+
+
+def _outcome(code: str, token: str, seconds: int, call: list[Any] | None = None) -> str:
+    """What the process tells at its end; call: [name of a function, its arguments], of code that is confined."""
     with tempfile.TemporaryDirectory(prefix="ftjax-") as directory:
         limits = {"CPU": CPU_SECONDS, "AS": MEMORY_BYTES, "FSIZE": FILE_BYTES, "NOFILE": 64, "NPROC": 0, "CORE": 0}
-        job = {"code": code, "token": token, "directory": directory, "seconds": wall_seconds, "limits": limits}
+        job = {"code": code, "token": token, "directory": directory, "seconds": seconds, "limits": limits}
+        job |= {"call": call, "confined": call is not None}
         # -I -S: nothing but the standard library, whatever the environment and the working directory hold.
         process = subprocess.Popen(
             [*_namespaces(), sys.executable, "-I", "-S", str(_CHILD)],
@@ -51,7 +81,7 @@ def run(code: str, wall_seconds: int = WALL_SECONDS) -> str:
             start_new_session=True,
         )
         try:
-            told, trouble = process.communicate(json.dumps(job).encode(), wall_seconds + _GRACE_SECONDS)
+            told, trouble = process.communicate(json.dumps(job).encode(), seconds + _GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             told, trouble = b"ready\n", b""
         finally:
@@ -63,7 +93,7 @@ def run(code: str, wall_seconds: int = WALL_SECONDS) -> str:
     ready, _, outcome = told.decode(errors="replace").partition("\n")
     if ready != "ready":
         raise UserError(f"the process that is to run a model's code did not start: {trouble.decode(errors='replace')}")
-    return "" if outcome == token else outcome or "ended early"
+    return outcome
 
 
 @functools.cache

@@ -72,7 +72,7 @@ class ScoredSet(NamedTuple):
             values = self.how.together(completions, [question.example for question in questions])
             origins = [question.prompt.origin for question in questions]
             return [scores.checked(value, f"{at}: {self.score}") for value, at in zip(values, origins, strict=True)]
-        if not self.how.runs_code:
+        if not (self.how.runs_code or self.how.side_by_side):
             return list(map(self.grade, completions, questions))
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             return list(threads.map(self.grade, completions, questions))

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftjax import named, rewards
-from ftjax.config import REWARD
+from ftjax.config import GRADER, REWARD
 from ftjax.errors import UserError, did_you_mean
-from ftjax.evals import json_scores, python_tests, text_scores
+from ftjax.evals import graders, json_scores, placeholders, python_tests, text_scores
 from ftjax.evals.entries import LIKELY
 
 
@@ -30,6 +30,7 @@ class Score(NamedTuple):
       valid: (completion, example) -> whether the completion has the form that is wanted, right or wrong; None: any has.
       check: of an example, before anything is scored: UserError where the score cannot read it. None: it reads any.
       runs_code: it runs what the model wrote.
+      side_by_side: it waits for others, a process or a reply, so that several are asked for at once.
       binary: it is 0 or 1, so that several samples of a prompt have a pass@k.
       together: (completions, examples) -> the numbers of all at once, in every process, where that is how it is
         computed; None: one by one, in one process.
@@ -42,6 +43,7 @@ class Score(NamedTuple):
     valid: Callable[[str, dict], bool] | None = None
     check: Callable[[dict], None] | None = None
     runs_code: bool = False
+    side_by_side: bool = False
     binary: bool = False
     together: Callable[[Sequence[str], Sequence[dict]], list[float]] | None = None
     share: bool = True
@@ -80,17 +82,34 @@ SCORES = {
 
 
 def find(name: str, where: str) -> Score:
-    """The score called `name`, that of the reward model which reward:PATH names, or the function that MODULE:FUNCTION
-    names; UserError with `where` for others."""
+    """The score called `name`, that of the reward model which reward:PATH names, of the grader which grader:FILE
+    describes, or the function that MODULE:FUNCTION names; UserError with `where` for others."""
     if name in SCORES:
         return SCORES[name]
     module, colon, function = name.partition(":")
     if module == REWARD and colon:
         return _of_reward_model(function, where)
+    if module == GRADER and colon:
+        return _of_grader(function, where)
     if not colon:
         meant = did_you_mean(name, [*SCORES, *LIKELY])
         raise UserError(f"{where}: there is no score {name!r}{meant}; a function of your own is MODULE:FUNCTION")
     return Score(named.find(name, f"{where}: score"), needs_answer=False)
+
+
+def _of_grader(path: str, where: str) -> Score:
+    """What a grader of OpenAI's gives (`evals.graders`); an answer that it cannot grade is worth 0."""
+    grader, judges = graders.read(path, where)
+
+    def function(completion: str, example: dict) -> float:
+        return graders.grade(grader, completion, example, judges).reward
+
+    def check(example: dict) -> None:
+        for name in graders.fields(grader):
+            placeholders.find(name, {"item": example})
+
+    # What runs is the grader's own code, which is confined; side by side, and judges are asked so, too.
+    return Score(function, needs_answer=False, check=check, side_by_side=True, share=False)
 
 
 def _of_reward_model(name: str, where: str) -> Score:

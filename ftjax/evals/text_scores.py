@@ -57,7 +57,7 @@ def _rouge_scorer() -> object:
 
         return RougeScorer(["rougeL"])
 
-    return _of_extra("rouge_l", scorer)
+    return of_extra("rouge_l", scorer)
 
 
 @functools.cache
@@ -67,10 +67,10 @@ def _chrf_scorer() -> object:
 
         return CHRF()
 
-    return _of_extra("chrf", scorer)
+    return of_extra("chrf", scorer)
 
 
-def _of_extra(score: str, make: Callable[[], object]) -> object:
+def of_extra(score: str, make: Callable[[], object]) -> object:
     """What `make` returns; UserError with the fix where a package that it imports is missing."""
     try:
         return make()

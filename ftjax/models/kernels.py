@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ftjax.models import cudnn, splash
-from ftjax.models.attention import attention
+from ftjax.models.attention import attention, attention_of_rows
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import AnyMesh, partition_spec, platform
 
@@ -58,7 +58,7 @@ def attend(
     mesh, softcap = jax.sharding.get_abstract_mesh(), spec.attention_softcap
     places = (positions, positions, segment_ids, segment_ids)
     if choice.name == "xla" and (mesh.empty or mesh.shape["context"] == 1):  # XLA splits it over the mesh itself
-        return attention(queries, keys, values, *places, scale, window, softcap, sinks)
+        return attention_of_rows(queries, keys, values, positions, segment_ids, scale, window, softcap, sinks)
     same = window if isinstance(window, int) else None  # in all layers: known while compiling
     run = functools.partial(_local, choice, spec, same)
     given = {"scale": scale, "window": window if same is None else None, "sinks": sinks}

@@ -22,7 +22,7 @@ from ftjax.models.kernels import choose as choose_kernel
 from ftjax.models.spec import DecoderSpec
 from ftjax.sampling import adapters as stacked
 from ftjax.sampling import slots as compiled
-from ftjax.sampling.request import Completion, Request, Row
+from ftjax.sampling.request import LIKELIEST, Completion, Request, Row, allowed_next
 from ftjax.sampling.sampler import Sampling
 from ftjax.sampling.slots import Entering, Prompts, Read
 from ftjax.sampling.stop_strings import StopsAt
@@ -53,6 +53,8 @@ class Engine:
       reuse: whether a prompt that begins as a row that has ended, such as the next turn of a chat, goes on from what
         that row left in its slot; only the rest is read. Its log-probabilities are the same up to rounding.
       room: the tokens that slots have room for at first.
+      together: whether prompts that come together are read together; else each in parts of two lengths, so that prompts
+        of all lengths and numbers compile little.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Engine:
         adapters: Tree | None = None,
         reuse: bool = False,
         room: int = 0,
+        together: bool = True,
     ):
         if adapters is not None and "lora" in variables:
             raise ValueError("these variables have an adapter already; give the base's alone beside adapters")
@@ -75,7 +78,7 @@ class Engine:
         self._stops, self._biases = stops, biases
         self._rows: list[Row | None] = [None] * rounded(slots, self._mesh)
         self._waiting: deque[Row] = deque()
-        self._reuse, self._room = reuse, room
+        self._reuse, self._room, self._together = reuse, room, together
         self._left: list[_Left | None] = [None] * len(self._rows)
         self._slots = None
         self._count = 0
@@ -106,18 +109,26 @@ class Engine:
         Raises:
           ValueError: there is no such request, or it has ended.
         """
-        for row in [*self._rows, *self._waiting]:
-            if row is not None and row.index == number:
-                if row in self._waiting:
-                    self._waiting.remove(row)
-                else:
-                    self._free(self._rows.index(row))
-                return row.completion()
-        raise ValueError(f"request {number}: there is none of this number, or it has ended")
+        row = self._find(number)
+        if row in self._waiting:
+            self._waiting.remove(row)
+        else:
+            self._free(self._rows.index(row))
+        return row.completion()
+
+    def written(self, number: int) -> Completion:
+        """What a request that has not ended has written so far; ValueError as of `cancel`."""
+        return self._find(number).completion()
 
     def has(self, number: int) -> bool:
         """Whether there is a request of this number that has not ended."""
         return any(row is not None and row.index == number for row in [*self._rows, *self._waiting])
+
+    def _find(self, number: int) -> Row:
+        for row in [*self._rows, *self._waiting]:
+            if row is not None and row.index == number:
+                return row
+        raise ValueError(f"request {number}: there is none of this number, or it has ended")
 
     def set_adapter(self, adapter: int, new: Tree | None) -> None:
         """Puts another adapter, as lora.py has them, into the place of one; None frees it. Nothing is compiled.
@@ -149,7 +160,7 @@ class Engine:
             free.sort(key=lambda slot: -1 if self._left[slot] is None else self._left[slot].row)
             taken = self._take(len(free))
             begun = self._begun(taken[0])
-            if begun is not None and begun.slot in free:
+            if begun is not None and begun.length and begun.slot in free:
                 free = [begun.slot, *(slot for slot in free if slot != begun.slot)]
             self._enter(free[: len(taken)], taken, begun)
         counts = [0 if row is None else len(row.tokens) for row in self._rows]
@@ -201,7 +212,7 @@ class Engine:
             others = np.flatnonzero(there != row.request.prompt[: len(there)])
             best = max(best, _Begun(int(others[0]) if len(others) else len(there), slot))
         # A single slot reads nothing together: there parts are all that compiles, for the first prompt as for others.
-        alone = self._reuse and len(self._rows) == 1
+        alone = not self._together or (self._reuse and len(self._rows) == 1)
         if best.length < REUSED and not alone:
             best = _Begun(0, 0)
         return best if best.length or alone or self._is_long(row) else None
@@ -277,20 +288,22 @@ class Engine:
         rows = [row for row in self._rows if row is not None]
         if not rows:
             return
-        most = LOOKED_AT if any(row.request.stops_at for row in rows) else DISPATCH
+        allowed = allowed_next(self._rows, self._model.spec.vocab_size)
+        most = 1 if allowed is not None else LOOKED_AT if any(row.request.stops_at for row in rows) else DISPATCH
         limit = min(limit, most, max(row.left for row in rows))
         # Those that end before the others need no more.
         self._make_room(max(row.length + min(limit, row.left) for row in rows) - 1)
         # Where prompts wait, a few free slots do; to read prompts one by one would compile for more numbers of rows.
         enough = max(len(self._rows) // 8, 1) if self._waiting else len(self._rows) + 1
         used = np.array([row is not None for row in self._rows])
+        numbers = np.int32(limit), np.int32(enough), allowed, LIKELIEST * any(row.request.likeliest for row in rows)
         self._slots, chosen, there = compiled.decode(
-            self._model, DISPATCH, self._variables, self._slots, used, np.int32(limit), np.int32(enough)
+            self._model, DISPATCH, self._variables, self._slots, used, *numbers
         )
         chosen, there = jax.device_get((chosen, there))
         for slot, row in enumerate(self._rows):
             if row is not None:
-                row.note(*(part[there[:, slot], slot] for part in chosen))
+                row.note(*(part[there[:, slot], slot] for part in chosen if part is not None))
 
     def _make_room(self, length: int) -> None:
         """Slots for rows of `length` tokens."""

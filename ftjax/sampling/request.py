@@ -1,7 +1,7 @@
 """What is asked of the engine, and what comes of it: a request, its row on the way through, its completion."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -12,6 +12,12 @@ from ftjax.sampling.slots import Rows
 from ftjax.sampling.stop_strings import StopsAt
 
 GREEDY = Sampling()
+_LIKELIEST = np.int32, np.float32
+LIKELIEST = 20  # tokens in whose place each was chosen, of requests for them
+
+# A row's tokens so far -> which may be next: int32 [ceil(vocabulary / 32)], a bit for each token, the lowest first; one
+# at least.
+Allows = Callable[[Sequence[int]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,6 +34,8 @@ class Completion:
     logps: np.ndarray  # float32
     tempered_logps: np.ndarray  # float32
     full_logps: np.ndarray  # float32
+    likeliest: np.ndarray | None = None  # int32 [.., LIKELIEST], of each; where they were asked for
+    likeliest_logps: np.ndarray | None = None  # float32, their full_logps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +48,8 @@ class Request:
     number: its randomness follows from (sampling.seed, number, number of tokens generated so far).
     bias: what is added to the logits of tokens.
     adapter: which of the engine's adapters; None: none of them.
+    likeliest: whether the likeliest tokens in the place of each are wanted.
+    allows: what the host allows next, see Allows; all rows beside such a one are then a token a dispatch, too.
     """
 
     prompt: np.ndarray
@@ -50,6 +60,8 @@ class Request:
     bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     stops_at: StopsAt | None = None
     adapter: int | None = None
+    allows: Allows | None = None
+    likeliest: bool = False
 
     def check(self, model: Decoder, name: str) -> None:
         """UserError for what the model cannot complete."""
@@ -92,6 +104,7 @@ class Row:
         self.index, self.request = index, request
         self.tokens: list[int] = []
         self.logps: list[list[float]] = []  # of each token, in the order of Chosen
+        self.likeliest: list[list[list]] = []  # the same of what stands there, where it is wanted
         self._at_text = False  # whether `stops_at` ended it
 
     def note(self, tokens: np.ndarray, *logps: np.ndarray) -> None:
@@ -99,7 +112,9 @@ class Row:
         stops_at = self.request.stops_at
         for token, *how_likely in zip(tokens.tolist(), *(part.tolist() for part in logps), strict=True):
             self.tokens.append(token)
-            self.logps.append(how_likely)
+            self.logps.append(how_likely[:3])
+            if self.request.likeliest:
+                self.likeliest.append(how_likely[3:])
             if stops_at is not None and self.stop_token is None and stops_at(self.tokens):
                 self._at_text = True
                 break
@@ -133,4 +148,19 @@ class Row:
 
     def completion(self) -> Completion:
         logps = np.array(self.logps, np.float32).reshape(-1, 3).T
-        return Completion(np.array(self.text_tokens, np.int32), self.stopped, self.stop_token, *logps)
+        made = Completion(np.array(self.text_tokens, np.int32), self.stopped, self.stop_token, *logps)
+        if not self.likeliest:
+            return made
+        tokens, their = (np.array([both[i] for both in self.likeliest], dtype) for i, dtype in enumerate(_LIKELIEST))
+        return dataclasses.replace(made, likeliest=tokens, likeliest_logps=their)
+
+
+def allowed_next(rows: Sequence[Row | None], vocabulary: int) -> np.ndarray | None:
+    """int32 [rows, ceil(vocabulary / 32)] as Allows has them, all tokens of the others; None where no row asks."""
+    asking = {slot: row for slot, row in enumerate(rows) if row is not None and row.request.allows is not None}
+    if not asking:
+        return None
+    allowed = np.full((len(rows), -(-vocabulary // 32)), -1, np.int32)
+    for slot, row in asking.items():
+        allowed[slot] = row.request.allows(row.tokens)
+    return allowed

@@ -74,16 +74,19 @@ class Chosen(NamedTuple):
     tempered_logps: after the temperature, before the filters: what a trainer can say again, which sees the logits and
       not what was kept of them. Of a greedy row as full_logps.
     full_logps: under the model's own distribution, of temperature 1 and all tokens.
+    likeliest, likeliest_logps: [batch, k], the likeliest tokens there, in this order; None where nobody asks.
     """
 
     tokens: jax.Array  # int32
     logps: jax.Array  # float32
     tempered_logps: jax.Array  # float32
     full_logps: jax.Array  # float32
+    likeliest: jax.Array | None = None  # int32
+    likeliest_logps: jax.Array | None = None  # float32
 
 
-def choose(logits: jax.Array, keys: jax.Array, settings: Settings) -> Chosen:
-    """logits float32 [batch, vocab], keys PRNG [batch]."""
+def choose(logits: jax.Array, keys: jax.Array, settings: Settings, likeliest: int = 0) -> Chosen:
+    """logits float32 [batch, vocab], keys PRNG [batch]. likeliest: how many of these are wanted, too."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     is_drawn = settings.temperature > 0
 
@@ -98,7 +101,11 @@ def choose(logits: jax.Array, keys: jax.Array, settings: Settings) -> Chosen:
 
     # What no row asks for costs nothing.
     tokens, logps, tempered = jax.lax.cond(is_drawn.any(), drawn, certain)
-    return Chosen(tokens, logps, tempered, _logps(logits, tokens))
+    chosen = Chosen(tokens, logps, tempered, _logps(logits, tokens))
+    if not likeliest:
+        return chosen
+    values, ids = jax.lax.top_k(jax.nn.log_softmax(logits), min(likeliest, logits.shape[-1]))
+    return chosen._replace(likeliest=ids.astype(jnp.int32), likeliest_logps=values)
 
 
 def _tempered(logits: jax.Array, settings: Settings) -> jax.Array:

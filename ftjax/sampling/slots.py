@@ -182,12 +182,21 @@ def enter(slots: Slots, read: Read, entering: Entering) -> Slots:
     return _lay_out(slots)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1, 8), donate_argnums=3)
 def decode(
-    model: Decoder, most: int, variables: Tree, slots: Slots, used: jax.Array, limit: jax.Array, enough: jax.Array
+    model: Decoder,
+    most: int,
+    variables: Tree,
+    slots: Slots,
+    used: jax.Array,
+    limit: jax.Array,
+    enough: jax.Array,
+    allowed: jax.Array | None = None,
+    likeliest: int = 0,
 ) -> tuple[Slots, Chosen, jax.Array]:
     """Chooses up to `limit` tokens of each active row, at most `most`; rows not `used`, bool [batch], have ended,
-    whatever the slots say.
+    whatever the slots say. allowed: int32 [batch, ceil(vocabulary / 32)], the tokens that a row may have, see
+    request.Allows. likeliest: how many of these are returned besides.
 
     It ends early when no row is active any more, or as soon as `enough` have ended. Returns the slots, what was chosen
     [most, batch], and whether there it was, bool [most, batch].
@@ -197,6 +206,9 @@ def decode(
     began = slots.active
     batch = len(began)
     nothing = Chosen(*(jnp.zeros((most, batch), dtype) for dtype in (jnp.int32, *[jnp.float32] * 3)))
+    if likeliest:
+        shape = (most, batch, min(likeliest, model.spec.vocab_size))
+        nothing = nothing._replace(likeliest=jnp.zeros(shape, jnp.int32), likeliest_logps=jnp.zeros(shape))
 
     def goes_on(carry):
         slots, step, *_ = carry
@@ -208,7 +220,7 @@ def decode(
         was = slots.active
         inputs = (slots.tokens[:, None], slots.positions[:, None], was[:, None].astype(jnp.int32))
         hidden, cache = model.apply(variables, *inputs, slots.cache)
-        chosen, left, active = _choose(model, variables, hidden[:, 0], slots.rows, slots.counts)
+        chosen, left, active = _choose(model, variables, hidden[:, 0], slots.rows, slots.counts, allowed, likeliest)
         one_more = was.astype(jnp.int32)
         slots = slots.replace(
             cache=cache,
@@ -237,14 +249,23 @@ def grow(slots: Slots, capacity: int) -> Slots:
 
 
 def _choose(
-    model: Decoder, variables: Tree, hidden: jax.Array, rows: Rows, counts: jax.Array
+    model: Decoder,
+    variables: Tree,
+    hidden: jax.Array,
+    rows: Rows,
+    counts: jax.Array,
+    allowed: jax.Array | None,
+    likeliest: int,
 ) -> tuple[Chosen, jax.Array, jax.Array]:
     """The next token of rows from hidden [n, D]; how many may follow; and whether one does, bool [n]."""
     logits = model.apply(variables, hidden, method="unembed")
     if rows.biased.shape[1]:
         logits = logits.at[jnp.arange(len(logits))[:, None], rows.biased].add(rows.biases)
+    if allowed is not None:
+        bits = (allowed[:, :, None] >> jnp.arange(32)) & 1
+        logits = jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
     keys = step_keys(row_keys(rows.seeds, rows.numbers), counts)
-    chosen = choose(logits, keys, rows.settings)
+    chosen = choose(logits, keys, rows.settings, likeliest)
     left = rows.left - 1
     return chosen, left, (left > 0) & ~(chosen.tokens[:, None] == rows.stops).any(axis=-1)
 

@@ -1,5 +1,6 @@
 """What code of a model may do: compute, and write into its own directory. Everything else ends it."""
 
+import math
 import time
 
 import pytest
@@ -92,3 +93,43 @@ def test_namespaces_have_no_network():
     read = "lines = open('/proc/self/net/dev').read().splitlines()[2:]"
     code = f"{read}\nassert [line.split(':')[0].strip() for line in lines] == ['lo']"
     assert sandbox.run(code) == ""
+
+
+GRADE = "def grade(sample, item):\n    return len(sample['output_text']) / item['n']\n"
+
+
+def test_a_function_of_strangers_returns_its_number():
+    assert sandbox.call(GRADE, "grade", [{"output_text": "abc"}, {"n": 6}]) == (0.5, "")
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("return 1 / 0", "ZeroDivisionError: division by zero"),
+        ("return 'no number'", "ValueError: could not convert"),
+        ("return [1]", "TypeError: "),
+        ("import time; time.sleep(60)", "more than 1 s"),
+        ("import os; os._exit(0)", "ended early"),
+        ("return float(open('/etc/passwd').read())", "PermissionError: [Errno 13] Permission denied"),
+        ("import os; return os.listdir('/')", "PermissionError: [Errno 13] Permission denied"),
+        ("return open('/proc/self/environ').read()", "PermissionError: [Errno 13] Permission denied"),
+        # The guards within Python undone, the kernel's stay.
+        ("import __main__; __main__._REFUSED = (); import os; return os.execv('/bin/true', ['true'])", "Perm"),
+        ("import __main__; __main__._WRITING = 0; open('/tmp/x-of-a-grader', 'w'); return 1", "PermissionError"),
+    ],
+)
+def test_a_function_of_strangers_reaches_nothing(body, reason):
+    value, said = sandbox.call(f"def grade(sample, item):\n    {body}\n", "grade", [{}, {}], wall_seconds=1)
+    assert math.isnan(value)
+    assert said.startswith(reason)
+
+
+def test_strangers_have_files_of_their_own():
+    code = "def grade(sample, item):\n    open('a', 'w').write('3')\n    return open('a').read()\n"
+    assert sandbox.call(code, "grade", [{}, {}]) == (3.0, "")
+
+
+def test_code_of_strangers_is_not_run_where_the_kernel_does_not_help(monkeypatch):
+    monkeypatch.setattr(sandbox, "_namespaces", list)
+    with pytest.raises(UserError, match="lacks `unshare`"):
+        sandbox.call(GRADE, "grade", [{}, {}])

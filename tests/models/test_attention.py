@@ -1,9 +1,11 @@
 """Attention against a loop over tokens in float64 NumPy."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax.models.attention import attention
+from ftjax.models.attention import attention, attention_of_rows, cut
 
 B, T, H, K, D = 2, 9, 6, 3, 4
 SCALE = 0.7
@@ -64,3 +66,47 @@ def test_scores_of_any_size_do_not_overflow():
     for sinks in (None, np.float32([1e4, -1e4])):
         out = attention(queries, keys, values, places, places, ones, ones, 1.0, sinks=sinks)
         assert np.isfinite(np.asarray(out)).all()
+
+
+@pytest.mark.parametrize("length", [64, 65, 200, 511])
+@pytest.mark.parametrize("window", [None, 70, "of the layer"])
+def test_rows_in_blocks_equal_rows_at_once_forward_and_backward(length, window, record_figure):
+    rng = np.random.default_rng(2)
+    queries = rng.standard_normal((2, length, 4, 8)).astype(np.float32)
+    keys, values = rng.standard_normal((2, 2, length, 2, 8)).astype(np.float32)
+    sinks = np.float32([0.5, -1, 0, 2])
+    ends = length // 3, length // 2  # of documents; the second row begins with padding
+    segments = np.stack(
+        [np.repeat([1, 2], [ends[0], length - ends[0]]), np.repeat([0, 1], [ends[1], length - ends[1]])]
+    )
+    positions = np.stack([np.r_[: ends[0], : length - ends[0]], np.r_[: ends[1], : length - ends[1]]])
+    real = (segments > 0)[..., None, None]
+
+    def loss(of, *arrays):
+        return jnp.sum(jnp.where(real, jnp.sin(of(*arrays)), 0))
+
+    given = jnp.int32(70) if window == "of the layer" else window  # known only while it runs
+    places = (positions, positions, segments, segments)
+
+    def at_once(q, k, v, sinks):
+        return attention(q, k, v, *places, SCALE, given, 5.0, sinks)
+
+    def in_blocks(q, k, v, sinks):
+        return attention_of_rows(q, k, v, positions, segments, SCALE, given, 5.0, sinks)
+
+    arrays = (queries, keys, values, sinks)
+    (expected, wanted), (ours, found) = (
+        jax.jit(jax.value_and_grad(lambda *x, of=of: loss(of, *x), argnums=(0, 1, 2, 3)))(*arrays)
+        for of in (at_once, in_blocks)
+    )
+    record_figure("difference", max(float(jnp.abs(a - b).max()) for a, b in zip(wanted, found)))
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    for a, b in zip(wanted, found):
+        np.testing.assert_allclose(b, a, rtol=2e-6, atol=2e-6)
+
+
+def test_blocks_cover_every_row():
+    for length in range(1, 3000):
+        parts, blocks, block = cut(length)
+        assert parts * blocks * block >= length > (parts - 1) * blocks * block
+        assert block <= 64

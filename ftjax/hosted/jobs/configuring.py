@@ -1,0 +1,156 @@
+"""A job as the config of an ordinary run.
+
+The hyperparameters of a request, and what "auto" stands for:
+
+    batch_size                a step sees so many rows (of reinforcement: prompts); auto: by the number of rows, as
+                              `data.batch.sizes` says
+    n_epochs                  auto: the method's usual number, more for few rows, as there
+    learning_rate_multiplier  of the method's usual learning rate for the width of the model; auto: 1
+    beta                      of DPO; auto: 0.1
+    compute_multiplier        of the 8 completions that a prompt gets; auto: 1
+    eval_interval             steps; auto: evaluations are an epoch apart
+    eval_samples              completions of each prompt of an evaluation; auto: 1
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ftjax.config import GRADER, KEYS
+from ftjax.errors import UserError
+from ftjax.hosted.jobs.tables import Job
+
+OBJECTIVES = {"supervised": "sft", "dpo": "dpo", "reinforcement": "grpo"}
+KEPT = 3  # checkpoints of a job, the newest
+_SAMPLES = 8  # completions of a prompt
+_BETA = 0.1
+_SAVES = 100  # steps at most between two saves, from which a job goes on where its machine was lost
+
+# Keys that follow from the request, or that the server relies on.
+_OWN = (
+    *("data.train", "data.eval", "data.packing", "data.batch_size", "data.holdout", "objective.name"),
+    *("objective.beta", "objective.rewards", "optimizer.learning_rate", "epochs", "steps", "seed", "log_every"),
+    *("eval_every", "eval_epochs", "evaluate.before", "evaluate.samples", "checkpoint_every", "checkpoint.keep"),
+    *("export_formats", "adapter.source", "adapter.kind", "rollouts.samples"),
+)
+
+
+class Data(NamedTuple):
+    """What is known of a job's rows once they were looked at, as `ftjax.inspect_data` reports it.
+
+    Attributes:
+      rows: of an epoch.
+      batch_size, epochs, learning_rate: what the run would choose, where they are open.
+    """
+
+    rows: int
+    batch_size: int
+    epochs: float
+    learning_rate: float
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """UserError where the config keys that all jobs of a server share are unknown, or not the server's to set."""
+    for key in settings:
+        if key not in KEYS:
+            raise UserError(f"settings of jobs: there is no config key {key!r}; ftjax/config.py lists them")
+        if key in _OWN:
+            raise UserError(f"settings of jobs: {key} follows from each request; leave it out")
+    if not settings.get("model.source"):
+        raise UserError("settings of jobs: model.source is missing; name the base that is fine-tuned")
+
+
+def config(
+    job: Job,
+    settings: Mapping[str, Any],
+    train: Path,
+    heldout: Path | None,
+    grader: Path | None = None,
+    data: Data | None = None,
+) -> dict[str, Any]:
+    """{dotted key: value} of the run.
+
+    Args:
+      settings: config keys that all jobs share, model.source among them.
+      train, heldout: the files of rows; grader: that of what is rewarded.
+      data: of the rows; None while they are still to be looked at.
+    """
+    asked = job.hyperparameters
+    out = {
+        **_applying(job, settings),
+        "objective.name": OBJECTIVES[job.method],
+        "data.train": [str(train)],
+        "data.eval": [_evaluated(heldout, grader)] if heldout else [],
+        "data.packing": False,  # so that a row of a batch is an example, as clients count them
+        "evaluate.before": False,
+        "seed": job.seed,
+        "log_every": 1,
+        "checkpoint.keep": KEPT,
+        "export_formats": ["peft"],
+    }
+    if job.adapter is not None:
+        out["adapter.source"] = job.adapter
+    if heldout and job.hyperparameters.get("eval_interval", "auto") != "auto":
+        out["eval_every"] = asked["eval_interval"]
+    elif heldout:
+        out["eval_epochs"] = 1.0
+    if job.method == "dpo":
+        out["objective.beta"] = _BETA if asked["beta"] == "auto" else asked["beta"]
+    each = 1
+    if job.method == "reinforcement":
+        each = out["rollouts.samples"] = samples(asked)
+        out["objective.rewards"] = [f"{GRADER}:{grader}"]
+        out["evaluate.samples"] = 1 if asked["eval_samples"] == "auto" else asked["eval_samples"]
+    if asked["batch_size"] != "auto":
+        out["data.batch_size"] = asked["batch_size"] * each
+    if asked["n_epochs"] != "auto":
+        out["epochs"] = float(asked["n_epochs"])
+    if data is not None:
+        factor = 1.0 if asked["learning_rate_multiplier"] == "auto" else asked["learning_rate_multiplier"]
+        out["data.batch_size"], out["epochs"] = data.batch_size, data.epochs
+        out["optimizer.learning_rate"] = float(f"{data.learning_rate * factor:.4g}")
+        out["checkpoint_every"] = saves(data, each)[0]
+    return out
+
+
+def _applying(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that a run would refuse: an adapter has its own, rollouts are of reinforcement."""
+    sections = {"adapter": job.adapter is None, "rollouts": job.method == "reinforcement"}
+    return {key: value for key, value in settings.items() if sections.get(key.partition(".")[0], True)}
+
+
+def _evaluated(heldout: Path, grader: Path | None) -> Any:
+    """The entry of data.eval: rows have a loss, or where a grader rewards the answers that it gives."""
+    return {"source": str(heldout), "score": f"{GRADER}:{grader}"} if grader else str(heldout)
+
+
+def samples(asked: Mapping[str, Any]) -> int:
+    """Completions of a prompt: two at least, for they are compared with each other."""
+    factor = 1.0 if asked["compute_multiplier"] == "auto" else asked["compute_multiplier"]
+    return max(2, round(_SAMPLES * factor))
+
+
+def resolved(job: Job, data: Data) -> dict[str, Any]:
+    """The hyperparameters of a job without "auto"."""
+    each = samples(job.asked) if job.method == "reinforcement" else 1
+    chosen = {
+        "batch_size": data.batch_size // each,
+        "n_epochs": math.ceil(data.epochs),
+        "learning_rate_multiplier": 1.0,
+        "beta": _BETA,
+        "compute_multiplier": 1.0,
+        "eval_interval": math.ceil(data.rows * each / data.batch_size),
+        "eval_samples": 1,
+    }
+    return {name: chosen[name] if value == "auto" else value for name, value in job.asked.items()}
+
+
+def saves(data: Data, each: int = 1) -> tuple[int, int]:
+    """(steps between two saves, saves in an epoch, of which one is listed as a checkpoint).
+
+    each: rows that a batch has of a row of the data.
+    """
+    steps = math.ceil(data.rows * each / data.batch_size)
+    count = math.ceil(steps / _SAVES)
+    return max(1, math.ceil(steps / count)), count

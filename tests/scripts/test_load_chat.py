@@ -1,0 +1,27 @@
+"""scripts/load_chat.py on a small random model: streams that end, and nothing left behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import PYTHONPATH
+from support.runs import write_model
+
+SCRIPT = Path(__file__).parents[2] / "scripts/load_chat.py"
+
+
+@pytest.mark.slow
+def test_64_streams_without_an_error(tmp_path):
+    model = write_model(tmp_path / "model")
+    command = [sys.executable, str(SCRIPT), "--model", str(model), "--seconds", "20", "--tokens", "40"]
+    made = subprocess.run(command, env=os.environ | {"PYTHONPATH": PYTHONPATH}, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    result = json.loads(made.stdout)
+    assert result["errors"] == {}
+    assert result["left"] == 0
+    assert result["answers"] > 64
+    assert result["left_early"] > 0
+    assert max(result["mebibytes"]) < 4096
