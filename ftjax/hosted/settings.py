@@ -42,6 +42,11 @@ KEYS: dict[str, Key] = {
     "jobs.queue": Key(100, number(1)),  # of a key that wait
     "generation.slots": Key(16, number(1)),  # answers that are written at the same time
     "generation.max_length": Key(2048, number(2)),  # tokens of a prompt and its answer
+    "tinker.rank": Key(32, number(1)),  # the largest of an adapter
+    "tinker.models": Key(8, number(1)),  # in training at the same time, of all keys
+    "tinker.batch_tokens": Key(4096, number(1)),  # that are computed together, padding among them
+    "tinker.max_length": Key(32768, number(1)),  # tokens of a datum
+    "tinker.quota_mb": Key(65536, number(1)),  # of all checkpoints of a key
 }
 
 

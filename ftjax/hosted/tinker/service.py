@@ -1,5 +1,6 @@
 """Sessions and the models in training of them: what a request becomes, and who may ask for it."""
 
+import dataclasses
 import functools
 import json
 import secrets
@@ -25,6 +26,21 @@ IDLE = 1800  # seconds after the last sign of a session, when it ends
 QUIET = 60  # seconds without one after which its models make room for others; the client gives one every ten
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much at once.
+
+    tokens: that are computed together, see `batches.padded`. longest: of a datum. rank: of an adapter.
+    models: in memory together. quota: bytes of the checkpoints of a key.
+    """
+
+    tokens: int = 4096
+    longest: int = 32768
+    rank: int = 32
+    models: int = 8
+    quota: int = 64 * 2**30
+
+
 class Live:
     """A model that is in memory; `learner` is None until the thread has made it."""
 
@@ -44,10 +60,9 @@ class Live:
 
 
 class Service:
-    """Args:
-    names: what the base may be called; the first is what it is called in answers.
-    tokenizer: what a client gives to AutoTokenizer.
-    most: models that are in memory together.
+    """What the routes ask for.
+
+    names: what the base may be called; the first is what answers call it, and AutoTokenizer opens it.
     """
 
     def __init__(
@@ -55,21 +70,14 @@ class Service:
         programs: Programs,
         facts: BaseFacts,
         names: Sequence[str],
-        tokenizer: str,
         kept: Store,
         samplers: Samplers,
         work: Work,
-        most: int = 8,
+        limits: Limits,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.programs, self.names, self.tokenizer, self.store, self.samplers = (
-            programs,
-            names,
-            tokenizer,
-            kept,
-            samplers,
-        )
-        self.work, self._facts, self._most, self._clock = work, facts, most, clock
+        self.programs, self.names, self.store, self.samplers, self.work = programs, names, kept, samplers, work
+        self._facts, self._limits, self._clock = facts, limits, clock
         self._lock = threading.Lock()  # of the three that follow
         self._models: dict[str, Live] = {}
         self._seen: dict[str, float] = {}  # sessions, and when they last gave a sign
@@ -124,6 +132,11 @@ class Service:
     def create(self, owner: str, body: bodies.CreateModel) -> Asked:
         self._check_base(body.base_model)
         config = body.lora_config
+        if config.rank > self._limits.rank:
+            raise Refused(
+                f"rank is {config.rank}, and may be {self._limits.rank} here (config.tinker.rank)",
+                param="lora_config.rank",
+            )
         shape = Shape(config.rank, config.train_attn, config.train_mlp, config.train_unembed)
         seed = secrets.randbits(31) if config.seed is None else config.seed % 2**31
         make = functools.partial(Learner.begin, self.programs, shape, seed)
@@ -229,7 +242,7 @@ class Service:
         name, arch = run.base_model, self.base.reader.config.get("model_type")
         return {
             "type": "get_info",
-            "model_data": {"arch": arch, "model_name": name, "tokenizer_id": self.tokenizer},
+            "model_data": {"arch": arch, "model_name": name, "tokenizer_id": name},
             "model_id": id,
             "is_lora": True,
             "lora_rank": json.loads(run.shape)["rank"],
@@ -300,17 +313,17 @@ class Service:
 
     def _make_room(self, new: Live) -> None:
         """Refused where as many models as may be are in use."""
-        silent = self._silent(QUIET)
+        silent, most = self._silent(QUIET), self._limits.models
         with self._lock:
             others = [live for live in self._models.values() if live is not new]
             for live in [live for live in others if live.session in silent]:
-                if len(others) < self._most:
+                if len(others) < most:
                     break
                 others.remove(live)
                 del self._models[live.id]
-        if len(others) >= self._most:
+        if len(others) >= most:
             raise Refused(
-                f"there are {len(others)} models in training, and there may be {self._most} at a time "
+                f"there are {len(others)} models in training, and there may be {most} at a time "
                 "(config.tinker.models); end a session that is over, ServiceClient.close does",
                 code="too_many_models",
             )

@@ -4,9 +4,10 @@ The programs are one for each shape of a batch and rank of an adapter, for all m
 share. Log-probabilities are `objectives/logps.py`'s, as every objective has them.
 """
 
+import contextlib
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,10 +67,19 @@ class Programs:
       params: those of the base, on a mesh; they are read, never donated.
       tokens: of a batch that is computed at a time, see `batches.padded`.
       longest: the most tokens of a datum; of a model of fewer positions, these.
+      turns: held while anything is computed, where other threads compute on the same devices.
     """
 
-    def __init__(self, base: Base, params: Tree, tokens: int = 4096, longest: int = 32768):
+    def __init__(
+        self,
+        base: Base,
+        params: Tree,
+        tokens: int = 4096,
+        longest: int = 32768,
+        turns: contextlib.AbstractContextManager | None = None,
+    ):
         self.base, self.params, self.tokens = base, params, tokens
+        self._turns = turns or contextlib.nullcontext()
         self.mesh = jax.tree.leaves(params)[0].sharding.mesh
         self.longest = min(longest, base.model.spec.max_position_embeddings)
         # What a layer computes is computed again going backward, where memory is dear.
@@ -79,6 +89,12 @@ class Programs:
         self.backward = jax.jit(self._backward, static_argnames="loss", donate_argnames="sums")
         self.update = jax.jit(_update)
         self.likeliest = jax.jit(self._likeliest, static_argnames="count")
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """What anything that is compiled is called in."""
+        with self._turns, jax.set_mesh(self.mesh):
+            yield
 
     def targets(self, shape: Shape) -> list[str]:
         """The kernels that an adapter of this shape adapts; Refused where there are none, or they are experts'."""
@@ -156,7 +172,7 @@ class Learner:
     @classmethod
     def begin(cls, programs: Programs, shape: Shape, seed: int) -> "Learner":
         """With a fresh adapter, with which the model is its base."""
-        with jax.set_mesh(programs.mesh):
+        with programs.computing():
             adapter = lora.init_adapters(programs.abstract(shape), seed, lora.scale(shape.rank, ALPHA, rslora=False))
         return cls(programs, shape, adapter)
 
@@ -205,7 +221,7 @@ class Learner:
         if sums is None:
             raise Refused("there is no gradient: call forward_backward before optim_step")
         state = self.moments
-        with jax.set_mesh(self.programs.mesh):
+        with self.programs.computing():
             trained, mean, square, norm = self.programs.update(
                 self.trained, state.mean, state.square, np.int32(state.steps), sums, settings
             )
@@ -218,7 +234,7 @@ class Learner:
         programs, of_name = self.programs, batches.find_loss(loss)
         settings = {name: np.float32(value) for name, value in settings.items()}
         outputs: list[dict[str, np.ndarray]] = [{} for _ in data]
-        with jax.set_mesh(programs.mesh):
+        with programs.computing():
             sums = None if forward_only else _zeros(self.trained)
             for padded in batches.padded(data, of_name, programs.tokens, sharding.row_parts(programs.mesh)):
                 placed = *programs.place(padded), settings
@@ -251,7 +267,7 @@ def prompt_logps(
     """
     datum = Datum(tokens, {batches.TARGETS: np.append(tokens[1:], 0)})
     [padded] = batches.padded([datum], LOSSES["cross_entropy"], 1, sharding.row_parts(programs.mesh))
-    with jax.set_mesh(programs.mesh):
+    with programs.computing():
         batch, inputs = programs.place(padded)
         logps, _ = programs.forward(adapter or {}, programs.params, batch, inputs, {}, loss="cross_entropy")
         found = np.concatenate([[np.nan], np.asarray(logps)[0, : len(tokens) - 1]]).astype(np.float32)
