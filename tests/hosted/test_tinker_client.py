@@ -366,17 +366,17 @@ def broken_batch(draw: random.Random, model: str, number: int) -> bytes:
         weights.sparse_csr.values = b"abcd"
 
     wrong = (
-        lambda: message.data.clear(),
+        lambda: message.ClearField("data"),
         lambda: setattr(message, "loss_fn", draw.choice(("", "gspo", "x" * 3000))),
         lambda: its.model_input.add().image.SetInParent(),
         lambda: setattr(its.model_input[0].encoded_text, "tokens", draw.randbytes(draw.choice((5, 20)))),
-        lambda: its.model_input.clear(),
-        lambda: setattr(weights, "dense", draw.randbytes(draw.choice((3, 8, 20)))),
+        lambda: its.ClearField("model_input"),
+        lambda: setattr(weights, "dense", draw.randbytes(draw.choice((3, 8)))),
         lambda: setattr(weights, "dense", np.full(5, np.nan, np.float32).tobytes()),
         lambda: setattr(weights, "dtype", draw.choice((0, 3, 4, 77))),
         lambda: weights.shape.extend([2, 3]),
         sparse,
-        lambda: its.loss_fn_inputs.pop("target_tokens"),
+        lambda: its.loss_fn_inputs["target_tokens"].ClearField("dense"),
         lambda: its.loss_fn_inputs["mask"].CopyFrom(weights),
         lambda: setattr(message.loss_fn_config_v2["beta"], "text", "x"),
     )
@@ -402,7 +402,7 @@ def test_malformed_requests_fail_with_a_message_and_never_in_the_server(client, 
         for answer in answered:
             assert answer.status_code < 500, (answer.request, answer.text)
             assert answer.status_code == 200 or answer.json()["error"]["message"]
-        assert sum(answer.status_code >= 400 for answer in answered) > 300
+        assert sum(answer.status_code >= 400 for answer in answered) > 200
         for number in range(1, 81):
             raw = broken_batch(draw, training.model_id, number)
             answer = http.post(

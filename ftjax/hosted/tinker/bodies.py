@@ -66,7 +66,7 @@ class Adam(BaseModel):
     learning_rate: Annotated[float, Field(ge=0)] = 1e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(ge=0)] = 1e-12
+    eps: Annotated[float, Field(ge=1e-37)] = 1e-12  # which float32 tells from 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip_norm: Annotated[float, Field(ge=0)] = 0.0
 

@@ -1,7 +1,6 @@
 """What is under /api/v1, where Tinker's client looks for it: version 0.38 of it, unchanged."""
 
 import asyncio
-import concurrent.futures
 import datetime
 import io
 import json
@@ -132,13 +131,15 @@ def _add_futures(router: APIRouter, service: Service, hold: float) -> None:
     @router.post("/retrieve_future")
     async def retrieve_future(body: bodies.Retrieve, request: Request) -> Response:
         asked = service.work.find(body.request_id, request.state.owner)
-        try:
-            result = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(asked.future)), hold)
-        except TimeoutError:
+        waiting = asyncio.wrap_future(asked.future)
+        waiting.add_done_callback(lambda its: its.cancelled() or its.exception())  # also if nobody waits then
+        done, _ = await asyncio.wait([waiting], timeout=hold)
+        if not done:
             await anyio.to_thread.run_sync(service.waiting_in, asked)
             return JSONResponse({"type": "try_again", "request_id": asked.id, "queue_state": "active"})
-        except (Failed, concurrent.futures.CancelledError) as error:
-            failed = error if isinstance(error, Failed) else Failed("it was cancelled", by_user=True)
+        try:
+            result = waiting.result()
+        except Failed as failed:
             return JSONResponse({"error": failed.message, "category": "user" if failed.by_user else "server"})
         return Response(result, media_type=wire.PROTOBUF) if isinstance(result, bytes) else JSONResponse(result)
 

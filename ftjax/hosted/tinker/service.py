@@ -42,21 +42,11 @@ class Limits:
 
 
 class Live:
-    """A model that is in memory; `learner` is None until the thread has made it."""
+    """A model that is in memory."""
 
-    def __init__(self, id: str, owner: str, session: str):
-        self.id, self.owner, self.session = id, owner, session
-        self.learner: Learner | None = None
-        self.line = Line(skipped=self._skipped)
-
-    def ready(self) -> Learner:
-        if self.learner is None:
-            raise Refused(f"{self.id} could not be created; see what its creation says")
-        return self.learner
-
-    def _skipped(self, why: str) -> None:
-        if self.learner is not None:
-            self.learner.fail(why)
+    def __init__(self, id: str, owner: str, session: str, learner: Learner):
+        self.id, self.owner, self.session, self.learner = id, owner, session, learner
+        self.line = Line(skipped=lambda why: self.learner.fail(why))
 
 
 class Service:
@@ -90,6 +80,8 @@ class Service:
     # Sessions
 
     def open(self, owner: str, body: bodies.CreateSession) -> str:
+        if body.project_id is not None:
+            raise Refused("there are no projects here; leave project_id out", param="project_id")
         id = str(uuid.uuid4())
         self.store.open(id, owner, body.display_name, body.user_metadata)
         with self._lock:
@@ -146,6 +138,10 @@ class Service:
         """Into a new model, where the request names a session, or into one that is there."""
         if (body.model_id is None) == (body.session_id is None):
             raise Refused("name a model_id or a session_id, and one of them", param="model_id")
+        if body.weights_access_token is not None:
+            raise Refused(
+                "weights are their key's alone here; leave weights_access_token out", param="weights_access_token"
+            )
         if body.base_model is not None:
             self._check_base(body.base_model)
         read = functools.partial(self._read, owner, body.path, body.optimizer)
@@ -157,9 +153,9 @@ class Service:
 
         def replace(live: Live) -> dict[str, Any]:
             loaded = read()
-            if loaded.shape != live.ready().shape:
+            if loaded.shape != live.learner.shape:
                 raise Refused(
-                    f"{body.path} is an adapter of {loaded.shape}, and the model has {live.ready().shape}; use "
+                    f"{body.path} is an adapter of {loaded.shape}, and the model has {live.learner.shape}; use "
                     "create_training_client_from_state",
                     param="path",
                 )
@@ -172,7 +168,7 @@ class Service:
         asked = wire.read_request(raw)
 
         def run(live: Live) -> bytes:
-            learner = live.ready()
+            learner = live.learner
             try:
                 loss = batches.find_loss(asked.loss_fn)
                 settings = batches.check_settings(loss, asked.loss_fn, wire.settings_of(asked))
@@ -195,7 +191,7 @@ class Service:
             if body.optimizer_params is not None or body.adam_params is None:
                 raise Refused("the optimizer here is AdamW; send adam_params", param="adam_params")
             settings = _checked(bodies.Adam, body.adam_params, "adam_params")
-            metrics = live.ready().step(Adam(**settings.model_dump()))
+            metrics = live.learner.step(Adam(**settings.model_dump()))
             self.store.touch(live.id)
             return {"metrics": metrics, "type": "optim_step"}
 
@@ -203,8 +199,8 @@ class Service:
 
     def save(self, owner: str, body: bodies.SaveWeights) -> Asked:
         def save(live: Live) -> dict[str, Any]:
-            write = functools.partial(checkpoints.save_state, learner=live.ready(), facts=self._facts)
-            name = body.path or f"step-{live.ready().moments.steps:06d}"
+            write = functools.partial(checkpoints.save_state, learner=live.learner, facts=self._facts)
+            name = body.path or f"step-{live.learner.moments.steps:06d}"
             more = {"ttl": body.ttl_seconds, "metadata": body.user_metadata, "overwrite": body.overwrite}
             return {"path": self._save(live, store.WEIGHTS, name, write, **more), "type": "save_weights"}
 
@@ -212,7 +208,7 @@ class Service:
 
     def save_for_sampler(self, owner: str, body: bodies.SaveForSampler) -> Asked:
         def save(live: Live) -> dict[str, Any]:
-            write = functools.partial(checkpoints.save_adapter, learner=live.ready(), facts=self._facts)
+            write = functools.partial(checkpoints.save_adapter, learner=live.learner, facts=self._facts)
             kind = {"type": "save_weights_for_sampler"}
             if body.path is not None:
                 more = {"ttl": body.ttl_seconds, "metadata": body.user_metadata}
@@ -294,28 +290,22 @@ class Service:
         """Asks for a new model of a session."""
         self.beat(session, owner)
         id = f"{session}:train:{number}"
-        with self._lock:
-            live = self._models.setdefault(id, Live(id, owner, session))
 
         def create() -> dict[str, Any]:
-            try:
-                self._make_room(live)
-                learner = make()
-                self.store.begin(id, owner, session, self.names[0], learner.shape._asdict(), metadata)
-            except BaseException:
-                with self._lock:
-                    self._models.pop(id, None)
-                raise
-            live.learner = learner
+            self._make_room()
+            learner = make()
+            self.store.begin(id, owner, session, self.names[0], learner.shape._asdict(), metadata)
+            with self._lock:
+                self._models[id] = Live(id, owner, session, learner)
             return {"model_id": id, "type": kind} | (more or {})
 
         return self.work.submit(f"{id}:0", owner, create)
 
-    def _make_room(self, new: Live) -> None:
+    def _make_room(self) -> None:
         """Refused where as many models as may be are in use."""
         silent, most = self._silent(QUIET), self._limits.models
         with self._lock:
-            others = [live for live in self._models.values() if live is not new]
+            others = list(self._models.values())
             for live in [live for live in others if live.session in silent]:
                 if len(others) < most:
                     break
