@@ -14,6 +14,7 @@ import numpy as np
 
 from ftjax import adapted, sharding
 from ftjax.hosted.generation import Generation, Writing
+from ftjax.hosted.logs import log
 from ftjax.hosted.refusals import Refused
 from ftjax.hosted.tinker import bodies, checkpoints, wire
 from ftjax.hosted.tinker.training import Programs, prompt_logps
@@ -157,6 +158,7 @@ class Samplers:
                     f"{asked.id}:prompt", asked.owner, lambda: self._score(prompt, adapter, body.topk_prompt_logprobs)
                 )
                 scored = asyncio.wrap_future(score.future)
+                scored.add_done_callback(lambda its: its.cancelled() or its.exception())  # also if nobody waits then
             async for part in writing:
                 if part.completion is not None:
                     completions[part.request] = part.completion
@@ -173,6 +175,10 @@ class Samplers:
         except asyncio.CancelledError:
             self._work.finish(asked, error=Failed("it was cancelled", by_user=True))
             raise
+        except Exception:
+            log.exception("a sample of Tinker's client failed", extra={"fields": {"request": asked.id}})
+            why = f"the server failed; its log has more under {asked.id}"
+            self._work.finish(asked, error=Failed(why, by_user=False))
         finally:
             writing.close()
 
