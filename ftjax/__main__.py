@@ -25,6 +25,7 @@ COMMANDS = {
     "harness": "EleutherAI's lm-evaluation-harness on a run or a model",
     "report": "what came of a run as one page, or of several beside each other",
     "export": "a run's result for other software: a PEFT adapter, a Hugging Face model, a GGUF",
+    "models": "which models there are, and which formats each is read from and written as",
     "label": "ask people which of two answers is better, the most informative pairs first; training reads it",
     "constitution": "critiques, revisions and preferences that a model writes itself, by principles of a file",
     "serve": "OpenAI's files, fine-tuning jobs and answers behind HTTP, on this machine",

@@ -123,8 +123,12 @@ def _scores(program: Program, tokens: float) -> tuple[float, float]:
 
 def inner(spec: DecoderSpec) -> float:
     """Columns of an MLP, or of the experts that a token goes to, on the average of all layers."""
-    parts = [(stack.spec, len(stack.layers) / spec.num_hidden_layers) for stack in stacks(spec)]
-    return sum(of.intermediate_size * (of.experts.per_token if of.experts else 1) * share for of, share in parts)
+
+    def columns(of: DecoderSpec) -> int:
+        experts = of.experts
+        return of.intermediate_size * experts.per_token + (experts.shared or 0) if experts else of.intermediate_size
+
+    return sum(columns(stack.spec) * len(stack.layers) for stack in stacks(spec)) / spec.num_hidden_layers
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ FLOORS = [
     {"sources"},
     {"hosted"},
     {"__main__", "train", "sweep", "pipeline", "evaluate", "generate", "report", "export", "harness", "score"}
-    | {"plan", "inspect_data", "curate", "label", "constitution", "serve", "import_config"},
+    | {"plan", "inspect_data", "curate", "label", "constitution", "serve", "import_config", "models.__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMAND_LINES = FLOORS[-1]

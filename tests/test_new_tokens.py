@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from support.chat_templates import make_tokenizer
+from support.family_configs import CONFIGS
 from support.runs import write_run
 from support.tiny import batch_of, logits, one_device, spec
 from tokenizers import pre_tokenizers
@@ -288,3 +289,9 @@ REFUSED = {
 def test_refusals_name_the_key_and_the_fix(root, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         train(config_of(root, **changes), tmp_path / "run")
+
+
+def test_a_head_with_a_bias_gets_no_rows():
+    reader = SimpleNamespace(config=CONFIGS["phi"], path="model", names=set)
+    with pytest.raises(UserError, match="of a 'phi' model has a bias, to which rows are not added; leave config"):
+        ResizedReader(reader, 70)

@@ -25,6 +25,7 @@ from ftjax.weights.source import open_source
 BATCH = batch_of([documents(1, [9, 8])], 20)
 # Sizes that blocks of 64 divide.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 16}
+SIZES |= {"shared_expert_intermediate_size": 64}
 
 
 def config_for(quantized, **adapter):
@@ -39,7 +40,8 @@ class Case:
     """One family on disk: `base`, and its unquantized `params`."""
 
     def __init__(self, name, path):
-        changes = {key: size for key, size in SIZES.items() if key in CONFIGS[name] or key != "moe_intermediate_size"}
+        of_mixtures = ("moe_intermediate_size", "shared_expert_intermediate_size")
+        changes = {key: size for key, size in SIZES.items() if key in CONFIGS[name] or key not in of_mixtures}
         config = CONFIGS[name] | changes
         spec = spec_from_config(config)
         self.params = numpy_params(Decoder(spec))
@@ -51,7 +53,10 @@ class Case:
         return assemble.load_variables(config, self.base, abstract), is_trained
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "mixtral", "qwen3_moe, a dense layer first")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("gpt_oss", "mixtral", "qwen3_moe, a dense layer first", "qwen2_moe", "apertus", "phi")
+]
 
 
 @pytest.fixture(scope="module", params=["llama", *SLOW])

@@ -27,6 +27,7 @@ from ftjax.method import method_of
 from ftjax.models import heads
 from ftjax.objectives.scores import is_last, scores
 from ftjax.train import train
+from ftjax.weights.hf.classifier import TEXTS, is_there
 from ftjax.weights.peft import begun_heads
 
 REWARD = {"objective.name": "reward", "objective.ensemble": 2, "data.checks": "off", "data.max_length": 64}
@@ -239,7 +240,7 @@ def test_formats_that_cannot_hold_a_head_are_refused(root, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config["model_type"] != "granite"])
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if is_there(config["model_type"], TEXTS)])
 def test_a_reward_model_of_every_family_scores_the_same_in_transformers(tmp_path, name, record_figure):
     """gemma's scaled embedding, windows, norms after attention, mixtures; the end token pads in the base."""
     positions = "n_positions" if CONFIGS[name]["model_type"] == "gpt2" else "max_position_embeddings"

@@ -25,6 +25,7 @@ def create(
     rules: Rules,
     registry: CollectorRegistry,
     lifespan: Lifespan | None = None,
+    lacks: Callable[[], str] | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
@@ -32,12 +33,13 @@ def create(
       parts: the routes, whose functions find the id of the asking key in `request.state.owner`.
       registry: of the metrics, which parts may add theirs to.
       lifespan: what runs beside the requests, from the start to the end.
+      lacks: what else is wrong, for /healthz; "" where nothing is.
     """
     # Descriptions of the routes, and redirects to paths with another slash, are nothing that clients use.
     app = FastAPI(openapi_url=None, redirect_slashes=False, lifespan=lifespan, dependencies=[Depends(_storable)])
     for part in parts:
         app.include_router(part)
-    app.include_router(_own(engine, registry))
+    app.include_router(_own(engine, registry, lacks or str))
     for kind in (Refused, RequestValidationError, HTTPException, UserError, OSError):
         app.add_exception_handler(kind, _refuse)
     app.add_middleware(Gate, rules=rules, registry=registry)
@@ -64,7 +66,7 @@ async def _storable(request: Request) -> None:
             left += value
 
 
-def _own(engine: sqlalchemy.Engine, registry: CollectorRegistry) -> APIRouter:
+def _own(engine: sqlalchemy.Engine, registry: CollectorRegistry, lacks: Callable[[], str]) -> APIRouter:
     router = APIRouter()
 
     @router.get("/healthz")
@@ -74,6 +76,8 @@ def _own(engine: sqlalchemy.Engine, registry: CollectorRegistry) -> APIRouter:
                 connection.execute(sqlalchemy.text("SELECT 1"))
         except sqlalchemy.exc.SQLAlchemyError as error:
             raise Refused("the database does not answer", status=503) from error
+        if wrong := lacks():
+            raise Refused(wrong, status=503)
         return {"status": "ok"}
 
     @router.get("/metrics")

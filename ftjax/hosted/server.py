@@ -9,27 +9,19 @@ from pathlib import Path
 
 import anyio
 import anyio.to_thread
-import jax
 import sqlalchemy
 import uvicorn
 from fastapi import FastAPI
 from ml_collections import ConfigDict
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from ftjax import assemble, sharding
-from ftjax import config as run_configs
-from ftjax.assemble import Base
 from ftjax.errors import UserError
-from ftjax.hosted import app, files, forms, generation, logs, uploads
+from ftjax.hosted import app, files, forms, logs, uploads
 from ftjax.hosted import settings as configs
 from ftjax.hosted.database import connect
 from ftjax.hosted.gate import Rules
 from ftjax.hosted.keys import Keys
-from ftjax.hosted.tinker import part, service
-from ftjax.hosted.turns import Turns
-from ftjax.models.params import abstract_params
-from ftjax.tree import Tree
-from ftjax.weights.load import load_params
+from ftjax.hosted.serving import Serving
 
 _TIDY_EVERY = 600  # seconds
 _FINISH_WITHIN = 20  # seconds that answers have to end in when the server ends
@@ -69,34 +61,18 @@ def wire(settings: ConfigDict, engine: sqlalchemy.Engine, keys: Keys) -> FastAPI
         "/v1/files": settings.files.max_mb * configs.MB + forms.OVERHEAD,
         "/v1/uploads/{upload_id}/parts": uploads.PART + forms.OVERHEAD,
     }
-    # Jobs and answers come here: their routes to `parts`, what begins and ends with the server to the lifespan.
-    ending: list[Callable[[], None]] = []
-    training = None
-    if settings.model.source:
-        base, params = _open_model(settings)
-        turns = Turns() if jax.device_count() > 1 else None
-        writer = _generation(settings, base, params, turns)
-        most = service.Limits(
-            settings.tinker.batch_tokens,
-            settings.tinker.max_length,
-            settings.tinker.rank,
-            settings.tinker.models,
-            settings.tinker.quota_mb * configs.MB,
-        )
-        tinker = part.make(base, params, writer, engine, folder / "tinker", most, turns)
-        parts.append(tinker.routes)
-        training = tinker.service
-        tidy.append(tinker.tidy)
-        ending += [tinker.close, writer.close]
+    model = Serving(settings, engine, kept, registry) if settings.model.source else None
+    if model is not None:
+        parts += model.routes
+        tidy += [model.jobs.expire, model.tinker.tidy]
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_tidy, tidy)
-            yield
-            tasks.cancel_scope.cancel()
-        for end in ending:
-            await anyio.to_thread.run_sync(end)
+        with model.running() if model else contextlib.nullcontext():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_tidy, tidy)
+                yield
+                tasks.cancel_scope.cancel()
 
     rules = Rules(
         keys.owner,
@@ -105,30 +81,12 @@ def wire(settings: ConfigDict, engine: sqlalchemy.Engine, keys: Keys) -> FastAPI
         settings.limits.body_mb * configs.MB,
         larger,
     )
-    application = app.create(*parts, engine=engine, rules=rules, registry=registry, lifespan=lifespan)
-    application.state.files, application.state.uploads = kept, large
-    application.state.tinker = training
-    return application
-
-
-def _open_model(settings: ConfigDict) -> tuple[Base, Tree]:
-    """The model that all adapters are over, on this machine's devices."""
-    given = {f"model.{name}": value for name, value in settings.model.items()}
-    config = run_configs.changed(run_configs.defaults(), given)
-    base = assemble.open_base(config.model)
-    mesh = sharding.make_mesh({"fsdp": -1})
-    return base, load_params(base.reader, base.model.spec, abstract_params(base.model, mesh))
-
-
-def _generation(settings: ConfigDict, base: Base, params: Tree, turns: Turns | None) -> generation.Generation:
-    """What writes completions, of the base and of any adapter that is made here."""
-    limits = generation.Limits(
-        settings.generation.slots,
-        context=settings.generation.max_length,
-        rank=settings.tinker.rank,
-        targets=part.TARGETS,
+    application = app.create(
+        *parts, engine=engine, rules=rules, registry=registry, lifespan=lifespan, lacks=model and model.lacks
     )
-    return generation.Generation(base, {"params": params}, limits, turns)
+    application.state.files, application.state.uploads = kept, large
+    application.state.tinker = model and model.tinker.service
+    return application
 
 
 def keys_of(settings: ConfigDict) -> Keys:

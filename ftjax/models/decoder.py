@@ -14,7 +14,7 @@ from ftjax.models.attention import attention_after
 from ftjax.models.cache import Cache, write
 from ftjax.models.groups import Group, Stack, groups, nested
 from ftjax.models.kernels import attend, choose
-from ftjax.models.layers import Embedding, LayerNorm, Linear, RMSNorm
+from ftjax.models.layers import NORMS, Embedding, Linear
 from ftjax.models.mlp import MLP, Mixture
 from ftjax.models.neftune import noise
 from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
@@ -65,7 +65,13 @@ class Attention(nn.Module):
         queries, keys, values = self._project(x)
         if context.tables is not None:
             cos, sin = (table[layer.get("rope", _rope_table(spec)[0])] for table in context.tables)
-            queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
+            queries, keys = (rotate(x, cos, sin, spec.rope_interleaved) for x in (queries, keys))
+        if spec.qk_norm_last:
+            queries, keys = self._normed(queries, "q"), self._normed(keys, "k")
+        if spec.position_scale is not None:
+            beta, period = spec.position_scale
+            factor = 1 + beta * jnp.log1p((context.positions // period).astype(jnp.float32))
+            queries = queries * factor[..., None, None].astype(queries.dtype)
         sinks = None
         if spec.attention_sinks:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
@@ -88,7 +94,7 @@ class Attention(nn.Module):
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """queries [B, T, H, d], keys and values [B, T, K, d], normed where the spec says so."""
-        spec, norm = self.spec, functools.partial(_norm, self.spec, self.dtype, self.param_dtype)
+        spec = self.spec
         counts = {"q": spec.num_attention_heads, "k": spec.num_key_value_heads, "v": spec.num_key_value_heads}
 
         def linear(name, heads, axis):
@@ -104,12 +110,19 @@ class Attention(nn.Module):
                 name: linear(f"{name}_proj", count, "heads" if name == "q" else "kv_heads")
                 for name, count in counts.items()
             }
+        if spec.qkv_clip is not None:
+            parts = {name: jnp.clip(part, -spec.qkv_clip, spec.qkv_clip) for name, part in parts.items()}
         if spec.qk_norm == "projection":
-            parts |= {name: norm(f"{name}_norm")(parts[name]) for name in "qk"}
+            parts |= {name: self._normed(parts[name], name) for name in "qk"}
         parts = {name: part.reshape(*x.shape[:2], counts[name], spec.head_dim) for name, part in parts.items()}
-        if spec.qk_norm == "head":
-            parts |= {name: norm(f"{name}_norm")(parts[name]) for name in "qk"}
+        if spec.qk_norm in ("head", "heads") and not spec.qk_norm_last:
+            parts |= {name: self._normed(parts[name], name) for name in "qk"}
         return parts["q"], parts["k"], parts["v"]
+
+    def _normed(self, x: jax.Array, name: str) -> jax.Array:
+        """Queries ("q") or keys ("k"), of all heads at once or [..., heads, d], under their norm."""
+        kind = "layer_heads" if self.spec.qk_norm == "heads" else self.spec.norm
+        return _norm(self.spec, self.dtype, self.param_dtype, f"{name}_norm", kind)(x)
 
 
 class Block(nn.Module):
@@ -133,10 +146,12 @@ class Block(nn.Module):
         scale = jnp.asarray(spec.residual_scale, self.dtype) if spec.residual_scale != 1.0 else 1
         x = checkpoint_name(constrain(x, "batch", "length", "width"), "layer_input")
         attention = Attention(spec, *dtypes, self.kernel, name="self_attn")
-        out, new = attention(norm("input_layernorm", spec.pre_norms, x), layer_cache, layer, context)
+        before = norm("input_layernorm", spec.pre_norms, x)
+        out, new = attention(before, layer_cache, layer, context)
         x = x + norm("post_attention_layernorm", spec.post_norms, out) * scale
         feed_forward = Mixture if spec.experts else functools.partial(MLP, block=self.mlp_block)
-        out = feed_forward(spec, *dtypes, name="mlp")(norm(before_mlp, spec.pre_norms, x))
+        before = before if spec.parallel else norm(before_mlp, spec.pre_norms, x)
+        out = feed_forward(spec, *dtypes, name="mlp")(before)
         x = x + norm("post_feedforward_layernorm", spec.post_norms, out) * scale
         return constrain(x, "batch", "length", "width"), new
 
@@ -187,7 +202,8 @@ class Decoder(nn.Module):
         self.layers = scans[0][1]() if len(scans) == 1 else InOrder(tuple(scans))
         self.norm = _norm(spec, *dtypes, None)
         if not spec.tie_word_embeddings:
-            self.lm_head = Linear(spec.vocab_size, ("embed", "vocab"), *dtypes, out_dtype=jnp.float32)
+            head = {"out_dtype": jnp.float32, "use_bias": spec.head_bias}
+            self.lm_head = Linear(spec.vocab_size, ("embed", "vocab"), *dtypes, **head)
 
     def _saves_memory(self) -> bool:
         """Whether the MLP goes over a row in blocks: where memory is short, and only when kernels are frozen.
@@ -280,13 +296,8 @@ def _keys_and_values(new: Any) -> tuple[Any, Any]:
     return keys, jax.tree.map(lambda pair: pair[1], new, is_leaf=is_pair)
 
 
-def _norm(spec: DecoderSpec, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str | None) -> nn.Module:
-    kind = {
-        "rms": RMSNorm,
-        "rms_plus_one": functools.partial(RMSNorm, plus_one=True),
-        "layer": LayerNorm,
-    }[spec.norm]
-    return kind(spec.norm_eps, dtype, param_dtype, name=name)
+def _norm(spec: DecoderSpec, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str | None, kind: str = "") -> nn.Module:
+    return NORMS[kind or spec.norm](spec.norm_eps, dtype, param_dtype, name=name)
 
 
 def _scan(group: Group, shared: tuple[Any, ...], remat: str, name: str | None = None) -> nn.Module:

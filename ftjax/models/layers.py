@@ -11,14 +11,30 @@ from ftjax import quant
 from ftjax.models.adapter import adapt, by_row
 from ftjax.sharding import constrain
 
+
+def relu_squared(x: jax.Array) -> jax.Array:
+    """max(x, 0) ** 2 (So et al. 2021)"""
+    return jnp.square(nn.relu(x))
+
+
+def xielu(x: jax.Array, alpha_p: jax.Array, alpha_n: jax.Array, beta: jax.Array, eps: jax.Array) -> jax.Array:
+    """Huang and Schlag 2024, of the scalars that `Xielu` holds; in float32, returned in x's dtype."""
+    wide, positive = x.astype(jnp.float32), jax.nn.softplus
+    above = positive(alpha_p) * wide * wide
+    below = (jnp.expm1(jnp.minimum(wide, eps)) - wide) * (beta + positive(alpha_n))
+    return (jnp.where(wide > 0, above, below) + beta * wide).astype(x.dtype)
+
+
 # By their names in Hugging Face configs.
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
     "silu": nn.silu,
     "swish": nn.silu,
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_new": nn.gelu,  # the tanh approximation (Hendrycks and Gimpel 2016)
     "gelu_pytorch_tanh": nn.gelu,
     "relu": nn.relu,
+    "relu2": relu_squared,
+    "xielu": xielu,
 }
 
 INIT = nn.initializers.normal(0.02)
@@ -133,26 +149,72 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std * scale + bias (Ba et al. 2016), computed in float32, returned in `dtype`."""
+    """(x - mean) / std * scale + bias (Ba et al. 2016), computed in float32, returned in `dtype`.
+
+    use_scale, use_bias: without these it multiplies by 1 and adds 0; plus_one: the factor is 1 + scale, as in Nemotron;
+    per_head: x [..., heads, d] has a scale for each head, [heads, d].
+    """
 
     epsilon: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    use_scale: bool = True
+    use_bias: bool = True
+    plus_one: bool = False
+    per_head: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-2:] if self.per_head else x.shape[-1:]
+
         def vector(name, init):
-            init = nn.with_logical_partitioning(init, ("norm",))
-            return self.param(name, init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+            init = nn.with_logical_partitioning(init, ("norm",) * len(shape))
+            return self.param(name, init, shape, self.param_dtype).astype(jnp.float32)
+
+        initial = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale = vector("scale", initial) if self.use_scale else 1.0
+        bias = vector("bias", nn.initializers.zeros) if self.use_bias else 0.0
 
         @remade
         def normed(x, scale, bias):
             x = x.astype(jnp.float32)
             x = x - jnp.mean(x, axis=-1, keepdims=True)
             x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-            return (x * scale + bias).astype(self.dtype)
+            return (x * (1.0 + scale if self.plus_one else scale) + bias).astype(self.dtype)
 
-        return normed(x, vector("scale", nn.initializers.ones), vector("bias", nn.initializers.zeros))
+        return normed(x, scale, bias)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "rms": RMSNorm,
+    "rms_plus_one": functools.partial(RMSNorm, plus_one=True),
+    "layer": LayerNorm,
+    "layer_plus_one": functools.partial(LayerNorm, plus_one=True),
+    "layer_scale": functools.partial(LayerNorm, use_bias=False),
+    "layer_bare": functools.partial(LayerNorm, use_scale=False, use_bias=False),
+    "layer_heads": functools.partial(LayerNorm, use_bias=False, per_head=True),
+}
+
+
+class Xielu(nn.Module):
+    """The scalars of `xielu`: `alpha_p` and `alpha_n` [1], which are learned, `beta` and `eps` [], which are not.
+
+    The latter two are parameters because checkpoints have them.
+    """
+
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, ...]:
+        """The four in this order, float32."""
+
+        def scalar(name, shape, value):
+            init = nn.with_logical_partitioning(nn.initializers.constant(value), ("norm",) * len(shape))
+            return self.param(name, init, shape, self.param_dtype).astype(jnp.float32)
+
+        # The inverse of softplus of 0.8, and of 0.8 - beta: what transformers starts from.
+        learned = scalar("alpha_p", (1,), 0.2034), scalar("alpha_n", (1,), -1.0502)
+        return *learned, *map(jax.lax.stop_gradient, (scalar("beta", (), 0.5), scalar("eps", (), -1e-6)))
 
 
 class Embedding(nn.Module):

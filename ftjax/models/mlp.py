@@ -1,5 +1,6 @@
 """What stands between two attentions: the gated or plain MLP, and the mixture of experts."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from ftjax import quant
 from ftjax.models.grouped import grouped_matmul
-from ftjax.models.layers import ACTIVATIONS, INIT, Linear, packed_kernel, remade
+from ftjax.models.layers import ACTIVATIONS, INIT, Linear, Xielu, packed_kernel, remade
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import constrain, partition_spec
 
@@ -74,7 +75,8 @@ class MLP(nn.Module):
             own = None if rng is None else jax.random.fold_in(rng, PROJECTIONS.index(name))
             return layer(x, token_index, own)
 
-        inner = _inner(spec, lambda name, features: linear(name, features, ("embed", "mlp"), x))
+        scalars = Xielu(self.param_dtype, name="act_fn")() if spec.hidden_act == "xielu" else ()
+        inner = _inner(spec, lambda name, features: linear(name, features, ("embed", "mlp"), x), scalars)
         return linear("down_proj", spec.hidden_size, ("mlp", "embed"), inner)
 
     def _gathered(self, variables):
@@ -98,12 +100,19 @@ class Mixture(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] in `dtype` -> [B, T, D]"""
-        experts, dtypes = self.spec.experts, (self.dtype, self.param_dtype)
+        spec, experts, dtypes = self.spec, self.spec.experts, (self.dtype, self.param_dtype)
         axes, bias = ("embed", None), experts.bias
         # Its logits stay in float32: rounded to bfloat16, experts of nearly the same score would change places.
         router = Linear(experts.count, axes, *dtypes, out_dtype=jnp.float32, use_bias=bias, name="router")
         weights, chosen = _route(router(x), experts.per_token, experts.normalize)
-        return Experts(self.spec, *dtypes, name="experts")(x, weights, chosen)
+        out = Experts(spec, *dtypes, name="experts")(x, weights, chosen)
+        if experts.shared is None:
+            return out
+        alone = dataclasses.replace(spec, intermediate_size=experts.shared, experts=None)
+        shared = MLP(alone, *dtypes, name="shared_expert")(x)
+        if experts.shared_gate:
+            shared = shared * nn.sigmoid(Linear(1, axes, *dtypes, name="shared_expert_gate")(x))
+        return out + shared
 
 
 class Experts(nn.Module):
@@ -283,22 +292,28 @@ def _route(logits: jax.Array, per_token: int, normalize: bool) -> tuple[jax.Arra
     return jax.lax.top_k(jax.nn.softmax(logits, axis=-1), per_token)
 
 
-def _inner(spec: DecoderSpec, project: Callable[[str, int], jax.Array]) -> jax.Array:
+def _inner(
+    spec: DecoderSpec, project: Callable[[str, int], jax.Array], scalars: tuple[jax.Array, ...] = ()
+) -> jax.Array:
     """The activations between the two projections, [..., intermediate_size] in the dtype that `project` gives.
 
-    project(name, features) makes and applies one projection of the layer's input: [..., features].
+    project(name, features) makes and applies one projection of the layer's input: [..., features]; scalars: of the
+    activation, where it has any.
     """
     features, names = spec.intermediate_size, {None: ("up_proj",), "separate": ("gate_proj", "up_proj")}
     if spec.gate in names:
         projected = [project(name, features) for name in names[spec.gate]]
     else:
         projected = [project("gate_up_proj", 2 * features)]
-    return remade(functools.partial(_activated, spec))(*projected)
+    return remade(functools.partial(_activated, spec))(scalars, *projected)
 
 
-def _activated(spec: DecoderSpec, *projected: jax.Array) -> jax.Array:
+def _activated(spec: DecoderSpec, scalars: tuple[jax.Array, ...], *projected: jax.Array) -> jax.Array:
     """What `_inner` returns, from the projections [..., features] in the order of their names there."""
-    activation = ACTIVATIONS[spec.hidden_act]
+
+    def activation(x):
+        return ACTIVATIONS[spec.hidden_act](x, *scalars)
+
     if spec.gate is None:
         return activation(*projected)
     if spec.gate == "separate":

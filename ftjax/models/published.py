@@ -20,6 +20,13 @@ OWNERS = [
     "ibm-granite",
     "openai",
     "openai-community",
+    "bigcode",
+    "baidu",
+    "ByteDance-Seed",
+    "CohereLabs",
+    "CohereForAI",
+    "THUDM",
+    "zai-org",
 ]
 
 

@@ -93,16 +93,20 @@ def rotary_tables(ropes: tuple[Rope, ...], positions: jax.Array, reach: jax.Arra
     return jnp.cos(angles) * scales, jnp.sin(angles) * scales
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
     """Turns the first 2 * pairs dimensions of each head, its first half paired with its second as Hugging Face does.
 
-    x [B, T, heads, head_dim]; cos, sin float32 [B, T, pairs]. Computed in float32, returned in x's dtype.
+    x [B, T, heads, head_dim]; cos, sin float32 [B, T, pairs]; interleaved: pairs are neighbors instead, as in the
+    paper. Computed in float32, returned in x's dtype.
     """
     pairs = cos.shape[-1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     turned = x[..., : 2 * pairs].astype(jnp.float32)
-    first, second = turned[..., :pairs], turned[..., pairs:]
+    halves = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :pairs], turned[..., pairs:])
+    first, second = halves
     parts = [(first * cos - second * sin).astype(x.dtype), (second * cos + first * sin).astype(x.dtype)]
+    if interleaved:
+        parts = [jnp.stack(parts, axis=-1).reshape(turned.shape)]
     return jnp.concatenate([*parts, x[..., 2 * pairs :]], axis=-1)
 
 

@@ -27,6 +27,8 @@ class Experts:
     per_token: int
     normalize: bool  # whether the chosen experts' weights are made to sum to 1
     bias: bool = False  # of the router and of the experts
+    shared: int | None = None  # intermediate size of an MLP beside them that every token goes through
+    shared_gate: bool = False  # what it gives is multiplied by the sigmoid of a score of the token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +65,23 @@ class DecoderSpec:
     # positions
     ropes: tuple[Rope, ...]  # the different ones
     layer_ropes: tuple[int | None, ...]  # which of them each layer uses; None: no positions there
+    rope_interleaved: bool = False  # pair i of a head is its dimensions 2i and 2i + 1, else i and i + pairs
     learned_positions: bool = False  # an embedding of the position, added to the token's
 
     # attention
     layer_windows: tuple[int | None, ...] = ()  # how many tokens back, itself included, each layer sees; None: all
     attention_scales: tuple[float, ...] = ()  # of queries times keys, per layer
+    position_scale: tuple[float, int] | None = None  # (b, n): queries of position p times 1 + b log(1 + floor(p / n))
     attention_softcap: float | None = None  # scores s become cap * tanh(s / cap)
     attention_sinks: bool = False  # a learned score per head that takes part in the softmax and carries no value
     qkv_bias: bool = False
     o_bias: bool = False
     fused_qkv: bool = False  # one kernel for queries, keys and values, in this order
-    qk_norm: str | None = None  # a norm of queries and keys: "head" (each head alone) or "projection" (all at once)
+    qkv_clip: float | None = None  # queries, keys and values are cut to so much on either side of 0
+    # A norm of queries and keys: "head" (each head alone), "heads" (LayerNorm with a scale for each, no bias) or
+    # "projection" (all at once).
+    qk_norm: str | None = None
+    qk_norm_last: bool = False  # after RoPE (of heads)
 
     # MLP
     hidden_act: str = "silu"  # one of layers.ACTIVATIONS
@@ -83,11 +91,13 @@ class DecoderSpec:
     experts: Experts | None = None
 
     # norms, residual stream and head
-    norm: str = "rms"  # "rms", "rms_plus_one" (scale + 1) or "layer"
+    norm: str = "rms"  # one of layers.NORMS
     pre_norms: bool = True  # of what goes into attention and MLP
     post_norms: bool = False  # of what comes out of them
+    parallel: bool = False  # attention and MLP have the same input, under one norm, and their sum is added to it
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
+    head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 

@@ -161,7 +161,9 @@ OPTIMIZERS = {
 
 
 def _is_vector(path: str) -> bool:
-    return path.rpartition("/")[2] in ("scale", "bias", "sinks", "lora_magnitude")
+    """Including the scalars of an activation (`layers.Xielu`)."""
+    name = path.rpartition("/")[2]
+    return name in ("scale", "bias", "sinks", "lora_magnitude", "alpha_p", "alpha_n", "beta", "eps")
 
 
 def _is_hidden_matrix(path: str) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ftjax.errors import UserError
 from ftjax.models.families import is_multimodal, spec_from_config
 from ftjax.weights.hf.keys import hf_names
 from ftjax.weights.load import stored_names
@@ -25,7 +26,13 @@ class ResizedReader:
     def __init__(self, reader: Reader, rows: int):
         self.path: Path = reader.path
         stored = stored_names(reader)
-        embedding = hf_names(spec_from_config(reader.config))["embed_tokens/embedding"].name(())
+        spec = spec_from_config(reader.config)
+        if spec.head_bias:
+            raise UserError(
+                f"{reader.path}: the output head of a {spec.family!r} model has a bias, to which rows are not added; "
+                "leave config.model.add_tokens and config.model.resize_vocab out"
+            )
+        embedding = hf_names(spec)["embed_tokens/embedding"].name(())
         self.original, self._rows = reader, rows
         self._resized = {stored[name] for name in (embedding, _HEAD) if name in stored}
         self._means: dict[str, np.ndarray] = {}

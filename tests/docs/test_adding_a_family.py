@@ -16,6 +16,10 @@ def test_the_example_is_the_file_the_registry_and_the_test_config():
     assert all(line + "\n" in configs for line in tests.splitlines())
 
 
+def test_the_guide_is_short():
+    assert len(GUIDE.splitlines()) < 100
+
+
 def test_every_family_is_under_a_hundred_lines_and_every_field_is_in_the_guide():
     files = sorted((ROOT / "ftjax/models/families").glob("*.py"))
     assert len(files) > 8

@@ -42,7 +42,7 @@ def server(tmp_path_factory):
 
 def ended(client, job):
     final = ("succeeded", "failed", "cancelled")
-    return until(lambda: (now := client.fine_tuning.jobs.retrieve(job.id)).status in final and now, 300)
+    return until(lambda: (now := client.fine_tuning.jobs.retrieve(job.id)).status in final and now, 600)
 
 
 def rows(first, last):
@@ -82,6 +82,7 @@ def test_a_supervised_job_trains_evaluates_and_leaves_adapters_of_its_epochs(ser
     assert job.hyperparameters.to_dict() == asked
     config = json.loads((run_of(server, job) / "config.json").read_text())
     assert (config["seed"], config["epochs"], config["data"]["batch_size"]) == (3, 2.0, 6)
+    assert config["data"]["row_length"] == 64  # of the longest row, not of the longest that may be
     usual = 2e-4 * (4096 / 512) ** 0.78  # of LoRA at this width (docs/methods.md)
     assert config["optimizer"]["learning_rate"] == pytest.approx(3 * float(f"{usual:.2g}"))
 

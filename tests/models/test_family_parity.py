@@ -26,6 +26,7 @@ from ftjax.weights.source import open_source
 
 ROWS, LENGTH = 5, 18  # of every batch here, so that each config is compiled once
 INPUTS = ("tokens", "positions", "segment_ids")
+FIXED = ("act_fn/beta", "act_fn/eps")  # parameters that are not trained
 
 
 def read(path):
@@ -64,6 +65,8 @@ class Case:
         with torch.no_grad():
             for name, parameter in carrier.named_parameters():
                 parameter.copy_(gradients[name])
+            for buffer in carrier.buffers():  # of which files have some, and which have no gradient
+                buffer.zero_()
         carrier.save_pretrained(self.path / "gradients")
         return read(self.path / "gradients")[1]
 
@@ -74,7 +77,13 @@ def configs(quick):
     return [pytest.param(value, id=name, marks=() if name in quick else pytest.mark.slow) for name, value in every]
 
 
-@pytest.fixture(scope="module", params=configs(quick=[name for name in CONFIGS if "," not in name]))
+# Families all of whose parts are in others that are quick.
+SLOW = {"arcee", "ernie4_5", "exaone4", "glm", "helium", "ministral", "olmo3", "seed_oss", "starcoder2"}
+
+
+@pytest.fixture(
+    scope="module", params=configs(quick=[name for name in CONFIGS if "," not in name and name not in SLOW])
+)
 def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp("case"))
 
@@ -87,6 +96,9 @@ def check_gradients(gradients, case, docs, record_figure):
     ours, theirs = tree.flatten(gradients), tree.flatten(case.torch_gradients(docs))
     experts = case.decoder.spec.experts
     for path, leaf in theirs.items():  # a single expert has the weight 1 whatever the router says
+        if path.endswith(FIXED):
+            assert not leaf.any()
+            continue
         assert (np.abs(leaf).max() > 1e-3) != ("/router/" in path and experts.per_token == 1), f"{path}: too small"
     record_figure("gradients", max(np.abs(ours[path] - theirs[path]).max() for path in theirs))
     for path in theirs:

@@ -18,7 +18,11 @@ from ftjax.weights.source import open_source
 NEW = 12
 
 
-@pytest.fixture(scope="module", params=["gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer"])
+QUICK = ("gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ministral3", "cohere2", "phi", "qwen2_moe", "exaone4")]
+
+
+@pytest.fixture(scope="module", params=[*QUICK, *SLOW])
 def case(request, tmp_path_factory):
     """(torch's model, ours, its variables)"""
     path = tmp_path_factory.mktemp("model")

@@ -26,8 +26,8 @@ def inspect(config, report):
     rows = Path(config["data.train"][0]).read_text().splitlines()
     if rows[0] == "not json":
         sys.exit(f"error: {config['data.train'][0]}:1: is not JSON")
-    count, asked = len(rows), config
-    chosen = {"batch_size": asked.get("data.batch_size", 1), "epochs": asked.get("epochs", 3.0), "learning_rate": 1e-3}
+    count = len(rows)
+    chosen = {"batch_size": 1, "row_length": 64, "epochs": config.get("epochs", 3.0), "learning_rate": 1e-3}
     report.write_text(json.dumps({"findings": [], "epoch": {"rows": count}, "chosen": chosen}))
 
 

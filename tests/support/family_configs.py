@@ -41,8 +41,47 @@ def _config(model_type: str, **fields) -> dict:
     return {"model_type": model_type} | _SIZES | fields
 
 
+_DYNAMIC = {"type": "dynamic", "alpha": 20.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1}
+_MINISTRAL3 = _YARN | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0}
+_HALF = {"head_dim": 12, "partial_rotary_factor": 0.5}
+# Of rope_parameters by kinds of layers.
+_BY_KIND = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+_QWEN2_MOE = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 28,
+}
+
 CONFIGS = {
     "llama": _config("llama", tie_word_embeddings=True),
+    "apertus": _config("apertus", rope_parameters=_LLAMA3, attention_bias=True),
+    "arcee": _config("arcee", rope_parameters=_YARN, mlp_bias=True),
+    "cohere2": _config("cohere2", sliding_window=5, sliding_window_pattern=3, logit_scale=0.7),
+    "ernie4_5": _config("ernie4_5", head_dim=12, use_bias=True),
+    "exaone4": _config("exaone4", sliding_window=5, sliding_window_pattern=3),
+    "glm": _config("glm", **_HALF),
+    "glm4": _config("glm4", **_HALF),
+    "helium": _config("helium", head_dim=8, attention_bias=True, mlp_bias=True),
+    "hunyuan_v1_dense": _config("hunyuan_v1_dense", head_dim=12, rope_scaling=_DYNAMIC, attention_bias=True),
+    "ministral": _config(
+        "ministral",
+        head_dim=12,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
+    "ministral3": _config("ministral3", head_dim=12, rope_parameters=_MINISTRAL3),
+    "nemotron": _config("nemotron", attention_bias=True, mlp_bias=True, **_HALF),
+    "olmo": _config("olmo", clip_qkv=0.5, attention_bias=True),
+    "olmo3": _config("olmo3", num_hidden_layers=4, sliding_window=5, rope_scaling=_YARN),
+    "phi": _config("phi", qk_layernorm=True, partial_rotary_factor=0.5),
+    "qwen2_moe": _config("qwen2_moe", **_QWEN2_MOE),
+    "seed_oss": _config("seed_oss", head_dim=12, attention_out_bias=True, mlp_bias=True),
+    "stablelm": _config("stablelm", qk_layernorm=True, use_parallel_residual=True, use_qkv_bias=True),
+    "starcoder2": _config("starcoder2", sliding_window=5),
     "gemma2": _config("gemma2", head_dim=10, sliding_window=5, query_pre_attn_scalar=20),
     "gemma3": _config(
         "gemma3_text",
@@ -109,6 +148,61 @@ CONFIGS = {
 
 # The same families with their options the other way round.
 MORE_CONFIGS = {
+    "apertus, plain, tied": _config(
+        "apertus",
+        hidden_act="silu",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        tie_word_embeddings=True,
+    ),
+    "arcee, tied": _config("arcee", tie_word_embeddings=True, head_dim=12),
+    "cohere2, layer types, untied, bias": _config(
+        "cohere2",
+        sliding_window=4,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        logit_scale=1.2,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "ernie4_5, untied": _config("ernie4_5", head_dim=8, tie_word_embeddings=False),
+    "exaone4, no windows, tied": _config(
+        "exaone4", sliding_window=None, layer_types=["full_attention"] * 3, tie_word_embeddings=True
+    ),
+    "glm, whole heads, tied": _config(
+        "glm", head_dim=8, partial_rotary_factor=1.0, attention_bias=False, tie_word_embeddings=True
+    ),
+    "glm4, no bias": _config("glm4", head_dim=8, attention_bias=False),
+    "helium, tied": _config("helium", head_dim=8, tie_word_embeddings=True),
+    "hunyuan_v1_dense, tied": _config("hunyuan_v1_dense", head_dim=8, tie_word_embeddings=True),
+    "ministral, windows": _config("ministral", head_dim=8, sliding_window=4, tie_word_embeddings=True),
+    "ministral3, window": _config(
+        "ministral3", head_dim=8, sliding_window=6, rope_parameters=_MINISTRAL3, tie_word_embeddings=True
+    ),
+    "nemotron, relu, tied": _config("nemotron", hidden_act="relu", partial_rotary_factor=1.0, tie_word_embeddings=True),
+    "olmo, no clip, tied": _config("olmo", tie_word_embeddings=True),
+    "olmo3, ropes, layer types": _config(
+        "olmo3",
+        sliding_window=4,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        rope_parameters=_BY_KIND,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "phi, no norms": _config("phi", partial_rotary_factor=1.0, num_key_value_heads=4, hidden_act="gelu"),
+    "qwen2_moe, dense layers, window": _config(
+        "qwen2_moe",
+        num_hidden_layers=4,
+        decoder_sparse_step=2,
+        norm_topk_prob=True,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=2,
+        qkv_bias=False,
+        tie_word_embeddings=True,
+        **_QWEN2_MOE,
+    ),
+    "seed_oss, no bias, tied": _config("seed_oss", head_dim=8, attention_bias=False, tie_word_embeddings=True),
+    "stablelm, plain, tied": _config("stablelm", tie_word_embeddings=True, partial_rotary_factor=0.5),
+    "starcoder2, untied, no bias": _config("starcoder2", use_bias=False, tie_word_embeddings=False, hidden_act="gelu"),
     "llama, untied, head_dim": _config("llama", hidden_size=24, head_dim=10),
     "llama, one kv head, other eps": _config("llama", num_key_value_heads=1, rms_norm_eps=0.1, rope_theta=100.0),
     "llama, as many kv heads": _config("llama", num_key_value_heads=4),
@@ -195,4 +289,4 @@ MORE_CONFIGS = {
     ),
 }
 
-assert {config["model_type"] for config in CONFIGS.values()} == FAMILIES.keys() - {"gemma3"}
+assert {config["model_type"] for config in CONFIGS.values()} == FAMILIES.keys() - {"gemma3", "mistral3"}

@@ -24,6 +24,8 @@ def torch_model(config: dict, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or name.endswith("_bias"):
+                if config["model_type"] == "nemotron" and name.endswith("norm.weight"):
+                    parameter.zero_()  # it starts from 1, and 1 is added to it: twice as much in every layer
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
                 # [in, out] where a layer is stored so (GPT-2's Conv1D, GPT-OSS's experts), else [out, in]

@@ -14,10 +14,19 @@ from safetensors.numpy import load_file, save_file
 from support import xla_flags
 from support.family_configs import CONFIGS
 from support.llama_dirs import abstract, assert_is_model, assert_same_bits, llama
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel
+from support.tiny import batch_of, documents, logits
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+)
 
 from ftjax import tree
 from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.weights.load import load_params
 from ftjax.weights.source import open_source
@@ -216,6 +225,27 @@ def test_the_language_model_of_a_multimodal_gemma3(tmp_path, layout):
         path = f"layers/{module.replace('.', '/')}/{'scale' if 'norm' in module else 'kernel'}"
         assert_same_bits(leaves[path][int(layer)], np.ascontiguousarray(expected.T))
     assert len(leaves) == 2 + len(theirs) / text["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("name", ["mistral", "ministral3"])
+def test_the_language_model_of_a_multimodal_mistral3(tmp_path, name, record_figure):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"model_type": "pixtral", "head_dim": 8, "image_size": 28, "patch_size": 14}
+    config = Mistral3Config(text_config=dict(CONFIGS[name]), vision_config=vision, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = Mistral3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path)
+    docs = documents(0, [17])
+    params = load(tmp_path)
+    ours = logits(Decoder(spec_from_config(open_source(tmp_path).config)), {"params": params}, batch_of([docs], 17))[0]
+    with torch.no_grad():
+        theirs = model(torch.tensor(docs[0][0][None]).long()).logits[0].numpy()
+    record_figure("logits", np.abs(ours - theirs).max())
+    assert theirs.std() > 0.1
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
 SHARDED = """

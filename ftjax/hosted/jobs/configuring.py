@@ -42,10 +42,12 @@ class Data(NamedTuple):
     Attributes:
       rows: of an epoch.
       batch_size, epochs, learning_rate: what the run would choose, where they are open.
+      row_length: for the longest of them; a run that is given a batch would make room for the longest that may be.
     """
 
     rows: int
     batch_size: int
+    row_length: int
     epochs: float
     learning_rate: float
 
@@ -97,21 +99,30 @@ def config(
         out["eval_epochs"] = 1.0
     if job.method == "dpo":
         out["objective.beta"] = _BETA if asked["beta"] == "auto" else asked["beta"]
-    each = 1
     if job.method == "reinforcement":
-        each = out["rollouts.samples"] = samples(asked)
+        out["rollouts.samples"] = samples(asked)
         out["objective.rewards"] = [f"{GRADER}:{grader}"]
         out["evaluate.samples"] = 1 if asked["eval_samples"] == "auto" else asked["eval_samples"]
-    if asked["batch_size"] != "auto":
-        out["data.batch_size"] = asked["batch_size"] * each
     if asked["n_epochs"] != "auto":
         out["epochs"] = float(asked["n_epochs"])
     if data is not None:
         factor = 1.0 if asked["learning_rate_multiplier"] == "auto" else asked["learning_rate_multiplier"]
-        out["data.batch_size"], out["epochs"] = data.batch_size, data.epochs
+        data = settled(job, data)
+        out |= {"data.batch_size": data.batch_size, "data.row_length": data.row_length, "epochs": data.epochs}
         out["optimizer.learning_rate"] = float(f"{data.learning_rate * factor:.4g}")
-        out["checkpoint_every"] = saves(data, each)[0]
+        out["checkpoint_every"] = saves(job, data)[0]
     return out
+
+
+def settled(job: Job, data: Data) -> Data:
+    """With the batch that the request asks for."""
+    asked = job.asked["batch_size"]
+    return data if asked == "auto" else data._replace(batch_size=asked * _each(job))
+
+
+def _each(job: Job) -> int:
+    """Rows of a batch that a row of the data makes: completions of a prompt."""
+    return samples(job.asked) if job.method == "reinforcement" else 1
 
 
 def _applying(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,24 +144,26 @@ def samples(asked: Mapping[str, Any]) -> int:
 
 def resolved(job: Job, data: Data) -> dict[str, Any]:
     """The hyperparameters of a job without "auto"."""
-    each = samples(job.asked) if job.method == "reinforcement" else 1
+    data = settled(job, data)
     chosen = {
-        "batch_size": data.batch_size // each,
+        "batch_size": data.batch_size // _each(job),
         "n_epochs": math.ceil(data.epochs),
         "learning_rate_multiplier": 1.0,
         "beta": _BETA,
         "compute_multiplier": 1.0,
-        "eval_interval": math.ceil(data.rows * each / data.batch_size),
+        "eval_interval": _steps(job, data),
         "eval_samples": 1,
     }
     return {name: chosen[name] if value == "auto" else value for name, value in job.asked.items()}
 
 
-def saves(data: Data, each: int = 1) -> tuple[int, int]:
-    """(steps between two saves, saves in an epoch, of which one is listed as a checkpoint).
+def _steps(job: Job, data: Data) -> int:
+    """Of an epoch."""
+    return math.ceil(data.rows * _each(job) / settled(job, data).batch_size)
 
-    each: rows that a batch has of a row of the data.
-    """
-    steps = math.ceil(data.rows * each / data.batch_size)
+
+def saves(job: Job, data: Data) -> tuple[int, int]:
+    """(steps between two saves, saves in an epoch, of which one is listed as a checkpoint)."""
+    steps = _steps(job, data)
     count = math.ceil(steps / _SAVES)
     return max(1, math.ceil(steps / count)), count

@@ -123,8 +123,7 @@ class Queue:
             self._fail(job, data)
             return
         self._configure(place, configuring.config(job, self._settings, *files, data))
-        each = configuring.samples(job.asked) if job.method == "reinforcement" else 1
-        every, share = configuring.saves(data, each)
+        every, share = configuring.saves(job, data)
         values = {"hyperparameters": configuring.resolved(job, data), "every": every, "share": share}
         with Session(self._engine) as session, session.begin():
             if self._moved(session, job, WAIT, status="queued", **values):

@@ -33,13 +33,14 @@ def read(status: int, report: Path, log: str, names: dict[str, str]) -> Data | d
     if status == EXIT_MISTAKE or not found:
         return failure(mistake(log) or f"the check of the rows ended with status {status}", names)
     chosen = found["chosen"]
-    return Data(found["epoch"]["rows"], chosen["batch_size"], chosen["epochs"], chosen["learning_rate"])
+    return Data(found["epoch"]["rows"], **chosen)
 
 
 def warnings(report: Path, names: dict[str, str]) -> list[str]:
-    """What else is to be known of the rows."""
+    """What else is to be known of the rows; not of their batches, which are not yet those that a request asks for."""
     found = json.loads(report.read_text(encoding="utf-8")).get("findings", ())
-    return [renamed(f"{one['message']} [{one['code']}]", names) for one in found if one["severity"] != ERROR]
+    told = [one for one in found if one["severity"] != ERROR and one["code"] != "few"]
+    return [renamed(f"{one['message']} [{one['code']}]", names) for one in told]
 
 
 def failure(message: str, names: dict[str, str]) -> dict[str, Any]:

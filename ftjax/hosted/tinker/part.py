@@ -1,7 +1,6 @@
 """This part of the server, put together: its routes, what it does now and then, and how it ends."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +37,7 @@ def make(
     engine: sqlalchemy.Engine,
     folder: Path,
     limits: Limits,
+    name: str = "",
     turns: contextlib.AbstractContextManager | None = None,
 ) -> Part:
     """Starts its thread, which `close` ends.
@@ -46,11 +46,11 @@ def make(
       params: the base's, which the engine has too.
       generation: writes completions; its limits have `limits.rank` at least, and TARGETS.
       folder: for checkpoints and the tokenizer.
+      name: what else the base is called.
       turns: those of `generation`, on several devices.
     """
-    limits = dataclasses.replace(limits, rank=min(limits.rank, generation.limits.rank))
     programs, facts = Programs(base, params, limits.tokens, limits.longest, turns), adapted.facts_of(base)
-    names = names_of(base, folder / "base")
+    names = [*names_of(base, folder / "base"), *([name] if name else [])]
     work = Work()
     samplers = Samplers(generation, programs, facts, names[0], work)
     kept = Store(engine, folder / "checkpoints", limits.quota)

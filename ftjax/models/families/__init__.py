@@ -4,8 +4,34 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ftjax.errors import UserError
-from ftjax.models.families import gemma, gpt2, gpt_oss, granite, llama, mistral, olmo2, phi3, qwen
+from ftjax.models.families import (
+    apertus,
+    arcee,
+    cohere,
+    ernie,
+    exaone,
+    gemma,
+    glm,
+    gpt2,
+    gpt_oss,
+    granite,
+    helium,
+    hunyuan,
+    llama,
+    mistral,
+    nemotron,
+    olmo,
+    olmo2,
+    olmo3,
+    phi,
+    phi3,
+    qwen,
+    seed_oss,
+    stablelm,
+    starcoder2,
+)
 from ftjax.models.families.fields import shorten
+from ftjax.models.families.likeness import likeness
 from ftjax.models.spec import DecoderSpec
 
 
@@ -18,61 +44,105 @@ class Family(NamedTuple):
     as_stored: tuple[str, ...] = ()  # paths of kernels that Hugging Face stores as [in, out], like ours
     read_as: tuple[tuple[str, str], ...] = ()  # (prefix in some files, what it stands for)
     ignored: str | None = None  # a regular expression for tensors in the files that the decoder has no use for
-    language_model: str | None = None  # of a multimodal model: the `model_type` of the `text_config` in its config
+    language_models: tuple[str, ...] = ()  # of a multimodal model: `model_type`s that its `text_config` may have
 
+
+# The language model inside multimodal checkpoints, old and new; vision tensors are left where they are.
+_INSIDE = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+)
+_VISION = r"^(model\.)?(vision_tower|multi_modal_projector)\."
 
 FAMILIES: dict[str, Family] = {
+    "apertus": Family(apertus.apertus, "ApertusForCausalLM", apertus.NAMES),
+    "arcee": Family(arcee.arcee, "ArceeForCausalLM"),
+    "cohere2": Family(cohere.cohere2, "Cohere2ForCausalLM"),
+    "ernie4_5": Family(ernie.ernie4_5, "Ernie4_5ForCausalLM"),
+    "exaone4": Family(exaone.exaone4, "Exaone4ForCausalLM"),
     "gemma2": Family(gemma.gemma2, "Gemma2ForCausalLM"),
     "gemma3": Family(
         gemma.gemma3,
         "Gemma3ForConditionalGeneration",
-        read_as=gemma.GEMMA3_READ_AS,
-        ignored=gemma.GEMMA3_IGNORED,
-        language_model="gemma3_text",
+        read_as=_INSIDE,
+        ignored=_VISION,
+        language_models=("gemma3_text",),
     ),
     "gemma3_text": Family(gemma.gemma3, "Gemma3ForCausalLM"),
+    "glm": Family(glm.glm, "GlmForCausalLM"),
+    "glm4": Family(glm.glm, "Glm4ForCausalLM", glm.GLM4_NAMES),
     "gpt2": Family(gpt2.gpt2, "GPT2LMHeadModel", gpt2.NAMES, gpt2.AS_STORED, gpt2.READ_AS, gpt2.IGNORED),
     "gpt_oss": Family(gpt_oss.gpt_oss, "GptOssForCausalLM", gpt_oss.NAMES, gpt_oss.AS_STORED),
     "granite": Family(granite.granite, "GraniteForCausalLM"),
+    "helium": Family(helium.helium, "HeliumForCausalLM"),
+    "hunyuan_v1_dense": Family(hunyuan.hunyuan, "HunYuanDenseV1ForCausalLM", hunyuan.NAMES),
     "llama": Family(llama.llama, "LlamaForCausalLM"),
+    "ministral": Family(mistral.ministral, "MinistralForCausalLM"),
+    "ministral3": Family(mistral.ministral3, "Ministral3ForCausalLM"),
     "mistral": Family(mistral.mistral, "MistralForCausalLM"),
+    "mistral3": Family(
+        mistral.mistral,
+        "Mistral3ForConditionalGeneration",
+        read_as=_INSIDE,
+        ignored=_VISION,
+        language_models=("mistral", "ministral3"),
+    ),
     "mixtral": Family(mistral.mixtral, "MixtralForCausalLM", mistral.MIXTRAL_NAMES),
+    "nemotron": Family(nemotron.nemotron, "NemotronForCausalLM"),
+    "olmo": Family(olmo.olmo, "OlmoForCausalLM"),
     "olmo2": Family(olmo2.olmo2, "Olmo2ForCausalLM"),
+    "olmo3": Family(olmo3.olmo3, "Olmo3ForCausalLM"),
+    "phi": Family(phi.phi, "PhiForCausalLM", phi.NAMES),
     "phi3": Family(phi3.phi3, "Phi3ForCausalLM"),
     "qwen2": Family(qwen.qwen2, "Qwen2ForCausalLM"),
+    "qwen2_moe": Family(qwen.qwen2_moe, "Qwen2MoeForCausalLM", qwen.MOE_NAMES),
     "qwen3": Family(qwen.qwen3, "Qwen3ForCausalLM"),
     "qwen3_moe": Family(qwen.qwen3_moe, "Qwen3MoeForCausalLM", qwen.MOE_NAMES),
+    "seed_oss": Family(seed_oss.seed_oss, "SeedOssForCausalLM"),
     "smollm3": Family(llama.smollm3, "SmolLM3ForCausalLM"),
+    "stablelm": Family(stablelm.stablelm, "StableLmForCausalLM", stablelm.NAMES),
+    "starcoder2": Family(starcoder2.starcoder2, "Starcoder2ForCausalLM", starcoder2.NAMES),
 }
 
 
 def family_of(config: dict[str, Any]) -> Family:
-    """Raises UserError, listing what is there, for an architecture that is not."""
+    """Raises UserError for an architecture that is not there, with what is, and what its config resembles most."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"no port of model_type {shorten(name)}; there are: {', '.join(sorted(FAMILIES))}")
+        specs = {name: family.spec for name, family in FAMILIES.items() if not family.language_models}
+        raise UserError(
+            f"no port of model_type {shorten(name)}{likeness(config, specs)}; there are: {', '.join(sorted(FAMILIES))}"
+        )
     return FAMILIES[name]
 
 
 def is_multimodal(config: dict[str, Any]) -> bool:
-    return family_of(config).language_model is not None
+    return bool(family_of(config).language_models)
 
 
 def inside_multimodal(spec: DecoderSpec) -> bool:
     """Whether this may be the language model inside a multimodal one."""
-    return spec.family in {family.language_model for family in FAMILIES.values()}
+    return any(spec.family in family.language_models for family in FAMILIES.values())
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config of the language model alone: of a multimodal model its `text_config`, else `config` itself.
 
-    The multimodal model's own word on token ids and tied embeddings counts.
+    The multimodal model's own word on token ids and tied embeddings counts. The language model is of the first of the
+    family's `language_models` unless its config says another.
     """
     if not is_multimodal(config):
         return config
     if not isinstance(config.get("text_config"), dict):
         raise UserError(f"config.json of a {config['model_type']!r} model lacks 'text_config'")
-    name = family_of(config).language_model
+    names = family_of(config).language_models
+    name = config["text_config"].get("model_type") or names[0]
+    if name not in names:
+        raise UserError(
+            f"config.json of a {config['model_type']!r} model: no port of a language model {shorten(name)} in it, "
+            f"only of {', '.join(names)}"
+        )
     ids = {key: value for key, value in config.items() if key.endswith("_token_id") and "image" not in key}
     tied = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
     return ids | config["text_config"] | tied | {"model_type": name, "architectures": [FAMILIES[name].architecture]}
@@ -89,4 +159,6 @@ def spec_from_config(config: dict[str, Any]) -> DecoderSpec:
         )
     if spec.experts and spec.experts.per_token > spec.experts.count:
         raise UserError(f"config.json: {spec.experts.per_token} experts per token of only {spec.experts.count}")
+    if spec.experts and spec.hidden_act == "xielu":
+        raise UserError("config.json: hidden_act='xielu' has scalars that are learned, which experts have not here")
     return spec

@@ -23,13 +23,6 @@ _DEFAULTS = {
     "sliding_window": 4096,
     "tie_word_embeddings": True,
 }
-# The language model inside Gemma 3's multimodal checkpoints; vision tensors are left where they are.
-GEMMA3_READ_AS = (
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "model."),
-)
-GEMMA3_IGNORED = r"^(model\.)?(vision_tower|multi_modal_projector)\."
 
 
 def gemma2(config: dict[str, Any]) -> DecoderSpec:
@@ -45,7 +38,7 @@ def gemma2(config: dict[str, Any]) -> DecoderSpec:
 def gemma3(config: dict[str, Any]) -> DecoderSpec:
     config = _DEFAULTS | {"max_position_embeddings": 131_072, "vocab_size": 262_208} | config
     ropes = _ropes(config)
-    config = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
+    config = config | {"rope_parameters": None, "rope_scaling": None}
     fields = _fields(config, size(config, "sliding_window_pattern", size(config, "_sliding_window_pattern", 6)))
     refuse(config, "attn_logit_softcapping", harmless=None)  # transformers ignores it in Gemma 3
     head_dim, positions = fields["head_dim"], fields["max_position_embeddings"]

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (biases on queries, keys and values), Qwen3 (norms of queries and keys) and its mixtures."""
+"""Qwen2 and Qwen2.5 (biases on queries, keys and values), Qwen3 (norms of queries and keys), and mixtures of both."""
 
 from typing import Any
 
@@ -27,6 +27,25 @@ def qwen3(config: dict[str, Any]) -> DecoderSpec:
     return DecoderSpec(**fields, qk_norm="head")
 
 
+def qwen2_moe(config: dict[str, Any]) -> DecoderSpec:
+    config = {"max_position_embeddings": 32_768, "num_key_value_heads": 16} | config
+    fields = decoder_fields(config | {"intermediate_size": size(config, "moe_intermediate_size", 1408)})
+    experts = Experts(
+        count=size(config, "num_experts", 60),
+        per_token=size(config, "num_experts_per_tok", 4),
+        normalize=flag(config, "norm_topk_prob"),
+        shared=size(config, "shared_expert_intermediate_size", 5632),
+        shared_gate=True,
+    )
+    slides = flag(config, "use_sliding_window")
+    first = size(config, "max_window_layers", 28)
+    sliding = [slides and layer % 2 == 0 and layer < first for layer in range(fields["num_hidden_layers"])]
+    sliding = layer_types(config, sliding) if slides else sliding
+    fields["layer_windows"] = windows({"sliding_window": 4096} | config, sliding)
+    fields |= {"qkv_bias": flag(config, "qkv_bias", True), "o_bias": False}
+    return _with_dense_layers(config, DecoderSpec(**fields, experts=experts), 5632)
+
+
 def qwen3_moe(config: dict[str, Any]) -> DecoderSpec:
     config = {"max_position_embeddings": 32_768, "num_key_value_heads": 4} | config
     fields = decoder_fields(config | {"intermediate_size": size(config, "moe_intermediate_size", 768)})
@@ -36,7 +55,12 @@ def qwen3_moe(config: dict[str, Any]) -> DecoderSpec:
         normalize=flag(config, "norm_topk_prob"),
     )
     spec = DecoderSpec(**_with_windows(config, fields, 0), qk_norm="head", experts=experts)
-    dense = Kind("dense", (("intermediate_size", size(config, "intermediate_size", 6144)), ("experts", None)))
+    return _with_dense_layers(config, spec, 6144)
+
+
+def _with_dense_layers(config: dict[str, Any], spec: DecoderSpec, width: int) -> DecoderSpec:
+    """`spec` with the layers that the config takes out of the mixture; width: of their MLP, where it does not say."""
+    dense = Kind("dense", (("intermediate_size", size(config, "intermediate_size", width)), ("experts", None)))
     step, layers = size(config, "decoder_sparse_step", 1), range(spec.num_hidden_layers)
     named = config.get("mlp_only_layers") or []
     if not isinstance(named, list) or not all(type(layer) is int for layer in named):

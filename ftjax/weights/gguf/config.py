@@ -19,7 +19,11 @@ from ftjax.weights.gguf.header import Fields, Tensor, shorten
 from ftjax.weights.gguf.rope import longrope_metadata, read_longrope, read_rope, rope_metadata
 
 _LOCAL_THETA, _GEMMA3_PERIOD = 10_000.0, 6  # Gemma 3's, for files without the keys
-_DEFAULT_THETA = {"gemma3_text": 1e6, "mixtral": 1e6}  # for Hugging Face configs without one; else 10,000
+_DEFAULT_THETA = {
+    "gemma3_text": 1e6,
+    "mixtral": 1e6,
+    "smollm3": 2e6,
+}  # for Hugging Face configs without one; else 10,000
 # Layers of the 27B Gemmas, by which llama.cpp knows that their attention is scaled by the width of the model.
 _LARGE_GEMMA = {"gemma2": 46, "gemma3": 62}
 
@@ -93,13 +97,7 @@ def _decoder(file: Fields) -> dict[str, Any]:
 
 def _llama(file: Fields) -> dict[str, Any]:
     """Llama, and Mistral and Mixtral, whose files have the same architecture."""
-    config = _decoder(file)
-    config |= {
-        "model_type": "llama",
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
-        "rope_parameters": read_rope(file, config["head_dim"]),
-    }
+    config = _with_biases(file) | {"model_type": "llama"}
     if (window := file.window("attention.sliding_window")) is not None:
         config |= {"model_type": "mistral", "sliding_window": window}
     if file.has("expert_count"):
@@ -112,6 +110,36 @@ def _llama(file: Fields) -> dict[str, Any]:
     if config["model_type"] != "llama" and (config["attention_bias"] or config["mlp_bias"]):
         raise file.error("a sliding window or experts together with biases are not supported")
     return config
+
+
+def _with_biases(file: Fields) -> dict[str, Any]:
+    config = _decoder(file)
+    return config | {
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        "rope_parameters": read_rope(file, config["head_dim"]),
+    }
+
+
+def _granite(file: Fields) -> dict[str, Any]:
+    config = _with_biases(file)
+    return config | {
+        "model_type": "granite",
+        "attention_multiplier": file.real("attention.scale", config["head_dim"] ** -0.5),
+        "embedding_multiplier": file.real("embedding_scale", 1.0),
+        "residual_multiplier": file.real("residual_scale", 1.0),
+        "logits_scaling": file.real("logit_scale", 1.0),
+    }
+
+
+def _smollm3(file: Fields) -> dict[str, Any]:
+    config = _decoder(file)
+    return config | {
+        "model_type": "smollm3",
+        "rope_parameters": read_rope(file, config["head_dim"]),
+        "no_rope_layer_interval": 4,  # not in the files: llama.cpp leaves positions out of every fourth layer
+        "use_sliding_window": False,
+    }
 
 
 def _qwen(file: Fields) -> dict[str, Any]:
@@ -226,6 +254,16 @@ def _phi3_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dict[s
     return metadata, tensors
 
 
+def _granite_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    metadata, tensors = _decoder_metadata(spec, config)
+    return metadata | {
+        "attention.scale": spec.attention_scales[0],
+        "embedding_scale": spec.embedding_scale,
+        "residual_scale": spec.residual_scale,
+        "logit_scale": float(config.get("logits_scaling") or 1.0),  # by which logits are divided
+    }, tensors
+
+
 def _gpt2_metadata(spec: DecoderSpec, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return {
         "context_length": spec.max_position_embeddings,
@@ -255,6 +293,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": Architecture(_gemma, _decoder_metadata, ("gemma2",)),
     "gemma3": Architecture(_gemma, _decoder_metadata, ("gemma3_text",)),
     "phi3": Architecture(_phi3, _phi3_metadata, ("phi3",)),
+    "granite": Architecture(_granite, _granite_metadata, ("granite",)),
+    "smollm3": Architecture(_smollm3, _decoder_metadata, ("smollm3",)),
     "gpt2": Architecture(_gpt2, _gpt2_metadata, ("gpt2",)),
 }
 

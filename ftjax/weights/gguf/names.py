@@ -11,7 +11,7 @@ from ftjax.errors import UserError
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.hf.keys import Key, hf_names
 
-_PERMUTED = ("llama",)  # architectures whose heads llama.cpp turns in pairs of neighboring rows
+_PERMUTED = ("llama", "granite", "smollm3")  # architectures whose heads llama.cpp turns in pairs of neighboring rows
 
 
 class Place(NamedTuple):

@@ -21,7 +21,9 @@ FACTS = "ftjax_reward"  # our own key of a config.json, see `Head.facts`
 TEXTS, TOKENS = "ForSequenceClassification", "ForTokenClassification"
 MODULES = ("score", "classifier")  # the names that a head has, which peft always saves whole
 _STEMS = {"gemma3_text": "Gemma3Text"}  # where other classes of the family are called otherwise
-_WITHOUT = {TEXTS: {"granite"}, TOKENS: {"granite", "gemma3_text", "olmo2"}}  # in transformers 5.24
+# In transformers 5.24.
+_WITHOUT = {TEXTS: {"granite", "ernie4_5", "cohere2", "apertus"}}
+_WITHOUT[TOKENS] = {"granite", "ernie4_5", "cohere2", "gemma3_text", "hunyuan_v1_dense", "olmo", "olmo2", "olmo3"}
 _LM_HEAD = "lm_head.weight"
 
 
@@ -52,9 +54,14 @@ class Head(NamedTuple):
         return self.kernel.shape[::-1]
 
 
+def is_there(family: str, kind: str) -> bool:
+    """Whether transformers has a class for a family and TEXTS or TOKENS."""
+    return family not in _WITHOUT[kind]
+
+
 def architecture(family: str, kind: str) -> str:
     """transformers' class for a family (a `model_type`) and TEXTS or TOKENS; UserError where it has none."""
-    if family in _WITHOUT[kind]:
+    if not is_there(family, kind):
         raise UserError(
             f"transformers has no {kind} of the family {family!r}, so that this run's head has no place in its "
             "formats; use the run itself (--workdir), whose checkpoints hold it"

@@ -78,7 +78,7 @@ def _llama_name(path: str) -> str:
     if module.startswith("layers/"):
         module = module.replace("layers/", "layers/{}/", 1)
     prefix = "" if module == "lm_head" else "model."
-    return prefix + module.replace("/", ".") + _LEAVES[leaf]
+    return prefix + module.replace("/", ".") + _LEAVES.get(leaf, f".{leaf}")
 
 
 def finite_cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

@@ -88,7 +88,7 @@ def _header(tensors: Sequence[Tensor]) -> bytes:
 
 
 def _raw(tensor: Tensor, values: np.ndarray) -> memoryview:
-    cast = np.ascontiguousarray(finite_cast(values, tensor.dtype, tensor.name))
+    cast = np.asarray(finite_cast(values, tensor.dtype, tensor.name), order="C")
     if cast.shape != tensor.shape:
         raise ValueError(f"{tensor.name} has the shape {cast.shape}, not {tensor.shape}")
     return memoryview(cast.reshape(-1).view(np.uint8))

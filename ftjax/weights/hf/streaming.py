@@ -28,7 +28,7 @@ def filled(leaf: jax.ShapeDtypeStruct, read: Read, depth: int = 0, transposed: b
     Its first `depth` dimensions number the tensors that are stacked in it (layer, expert); the others are a tensor's
     own, in reverse order if `transposed`. `read(place, index)` returns the part `index` (a slice per dimension) of
     tensor number `place`, in leaf's dtype. It is called only for values that this process's devices hold, and once for
-    each value, however many devices hold it.
+    each value, however many devices hold it. (Tensors that are scalars are read by every process.)
 
     A leaf without sharding becomes an ordinary array on the default device.
     """
@@ -39,6 +39,11 @@ def filled(leaf: jax.ShapeDtypeStruct, read: Read, depth: int = 0, transposed: b
         indices = leaf.sharding.addressable_devices_indices_map(leaf.shape)
     else:
         raise ValueError(f"{leaf.sharding} is not a NamedSharding")
+    if len(leaf.shape) == depth:
+        values = np.stack([read(place, ()) for place in np.ndindex(leaf.shape)]).reshape(leaf.shape)
+        if leaf.sharding is None:
+            return jnp.asarray(values)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
     # From here on dimensions are in the files' order; `order` is its own inverse, so it converts in both directions.
     rank = len(leaf.shape)
     order = [*range(depth), *(reversed(range(depth, rank)) if transposed else range(depth, rank))]

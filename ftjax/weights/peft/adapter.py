@@ -61,8 +61,8 @@ def base_digest(reader: Reader, spec: DecoderSpec) -> str:
             if any(place[1:]) or name not in stored:  # loading the weights reports missing tensors
                 continue
             shape = reader.shape(stored[name])
-            first = slice(shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else slice(0, _SAMPLE)
-            values = reader.read(stored[name], (first,)).astype(np.float32).reshape(-1)[:_SAMPLE]
+            middle = (slice(shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else slice(0, _SAMPLE),)
+            values = reader.read(stored[name], middle if shape else ()).astype(np.float32).reshape(-1)[:_SAMPLE]
             sha256.update(f"{name} {list(shape)}".encode() + np.ascontiguousarray(values, "<f4").tobytes())
     return sha256.hexdigest()
 

@@ -26,13 +26,13 @@ def is_conv1d(modules: dict[str, Key]) -> bool:
 
 
 def as_parameters(modules: Iterable[str], spec: DecoderSpec) -> set[str]:
-    """Those of `modules` that peft can only be told of as parameters: MLPs of dense layers beside a mixture.
+    """Those of `modules` that peft can only be told of as parameters: dense or shared MLPs beside a mixture.
 
     With transformers 5, peft takes any name that ends with "up_proj" for a part of a mixture's experts, which are one
     parameter there. Named by its weight in target_parameters a dense layer is left alone; its tensors are the same.
     """
     mixture = any(stack.spec.experts for stack in stacks(spec))
-    return {module for module in modules if mixture and "/mlp/" in module}
+    return {module for module in modules if mixture and "/mlp/" in module and module.endswith("_proj")}
 
 
 def tensor_name(key: Key, multimodal: bool) -> str:

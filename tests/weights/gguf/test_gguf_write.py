@@ -24,6 +24,7 @@ from ftjax.weights.load import load_params
 from ftjax.weights.source import locate, open_source
 
 _GEMMA3 = {"rope_local_base_freq": 10_000.0, "sliding_window_pattern": 6, "num_hidden_layers": 7}
+_NO_OPTIONS = {"use_sliding_window": False, "mlp_bias": False}
 # The families' configs, without the options that GGUF has no word for.
 WRITTEN = {
     "llama": CONFIGS["llama"],
@@ -42,7 +43,12 @@ WRITTEN = {
     "gpt2": CONFIGS["gpt2"] | {"scale_attn_by_inverse_layer_idx": False},
 }
 # Those that transformers' loader does not know, or whose window it does not read.
-OURS_ALONE = {"mistral, window": CONFIGS["mistral"], "mixtral": CONFIGS["mixtral"]}
+OURS_ALONE = {
+    "mistral, window": CONFIGS["mistral"],
+    "mixtral": CONFIGS["mixtral"],
+    "granite": CONFIGS["granite"],
+    "smollm3": CONFIGS["smollm3"] | {"no_rope_layer_interval": 4, "num_hidden_layers": 5} | _NO_OPTIONS,
+}
 TOKENIZER = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": [f"t{i}" for i in range(61)]}
 
 
@@ -263,6 +269,7 @@ INEXPRESSIBLE = {
     "scales of GPT-2": (CONFIGS["gpt2"], "no word for its attention_scales"),
     "activation": (CONFIGS["llama"] | {"hidden_act": "gelu"}, "no word for its hidden_act 'gelu'"),
     "router": (CONFIGS["qwen3_moe"] | {"norm_topk_prob": False}, "no word for its experts"),
+    "period of SmolLM 3": (CONFIGS["smollm3"], "no word for its .*layer_ropes"),
     "dense layers": (CONFIGS["qwen3_moe, a dense layer first"], "'qwen3moe' of GGUF has no place for model.layers"),
     "other Llama 3 limits": (
         CONFIGS["llama"] | {"rope_parameters": CONFIGS["llama 3.1, biases, odd heads"]["rope_parameters"]

@@ -29,7 +29,11 @@ def raw(path):
         with safe_open(file, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118  (it is no dict)
                 tensor = stored.get_tensor(name).contiguous()
-                found[name] = str(tensor.dtype), tuple(tensor.shape), tensor.view(torch.uint8).numpy().tobytes()
+                found[name] = (
+                    str(tensor.dtype),
+                    tuple(tensor.shape),
+                    tensor.reshape(-1).view(torch.uint8).numpy().tobytes(),
+                )
     return found
 
 

@@ -11,7 +11,12 @@ from support.family_configs import CONFIGS, MORE_CONFIGS
 from support.model_dirs import with_scale
 from support.tiny import batch_of, documents, logits, one_device
 from support.torch_models import torch_model
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+)
 
 from ftjax import lora, tree
 from ftjax.errors import UserError
@@ -30,16 +35,28 @@ pytestmark = [
 ]
 
 RANK, ALPHA = 3, 5
+_LLAMA = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+_UNGATED = ["down_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+_ONE_UP = ["down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
 NAMES = {
-    "llama": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    "llama": _LLAMA,
+    "phi": ["dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"],
+    "starcoder2": ["c_fc", "c_proj", "k_proj", "o_proj", "q_proj", "v_proj"],
+    "qwen2_moe": ["k_proj", "o_proj", "q_proj", "shared_expert_gate", "v_proj"],
     "phi3": ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"],
     "gpt2": ["c_attn", "c_fc", "c_proj"],
-    "gemma3": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    "gemma3": _LLAMA,
     "mixtral": ["k_proj", "o_proj", "q_proj", "v_proj"],
     "qwen3_moe, a dense layer first": ["k_proj", "o_proj", "q_proj", "v_proj"],
 }
+# Those of which each has the names of another above.
+MORE = {"apertus": _UNGATED, "arcee": _UNGATED, "nemotron": _UNGATED, "glm": _ONE_UP, "glm4": _ONE_UP}
+MORE |= dict.fromkeys(("cohere2", "ernie4_5", "exaone4", "helium", "hunyuan_v1_dense", "ministral"), _LLAMA)
+MORE |= dict.fromkeys(("ministral3", "olmo", "olmo3", "seed_oss", "stablelm"), _LLAMA)
+NAMES |= MORE
 # What peft would take for experts by the name of its module.
 PARAMETERS = {
+    "qwen2_moe": [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up")],
     "qwen3_moe, a dense layer first": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
 }
 TOKENS = documents(0, [12])[0][0]
@@ -90,7 +107,10 @@ class Case:
         return logits(self.decoder, variables, batch)[0]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
+
+
+@pytest.fixture(scope="module", params=[*(name for name in NAMES if name not in MORE), *SLOW])
 def case(request, tmp_path_factory):
     case = Case(torch_model(CONFIGS[request.param]), tmp_path_factory.mktemp("case"))
     case.name, case.ours = request.param, case.adapters("all-linear")
@@ -175,6 +195,26 @@ def test_of_two_layers_of_one_name_only_the_trained_one_is_adapted(gpt2, tmp_pat
     record_figure("largest logit difference", difference)
     assert difference < 1e-4
     again, _ = read(tmp_path / "out", gpt2.spec)
+    jax.tree.map(np.testing.assert_array_equal, again, ours)
+
+
+def test_an_adapter_of_the_language_model_of_mistral3(tmp_path, record_figure):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"model_type": "pixtral", "head_dim": 8, "image_size": 28, "patch_size": 14}
+    config = Mistral3Config(
+        text_config=dict(CONFIGS["ministral3"]), vision_config=vision, image_token_index=60, tie_word_embeddings=False
+    )
+    torch.manual_seed(0)
+    case = Case(Mistral3ForConditionalGeneration(config).eval(), tmp_path / "model")
+    ours = case.adapters("q_proj,down_proj")
+    write(tmp_path / "out", ours, case.spec, multimodal=True)
+    adapted = PeftModel.from_pretrained(fresh(case), tmp_path / "out")
+    assert len(adapted_layers(adapted)) == 2 * 3
+    difference = np.abs(case.logits(ours) - torch_logits(adapted)).max()
+    record_figure("largest logit difference", difference)
+    assert np.abs(case.logits(ours) - case.logits()).max() > 0.05
+    assert difference < 1e-4
+    again, _ = read(tmp_path / "out", case.spec)
     jax.tree.map(np.testing.assert_array_equal, again, ours)
 
 
