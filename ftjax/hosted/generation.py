@@ -130,14 +130,22 @@ class Generation:
     Args:
       base: the model, see adapted.load_model.
       variables: those of the base alone, on one device or on a mesh.
+      turns: held while the engine computes, where other threads compute on its devices.
 
     Raises:
       UserError: the model has no layer of `limits.targets`.
     """
 
-    def __init__(self, base: Base, variables: Tree, limits: Limits | None = None):
+    def __init__(
+        self,
+        base: Base,
+        variables: Tree,
+        limits: Limits | None = None,
+        turns: contextlib.AbstractContextManager | None = None,
+    ):
         self.base, self.limits = base, limits or Limits()
         self._variables, self._facts = variables, adapted.facts_of(base)
+        self._turns = turns or contextlib.nullcontext()
         self.context = min(self.limits.context, base.model.spec.max_position_embeddings)
         self._targets = lora.find_targets(self.limits.targets, lora.adaptable(tree.flatten(variables["params"])))
         self.vocabulary = llguidance.hf.from_tokenizer(
@@ -237,11 +245,13 @@ class Generation:
     def _run(self) -> None:
         try:
             with _on_mesh(self._variables):
-                self._begin()
-                self._warm()
+                with self._turns:
+                    self._begin()
+                    self._warm()
                 while self._take():
-                    self._admit()
-                    self._step()
+                    with self._turns:
+                        self._admit()
+                        self._step()
         except Exception:
             log.exception("the thread that writes completions has ended")
         finally:

@@ -64,7 +64,7 @@ def wire(settings: ConfigDict, engine: sqlalchemy.Engine, keys: Keys) -> FastAPI
     model = Serving(settings, engine, kept, registry) if settings.model.source else None
     if model is not None:
         parts += model.routes
-        tidy.append(model.jobs.expire)
+        tidy += [model.jobs.expire, model.tinker.tidy]
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -85,6 +85,7 @@ def wire(settings: ConfigDict, engine: sqlalchemy.Engine, keys: Keys) -> FastAPI
         *parts, engine=engine, rules=rules, registry=registry, lifespan=lifespan, lacks=model and model.lacks
     )
     application.state.files, application.state.uploads = kept, large
+    application.state.tinker = model and model.tinker.service
     return application
 
 

@@ -1,4 +1,4 @@
-"""What a server does with its model: the jobs that tune it, and the answers of the model and of what came of them."""
+"""What a server does with its model: jobs that tune it, training by single steps, and the answers of all of them."""
 
 import ast
 import contextlib
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import sqlalchemy
 from fastapi import APIRouter
 from ml_collections import ConfigDict
@@ -24,6 +25,8 @@ from ftjax.hosted.jobs.jobs import Jobs
 from ftjax.hosted.jobs.kubernetes import JobSets
 from ftjax.hosted.jobs.slurm import Slurm
 from ftjax.hosted.settings import MB
+from ftjax.hosted.tinker import part, service
+from ftjax.hosted.turns import Turns
 
 _SHARED = ("model.source", "model.revision", "model.dtype", "model.param_dtype", "model.attention")
 
@@ -41,9 +44,24 @@ class Serving:
         name = settings.model.name or assemble.published(base) or Path(settings.model.source).name
         its = settings.generation
         limits = Limits(
-            slots=its.slots, waiting=its.waiting, context=its.max_length, places=its.adapters, rank=its.rank
+            slots=its.slots,
+            waiting=its.waiting,
+            context=its.max_length,
+            places=its.adapters,
+            rank=max(its.rank, settings.tinker.rank),
+            targets=part.TARGETS,
         )
-        self._generation = Generation(base, variables[adapted.NONE], limits)
+        turns = Turns() if jax.device_count() > 1 else None
+        self._generation = Generation(base, variables[adapted.NONE], limits, turns)
+        steps = service.Limits(
+            settings.tinker.batch_tokens,
+            settings.tinker.max_length,
+            settings.tinker.rank,
+            settings.tinker.models,
+            settings.tinker.quota_mb * MB,
+        )
+        place, params = Path(settings.folder).absolute() / "tinker", variables[adapted.NONE]["params"]
+        self.tinker = part.make(base, params, self._generation, engine, place, steps, name, turns)
         trained = models.Trained(engine, name)
         shared = {key: settings.model[key.partition(".")[2]] for key in _SHARED}
         shared["data.max_length"] = self._generation.context  # as long as what can be answered
@@ -67,6 +85,7 @@ class Serving:
             models.routes(trained),
             chat.routes(self._generation, trained),
             completions.routes(self._generation, trained),
+            self.tinker.routes,
         ]
         text = "Completions that are being written or wait"
         Gauge("ftjax_open_completions", text, registry=registry).set_function(lambda: self._generation.open)
@@ -81,6 +100,7 @@ class Serving:
             try:
                 yield
             finally:
+                self.tinker.close()
                 self._generation.close()
 
 

@@ -61,6 +61,11 @@ KEYS: dict[str, Key] = {
     "generation.max_length": Key(2048, number(2)),  # tokens of a prompt and its answer, and of a row that is trained on
     "generation.adapters": Key(8, number(1)),  # models that are loaded beside the base
     "generation.rank": Key(16, number(1)),  # the largest of them
+    "tinker.rank": Key(32, number(1)),  # the largest of what is trained step by step
+    "tinker.models": Key(8, number(1)),  # of these at the same time, of all keys
+    "tinker.batch_tokens": Key(4096, number(1)),  # that are computed together, padding among them
+    "tinker.max_length": Key(32768, number(1)),  # tokens of a datum
+    "tinker.quota_mb": Key(65536, number(1)),  # of all checkpoints of a key
 }
 
 

@@ -7,7 +7,7 @@ import string
 from urllib.parse import quote
 
 import pytest
-from support.hosted import hosted
+from support.hosted import hosted, routes_of
 
 COUNT = 1000
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "BREW")
@@ -33,20 +33,6 @@ RIGHT = {
     "/v1/uploads": {"bytes": 10, "filename": "a", "mime_type": "text/jsonl", "purpose": "fine-tune"},
     "/v1/uploads/{upload_id}/complete": {"part_ids": ["part_" + "0" * 24], "md5": "0" * 32},
 }
-
-
-def routes(application):
-    """[(template, methods)] of all routes under /v1/ of the server, whatever parts it has."""
-
-    def below(routes):
-        for route in routes:
-            router = getattr(route, "original_router", None) or getattr(route, "router", None)
-            if router is not None:
-                yield from below(router.routes)
-            else:
-                yield route.path, sorted(route.methods)
-
-    return sorted(route for route in below(application.routes) if route[0].startswith("/v1/"))
 
 
 class Fuzzer:
@@ -140,7 +126,7 @@ def ask(url, method, path, headers, content):
 @pytest.mark.parametrize("known", [True, False], ids=["with a key", "without"])
 def test_malformed_requests_are_refused_with_a_message(tmp_path, known):
     with hosted(tmp_path / "serve", **{"limits.requests_per_minute": 100_000}) as server:
-        asked = routes(server.application)
+        asked = routes_of(server.application, "/v1/")
         assert {"/v1/files/{file_id}/content", "/v1/uploads/{upload_id}/complete"} <= {path for path, _ in asked}
         upload = server.client().uploads.create(**RIGHT["/v1/uploads"])
         fuzzer, statuses = Fuzzer(17, [*asked, ("/v1/nowhere", ["GET"])], {"upload_id": upload.id}), []

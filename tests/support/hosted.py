@@ -9,6 +9,7 @@ from pathlib import Path
 
 import openai
 import uvicorn
+from fastapi import FastAPI
 from ml_collections import ConfigDict
 
 from ftjax import config as configs
@@ -71,3 +72,17 @@ def hosted(folder: Path, **changes) -> Iterator[Hosted]:
             yield made
     finally:
         made.engine.dispose()
+
+
+def routes_of(application: FastAPI, prefix: str) -> list[tuple[str, list[str]]]:
+    """(template, methods) of all routes under a path, whatever parts the server has."""
+
+    def below(routes) -> Iterator[tuple[str, list[str]]]:
+        for route in routes:
+            router = getattr(route, "original_router", None) or getattr(route, "router", None)
+            if router is not None:
+                yield from below(router.routes)
+            else:
+                yield route.path, sorted(route.methods)
+
+    return sorted(route for route in below(application.routes) if route[0].startswith(prefix))

@@ -1,0 +1,1 @@
+"""Training by single steps, as the client of Tinker asks for them."""
