@@ -23,6 +23,7 @@ from ftjax.hosted.jobs.backend import Backend, Local
 from ftjax.hosted.jobs.jobs import Jobs
 from ftjax.hosted.jobs.kubernetes import JobSets
 from ftjax.hosted.jobs.slurm import Slurm
+from ftjax.hosted.page import adapters, checking, page
 from ftjax.hosted.settings import MB
 
 _SHARED = ("model.source", "model.revision", "model.dtype", "model.param_dtype", "model.attention")
@@ -47,11 +48,12 @@ class Serving:
         trained = models.Trained(engine, name)
         shared = {key: settings.model[key.partition(".")[2]] for key in _SHARED}
         shared["data.max_length"] = self._generation.context  # as long as what can be answered
+        shared |= _given(settings.jobs.settings)
         self.jobs = Jobs(
             engine,
             files,
             Path(settings.folder).absolute() / "jobs",
-            shared | _given(settings.jobs.settings),
+            shared,
             trained,
             _backend(settings),
             at_once=settings.jobs.at_once,
@@ -67,6 +69,9 @@ class Serving:
             models.routes(trained),
             chat.routes(self._generation, trained),
             completions.routes(self._generation, trained),
+            checking.routes(files, shared),
+            adapters.routes(trained),
+            page.routes(),
         ]
         text = "Completions that are being written or wait"
         Gauge("ftjax_open_completions", text, registry=registry).set_function(lambda: self._generation.open)
