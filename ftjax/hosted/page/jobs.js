@@ -112,7 +112,7 @@ function showJob(changed) {
   element("job-title").textContent = `Job ${title(job)}`;
   const facts = made("table", "", "facts");
   const row = (name, value) => facts.append(holding("tr", "", made("th", name, "", { scope: "row" }), made("td", value)));
-  const chosen = Object.entries(job.method[job.method.type].hyperparameters).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
+  const chosen = Object.entries(job.method[job.method.type].hyperparameters).map(([name, value]) => `${name.replace(/^n_/, "").replaceAll("_", " ")} ${value}`);
   row("Status", job.status.replace("_", " "));
   facts.rows[0].cells[1].className = `status ${job.status}`;
   if (job.error?.message) row("Error", job.error.message);
