@@ -5,6 +5,7 @@ let talking = null;
 
 async function talk() {
   const text = element("message").value;
+  if (!text.trim()) return;
   talking = new AbortController();
   element("send").disabled = true;
   element("stop").disabled = false;

@@ -1,9 +1,6 @@
 """POST /v1/ftjax/files/{id}/check: what the check of a job's rows would find, before there is a job."""
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -18,11 +15,13 @@ from ftjax.cli import EXIT_MISTAKE
 from ftjax.data.audit.findings import ERROR
 from ftjax.hosted.files import File, Files
 from ftjax.hosted.jobs import configuring, validating
+from ftjax.hosted.jobs.backend import Local, State, Task
 from ftjax.hosted.jobs.requests import Asked, Method, NewJob, Text
 from ftjax.hosted.jobs.tables import Job
 from ftjax.hosted.refusals import Refused
 
 _SECONDS = 300.0  # that a check may take
+_LOOK = 0.1  # seconds between two looks at one
 _AT_ONCE = 2  # checks that run at the same time; others wait
 _OF_KEY = 4  # that a key may have open
 _FIGURES = ("rows", "looked_at", "used", "heldout", "truncated", "copies", "near_copies", "tokens", "trained")
@@ -79,30 +78,42 @@ async def _checked(
     files: Files, settings: Mapping[str, Any], method: str, train: File, heldout: File | None, seconds: float
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ftjax-check-") as folder:
-        config, report, log = (Path(folder) / name for name in ("job.json", "report.json", "log"))
+        config, report = Path(folder) / "job.json", Path(folder) / "report.json"
         names = {str(files.path(file)): file.filename for file in (train, heldout) if file is not None}
         values = configuring.config(
             _job(train, heldout, method), settings, files.path(train), heldout and files.path(heldout)
         )
         config.write_text(json.dumps(values), encoding="utf-8")
-        command = [sys.executable, *validating.command(config, report)]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # beside the server, as jobs have it
+        task = Task("check", validating.command(config, report), Path(folder) / "check")
         try:
-            with log.open("wb") as out, anyio.fail_after(seconds):
-                ended = await anyio.run_process(
-                    command, stdout=out, stderr=subprocess.STDOUT, check=False, env=environment
-                )
+            with anyio.fail_after(seconds):
+                status = await _ended(task)
         except TimeoutError:
             raise Refused(
                 f"the check took longer than {seconds:g} s and was ended; a job checks its rows without that limit",
                 param="file_id",
                 code="check_too_long",
             ) from None
-        said = validating.mistake(log.read_text(encoding="utf-8", errors="replace"))
+        said = validating.mistake(task.log())
         found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
-    if found is None and (ended.returncode != EXIT_MISTAKE or not said):
-        raise Refused(f"the check ended with status {ended.returncode}; try again", code="check_failed", status=503)
+    if found is None and (status != EXIT_MISTAKE or not said):
+        raise Refused(f"the check ended with status {status}; try again", code="check_failed", status=503)
     return _answer(train.id, method, found, said, names)
+
+
+async def _ended(task: Task) -> int | None:
+    """The status that a task ends with, beside the server on its CPUs; it is killed where nobody waits any more."""
+    backend = Local({"JAX_PLATFORMS": "cpu"})
+    backend.start(task)
+    try:
+        while (found := backend.poll(task)).state is State.RUNNING:
+            await anyio.sleep(_LOOK)
+        return found.status
+    finally:
+        with anyio.CancelScope(shield=True):
+            while backend.poll(task).state is State.RUNNING:  # in its first moment it cannot be killed yet
+                backend.kill(task)
+                await anyio.sleep(_LOOK)
 
 
 def _job(train: File, heldout: File | None, method: str) -> Job:

@@ -10,7 +10,7 @@ function ticks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((one) => one >= 0.7 * rough);
   const out = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) out.push(i * step);
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) out.push(i * step || 0); // and no -0
   return out;
 }
 
@@ -30,7 +30,7 @@ function chart(name, all) {
   const every = series.flatMap(([, values]) => values);
   const [least, most] = [0, 1].map((at) => (pick) => every.reduce((found, point) => pick(found, point[at]), every[0][at]));
   const [first, last] = spread(least(Math.min), least(Math.max));
-  const [bottom, top] = spread(most(Math.min), most(Math.max));
+  const [bottom, top] = name.includes("accuracy") ? [0, 1] : spread(most(Math.min), most(Math.max));
   const x = (step) => west + ((width - west - east) * (step - first)) / (last - first);
   const y = (value) => height - south - ((height - south - north) * (value - bottom)) / (top - bottom);
   const picture = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });

@@ -46,7 +46,7 @@ function bar(job, made_) {
   if (!made_ || job.status === "succeeded") return [];
   const [step, total] = made_;
   const meter = made("progress", "", "", { max: total, value: step, "aria-label": "steps made" });
-  return [meter, made("p", `step ${step} of ${total}${left(job)}`, "detail")];
+  return [meter, made("p", `step ${step} of ${total}${step < total ? left(job) : ""}`, "detail")];
 }
 
 function left(job) {
