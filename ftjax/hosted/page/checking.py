@@ -10,6 +10,7 @@ from typing import Any, Literal
 import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Request
+from starlette.requests import ClientDisconnect
 
 from ftjax.cli import EXIT_MISTAKE
 from ftjax.data.audit.findings import ERROR
@@ -54,7 +55,7 @@ def routes(files: Files, settings: Mapping[str, Any], seconds: float = _SECONDS)
             if asked.validation_file is not None:
                 heldout = await anyio.to_thread.run_sync(_file, files, "validation_file", asked.validation_file, owner)
             async with running:
-                return await _checked(files, settings, asked.method, train, heldout, seconds)
+                return await _checked(files, settings, asked.method, train, heldout, seconds, request)
         finally:
             opened[owner] -= 1
             if not opened[owner]:
@@ -75,7 +76,13 @@ def _file(files: Files, param: str, id: str, owner: str) -> File:
 
 
 async def _checked(
-    files: Files, settings: Mapping[str, Any], method: str, train: File, heldout: File | None, seconds: float
+    files: Files,
+    settings: Mapping[str, Any],
+    method: str,
+    train: File,
+    heldout: File | None,
+    seconds: float,
+    request: Request,
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ftjax-check-") as folder:
         config, report = Path(folder) / "job.json", Path(folder) / "report.json"
@@ -87,7 +94,7 @@ async def _checked(
         task = Task("check", validating.command(config, report), Path(folder) / "check")
         try:
             with anyio.fail_after(seconds):
-                status = await _ended(task)
+                status = await _ended(task, request)
         except TimeoutError:
             raise Refused(
                 f"the check took longer than {seconds:g} s and was ended; a job checks its rows without that limit",
@@ -101,12 +108,14 @@ async def _checked(
     return _answer(train.id, method, found, said, names)
 
 
-async def _ended(task: Task) -> int | None:
+async def _ended(task: Task, request: Request) -> int | None:
     """The status that a task ends with, beside the server on its CPUs; it is killed where nobody waits any more."""
     backend = Local({"JAX_PLATFORMS": "cpu"})
     backend.start(task)
     try:
         while (found := backend.poll(task)).state is State.RUNNING:
+            if await request.is_disconnected():
+                raise ClientDisconnect
             await anyio.sleep(_LOOK)
         return found.status
     finally:

@@ -68,7 +68,7 @@ function showCheck({ passed, findings, figures, auto }) {
     const kind = made("b", `${one.severity}: `, one.severity === "error" ? "error" : "warning");
     return holding("li", "", kind, one.message);
   }));
-  const rows = [["Rows", figures.rows], ["used", figures.used], ["cut to the longest length", figures.truncated], ["tokens of an epoch", figures.tokens], ["of them trained on", figures.trained]];
+  const rows = [["Rows", figures.rows], ["Used", figures.used], ["Cut to the longest length", figures.truncated], ["Tokens of an epoch", figures.tokens], ["Of them trained on", figures.trained]];
   const filled = rows.filter(([, value]) => value !== undefined).map(([name, value]) => holding("tr", "", made("th", name, "", { scope: "row" }), made("td", figure(value))));
   element("figures").tBodies[0].replaceChildren(...filled);
   element("figures").hidden = filled.length === 0;
