@@ -170,6 +170,7 @@ def test_from_a_file_to_a_model_that_answers(server, browser, tmp_path):
     named = f"`Delete ${{short({json.dumps(name)})}}`"
     delete = f"{buttons}.find((one) => one.ariaLabel === {named})"
     for keys in (["Escape"], ["Tab", "Enter"]):
+        browser.wait(f"!{delete}.disabled")
         browser.value(f"{delete}.click()")
         browser.wait("element('confirm').open && document.activeElement.textContent === 'Keep'")
         assert name in text(browser, "confirm-text")

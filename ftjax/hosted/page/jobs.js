@@ -128,7 +128,7 @@ function showJob(changed) {
   fill(element("job-head"), [facts, ...made_, holding("div", "acts", ...acts(job), ...model, ...results)]);
   element("no-checkpoints").hidden = checkpoints.length > 0;
   fill(element("checkpoints"), checkpoints.map((one) => {
-    const measured = Object.entries(one.metrics).filter(([name]) => name !== "step").map(([name, value]) => `${name.replaceAll("_", " ")} ${figure(value)}`);
+    const measured = Object.entries(one.metrics).filter(([name]) => !/^(step$|valid_)/.test(name)).map(([name, value]) => `${name.replaceAll("_", " ")} ${figure(value)}`);
     const what = holding("div", "what", made("p", `Step ${one.step_number}`, "name"), made("p", measured.join(" · "), "detail"));
     return holding("li", "", what, holding("div", "acts", ...modelActs(one.fine_tuned_model_checkpoint)));
   }));
