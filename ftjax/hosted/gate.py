@@ -25,6 +25,7 @@ from ftjax import atomic
 from ftjax.hosted.logs import log
 from ftjax.hosted.refusals import Refused
 
+OPEN = ("/healthz",)  # paths that need no key
 GONE = 499  # in the log, of clients that did not wait for their answer
 _METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 _SECONDS = (0.005, 0.025, 0.1, 0.5, 1, 2.5, 10, 30, 120, 600)  # answers that stream take minutes
@@ -46,7 +47,7 @@ class Rules(NamedTuple):
     per_minute: int = 600
     largest: int = 16 * 2**20
     larger: Mapping[str, int] = {}
-    open: Collection[str] = ("/healthz",)
+    open: Collection[str] = OPEN
 
 
 class Rates:

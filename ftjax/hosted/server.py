@@ -19,8 +19,9 @@ from ftjax.errors import UserError
 from ftjax.hosted import app, files, forms, logs, uploads
 from ftjax.hosted import settings as configs
 from ftjax.hosted.database import connect
-from ftjax.hosted.gate import Rules
+from ftjax.hosted.gate import OPEN, Rules
 from ftjax.hosted.keys import Keys
+from ftjax.hosted.page import page
 from ftjax.hosted.serving import Serving
 
 _TIDY_EVERY = 600  # seconds
@@ -80,6 +81,7 @@ def wire(settings: ConfigDict, engine: sqlalchemy.Engine, keys: Keys) -> FastAPI
         settings.limits.requests_per_minute,
         settings.limits.body_mb * configs.MB,
         larger,
+        (*OPEN, page.PATH) if model else OPEN,
     )
     application = app.create(
         *parts, engine=engine, rules=rules, registry=registry, lifespan=lifespan, lacks=model and model.lacks

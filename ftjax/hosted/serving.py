@@ -24,6 +24,7 @@ from ftjax.hosted.jobs.backend import Backend, Local
 from ftjax.hosted.jobs.jobs import Jobs
 from ftjax.hosted.jobs.kubernetes import JobSets
 from ftjax.hosted.jobs.slurm import Slurm
+from ftjax.hosted.page import adapters, checking, page
 from ftjax.hosted.settings import MB
 from ftjax.hosted.tinker import part, service
 from ftjax.hosted.turns import Turns
@@ -65,11 +66,12 @@ class Serving:
         trained = models.Trained(engine, name)
         shared = {key: settings.model[key.partition(".")[2]] for key in _SHARED}
         shared["data.max_length"] = self._generation.context  # as long as what can be answered
+        shared |= _given(settings.jobs.settings)
         self.jobs = Jobs(
             engine,
             files,
             Path(settings.folder).absolute() / "jobs",
-            shared | _given(settings.jobs.settings),
+            shared,
             trained,
             _backend(settings),
             at_once=settings.jobs.at_once,
@@ -86,6 +88,9 @@ class Serving:
             chat.routes(self._generation, trained),
             completions.routes(self._generation, trained),
             self.tinker.routes,
+            checking.routes(files, shared),
+            adapters.routes(trained),
+            page.routes(),
         ]
         text = "Completions that are being written or wait"
         Gauge("ftjax_open_completions", text, registry=registry).set_function(lambda: self._generation.open)

@@ -9,6 +9,7 @@ import httpx
 import yaml
 from support import ROOT
 from support.hosted import hosted
+from support.runs import write_model
 
 from ftjax import config_files
 from ftjax.hosted import logs, settings
@@ -22,7 +23,8 @@ def test_the_script_of_the_page_and_what_the_server_tells(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (script,) = [text for kind, text in BLOCKS if kind == "python"]
     stream = io.StringIO()
-    with hosted(tmp_path / "serve") as server:
+    model = {"model.source": str(write_model(tmp_path / "tiny")), "model.dtype": "float32"}
+    with hosted(tmp_path / "serve", **model) as server:
         logs.begin(stream)
         try:
             script = script.replace("http://127.0.0.1:8000", server.url).replace("KEY", repr(server.key("anna")))
@@ -46,8 +48,11 @@ def test_the_script_of_the_page_and_what_the_server_tells(tmp_path, monkeypatch)
 
 def test_the_keys_of_the_page_are_those_of_the_server(tmp_path):
     table = dict(re.findall(r"^\| `([\w.]+)` \|.*\| (\d+) \|$", PAGE, re.MULTILINE))
-    of_limits = {key: key_.default for key, key_ in settings.KEYS.items() if key.startswith(("limits.", "files."))}
-    assert {key: float(value) for key, value in table.items()} == {key: float(v) for key, v in of_limits.items()}
+    defaults = {key: its.default for key, its in settings.KEYS.items()}
+    assert {key: float(value) for key, value in table.items()} == {key: float(defaults[key]) for key in table}
+    assert {key for key in defaults if key.startswith(("limits.", "files."))} <= table.keys()
+    several = re.findall(r"^\| `([\w.]+)`, `([\w.]+)` \|.*\| (\d+), (\d+) \|$", PAGE, re.MULTILINE)
+    assert [(defaults[a], defaults[b]) for a, b, *_ in several] == [(int(a), int(b)) for *_, a, b in several]
     assert set(re.findall(r"--config\.([\w.]+)[=`)]", PAGE)) <= settings.KEYS.keys()
     example = next(text for kind, text in BLOCKS if kind == "yaml")
     (tmp_path / "s.yaml").write_text(example)
