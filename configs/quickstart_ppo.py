@@ -1,7 +1,7 @@
 """PPO on support tickets, rewarded by a reward model of pairs of them, on from an adapter of the quickstart's config.
 
-About a quarter of an hour on 2 idle CPU cores; docs/reinforcement.md has the commands. data.eval measures the tickets' own
-score, which the reward model has never seen.
+About a quarter of an hour on 2 idle CPU cores; docs/reinforcement.md has the commands. data.eval measures the tickets'
+own score, which the reward model has never seen.
 """
 
 from ml_collections import ConfigDict
