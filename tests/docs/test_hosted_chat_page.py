@@ -6,7 +6,7 @@ import io
 import re
 from pathlib import Path
 
-from support.hosted import Names, application, serving, tiny
+from support.chatting import Names, application, serving, tiny
 
 from ftjax.hosted import chat
 from ftjax.hosted.generation import Generation, Limits
