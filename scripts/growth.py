@@ -148,12 +148,13 @@ def load_memory(layers: int) -> float:
 
 
 def peak_beside(place: Path) -> float:
-    """MB that this process has at most while it loads the model of a directory, beside the weights themselves."""
+    """MB that this process has at most while it loads the model of a directory, beside the weights themselves; 0 where
+    they take what it had before."""
     reader = open_source(place)
     model, mesh = Decoder(spec_from_config(reader.config)), sharding.make_mesh({"fsdp": -1})
     before = resident("VmRSS")
     params = load_params(reader, model.spec, abstract_params(model, mesh))
-    return resident("VmHWM") - before - sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6
+    return max(0.0, resident("VmHWM") - before - sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6)
 
 
 def resident(which: str) -> float:
