@@ -292,7 +292,7 @@ class Arriving:
         atomic.sync(path.parent)
         try:
             yield
-        except BaseException:
+        except BaseException:  # whatever ended the block, a file without a row would stay for ever; it goes on
             path.unlink(missing_ok=True)
             raise
         self.kept = True

@@ -116,7 +116,7 @@ class Gate:
             exchange.status = exchange.status or GONE
         except Refused as refused:
             await exchange.refuse(scope, refused)
-        except Exception:
+        except Exception:  # the last place that sees it: logged whole, and answered without its words
             log.exception("failed", extra={"fields": {"request_id": exchange.id}})
             if exchange.status is not None:  # the answer had begun, and cannot be taken back
                 raise

@@ -252,7 +252,7 @@ class Generation:
                     with self._turns:
                         self._admit()
                         self._step()
-        except Exception:
+        except Exception:  # whoever waits would do so for ever; /healthz says that the thread has ended
             log.exception("the thread that writes completions has ended")
         finally:
             with self._lock:
@@ -310,7 +310,7 @@ class Generation:
                 # A path of the server's is nobody's business.
                 said = str(error).replace(str(asked.adapter), "its adapter")
                 self._fail([asked], Refused(f"This model cannot be served: {said}", param="model", code="not_served"))
-            except Exception:
+            except Exception:  # of one request, such as its adapter's files; the others go on
                 log.exception("a request failed")
                 self._fail([asked], _failed())
             else:

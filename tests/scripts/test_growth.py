@@ -34,7 +34,3 @@ def test_memory_of_a_step_does_not_grow_with_the_length_of_rows(growth, record_f
     short, long = (growth.step_memory(2048 // length, length, num_hidden_layers=2) for length in (256, 2048))
     record_figure("times the memory of short rows", long / short)
     assert long < 1.1 * short
-
-
-def test_reading_is_timed_by_the_row(growth):
-    assert growth.reading_time(50) > 0
