@@ -4,17 +4,18 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from ftjax.errors import UserError
-from ftjax.hosted.generation import BIASES, Generation, Writing
+from ftjax.hosted.generation import BIASES, Generation, Part, Writing
 from ftjax.hosted.refusals import Refused
 from ftjax.sampling import request as engine
 from ftjax.sampling import stop_strings
+from ftjax.sampling.request import Completion
 from ftjax.sampling.sampler import Sampling
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -146,6 +147,21 @@ async def answered(request: Request, writing: Writing, whole: Awaitable[dict]) -
         writing.close()
         for task in (reading, gone):
             task.cancel()
+
+
+class Answer(Protocol):
+    """What becomes of one request; what is returned is for streams."""
+
+    def add(self, part: Part) -> Any: ...
+    def finish(self, completion: Completion) -> Any: ...
+
+
+async def read_whole(writing: Writing, answers: Sequence[Answer]) -> None:
+    """Adds all parts of a call to the answers to its requests, which are then finished."""
+    async for part in writing:
+        answers[part.request].add(part)
+        if part.completion is not None:
+            answers[part.request].finish(part.completion)
 
 
 async def _gone(request: Request) -> None:

@@ -15,7 +15,7 @@ from ftjax import environments
 from ftjax.data.format.conversation import tools_of
 from ftjax.data.tokens.chat import render_prompt
 from ftjax.hosted import schema
-from ftjax.hosted.asking import Asked, Events, answered, floor, read, usage
+from ftjax.hosted.asking import Asked, Events, answered, floor, read, read_whole, usage
 from ftjax.hosted.generation import Generation, Part, Writing
 from ftjax.hosted.refusals import Refused
 from ftjax.hosted.served import Models
@@ -199,10 +199,7 @@ def _call(call: environments.Call) -> dict:
 
 
 async def _whole(writing: Writing, answers: list[Answer], head: dict, prompt: int) -> dict:
-    async for part in writing:
-        answers[part.request].add(part)
-        if part.completion is not None:
-            answers[part.request].finish(part.completion)
+    await read_whole(writing, answers)
     choices = []
     for index, answer in enumerate(answers):
         message = {"role": "assistant", "content": answer.content, "refusal": None, "annotations": []}

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from ftjax.data.format.conversation import check_string
-from ftjax.hosted.asking import Asked, Events, answered, floor, read, usage
+from ftjax.hosted.asking import Asked, Events, answered, floor, read, read_whole, usage
 from ftjax.hosted.generation import Generation, Part, Writing
 from ftjax.hosted.refusals import Refused
 from ftjax.hosted.served import Models
@@ -149,10 +149,7 @@ class Answer:
 
 
 async def _whole(writing: Writing, answers: list[Answer], head: dict, prompts: int) -> dict:
-    async for part in writing:
-        answers[part.request].add(part)
-        if part.completion is not None:
-            answers[part.request].finish(part.completion)
+    await read_whole(writing, answers)
     choices = []
     for index, answer in enumerate(answers):
         said = {"text": answer.text, "logprobs": answer.logprobs(), "finish_reason": answer.reason}

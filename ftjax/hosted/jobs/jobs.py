@@ -51,6 +51,18 @@ class Files(Protocol):
     def write(self, owner: str, purpose: str, filename: str, chunks: Iterable[bytes]) -> Any: ...
 
 
+def of_rows(files: Files, id: str, owner: str) -> Any:
+    """A file that jobs may train on; Refused where there is none, or it is for something else."""
+    file = files.find(id, owner)
+    if file.purpose != _PURPOSE:
+        raise Refused(
+            f"{id} has the purpose {file.purpose!r}; upload it with purpose={_PURPOSE!r}",
+            param="file_id",
+            code="invalid_file",
+        )
+    return file
+
+
 class Jobs:
     """To be used as a context: within it the queue works, in a thread of its own.
 
@@ -275,16 +287,9 @@ class Jobs:
 
     def _file(self, name: str, id: str, owner: str) -> Any:
         try:
-            file = self._files.find(id, owner)
+            return of_rows(self._files, id, owner)
         except Refused as refused:
             raise Refused(f"{name}: {refused.message}", param=name, code="invalid_file") from refused
-        if file.purpose != _PURPOSE:
-            raise Refused(
-                f"{name}: {id} has the purpose {file.purpose!r}; upload it with purpose={_PURPOSE!r}",
-                param=name,
-                code="invalid_file",
-            )
-        return file
 
     def _write(self, owner: str, filename: str, text: str) -> str:
         return self._files.write(owner, _RESULTS, filename, [text.encode()]).id

@@ -17,6 +17,7 @@ from ftjax.data.audit.findings import ERROR
 from ftjax.hosted.files import File, Files
 from ftjax.hosted.jobs import configuring, validating
 from ftjax.hosted.jobs.backend import Local, State, Task
+from ftjax.hosted.jobs.jobs import of_rows
 from ftjax.hosted.jobs.requests import Asked, Method, NewJob, Text
 from ftjax.hosted.jobs.tables import Job
 from ftjax.hosted.refusals import Refused
@@ -50,10 +51,10 @@ def routes(files: Files, settings: Mapping[str, Any], seconds: float = _SECONDS)
             )
         opened[owner] += 1
         try:
-            train = await anyio.to_thread.run_sync(_file, files, "file_id", file_id, owner)
+            train = await anyio.to_thread.run_sync(of_rows, files, file_id, owner)
             heldout = None
             if asked.validation_file is not None:
-                heldout = await anyio.to_thread.run_sync(_file, files, "validation_file", asked.validation_file, owner)
+                heldout = await anyio.to_thread.run_sync(of_rows, files, asked.validation_file, owner)
             async with running:
                 return await _checked(files, settings, asked.method, train, heldout, seconds, request)
         finally:
@@ -62,17 +63,6 @@ def routes(files: Files, settings: Mapping[str, Any], seconds: float = _SECONDS)
                 del opened[owner]
 
     return router
-
-
-def _file(files: Files, param: str, id: str, owner: str) -> File:
-    file = files.find(id, owner)
-    if file.purpose != "fine-tune":
-        raise Refused(
-            f"{id} has the purpose {file.purpose!r}; upload it with purpose='fine-tune'",
-            param=param,
-            code="invalid_file",
-        )
-    return file
 
 
 async def _checked(
