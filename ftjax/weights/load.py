@@ -131,7 +131,7 @@ def _quantized(
             name = key.name(place)
             whole = tuple(slice(None) for _ in key.shape)
             values = finite_cast(reader.read(stored[name], whole), np.float32, f"{reader.path}: {name}")
-            arrays = _quantize(values.T if key.transposed else values, big)
+            arrays = _quantize(values.swapaxes(-1, -2) if key.transposed else values, big)
             latest[place] = arrays.pop(big)
             small[place] = arrays
         return latest[place][index]

@@ -23,8 +23,8 @@ def said(config):
     [
         ("cohere", "cohere2", []),
         ("deepseek_v3", "qwen2_moe", ["kv_lora_rank=512", "n_group=8"]),
-        ("granitemoe", "granite", ["num_experts_per_tok=2"]),
-        ("phimoe", "qwen3_moe", ["router_jitter_noise"]),
+        ("granitemoeshared", "granitemoe", []),
+        ("jetmoe", "qwen3_moe", ["kv_channels=128"]),
     ],
 )
 def test_models_that_transformers_has(model_type, resembled, different):

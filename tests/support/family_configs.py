@@ -67,6 +67,9 @@ CONFIGS = {
     "glm4": _config("glm4", **_HALF),
     "helium": _config("helium", head_dim=8, attention_bias=True, mlp_bias=True),
     "hunyuan_v1_dense": _config("hunyuan_v1_dense", head_dim=12, rope_scaling=_DYNAMIC, attention_bias=True),
+    "hunyuan_v1_moe": _config(
+        "hunyuan_v1_moe", head_dim=12, rope_scaling=_DYNAMIC, attention_bias=True, num_experts=5, moe_topk=2
+    ),
     "ministral": _config(
         "ministral",
         head_dim=12,
@@ -116,6 +119,15 @@ CONFIGS = {
         logits_scaling=0.8,
         attention_bias=True,
         mlp_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "granitemoe": _config(
+        "granitemoe",
+        embedding_multiplier=3.0,
+        attention_multiplier=0.3,
+        residual_multiplier=0.5,
+        logits_scaling=0.8,
+        num_local_experts=5,
         tie_word_embeddings=True,
     ),
     "llama 3.1, biases, odd heads": _config(
@@ -173,6 +185,9 @@ MORE_CONFIGS = {
     "glm4, no bias": _config("glm4", head_dim=8, attention_bias=False),
     "helium, tied": _config("helium", head_dim=8, tie_word_embeddings=True),
     "hunyuan_v1_dense, tied": _config("hunyuan_v1_dense", head_dim=8, tie_word_embeddings=True),
+    "hunyuan_v1_moe, tied": _config(
+        "hunyuan_v1_moe", head_dim=8, num_experts=4, moe_topk=[3, 3, 3], tie_word_embeddings=True
+    ),
     "ministral, windows": _config("ministral", head_dim=8, sliding_window=4, tie_word_embeddings=True),
     "ministral3, window": _config(
         "ministral3", head_dim=8, sliding_window=6, rope_parameters=_MINISTRAL3, tie_word_embeddings=True
@@ -256,6 +271,9 @@ MORE_CONFIGS = {
         "gemma3_text", head_dim=8, num_hidden_layers=2, sliding_window=5, rope_theta=1e5, rope_local_base_freq=100.0
     ),
     "granite, plain": _config("granite"),
+    "granitemoe, bias, one expert": _config(
+        "granitemoe", num_local_experts=3, num_experts_per_tok=1, attention_bias=True
+    ),
     "mistral, no window": _config("mistral", sliding_window=None, tie_word_embeddings=True),
     "mixtral, one expert": _config("mixtral", num_local_experts=3, num_experts_per_tok=1, head_dim=8),
     "olmo2, grouped, tied": _config("olmo2", num_key_value_heads=1, tie_word_embeddings=True),

@@ -36,6 +36,7 @@ pytestmark = [
 
 RANK, ALPHA = 3, 5
 _LLAMA = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+_ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 _UNGATED = ["down_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 _ONE_UP = ["down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
 NAMES = {
@@ -46,16 +47,18 @@ NAMES = {
     "phi3": ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"],
     "gpt2": ["c_attn", "c_fc", "c_proj"],
     "gemma3": _LLAMA,
-    "mixtral": ["k_proj", "o_proj", "q_proj", "v_proj"],
-    "qwen3_moe, a dense layer first": ["k_proj", "o_proj", "q_proj", "v_proj"],
+    "mixtral": _ATTENTION,
+    "qwen3_moe, a dense layer first": _ATTENTION,
 }
 # Those of which each has the names of another above.
 MORE = {"apertus": _UNGATED, "arcee": _UNGATED, "nemotron": _UNGATED, "glm": _ONE_UP, "glm4": _ONE_UP}
 MORE |= dict.fromkeys(("cohere2", "ernie4_5", "exaone4", "helium", "hunyuan_v1_dense", "ministral"), _LLAMA)
 MORE |= dict.fromkeys(("ministral3", "olmo", "olmo3", "seed_oss", "stablelm"), _LLAMA)
+MORE |= {"granitemoe": _ATTENTION, "hunyuan_v1_moe": _ATTENTION}
 NAMES |= MORE
 # What peft would take for experts by the name of its module.
 PARAMETERS = {
+    "hunyuan_v1_moe": [f"shared_mlp.{name}_proj.weight" for name in ("down", "gate", "up")],
     "qwen2_moe": [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up")],
     "qwen3_moe, a dense layer first": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
 }
