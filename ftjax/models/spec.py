@@ -26,6 +26,11 @@ class Experts:
     count: int
     per_token: int
     normalize: bool  # whether the chosen experts' weights are made to sum to 1
+    score: str = "softmax"  # of all experts; or "sigmoid", of each alone
+    correction: bool = False  # a number per expert, not trained, that is added to the scores where experts are chosen
+    groups: tuple[int, int] | None = None  # (n, m): experts are chosen of the best m of n groups alone
+    group_score: str = "top2"  # a group is as good as its two best experts together; or "max", as its best
+    scale: float = 1.0  # of the chosen experts' weights
     bias: bool = False  # of the router and of the experts
     shared: int | None = None  # intermediate size of an MLP beside them that every token goes through
     shared_gate: bool = False  # what it gives is multiplied by the sigmoid of a score of the token

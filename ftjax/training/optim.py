@@ -161,9 +161,9 @@ OPTIMIZERS = {
 
 
 def _is_vector(path: str) -> bool:
-    """Including the scalars of an activation (`layers.Xielu`)."""
+    """Including the scalars of an activation (`layers.Xielu`) and the correction of a router."""
     name = path.rpartition("/")[2]
-    return name in ("scale", "bias", "sinks", "lora_magnitude", "alpha_p", "alpha_n", "beta", "eps")
+    return name in ("scale", "bias", "sinks", "lora_magnitude", "alpha_p", "alpha_n", "beta", "eps", "correction")
 
 
 def _is_hidden_matrix(path: str) -> bool:

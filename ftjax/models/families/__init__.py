@@ -32,7 +32,7 @@ from ftjax.models.families import (
 )
 from ftjax.models.families.fields import shorten
 from ftjax.models.families.likeness import likeness
-from ftjax.models.spec import DecoderSpec
+from ftjax.models.spec import DecoderSpec, Experts
 
 
 class Family(NamedTuple):
@@ -161,6 +161,23 @@ def spec_from_config(config: dict[str, Any]) -> DecoderSpec:
         )
     if spec.experts and spec.experts.per_token > spec.experts.count:
         raise UserError(f"config.json: {spec.experts.per_token} experts per token of only {spec.experts.count}")
+    if spec.experts and spec.experts.groups and not _chosen_in_groups(spec.experts):
+        raise UserError(
+            f"config.json: {spec.experts.per_token} experts per token, in {spec.experts.groups[1]} of "
+            f"{spec.experts.groups[0]} groups of {spec.experts.count} experts, do not go"
+        )
     if spec.experts and spec.hidden_act == "xielu":
         raise UserError("config.json: hidden_act='xielu' has scalars that are learned, which experts have not here")
     return spec
+
+
+def _chosen_in_groups(experts: Experts) -> bool:
+    """Whether a router's groups can be made and hold as many experts as a token has."""
+    groups, used = experts.groups
+    least = 2 if experts.group_score == "top2" else 1
+    return (
+        experts.count % groups == 0
+        and used <= groups
+        and least <= experts.count // groups
+        and experts.per_token <= experts.count // groups * used
+    )
