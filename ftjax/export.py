@@ -44,7 +44,7 @@ from ftjax.distributed import is_first, together
 from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.method import learning_rate
-from ftjax.models.families import is_multimodal, spec_from_config
+from ftjax.models.families import is_inside, spec_from_config
 from ftjax.models.heads import COLLECTION
 from ftjax.models.spec import DecoderSpec
 from ftjax.reporting import gather
@@ -102,7 +102,7 @@ def export_peft(
             # For vLLM all scales are 1, for which rsLoRA has no round alpha.
             rslora=config.adapter.rslora and vllm_rank is None,
             saved=saved,
-            multimodal=is_multimodal(base.reader.config),
+            multimodal=is_inside(base.reader.config),
             card=model_card(
                 out.name,
                 "peft",

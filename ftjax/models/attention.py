@@ -115,8 +115,8 @@ def attention_after(
     """The same for tokens that go on after those of a cache, of which they see the slots before the first of them.
 
     queries [B, T, H, d]; keys, values [B, K, T, d] of these tokens; cached_* [B, K, S, d], the token of position p in
-    slot p; positions, segment_ids int32 [B, T]. The cache is only read, in its own order, so that nothing of it is
-    copied. Returns [B, T, H, d].
+    slot p; positions, segment_ids int32 [B, T]; window also [B, T, 1], each query its own. The cache is only read, in
+    its own order, so that nothing of it is copied. Returns [B, T, H, d].
     """
     batch, length, heads, head_dim = queries.shape
     kv_heads, slots = keys.shape[1], jnp.arange(cached_keys.shape[2])
@@ -151,6 +151,17 @@ def _weights(scores: jax.Array, seen: jax.Array, softcap: float | None, sinks: j
         weights = jnp.exp(scores - largest)
         weights = weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - largest))
     return weights.reshape(batch, kv_heads, -1, keys)
+
+
+def chunk_segments(positions: jax.Array, segment_ids: jax.Array, chunk: int | jax.Array) -> jax.Array:
+    """Segment ids int32 [B, T] of rows in which each `chunk` positions of a segment are a segment of their own.
+
+    positions, segment_ids int32 [B, T], the tokens of a segment one after the other; padding (0) stays what it is.
+    """
+    numbers = positions // chunk
+    begins = (numbers[:, 1:] != numbers[:, :-1]) | (segment_ids[:, 1:] != segment_ids[:, :-1])
+    counted = 1 + jnp.cumsum(jnp.pad(begins, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+    return jnp.where(segment_ids > 0, counted, 0)
 
 
 def sees(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from ftjax.models.attention import attention_after
+from ftjax.models.attention import attention_after, chunk_segments
 from ftjax.models.cache import Cache, write
 from ftjax.models.groups import Group, Stack, groups, nested
 from ftjax.models.kernels import attend, choose
@@ -59,25 +59,39 @@ class Attention(nn.Module):
 
         layer_cache: (keys, values) [B, K, S, d] of the tokens before; () where there are none.
 
-        layer: {"rope", "window", "scale"}, scalars of this layer for those in which layers differ (see `_per_layer`).
+        layer: {"rope", "window", "chunk", "scale"}, scalars of this layer for those in which layers differ (see
+        `_per_layer`).
         """
         spec = self.spec
         queries, keys, values = self._project(x)
+        rope = layer.get("rope", _rope_table(spec)[0])
         if context.tables is not None:
-            cos, sin = (table[layer.get("rope", _rope_table(spec)[0])] for table in context.tables)
+            cos, sin = (table[rope] for table in context.tables)
             queries, keys = (rotate(x, cos, sin, spec.rope_interleaved) for x in (queries, keys))
+        is_turned = rope < len(spec.ropes)
         if spec.qk_norm_last:
-            queries, keys = self._normed(queries, "q"), self._normed(keys, "k")
+            normed = self._normed(queries, "q"), self._normed(keys, "k")
+            has_norm = is_turned if spec.norm_or_scale else True
+            queries, keys = (jnp.where(has_norm, new, old) for new, old in zip(normed, (queries, keys)))
         if spec.position_scale is not None:
-            beta, period = spec.position_scale
-            factor = 1 + beta * jnp.log1p((context.positions // period).astype(jnp.float32))
+            beta, period, first = spec.position_scale
+            factor = 1 + beta * jnp.log1p(((context.positions + first) // period).astype(jnp.float32))
+            factor = jnp.where(is_turned, 1.0, factor) if spec.norm_or_scale else factor
             queries = queries * factor[..., None, None].astype(queries.dtype)
         sinks = None
         if spec.attention_sinks:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
             sinks = self.param("sinks", init, (spec.num_attention_heads,), self.param_dtype)
-        own = (layer.get("scale", spec.attention_scales[0]), layer.get("window", spec.layer_windows[0]))
+        scale, window = layer.get("scale", spec.attention_scales[0]), layer.get("window", spec.layer_windows[0])
         positions, segment_ids = context.positions, context.segment_ids
+        if any(spec.layer_chunks):
+            chunk = layer.get("chunk", spec.layer_chunks[0])
+            if layer_cache:  # a window of each query's own, back to where its chunk begins
+                reach = (positions % chunk + 1)[..., None]
+                window = reach if window is None else jnp.minimum(window, reach)
+            else:
+                segment_ids = chunk_segments(positions, segment_ids, chunk)
+        own = (scale, window)
         # Only what is new goes back out of the scan: returning the whole cache would copy it for every token.
         new = None if layer_cache is None else tuple(x.transpose(0, 2, 1, 3) for x in (keys, values))
         if layer_cache:
@@ -115,13 +129,13 @@ class Attention(nn.Module):
         if spec.qk_norm == "projection":
             parts |= {name: self._normed(parts[name], name) for name in "qk"}
         parts = {name: part.reshape(*x.shape[:2], counts[name], spec.head_dim) for name, part in parts.items()}
-        if spec.qk_norm in ("head", "heads") and not spec.qk_norm_last:
+        if spec.qk_norm in ("head", "heads", "bare") and not spec.qk_norm_last:
             parts |= {name: self._normed(parts[name], name) for name in "qk"}
         return parts["q"], parts["k"], parts["v"]
 
     def _normed(self, x: jax.Array, name: str) -> jax.Array:
         """Queries ("q") or keys ("k"), of all heads at once or [..., heads, d], under their norm."""
-        kind = "layer_heads" if self.spec.qk_norm == "heads" else self.spec.norm
+        kind = {"heads": "layer_heads", "bare": "rms_bare"}.get(self.spec.qk_norm, self.spec.norm)
         return _norm(self.spec, self.dtype, self.param_dtype, f"{name}_norm", kind)(x)
 
 
@@ -330,6 +344,7 @@ def _per_layer(stack: Stack) -> dict[str, jax.Array]:
     out = {
         "rope": _rope_table(spec),
         "window": [NO_WINDOW if window is None else window for window in spec.layer_windows],
+        "chunk": [NO_WINDOW if chunk is None else chunk for chunk in spec.layer_chunks],
         "scale": list(spec.attention_scales),
     }
     return {name: jnp.asarray(values) for name, values in out.items() if len(set(values)) > 1}

@@ -124,18 +124,21 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) * scale (Zhang and Sennrich 2019), computed in float32, returned in `dtype`.
 
-    plus_one: the factor is 1 + scale, and multiplied in float32 too, as in Gemma.
+    plus_one: the factor is 1 + scale, and multiplied in float32 too, as in Gemma; use_scale: without it there is none.
     """
 
     epsilon: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     plus_one: bool = False
+    use_scale: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
-        scale = self.param("scale", nn.with_logical_partitioning(init, ("norm",)), (x.shape[-1],), self.param_dtype)
+        init, scale = nn.initializers.zeros if self.plus_one else nn.initializers.ones, jnp.ones(())
+        if self.use_scale:
+            init = nn.with_logical_partitioning(init, ("norm",))
+            scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
 
         @remade
         def normed(x, scale):
@@ -187,6 +190,7 @@ class LayerNorm(nn.Module):
 
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "rms": RMSNorm,
+    "rms_bare": functools.partial(RMSNorm, use_scale=False),
     "rms_plus_one": functools.partial(RMSNorm, plus_one=True),
     "layer": LayerNorm,
     "layer_plus_one": functools.partial(LayerNorm, plus_one=True),

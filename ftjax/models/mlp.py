@@ -110,7 +110,8 @@ class Mixture(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
             correction = self.param("correction", init, (experts.count,), jnp.float32)
         weights, chosen = route(router(x), experts, correction)
-        out = Experts(spec, *dtypes, name="experts")(x, weights, chosen)
+        own = dataclasses.replace(spec, gate=experts.gate or spec.gate)
+        out = Experts(own, *dtypes, name="experts")(x, weights, chosen)
         if experts.shared is None:
             return out
         alone = dataclasses.replace(spec, intermediate_size=experts.shared, experts=None)
@@ -266,7 +267,9 @@ def _mixture(
     owners = chosen.reshape(-1)  # [B * T * per_token]: a token is there once for each of its experts
     owners = jnp.where((owners >= 0) & (owners < count), owners, count)  # the others come last, and no expert has them
     order = jnp.argsort(owners, stable=True)
-    rows, owners = flat[order // per_token], owners[order]
+    rows, owners, weights = flat[order // per_token], owners[order], weights.astype(x.dtype)
+    if spec.experts.weigh_input:
+        rows, weights = rows * weights.reshape(-1)[order][:, None], jnp.ones_like(weights)
     sizes = jnp.bincount(owners, length=count + 1)[:count].astype(jnp.int32)  # rows of each expert
 
     def project(name: str, rows: jax.Array) -> jax.Array:
@@ -281,8 +284,7 @@ def _mixture(
     # Rows of no expert here may hold anything after the products. The second sort is the inverse of the first.
     out = jnp.where(owners[:, None] < count, out, 0)[jnp.argsort(order)]
     out = out.reshape(flat.shape[0], per_token, -1)
-    weights = weights.reshape(-1, per_token).astype(out.dtype)
-    return jnp.einsum("nkd,nk->nd", out, weights).reshape(x.shape)
+    return jnp.einsum("nkd,nk->nd", out, weights.reshape(-1, per_token)).reshape(x.shape)
 
 
 def _inner(

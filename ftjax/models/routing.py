@@ -22,6 +22,8 @@ def route(logits: jax.Array, experts: Experts, correction: jax.Array | None = No
     liked = jax.lax.stop_gradient(scores if correction is None else scores + correction.astype(scores.dtype))
     if experts.groups is not None:
         liked = _in_best_groups(liked, *experts.groups, experts.group_score)
+    elif correction is None:  # in the scores' order, without their rounding to 1
+        liked = jax.lax.stop_gradient(logits)
     _, chosen = jax.lax.top_k(liked, experts.per_token)
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if experts.normalize:

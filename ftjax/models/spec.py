@@ -33,6 +33,8 @@ class Experts:
     scale: float = 1.0  # of the chosen experts' weights
     bias: bool = False  # of the router and of the experts
     shared: int | None = None  # intermediate size of an MLP beside them that every token goes through
+    gate: str | None = None  # as DecoderSpec.gate, where the experts' kernels are laid out unlike those of other MLPs
+    weigh_input: bool = False  # what goes into an expert is multiplied by the token's weight, not what comes out
     shared_gate: bool = False  # what it gives is multiplied by the sigmoid of a score of the token
 
 
@@ -75,18 +77,23 @@ class DecoderSpec:
 
     # attention
     layer_windows: tuple[int | None, ...] = ()  # how many tokens back, itself included, each layer sees; None: all
+    layer_chunks: tuple[int | None, ...] = ()  # each layer sees nothing before the last multiple of so many positions
     attention_scales: tuple[float, ...] = ()  # of queries times keys, per layer
-    position_scale: tuple[float, int] | None = None  # (b, n): queries of position p times 1 + b log(1 + floor(p / n))
+    # (b, n, c): queries of position p times 1 + b log(1 + floor((p + c) / n))
+    position_scale: tuple[float, int, int] | None = None
     attention_softcap: float | None = None  # scores s become cap * tanh(s / cap)
     attention_sinks: bool = False  # a learned score per head that takes part in the softmax and carries no value
     qkv_bias: bool = False
     o_bias: bool = False
     fused_qkv: bool = False  # one kernel for queries, keys and values, in this order
     qkv_clip: float | None = None  # queries, keys and values are cut to so much on either side of 0
-    # A norm of queries and keys: "head" (each head alone), "heads" (LayerNorm with a scale for each, no bias) or
-    # "projection" (all at once).
+    # A norm of queries and keys: "head" (each head alone), "heads" (LayerNorm with a scale for each, no bias), "bare"
+    # (RMS of each head, nothing learned) or "projection" (all at once).
     qk_norm: str | None = None
     qk_norm_last: bool = False  # after RoPE (of heads)
+    norm_or_scale: bool = (
+        False  # layers with RoPE have `qk_norm` (after it) alone, those without `position_scale` alone
+    )
 
     # MLP
     hidden_act: str = "silu"  # one of layers.ACTIVATIONS
@@ -111,7 +118,7 @@ class DecoderSpec:
 
     def of_layers(self, layers: Sequence[int]) -> "DecoderSpec":
         """The decoder that has these layers alone; if they are of one kind, in the fields and not as a kind."""
-        tuples = ("layer_ropes", "layer_windows", "attention_scales", "layer_kinds")
+        tuples = ("layer_ropes", "layer_windows", "layer_chunks", "attention_scales", "layer_kinds")
         own = {name: tuple(getattr(self, name)[layer] for layer in layers) for name in tuples if getattr(self, name)}
         kinds = own.pop("layer_kinds", ())
         return dataclasses.replace(self, num_hidden_layers=len(layers), layer_kinds=(), **own).with_kinds(kinds)

@@ -54,7 +54,7 @@ def count(
     trained = sum(size for path, size in weights.items() if is_trained(path))
     attention = 0.0  # two products, over all pairs of a query and a key that it sees, of the elements of all heads
     for stack in stacks(spec):
-        pairs = sum(visible_pairs(length, window) for window in stack.spec.layer_windows)
+        pairs = sum(_pairs(stack.spec, length))
         attention += 4.0 * rows * pairs * stack.spec.num_attention_heads * stack.spec.head_dim
     forward = 2.0 * tokens * sum(weights.values())
     alone = sum(size for path, size in weights.items() if not path.startswith("lora/"))
@@ -81,7 +81,7 @@ def of_step(program: Program) -> Flops:
 def reaches(program: Program) -> list[float]:
     """Keys that a query of each layer sees, on average over a document."""
     _, length = _documents(program)
-    return [visible_pairs(length, window) / length for window in program.model.spec.layer_windows]
+    return [pairs / length for pairs in _pairs(program.model.spec, length)]
 
 
 def seconds_per_token(program: Program) -> float | None:
@@ -115,8 +115,19 @@ def products(spec: DecoderSpec, variables: Tree) -> dict[str, int]:
     return found
 
 
-def visible_pairs(length: int, window: int | None) -> float:
-    """Queries and keys that see each other in a causal row of `length` tokens, the last `window` of them if given."""
+def _pairs(spec: DecoderSpec, length: int) -> list[float]:
+    """`visible_pairs` of each layer."""
+    chunks = spec.layer_chunks or (None,) * spec.num_hidden_layers
+    return [visible_pairs(length, window, chunk) for window, chunk in zip(spec.layer_windows, chunks, strict=True)]
+
+
+def visible_pairs(length: int, window: int | None, chunk: int | None = None) -> float:
+    """Queries and keys that see each other in a causal row of `length` tokens, the last `window` of them if given.
+
+    chunk: a query sees nothing before the last multiple of so many positions.
+    """
+    if chunk is not None and chunk < length:
+        return length // chunk * visible_pairs(chunk, window) + visible_pairs(length % chunk, window)
     reach = length if window is None else min(window, length)
     return reach * (reach + 1) / 2 + (length - reach) * reach
 

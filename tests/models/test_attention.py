@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax.models.attention import attention, attention_of_rows, cut
+from ftjax.models.attention import attention, attention_of_rows, chunk_segments, cut
 
 B, T, H, K, D = 2, 9, 6, 3, 4
 SCALE = 0.7
@@ -55,6 +55,16 @@ def test_equals_the_loop(options, record_figure):
     record_figure("difference", np.abs(ours - expected)[real].max())
     np.testing.assert_allclose(ours[real], expected[real], atol=2e-6)
     assert np.isfinite(ours).all()
+
+
+def test_chunks_of_a_segment_are_segments_of_their_own():
+    segments = np.array([[1] * 5 + [2] * 4, [0] * 2 + [7] * 7])
+    positions = np.array([[*range(5), *range(4)], [0, 0, *range(7)]])
+    found = chunk_segments(jnp.asarray(positions), jnp.asarray(segments), 3)
+    for row, one, other in np.ndindex(B, T, T):
+        same = segments[row, one] == segments[row, other] and positions[row, one] // 3 == positions[row, other] // 3
+        assert (found[row, one] == found[row, other]) == same
+    assert (np.asarray(found)[1, :2] == 0).all()
 
 
 def test_scores_of_any_size_do_not_overflow():

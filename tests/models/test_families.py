@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
-from ftjax.models.families import FAMILIES, spec_from_config, text_config
+from ftjax.models.families import FAMILIES, is_inside, spec_from_config, text_config
+from ftjax.models.groups import groups, stacks
 from ftjax.models.params import shapes
 from ftjax.models.published import configs
 
@@ -64,7 +65,7 @@ def test_old_and_new_spelling_give_the_same_spec(config):
     assert spec_from_config(completed(config)) == spec_from_config(config)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gemma3", "mistral3"}))
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gemma3", "llama4", "mistral3"}))
 def test_what_a_config_leaves_out_is_what_transformers_fills_in(family):
     config = {"model_type": family, "vocab_size": 64, "num_hidden_layers": 7}
     config |= {"hidden_size": 256, "intermediate_size": 48, "num_attention_heads": 32}
@@ -107,6 +108,28 @@ def test_the_language_model_of_a_multimodal_gemma3():
     assert text_config(text) is text
     with pytest.raises(UserError, match="lacks 'text_config'"):
         spec_from_config({"model_type": "gemma3"})
+
+
+def test_the_language_model_of_a_multimodal_llama4():
+    text = CONFIGS["llama4"]
+    config = {"model_type": "llama4", "text_config": text, "vision_config": {}}
+    assert spec_from_config(config) == spec_from_config(text)
+    assert text_config(config)["architectures"] == ["Llama4ForCausalLM"]
+    # To transformers' AutoModelForCausalLM, and so to peft, it is the language model alone.
+    assert not is_inside(config)
+    assert is_inside({"model_type": "gemma3"})
+
+
+def test_layers_of_llama4_scout_and_maverick():
+    sizes = {"num_hidden_layers": 8, "vocab_size": 64, "num_attention_heads": 40}
+    scout = spec_from_config({"model_type": "llama4_text"} | sizes)
+    assert scout.layer_chunks == (8192, 8192, 8192, None) * 2
+    assert scout.layer_ropes == (0, 0, 0, None) * 2
+    assert [group.name for group in groups(scout)] == [""]  # one body for all layers
+    maverick = spec_from_config({"model_type": "llama4_text", "interleave_moe_layer_step": 2} | sizes)
+    assert [kind.name for kind in maverick.layer_kinds] == ["dense", "sparse"] * 4
+    assert [stack.spec.experts is None for stack in stacks(maverick)] == [True, False]
+    assert [stack.spec.intermediate_size for stack in stacks(maverick)] == [16_384, 8192]
 
 
 def test_the_language_model_inside_may_be_of_several_families():
@@ -218,6 +241,10 @@ def test_the_first_spelling_of_longrope():
         (CONFIGS["gemma3"], {"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "=0.5"),
         (CONFIGS["qwen3_moe"], {"num_experts_per_tok": 6}, "6 experts per token of only 5"),
         (CONFIGS["mistral"], {"sliding_window": -1}, "sliding_window=-1"),
+        (CONFIGS["llama4"], {"no_rope_layers": [1]}, "0 or 1 for each of 4 layers"),
+        (CONFIGS["llama4"], {"moe_layers": "all"}, "moe_layers='all' is not a list"),
+        (CONFIGS["hunyuan_v1_moe"], {"moe_topk": [2, 2, 1]}, "moe_topk=[2, 2, 1] is not the same in all layers"),
+        (CONFIGS["hunyuan_v1_moe"], {"num_shared_expert": [2, 2, 2]}, "num_shared_expert=2"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(config, change, named):

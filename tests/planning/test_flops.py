@@ -14,9 +14,13 @@ from ftjax.planning import flops
 
 
 def test_pairs_of_a_row_counted_one_by_one():
-    for length, window in [(7, None), (7, 3), (7, 7), (7, 100), (1, 1)]:
-        pairs = sum(1 for q in range(length) for k in range(q + 1) if window is None or q - k < window)
-        assert flops.visible_pairs(length, window) == pairs
+    for length, window, chunk in [
+        *((7, None, None), (7, 3, None), (7, 7, None), (7, 100, None), (1, 1, None)),
+        *((7, None, 3), (7, None, 7), (6, None, 3), (8, 2, 5), (7, None, 100)),
+    ]:
+        seen = [(q, k) for q in range(length) for k in range(q + 1) if chunk is None or q // chunk == k // chunk]
+        pairs = sum(1 for q, k in seen if window is None or q - k < window)
+        assert flops.visible_pairs(length, window, chunk) == pairs
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe, a dense layer first", "qwen3_moe, every second layer"])

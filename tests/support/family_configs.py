@@ -140,6 +140,19 @@ CONFIGS = {
         mlp_bias=True,
         rope_parameters=_LLAMA3,
     ),
+    "llama4": _config(
+        "llama4_text",
+        head_dim=12,
+        num_hidden_layers=4,
+        intermediate_size_mlp=40,
+        interleave_moe_layer_step=2,
+        no_rope_layer_interval=2,
+        attention_chunk_size=5,
+        floor_scale=4,
+        attn_scale=0.5,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+    ),
     "mistral": _config("mistral", head_dim=12, sliding_window=5),
     "mixtral": _config("mixtral", num_local_experts=4, sliding_window=6, head_dim=10, tie_word_embeddings=True),
     "olmo2": _config("olmo2", attention_bias=True),
@@ -274,6 +287,29 @@ MORE_CONFIGS = {
     "granitemoe, bias, one expert": _config(
         "granitemoe", num_local_experts=3, num_experts_per_tok=1, attention_bias=True
     ),
+    "llama4, no norm, all mixtures": _config(
+        "llama4_text",
+        head_dim=8,
+        num_hidden_layers=4,
+        use_qk_norm=False,
+        rope_parameters=_LLAMA3,
+        no_rope_layers=[1, 0, 1, 1],
+        attention_chunk_size=7,
+        attn_temperature_tuning=False,
+        num_local_experts=3,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "llama4, dense layers first": _config(
+        "llama4_text",
+        head_dim=8,
+        intermediate_size_mlp=40,
+        moe_layers=[2],
+        layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+        attention_chunk_size=4,
+        floor_scale=8,
+        num_local_experts=4,
+    ),
     "mistral, no window": _config("mistral", sliding_window=None, tie_word_embeddings=True),
     "mixtral, one expert": _config("mixtral", num_local_experts=3, num_experts_per_tok=1, head_dim=8),
     "olmo2, grouped, tied": _config("olmo2", num_key_value_heads=1, tie_word_embeddings=True),
@@ -307,4 +343,4 @@ MORE_CONFIGS = {
     ),
 }
 
-assert {config["model_type"] for config in CONFIGS.values()} == FAMILIES.keys() - {"gemma3", "mistral3"}
+assert {config["model_type"] for config in CONFIGS.values()} == FAMILIES.keys() - {"gemma3", "llama4", "mistral3"}

@@ -28,7 +28,9 @@ def torch_model(config: dict, seed: int = 0) -> PreTrainedModel:
                     parameter.zero_()  # it starts from 1, and 1 is added to it: twice as much in every layer
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
-                # [in, out] where a layer is stored so (GPT-2's Conv1D, GPT-OSS's experts), else [out, in]
-                stored = config["model_type"] in ("gpt2", "gpt_oss") and (".c_" in name or ".experts." in name)
+                # [in, out] where a layer is stored so (GPT-2's Conv1D, GPT-OSS's and Llama 4's experts), else [out, in]
+                stored = config["model_type"] in ("gpt2", "gpt_oss", "llama4_text") and (
+                    ".c_" in name or ".experts." in name
+                )
                 parameter.normal_(std=parameter.shape[-2 if stored else -1] ** -0.5)
     return model

@@ -18,6 +18,7 @@ from ftjax.models.families import (
     helium,
     hunyuan,
     llama,
+    llama4,
     mistral,
     nemotron,
     olmo,
@@ -45,6 +46,7 @@ class Family(NamedTuple):
     read_as: tuple[tuple[str, str], ...] = ()  # (prefix in some files, what it stands for)
     ignored: str | None = None  # a regular expression for tensors in the files that the decoder has no use for
     language_models: tuple[str, ...] = ()  # of a multimodal model: `model_type`s that its `text_config` may have
+    alone: bool = False  # transformers' AutoModelForCausalLM of a multimodal model is its language model alone
 
 
 # The language model inside multimodal checkpoints, old and new; vision tensors are left where they are.
@@ -53,7 +55,7 @@ _INSIDE = (
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
 )
-_VISION = r"^(model\.)?(vision_tower|multi_modal_projector)\."
+_VISION = r"^(model\.)?(vision_tower|vision_model|multi_modal_projector)\."
 
 FAMILIES: dict[str, Family] = {
     "apertus": Family(apertus.apertus, "ApertusForCausalLM", apertus.NAMES),
@@ -80,6 +82,15 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_v1_dense": Family(hunyuan.hunyuan, "HunYuanDenseV1ForCausalLM", hunyuan.NAMES),
     "hunyuan_v1_moe": Family(hunyuan.hunyuan_moe, "HunYuanMoEV1ForCausalLM", hunyuan.MOE_NAMES),
     "llama": Family(llama.llama, "LlamaForCausalLM"),
+    "llama4": Family(
+        llama4.llama4,
+        "Llama4ForConditionalGeneration",
+        read_as=_INSIDE,
+        ignored=_VISION,
+        language_models=("llama4_text",),
+        alone=True,
+    ),
+    "llama4_text": Family(llama4.llama4, "Llama4ForCausalLM", llama4.NAMES, llama4.AS_STORED),
     "ministral": Family(mistral.ministral, "MinistralForCausalLM"),
     "ministral3": Family(mistral.ministral3, "Ministral3ForCausalLM"),
     "mistral": Family(mistral.mistral, "MistralForCausalLM"),
@@ -123,9 +134,14 @@ def is_multimodal(config: dict[str, Any]) -> bool:
     return bool(family_of(config).language_models)
 
 
+def is_inside(config: dict[str, Any]) -> bool:
+    """Whether transformers' AutoModelForCausalLM has the language model inside a multimodal one."""
+    return is_multimodal(config) and not family_of(config).alone
+
+
 def inside_multimodal(spec: DecoderSpec) -> bool:
-    """Whether this may be the language model inside a multimodal one."""
-    return any(spec.family in family.language_models for family in FAMILIES.values())
+    """Whether this may be the language model inside a multimodal one, as `is_inside` has it."""
+    return any(spec.family in family.language_models and not family.alone for family in FAMILIES.values())
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:

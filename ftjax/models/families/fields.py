@@ -128,12 +128,12 @@ def decoder_fields(
     }
 
 
-def layer_types(config: dict[str, Any], default: Sequence[bool]) -> list[bool]:
-    """Which layers have a sliding window, from `layer_types` where the config has it."""
+def layer_types(config: dict[str, Any], default: Sequence[bool], kind: str = "sliding_attention") -> list[bool]:
+    """Which layers have a sliding window, or are of another `kind`, from `layer_types` where the config has it."""
     named = config.get("layer_types")
     if named is None:
         return list(default)
-    kinds = {"sliding_attention": True, "full_attention": False}
+    kinds = {kind: True, "full_attention": False}
     if not isinstance(named, list) or len(named) != len(default) or not all(str(kind) in kinds for kind in named):
         raise UserError(
             f"config.json: layer_types has to name {len(default)} layers, each {' or '.join(kinds)}; "

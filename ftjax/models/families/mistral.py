@@ -47,7 +47,7 @@ def ministral3(config: dict[str, Any]) -> DecoderSpec:
         config["rope_parameters"] = _MINISTRAL3_ROPE
     given = rope_parameters(config)
     beta = optional(given, "llama_4_scaling_beta")
-    scale = (beta, size(given, "original_max_position_embeddings")) if beta else None
+    scale = (beta, size(given, "original_max_position_embeddings"), 0) if beta else None
     return DecoderSpec(**mistral_fields(config), position_scale=scale)
 
 

@@ -26,9 +26,9 @@ def filled(leaf: jax.ShapeDtypeStruct, read: Read, depth: int = 0, transposed: b
     """The array that `leaf` describes, with values from `read`.
 
     Its first `depth` dimensions number the tensors that are stacked in it (layer, expert); the others are a tensor's
-    own, the last two exchanged if `transposed`. `read(place, index)` returns the part `index` (a slice per dimension) of
-    tensor number `place`, in leaf's dtype. It is called only for values that this process's devices hold, and once for
-    each value, however many devices hold it. (Tensors that are scalars are read by every process.)
+    own, the last two exchanged if `transposed`. `read(place, index)` returns the part `index` (a slice per dimension)
+    of tensor number `place`, in leaf's dtype. It is called only for values that this process's devices hold, and once
+    for each value, however many devices hold it. (Tensors that are scalars are read by every process.)
 
     A leaf without sharding becomes an ordinary array on the default device.
     """

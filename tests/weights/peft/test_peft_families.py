@@ -54,11 +54,12 @@ NAMES = {
 MORE = {"apertus": _UNGATED, "arcee": _UNGATED, "nemotron": _UNGATED, "glm": _ONE_UP, "glm4": _ONE_UP}
 MORE |= dict.fromkeys(("cohere2", "ernie4_5", "exaone4", "helium", "hunyuan_v1_dense", "ministral"), _LLAMA)
 MORE |= dict.fromkeys(("ministral3", "olmo", "olmo3", "seed_oss", "stablelm"), _LLAMA)
-MORE |= {"granitemoe": _ATTENTION, "hunyuan_v1_moe": _ATTENTION}
+MORE |= dict.fromkeys(("granitemoe", "hunyuan_v1_moe", "llama4"), _ATTENTION)
 NAMES |= MORE
 # What peft would take for experts by the name of its module.
 PARAMETERS = {
     "hunyuan_v1_moe": [f"shared_mlp.{name}_proj.weight" for name in ("down", "gate", "up")],
+    "llama4": ["down_proj.weight", "gate_proj.weight", "up_proj.weight"],
     "qwen2_moe": [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up")],
     "qwen3_moe, a dense layer first": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
 }
