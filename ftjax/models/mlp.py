@@ -107,8 +107,9 @@ class Mixture(nn.Module):
         router = Linear(experts.count, axes, *dtypes, out_dtype=jnp.float32, use_bias=bias, name="router")
         correction = None
         if experts.correction:  # in float32, as its files have it: in bfloat16 experts would change places
-            init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
-            correction = self.param("correction", init, (experts.count,), jnp.float32)
+            shape = (1, experts.count) if experts.correction_row else (experts.count,)
+            init = nn.with_logical_partitioning(nn.initializers.zeros, (None,) * len(shape))
+            correction = self.param("correction", init, shape, jnp.float32)
         weights, chosen = route(router(x), experts, correction)
         own = dataclasses.replace(spec, gate=experts.gate or spec.gate)
         out = Experts(own, *dtypes, name="experts")(x, weights, chosen)

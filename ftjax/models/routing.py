@@ -9,10 +9,12 @@ from ftjax.models.spec import Experts
 def route(logits: jax.Array, experts: Experts, correction: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """float32 logits [..., experts] -> (weights float32 [..., per_token], experts int32 [..., per_token]).
 
-    correction float32 [experts], no gradient of which is taken: where it is given, experts are chosen by their scores
-    and it, and weighed by the scores alone (Wang et al. 2024, arXiv 2408.15664). Groups: DeepSeek-AI 2024, arXiv
-    2405.04434, section 2.1.2 ("max"), and arXiv 2412.19437, section 2.1.2 ("top2").
+    correction float32 [experts] or [1, experts], of which no gradient is taken: where it is given, experts are chosen
+    by their scores and it, and weighed by the scores alone (Wang et al. 2024, arXiv 2408.15664). Groups: DeepSeek-AI
+    2024, arXiv 2405.04434, section 2.1.2 ("max"), and arXiv 2412.19437, section 2.1.2 ("top2").
     """
+    if experts.score == "sparsemixer":
+        return _sparsemixer(logits, experts.slack)
     softmax = experts.score == "softmax"
     if softmax and experts.normalize and correction is None and experts.groups is None:
         # A softmax over the chosen logits alone is the softmax over all of them made to sum to 1, and cheaper.
@@ -29,6 +31,24 @@ def route(logits: jax.Array, experts: Experts, correction: jax.Array | None = No
     if experts.normalize:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     return weights * experts.scale, chosen
+
+
+def _sparsemixer(logits: jax.Array, slack: float) -> tuple[jax.Array, jax.Array]:
+    """As `route`, of two experts per token: the best, and the best of the others.
+
+    Each has its share in a softmax over those of logits near its own: (best - s) / max(|s|, best) is at most 2 slack
+    (Liu et al. 2024, arXiv 2409.12136). That is its rule for inference. In the training of Phi-3.5-MoE experts were
+    drawn by these shares, with another gradient; here the best are taken in training, too.
+    """
+    weights, chosen, left = [], [], logits
+    for _ in range(2):
+        best, index = left.max(axis=-1, keepdims=True), left.argmax(axis=-1)[..., None]
+        is_far = (best - logits) / jnp.maximum(jnp.abs(logits), best) > 2 * slack
+        shares = jax.nn.softmax(jnp.where(jax.lax.stop_gradient(is_far), -jnp.inf, left), axis=-1)
+        weights.append(jnp.take_along_axis(shares, index, axis=-1))
+        chosen.append(index)
+        left = jnp.where(index == jnp.arange(logits.shape[-1]), -jnp.inf, left)
+    return jnp.concatenate(weights, axis=-1), jnp.concatenate(chosen, axis=-1).astype(jnp.int32)
 
 
 def _in_best_groups(liked: jax.Array, groups: int, used: int, score: str) -> jax.Array:

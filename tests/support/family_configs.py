@@ -55,6 +55,15 @@ _QWEN2_MOE = {
     "moe_intermediate_size": 20,
     "shared_expert_intermediate_size": 28,
 }
+_ERNIE_MOE = {"moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 20, "moe_num_shared_experts": 2}
+_PHIMOE_ROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "short_mscale": 1.2,
+    "long_mscale": 1.2,
+    "original_max_position_embeddings": 64,
+}
 
 CONFIGS = {
     "llama": _config("llama", tie_word_embeddings=True),
@@ -62,6 +71,7 @@ CONFIGS = {
     "arcee": _config("arcee", rope_parameters=_YARN, mlp_bias=True),
     "cohere2": _config("cohere2", sliding_window=5, sliding_window_pattern=3, logit_scale=0.7),
     "ernie4_5": _config("ernie4_5", head_dim=12, use_bias=True),
+    "ernie4_5_moe": _config("ernie4_5_moe", **_ERNIE_MOE),
     "exaone4": _config("exaone4", sliding_window=5, sliding_window_pattern=3),
     "glm": _config("glm", **_HALF),
     "glm4": _config("glm4", **_HALF),
@@ -153,6 +163,7 @@ CONFIGS = {
         num_local_experts=5,
         num_experts_per_tok=2,
     ),
+    "minimax_m2": _config("minimax_m2", head_dim=12, rotary_dim=6, num_local_experts=5, num_experts_per_tok=2),
     "mistral": _config("mistral", head_dim=12, sliding_window=5),
     "mixtral": _config("mixtral", num_local_experts=4, sliding_window=6, head_dim=10, tie_word_embeddings=True),
     "olmo2": _config("olmo2", attention_bias=True),
@@ -163,6 +174,7 @@ CONFIGS = {
         original_max_position_embeddings=8,
         rope_scaling=_LONGROPE,
     ),
+    "phimoe": _config("phimoe", rope_scaling=_PHIMOE_ROPE, attention_bias=True, lm_head_bias=True, num_local_experts=5),
     "qwen2": _config("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": _config("qwen3", head_dim=12, attention_bias=True, tie_word_embeddings=True),
     "qwen3_moe": _config("qwen3_moe", **_MOE),
@@ -189,6 +201,17 @@ MORE_CONFIGS = {
         tie_word_embeddings=False,
     ),
     "ernie4_5, untied": _config("ernie4_5", head_dim=8, tie_word_embeddings=False),
+    "ernie4_5_moe, layers, bias": _config(
+        "ernie4_5_moe",
+        use_bias=True,
+        moe_num_shared_experts=0,
+        num_hidden_layers=5,
+        moe_layer_start_index=2,
+        moe_layer_end_index=3,
+        moe_layer_interval=2,
+        tie_word_embeddings=False,
+        **{name: value for name, value in _ERNIE_MOE.items() if name != "moe_num_shared_experts"},
+    ),
     "exaone4, no windows, tied": _config(
         "exaone4", sliding_window=None, layer_types=["full_attention"] * 3, tie_word_embeddings=True
     ),
@@ -310,10 +333,16 @@ MORE_CONFIGS = {
         floor_scale=8,
         num_local_experts=4,
     ),
+    "minimax_m2, whole heads, tied": _config(
+        "minimax_m2", head_dim=8, num_local_experts=4, num_experts_per_tok=3, tie_word_embeddings=True
+    ),
     "mistral, no window": _config("mistral", sliding_window=None, tie_word_embeddings=True),
     "mixtral, one expert": _config("mixtral", num_local_experts=3, num_experts_per_tok=1, head_dim=8),
     "olmo2, grouped, tied": _config("olmo2", num_key_value_heads=1, tie_word_embeddings=True),
     "phi3, plain": _config("phi3", tie_word_embeddings=True, num_key_value_heads=4),
+    "phimoe, window, tied": _config(
+        "phimoe", sliding_window=5, router_jitter_noise=0.2, num_local_experts=4, tie_word_embeddings=True
+    ),
     "qwen2, no window, tied": _config("qwen2", tie_word_embeddings=True),
     "qwen3, window": _config("qwen3", head_dim=8, use_sliding_window=True, sliding_window=4, max_window_layers=2),
     "qwen3_moe, not normalized, window": _config(

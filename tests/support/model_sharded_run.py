@@ -23,7 +23,7 @@ MESHES = {
     "data=2 x fsdp=2 x expert=2": {"data": 2, "fsdp": 2, "expert": 2},
     "fsdp=2 x context=2 x expert=2": {"fsdp": 2, "context": 2, "expert": 2},
 }
-SMALL = ("lora_a", "act_fn/beta", "act_fn/eps")  # gradients that may be, or are, zero
+SMALL = ("lora_a", "act_fn/beta", "act_fn/eps", "mlp/correction")  # gradients that may be, or are, zero
 # Sizes that two and four devices divide.
 EVEN = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 GPT2_EVEN = {"vocab_size": 64, "n_embd": 32, "n_head": 4}
@@ -36,7 +36,7 @@ def main(names):
     out = {}
     for name in names:
         config = CONFIGS[name] | (EVEN if "hidden_size" in CONFIGS[name] else GPT2_EVEN)
-        config |= {size: 4 for size in ("num_experts", "num_local_experts") if size in config}
+        config |= {size: 4 for size in ("num_experts", "num_local_experts", "moe_num_experts") if size in config}
         if "rope_scaling" in config and config["model_type"] == "phi3":
             config["head_dim"] = None
         model = Decoder(spec_from_config(config), remat="full")

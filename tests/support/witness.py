@@ -78,4 +78,7 @@ def torch_loss_sum(model: LlamaForCausalLM, docs: list[Document]) -> torch.Tenso
 def torch_gradients(model: LlamaForCausalLM, docs: list[Document]) -> dict[str, torch.Tensor]:
     model.zero_grad()
     torch_loss_sum(model, docs).backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+    }
