@@ -1,13 +1,20 @@
-"""The key/value cache of incremental decoding: a pytree that goes in and comes out, never module state."""
+"""The cache of incremental decoding: a pytree that goes in and comes out, never module state."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ftjax.models.groups import Stack, nested
+from ftjax.models.groups import Stack, nested, stacks
 from ftjax.models.spec import DecoderSpec
+
+
+class State(NamedTuple):
+    """What layers of the gated delta rule carry along a row, instead of keys and values. It cannot be cut back."""
+
+    inputs: jax.Array  # [layers, batch, taps - 1, channels] of the last tokens, in the compute dtype
+    memory: jax.Array  # float32 [layers, batch, value_heads, key_dim, value_dim]
 
 
 @flax.struct.dataclass
@@ -15,13 +22,16 @@ class Cache:
     """Keys and values of the tokens before. Each row counts for itself: the token at position p is in slot p.
 
     So nothing needs to be said of what a slot holds: what lies beyond a row's own position was never written, or by an
-    earlier use of the row, and is not attended to.
+    earlier use of the row, and is not attended to. A State is that of all tokens before, and not looked at where a row
+    begins, at position 0.
     """
 
     # [layers, batch, kv_heads, slots, head_dim] of each stack of layers (groups.nested), in the compute dtype, RoPE
-    # applied. An array for each: slices of one for all would be copied for every token.
+    # applied; None of a stack without attention. An array for each: slices of one for all would be copied for every
+    # token.
     keys: Any
     values: Any  # as keys
+    states: Any  # State of each stack that has one, else None
     reach: jax.Array  # int32 [batch], how long each row may become: LongRoPE has to know it from the first token on
 
 
@@ -34,15 +44,29 @@ def init_cache(
 ) -> Cache:
     """An empty cache; a row becomes at most `reach` tokens long, by default `slots`."""
 
-    def zeros(stack: Stack) -> jax.Array:
+    def zeros(stack: Stack) -> jax.Array | None:
         heads, head_dim = stack.spec.num_key_value_heads, stack.spec.head_dim
-        return jnp.zeros((len(stack.layers), batch, heads, slots, head_dim), dtype)
+        return None if stack.spec.delta else jnp.zeros((len(stack.layers), batch, heads, slots, head_dim), dtype)
+
+    def state(stack: Stack) -> State | None:
+        if (delta := stack.spec.delta) is None:
+            return None
+        lead, memory = (len(stack.layers), batch), (delta.value_heads, delta.key_dim, delta.value_dim)
+        return State(
+            jnp.zeros((*lead, delta.taps - 1, delta.channels), dtype), jnp.zeros((*lead, *memory), jnp.float32)
+        )
 
     return Cache(
         keys=nested(spec, zeros),
         values=nested(spec, zeros),
+        states=nested(spec, state),
         reach=jnp.full((batch,), slots, jnp.int32) if reach is None else reach,
     )
+
+
+def carries_state(spec: DecoderSpec) -> bool:
+    """Whether a cache of this decoder has any State, so that it cannot be cut back to fewer tokens."""
+    return any(stack.spec.delta is not None for stack in stacks(spec))
 
 
 def write(buffer: jax.Array, new: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:

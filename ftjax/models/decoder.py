@@ -11,7 +11,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.attention import attention_after
-from ftjax.models.cache import Cache, write
+from ftjax.models.cache import Cache, State, write
+from ftjax.models.delta import GatedDelta
 from ftjax.models.groups import Group, Stack, groups, nested
 from ftjax.models.kernels import attend, choose
 from ftjax.models.layers import NORMS, Embedding, Linear
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         layer: {"rope", "window", "scale"}, scalars of this layer for those in which layers differ (see `_per_layer`).
         """
         spec = self.spec
-        queries, keys, values = self._project(x)
+        queries, keys, values, gate = self._project(x)
         if context.tables is not None:
             cos, sin = (table[layer.get("rope", _rope_table(spec)[0])] for table in context.tables)
             queries, keys = (rotate(x, cos, sin, spec.rope_interleaved) for x in (queries, keys))
@@ -88,17 +89,19 @@ class Attention(nn.Module):
             choice = choose(self.kernel, spec, queries.dtype, queries.shape[1], mesh)
             out = attend(choice, spec, queries, keys, values, positions, segment_ids, *own, sinks)
         out = out.reshape(*x.shape[:2], -1)
+        out = out if gate is None else out * nn.sigmoid(gate)
         axes = ("heads", "embed")
         o_proj = Linear(spec.hidden_size, axes, self.dtype, self.param_dtype, use_bias=spec.o_bias, name="o_proj")
         return o_proj(out), new
 
-    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """queries [B, T, H, d], keys and values [B, T, K, d], normed where the spec says so."""
+    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """queries [B, T, H, d], keys and values [B, T, K, d], normed where the spec says so; the gate [B, T, H d]."""
         spec = self.spec
         counts = {"q": spec.num_attention_heads, "k": spec.num_key_value_heads, "v": spec.num_key_value_heads}
 
         def linear(name, heads, axis):
             features, bias = heads * spec.head_dim, spec.qkv_bias
+            features *= 2 if name == "q_proj" and spec.attention_gate else 1
             return Linear(features, ("embed", axis), self.dtype, self.param_dtype, use_bias=bias, name=name)(x)
 
         if spec.fused_qkv:
@@ -110,6 +113,10 @@ class Attention(nn.Module):
                 name: linear(f"{name}_proj", count, "heads" if name == "q" else "kv_heads")
                 for name, count in counts.items()
             }
+        gate = None
+        if spec.attention_gate:  # of each head its query and its gate
+            both = parts["q"].reshape(*x.shape[:2], spec.num_attention_heads, -1)
+            parts["q"], gate = (part.reshape(*x.shape[:2], -1) for part in jnp.split(both, 2, axis=-1))
         if spec.qkv_clip is not None:
             parts = {name: jnp.clip(part, -spec.qkv_clip, spec.qkv_clip) for name, part in parts.items()}
         if spec.qk_norm == "projection":
@@ -117,7 +124,7 @@ class Attention(nn.Module):
         parts = {name: part.reshape(*x.shape[:2], counts[name], spec.head_dim) for name, part in parts.items()}
         if spec.qk_norm in ("head", "heads") and not spec.qk_norm_last:
             parts |= {name: self._normed(parts[name], name) for name in "qk"}
-        return parts["q"], parts["k"], parts["v"]
+        return parts["q"], parts["k"], parts["v"], gate
 
     def _normed(self, x: jax.Array, name: str) -> jax.Array:
         """Queries ("q") or keys ("k"), of all heads at once or [..., heads, d], under their norm."""
@@ -126,7 +133,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, shaped for `nn.scan`: (x, this layer's cache, what is its own) -> (x, its new keys and values)."""
+    """One layer, shaped for `nn.scan`: (x, this layer's cache, what is its own) -> (x, what of it is new)."""
 
     spec: DecoderSpec
     dtype: jnp.dtype
@@ -145,9 +152,12 @@ class Block(nn.Module):
         before_mlp = "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm"
         scale = jnp.asarray(spec.residual_scale, self.dtype) if spec.residual_scale != 1.0 else 1
         x = checkpoint_name(constrain(x, "batch", "length", "width"), "layer_input")
-        attention = Attention(spec, *dtypes, self.kernel, name="self_attn")
         before = norm("input_layernorm", spec.pre_norms, x)
-        out, new = attention(before, layer_cache, layer, context)
+        if spec.delta:
+            out, new = GatedDelta(spec, *dtypes, name="linear_attn")(before, layer_cache, context)
+        else:
+            attention = Attention(spec, *dtypes, self.kernel, name="self_attn")
+            out, new = attention(before, layer_cache, layer, context)
         x = x + norm("post_attention_layernorm", spec.post_norms, out) * scale
         feed_forward = Mixture if spec.experts else functools.partial(MLP, block=self.mlp_block)
         before = before if spec.parallel else norm(before_mlp, spec.pre_norms, x)
@@ -225,10 +235,13 @@ class Decoder(nn.Module):
             x, _ = self._hidden(tokens, positions, segment_ids, lambda stack: None, None)
             return x, None
         pairs = iter(zip(*map(jax.tree.leaves, (cache.keys, cache.values)), strict=True))
-        x, new = self._hidden(tokens, positions, segment_ids, lambda stack: next(pairs), cache.reach)
+        states = iter(jax.tree.leaves(cache.states, is_leaf=_is_state))
+        of_stack = lambda stack: next(states if stack.spec.delta else pairs)  # noqa: E731
+        x, new = self._hidden(tokens, positions, segment_ids, of_stack, cache.reach)
         places = (positions, segment_ids)
-        keys, values = _keys_and_values(new)
+        keys, values, states = _parted(new)
         cache = cache.replace(
+            states=states,
             keys=jax.tree.map(lambda old, fresh: write(old, fresh, *places), cache.keys, keys),
             values=jax.tree.map(lambda old, fresh: write(old, fresh, *places), cache.values, values),
         )
@@ -236,14 +249,14 @@ class Decoder(nn.Module):
 
     def prefill(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, reach: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Any]]:
+    ) -> tuple[jax.Array, tuple[Any, Any, Any]]:
         """`__call__` without a cache, by the same kernels as training, that returns what a cache would hold.
 
-        reach: int32 [B], see Cache. Beside the hidden states: keys and values [layers, B, kv_heads, T, d] of each stack
-        (groups.nested).
+        A row is one segment, padded on the right. reach: int32 [B], see Cache. Beside the hidden states: keys, values
+        [layers, B, kv_heads, T, d] and states of each stack, as Cache has them.
         """
         x, new = self._hidden(tokens, positions, segment_ids, lambda stack: (), reach)
-        return x, _keys_and_values(new)
+        return x, _parted(new)
 
     def _hidden(
         self,
@@ -286,14 +299,19 @@ class Decoder(nn.Module):
         self.unembed(self(tokens, ones, ones)[0])
 
 
-def _keys_and_values(new: Any) -> tuple[Any, Any]:
-    """`nested` (keys, values) -> nested keys and nested values."""
+def _is_state(part: Any) -> bool:
+    return isinstance(part, State)
 
-    def is_pair(part: Any) -> bool:
-        return isinstance(part[0], jax.Array)
 
-    keys = jax.tree.map(lambda pair: pair[0], new, is_leaf=is_pair)
-    return keys, jax.tree.map(lambda pair: pair[1], new, is_leaf=is_pair)
+def _parted(new: Any) -> tuple[Any, Any, Any]:
+    """`nested` (keys, values) or State -> nested keys, nested values, nested states; None where a stack has none."""
+
+    def each(take: Callable[[Any], Any]) -> Any:
+        return jax.tree.map(take, new, is_leaf=lambda part: _is_state(part) or isinstance(part[0], jax.Array))
+
+    keys = each(lambda part: None if _is_state(part) else part[0])
+    values = each(lambda part: None if _is_state(part) else part[1])
+    return keys, values, each(lambda part: part if _is_state(part) else None)
 
 
 def _norm(spec: DecoderSpec, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str | None, kind: str = "") -> nn.Module:

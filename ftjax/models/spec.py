@@ -32,6 +32,23 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Delta:
+    """The gated delta rule (delta.py) in the place of attention; `value_heads` is a multiple of `key_heads`."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int  # of a head
+    value_dim: int
+    taps: int  # tokens that the convolution before it sees
+    fused: bool  # one kernel for queries, keys, values and gate, one for rates and decays; else four
+
+    @property
+    def channels(self) -> int:
+        """Of queries, keys and values together."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """One kind of layer in a decoder of unlike layers, as `DecoderSpec.layer_kinds` lists them.
 
@@ -82,6 +99,8 @@ class DecoderSpec:
     # "projection" (all at once).
     qk_norm: str | None = None
     qk_norm_last: bool = False  # after RoPE (of heads)
+    attention_gate: bool = False  # what heads give is multiplied by the sigmoid of a gate, in the kernel of queries
+    delta: Delta | None = None  # what there is instead of attention; of the fields above nothing counts then
 
     # MLP
     hidden_act: str = "silu"  # one of layers.ACTIVATIONS

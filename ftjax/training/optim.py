@@ -161,9 +161,10 @@ OPTIMIZERS = {
 
 
 def _is_vector(path: str) -> bool:
-    """Including the scalars of an activation (`layers.Xielu`)."""
+    """Including the scalars of an activation (`layers.Xielu`) and of the delta rule, and its filters of channels."""
     name = path.rpartition("/")[2]
-    return name in ("scale", "bias", "sinks", "lora_magnitude", "alpha_p", "alpha_n", "beta", "eps")
+    scalars = ("alpha_p", "alpha_n", "beta", "eps", "A_log", "dt_bias")
+    return name in ("scale", "bias", "sinks", "lora_magnitude", *scalars) or path.endswith("conv1d/weight")
 
 
 def _is_hidden_matrix(path: str) -> bool:

@@ -4,13 +4,13 @@ import copy
 import math
 
 import pytest
-from support.family_configs import CONFIGS, MORE_CONFIGS
+from support.family_configs import CONFIGS, LANGUAGE_MODELS, MORE_CONFIGS
 from support.tiny import CONFIG, spec
 from transformers import AutoConfig
 
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
-from ftjax.models.families import FAMILIES, spec_from_config, text_config
+from ftjax.models.families import spec_from_config, text_config
 from ftjax.models.params import shapes
 from ftjax.models.published import configs
 
@@ -49,6 +49,7 @@ COUNTS = {
     "c4ai-command-r7b-12-2024": 8_028_033_024,
     "Seed-OSS-36B": 36_151_104_512,
     "ERNIE-4.5-0.3B": 360_748_032,
+    "Qwen3-Next-80B-A3B": 79_674_391_296,
 }
 
 
@@ -64,7 +65,7 @@ def test_old_and_new_spelling_give_the_same_spec(config):
     assert spec_from_config(completed(config)) == spec_from_config(config)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gemma3", "mistral3"}))
+@pytest.mark.parametrize("family", sorted(LANGUAGE_MODELS))
 def test_what_a_config_leaves_out_is_what_transformers_fills_in(family):
     config = {"model_type": family, "vocab_size": 64, "num_hidden_layers": 7}
     config |= {"hidden_size": 256, "intermediate_size": 48, "num_attention_heads": 32}
@@ -218,6 +219,9 @@ def test_the_first_spelling_of_longrope():
         (CONFIGS["gemma3"], {"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "=0.5"),
         (CONFIGS["qwen3_moe"], {"num_experts_per_tok": 6}, "6 experts per token of only 5"),
         (CONFIGS["mistral"], {"sliding_window": -1}, "sliding_window=-1"),
+        (CONFIGS["qwen3_5"], {"layer_types": ["linear_attention"] * 4}, "without any full_attention"),
+        (CONFIGS["qwen3_5"], {"layer_types": ["sliding_attention"] * 4}, "each linear_attention or full_attention"),
+        (CONFIGS["qwen3_next"], {"linear_num_value_heads": 3}, "a multiple of linear_num_key_heads=2"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(config, change, named):

@@ -15,6 +15,7 @@ from support import xla_flags
 from support.family_configs import CONFIGS
 from support.llama_dirs import abstract, assert_is_model, assert_same_bits, llama
 from support.tiny import batch_of, documents, logits
+from support.torch_models import torch_model
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -246,6 +247,30 @@ def test_the_language_model_of_a_multimodal_mistral3(tmp_path, name, record_figu
     record_figure("logits", np.abs(ours - theirs).max())
     assert theirs.std() > 0.1
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_the_language_model_of_a_multimodal_qwen(tmp_path, name):
+    """Under the names of the multimodal model, beside its eyes and the head for further tokens; experts in stacks."""
+    torch_model(CONFIGS[name]).save_pretrained(tmp_path / "text")
+    tensors = load_file(tmp_path / "text/model.safetensors")
+    for layer in range(4 if name == "qwen3_5_moe" else 0):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        its = {
+            part: [tensors.pop(f"{prefix}.{e}.{part}_proj.weight") for e in range(5)] for part in ("gate", "up", "down")
+        }
+        tensors[f"{prefix}.gate_up_proj"] = np.concatenate([np.stack(its["gate"]), np.stack(its["up"])], axis=1)
+        tensors[f"{prefix}.down_proj"] = np.stack(its["down"])
+    inside = {key.replace("model.", "model.language_model.", 1): tensor for key, tensor in tensors.items()}
+    inside |= {key: np.zeros((2, 2), np.float32) for key in ("model.visual.patch_embed.proj.weight", "mtp.fc.weight")}
+    (tmp_path / "whole").mkdir()
+    save_file(inside, tmp_path / "whole/model.safetensors")
+    config = {"model_type": name, "text_config": CONFIGS[name], "vision_config": {}, "tie_word_embeddings": False}
+    (tmp_path / "whole/config.json").write_text(json.dumps(config))
+    text, whole = tree.flatten(load(tmp_path / "text")), tree.flatten(load(tmp_path / "whole"))
+    assert text.keys() == whole.keys()
+    for path, leaf in text.items():
+        assert_same_bits(leaf, whole[path])
 
 
 SHARDED = """

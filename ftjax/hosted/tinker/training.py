@@ -104,7 +104,7 @@ class Programs:
                 "this base has experts, which have no adapters here; create the model with train_mlp=False",
                 param="lora_config.train_mlp",
             )
-        kinds = {"self_attn": shape.train_attn, "lm_head": shape.train_unembed}
+        kinds = {"self_attn": shape.train_attn, "linear_attn": shape.train_attn, "lm_head": shape.train_unembed}
         chosen = [path for path in kernels if kinds.get(_kind(path), shape.train_mlp)]
         if not chosen:
             raise Refused("the adapter adapts nothing of this base; train more of it", param="lora_config")
@@ -283,7 +283,7 @@ _TRAINED = re.compile(r"/lora_(a|b)$")
 
 
 def _kind(path: str) -> str:
-    return next((part for part in path.split("/") if part in ("self_attn", "lm_head")), "mlp")
+    return next((part for part in path.split("/") if part in ("self_attn", "linear_attn", "lm_head")), "mlp")
 
 
 def _with(params: Tree, adapter: Tree) -> Tree:

@@ -20,10 +20,14 @@ from ftjax.weights.hf.safetensors import SafetensorsReader
 FACTS = "ftjax_reward"  # our own key of a config.json, see `Head.facts`
 TEXTS, TOKENS = "ForSequenceClassification", "ForTokenClassification"
 MODULES = ("score", "classifier")  # the names that a head has, which peft always saves whole
-_STEMS = {"gemma3_text": "Gemma3Text"}  # where other classes of the family are called otherwise
+_STEMS = {
+    "gemma3_text": "Gemma3Text",
+    "qwen3_5_text": "Qwen3_5Text",
+}  # where other classes of the family are called otherwise
 # In transformers 5.24.
-_WITHOUT = {TEXTS: {"granite", "ernie4_5", "cohere2", "apertus"}}
+_WITHOUT = {TEXTS: {"granite", "ernie4_5", "cohere2", "apertus", "qwen3_5_moe_text"}}
 _WITHOUT[TOKENS] = {"granite", "ernie4_5", "cohere2", "gemma3_text", "hunyuan_v1_dense", "olmo", "olmo2", "olmo3"}
+_WITHOUT[TOKENS] |= {"qwen3_5_moe_text", "qwen3_5_text"}
 _LM_HEAD = "lm_head.weight"
 
 

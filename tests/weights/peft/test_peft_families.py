@@ -38,25 +38,30 @@ RANK, ALPHA = 3, 5
 _LLAMA = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 _UNGATED = ["down_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 _ONE_UP = ["down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
+_MIXTURE = ["k_proj", "o_proj", "q_proj", "shared_expert_gate", "v_proj"]
 NAMES = {
     "llama": _LLAMA,
     "phi": ["dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"],
     "starcoder2": ["c_fc", "c_proj", "k_proj", "o_proj", "q_proj", "v_proj"],
-    "qwen2_moe": ["k_proj", "o_proj", "q_proj", "shared_expert_gate", "v_proj"],
+    "qwen2_moe": _MIXTURE,
     "phi3": ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"],
     "gpt2": ["c_attn", "c_fc", "c_proj"],
     "gemma3": _LLAMA,
     "mixtral": ["k_proj", "o_proj", "q_proj", "v_proj"],
     "qwen3_moe, a dense layer first": ["k_proj", "o_proj", "q_proj", "v_proj"],
+    "qwen3_5": sorted([*_LLAMA, *(f"in_proj_{name}" for name in ("a", "b", "qkv", "z")), "out_proj"]),
 }
 # Those of which each has the names of another above.
 MORE = {"apertus": _UNGATED, "arcee": _UNGATED, "nemotron": _UNGATED, "glm": _ONE_UP, "glm4": _ONE_UP}
 MORE |= dict.fromkeys(("cohere2", "ernie4_5", "exaone4", "helium", "hunyuan_v1_dense", "ministral"), _LLAMA)
 MORE |= dict.fromkeys(("ministral3", "olmo", "olmo3", "seed_oss", "stablelm"), _LLAMA)
+MORE["qwen3_next"] = sorted([*_MIXTURE, "in_proj_ba", "in_proj_qkvz", "out_proj"])
 NAMES |= MORE
 # What peft would take for experts by the name of its module.
+_SHARED = [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up")]
 PARAMETERS = {
-    "qwen2_moe": [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up")],
+    "qwen2_moe": _SHARED,
+    "qwen3_next": _SHARED,
     "qwen3_moe, a dense layer first": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
 }
 TOKENS = documents(0, [12])[0][0]
