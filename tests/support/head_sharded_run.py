@@ -169,7 +169,7 @@ def main():
             at = sharding.place(mesh, ("batch", "length", "width"), hidden)
             found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(placed, at, *rows)
             # A frozen head with all columns at once, which changes how the gradient comes about where none is split.
-            alone = jax.jit(jax.grad(lambda hidden, *its: frozen(placed, hidden, *its)))(at, *rows)
+            alone = jax.jit(jax.grad(frozen, argnums=1))(placed, at, *rows)
         (its_loss, its_correct), (its_head, its_hidden) = found
         errors = {path: float(np.abs(np.asarray(its_head[path]) - d_head[path]).max()) for path in head}
         errors["hidden"] = float(np.abs(np.asarray(its_hidden) - d_hidden).max())
