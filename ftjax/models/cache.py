@@ -11,10 +11,10 @@ from ftjax.models.spec import DecoderSpec
 
 
 class State(NamedTuple):
-    """What layers of the gated delta rule carry along a row, instead of keys and values. It cannot be cut back."""
+    """What layers without attention carry along a row, instead of keys and values. It cannot be cut back."""
 
     inputs: jax.Array  # [layers, batch, taps - 1, channels] of the last tokens, in the compute dtype
-    memory: jax.Array  # float32 [layers, batch, value_heads, key_dim, value_dim]
+    memory: jax.Array | None  # float32 [layers, batch, value_heads, key_dim, value_dim]; None of convolutions alone
 
 
 @flax.struct.dataclass
@@ -46,15 +46,16 @@ def init_cache(
 
     def zeros(stack: Stack) -> jax.Array | None:
         heads, head_dim = stack.spec.num_key_value_heads, stack.spec.head_dim
-        return None if stack.spec.delta else jnp.zeros((len(stack.layers), batch, heads, slots, head_dim), dtype)
+        return None if stack.spec.carries else jnp.zeros((len(stack.layers), batch, heads, slots, head_dim), dtype)
 
     def state(stack: Stack) -> State | None:
-        if (delta := stack.spec.delta) is None:
+        lead, delta, convolution = (len(stack.layers), batch), stack.spec.delta, stack.spec.convolution
+        if convolution is not None:
+            return State(jnp.zeros((*lead, convolution.taps - 1, stack.spec.hidden_size), dtype), None)
+        if delta is None:
             return None
-        lead, memory = (len(stack.layers), batch), (delta.value_heads, delta.key_dim, delta.value_dim)
-        return State(
-            jnp.zeros((*lead, delta.taps - 1, delta.channels), dtype), jnp.zeros((*lead, *memory), jnp.float32)
-        )
+        memory = jnp.zeros((*lead, delta.value_heads, delta.key_dim, delta.value_dim), jnp.float32)
+        return State(jnp.zeros((*lead, delta.taps - 1, delta.channels), dtype), memory)
 
     return Cache(
         keys=nested(spec, zeros),
@@ -66,7 +67,7 @@ def init_cache(
 
 def carries_state(spec: DecoderSpec) -> bool:
     """Whether a cache of this decoder has any State, so that it cannot be cut back to fewer tokens."""
-    return any(stack.spec.delta is not None for stack in stacks(spec))
+    return any(stack.spec.carries for stack in stacks(spec))
 
 
 def write(buffer: jax.Array, new: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.attention import attention_after
 from ftjax.models.cache import Cache, State, write
-from ftjax.models.delta import GatedDelta
+from ftjax.models.delta import GatedConvolution, GatedDelta
 from ftjax.models.groups import Group, Stack, groups, nested
 from ftjax.models.kernels import attend, choose
 from ftjax.models.layers import NORMS, Embedding, Linear
@@ -155,6 +155,8 @@ class Block(nn.Module):
         before = norm("input_layernorm", spec.pre_norms, x)
         if spec.delta:
             out, new = GatedDelta(spec, *dtypes, name="linear_attn")(before, layer_cache, context)
+        elif spec.convolution:
+            out, new = GatedConvolution(spec, *dtypes, name="conv")(before, layer_cache, context)
         else:
             attention = Attention(spec, *dtypes, self.kernel, name="self_attn")
             out, new = attention(before, layer_cache, layer, context)
@@ -236,7 +238,7 @@ class Decoder(nn.Module):
             return x, None
         pairs = iter(zip(*map(jax.tree.leaves, (cache.keys, cache.values)), strict=True))
         states = iter(jax.tree.leaves(cache.states, is_leaf=_is_state))
-        of_stack = lambda stack: next(states if stack.spec.delta else pairs)  # noqa: E731
+        of_stack = lambda stack: next(states if stack.spec.carries else pairs)  # noqa: E731
         x, new = self._hidden(tokens, positions, segment_ids, of_stack, cache.reach)
         places = (positions, segment_ids)
         keys, values, states = _parted(new)

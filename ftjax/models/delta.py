@@ -1,4 +1,6 @@
-"""The gated delta rule: a layer that carries a memory of fixed size along a row, where others attend to all before."""
+"""Layers that carry a state of fixed size along a row, where others attend to all before: the gated delta rule, and
+gated short convolutions.
+"""
 
 import functools
 
@@ -46,7 +48,8 @@ def gated_delta(
     tokens = tuple(chunked(x, "constant") for x in (queries, keys, values, decays, rates))
     first = jnp.zeros_like(documents[:, 0])
     body = jax.checkpoint(_chunk, prevent_cse=False)
-    (memory, _), out = jax.lax.scan(body, (memory, first), (*tokens, chunked(documents, "edge")))
+    with jax.default_matmul_precision("high"):  # or TPUs would round to bfloat16 what is remembered for long
+        (memory, _), out = jax.lax.scan(body, (memory, first), (*tokens, chunked(documents, "edge")))
     return out.swapaxes(0, 1).reshape(queries.shape[0], -1, *values.shape[2:])[:, :length], memory
 
 
@@ -59,12 +62,14 @@ def _chunk(carry, chunk):
     memory, document = carry
     *tokens, documents = chunk
     queries, keys, values, decays, rates = (jnp.moveaxis(x, 2, 1) for x in tokens)  # [B, H, C, ...]
-    total = jnp.cumsum(decays, axis=-1)
-    size = total.shape[-1]
+    # In two parts, of which sums of the coarse one are exact: differences of sums of strong decays would be far off.
+    coarse = jax.lax.stop_gradient(jnp.round(decays * 256) / 256)
+    coarse, fine = jnp.cumsum(coarse, axis=-1), jnp.cumsum(decays - coarse, axis=-1)
+    size = decays.shape[-1]
     same = (documents[:, :, None] == documents[:, None, :]) & jnp.tri(size, dtype=bool)
-    between = jnp.where(same[:, None], total[..., :, None] - total[..., None, :], -jnp.inf)
-    between = jnp.exp(between)
-    since = jnp.where((documents == document[:, None])[:, None], jnp.exp(total), 0.0)[..., None]
+    between = sum(part[..., :, None] - part[..., None, :] for part in (coarse, fine))
+    between = jnp.exp(jnp.where(same[:, None], between, -jnp.inf))
+    since = jnp.where((documents == document[:, None])[:, None], jnp.exp(coarse + fine), 0.0)[..., None]
 
     steps = rates[..., None] * (values - (since * keys) @ memory)
     if size > 1:
@@ -97,18 +102,9 @@ class GatedDelta(nn.Module):
         """
         spec, delta = self.spec, self.spec.delta
         batch, length, _ = x.shape
-        real = context.segment_ids > 0
-        if state:
-            begins = real & (context.positions == 0)
-        else:
-            before = jnp.pad(context.segment_ids[:, :-1], [(0, 0), (1, 0)])
-            begins = real & (context.segment_ids != before)
-        documents = jnp.cumsum(begins, axis=1, dtype=jnp.int32)
+        real, documents = _documents(state, context)
         mixed, gate, rates, steps = self._project(x)
-        mixed = jnp.where(real[..., None], mixed, 0)
-        taps = delta.taps - 1
-        earlier = state.inputs if state else jnp.zeros((batch, taps, mixed.shape[-1]), mixed.dtype)
-        inputs = jnp.concatenate([earlier.astype(mixed.dtype), mixed], axis=1)
+        inputs = _after(state, jnp.where(real[..., None], mixed, 0), delta.taps)
         mixed = ShortConvolution(delta.taps, self.param_dtype, name="conv1d")(inputs, documents)
         mixed = ACTIVATIONS[spec.hidden_act](mixed)
 
@@ -135,11 +131,7 @@ class GatedDelta(nn.Module):
         gate = gate.reshape(out.shape).astype(jnp.float32)
         out = (out * nn.silu(gate)).astype(self.dtype).reshape(batch, length, -1)
         out = Linear(spec.hidden_size, ("heads", "embed"), self.dtype, self.param_dtype, name="out_proj")(out)
-        if state is None:
-            return out, None
-        # The last inputs that were no padding, which is on the right of rows that go on.
-        last = real.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(taps)
-        return out, State(jnp.take_along_axis(inputs, last[..., None], axis=1), memory)
+        return out, None if state is None else State(_last(inputs, real, documents, delta.taps), memory)
 
     def _project(self, x):
         """[B, T, ...]: queries, keys and values beside each other, each by heads; the gate; rates and steps, before
@@ -168,19 +160,45 @@ class GatedDelta(nn.Module):
         return self.param(name, init, (heads,), self.param_dtype).astype(jnp.float32)
 
 
+class GatedConvolution(nn.Module):
+    """In the place of attention (LFM2 Technical Report, Liquid AI 2025): of each token's projection into three, the
+    first times the third goes through a short causal convolution of each channel, and times the second comes out.
+
+    Parameters: `in_proj` and `out_proj`, `conv/weight` [D, 1, taps], with a bias `conv/bias` [D].
+    """
+
+    spec: DecoderSpec
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, state, context):
+        """As GatedDelta has it."""
+        width, taps, bias = self.spec.hidden_size, self.spec.convolution.taps, self.spec.convolution.bias
+        dtypes = self.dtype, self.param_dtype
+        real, documents = _documents(state, context)
+        into = Linear(3 * width, ("embed", "heads"), *dtypes, use_bias=bias, name="in_proj")
+        first, second, third = jnp.split(into(x), 3, axis=-1)
+        inputs = _after(state, jnp.where(real[..., None], first * third, 0), taps)
+        out = second * ShortConvolution(taps, self.param_dtype, bias, name="conv")(inputs, documents)
+        out = Linear(width, ("heads", "embed"), *dtypes, use_bias=bias, name="out_proj")(out)
+        return out, None if state is None else State(_last(inputs, real, documents, taps), None)
+
+
 class ShortConvolution(nn.Module):
     """Each channel of a token is a weighted sum of its last `taps` values, those of its own document; `weight`
-    [channels, 1, taps], the present token's last.
+    [channels, 1, taps], the present token's last, and `bias` [channels] where there is one.
     """
 
     taps: int
     param_dtype: jnp.dtype
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, inputs: jax.Array, documents: jax.Array) -> jax.Array:
         """inputs [B, taps - 1 + T, C], the first of them of document 0; documents int32 [B, T] -> [B, T, C]"""
-        init = nn.with_logical_partitioning(INIT, ("heads", None, None))
-        weight = self.param("weight", init, (inputs.shape[-1], 1, self.taps), self.param_dtype)
+        init, channels = nn.with_logical_partitioning(INIT, ("heads", None, None)), inputs.shape[-1]
+        weight = self.param("weight", init, (channels, 1, self.taps), self.param_dtype)
         length = documents.shape[1]
         owners = jnp.pad(documents, [(0, 0), (self.taps - 1, 0)])
 
@@ -192,7 +210,42 @@ class ShortConvolution(nn.Module):
                 parts.append(jnp.where((owner == documents)[..., None], part, 0) * weight[:, 0, tap])
             return sum(parts)
 
-        return summed(inputs, weight.astype(inputs.dtype))
+        out = summed(inputs, weight.astype(inputs.dtype))
+        if self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
+            out = out + self.param("bias", init, (channels,), self.param_dtype).astype(out.dtype)
+        return out
+
+
+def _documents(state, context):
+    """Which tokens are no padding, bool [B, T], and of which document each is, int32 [B, T] as `gated_delta` has it.
+
+    0 is what goes on from `state`, or padding before the first document of a row without one.
+    """
+    real = context.segment_ids > 0
+    if state:
+        begins = real & (context.positions == 0)
+    else:
+        before = jnp.pad(context.segment_ids[:, :-1], [(0, 0), (1, 0)])
+        begins = real & (context.segment_ids != before)
+    return real, jnp.cumsum(begins, axis=1, dtype=jnp.int32)
+
+
+def _after(state, new, taps):
+    """new [B, T, C] after what the state has of the tokens before, or zeros: [B, taps - 1 + T, C]"""
+    batch, _, channels = new.shape
+    earlier = state.inputs if state else jnp.zeros((batch, taps - 1, channels), new.dtype)
+    return jnp.concatenate([earlier.astype(new.dtype), new], axis=1)
+
+
+def _last(inputs, real, documents, taps):
+    """What the next tokens' state has of `_after`: the last of this document that were no padding, which is on the
+    right then.
+    """
+    owners = jnp.pad(documents, [(0, 0), (taps - 1, 0)])
+    inputs = jnp.where((owners == documents[:, -1:])[..., None], inputs, 0)
+    places = real.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(taps - 1)
+    return jnp.take_along_axis(inputs, places[..., None], axis=1)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -49,6 +49,14 @@ class Delta:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A gated short convolution (delta.py) in the place of attention."""
+
+    taps: int  # tokens that it sees
+    bias: bool  # of its filters and of its projections
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """One kind of layer in a decoder of unlike layers, as `DecoderSpec.layer_kinds` lists them.
 
@@ -100,7 +108,9 @@ class DecoderSpec:
     qk_norm: str | None = None
     qk_norm_last: bool = False  # after RoPE (of heads)
     attention_gate: bool = False  # what heads give is multiplied by the sigmoid of a gate, in the kernel of queries
-    delta: Delta | None = None  # what there is instead of attention; of the fields above nothing counts then
+    # What there is instead of attention, at most one; of the fields above nothing counts then.
+    delta: Delta | None = None
+    convolution: Convolution | None = None
 
     # MLP
     hidden_act: str = "silu"  # one of layers.ACTIVATIONS
@@ -122,6 +132,11 @@ class DecoderSpec:
 
     # unlike layers (groups.py), set by `with_kinds`
     layer_kinds: tuple[Kind, ...] = ()  # the kind of each layer; (): all are as the other fields say
+
+    @property
+    def carries(self) -> bool:
+        """Whether its layers, of one kind, carry a State (cache.py) along a row instead of attending to what was."""
+        return self.delta is not None or self.convolution is not None
 
     def of_layers(self, layers: Sequence[int]) -> "DecoderSpec":
         """The decoder that has these layers alone; if they are of one kind, in the fields and not as a kind."""

@@ -59,6 +59,7 @@ def count(
         if (delta := stack.spec.delta) is not None:
             memory = delta.value_heads * delta.key_dim * delta.value_dim
             attention += 6.0 * tokens * memory * len(stack.layers)
+        if stack.spec.carries:
             continue
         pairs = sum(visible_pairs(length, window) for window in stack.spec.layer_windows)
         attention += 4.0 * rows * pairs * stack.spec.num_attention_heads * stack.spec.head_dim
@@ -87,7 +88,7 @@ def of_step(program: Program) -> Flops:
 def reaches(program: Program) -> list[float]:
     """Keys that a query of each layer with attention sees, on average over a document."""
     _, length = _documents(program)
-    attending = [stack.spec for stack in stacks(program.model.spec) if not stack.spec.delta]
+    attending = [stack.spec for stack in stacks(program.model.spec) if not stack.spec.carries]
     return [visible_pairs(length, window) / length for spec in attending for window in spec.layer_windows]
 
 

@@ -294,7 +294,7 @@ def _each(cache: Cache, lay: Callable[..., Any]) -> Cache:
         return lay(part, *KEYS)
 
     def state(part: State) -> State:
-        return State(*(lay(array, *axes) for array, axes in zip(part, STATE, strict=True)))
+        return State(*(None if array is None else lay(array, *axes) for array, axes in zip(part, STATE, strict=True)))
 
     keys, values = jax.tree.map(attended, (cache.keys, cache.values))
     states = jax.tree.map(state, cache.states, is_leaf=lambda part: isinstance(part, State))

@@ -161,10 +161,12 @@ OPTIMIZERS = {
 
 
 def _is_vector(path: str) -> bool:
-    """Including the scalars of an activation (`layers.Xielu`) and of the delta rule, and its filters of channels."""
+    """Including the scalars of an activation (`layers.Xielu`) and of the delta rule, and filters of channels."""
     name = path.rpartition("/")[2]
     scalars = ("alpha_p", "alpha_n", "beta", "eps", "A_log", "dt_bias")
-    return name in ("scale", "bias", "sinks", "lora_magnitude", *scalars) or path.endswith("conv1d/weight")
+    return name in ("scale", "bias", "sinks", "lora_magnitude", *scalars) or path.endswith(
+        ("/conv1d/weight", "/conv/weight")
+    )
 
 
 def _is_hidden_matrix(path: str) -> bool:

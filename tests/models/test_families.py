@@ -49,6 +49,7 @@ COUNTS = {
     "c4ai-command-r7b-12-2024": 8_028_033_024,
     "Seed-OSS-36B": 36_151_104_512,
     "ERNIE-4.5-0.3B": 360_748_032,
+    "LFM2-1.2B": 1_170_340_608,
     "Qwen3-Next-80B-A3B": 79_674_391_296,
 }
 
@@ -220,7 +221,7 @@ def test_the_first_spelling_of_longrope():
         (CONFIGS["qwen3_moe"], {"num_experts_per_tok": 6}, "6 experts per token of only 5"),
         (CONFIGS["mistral"], {"sliding_window": -1}, "sliding_window=-1"),
         (CONFIGS["qwen3_5"], {"layer_types": ["linear_attention"] * 4}, "without any full_attention"),
-        (CONFIGS["qwen3_5"], {"layer_types": ["sliding_attention"] * 4}, "each linear_attention or full_attention"),
+        (CONFIGS["qwen3_5"], {"layer_types": ["sliding_attention"] * 4}, "each full_attention or linear_attention"),
         (CONFIGS["qwen3_next"], {"linear_num_value_heads": 3}, "a multiple of linear_num_key_heads=2"),
     ],
 )

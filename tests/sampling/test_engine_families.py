@@ -19,7 +19,7 @@ NEW = 12
 
 
 QUICK = ("gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer", "qwen3_5")
-MORE = ("ministral3", "cohere2", "phi", "qwen2_moe", "exaone4", "qwen3_next", "qwen3_5_moe")
+MORE = ("ministral3", "cohere2", "phi", "qwen2_moe", "exaone4", "qwen3_next", "qwen3_5_moe", "lfm2")
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 
 

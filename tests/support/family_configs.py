@@ -79,6 +79,7 @@ CONFIGS = {
     "glm4": _config("glm4", **_HALF),
     "helium": _config("helium", head_dim=8, attention_bias=True, mlp_bias=True),
     "hunyuan_v1_dense": _config("hunyuan_v1_dense", head_dim=12, rope_scaling=_DYNAMIC, attention_bias=True),
+    "lfm2": _config("lfm2", full_attn_idxs=[2, 4], num_hidden_layers=5, conv_bias=True, block_multiple_of=16),
     "ministral": _config(
         "ministral",
         head_dim=12,
@@ -188,6 +189,13 @@ MORE_CONFIGS = {
     "glm4, no bias": _config("glm4", head_dim=8, attention_bias=False),
     "helium, tied": _config("helium", head_dim=8, tie_word_embeddings=True),
     "hunyuan_v1_dense, tied": _config("hunyuan_v1_dense", head_dim=8, tie_word_embeddings=True),
+    "lfm2, layer types, untied": _config(
+        "lfm2",
+        layer_types=["conv", "conv", "full_attention"],
+        conv_L_cache=4,
+        block_auto_adjust_ff_dim=False,
+        tie_word_embeddings=False,
+    ),
     "ministral, windows": _config("ministral", head_dim=8, sliding_window=4, tie_word_embeddings=True),
     "ministral3, window": _config(
         "ministral3", head_dim=8, sliding_window=6, rope_parameters=_MINISTRAL3, tie_word_embeddings=True

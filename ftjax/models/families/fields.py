@@ -130,10 +130,21 @@ def decoder_fields(
 
 def layer_types(config: dict[str, Any], default: Sequence[bool]) -> list[bool]:
     """Which layers have a sliding window, from `layer_types` where the config has it."""
-    named = config.get("layer_types")
+    return _are(config, "sliding_attention", "full_attention", default)
+
+
+def attending(config: dict[str, Any], other: str, default: Sequence[bool]) -> list[bool]:
+    """Which layers have attention and are not what `layer_types`, where the config has it, calls `other`."""
+    found = _are(config, "full_attention", other, default)
+    if not any(found):
+        raise UserError("config.json: layer_types without any full_attention are not supported; one layer has to be")
+    return found
+
+
+def _are(config: dict[str, Any], kind: str, other: str, default: Sequence[bool]) -> list[bool]:
+    named, kinds = config.get("layer_types"), {kind: True, other: False}
     if named is None:
         return list(default)
-    kinds = {"sliding_attention": True, "full_attention": False}
     if not isinstance(named, list) or len(named) != len(default) or not all(str(kind) in kinds for kind in named):
         raise UserError(
             f"config.json: layer_types has to name {len(default)} layers, each {' or '.join(kinds)}; "

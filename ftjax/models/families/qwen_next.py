@@ -3,11 +3,10 @@
 from typing import Any
 
 from ftjax.errors import UserError
-from ftjax.models.families.fields import decoder_fields, flag, shorten, size
+from ftjax.models.families.fields import attending, decoder_fields, flag, size
 from ftjax.models.families.qwen import sparse_layers
 from ftjax.models.spec import DecoderSpec, Delta, Experts, Kind
 
-KINDS = {"linear_attention": "linear", "full_attention": "full"}
 IGNORED = r"^mtp\.|^model\.visual\."  # the head that guesses further tokens, and the eyes of the multimodal model
 
 
@@ -65,22 +64,9 @@ def _with_kinds(config: dict[str, Any], spec: DecoderSpec, fused: bool, changes:
             f"config.json: linear_num_value_heads={delta.value_heads} has to be a multiple of "
             f"linear_num_key_heads={delta.key_heads}, and linear_conv_kernel_dim={delta.taps} at least 2"
         )
-    kinds = []
-    for name, change in zip(_layer_types(config, spec.num_hidden_layers), changes, strict=True):
-        own = change | ({"delta": delta} if name == "linear_attention" else {})
-        kinds.append(Kind(KINDS[name] + ("_dense" if change else ""), tuple(own.items())))
+    interval, kinds = size(config, "full_attention_interval", 4), []
+    attends = attending(config, "linear_attention", [(layer + 1) % interval == 0 for layer in range(len(changes))])
+    for full, change in zip(attends, changes, strict=True):
+        own = change if full else change | {"delta": delta}
+        kinds.append(Kind(("full" if full else "linear") + ("_dense" if change else ""), tuple(own.items())))
     return spec.with_kinds(kinds)
-
-
-def _layer_types(config: dict[str, Any], layers: int) -> list[str]:
-    named = config.get("layer_types")
-    if named is None:
-        interval = size(config, "full_attention_interval", 4)
-        named = ["full_attention" if (layer + 1) % interval == 0 else "linear_attention" for layer in range(layers)]
-    if not isinstance(named, list) or len(named) != layers or not all(str(kind) in KINDS for kind in named):
-        raise UserError(
-            f"config.json: layer_types has to name {layers} layers, each {' or '.join(KINDS)}; it is {shorten(named)}"
-        )
-    if "full_attention" not in named:
-        raise UserError("config.json: layer_types without any full_attention are not supported; one layer has to be")
-    return named

@@ -25,9 +25,9 @@ _STEMS = {
     "qwen3_5_text": "Qwen3_5Text",
 }  # where other classes of the family are called otherwise
 # In transformers 5.24.
-_WITHOUT = {TEXTS: {"granite", "ernie4_5", "cohere2", "apertus", "qwen3_5_moe_text"}}
+_WITHOUT = {TEXTS: {"granite", "ernie4_5", "cohere2", "apertus", "lfm2", "qwen3_5_moe_text"}}
 _WITHOUT[TOKENS] = {"granite", "ernie4_5", "cohere2", "gemma3_text", "hunyuan_v1_dense", "olmo", "olmo2", "olmo3"}
-_WITHOUT[TOKENS] |= {"qwen3_5_moe_text", "qwen3_5_text"}
+_WITHOUT[TOKENS] |= {"lfm2", "qwen3_5_moe_text", "qwen3_5_text"}
 _LM_HEAD = "lm_head.weight"
 
 
