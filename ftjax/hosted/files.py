@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import quote
 
-import anyio
 import sqlalchemy
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
@@ -27,6 +26,7 @@ from ftjax.errors import UserError
 from ftjax.hosted import forms
 from ftjax.hosted.database import Base
 from ftjax.hosted.refusals import Refused
+from ftjax.hosted.shares import Shares
 
 # What may be uploaded; the server itself writes "fine-tune-results". The suffix is that of the file on the disk.
 PURPOSES = {"fine-tune": ".jsonl", "user_data": ""}
@@ -37,7 +37,8 @@ _ELSEWHERE = {"assistants": "assistants", "batch": "batches", "evals": "evals", 
 
 _LONGEST_LINE = 32 * 2**20
 _BLOCK = 2**20
-_AT_ONCE = 8  # files that are written at the same time; others wait, and requests that write none do not
+# Of `Shares`: senders may be slow, and other requests, and other keys, do not wait for them.
+WRITING = "uploads", 16, 4, 256
 
 
 class File(Base):
@@ -375,11 +376,11 @@ def keep_for(anchor: Any, seconds: Any) -> int | None:
 
 
 def routes(files: Files) -> APIRouter:
-    router, writing = APIRouter(), anyio.CapacityLimiter(_AT_ONCE)
+    router, writing = APIRouter(), Shares(*WRITING)
 
     @router.post("/v1/files")
     async def create(request: Request) -> dict[str, Any]:
-        return await anyio.to_thread.run_sync(_create, files, request, limiter=writing)
+        return await writing.run(request.state.owner, _create, files, request)
 
     @router.get("/v1/files")
     def list_files(
