@@ -209,7 +209,8 @@ class Files:
         self.quota.count(owner)
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             file = self._find(session, id, owner)
-            session.delete(file)
+            if not _deleted(session, file):  # another request, or its time, was quicker
+                raise _absent(id, "file_id")
         self._remove([file])
 
     def list(
@@ -233,8 +234,8 @@ class Files:
             old = list(session.scalars(sqlalchemy.select(File).where(~_holds())))
             for file in old:
                 self.quota.count(file.owner)
-                session.delete(file)
-        self._remove(old)
+            gone = [file for file in old if _deleted(session, file)]
+        self._remove(gone)
 
     def _remove(self, files: Iterable[File]) -> None:
         for file in files:
@@ -245,7 +246,7 @@ class Files:
         wanted = sqlalchemy.select(File).where(File.id == id, File.owner == owner, _holds())
         file = session.scalar(wanted) if re.fullmatch(r"file-[0-9a-f]{24}", id) else None
         if file is None:
-            raise Refused(f"there is no file {id!r}", param=param, code="not_found", status=404)
+            raise _absent(id, param)
         return file
 
     def _bytes_of(self, owner: str) -> int:
@@ -312,6 +313,15 @@ class Arriving:
         self.bytes += len(chunk)
         self.md5.update(chunk)
         self.handle.write(chunk)
+
+
+def _deleted(session: Session, file: File) -> bool:
+    """Deletes the row; whether it was this that did, so that its bytes are given back once."""
+    return session.execute(sqlalchemy.delete(File).where(File.number == file.number)).rowcount == 1
+
+
+def _absent(id: str, param: str) -> Refused:
+    return Refused(f"there is no file {id!r}", param=param, code="not_found", status=404)
 
 
 def _holds() -> sqlalchemy.ColumnElement[bool]:
@@ -403,7 +413,7 @@ def routes(files: Files) -> APIRouter:
         try:
             handle = files.path(file).open("rb")  # kept open: it may be deleted while it is read
         except FileNotFoundError as error:
-            raise Refused(f"there is no file {file_id!r}", param="file_id", code="not_found", status=404) from error
+            raise _absent(file_id, "file_id") from error
 
         def blocks() -> Iterator[bytes]:
             with handle:
