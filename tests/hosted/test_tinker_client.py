@@ -6,6 +6,7 @@ import io
 import json
 import random
 import tarfile
+import threading
 
 import httpx
 import numpy as np
@@ -18,7 +19,10 @@ from tinker import types
 from tinker.proto.request_conv import forward_backward_request_to_proto
 
 from ftjax import tree
+from ftjax.hosted.refusals import Refused
+from ftjax.hosted.tinker import bodies
 from ftjax.hosted.tinker.training import Programs, Shape, prompt_logps
+from ftjax.hosted.tinker.work import Failed
 from ftjax.weights.peft.adapter import open_adapter
 
 # The client leaves connections open that it asked for its config by.
@@ -330,6 +334,26 @@ def test_a_session_that_ends_takes_its_models_along(server):
         assert training.model_id in rest_of(server).get_session(session).result().training_run_ids
     service = server.application.state.tinker
     assert training.model_id not in service._models
+
+
+def test_what_a_session_asked_for_before_it_ended_does_not_stay(server):
+    service, owner = server.application.state.tinker, server.keys.owner(server.key("leaver"))
+    session = service.open(owner, bodies.CreateSession())
+    began, go_on = threading.Event(), threading.Event()
+    service.work.submit("busy", owner, lambda: (began.set(), go_on.wait(30)))
+    began.wait(10)
+    lora = {"session_id": session, "model_seq_id": 0, "base_model": server.source, "lora_config": {"rank": 4}}
+    asked = service.create(owner, bodies.CreateModel(**lora))
+    service.finish(session, owner)
+    go_on.set()
+    with pytest.raises(Failed, match="has ended"):
+        asked.future.result(60)
+    assert not [id for id in service._models if id.startswith(session)]
+    sampling = {"session_id": session, "sampling_session_seq_id": 0, "base_model": server.source}
+    with pytest.raises(Refused, match="has ended") as refused:
+        service.create_sampler(owner, bodies.CreateSamplingSession(**sampling))
+    assert refused.value.status == 410
+    assert service.samplers.of_session(session) == []
 
 
 VALUES = (
