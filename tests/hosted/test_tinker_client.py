@@ -239,6 +239,14 @@ def test_a_stop_token_ends_a_sample_and_is_part_of_it(client, server):
     assert len(ended.logprobs) == first
 
 
+def test_ends_of_a_sample_are_so_many(client, server):
+    sampling = client.create_sampling_client(base_model=server.source).result()
+    prompt = types.ModelInput.from_ints([5, 9])
+    for stop in (list(range(33)), [f"x{number}" for number in range(33)]):
+        with pytest.raises(tinker.BadRequestError, match="stop has 33 ends; use up to 32"):
+            sampling.sample(prompt, 1, types.SamplingParams(max_tokens=2, stop=stop)).result()
+
+
 def test_another_keys_models_and_checkpoints_are_not_there(client, server):
     training = client.create_lora_training_client(base_model=server.source, rank=4).result()
     state = training.save_state("mine").result().path
