@@ -85,6 +85,16 @@ def test_checkpoints_are_those_of_epochs_and_the_last_has_the_models_own_name(se
     assert {one.fine_tuning_job_id for one in found} == {job.id}
 
 
+def test_a_checkpoint_that_is_deleted_while_its_job_runs_does_not_come_back(server, client):
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=server.plan(rows=2, steps=6, seconds=0.2))
+    first = until(lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data)[-1]
+    client.models.delete(first.fine_tuned_model_checkpoint)
+    job = ended(client, job)
+    assert [one.step_number for one in client.fine_tuning.jobs.checkpoints.list(job.id)] == [6, 4]
+    adapters = server.folder / "jobs" / job.id / "adapters"
+    assert sorted(path.name for path in adapters.iterdir()) == ["step-4", "step-6"]
+
+
 def test_the_result_file_is_a_table_of_the_steps(server, client):
     job = ended(client, client.fine_tuning.jobs.create(model="tiny", training_file=server.plan(steps=2)))
     (result,) = job.result_files
@@ -152,6 +162,7 @@ def test_what_is_anothers_is_not_there(server, client):
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations", "not served"),
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", ""),
         ({"method": {"type": "dpo", "supervised": {}}}, "method", "leave one of them out"),
+        ({"method": {"type": "dpo"}, "hyperparameters": {"n_epochs": 1}}, "", "give them in method alone"),
         ({"metadata": {"k" * 65: ""}}, "metadata", "16 keys of 64"),
         ({"extra_body": {"modle": "x"}}, "modle", "not permitted"),
     ],
