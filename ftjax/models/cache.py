@@ -1,5 +1,6 @@
 """The key/value cache of incremental decoding: a pytree that goes in and comes out, never module state."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -19,9 +20,10 @@ class Cache:
     """
 
     # [layers, batch, kv_heads, slots, head_dim] of each stack of layers (groups.nested), in the compute dtype, RoPE
-    # applied. An array for each: slices of one for all would be copied for every token.
+    # applied. An array for each: slices of one for all would be copied for every token. Of latent attention too these
+    # are whole keys and values, not what they are made of.
     keys: Any
-    values: Any  # as keys
+    values: Any  # as keys, of value_dim
     reach: jax.Array  # int32 [batch], how long each row may become: LongRoPE has to know it from the first token on
 
 
@@ -34,13 +36,13 @@ def init_cache(
 ) -> Cache:
     """An empty cache; a row becomes at most `reach` tokens long, by default `slots`."""
 
-    def zeros(stack: Stack) -> jax.Array:
-        heads, head_dim = stack.spec.num_key_value_heads, stack.spec.head_dim
-        return jnp.zeros((len(stack.layers), batch, heads, slots, head_dim), dtype)
+    def zeros(width: str, stack: Stack) -> jax.Array:
+        heads, columns = stack.spec.num_key_value_heads, getattr(stack.spec, width)
+        return jnp.zeros((len(stack.layers), batch, heads, slots, columns), dtype)
 
     return Cache(
-        keys=nested(spec, zeros),
-        values=nested(spec, zeros),
+        keys=nested(spec, functools.partial(zeros, "head_dim")),
+        values=nested(spec, functools.partial(zeros, "value_dim")),
         reach=jnp.full((batch,), slots, jnp.int32) if reach is None else reach,
     )
 

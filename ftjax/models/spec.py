@@ -37,6 +37,21 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, section 2.1): the keys and values of all heads
+    are made of one short vector per token, and queries may be.
+
+    A head's queries and keys have `turned` dimensions that RoPE turns, after those that it leaves; a token's turned key
+    is one for all heads.
+    """
+
+    kv_rank: int  # of the vector
+    turned: int  # the others of the spec's head_dim are not
+    value_dim: int  # of a head's values
+    q_rank: int | None = None  # of the vector that queries are made of; None: of the hidden state itself
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """One kind of layer in a decoder of unlike layers, as `DecoderSpec.layer_kinds` lists them.
 
@@ -82,6 +97,7 @@ class DecoderSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     fused_qkv: bool = False  # one kernel for queries, keys and values, in this order
+    latent: Latent | None = None
     qkv_clip: float | None = None  # queries, keys and values are cut to so much on either side of 0
     # A norm of queries and keys: "head" (each head alone), "heads" (LayerNorm with a scale for each, no bias) or
     # "projection" (all at once).
@@ -108,6 +124,11 @@ class DecoderSpec:
 
     # unlike layers (groups.py), set by `with_kinds`
     layer_kinds: tuple[Kind, ...] = ()  # the kind of each layer; (): all are as the other fields say
+
+    @property
+    def value_dim(self) -> int:
+        """Of a head's values; `head_dim` is of its queries and keys."""
+        return self.latent.value_dim if self.latent else self.head_dim
 
     def of_layers(self, layers: Sequence[int]) -> "DecoderSpec":
         """The decoder that has these layers alone; if they are of one kind, in the fields and not as a kind."""
