@@ -1,5 +1,6 @@
 """The cache of incremental decoding: a pytree that goes in and comes out, never module state."""
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -28,9 +29,9 @@ class Cache:
 
     # [layers, batch, kv_heads, slots, head_dim] of each stack of layers (groups.nested), in the compute dtype, RoPE
     # applied; None of a stack without attention. An array for each: slices of one for all would be copied for every
-    # token.
+    # token. Of latent attention too these are whole keys and values, not what they are made of.
     keys: Any
-    values: Any  # as keys
+    values: Any  # as keys, of value_dim
     states: Any  # State of each stack that has one, else None
     reach: jax.Array  # int32 [batch], how long each row may become: LongRoPE has to know it from the first token on
 
@@ -44,9 +45,9 @@ def init_cache(
 ) -> Cache:
     """An empty cache; a row becomes at most `reach` tokens long, by default `slots`."""
 
-    def zeros(stack: Stack) -> jax.Array | None:
-        heads, head_dim = stack.spec.num_key_value_heads, stack.spec.head_dim
-        return None if stack.spec.carries else jnp.zeros((len(stack.layers), batch, heads, slots, head_dim), dtype)
+    def zeros(width: str, stack: Stack) -> jax.Array | None:
+        heads, columns = stack.spec.num_key_value_heads, getattr(stack.spec, width)
+        return None if stack.spec.carries else jnp.zeros((len(stack.layers), batch, heads, slots, columns), dtype)
 
     def state(stack: Stack) -> State | None:
         lead, delta, convolution = (len(stack.layers), batch), stack.spec.delta, stack.spec.convolution
@@ -58,8 +59,8 @@ def init_cache(
         return State(jnp.zeros((*lead, delta.taps - 1, delta.channels), dtype), memory)
 
     return Cache(
-        keys=nested(spec, zeros),
-        values=nested(spec, zeros),
+        keys=nested(spec, functools.partial(zeros, "head_dim")),
+        values=nested(spec, functools.partial(zeros, "value_dim")),
         states=nested(spec, state),
         reach=jnp.full((batch,), slots, jnp.int32) if reach is None else reach,
     )

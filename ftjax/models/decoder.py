@@ -15,7 +15,7 @@ from ftjax.models.cache import Cache, State, write
 from ftjax.models.delta import GatedConvolution, GatedDelta
 from ftjax.models.groups import Group, Stack, groups, nested
 from ftjax.models.kernels import attend, choose
-from ftjax.models.layers import NORMS, Embedding, Linear
+from ftjax.models.layers import NORMS, Embedding, Linear, RMSNorm
 from ftjax.models.mlp import MLP, Mixture
 from ftjax.models.neftune import noise
 from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
@@ -37,6 +37,7 @@ REMAT_POLICIES = {
 }
 
 MLP_BLOCK = 1024  # tokens of a row at a time in the MLP, where memory matters more than speed
+LATENT_EPS = 1e-6  # of the norms in latent attention, whatever the config says of others
 NO_WINDOW = 2**30  # for a layer that sees all, where others have a window
 
 
@@ -58,12 +59,13 @@ class Attention(nn.Module):
     def __call__(self, x, layer_cache, layer, context):
         """x [B, T, D] -> [B, T, D], and the keys and values [B, K, T, d] of these tokens unless layer_cache is None.
 
-        layer_cache: (keys, values) [B, K, S, d] of the tokens before; () where there are none.
+        layer_cache: (keys, values) [B, K, S, d] of the tokens before; () where there are none. Values have a width of
+        their own, spec.value_dim.
 
         layer: {"rope", "window", "scale"}, scalars of this layer for those in which layers differ (see `_per_layer`).
         """
         spec = self.spec
-        queries, keys, values, gate = self._project(x)
+        queries, keys, values, gate = self._from_latent(x) if spec.latent else self._project(x)
         if context.tables is not None:
             cos, sin = (table[layer.get("rope", _rope_table(spec)[0])] for table in context.tables)
             queries, keys = (rotate(x, cos, sin, spec.rope_interleaved) for x in (queries, keys))
@@ -125,6 +127,33 @@ class Attention(nn.Module):
         if spec.qk_norm in ("head", "heads") and not spec.qk_norm_last:
             parts |= {name: self._normed(parts[name], name) for name in "qk"}
         return parts["q"], parts["k"], parts["v"], gate
+
+    def _from_latent(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+        """queries and keys [B, T, H, d], the dimensions that RoPE turns first; values [B, T, H, e]; no gate."""
+        spec, latent, heads = self.spec, self.spec.latent, self.spec.num_attention_heads
+        dtypes, untouched = (self.dtype, self.param_dtype), spec.head_dim - latent.turned
+
+        def linear(name, features, axes, x, bias=False):
+            return Linear(features, axes, *dtypes, use_bias=bias, name=name)(x)
+
+        def low(name, features, x):
+            return linear(name, features, ("embed", None), x, spec.qkv_bias)
+
+        def high(name, width, x):  # [B, T, rank] -> [B, T, H, width]
+            return linear(name, heads * width, ("embed", "heads"), x).reshape(*x.shape[:2], heads, width)
+
+        if latent.q_rank is None:
+            queries = high("q_proj", spec.head_dim, x)
+        else:
+            own = RMSNorm(LATENT_EPS, *dtypes, name="q_a_layernorm")(low("q_a_proj", latent.q_rank, x))
+            queries = high("q_b_proj", spec.head_dim, own)
+        both = low("kv_a_proj_with_mqa", latent.kv_rank + latent.turned, x)
+        shared = RMSNorm(LATENT_EPS, *dtypes, name="kv_a_layernorm")(both[..., : latent.kv_rank])
+        made = high("kv_b_proj", untouched + latent.value_dim, shared)
+        turned = jnp.broadcast_to(both[:, :, None, latent.kv_rank :], (*made.shape[:3], latent.turned))
+        # Scores do not depend on the order of dimensions; files have those that are turned behind the others.
+        queries = jnp.concatenate([queries[..., untouched:], queries[..., :untouched]], axis=-1)
+        return queries, jnp.concatenate([turned, made[..., :untouched]], axis=-1), made[..., untouched:], None
 
     def _normed(self, x: jax.Array, name: str) -> jax.Array:
         """Queries ("q") or keys ("k"), of all heads at once or [..., heads, d], under their norm."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ftjax import quant
 from ftjax.models.grouped import grouped_matmul
 from ftjax.models.layers import ACTIVATIONS, INIT, Linear, Xielu, packed_kernel, remade
+from ftjax.models.routing import route
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import constrain, partition_spec
 
@@ -104,7 +105,11 @@ class Mixture(nn.Module):
         axes, bias = ("embed", None), experts.bias
         # Its logits stay in float32: rounded to bfloat16, experts of nearly the same score would change places.
         router = Linear(experts.count, axes, *dtypes, out_dtype=jnp.float32, use_bias=bias, name="router")
-        weights, chosen = _route(router(x), experts.per_token, experts.normalize)
+        correction = None
+        if experts.correction:  # in float32, as its files have it: in bfloat16 experts would change places
+            init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+            correction = self.param("correction", init, (experts.count,), jnp.float32)
+        weights, chosen = route(router(x), experts, correction)
         out = Experts(spec, *dtypes, name="experts")(x, weights, chosen)
         if experts.shared is None:
             return out
@@ -278,18 +283,6 @@ def _mixture(
     out = out.reshape(flat.shape[0], per_token, -1)
     weights = weights.reshape(-1, per_token).astype(out.dtype)
     return jnp.einsum("nkd,nk->nd", out, weights).reshape(x.shape)
-
-
-def _route(logits: jax.Array, per_token: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
-    """float32 logits [..., experts] -> (weights float32 [..., per_token], experts int32 [..., per_token]).
-
-    normalize: whether a token's weights sum to 1. A softmax over the chosen logits alone is the softmax over all of
-    them made to sum to 1, and cheaper.
-    """
-    if normalize:
-        top, chosen = jax.lax.top_k(logits, per_token)
-        return jax.nn.softmax(top, axis=-1), chosen
-    return jax.lax.top_k(jax.nn.softmax(logits, axis=-1), per_token)
 
 
 def _inner(

@@ -153,13 +153,14 @@ def _yarn(frequencies: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
 def _yarn_scale(parameters: dict[str, Any]) -> float:
     if parameters.get("attention_factor") is not None:
         return float(parameters["attention_factor"])
+    factor, over, under = (parameters.get(name) for name in ("factor", "mscale", "mscale_all_dim"))
+    both = over and under
+    return yarn_magnitude(factor, over) / yarn_magnitude(factor, under) if both else yarn_magnitude(factor, 1.0)
 
-    def magnitude(weight: float) -> float:
-        factor = parameters["factor"]
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    over, under = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    return magnitude(over) / magnitude(under) if over and under else magnitude(1.0)
+def yarn_magnitude(factor: float, weight: float) -> float:
+    """By how much YaRN makes scores, or their square roots, larger (Peng et al. 2023, section 3.4)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _longrope(frequencies: np.ndarray, parameters: dict[str, Any], max_position_embeddings: int) -> Rope:

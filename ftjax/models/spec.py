@@ -26,6 +26,11 @@ class Experts:
     count: int
     per_token: int
     normalize: bool  # whether the chosen experts' weights are made to sum to 1
+    score: str = "softmax"  # of all experts; or "sigmoid", of each alone
+    correction: bool = False  # a number per expert, not trained, that is added to the scores where experts are chosen
+    groups: tuple[int, int] | None = None  # (n, m): experts are chosen of the best m of n groups alone
+    group_score: str = "top2"  # a group is as good as its two best experts together; or "max", as its best
+    scale: float = 1.0  # of the chosen experts' weights
     bias: bool = False  # of the router and of the experts
     shared: int | None = None  # intermediate size of an MLP beside them that every token goes through
     shared_gate: bool = False  # what it gives is multiplied by the sigmoid of a score of the token
@@ -54,6 +59,21 @@ class Convolution:
 
     taps: int  # tokens that it sees
     bias: bool  # of its filters and of its projections
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, section 2.1): the keys and values of all heads
+    are made of one short vector per token, and queries may be.
+
+    A head's queries and keys have `turned` dimensions that RoPE turns, after those that it leaves; a token's turned key
+    is one for all heads.
+    """
+
+    kv_rank: int  # of the vector
+    turned: int  # the others of the spec's head_dim are not
+    value_dim: int  # of a head's values
+    q_rank: int | None = None  # of the vector that queries are made of; None: of the hidden state itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +122,7 @@ class DecoderSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     fused_qkv: bool = False  # one kernel for queries, keys and values, in this order
+    latent: Latent | None = None
     qkv_clip: float | None = None  # queries, keys and values are cut to so much on either side of 0
     # A norm of queries and keys: "head" (each head alone), "heads" (LayerNorm with a scale for each, no bias) or
     # "projection" (all at once).
@@ -137,6 +158,11 @@ class DecoderSpec:
     def carries(self) -> bool:
         """Whether its layers, of one kind, carry a State (cache.py) along a row instead of attending to what was."""
         return self.delta is not None or self.convolution is not None
+
+    @property
+    def value_dim(self) -> int:
+        """Of a head's values; `head_dim` is of its queries and keys."""
+        return self.latent.value_dim if self.latent else self.head_dim
 
     def of_layers(self, layers: Sequence[int]) -> "DecoderSpec":
         """The decoder that has these layers alone; if they are of one kind, in the fields and not as a kind."""

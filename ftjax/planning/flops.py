@@ -62,7 +62,8 @@ def count(
         if stack.spec.carries:
             continue
         pairs = sum(visible_pairs(length, window) for window in stack.spec.layer_windows)
-        attention += 4.0 * rows * pairs * stack.spec.num_attention_heads * stack.spec.head_dim
+        widths = stack.spec.head_dim + stack.spec.value_dim
+        attention += 2.0 * rows * pairs * stack.spec.num_attention_heads * widths
     forward = 2.0 * tokens * sum(weights.values())
     alone = sum(size for path, size in weights.items() if not path.startswith("lora/"))
     beside = 2.0 * tokens * alone + attention if reference else 0.0

@@ -1,6 +1,7 @@
 """From a reader of Hugging Face tensors to our parameter tree, each process reading only its own parts."""
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,10 +48,11 @@ def load_variables(reader: Reader, spec: DecoderSpec, abstract: Tree, packed: Tr
 def stored_names(reader: Reader) -> dict[str, str]:
     """{Hugging Face name as transformers has it: as the files have it}, less what the family has no use for."""
     family = family_of(reader.config)
+    further = _further_layers(reader.config)
     out: dict[str, str] = {}
     twice = []
     for name in sorted(reader.names()):
-        if family.ignored and re.search(family.ignored, name):
+        if name.startswith(further) or (family.ignored and re.search(family.ignored, name)):
             continue
         found = next(((old, new) for old, new in family.read_as if name.startswith(old)), ("", ""))
         meant = found[1] + name.removeprefix(found[0])
@@ -61,6 +63,17 @@ def stored_names(reader: Reader) -> dict[str, str]:
         heading = f"{reader.path}: some tensors are there under two names:"
         raise UserError("\n  ".join([heading, *twice]) + "\nTake the ones that are not meant out of the files.")
     return out
+
+
+def _further_layers(config: dict[str, Any]) -> tuple[str, ...]:
+    """What the names of layers begin with that predict further tokens: files number them after the decoder's own.
+
+    DeepSeek-AI 2024, arXiv 2412.19437, section 2.2. They are neither read nor written.
+    """
+    layers, count = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    if type(layers) is not int or type(count) is not int:
+        return ()
+    return tuple(f"model.layers.{layers + number}." for number in range(min(count, 16)))
 
 
 def _check(reader: Reader, stored: dict[str, str], spec: DecoderSpec, keys: dict[str, Key]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from ftjax.errors import UserError
 from ftjax.weights.gguf.read import GGUFReader
 from ftjax.weights.hf.classifier import ClassifierReader, kind_of
-from ftjax.weights.hf.mxfp4 import unpacked
+from ftjax.weights.hf.quantized import unpacked
 from ftjax.weights.hf.safetensors import PICKLES, SafetensorsReader
 from ftjax.weights.hf.stacked import apart
 

@@ -1,4 +1,4 @@
-"""Greedy text of models with windows, ropes, sinks, experts, unlike layers, states, positions: transformers' tokens."""
+"""Greedy text of models with windows, ropes, sinks, experts, unlike layers, latents, states: transformers' tokens."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from ftjax.weights.source import open_source
 NEW = 12
 
 
-QUICK = ("gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer", "qwen3_5")
+QUICK = ("gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer", "deepseek_v3", "qwen3_5")
 MORE = ("ministral3", "cohere2", "phi", "qwen2_moe", "exaone4", "qwen3_next", "qwen3_5_moe", "lfm2")
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 

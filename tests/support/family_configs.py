@@ -67,16 +67,39 @@ _LINEAR = {
     "linear_value_head_dim": 10,
     "linear_conv_kernel_dim": 4,
 }
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
+# DeepSeek's experts.
+_ROUTED = {
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 1.8,
+    "first_k_dense_replace": 1,
+}
+_GROUPS = {"n_group": 3, "topk_group": 2}
+_DEEPSEEK_YARN = _YARN | {"mscale": 1.0, "mscale_all_dim": 0.8}
 
 CONFIGS = {
     "llama": _config("llama", tie_word_embeddings=True),
     "apertus": _config("apertus", rope_parameters=_LLAMA3, attention_bias=True),
     "arcee": _config("arcee", rope_parameters=_YARN, mlp_bias=True),
     "cohere2": _config("cohere2", sliding_window=5, sliding_window_pattern=3, logit_scale=0.7),
+    "deepseek_v2": _config(
+        "deepseek_v2", rope_scaling=_DEEPSEEK_YARN, q_lora_rank=None, n_shared_experts=2, **_LATENT, **_ROUTED
+    ),
+    "deepseek_v3": _config("deepseek_v3", rope_scaling=_DEEPSEEK_YARN, q_lora_rank=8, **_LATENT, **_ROUTED, **_GROUPS),
     "ernie4_5": _config("ernie4_5", head_dim=12, use_bias=True),
     "exaone4": _config("exaone4", sliding_window=5, sliding_window_pattern=3),
     "glm": _config("glm", **_HALF),
     "glm4": _config("glm4", **_HALF),
+    "glm4_moe": _config("glm4_moe", attention_bias=True, use_qk_norm=True, **_HALF, **_ROUTED, **_GROUPS),
+    "glm4_moe_lite": _config("glm4_moe_lite", q_lora_rank=8, **_LATENT, **_ROUTED),
     "helium": _config("helium", head_dim=8, attention_bias=True, mlp_bias=True),
     "hunyuan_v1_dense": _config("hunyuan_v1_dense", head_dim=12, rope_scaling=_DYNAMIC, attention_bias=True),
     "lfm2": _config("lfm2", full_attn_idxs=[2, 4], num_hidden_layers=5, conv_bias=True, block_multiple_of=16),
@@ -179,6 +202,31 @@ MORE_CONFIGS = {
         attention_bias=True,
         tie_word_embeddings=False,
     ),
+    "deepseek_v2, groups, biases, tied": _config(
+        "deepseek_v2",
+        q_lora_rank=8,
+        topk_method="group_limited_greedy",
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+        rms_norm_eps=0.01,
+        **_LATENT | {"v_head_dim": 12},
+        **_ROUTED | {"first_k_dense_replace": 0},
+        **_GROUPS,
+    ),
+    "deepseek_v3, halves, biases, not normalized": _config(
+        "deepseek_v3",
+        q_lora_rank=None,
+        attention_bias=True,
+        rope_interleave=False,
+        norm_topk_prob=False,
+        rms_norm_eps=0.01,
+        n_group=1,
+        topk_group=1,
+        tie_word_embeddings=True,
+        **_LATENT | {"v_head_dim": 12},
+        **_ROUTED | {"first_k_dense_replace": 2},
+    ),
     "ernie4_5, untied": _config("ernie4_5", head_dim=8, tie_word_embeddings=False),
     "exaone4, no windows, tied": _config(
         "exaone4", sliding_window=None, layer_types=["full_attention"] * 3, tie_word_embeddings=True
@@ -187,6 +235,19 @@ MORE_CONFIGS = {
         "glm", head_dim=8, partial_rotary_factor=1.0, attention_bias=False, tie_word_embeddings=True
     ),
     "glm4, no bias": _config("glm4", head_dim=8, attention_bias=False),
+    "glm4_moe, all layers, tied": _config(
+        "glm4_moe", **_ROUTED | {"first_k_dense_replace": 0, "norm_topk_prob": False}, tie_word_embeddings=True
+    ),
+    "glm4_moe_lite, layer types, tied": _config(
+        "glm4_moe_lite",
+        q_lora_rank=None,
+        mlp_layer_types=["sparse", "dense", "sparse"],
+        rope_interleave=False,
+        tie_word_embeddings=True,
+        **_LATENT,
+        **_ROUTED,
+        **_GROUPS,
+    ),
     "helium, tied": _config("helium", head_dim=8, tie_word_embeddings=True),
     "hunyuan_v1_dense, tied": _config("hunyuan_v1_dense", head_dim=8, tie_word_embeddings=True),
     "lfm2, layer types, untied": _config(

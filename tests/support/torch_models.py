@@ -13,7 +13,8 @@ logging.getLogger("transformers").setLevel(logging.ERROR)  # it remarks on unusu
 def torch_model(config: dict, seed: int = 0) -> PreTrainedModel:
     """A float32 model in eval mode with eager attention, no parameter of which is left at its initial constant.
 
-    Kernels have variance 1 / in, so that logits are of order 1; vectors (norms, biases, sinks) are moved by 0.1.
+    Kernels have variance 1 / in, so that logits are of order 1; vectors (norms, biases, sinks) are moved by 0.1, the
+    corrections of routers by 0.2, enough to change which experts are chosen.
     """
     # A copy: transformers writes into the dicts that it is given.
     fields = copy.deepcopy({name: value for name, value in config.items() if name != "model_type"})
@@ -31,4 +32,7 @@ def torch_model(config: dict, seed: int = 0) -> PreTrainedModel:
                 # [in, out] where a layer is stored so (GPT-2's Conv1D, GPT-OSS's experts), else [out, in]
                 stored = config["model_type"] in ("gpt2", "gpt_oss") and (".c_" in name or ".experts." in name)
                 parameter.normal_(std=parameter.shape[-2 if stored else -1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     return model

@@ -8,6 +8,7 @@ from ftjax.models.families import (
     apertus,
     arcee,
     cohere,
+    deepseek,
     ernie,
     exaone,
     gemma,
@@ -34,7 +35,7 @@ from ftjax.models.families import (
 )
 from ftjax.models.families.fields import shorten
 from ftjax.models.families.likeness import likeness
-from ftjax.models.spec import DecoderSpec
+from ftjax.models.spec import DecoderSpec, Experts
 
 
 class Family(NamedTuple):
@@ -61,6 +62,8 @@ FAMILIES: dict[str, Family] = {
     "apertus": Family(apertus.apertus, "ApertusForCausalLM", apertus.NAMES),
     "arcee": Family(arcee.arcee, "ArceeForCausalLM"),
     "cohere2": Family(cohere.cohere2, "Cohere2ForCausalLM"),
+    "deepseek_v2": Family(deepseek.deepseek_v2, "DeepseekV2ForCausalLM", deepseek.NAMES),
+    "deepseek_v3": Family(deepseek.deepseek_v3, "DeepseekV3ForCausalLM", deepseek.NAMES),
     "ernie4_5": Family(ernie.ernie4_5, "Ernie4_5ForCausalLM"),
     "exaone4": Family(exaone.exaone4, "Exaone4ForCausalLM"),
     "gemma2": Family(gemma.gemma2, "Gemma2ForCausalLM"),
@@ -74,6 +77,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(gemma.gemma3, "Gemma3ForCausalLM"),
     "glm": Family(glm.glm, "GlmForCausalLM"),
     "glm4": Family(glm.glm, "Glm4ForCausalLM", glm.GLM4_NAMES),
+    "glm4_moe": Family(glm.glm4_moe, "Glm4MoeForCausalLM", deepseek.NAMES),
+    "glm4_moe_lite": Family(glm.glm4_moe_lite, "Glm4MoeLiteForCausalLM", deepseek.NAMES),
     "gpt2": Family(gpt2.gpt2, "GPT2LMHeadModel", gpt2.NAMES, gpt2.AS_STORED, gpt2.READ_AS, gpt2.IGNORED),
     "gpt_oss": Family(gpt_oss.gpt_oss, "GptOssForCausalLM", gpt_oss.NAMES, gpt_oss.AS_STORED),
     "granite": Family(granite.granite, "GraniteForCausalLM"),
@@ -182,6 +187,23 @@ def spec_from_config(config: dict[str, Any]) -> DecoderSpec:
         )
     if spec.experts and spec.experts.per_token > spec.experts.count:
         raise UserError(f"config.json: {spec.experts.per_token} experts per token of only {spec.experts.count}")
+    if spec.experts and spec.experts.groups and not _chosen_in_groups(spec.experts):
+        raise UserError(
+            f"config.json: {spec.experts.per_token} experts per token, in {spec.experts.groups[1]} of "
+            f"{spec.experts.groups[0]} groups of {spec.experts.count} experts, do not go"
+        )
     if spec.experts and spec.hidden_act == "xielu":
         raise UserError("config.json: hidden_act='xielu' has scalars that are learned, which experts have not here")
     return spec
+
+
+def _chosen_in_groups(experts: Experts) -> bool:
+    """Whether a router's groups can be made and hold as many experts as a token has."""
+    groups, used = experts.groups
+    least = 2 if experts.group_score == "top2" else 1
+    return (
+        experts.count % groups == 0
+        and used <= groups
+        and least <= experts.count // groups
+        and experts.per_token <= experts.count // groups * used
+    )

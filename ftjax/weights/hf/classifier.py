@@ -14,8 +14,7 @@ import numpy as np
 from ftjax.errors import UserError
 from ftjax.models.families import FAMILIES
 from ftjax.weights.hf.keys import FLOATS, finite_cast
-from ftjax.weights.hf.mxfp4 import MXFP4Reader
-from ftjax.weights.hf.safetensors import SafetensorsReader
+from ftjax.weights.hf.quantized import Unpacked
 
 FACTS = "ftjax_reward"  # our own key of a config.json, see `Head.facts`
 TEXTS, TOKENS = "ForSequenceClassification", "ForTokenClassification"
@@ -105,7 +104,7 @@ class ClassifierReader:
     Its config is that of the same model with the embedding as output head, since files without one describe no other.
     """
 
-    def __init__(self, reader: "SafetensorsReader | MXFP4Reader"):
+    def __init__(self, reader: Unpacked):
         self.path: Path = reader.path
         self.config: dict[str, Any] = reader.config | {"tie_word_embeddings": True}
         self.kind = kind_of(reader.config)

@@ -50,6 +50,7 @@ NAMES = {
     "mixtral": ["k_proj", "o_proj", "q_proj", "v_proj"],
     "qwen3_moe, a dense layer first": ["k_proj", "o_proj", "q_proj", "v_proj"],
     "qwen3_5": sorted([*_LLAMA, *(f"in_proj_{name}" for name in ("a", "b", "qkv", "z")), "out_proj"]),
+    "deepseek_v3": ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"],
 }
 # Those of which each has the names of another above.
 MORE = {"apertus": _UNGATED, "arcee": _UNGATED, "nemotron": _UNGATED, "glm": _ONE_UP, "glm4": _ONE_UP}
@@ -64,6 +65,10 @@ PARAMETERS = {
     "qwen2_moe": _SHARED,
     "qwen3_next": _SHARED,
     "qwen3_moe, a dense layer first": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "deepseek_v3": [
+        *(f"mlp.{name}_proj.weight" for name in ("down", "gate", "up")),
+        *(f"shared_experts.{name}_proj.weight" for name in ("down", "gate", "up")),
+    ],
 }
 TOKENS = documents(0, [12])[0][0]
 
