@@ -19,7 +19,8 @@ class Cache:
     """
 
     # [layers, batch, kv_heads, slots, head_dim] of each stack of layers (groups.nested), in the compute dtype, RoPE
-    # applied. An array for each: slices of one for all would be copied for every token.
+    # applied; () of layers that use another's. An array for each: slices of one for all would be copied for every
+    # token.
     keys: Any
     values: Any  # as keys
     reach: jax.Array  # int32 [batch], how long each row may become: LongRoPE has to know it from the first token on
@@ -34,7 +35,9 @@ def init_cache(
 ) -> Cache:
     """An empty cache; a row becomes at most `reach` tokens long, by default `slots`."""
 
-    def zeros(stack: Stack) -> jax.Array:
+    def zeros(stack: Stack) -> jax.Array | tuple[()]:
+        if stack.spec.kv_layer is not None:
+            return ()
         heads, head_dim = stack.spec.num_key_value_heads, stack.spec.head_dim
         return jnp.zeros((len(stack.layers), batch, heads, slots, head_dim), dtype)
 

@@ -18,8 +18,11 @@ from ftjax.weights.source import open_source
 NEW = 12
 
 
-QUICK = ("gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer")
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ministral3", "cohere2", "phi", "qwen2_moe", "exaone4")]
+QUICK = ("gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer", "gemma4")
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("ministral3", "cohere2", "phi", "qwen2_moe", "exaone4", "gemma3n")
+]
 
 
 @pytest.fixture(scope="module", params=[*QUICK, *SLOW])
