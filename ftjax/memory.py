@@ -84,11 +84,14 @@ def needed(program: Program, remat: str, accumulate: int) -> float:
     # What the backward pass keeps of a layer, in widths of the model. XLA for GPUs holds some of it twice.
     inside = 5 if sharding.platform(program.mesh) == "gpu" else 3
     whole = 9 + inside * inner(spec) / spec.hidden_size / mesh["tensor"]
-    per_layer = {"none": whole, "full": 1.0, "offload": 0.1}[remat]
+    streams = spec.altup.streams if spec.altup is not None else 1
+    per_layer = {"none": whole + 3 * (streams - 1), "full": streams, "offload": 0.1 * streams}[remat]
     layers = spec.num_hidden_layers
     scores, held = _scores(program, tokens)
     carried = tokens * _carried(spec) / mesh["tensor"]
     kept = width * per_layer * layers + (held + carried) * (layers if remat == "none" else 0)
+    if spec.per_layer is not None:  # parts of all layers, and what they are the sum of
+        kept += 3 * itemsize * tokens * layers * spec.per_layer.width
     return arguments + gradients + kept + width * whole + carried + 2 * scores + _gathered(program)
 
 

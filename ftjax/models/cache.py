@@ -28,8 +28,9 @@ class Cache:
     """
 
     # [layers, batch, kv_heads, slots, head_dim] of each stack of layers (groups.nested), in the compute dtype, RoPE
-    # applied; None of a stack without attention. An array for each: slices of one for all would be copied for every
-    # token. Of latent attention too these are whole keys and values, not what they are made of.
+    # applied; None of a stack without attention, () of one that uses another's. An array for each: slices of one for
+    # all would be copied for every token. Of latent attention too these are whole keys and values, not what they are
+    # made of.
     keys: Any
     values: Any  # as keys, of value_dim
     states: Any  # State of each stack that has one, else None
@@ -45,9 +46,13 @@ def init_cache(
 ) -> Cache:
     """An empty cache; a row becomes at most `reach` tokens long, by default `slots`."""
 
-    def zeros(width: str, stack: Stack) -> jax.Array | None:
+    def zeros(width: str, stack: Stack) -> jax.Array | tuple[()] | None:
+        if stack.spec.carries:
+            return None
+        if stack.spec.kv_layer is not None:
+            return ()
         heads, columns = stack.spec.num_key_value_heads, getattr(stack.spec, width)
-        return None if stack.spec.carries else jnp.zeros((len(stack.layers), batch, heads, slots, columns), dtype)
+        return jnp.zeros((len(stack.layers), batch, heads, slots, columns), dtype)
 
     def state(stack: Stack) -> State | None:
         lead, delta, convolution = (len(stack.layers), batch), stack.spec.delta, stack.spec.convolution

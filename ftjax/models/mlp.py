@@ -314,8 +314,19 @@ def _activated(spec: DecoderSpec, scalars: tuple[jax.Array, ...], *projected: ja
     else:
         (both,) = projected
         gate, up = jnp.split(both, 2, axis=-1) if spec.gate == "halves" else (both[..., ::2], both[..., 1::2])
+    if spec.gate_cutoff is not None:
+        gate = _above(gate, spec.gate_cutoff)
     if spec.swiglu_clamp is None:
         return activation(gate) * up
     alpha, limit = spec.swiglu_clamp  # GPT-OSS: values beyond the limit are cut, and the linear part is shifted by one
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+
+
+def _above(gate: jax.Array, cutoff: float) -> jax.Array:
+    """By how much values [..., features] are beyond `cutoff` deviations above their mean, else 0 (Gemma 3n)."""
+    wide = gate.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
+    # A root has no gradient at 0, which is what the MLP gets where a token's embedding is 0.
+    return nn.relu(wide - mean - cutoff * jnp.sqrt(jnp.maximum(variance, 1e-30))).astype(gate.dtype)

@@ -34,6 +34,24 @@ class Experts:
     bias: bool = False  # of the router and of the experts
     shared: int | None = None  # intermediate size of an MLP beside them that every token goes through
     shared_gate: bool = False  # what it gives is multiplied by the sigmoid of a score of the token
+    beside: bool = False  # that MLP and the experts have norms of their own, the router others (Gemma 4, beside.py)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerLayer:
+    """A second embedding of tokens, of a part for each layer, that is added after the MLP (Gemma 3n and 4)."""
+
+    rows: int  # tokens that it has; a later one gets the part of token 0
+    width: int  # of a layer's part
+
+
+@dataclasses.dataclass(frozen=True)
+class AltUp:
+    """A residual stream of several of the model's width, of which a layer computes one (altup.py; Gemma 3n)."""
+
+    streams: int
+    active: int  # which of them layers compute
+    scaled: bool  # whether what per-layer embeddings are added to is scaled before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +147,10 @@ class DecoderSpec:
     qk_norm: str | None = None
     qk_norm_last: bool = False  # after RoPE (of heads)
     attention_gate: bool = False  # what heads give is multiplied by the sigmoid of a gate, in the kernel of queries
+    v_norm: bool = False  # values of each head under an RMS norm without a scale
+    values_are_keys: bool = False  # no projection of values: they are what the keys are before norm and RoPE
+    # These layers have no keys and values of their own: they use those of this layer, an earlier one of the decoder's.
+    kv_layer: int | None = None
     # What there is instead of attention, at most one; of the fields above nothing counts then.
     delta: Delta | None = None
     convolution: Convolution | None = None
@@ -137,6 +159,7 @@ class DecoderSpec:
     hidden_act: str = "silu"  # one of layers.ACTIVATIONS
     mlp_bias: bool = False
     gate: str | None = "separate"  # a gated MLP's kernels: "separate", "halves" or "interleaved" in one; None: no gate
+    gate_cutoff: float | None = None  # of the gate only what is so many deviations above its mean is used
     swiglu_clamp: tuple[float, float] | None = None  # (alpha, limit) of GPT-OSS's gate
     experts: Experts | None = None
 
@@ -146,7 +169,11 @@ class DecoderSpec:
     post_norms: bool = False  # of what comes out of them
     parallel: bool = False  # attention and MLP have the same input, under one norm, and their sum is added to it
     embedding_scale: float = 1.0
+    per_layer: PerLayer | None = None
+    altup: AltUp | None = None
+    laurel_rank: int | None = None  # of a second path around attention; the sum of both is divided by the root of 2
     residual_scale: float = 1.0
+    layer_scalar: bool = False  # what a layer gives is multiplied by a number of its own, which is not trained
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None

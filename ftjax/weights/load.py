@@ -9,6 +9,7 @@ import numpy as np
 from ftjax import quant, tree
 from ftjax.errors import UserError
 from ftjax.models.families import family_of
+from ftjax.models.groups import stacks
 from ftjax.models.spec import DecoderSpec
 from ftjax.tree import Tree
 from ftjax.weights.hf.keys import FLOATS, Key, finite_cast, hf_names
@@ -85,7 +86,8 @@ def _check(reader: Reader, stored: dict[str, str], spec: DecoderSpec, keys: dict
         )
     expected = {name: key.shape for key in keys.values() for name in key.names()}
     problems = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - stored.keys())]
-    problems += [f"unknown: {name}" for name in sorted(stored.keys() - expected.keys()) if not _ignored(name, spec)]
+    unknown = sorted(stored.keys() - expected.keys())
+    problems += [f"unknown: {name}" for name in unknown if not _ignored(name, spec) and not _replaced(name, spec)]
     for name in sorted(expected.keys() & stored.keys()):
         shape, dtype = reader.shape(stored[name]), reader.dtype(stored[name])
         if shape != expected[name]:
@@ -122,6 +124,13 @@ def _ignored(name: str, spec: DecoderSpec) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (spec.tie_word_embeddings and name == "lm_head.weight")
 
 
+def _replaced(name: str, spec: DecoderSpec) -> bool:
+    """Whether it is of keys or values of a layer that uses another's: files may have them all the same."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.([kv]_(proj|norm))\.(weight|bias)", name)
+    users = {layer for stack in stacks(spec) if stack.spec.kv_layer is not None for layer in stack.layers}
+    return found is not None and int(found[1]) in users
+
+
 def _array(reader: Reader, stored: dict[str, str], key: Key, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     def read(place: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         name = key.name(place)
@@ -144,7 +153,7 @@ def _quantized(
             name = key.name(place)
             whole = tuple(slice(None) for _ in key.shape)
             values = finite_cast(reader.read(stored[name], whole), np.float32, f"{reader.path}: {name}")
-            arrays = _quantize(values.T if key.transposed else values, big)
+            arrays = _quantize(values.swapaxes(-1, -2) if key.transposed else values, big)
             latest[place] = arrays.pop(big)
             small[place] = arrays
         return latest[place][index]

@@ -75,6 +75,8 @@ def test_what_a_config_leaves_out_is_what_transformers_fills_in(family):
     config |= {"hidden_size": 256, "intermediate_size": 48, "num_attention_heads": 32}
     if family == "helium":  # which has 20 heads of keys and values where nothing is said
         config["num_attention_heads"] = 40
+    if family == "gemma3n_text":  # the last 15 of whose layers use the keys of others
+        config["num_hidden_layers"] = 25
     if family == "gpt2":
         config = {"model_type": family, "vocab_size": 64, "n_embd": 64, "n_layer": 7, "n_head": 4}
     assert spec_from_config(config) == spec_from_config(completed(config))
@@ -222,6 +224,23 @@ def test_the_first_spelling_of_longrope():
         (CONFIGS["phi3"], {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'phi3' model needs 'short_factor'"),
         (CONFIGS["gemma3"], {"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "=0.5"),
         (CONFIGS["qwen3_moe"], {"num_experts_per_tok": 6}, "6 experts per token of only 5"),
+        (CONFIGS["gemma4"], {"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
+        (CONFIGS["gemma4"], {"num_kv_shared_layers": 4}, "num_kv_shared_layers=4 of 5 layers leaves none before them"),
+        (
+            CONFIGS["gemma4"],
+            {"per_layer_config": {"2": {"head_dim": 8, "hidden_size": 4}}},
+            "per_layer_config of layer 2",
+        ),
+        (
+            CONFIGS["gemma4"],
+            {"per_layer_config": {"2": {"head_dim": 8}, "4": {"head_dim": 4}}},
+            "heads of unlike shapes",
+        ),
+        (CONFIGS["gemma4"], {"global_head_dim": 9}, "4 heads do not go with {'head_dim': 9"),
+        (CONFIGS["gemma3n"], {"altup_active_idx": 3}, "altup_active_idx=3 of altup_num_inputs=3"),
+        (CONFIGS["gemma3n"], {"activation_sparsity_pattern": [0.5]}, "activation_sparsity_pattern has 1 numbers"),
+        (CONFIGS["gemma3n"], {"activation_sparsity_pattern": [0, 0, 0, 2]}, "activation_sparsity_pattern has 2"),
+        (CONFIGS["gemma3n"], {"hidden_size_per_layer_input": 0}, "without hidden_size_per_layer_input"),
         (CONFIGS["mistral"], {"sliding_window": -1}, "sliding_window=-1"),
         (CONFIGS["qwen3_5"], {"layer_types": ["linear_attention"] * 4}, "without any full_attention"),
         (CONFIGS["qwen3_5"], {"layer_types": ["sliding_attention"] * 4}, "each full_attention or linear_attention"),

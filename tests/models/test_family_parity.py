@@ -26,7 +26,7 @@ from ftjax.weights.source import open_source
 
 ROWS, LENGTH = 5, 18  # of every batch here, so that each config is compiled once
 INPUTS = ("tokens", "positions", "segment_ids")
-FIXED = ("act_fn/beta", "act_fn/eps", "mlp/correction")  # parameters that are not trained
+FIXED = ("act_fn/beta", "act_fn/eps", "mlp/correction", "/layer_scalar")  # parameters that are not trained
 
 
 def read(path):

@@ -18,8 +18,8 @@ from ftjax.weights.source import open_source
 NEW = 12
 
 
-QUICK = ("gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer", "deepseek_v3", "qwen3_5")
-MORE = ("ministral3", "cohere2", "phi", "qwen2_moe", "exaone4", "qwen3_next", "qwen3_5_moe", "lfm2")
+QUICK = ("gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer", "deepseek_v3", "qwen3_5", "gemma4")
+MORE = ("ministral3", "cohere2", "phi", "qwen2_moe", "exaone4", "qwen3_next", "qwen3_5_moe", "lfm2", "gemma3n")
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 
 

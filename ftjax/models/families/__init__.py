@@ -12,6 +12,8 @@ from ftjax.models.families import (
     ernie,
     exaone,
     gemma,
+    gemma3n,
+    gemma4,
     glm,
     gpt2,
     gpt_oss,
@@ -56,6 +58,7 @@ _INSIDE = (
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
 )
+_SENSES = r"^model\.(vision_tower|embed_vision|audio_tower|embed_audio)\."
 _VISION = r"^(model\.)?(vision_tower|multi_modal_projector)\."
 
 FAMILIES: dict[str, Family] = {
@@ -75,6 +78,22 @@ FAMILIES: dict[str, Family] = {
         language_models=("gemma3_text",),
     ),
     "gemma3_text": Family(gemma.gemma3, "Gemma3ForCausalLM"),
+    "gemma3n": Family(
+        gemma3n.gemma3n,
+        "Gemma3nForConditionalGeneration",
+        read_as=_INSIDE,
+        ignored=_SENSES,
+        language_models=("gemma3n_text",),
+    ),
+    "gemma3n_text": Family(gemma3n.gemma3n, "Gemma3nForCausalLM", gemma3n.NAMES),
+    "gemma4": Family(
+        gemma4.gemma4,
+        "Gemma4ForConditionalGeneration",
+        read_as=_INSIDE,
+        ignored=_SENSES,
+        language_models=("gemma4_text",),
+    ),
+    "gemma4_text": Family(gemma4.gemma4, "Gemma4ForCausalLM", gemma4.NAMES),
     "glm": Family(glm.glm, "GlmForCausalLM"),
     "glm4": Family(glm.glm, "Glm4ForCausalLM", glm.GLM4_NAMES),
     "glm4_moe": Family(glm.glm4_moe, "Glm4MoeForCausalLM", deepseek.NAMES),
@@ -171,7 +190,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
             f"config.json of a {config['model_type']!r} model: no port of a language model {shorten(name)} in it, "
             f"only of {', '.join(names)}"
         )
-    ids = {key: value for key, value in config.items() if key.endswith("_token_id") and "image" not in key}
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     tied = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
     return ids | config["text_config"] | tied | {"model_type": name, "architectures": [FAMILIES[name].architecture]}
 

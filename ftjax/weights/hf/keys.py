@@ -22,9 +22,9 @@ class Key:
     """One parameter of ours as it is called, laid out and shaped in Hugging Face files.
 
     `template` has a `{}` for each of our leading dimensions, `stack`, that the files split into tensors: the layer,
-    and the expert where each has its own. `shape` is that of one Hugging Face tensor: [out, in] for a linear layer,
-    which `transposed` says ours ([in, out]) is the transpose of. `layers` has Hugging Face's number of each layer in
-    our stack; () outside the layers.
+    and the expert where each has its own. `shape` is that of one Hugging Face tensor: [out, in] for a linear layer
+    or [experts, out, in], which `transposed` says ours ([in, out]) is the transpose of. `layers` has Hugging Face's
+    number of each layer in our stack; () outside the layers.
     """
 
     template: str
@@ -51,7 +51,7 @@ class Key:
     @property
     def our_shape(self) -> tuple[int, ...]:
         """The shape of our parameter: [L, in, out], [L, E, in, out], [L, D], [V, D], ..."""
-        return (*self.stack, *(self.shape[::-1] if self.transposed else self.shape))
+        return (*self.stack, *(flipped(self.shape) if self.transposed else self.shape))
 
 
 @functools.lru_cache(maxsize=16)
@@ -69,8 +69,13 @@ def hf_names(spec: DecoderSpec) -> dict[str, Key]:
         template = family.names.get(plain) or _llama_name(plain)
         stack, inner = shape[: template.count("{}")], shape[template.count("{}") :]
         transposed = path.endswith("/kernel") and plain not in family.as_stored
-        keys[path] = Key(template, inner[::-1] if transposed else inner, stack, transposed, of.layers if of else ())
+        keys[path] = Key(template, flipped(inner) if transposed else inner, stack, transposed, of.layers if of else ())
     return keys
+
+
+def flipped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of each matrix's transpose: [..., out, in] -> [..., in, out]."""
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def _llama_name(path: str) -> str:

@@ -26,9 +26,9 @@ def filled(leaf: jax.ShapeDtypeStruct, read: Read, depth: int = 0, transposed: b
     """The array that `leaf` describes, with values from `read`.
 
     Its first `depth` dimensions number the tensors that are stacked in it (layer, expert); the others are a tensor's
-    own, in reverse order if `transposed`. `read(place, index)` returns the part `index` (a slice per dimension) of
-    tensor number `place`, in leaf's dtype. It is called only for values that this process's devices hold, and once for
-    each value, however many devices hold it. (Tensors that are scalars are read by every process.)
+    own, the last two exchanged if `transposed`. `read(place, index)` returns the part `index` (a slice per dimension)
+    of tensor number `place`, in leaf's dtype. It is called only for values that this process's devices hold, and once
+    for each value, however many devices hold it. (Tensors that are scalars are read by every process.)
 
     A leaf without sharding becomes an ordinary array on the default device.
     """
@@ -46,7 +46,7 @@ def filled(leaf: jax.ShapeDtypeStruct, read: Read, depth: int = 0, transposed: b
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
     # From here on dimensions are in the files' order; `order` is its own inverse, so it converts in both directions.
     rank = len(leaf.shape)
-    order = [*range(depth), *(reversed(range(depth, rank)) if transposed else range(depth, rank))]
+    order = [*range(rank - 2), rank - 1, rank - 2] if transposed else list(range(rank))
     shard = tuple(local[i] for i in order)
     starts = {device: tuple(index[i].indices(leaf.shape[i])[0] for i in order) for device, index in indices.items()}
     step = _rows_at_once(shard[depth:], len(set(starts.values())))
@@ -55,7 +55,7 @@ def filled(leaf: jax.ShapeDtypeStruct, read: Read, depth: int = 0, transposed: b
         rows = min(step, shard[depth] - offset[-1])
         corner = (*offset, *[0] * (rank - depth - 1))
         blocks = (
-            (devices, (block.T if transposed else block)[(None,) * depth])
+            (devices, (block.swapaxes(-1, -2) if transposed else block)[(None,) * depth])
             for devices, block in _blocks(read, starts, offset, (rows, *shard[depth + 1 :]))
         )
         target.write(tuple(corner[i] for i in order), blocks)

@@ -208,4 +208,4 @@ def tensor_values(
         if is_first():
             merged = lora.merge({"layer": {name: values.astype(np.float32)}}, {"layer": parts})
             values = np.asarray(merged["layer"][name])
-    return values.T if transposed else values
+    return values.swapaxes(-1, -2) if transposed else values

@@ -282,7 +282,7 @@ class StoredAdapter:
         saved = {}
         for path, key in self.saved.items():
             values = [self._read(peft_keys.whole_name(key, place, self.multimodal)) for place in key.places()]
-            saved[path] = np.stack([v.T if key.transposed else v for v in values]).reshape(key.our_shape)
+            saved[path] = np.stack([v.swapaxes(-1, -2) if key.transposed else v for v in values]).reshape(key.our_shape)
         return tree.unflatten(out), saved
 
     def width(self) -> int:

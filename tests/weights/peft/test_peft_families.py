@@ -39,6 +39,9 @@ _LLAMA = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_
 _UNGATED = ["down_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 _ONE_UP = ["down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
 _MIXTURE = ["k_proj", "o_proj", "q_proj", "shared_expert_gate", "v_proj"]
+_PER_LAYER = ["per_layer_input_gate", "per_layer_model_projection", "per_layer_projection"]
+_ALTUP = [f"altup_{name}projections.{number}" for name in ("", "unembed_") for number in range(2)]
+_ALTUP += ["correction_coefs", "linear_left", "linear_right", "modality_router", "prediction_coefs"]
 NAMES = {
     "llama": _LLAMA,
     "phi": ["dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"],
@@ -47,6 +50,8 @@ NAMES = {
     "phi3": ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"],
     "gpt2": ["c_attn", "c_fc", "c_proj"],
     "gemma3": _LLAMA,
+    "gemma4": sorted([*_LLAMA, *_PER_LAYER]),
+    "gemma4, experts, double wide": sorted(["k_proj", "o_proj", "q_proj", "v_proj", *_PER_LAYER]),
     "mixtral": ["k_proj", "o_proj", "q_proj", "v_proj"],
     "qwen3_moe, a dense layer first": ["k_proj", "o_proj", "q_proj", "v_proj"],
     "qwen3_5": sorted([*_LLAMA, *(f"in_proj_{name}" for name in ("a", "b", "qkv", "z")), "out_proj"]),
@@ -55,6 +60,7 @@ NAMES = {
 # Those of which each has the names of another above.
 MORE = {"apertus": _UNGATED, "arcee": _UNGATED, "nemotron": _UNGATED, "glm": _ONE_UP, "glm4": _ONE_UP}
 MORE |= dict.fromkeys(("cohere2", "ernie4_5", "exaone4", "helium", "hunyuan_v1_dense", "ministral"), _LLAMA)
+MORE |= {"gemma3n": sorted([*_LLAMA, *_PER_LAYER, *_ALTUP])}
 MORE |= dict.fromkeys(("ministral3", "olmo", "olmo3", "seed_oss", "stablelm"), _LLAMA)
 MORE["lfm2"] = ["in_proj", "k_proj", "out_proj", "q_proj", "v_proj", "w1", "w2", "w3"]
 MORE["qwen3_next"] = sorted([*_MIXTURE, "in_proj_ba", "in_proj_qkvz", "out_proj"])
@@ -64,6 +70,7 @@ _SHARED = [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up"
 PARAMETERS = {
     "qwen2_moe": _SHARED,
     "qwen3_next": _SHARED,
+    "gemma4, experts, double wide": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "qwen3_moe, a dense layer first": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "deepseek_v3": [
         *(f"mlp.{name}_proj.weight" for name in ("down", "gate", "up")),
