@@ -22,7 +22,7 @@ def said(config):
     ("model_type", "resembled", "different"),
     [
         ("cohere", "cohere2", []),
-        ("deepseek_v3", "qwen2_moe", ["kv_lora_rank=512", "n_group=8"]),
+        ("deepseek_v32", "deepseek_v3", ["index_topk=2048"]),
         ("granitemoe", "granite", ["num_experts_per_tok=2"]),
         ("phimoe", "qwen3_moe", ["router_jitter_noise"]),
     ],

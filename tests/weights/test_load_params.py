@@ -57,6 +57,20 @@ def change(path, **tensors):
     save_file({name: value for name, value in stored.items() if value is not None}, file, {"format": "pt"})
 
 
+@pytest.mark.parametrize("count", [1, 0])
+def test_layers_that_predict_further_tokens_are_left_where_the_config_has_them(saved, count):
+    """As in DeepSeek V3's files, behind the decoder's own."""
+    config = json.loads((saved / "config.json").read_text()) | {"num_nextn_predict_layers": count}
+    (saved / "config.json").write_text(json.dumps(config))
+    name = f"model__layers__{config['num_hidden_layers']}__eh_proj__weight"
+    change(saved, **{name: np.ones((4, 8), np.float32)})
+    if count:
+        load(saved)
+    else:
+        with pytest.raises(UserError, match=f"unknown: {name.replace('__', '.')}"):
+            load(saved)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [True, False])
 def test_equals_transformers(tmp_path, tied, dtype):

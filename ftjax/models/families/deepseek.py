@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ftjax.errors import UserError
-from ftjax.models.families.fields import decoder_fields, flag, number, positive, refuse, shorten, size
-from ftjax.models.rope import rope_parameters, yarn_magnitude
-from ftjax.models.spec import DecoderSpec, Experts, Kind, Latent
+from ftjax.models.families.fields import dense_first, flag, latent_fields, positive, refuse, shorten, size
+from ftjax.models.spec import DecoderSpec, Experts, Kind
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
 NAMES = {
@@ -81,32 +80,6 @@ def _routed(config: dict[str, Any], normalize: bool, group_score: str | None, **
         shared=size(config, "n_shared_experts", 1) * size(config, "moe_intermediate_size"),
         **options,
     )
-
-
-def latent_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """As `decoder_fields`, of latent attention; what RoPE knows as a head is the part of one that it turns."""
-    turned, value_dim = size(config, "qk_rope_head_dim", 64), size(config, "v_head_dim", 128)
-    given = config | {"head_dim": turned, "num_key_value_heads": None}  # as many as of queries, whatever it says
-    fields, head_dim = decoder_fields(given), turned + size(config, "qk_nope_head_dim", 128)
-    q_rank = None if config.get("q_lora_rank") is None else size(config, "q_lora_rank")
-    scale, rope = head_dim**-0.5, rope_parameters(config)
-    if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
-        scale *= yarn_magnitude(positive(rope, "factor", 1.0), number(rope, "mscale_all_dim", 0.0)) ** 2
-    return fields | {
-        "head_dim": head_dim,
-        "latent": Latent(size(config, "kv_lora_rank", 512), turned, value_dim, q_rank),
-        "attention_scales": (scale,) * fields["num_hidden_layers"],
-        "rope_interleaved": flag(config, "rope_interleave", True),
-    }
-
-
-def dense_first(config: dict[str, Any], fields: dict[str, Any]) -> list[bool]:
-    """Which layers have no experts: the first `first_k_dense_replace`."""
-    refuse(config, "moe_layer_freq", harmless=1)
-    count = config.get("first_k_dense_replace") or 0
-    if type(count) is not int or count < 0:
-        raise UserError(f"config.json: first_k_dense_replace={shorten(count)} is not a number of layers")
-    return [layer < count for layer in range(fields["num_hidden_layers"])]
 
 
 def mixture(config: dict[str, Any], fields: dict[str, Any], experts: Experts, dense: Sequence[bool]) -> DecoderSpec:

@@ -6,8 +6,8 @@ GLM-4.5 to 4.7 (`glm4_moe`) have DeepSeek V3's experts, Flash (`glm4_moe_lite`) 
 from typing import Any
 
 from ftjax.errors import UserError
-from ftjax.models.families.deepseek import corrected, dense_first, latent_fields, mixture
-from ftjax.models.families.fields import decoder_fields, flag, shorten
+from ftjax.models.families.deepseek import corrected, mixture
+from ftjax.models.families.fields import decoder_fields, dense_first, flag, latent_fields, shorten
 from ftjax.models.spec import DecoderSpec
 
 GLM4_NAMES = {
