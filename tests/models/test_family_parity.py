@@ -79,7 +79,7 @@ def configs(quick):
 
 
 # Families all of whose parts are in others that are quick.
-SLOW = {"arcee", "ernie4_5", "exaone4", "glm", "helium", "ministral", "olmo3", "seed_oss", "starcoder2"}
+SLOW = {"arcee", "ernie4_5", "exaone4", "glm", "helium", "ministral", "olmo3", "seed_oss", "starcoder2", "qwen3_5_moe"}
 
 
 @pytest.fixture(
