@@ -55,9 +55,7 @@ def test_what_no_context_holds_is_refused_before_it_is_encoded(served, monkeypat
     *_, asks = served
     monkeypatch.setattr(chat, "render_prompt", None)
     long = [*ASKED, {"role": "user", "content": [{"type": "text", "text": "order " * 500_000}]}]
-    with pytest.raises(
-        openai.BadRequestError, match=r"the messages of your request are 3,000,030 characters, which are more"
-    ) as error:
+    with pytest.raises(openai.BadRequestError, match="the 3,000,030 characters of your messages are more") as error:
         asks.chat.completions.create(model="tiny", messages=long)
     assert (error.value.param, error.value.code) == ("messages", "context_length_exceeded")
     monkeypatch.undo()

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 
@@ -12,6 +13,7 @@ from support.plain_hosted import client_of, until
 
 from ftjax.errors import UserError
 from ftjax.hosted.jobs.jobs import Jobs
+from ftjax.hosted.jobs.requests import NewJob
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +317,23 @@ def test_a_key_has_so_much_of_the_disk_and_runs_expire_but_not_models(tmp_path):
         assert [path.name for path in folder.iterdir()] == ["adapters"]
         assert client.models.retrieve(job.fine_tuned_model).id == job.fine_tuned_model
         assert client.fine_tuning.jobs.retrieve(job.id).status == "succeeded"
+
+
+def test_nothing_remains_of_a_job_that_could_not_be_made(tmp_path, monkeypatch):
+    (tmp_path / "jobs/ftjob-killed").mkdir(parents=True)
+    (tmp_path / "jobs/ftjob-killed/training.jsonl").touch()
+    with serving(tmp_path) as server, client_of(server.url) as client:
+        assert list((tmp_path / "jobs").glob("ftjob-*")) == []
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ftjax.hosted.jobs.jobs.tell", full)
+            with pytest.raises(OSError, match="No space left"):
+                server.jobs.create(NewJob(model="tiny", training_file=server.plan()), "alice")
+        assert list((tmp_path / "jobs").glob("ftjob-*")) == []
+        assert client.fine_tuning.jobs.list().data == []
 
 
 def test_one_server_has_a_folder_for_itself(tmp_path):
