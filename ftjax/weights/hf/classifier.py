@@ -22,8 +22,19 @@ TEXTS, TOKENS = "ForSequenceClassification", "ForTokenClassification"
 MODULES = ("score", "classifier")  # the names that a head has, which peft always saves whole
 _STEMS = {"gemma3_text": "Gemma3Text"}  # where other classes of the family are called otherwise
 # In transformers 5.24.
-_WITHOUT = {TEXTS: {"granite", "ernie4_5", "cohere2", "apertus"}}
-_WITHOUT[TOKENS] = {"granite", "ernie4_5", "cohere2", "gemma3_text", "hunyuan_v1_dense", "olmo", "olmo2", "olmo3"}
+_WITHOUT = {TEXTS: {"granite", "ernie4_5", "cohere2", "apertus", "gemma3n_text", "gemma4_text"}}
+_WITHOUT[TOKENS] = {
+    "gemma3n_text",
+    "gemma4_text",
+    "granite",
+    "ernie4_5",
+    "cohere2",
+    "gemma3_text",
+    "hunyuan_v1_dense",
+    "olmo",
+    "olmo2",
+    "olmo3",
+}
 _LM_HEAD = "lm_head.weight"
 
 
