@@ -255,7 +255,7 @@ def test_the_language_model_of_a_multimodal_gemma4(tmp_path, record_figure):
     """With a vision tower beside it, and keys in the files for layers that use those of others."""
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4}
-    config = Gemma4Config(text_config=dict(CONFIGS["gemma4"]), vision_config=vision)
+    config = Gemma4Config(text_config=CONFIGS["gemma4"] | {"pad_token_id": 0}, vision_config=vision)
     torch.manual_seed(0)
     model = Gemma4ForConditionalGeneration(config).eval()
     with torch.no_grad():

@@ -121,7 +121,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 def case(request, tmp_path_factory):
     case = Case(torch_model(CONFIGS[request.param]), tmp_path_factory.mktemp("case"))
     case.name, case.ours = request.param, case.adapters("all-linear")
-    case.layers = sum(len(leaf) for path, leaf in tree.flatten(case.ours).items() if path.endswith("lora_a"))
+    adapted = [(path, leaf) for path, leaf in tree.flatten(case.ours).items() if path.endswith("lora_a")]
+    case.layers = sum(len(leaf) if path.startswith("layers/") else 1 for path, leaf in adapted)
     return case
 
 
