@@ -63,7 +63,7 @@ NAMES |= MORE
 # What peft would take for experts by the name of its module.
 PARAMETERS = {
     "qwen2_moe": [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up")],
-    "gemma4, experts, double wide": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "gemma4, experts, double wide": ["down_proj.weight", "gate_proj.weight", "up_proj.weight"],
     "qwen3_moe, a dense layer first": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
 }
 TOKENS = documents(0, [12])[0][0]
