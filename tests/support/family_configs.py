@@ -158,7 +158,7 @@ CONFIGS = {
         num_kv_shared_layers=2,
         use_double_wide_mlp=True,
         sliding_window=5,
-        hidden_size_per_layer_input=16,
+        hidden_size_per_layer_input=40,
         vocab_size_per_layer_input=61,
         rope_parameters=_GEMMA4,
     ),

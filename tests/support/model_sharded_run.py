@@ -23,7 +23,8 @@ MESHES = {
     "data=2 x fsdp=2 x expert=2": {"data": 2, "fsdp": 2, "expert": 2},
     "fsdp=2 x context=2 x expert=2": {"fsdp": 2, "context": 2, "expert": 2},
 }
-SMALL = ("lora_a", "act_fn/beta", "act_fn/eps", "mlp/correction")  # gradients that may be, or are, zero
+# Gradients that may be, or are, zero.
+SMALL = ("lora_a", "act_fn/beta", "act_fn/eps", "mlp/correction", "/layer_scalar")
 # Sizes that two and four devices divide.
 EVEN = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 GPT2_EVEN = {"vocab_size": 64, "n_embd": 32, "n_head": 4}

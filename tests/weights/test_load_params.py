@@ -19,6 +19,8 @@ from support.torch_models import torch_model
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     Mistral3Config,
@@ -285,6 +287,50 @@ def test_the_language_model_of_a_multimodal_qwen(tmp_path, name):
     assert text.keys() == whole.keys()
     for path, leaf in text.items():
         assert_same_bits(leaf, whole[path])
+
+
+def test_the_language_model_of_a_multimodal_gemma4(tmp_path, record_figure):
+    """With a vision tower beside it, and keys in the files for layers that use those of others."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4}
+    config = Gemma4Config(text_config=CONFIGS["gemma4"] | {"pad_token_id": 0}, vision_config=vision)
+    torch.manual_seed(0)
+    model = Gemma4ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any(".vision_tower." in name for name in stored)
+    unused = np.ones((16, 32), np.float32)
+    save_file(
+        stored | {"model.language_model.layers.3.self_attn.k_proj.weight": unused}, tmp_path / "model.safetensors"
+    )
+    docs = documents(0, [17])
+    params = load(tmp_path)
+    ours = logits(Decoder(spec_from_config(open_source(tmp_path).config)), {"params": params}, batch_of([docs], 17))[0]
+    with torch.no_grad():
+        theirs = model(torch.tensor(docs[0][0][None]).long()).logits[0].numpy()
+    record_figure("logits", np.abs(ours - theirs).max())
+    assert theirs.std() > 0.1
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_keys_are_not_looked_for_where_layers_use_anothers(tmp_path, name):
+    torch_model(CONFIGS[name]).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    last = CONFIGS[name]["num_hidden_layers"] - 1
+    assert f"model.layers.{last}.self_attn.q_proj.weight" in stored
+    assert f"model.layers.{last}.self_attn.k_proj.weight" not in stored
+    for layer, told in ((last, False), (0, True)):
+        more = {f"model.layers.{layer}.self_attn.v_norm.weight": np.ones(8, np.float32)}
+        save_file(stored | more, tmp_path / "model.safetensors")
+        if told:
+            with pytest.raises(UserError, match=r"unknown: model\.layers\.0\.self_attn\.v_norm\.weight"):
+                load(tmp_path)
+        else:
+            load(tmp_path)
 
 
 SHARDED = """

@@ -70,7 +70,7 @@ _SHARED = [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up"
 PARAMETERS = {
     "qwen2_moe": _SHARED,
     "qwen3_next": _SHARED,
-    "gemma4, experts, double wide": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "gemma4, experts, double wide": ["down_proj.weight", "gate_proj.weight", "up_proj.weight"],
     "qwen3_moe, a dense layer first": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "deepseek_v3": [
         *(f"mlp.{name}_proj.weight" for name in ("down", "gate", "up")),
@@ -132,7 +132,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 def case(request, tmp_path_factory):
     case = Case(torch_model(CONFIGS[request.param]), tmp_path_factory.mktemp("case"))
     case.name, case.ours = request.param, case.adapters("all-linear")
-    case.layers = sum(len(leaf) for path, leaf in tree.flatten(case.ours).items() if path.endswith("lora_a"))
+    adapted = [(path, leaf) for path, leaf in tree.flatten(case.ours).items() if path.endswith("lora_a")]
+    case.layers = sum(len(leaf) if path.startswith("layers/") else 1 for path, leaf in adapted)
     return case
 
 
