@@ -33,7 +33,7 @@ class Cache:
     # made of.
     keys: Any
     values: Any  # as keys, of value_dim
-    states: Any  # State of each stack that has one, else None
+    states: Any  # State of each stack that has one; None of those with keys, () of those that use another's
     reach: jax.Array  # int32 [batch], how long each row may become: LongRoPE has to know it from the first token on
 
 
@@ -54,7 +54,9 @@ def init_cache(
         heads, columns = stack.spec.num_key_value_heads, getattr(stack.spec, width)
         return jnp.zeros((len(stack.layers), batch, heads, slots, columns), dtype)
 
-    def state(stack: Stack) -> State | None:
+    def state(stack: Stack) -> State | tuple[()] | None:
+        if stack.spec.kv_layer is not None:
+            return ()
         lead, delta, convolution = (len(stack.layers), batch), stack.spec.delta, stack.spec.convolution
         if convolution is not None:
             return State(jnp.zeros((*lead, convolution.taps - 1, stack.spec.hidden_size), dtype), None)
