@@ -4,11 +4,13 @@ import json
 
 import pytest
 from support import ROOT
+from support.hosted import settings_of
 
 from ftjax import config as configs
 from ftjax import config_files, config_flag
 from ftjax.errors import UserError
-from ftjax.hosted import settings
+from ftjax.hosted import server, settings
+from ftjax.hosted.database import connect
 from ftjax.hosted.jobs.configuring import check_settings
 from ftjax.hosted.serving import given
 
@@ -86,3 +88,17 @@ def test_settings_of_jobs_have_the_values_of_a_config():
     words = ("adapter.rank=8", "mesh.fsdp=-1", "adapter.targets=all-linear")
     assert given(words) == {"adapter.rank": 8, "mesh.fsdp": -1, "adapter.targets": "all-linear"}
     check_settings({"model.source": "tiny"} | given(words))
+
+
+def test_a_folder_is_not_tidied_by_a_database_that_knows_nothing_of_it(tmp_path):
+    """What has no row is removed as left over: with another database, every file and job would be."""
+    given = settings_of(tmp_path / "served", database=f"sqlite:///{tmp_path}/other.db")
+    (tmp_path / "served/jobs/ftjob-1").mkdir(parents=True)
+    engine = connect(settings.database_url(given))
+    with pytest.raises(UserError, match=r"has jobs of another database than .*other\.db, which is empty; name theirs"):
+        server.check_database(given, engine)
+    server.keys_of(given).create("first")
+    server.check_database(given, engine)
+    new = settings_of(tmp_path / "new")
+    assert not server.keys_of(new).all()
+    server.check_database(new, connect(settings.database_url(new)))
