@@ -331,8 +331,11 @@ def _trained_count(config: ConfigDict, spec: DecoderSpec, trained: Tree) -> int:
 
 
 def _quantized(paths: Iterable[str]) -> list[str]:
-    """The kernels that a quantized base has packed: those of linear layers and experts, but for the output head."""
-    return [path for path in lora.adaptable(paths) if path.startswith("layers/")]
+    """The kernels that a quantized base has packed: those of linear layers and experts, but for the output head.
+
+    Not AltUp's, of a few numbers each, nor the projections outside the layers.
+    """
+    return [path for path in lora.adaptable(paths) if path.startswith("layers/") and "/altup/" not in path]
 
 
 def _modules_to_save(names: Sequence[str], paths: Iterable[str]) -> set[str]:

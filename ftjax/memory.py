@@ -17,8 +17,9 @@ from ftjax.assemble import Program
 from ftjax.errors import UserError
 from ftjax.method import holds_reference_in_vain, method_of, ptx_rows
 from ftjax.models import attention, kernels
+from ftjax.models.delta import CHUNK
 from ftjax.models.groups import stacks
-from ftjax.models.spec import DecoderSpec
+from ftjax.models.spec import DecoderSpec, Delta
 
 GIB = 2**30
 _USED = {"gpu": 0.9, "tpu": 0.9, "cpu": 0.7}  # of the memory; what is left is for the estimate's error, and others
@@ -83,11 +84,15 @@ def needed(program: Program, remat: str, accumulate: int) -> float:
     # What the backward pass keeps of a layer, in widths of the model. XLA for GPUs holds some of it twice.
     inside = 5 if sharding.platform(program.mesh) == "gpu" else 3
     whole = 9 + inside * inner(spec) / spec.hidden_size / mesh["tensor"]
-    per_layer = {"none": whole, "full": 1.0, "offload": 0.1}[remat]
+    streams = spec.altup.streams if spec.altup is not None else 1
+    per_layer = {"none": whole + 3 * (streams - 1), "full": streams, "offload": 0.1 * streams}[remat]
     layers = spec.num_hidden_layers
     scores, held = _scores(program, tokens)
-    kept = width * per_layer * layers + held * (layers if remat == "none" else 0)
-    return arguments + gradients + kept + width * whole + 2 * scores + _gathered(program)
+    carried = tokens * _carried(spec) / mesh["tensor"]
+    kept = width * per_layer * layers + (held + carried) * (layers if remat == "none" else 0)
+    if spec.per_layer is not None:  # parts of all layers, and what they are the sum of
+        kept += 3 * itemsize * tokens * layers * spec.per_layer.width
+    return arguments + gradients + kept + width * whole + carried + 2 * scores + _gathered(program)
 
 
 def bytes_on_device(leaf: jax.ShapeDtypeStruct) -> float:
@@ -119,6 +124,18 @@ def _scores(program: Program, tokens: float) -> tuple[float, float]:
     if mesh.shape["context"] > 1 or parts == 1:
         return whole, whole
     return whole / (parts * blocks), 0.0
+
+
+def _carried(spec: DecoderSpec) -> float:
+    """Bytes of a token that layers of the gated delta rule keep besides, on the average of all layers: what goes into
+    it and comes out, in float32, and the memory at the end of each chunk. Counted, not fitted.
+    """
+
+    def of_heads(of: Delta) -> float:
+        return 4.0 * of.value_heads * (2 * of.key_dim + 2 * of.value_dim + of.key_dim * of.value_dim / CHUNK)
+
+    carrying = [stack for stack in stacks(spec) if stack.spec.delta]
+    return sum(of_heads(stack.spec.delta) * len(stack.layers) for stack in carrying) / spec.num_hidden_layers
 
 
 def inner(spec: DecoderSpec) -> float:

@@ -295,3 +295,10 @@ def test_a_head_with_a_bias_gets_no_rows():
     reader = SimpleNamespace(config=CONFIGS["phi"], path="model", names=set)
     with pytest.raises(UserError, match="of a 'phi' model has a bias, to which rows are not added; leave config"):
         ResizedReader(reader, 70)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_a_second_embedding_gets_no_rows(name):
+    reader = SimpleNamespace(config=CONFIGS[name], path="model", names=set)
+    with pytest.raises(UserError, match="has a second embedding, of each layer, to which rows are not added"):
+        ResizedReader(reader, 70)

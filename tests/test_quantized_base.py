@@ -25,7 +25,8 @@ from ftjax.weights.source import open_source
 BATCH = batch_of([documents(1, [9, 8])], 20)
 # Sizes that blocks of 64 divide.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 16}
-SIZES |= {"shared_expert_intermediate_size": 64}
+SIZES |= {"shared_expert_intermediate_size": 64, "q_lora_rank": 64, "kv_lora_rank": 64, "v_head_dim": 16}
+OF_SOME = {"moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank", "v_head_dim"}
 
 
 def config_for(quantized, **adapter):
@@ -40,8 +41,7 @@ class Case:
     """One family on disk: `base`, and its unquantized `params`."""
 
     def __init__(self, name, path):
-        of_mixtures = ("moe_intermediate_size", "shared_expert_intermediate_size")
-        changes = {key: size for key, size in SIZES.items() if key in CONFIGS[name] or key not in of_mixtures}
+        changes = {key: size for key, size in SIZES.items() if key in CONFIGS[name] or key not in OF_SOME}
         config = CONFIGS[name] | changes
         spec = spec_from_config(config)
         self.params = numpy_params(Decoder(spec))
@@ -55,7 +55,7 @@ class Case:
 
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("gpt_oss", "mixtral", "qwen3_moe, a dense layer first", "qwen2_moe", "apertus", "phi")
+    for name in ("gpt_oss", "mixtral", "qwen3_moe, a dense layer first", "qwen2_moe", "apertus", "phi", "deepseek_v3")
 ]
 
 

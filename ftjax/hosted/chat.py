@@ -101,6 +101,7 @@ def routes(generation: Generation, models: Models) -> APIRouter:
     async def create(body: Chat, request: Request) -> Response:
         body.check()
         served = await run_in_threadpool(models.find, body.model, request.state.owner)
+        generation.check_length(body.messages, body.tools, param="messages")
         ids, parse = await run_in_threadpool(prompt, body)
         room = generation.room(len(ids), body.length, "messages")
         allows = await run_in_threadpool(schema.follows, generation, body.form)

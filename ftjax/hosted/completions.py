@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from pydantic import Field
+from transformers import PreTrainedTokenizerFast
 
 from ftjax.data.format.conversation import check_string
 from ftjax.hosted.asking import Asked, Events, answered, floor, read, read_whole, usage
@@ -70,6 +71,7 @@ def routes(generation: Generation, models: Models) -> APIRouter:
         out = []
         for prompt in prompts:
             if isinstance(prompt, str):
+                generation.check_length(prompt, param="prompt")
                 read("prompt", lambda: check_string(prompt, "prompt"))  # noqa: B023
                 with generation.encoding:
                     prompt = tokenizer.encode(prompt)
@@ -91,11 +93,7 @@ def routes(generation: Generation, models: Models) -> APIRouter:
         rooms = [min(room, body.max_tokens or LENGTH) for room in rooms]
         asked = body.requests(generation, prompts, rooms, likeliest=bool(body.logprobs))
         writing = generation.ask(asked, served.adapter, body.logprobs is not None)
-        given = [
-            tokenizer.decode(ids) if not isinstance(prompt, str) else prompt
-            for prompt, ids in zip(body.prompts, prompts, strict=True)
-        ]
-        echoes = [text if body.echo else "" for text in given for _ in range(body.n or 1)]
+        echoes = [text for text in _echoes(body, tokenizer) for _ in range(body.n or 1)]
         answers = [Answer(generation, body, echo) for echo in echoes]
         head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
         head |= {"model": served.name, "system_fingerprint": generation.fingerprint}
@@ -105,6 +103,13 @@ def routes(generation: Generation, models: Models) -> APIRouter:
         return await answered(request, writing, _whole(writing, answers, head, count))
 
     return router
+
+
+def _echoes(body: Plain, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """What each completion begins with."""
+    if not body.echo:
+        return [""] * len(body.prompts)
+    return [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in body.prompts]
 
 
 class Answer:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import quote
 
-import anyio
 import sqlalchemy
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
@@ -27,6 +26,7 @@ from ftjax.errors import UserError
 from ftjax.hosted import forms
 from ftjax.hosted.database import Base
 from ftjax.hosted.refusals import Refused
+from ftjax.hosted.shares import Shares
 
 # What may be uploaded; the server itself writes "fine-tune-results". The suffix is that of the file on the disk.
 PURPOSES = {"fine-tune": ".jsonl", "user_data": ""}
@@ -37,7 +37,8 @@ _ELSEWHERE = {"assistants": "assistants", "batch": "batches", "evals": "evals", 
 
 _LONGEST_LINE = 32 * 2**20
 _BLOCK = 2**20
-_AT_ONCE = 8  # files that are written at the same time; others wait, and requests that write none do not
+# Of `Shares`: senders may be slow, and other requests, and other keys, do not wait for them.
+WRITING = "uploads", 16, 4, 256
 
 
 class File(Base):
@@ -208,7 +209,8 @@ class Files:
         self.quota.count(owner)
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             file = self._find(session, id, owner)
-            session.delete(file)
+            if not _deleted(session, file):  # another request, or its time, was quicker
+                raise _absent(id, "file_id")
         self._remove([file])
 
     def list(
@@ -232,8 +234,8 @@ class Files:
             old = list(session.scalars(sqlalchemy.select(File).where(~_holds())))
             for file in old:
                 self.quota.count(file.owner)
-                session.delete(file)
-        self._remove(old)
+            gone = [file for file in old if _deleted(session, file)]
+        self._remove(gone)
 
     def _remove(self, files: Iterable[File]) -> None:
         for file in files:
@@ -244,7 +246,7 @@ class Files:
         wanted = sqlalchemy.select(File).where(File.id == id, File.owner == owner, _holds())
         file = session.scalar(wanted) if re.fullmatch(r"file-[0-9a-f]{24}", id) else None
         if file is None:
-            raise Refused(f"there is no file {id!r}", param=param, code="not_found", status=404)
+            raise _absent(id, param)
         return file
 
     def _bytes_of(self, owner: str) -> int:
@@ -313,6 +315,15 @@ class Arriving:
         self.handle.write(chunk)
 
 
+def _deleted(session: Session, file: File) -> bool:
+    """Deletes the row; whether it was this that did, so that its bytes are given back once."""
+    return session.execute(sqlalchemy.delete(File).where(File.number == file.number)).rowcount == 1
+
+
+def _absent(id: str, param: str) -> Refused:
+    return Refused(f"there is no file {id!r}", param=param, code="not_found", status=404)
+
+
 def _holds() -> sqlalchemy.ColumnElement[bool]:
     return sqlalchemy.or_(File.expires_at.is_(None), File.expires_at > int(time.time()))
 
@@ -375,11 +386,11 @@ def keep_for(anchor: Any, seconds: Any) -> int | None:
 
 
 def routes(files: Files) -> APIRouter:
-    router, writing = APIRouter(), anyio.CapacityLimiter(_AT_ONCE)
+    router, writing = APIRouter(), Shares(*WRITING)
 
     @router.post("/v1/files")
     async def create(request: Request) -> dict[str, Any]:
-        return await anyio.to_thread.run_sync(_create, files, request, limiter=writing)
+        return await writing.run(request.state.owner, _create, files, request)
 
     @router.get("/v1/files")
     def list_files(
@@ -402,7 +413,7 @@ def routes(files: Files) -> APIRouter:
         try:
             handle = files.path(file).open("rb")  # kept open: it may be deleted while it is read
         except FileNotFoundError as error:
-            raise Refused(f"there is no file {file_id!r}", param="file_id", code="not_found", status=404) from error
+            raise _absent(file_id, "file_id") from error
 
         def blocks() -> Iterator[bytes]:
             with handle:

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import llguidance.hf
@@ -151,6 +151,7 @@ class Generation:
         self.vocabulary = llguidance.hf.from_tokenizer(
             base.tokenizer, max(base.model.spec.vocab_size, len(base.tokenizer)), list(base.end_tokens)
         )
+        self._widest = max(map(len, base.tokenizer.get_vocab()))  # characters of a token
         self.encoding = threading.Lock()  # whose holder encodes: a tokenizer does so for one thread at a time
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of the two that follow
@@ -217,6 +218,26 @@ class Generation:
             self._open += len(asked)
             self._inbox.put(lambda: self._waiting.extend(asked))
         return writing
+
+    def check_length(self, *texts: Any, param: str) -> None:
+        """Refused where texts, wherever in lists and dicts, are longer than all tokens of the context could be.
+
+        To be asked before they are encoded: megabytes take a minute, for which all others would wait.
+        """
+        characters, left = 0, list(texts)
+        while left:
+            value = left.pop()
+            if isinstance(value, str):
+                characters += len(value)
+            elif isinstance(value, dict | list):
+                left += value.values() if isinstance(value, dict) else value
+        if characters > self.context * self._widest:
+            raise Refused(
+                f"This model's maximum context length is {self.context} tokens. However, the {characters:,} characters "
+                f"of your {param} are more. Please reduce the length of the {param}.",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     def room(self, prompt: int, wanted: int | None, param: str) -> int:
         """How many tokens may follow a prompt of so many; Refused in OpenAI's words where these are too many.

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from ftjax.errors import UserError
 from ftjax.hosted import app, files, forms, logs, uploads
 from ftjax.hosted import settings as configs
-from ftjax.hosted.database import connect
+from ftjax.hosted.database import Base, connect
 from ftjax.hosted.gate import OPEN, Rules
 from ftjax.hosted.keys import Keys
 from ftjax.hosted.page import page
@@ -32,6 +32,7 @@ def serve(settings: ConfigDict) -> int:
     """Until SIGTERM or Ctrl-C; 0 once what was asked is answered."""
     with _alone(Path(settings.folder)), _listen(settings.host, settings.port) as sock:
         engine = _database(settings)
+        check_database(settings, engine)
         keys = Keys(engine)
         logs.begin()
         application = wire(settings, engine, keys)
@@ -99,6 +100,20 @@ def keys_of(settings: ConfigDict) -> Keys:
 def _database(settings: ConfigDict) -> sqlalchemy.Engine:
     Path(settings.folder).mkdir(mode=0o700, parents=True, exist_ok=True)
     return connect(configs.database_url(settings))
+
+
+def check_database(settings: ConfigDict, engine: sqlalchemy.Engine) -> None:
+    """UserError where the database is new and the folder is not: what has no row is removed as left over."""
+    with engine.connect() as connection:
+        rows = (sqlalchemy.select(table).limit(1) for table in Base.metadata.sorted_tables)
+        if any(connection.execute(one).first() for one in rows):
+            return
+    folder = Path(settings.folder)
+    if there := [name for name in ("files", "jobs", "tinker", "uploads") if any((folder / name).glob("*"))]:
+        raise UserError(
+            f"config.folder={str(folder)!r} has {', '.join(there)} of another database than {engine.url}, which is "
+            "empty; name theirs in config.database, or another folder"
+        )
 
 
 async def _tidy(chores: Sequence[Callable[[], None]]) -> None:

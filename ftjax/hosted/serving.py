@@ -41,6 +41,7 @@ class Serving:
     def __init__(self, settings: ConfigDict, engine: sqlalchemy.Engine, files: Files, registry: CollectorRegistry):
         if settings.model.revision:
             raise UserError("config.model.revision is not served; download that revision and name its directory")
+        own = given(settings.jobs.settings)  # before the model is read, which takes its time
         base, variables = adapted.load_model(settings.model.source, {}, settings.model.dtype)
         name = settings.model.name or assemble.published(base) or Path(settings.model.source).name
         its = settings.generation
@@ -66,7 +67,7 @@ class Serving:
         trained = models.Trained(engine, name)
         shared = {key: settings.model[key.partition(".")[2]] for key in _SHARED}
         shared["data.max_length"] = self._generation.context  # as long as what can be answered
-        shared |= _given(settings.jobs.settings)
+        shared |= own
         self.jobs = Jobs(
             engine,
             files,
@@ -109,11 +110,15 @@ class Serving:
                 self._generation.close()
 
 
-def _given(words: tuple[str, ...]) -> dict[str, Any]:
-    """("adapter.rank=8", ...) as {key: value}."""
-    out = {}
+def given(words: tuple[str, ...]) -> dict[str, Any]:
+    """("adapter.rank=8", ...) as {key: value}; UserError for what is none, and for keys of the base, which is one."""
+    out: dict[str, Any] = {}
     for word in words:
-        key, _, text = word.partition("=")
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"config.jobs.settings has {word!r}; write a key and its value, 'adapter.rank=8'")
+        if key in _SHARED:
+            raise UserError(f"config.jobs.settings has {key}, which jobs share with the answers; set config.{key}")
         try:
             out[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

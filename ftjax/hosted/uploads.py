@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import anyio
-import anyio.to_thread
 import sqlalchemy
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -18,13 +16,13 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from ftjax import atomic
 from ftjax.hosted import forms
 from ftjax.hosted.database import Base
-from ftjax.hosted.files import Arriving, File, Files, arriving, check_purpose, keep_for, plain_name
+from ftjax.hosted.files import WRITING, Arriving, File, Files, arriving, check_purpose, keep_for, plain_name
 from ftjax.hosted.refusals import Refused
+from ftjax.hosted.shares import Shares
 
 PART = 64 * 2**20  # bytes of a part at most, which is what OpenAI's client sends
 _EXPIRES = 3600  # seconds
 _BLOCK = 2**20
-_AT_ONCE = 8  # that are written, or put together, at the same time
 _LOCKS = 64
 _MOST_PARTS = 10_000
 _REMEMBERED = 24 * 3600  # seconds after which an upload that has ended is forgotten
@@ -293,7 +291,7 @@ def _in_order(parts: Sequence[Part], ids: Sequence[str], upload: Upload) -> list
 
 
 def routes(uploads: Uploads) -> APIRouter:
-    router, writing = APIRouter(), anyio.CapacityLimiter(_AT_ONCE)
+    router, writing = APIRouter(), Shares(*WRITING)
 
     @router.post("/v1/uploads")
     def begin(request: Request, asked: Begun) -> dict[str, Any]:
@@ -301,12 +299,12 @@ def routes(uploads: Uploads) -> APIRouter:
 
     @router.post("/v1/uploads/{upload_id}/parts")
     async def add(request: Request, upload_id: str) -> dict[str, Any]:
-        return await anyio.to_thread.run_sync(_add, uploads, request, upload_id, limiter=writing)
+        return await writing.run(request.state.owner, _add, uploads, request, upload_id)
 
     @router.post("/v1/uploads/{upload_id}/complete")
     async def complete(request: Request, upload_id: str, asked: Complete) -> dict[str, Any]:
         owner = request.state.owner
-        upload, file = await anyio.to_thread.run_sync(uploads.complete, upload_id, owner, asked, limiter=writing)
+        upload, file = await writing.run(owner, uploads.complete, upload_id, owner, asked)
         return upload.shown() | {"file": file.shown()}
 
     @router.post("/v1/uploads/{upload_id}/cancel")

@@ -27,10 +27,11 @@ def attention(
 ) -> jax.Array:
     """Softmax attention, Ainslie et al. 2023 grouping; softmax in float32.
 
-    queries [B, T, H, d]; keys, values [B, S, K, d] with K dividing H; positions and segments int32 [B, T] or [B, S].
+    queries [B, T, H, d]; keys [B, S, K, d] with K dividing H; values [B, S, K, e]; positions and segments int32 [B, T]
+    or [B, S].
     A token sees the tokens of its own segment at its own and earlier positions, the last `window` of them if given.
     softcap: scores s become softcap * tanh(s / softcap) (Gemma 2). sinks [H]: one more score per head in the softmax's
-    denominator (GPT-OSS). Returns [B, T, H, d] in queries' dtype.
+    denominator (GPT-OSS). Returns [B, T, H, e] in queries' dtype.
     """
     batch, length, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
@@ -42,8 +43,8 @@ def attention(
     scores = jnp.einsum("bkxd,bksd->bkxs", grouped, keys, preferred_element_type=jnp.float32)
     seen = sees(query_positions, key_positions, query_segments, key_segments, window)
     weights = _weights(scores, seen, softcap, sinks).astype(values.dtype)
-    out = jnp.einsum("bkxs,bksd->bkxd", weights, values).reshape(batch, kv_heads, -1, length, head_dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+    out = jnp.einsum("bkxs,bksd->bkxd", weights, values).reshape(batch, kv_heads, -1, length, values.shape[-1])
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
 def attention_of_rows(
@@ -87,7 +88,7 @@ def attention_of_rows(
 
         seen = keys[:, first:stop], values[:, first:stop]
         out = jax.lax.map(lambda own: of_block(own, seen), tuple(map(blocked, (queries, positions, segment_ids))))
-        return out.swapaxes(0, 1).reshape(queries.shape[0], -1, *queries.shape[2:])
+        return out.swapaxes(0, 1).reshape(queries.shape[0], -1, *out.shape[3:])
 
     return jnp.concatenate([of_part(i * blocks * block) for i in range(parts)], axis=1)[:, :length]
 
@@ -114,9 +115,9 @@ def attention_after(
 ) -> jax.Array:
     """The same for tokens that go on after those of a cache, of which they see the slots before the first of them.
 
-    queries [B, T, H, d]; keys, values [B, K, T, d] of these tokens; cached_* [B, K, S, d], the token of position p in
-    slot p; positions, segment_ids int32 [B, T]; window also [B, T, 1], each query its own. The cache is only read, in
-    its own order, so that nothing of it is copied. Returns [B, T, H, d].
+    queries [B, T, H, d]; keys [B, K, T, d], values [B, K, T, e] of these tokens; cached_* [B, K, S, d or e], the token
+    of position p in slot p; positions, segment_ids int32 [B, T]; window also [B, T, 1], each query its own. The cache
+    is only read, in its own order, so that nothing of it is copied. Returns [B, T, H, e].
     """
     batch, length, heads, head_dim = queries.shape
     kv_heads, slots = keys.shape[1], jnp.arange(cached_keys.shape[2])
@@ -132,8 +133,8 @@ def attention_after(
     weights = _weights(jnp.concatenate(scores, axis=-1), seen, softcap, sinks).astype(values.dtype)
     parts = jnp.split(weights, [len(slots)], axis=-1)
     out = sum(jnp.einsum("bkxs,bksd->bkxd", part, its) for part, its in zip(parts, (cached_values, values)))
-    out = out.reshape(batch, kv_heads, -1, length, head_dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+    out = out.reshape(batch, kv_heads, -1, length, values.shape[-1])
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
 def _weights(scores: jax.Array, seen: jax.Array, softcap: float | None, sinks: jax.Array | None) -> jax.Array:

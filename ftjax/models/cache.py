@@ -1,13 +1,21 @@
-"""The key/value cache of incremental decoding: a pytree that goes in and comes out, never module state."""
+"""The cache of incremental decoding: a pytree that goes in and comes out, never module state."""
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ftjax.models.groups import Stack, nested
+from ftjax.models.groups import Stack, nested, stacks
 from ftjax.models.spec import DecoderSpec
+
+
+class State(NamedTuple):
+    """What layers without attention carry along a row, instead of keys and values. It cannot be cut back."""
+
+    inputs: jax.Array  # [layers, batch, taps - 1, channels] of the last tokens, in the compute dtype
+    memory: jax.Array | None  # float32 [layers, batch, value_heads, key_dim, value_dim]; None of convolutions alone
 
 
 @flax.struct.dataclass
@@ -15,13 +23,17 @@ class Cache:
     """Keys and values of the tokens before. Each row counts for itself: the token at position p is in slot p.
 
     So nothing needs to be said of what a slot holds: what lies beyond a row's own position was never written, or by an
-    earlier use of the row, and is not attended to.
+    earlier use of the row, and is not attended to. A State is that of all tokens before, and not looked at where a row
+    begins, at position 0.
     """
 
     # [layers, batch, kv_heads, slots, head_dim] of each stack of layers (groups.nested), in the compute dtype, RoPE
-    # applied. An array for each: slices of one for all would be copied for every token.
+    # applied; None of a stack without attention, () of one that uses another's. An array for each: slices of one for
+    # all would be copied for every token. Of latent attention too these are whole keys and values, not what they are
+    # made of.
     keys: Any
-    values: Any  # as keys
+    values: Any  # as keys, of value_dim
+    states: Any  # State of each stack that has one; None of those with keys, () of those that use another's
     reach: jax.Array  # int32 [batch], how long each row may become: LongRoPE has to know it from the first token on
 
 
@@ -34,15 +46,36 @@ def init_cache(
 ) -> Cache:
     """An empty cache; a row becomes at most `reach` tokens long, by default `slots`."""
 
-    def zeros(stack: Stack) -> jax.Array:
-        heads, head_dim = stack.spec.num_key_value_heads, stack.spec.head_dim
-        return jnp.zeros((len(stack.layers), batch, heads, slots, head_dim), dtype)
+    def zeros(width: str, stack: Stack) -> jax.Array | tuple[()] | None:
+        if stack.spec.carries:
+            return None
+        if stack.spec.kv_layer is not None:
+            return ()
+        heads, columns = stack.spec.num_key_value_heads, getattr(stack.spec, width)
+        return jnp.zeros((len(stack.layers), batch, heads, slots, columns), dtype)
+
+    def state(stack: Stack) -> State | tuple[()] | None:
+        if stack.spec.kv_layer is not None:
+            return ()
+        lead, delta, convolution = (len(stack.layers), batch), stack.spec.delta, stack.spec.convolution
+        if convolution is not None:
+            return State(jnp.zeros((*lead, convolution.taps - 1, stack.spec.hidden_size), dtype), None)
+        if delta is None:
+            return None
+        memory = jnp.zeros((*lead, delta.value_heads, delta.key_dim, delta.value_dim), jnp.float32)
+        return State(jnp.zeros((*lead, delta.taps - 1, delta.channels), dtype), memory)
 
     return Cache(
-        keys=nested(spec, zeros),
-        values=nested(spec, zeros),
+        keys=nested(spec, functools.partial(zeros, "head_dim")),
+        values=nested(spec, functools.partial(zeros, "value_dim")),
+        states=nested(spec, state),
         reach=jnp.full((batch,), slots, jnp.int32) if reach is None else reach,
     )
+
+
+def carries_state(spec: DecoderSpec) -> bool:
+    """Whether a cache of this decoder has any State, so that it cannot be cut back to fewer tokens."""
+    return any(stack.spec.carries for stack in stacks(spec))
 
 
 def write(buffer: jax.Array, new: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:

@@ -29,12 +29,12 @@ class Documents(NamedTuple):
 def cannot(spec: DecoderSpec, dtype: jnp.dtype, length: int, parts: int) -> str:
     """What cuDNN cannot serve of rows of `length` tokens over `parts` devices; "" if it can."""
     capability = _capability()
-    largest = 256 if capability >= (9, 0) else 128
+    largest, width = 256 if capability >= (9, 0) else 128, max(spec.head_dim, spec.value_dim)
     reasons = {
         f"{jnp.dtype(dtype).name} (model.dtype can be bfloat16)": jnp.dtype(dtype).itemsize != 2,
         "soft caps": spec.attention_softcap is not None,
         "sinks": spec.attention_sinks,
-        f"heads of {spec.head_dim} dimensions here": spec.head_dim % 8 or spec.head_dim > largest,
+        f"heads of {width} dimensions here": width % 8 or width > largest,
         f"rows of {length} tokens, an odd number": length % 2,
         "rows split over context": parts > 1,
         "GPUs before NVIDIA's Ampere": capability < (8, 0),
@@ -52,7 +52,14 @@ def attention(
     window: int | jax.Array | None,
 ) -> jax.Array:
     """As models.attention.attention, of whole rows on one device."""
-    queries = queries * jnp.asarray(scale, queries.dtype)
+    queries, columns = queries * jnp.asarray(scale, queries.dtype), values.shape[-1]
+    # The kernel has one width for all three. More columns of values are as many more of the result, zeros.
+    width = max(queries.shape[-1], columns)
+    queries, keys, values = (jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) for x in (queries, keys, values))
+    return _whole_rows(queries, keys, values, positions, segments, window)[..., :columns]
+
+
+def _whole_rows(queries, keys, values, positions, segments, window):
     sizes = tuple(size for size in PACKED if size < segments.shape[1])
     if _capability() < (9, 0) or isinstance(window, jax.Array) or not sizes:
         return _masked(positions, segments, window, queries, keys, values)

@@ -10,13 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from ftjax.models.altup import AltUp, Laurel, Streams, others_added
 from ftjax.models.attention import attention_after, chunk_segments
-from ftjax.models.cache import Cache, write
+from ftjax.models.beside import mixture_beside
+from ftjax.models.cache import Cache, State, write
+from ftjax.models.delta import GatedConvolution, GatedDelta
 from ftjax.models.groups import Group, Stack, groups, nested
 from ftjax.models.kernels import attend, choose
-from ftjax.models.layers import NORMS, Embedding, Linear
+from ftjax.models.layers import NORMS, Embedding, Linear, RMSNorm
+from ftjax.models.lent import lends, lent
 from ftjax.models.mlp import MLP, Mixture
 from ftjax.models.neftune import noise
+from ftjax.models.perlayer import PerLayerInputs, gated
 from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import HOST_MEMORY, constrain
@@ -36,6 +41,7 @@ REMAT_POLICIES = {
 }
 
 MLP_BLOCK = 1024  # tokens of a row at a time in the MLP, where memory matters more than speed
+LATENT_EPS = 1e-6  # of the norms in latent attention, whatever the config says of others
 NO_WINDOW = 2**30  # for a layer that sees all, where others have a window
 
 
@@ -45,6 +51,7 @@ class Context(NamedTuple):
     positions: jax.Array  # int32 [B, T], as segment_ids
     segment_ids: jax.Array
     tables: tuple[jax.Array, jax.Array] | None  # cosines and sines, float32 [ropes, B, T, pairs]
+    lent: dict[int, Any]  # keys and values of earlier layers that later ones use, see lent.py
 
 
 class Attention(nn.Module):
@@ -57,22 +64,26 @@ class Attention(nn.Module):
     def __call__(self, x, layer_cache, layer, context):
         """x [B, T, D] -> [B, T, D], and the keys and values [B, K, T, d] of these tokens unless layer_cache is None.
 
-        layer_cache: (keys, values) [B, K, S, d] of the tokens before; () where there are none.
+        layer_cache: (keys, values) [B, K, S, d] of the tokens before; () where there are none. Values have a width of
+        their own, spec.value_dim. A layer that uses another's keys and values takes and returns none.
 
         layer: {"rope", "window", "chunk", "scale"}, scalars of this layer for those in which layers differ (see
         `_per_layer`).
         """
         spec = self.spec
-        queries, keys, values = self._project(x)
+        # Of queries, keys and values; of queries alone, where those of another layer are used.
+        own = self._from_latent(x) if spec.latent else self._project(x)
         rope = layer.get("rope", _rope_table(spec)[0])
         if context.tables is not None:
-            cos, sin = (table[rope] for table in context.tables)
-            queries, keys = (rotate(x, cos, sin, spec.rope_interleaved) for x in (queries, keys))
+            pairs = max((len(spec.ropes[rope].frequencies) for rope in spec.layer_ropes if rope is not None), default=0)
+            cos, sin = (table[rope][..., :pairs] for table in context.tables)
+            own |= {name: rotate(own[name], cos, sin, spec.rope_interleaved) for name in "qk" if name in own}
         is_turned = rope < len(spec.ropes)
         if spec.qk_norm_last:
-            normed = self._normed(queries, "q"), self._normed(keys, "k")
             has_norm = is_turned if spec.norm_or_scale else True
-            queries, keys = (jnp.where(has_norm, new, old) for new, old in zip(normed, (queries, keys)))
+            normed = {name: self._normed(own[name], name) for name in "qk" if name in own}
+            own |= {name: jnp.where(has_norm, new, own[name]) for name, new in normed.items()}
+        queries = own["q"]
         if spec.position_scale is not None:
             beta, period, first = spec.position_scale
             factor = 1 + beta * jnp.log1p(((context.positions + first) // period).astype(jnp.float32))
@@ -91,28 +102,40 @@ class Attention(nn.Module):
                 window = reach if window is None else jnp.minimum(window, reach)
             else:
                 segment_ids = chunk_segments(positions, segment_ids, chunk)
-        own = (scale, window)
-        # Only what is new goes back out of the scan: returning the whole cache would copy it for every token.
-        new = None if layer_cache is None else tuple(x.transpose(0, 2, 1, 3) for x in (keys, values))
+        numbers, places = (scale, window), (positions, segment_ids)
+        if spec.kv_layer is not None:
+            seen, layer_cache = context.lent[spec.kv_layer]
+            keys, values = (x.transpose(0, 2, 1, 3) for x in seen)
+            new = ()
+        else:
+            keys, values = own["k"], own["v"]
+            # Only what is new goes back out of the scan: returning the whole cache would copy it for every token.
+            new = seen = None if layer_cache is None else tuple(x.transpose(0, 2, 1, 3) for x in (keys, values))
         if layer_cache:
-            places = (positions, segment_ids)
-            out = attention_after(queries, *new, *layer_cache, *places, *own, spec.attention_softcap, sinks)
+            out = attention_after(queries, *seen, *layer_cache, *places, *numbers, spec.attention_softcap, sinks)
         else:
             mesh = jax.sharding.get_abstract_mesh()
             choice = choose(self.kernel, spec, queries.dtype, queries.shape[1], mesh)
-            out = attend(choice, spec, queries, keys, values, positions, segment_ids, *own, sinks)
+            out = attend(choice, spec, queries, keys, values, *places, *numbers, sinks)
         out = out.reshape(*x.shape[:2], -1)
+        out = out * nn.sigmoid(own["gate"]) if "gate" in own else out
         axes = ("heads", "embed")
         o_proj = Linear(spec.hidden_size, axes, self.dtype, self.param_dtype, use_bias=spec.o_bias, name="o_proj")
         return o_proj(out), new
 
-    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """queries [B, T, H, d], keys and values [B, T, K, d], normed where the spec says so."""
+    def _project(self, x: jax.Array) -> dict[str, jax.Array]:
+        """Queries "q" [B, T, H, d], keys "k" and values "v" [B, T, K, d], normed where the spec says so, and its "gate"
+        [B, T, H d].
+        """
         spec = self.spec
         counts = {"q": spec.num_attention_heads, "k": spec.num_key_value_heads, "v": spec.num_key_value_heads}
+        if spec.kv_layer is not None:
+            counts = {"q": spec.num_attention_heads}
+        projected = [name for name in counts if name != "v" or not spec.values_are_keys]
 
         def linear(name, heads, axis):
             features, bias = heads * spec.head_dim, spec.qkv_bias
+            features *= 2 if name == "q_proj" and spec.attention_gate else 1
             return Linear(features, ("embed", axis), self.dtype, self.param_dtype, use_bias=bias, name=name)(x)
 
         if spec.fused_qkv:
@@ -121,17 +144,52 @@ class Attention(nn.Module):
             parts = dict(zip(counts, jnp.split(fused, ends[:-1], axis=-1)))
         else:
             parts = {
-                name: linear(f"{name}_proj", count, "heads" if name == "q" else "kv_heads")
-                for name, count in counts.items()
+                name: linear(f"{name}_proj", counts[name], "heads" if name == "q" else "kv_heads") for name in projected
             }
+        gate = None
+        if spec.attention_gate:  # of each head its query and its gate
+            both = parts["q"].reshape(*x.shape[:2], spec.num_attention_heads, -1)
+            parts["q"], gate = (part.reshape(*x.shape[:2], -1) for part in jnp.split(both, 2, axis=-1))
         if spec.qkv_clip is not None:
             parts = {name: jnp.clip(part, -spec.qkv_clip, spec.qkv_clip) for name, part in parts.items()}
         if spec.qk_norm == "projection":
-            parts |= {name: self._normed(parts[name], name) for name in "qk"}
+            parts |= {name: self._normed(parts[name], name) for name in "qk" if name in parts}
         parts = {name: part.reshape(*x.shape[:2], counts[name], spec.head_dim) for name, part in parts.items()}
+        if "k" in parts and spec.values_are_keys:
+            parts["v"] = parts["k"]
+        if "v" in parts and spec.v_norm:
+            parts["v"] = _norm(spec, self.dtype, self.param_dtype, None, "rms_bare")(parts["v"])
         if spec.qk_norm in ("head", "heads", "bare") and not spec.qk_norm_last:
-            parts |= {name: self._normed(parts[name], name) for name in "qk"}
-        return parts["q"], parts["k"], parts["v"]
+            parts |= {name: self._normed(parts[name], name) for name in "qk" if name in parts}
+        return parts if gate is None else parts | {"gate": gate}
+
+    def _from_latent(self, x: jax.Array) -> dict[str, jax.Array]:
+        """As `_project`: "q" and "k" [B, T, H, d], the dimensions that RoPE turns first, and "v" [B, T, H, e]."""
+        spec, latent, heads = self.spec, self.spec.latent, self.spec.num_attention_heads
+        dtypes, untouched = (self.dtype, self.param_dtype), spec.head_dim - latent.turned
+
+        def linear(name, features, axes, x, bias=False):
+            return Linear(features, axes, *dtypes, use_bias=bias, name=name)(x)
+
+        def low(name, features, x):
+            return linear(name, features, ("embed", None), x, spec.qkv_bias)
+
+        def high(name, width, x):  # [B, T, rank] -> [B, T, H, width]
+            return linear(name, heads * width, ("embed", "heads"), x).reshape(*x.shape[:2], heads, width)
+
+        if latent.q_rank is None:
+            queries = high("q_proj", spec.head_dim, x)
+        else:
+            own = RMSNorm(LATENT_EPS, *dtypes, name="q_a_layernorm")(low("q_a_proj", latent.q_rank, x))
+            queries = high("q_b_proj", spec.head_dim, own)
+        both = low("kv_a_proj_with_mqa", latent.kv_rank + latent.turned, x)
+        shared = RMSNorm(LATENT_EPS, *dtypes, name="kv_a_layernorm")(both[..., : latent.kv_rank])
+        made = high("kv_b_proj", untouched + latent.value_dim, shared)
+        turned = jnp.broadcast_to(both[:, :, None, latent.kv_rank :], (*made.shape[:3], latent.turned))
+        # Scores do not depend on the order of dimensions; files have those that are turned behind the others.
+        queries = jnp.concatenate([queries[..., untouched:], queries[..., :untouched]], axis=-1)
+        keys = jnp.concatenate([turned, made[..., :untouched]], axis=-1)
+        return {"q": queries, "k": keys, "v": made[..., untouched:]}
 
     def _normed(self, x: jax.Array, name: str) -> jax.Array:
         """Queries ("q") or keys ("k"), of all heads at once or [..., heads, d], under their norm."""
@@ -140,7 +198,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, shaped for `nn.scan`: (x, this layer's cache, what is its own) -> (x, its new keys and values)."""
+    """One layer, shaped for `nn.scan`: (x, this layer's cache, what is its own) -> (x, what of it is new)."""
 
     spec: DecoderSpec
     dtype: jnp.dtype
@@ -159,32 +217,57 @@ class Block(nn.Module):
         before_mlp = "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm"
         scale = jnp.asarray(spec.residual_scale, self.dtype) if spec.residual_scale != 1.0 else 1
         x = checkpoint_name(constrain(x, "batch", "length", "width"), "layer_input")
-        attention = Attention(spec, *dtypes, self.kernel, name="self_attn")
+        if spec.altup is not None:
+            altup = AltUp(spec, *dtypes, name="altup")
+            predicted, x = altup.predict(x)
         before = norm("input_layernorm", spec.pre_norms, x)
-        out, new = attention(before, layer_cache, layer, context)
+        if spec.delta:
+            out, new = GatedDelta(spec, *dtypes, name="linear_attn")(before, layer_cache, context)
+        elif spec.convolution:
+            out, new = GatedConvolution(spec, *dtypes, name="conv")(before, layer_cache, context)
+        else:
+            attention = Attention(spec, *dtypes, self.kernel, name="self_attn")
+            out, new = attention(before, layer_cache, layer, context)
         x = x + norm("post_attention_layernorm", spec.post_norms, out) * scale
+        if spec.laurel_rank is not None:
+            x = (x + Laurel(spec, *dtypes, name="laurel")(before)) * jnp.asarray(2.0**-0.5, self.dtype)
         feed_forward = Mixture if spec.experts else functools.partial(MLP, block=self.mlp_block)
         before = before if spec.parallel else norm(before_mlp, spec.pre_norms, x)
-        out = feed_forward(spec, *dtypes, name="mlp")(before)
+        if spec.experts and spec.experts.beside:
+            out = mixture_beside(spec, dtypes, x, before, self.mlp_block)
+        else:
+            out = feed_forward(spec, *dtypes, name="mlp")(before)
         x = x + norm("post_feedforward_layernorm", spec.post_norms, out) * scale
+        if spec.altup is not None:
+            streams, x = altup.correct(predicted, x)
+            x = others_added(streams, gated(spec, dtypes, x, layer["per_layer"]))
+        elif spec.per_layer is not None:
+            x = x + gated(spec, dtypes, x, layer["per_layer"])
+        if spec.layer_scalar:
+            init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+            x = x * jax.lax.stop_gradient(self.param("layer_scalar", init, (1,), self.param_dtype)).astype(self.dtype)
         return constrain(x, "batch", "length", "width"), new
 
 
 class InOrder(nn.Module):
     """Unlike layers or groups of layers, one after the other, each under its own name; to be called as a Block is.
 
-    parts: (name, what makes the module of that name) of each.
+    parts: (name, what makes the module of that name) of each; lend: a function of a part's cache and what it returns
+    for each, to what later parts may use of it (`Context.lent`), where there is such.
     """
 
     parts: tuple[tuple[str, Callable[..., nn.Module]], ...]
+    lend: tuple[Callable[[Any, Any], dict[int, Any]], ...] = ()
 
     @nn.compact
     def __call__(self, x, caches, layers, context):
         """caches, layers: a tuple with what each part takes. Returns x and a tuple of what each returns beside it."""
         out = []
-        for (name, make), cache, layer in zip(self.parts, caches, layers, strict=True):
+        for number, ((name, make), cache, layer) in enumerate(zip(self.parts, caches, layers, strict=True)):
             x, new = make(name=name)(x, cache, layer, context)
             out.append(new)
+            if self.lend:
+                context = context._replace(lent=context.lent | self.lend[number](cache, new))
         return x, tuple(out)
 
 
@@ -213,7 +296,12 @@ class Decoder(nn.Module):
         shared = (*dtypes, self.attention, MLP_BLOCK if self._saves_memory() else None)
         parts = groups(spec)
         scans = [(group.name, functools.partial(_scan, group, shared, self.remat)) for group in parts]
-        self.layers = scans[0][1]() if len(scans) == 1 else InOrder(tuple(scans))
+        lend = tuple(functools.partial(lent, spec, group) for group in parts)
+        self.layers = scans[0][1]() if len(scans) == 1 else InOrder(tuple(scans), lend)
+        if spec.per_layer is not None:
+            self.per_layer = PerLayerInputs(spec, *dtypes)
+        if spec.altup is not None:
+            self.altup = Streams(spec, *dtypes)
         self.norm = _norm(spec, *dtypes, None)
         if not spec.tie_word_embeddings:
             head = {"out_dtype": jnp.float32, "use_bias": spec.head_bias}
@@ -236,13 +324,22 @@ class Decoder(nn.Module):
         the final norm, [B, T, D] (see `unembed`), and the cache with these tokens in.
         """
         if cache is None:
-            x, _ = self._hidden(tokens, positions, segment_ids, lambda stack: None, None)
+            # Layers return their keys and values where later ones use them.
+            x, _ = self._hidden(
+                tokens, positions, segment_ids, lambda stack: () if lends(self.spec, stack) else None, None
+            )
             return x, None
         pairs = iter(zip(*map(jax.tree.leaves, (cache.keys, cache.values)), strict=True))
-        x, new = self._hidden(tokens, positions, segment_ids, lambda stack: next(pairs), cache.reach)
+        states = iter(jax.tree.leaves(cache.states, is_leaf=_is_state))
+
+        def cached(stack: Stack) -> Any:
+            return () if stack.spec.kv_layer is not None else next(states if stack.spec.carries else pairs)
+
+        x, new = self._hidden(tokens, positions, segment_ids, cached, cache.reach)
         places = (positions, segment_ids)
-        keys, values = _keys_and_values(new)
+        keys, values, states = _parted(new)
         cache = cache.replace(
+            states=states,
             keys=jax.tree.map(lambda old, fresh: write(old, fresh, *places), cache.keys, keys),
             values=jax.tree.map(lambda old, fresh: write(old, fresh, *places), cache.values, values),
         )
@@ -250,14 +347,14 @@ class Decoder(nn.Module):
 
     def prefill(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, reach: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Any]]:
+    ) -> tuple[jax.Array, tuple[Any, Any, Any]]:
         """`__call__` without a cache, by the same kernels as training, that returns what a cache would hold.
 
-        reach: int32 [B], see Cache. Beside the hidden states: keys and values [layers, B, kv_heads, T, d] of each stack
-        (groups.nested).
+        A row is one segment, padded on the right. reach: int32 [B], see Cache. Beside the hidden states: keys, values
+        [layers, B, kv_heads, T, d] and states of each stack, as Cache has them.
         """
         x, new = self._hidden(tokens, positions, segment_ids, lambda stack: (), reach)
-        return x, _keys_and_values(new)
+        return x, _parted(new)
 
     def _hidden(
         self,
@@ -279,10 +376,12 @@ class Decoder(nn.Module):
             x = x + self.embed_positions(positions)
         x = constrain(x, "batch", "length", "width")
         of_rows = (lambda: sequence_lengths(positions, segment_ids)) if reach is None else (lambda: reach[:, None])
-        context = Context(positions, segment_ids, _tables(spec, positions, of_rows))
-        own = nested(spec, _per_layer)
+        context = Context(positions, segment_ids, _tables(spec, positions, of_rows), {})
+        parts = None if spec.per_layer is None else self.per_layer(tokens, x)
+        own = nested(spec, lambda stack: _per_layer(stack) | _own_part(stack, parts))
+        x = x if spec.altup is None else self.altup.split(x)
         x, new = self.layers(x, nested(spec, cache_of), own, context)
-        return self.norm(x), new
+        return self.norm(x if spec.altup is None else self.altup.joined(x)), new
 
     def unembed(self, hidden: jax.Array, token_index: jax.Array | None = None) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., vocab]; token_index: int32 [...], as in layers.Linear."""
@@ -300,14 +399,24 @@ class Decoder(nn.Module):
         self.unembed(self(tokens, ones, ones)[0])
 
 
-def _keys_and_values(new: Any) -> tuple[Any, Any]:
-    """`nested` (keys, values) -> nested keys and nested values."""
+def _is_state(part: Any) -> bool:
+    return isinstance(part, State)
 
-    def is_pair(part: Any) -> bool:
-        return isinstance(part[0], jax.Array)
 
-    keys = jax.tree.map(lambda pair: pair[0], new, is_leaf=is_pair)
-    return keys, jax.tree.map(lambda pair: pair[1], new, is_leaf=is_pair)
+def _parted(new: Any) -> tuple[Any, Any, Any]:
+    """`nested` (keys, values) or State -> nested keys, nested values, nested states; None where a stack has none, ()
+    where it uses another's.
+    """
+
+    def is_of_stack(part: Any) -> bool:
+        return _is_state(part) or (bool(part) and isinstance(part[0], jax.Array))
+
+    def each(take: Callable[[Any], Any]) -> Any:
+        return jax.tree.map(take, new, is_leaf=is_of_stack)
+
+    keys = each(lambda part: None if _is_state(part) else part[0])
+    values = each(lambda part: None if _is_state(part) else part[1])
+    return keys, values, each(lambda part: part if _is_state(part) else None)
 
 
 def _norm(spec: DecoderSpec, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str | None, kind: str = "") -> nn.Module:
@@ -348,6 +457,13 @@ def _per_layer(stack: Stack) -> dict[str, jax.Array]:
         "scale": list(spec.attention_scales),
     }
     return {name: jnp.asarray(values) for name, values in out.items() if len(set(values)) > 1}
+
+
+def _own_part(stack: Stack, parts: jax.Array | None) -> dict[str, jax.Array]:
+    """What the layers of a stack get of `parts` [layers, B, T, width]."""
+    first, last = stack.layers[0], stack.layers[-1]
+    step = max(1, (last - first) // max(1, len(stack.layers) - 1))
+    return {} if parts is None else {"per_layer": parts[first : last + 1 : step]}
 
 
 def _rope_table(spec: DecoderSpec) -> list[int]:

@@ -124,28 +124,31 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) * scale (Zhang and Sennrich 2019), computed in float32, returned in `dtype`.
 
-    plus_one: the factor is 1 + scale, and multiplied in float32 too, as in Gemma; use_scale: without it there is none.
+    plus_one: the factor is 1 + scale, and multiplied in float32 too, as in Gemma. wide: multiplied in float32 without
+    the 1, as in Gemma 3n and 4; use_scale: without it there is no factor.
     """
 
     epsilon: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     plus_one: bool = False
+    wide: bool = False
     use_scale: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init, scale = nn.initializers.zeros if self.plus_one else nn.initializers.ones, jnp.ones(())
-        if self.use_scale:
-            init = nn.with_logical_partitioning(init, ("norm",))
-            scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        init = nn.with_logical_partitioning(nn.initializers.zeros if self.plus_one else nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype) if self.use_scale else None
 
         @remade
         def normed(x, scale):
             x = x.astype(jnp.float32)
             x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-            if self.plus_one:
-                return (x * (1.0 + scale.astype(jnp.float32))).astype(self.dtype)
+            if scale is None:
+                return x.astype(self.dtype)
+            if self.plus_one or self.wide:
+                scale = scale.astype(jnp.float32)
+                return (x * (1.0 + scale if self.plus_one else scale)).astype(self.dtype)
             return x.astype(self.dtype) * scale.astype(self.dtype)
 
         return normed(x, scale)
@@ -190,8 +193,9 @@ class LayerNorm(nn.Module):
 
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "rms": RMSNorm,
-    "rms_bare": functools.partial(RMSNorm, use_scale=False),
     "rms_plus_one": functools.partial(RMSNorm, plus_one=True),
+    "rms_wide": functools.partial(RMSNorm, wide=True),
+    "rms_bare": functools.partial(RMSNorm, use_scale=False),
     "layer": LayerNorm,
     "layer_plus_one": functools.partial(LayerNorm, plus_one=True),
     "layer_scale": functools.partial(LayerNorm, use_bias=False),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -228,6 +229,10 @@ def _over_mesh(
         name: {leaf: partition_spec(axes[name][leaf], array.shape, mesh) for leaf, array in stack.items()}
         for name, stack in stacks.items()
     }
+    if spec.gate == "halves" and placed["gate_up_proj"]["kernel"][2]:
+        # A device's columns of the one kernel would be the gate's alone, or the other half's: it gets its own of both.
+        apart = dataclasses.replace(spec, gate="separate")
+        return _over_mesh(apart, x, weights, chosen, _apart(stacks), _apart(axes))
     # Mesh axes, None where nothing is split: of the experts, and of the columns inside each (the rows of down_proj).
     expert_axis, column_axis, _ = placed["down_proj"]["kernel"]
     rows = tokens[0] if isinstance(tokens[0], tuple) else (tokens[0],)
@@ -250,6 +255,17 @@ def _over_mesh(
 
     inputs = (tokens, tokens, tokens, placed)
     return jax.shard_map(local, in_specs=inputs, out_specs=tokens, check_vma=False)(x, weights, chosen, stacks)
+
+
+def _apart(projections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Stacks or axes, as `_over_mesh` has them, with a projection for each half of gate_up_proj in its place."""
+    both, halves = projections["gate_up_proj"], ({}, {})
+    for leaf, value in both.items():
+        whole = leaf == "lora_a" or isinstance(value, tuple)
+        for half, part in zip(halves, (value, value) if whole else jnp.split(value, 2, axis=-1)):
+            half[leaf] = part
+    others = {name: its for name, its in projections.items() if name != "gate_up_proj"}
+    return others | dict(zip(("gate_proj", "up_proj"), halves))
 
 
 def _mixture(
@@ -317,8 +333,19 @@ def _activated(spec: DecoderSpec, scalars: tuple[jax.Array, ...], *projected: ja
     else:
         (both,) = projected
         gate, up = jnp.split(both, 2, axis=-1) if spec.gate == "halves" else (both[..., ::2], both[..., 1::2])
+    if spec.gate_cutoff is not None:
+        gate = _above(gate, spec.gate_cutoff)
     if spec.swiglu_clamp is None:
         return activation(gate) * up
     alpha, limit = spec.swiglu_clamp  # GPT-OSS: values beyond the limit are cut, and the linear part is shifted by one
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+
+
+def _above(gate: jax.Array, cutoff: float) -> jax.Array:
+    """By how much values [..., features] are beyond `cutoff` deviations above their mean, else 0 (Gemma 3n)."""
+    wide = gate.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
+    # A root has no gradient at 0, which is what the MLP gets where a token's embedding is 0.
+    return nn.relu(wide - mean - cutoff * jnp.sqrt(jnp.maximum(variance, 1e-30))).astype(gate.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 from ftjax.errors import UserError
 from ftjax.models.spec import Rope
 
-TYPES = ("default", "linear", "llama3", "longrope", "yarn")
+TYPES = ("default", "linear", "llama3", "longrope", "proportional", "yarn")
 
 
 def rope_parameters(config: dict[str, Any], default_theta: float = 10_000.0) -> dict[str, Any]:
@@ -67,6 +67,8 @@ def _make_rope(kind: str, parameters: dict[str, Any], head_dim: int, max_positio
         frequencies = np.float32(1) / np.float32(parameters["rope_theta"]) ** exponents
         if kind == "default":
             return Rope(_tuple(frequencies))
+        if kind == "proportional":
+            return Rope(_tuple(_proportional(parameters, head_dim)))
         if kind == "linear":  # position interpolation (Chen et al. 2023)
             return Rope(_tuple(frequencies / np.float32(parameters["factor"])))
         if kind == "llama3":
@@ -79,15 +81,18 @@ def _make_rope(kind: str, parameters: dict[str, Any], head_dim: int, max_positio
 def rotary_tables(ropes: tuple[Rope, ...], positions: jax.Array, reach: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(cosines, sines), float32 [ropes, B, T, pairs]; positions int32 [B, T].
 
+    pairs are those of the rope that has most; what is beyond another's turns nothing.
+
     reach: int32, broadcast against positions: the length of the sequence that a token is part of, for LongRoPE.
     """
-    angles, scales = [], []
+    angles, scales, pairs = [], [], max(len(rope.frequencies) for rope in ropes)
     for rope in ropes:
         frequencies = jnp.asarray(rope.frequencies, jnp.float32)
         if rope.long_frequencies is not None:
             is_long = jnp.broadcast_to(reach > rope.long_after, positions.shape)
             frequencies = jnp.where(is_long[..., None], jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)
-        angles.append(positions[..., None].astype(jnp.float32) * frequencies)
+        turned = positions[..., None].astype(jnp.float32) * frequencies
+        angles.append(jnp.pad(turned, [(0, 0), (0, 0), (0, pairs - turned.shape[-1])]))
         scales.append(rope.scale)
     angles, scales = jnp.stack(angles), jnp.asarray(scales, jnp.float32)[:, None, None, None]
     return jnp.cos(angles) * scales, jnp.sin(angles) * scales
@@ -133,6 +138,13 @@ def _llama3(frequencies: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
     return np.where(turns < low, frequencies / factor, np.where(turns > high, frequencies, between))
 
 
+def _proportional(parameters: dict[str, Any], head_dim: int) -> np.ndarray:
+    """Gemma 4: the frequencies of a whole head, of which the slowest are 0, so that what they would turn stays."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / np.float32(parameters["rope_theta"]) ** exponents / parameters.get("factor", 1.0)
+    return np.where(np.arange(head_dim // 2) < int(parameters["partial_rotary_factor"] * head_dim // 2), frequencies, 0)
+
+
 def _yarn(frequencies: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
     """YaRN (Peng et al. 2023, section 3.2): a ramp over the pairs from extrapolation to interpolation."""
     pairs, theta = len(frequencies), parameters["rope_theta"]
@@ -153,13 +165,14 @@ def _yarn(frequencies: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
 def _yarn_scale(parameters: dict[str, Any]) -> float:
     if parameters.get("attention_factor") is not None:
         return float(parameters["attention_factor"])
+    factor, over, under = (parameters.get(name) for name in ("factor", "mscale", "mscale_all_dim"))
+    both = over and under
+    return yarn_magnitude(factor, over) / yarn_magnitude(factor, under) if both else yarn_magnitude(factor, 1.0)
 
-    def magnitude(weight: float) -> float:
-        factor = parameters["factor"]
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    over, under = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    return magnitude(over) / magnitude(under) if over and under else magnitude(1.0)
+def yarn_magnitude(factor: float, weight: float) -> float:
+    """By how much YaRN makes scores, or their square roots, larger (Peng et al. 2023, section 3.4)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _longrope(frequencies: np.ndarray, parameters: dict[str, Any], max_position_embeddings: int) -> Rope:

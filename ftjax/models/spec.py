@@ -38,6 +38,64 @@ class Experts:
     gate: str | None = None  # as DecoderSpec.gate, where the experts' kernels are laid out unlike those of other MLPs
     weigh_input: bool = False  # what goes into an expert is multiplied by the token's weight, not what comes out
     shared_gate: bool = False  # what it gives is multiplied by the sigmoid of a score of the token
+    beside: bool = False  # that MLP and the experts have norms of their own, the router others (Gemma 4, beside.py)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerLayer:
+    """A second embedding of tokens, of a part for each layer, that is added after the MLP (Gemma 3n and 4)."""
+
+    rows: int  # tokens that it has; a later one gets the part of token 0
+    width: int  # of a layer's part
+
+
+@dataclasses.dataclass(frozen=True)
+class AltUp:
+    """A residual stream of several of the model's width, of which a layer computes one (altup.py; Gemma 3n)."""
+
+    streams: int
+    active: int  # which of them layers compute
+    scaled: bool  # whether what per-layer embeddings are added to is scaled before
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """The gated delta rule (delta.py) in the place of attention; `value_heads` is a multiple of `key_heads`."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int  # of a head
+    value_dim: int
+    taps: int  # tokens that the convolution before it sees
+    fused: bool  # one kernel for queries, keys, values and gate, one for rates and decays; else four
+
+    @property
+    def channels(self) -> int:
+        """Of queries, keys and values together."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A gated short convolution (delta.py) in the place of attention."""
+
+    taps: int  # tokens that it sees
+    bias: bool  # of its filters and of its projections
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, section 2.1): the keys and values of all heads
+    are made of one short vector per token, and queries may be.
+
+    A head's queries and keys have `turned` dimensions that RoPE turns, after those that it leaves; a token's turned key
+    is one for all heads.
+    """
+
+    kv_rank: int  # of the vector
+    turned: int  # the others of the spec's head_dim are not
+    value_dim: int  # of a head's values
+    q_rank: int | None = None  # of the vector that queries are made of; None: of the hidden state itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,19 +146,27 @@ class DecoderSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     fused_qkv: bool = False  # one kernel for queries, keys and values, in this order
+    latent: Latent | None = None
     qkv_clip: float | None = None  # queries, keys and values are cut to so much on either side of 0
     # A norm of queries and keys: "head" (each head alone), "heads" (LayerNorm with a scale for each, no bias), "bare"
     # (RMS of each head, nothing learned) or "projection" (all at once).
     qk_norm: str | None = None
     qk_norm_last: bool = False  # after RoPE (of heads)
-    norm_or_scale: bool = (
-        False  # layers with RoPE have `qk_norm` (after it) alone, those without `position_scale` alone
-    )
+    norm_or_scale: bool = False  # layers with RoPE have `qk_norm` alone, after it, those without `position_scale` alone
+    attention_gate: bool = False  # what heads give is multiplied by the sigmoid of a gate, in the kernel of queries
+    v_norm: bool = False  # values of each head under an RMS norm without a scale
+    values_are_keys: bool = False  # no projection of values: they are what the keys are before norm and RoPE
+    # These layers have no keys and values of their own: they use those of this layer, an earlier one of the decoder's.
+    kv_layer: int | None = None
+    # What there is instead of attention, at most one; of the fields above nothing counts then.
+    delta: Delta | None = None
+    convolution: Convolution | None = None
 
     # MLP
     hidden_act: str = "silu"  # one of layers.ACTIVATIONS
     mlp_bias: bool = False
     gate: str | None = "separate"  # a gated MLP's kernels: "separate", "halves" or "interleaved" in one; None: no gate
+    gate_cutoff: float | None = None  # of the gate only what is so many deviations above its mean is used
     swiglu_clamp: tuple[float, float] | None = None  # (alpha, limit) of GPT-OSS's gate
     experts: Experts | None = None
 
@@ -110,13 +176,27 @@ class DecoderSpec:
     post_norms: bool = False  # of what comes out of them
     parallel: bool = False  # attention and MLP have the same input, under one norm, and their sum is added to it
     embedding_scale: float = 1.0
+    per_layer: PerLayer | None = None
+    altup: AltUp | None = None
+    laurel_rank: int | None = None  # of a second path around attention; the sum of both is divided by the root of 2
     residual_scale: float = 1.0
+    layer_scalar: bool = False  # what a layer gives is multiplied by a number of its own, which is not trained
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 
     # unlike layers (groups.py), set by `with_kinds`
     layer_kinds: tuple[Kind, ...] = ()  # the kind of each layer; (): all are as the other fields say
+
+    @property
+    def carries(self) -> bool:
+        """Whether its layers, of one kind, carry a State (cache.py) along a row instead of attending to what was."""
+        return self.delta is not None or self.convolution is not None
+
+    @property
+    def value_dim(self) -> int:
+        """Of a head's values; `head_dim` is of its queries and keys."""
+        return self.latent.value_dim if self.latent else self.head_dim
 
     def of_layers(self, layers: Sequence[int]) -> "DecoderSpec":
         """The decoder that has these layers alone; if they are of one kind, in the fields and not as a kind."""

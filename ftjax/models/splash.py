@@ -23,8 +23,8 @@ Kernels = dict[int, Callable[..., jax.Array]]  # by window, in rows that are no 
 
 def cannot(spec: DecoderSpec, length: int, parts: int) -> str:
     """What the kernel cannot serve of rows of `length` tokens over `parts` devices; "" if it can."""
-    if spec.head_dim % 8:
-        return f"heads of {spec.head_dim} dimensions, not a multiple of 8"
+    if odd := [width for width in (spec.head_dim, spec.value_dim) if width % 8]:
+        return f"heads of {odd[0]} dimensions, not a multiple of 8"
     if parts > 1 and length % (parts * LANES):
         return f"rows of {length} tokens in {parts} parts, which are not multiples of {LANES}"
     return ""

@@ -2,7 +2,8 @@
 
 Each device holds at most BLOCK logits, or where the head is not split those of TOKENS tokens (`parts`), whatever the
 batch and the number of devices, and the whole head crosses the network once forward and once backward, its gradient
-once. The logits of the backward pass are computed again.
+once. The logits of the backward pass are computed again, but not where the head is frozen, as it is under most
+adapters, and a device has all of its columns: then hidden's gradient is made of the logits while they are there.
 """
 
 import functools
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from ftjax.objectives import parts
@@ -94,31 +96,64 @@ def per_token(
     head {path: array}; hidden [B, T, D]; targets int32 [B, T]; wanted bool [B, T]; rng a PRNG key or None.
 
     The gradient is written out, because JAX's own would keep the logits of every chunk. What is kept is the log of the
-    sum of exponentials [B, T], from which a chunk's probabilities follow alone.
+    sum of exponentials [B, T], from which a chunk's probabilities follow alone, or where `_at_once` the gradient
+    [B, T, D] itself, in the place of hidden.
     """
-    return _per_token_forward(unembed, chunks, further, head, hidden, targets, wanted, rng)[0]
+    return _made(unembed, chunks, further, head, hidden, targets, wanted, rng, False)[0]
 
 
-def _per_token_forward(unembed, chunks, further, head, hidden, targets, wanted, rng):
-    """(what `per_token` returns, what its backward pass needs)"""
+def _per_token_forward(unembed, chunks, further, *arguments):
+    """(what `per_token` returns, what its backward pass needs); arguments: those of `per_token`, each array with
+    whether it has a gradient.
+    """
+    head, hidden, *others = jax.tree.map(lambda leaf: leaf.value, arguments, is_leaf=_is_primal)
+    frozen = not any(leaf.perturbed for leaf in jax.tree.leaves(arguments[0], is_leaf=_is_primal))
+    at_once = frozen and _at_once(chunks, head, hidden)
+    out, log_norms, d_hidden = _made(unembed, chunks, further, head, hidden, *others, at_once)
+    return out, (None, d_hidden, head) if at_once else ((head, hidden, *others, log_norms), None, None)
+
+
+def _is_primal(leaf):
+    return hasattr(leaf, "perturbed")
+
+
+def _at_once(chunks: Chunks | None, head: Head, hidden: jax.Array) -> bool:
+    """Whether each device has all logits of a token at a time: hidden's gradient can be made of them then."""
+    _, split, *_ = parts.placed(head, hidden)
+    columns = parts.columns_of(head)
+    return not split.width and not split.vocabulary and (chunks is None or chunks.columns >= columns)
+
+
+def _made(unembed, chunks, further, head, hidden, targets, wanted, rng, at_once):
+    """(`PerToken`, log of the sum of exponentials float32 [B, T], if `at_once` the gradient of the sum of all losses
+    with respect to hidden [B, T, D], else None), of all devices.
+    """
     mesh, split, specs, by_token = parts.placed(head, hidden)
 
     def local(head, hidden, targets, wanted, rng, token_index):
         cut = parts.cut(chunks, hidden, head, split)
-        return _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, token_index)
+        return _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, token_index, at_once)
 
     if mesh is not None:
         inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), by_token(2))
-        local = jax.shard_map(local, in_specs=inputs, out_specs=by_token(2), check_vma=False)
-    out, log_norms = local(head, hidden, targets, wanted, rng, parts.token_index(hidden))
-    return out, (head, hidden, targets, wanted, rng, log_norms)
+        out = (by_token(2), by_token(2), by_token(3))
+        local = jax.shard_map(local, in_specs=inputs, out_specs=out, check_vma=False)
+    return local(head, hidden, targets, wanted, rng, parts.token_index(hidden))
 
 
 def _per_token_backward(unembed, chunks, further, saved, gradients):
     """gradients: `PerToken` of what `per_token` returns, of which that of the loss alone counts. Returns one for each
     argument of `per_token` that can have one, None for the others.
     """
-    head, hidden, *_ = saved
+    again, d_hidden, head = saved
+    # The others are metrics: their gradients are dropped, and so no loss may be made of them.
+    gradient = gradients.loss
+    if isinstance(gradient, SymbolicZero):
+        gradient = jnp.zeros(gradient.shape, gradient.dtype)
+    if again is None:  # a token's loss changes by its own hidden state alone, so its gradient is a factor
+        d_head = jax.tree.map(jnp.zeros_like, head)  # which nothing reads
+        return d_head, (d_hidden * gradient[..., None]).astype(d_hidden.dtype), None, None, None
+    head, hidden, *_ = again
     mesh, split, specs, by_token = parts.placed(head, hidden)
 
     def local(head, hidden, targets, wanted, rng, log_norms, gradient, token_index):
@@ -129,19 +164,19 @@ def _per_token_backward(unembed, chunks, further, saved, gradients):
     if mesh is not None:
         inputs = (specs, by_token(3), *(by_token(2),) * 2, P(), *(by_token(2),) * 3)
         local = jax.shard_map(local, in_specs=inputs, out_specs=(specs, by_token(3)), check_vma=False)
-    # The others are metrics: their gradients are dropped, and so no loss may be made of them.
-    d_head, d_hidden = local(*saved, gradients.loss, parts.token_index(hidden))
+    d_head, d_hidden = local(*again, gradient, parts.token_index(hidden))
     return d_head, d_hidden, None, None, None
 
 
-per_token.defvjp(_per_token_forward, _per_token_backward)
+per_token.defvjp(_per_token_forward, _per_token_backward, symbolic_zeros=True)
 
 
-def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, token_index):
-    """This device's (`PerToken`, log of the sum of exponentials float32 [B, T]).
+def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, token_index, at_once):
+    """This device's (`PerToken`, log of the sum of exponentials float32 [B, T], None or the gradient of hidden).
 
     cut: Chunks; further: Further; split: HeadSplit; head: this device's part; hidden [B, T, D], targets int32 [B, T],
-    wanted bool [B, T] and token_index int32 [B, T], of its own tokens; rng as in `per_token`.
+    wanted bool [B, T] and token_index int32 [B, T], of its own tokens; rng as in `per_token`; at_once: whether the
+    gradient is wanted. There is one chunk then.
     """
     order, real = parts.blocks(wanted, cut.tokens)
     rows, token_index = hidden.reshape(-1, hidden.shape[-1]), token_index.reshape(-1)
@@ -154,7 +189,8 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
 
         def add(sums, positions, target):
             """sums of one block; positions and target int32 [tokens]"""
-            logits = unembed(part, rows[positions], rng, token_index[positions])
+            made = lambda rows: unembed(part, rows, rng, token_index[positions])  # noqa: E731
+            logits, pull = jax.vjp(made, rows[positions]) if at_once else (made(rows[positions]), None)
             logits = jnp.where(ids >= fresh, logits, LOWEST)
             best = jnp.argmax(logits, axis=-1)
             top = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
@@ -166,7 +202,7 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
             column = jnp.clip(target - start, 0, cut.columns - 1)
             target_logit = jnp.take_along_axis(logits, column[:, None], axis=-1)[:, 0]
             met = (target >= fresh) & (target < start + cut.columns)
-            return Sums(
+            new = Sums(
                 highest,
                 sums.exponentials * scale + exponentials.sum(axis=-1),
                 # sum of e (l - m') where m' = m - moved: each old term e (l - m) gains e moved, then all are rescaled.
@@ -177,19 +213,26 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
                 sums.logits + jnp.where(ids >= fresh, logits, 0).sum(-1) if further.label_smoothing else sums.logits,
                 sums.squares * scale**2 + jnp.sum(exponentials**2, axis=-1) if further.squares else sums.squares,
             )
+            if not at_once:
+                return new, None
+            log_norm = highest + jnp.log(new.exponentials)
+            (d_block,) = pull(_of_logits(further, logits, log_norm, ids == target[:, None], ids.size))
+            return new, d_block
+
+        def skip(sums, positions, target):
+            return sums, jnp.zeros((*positions.shape, rows.shape[-1]), rows.dtype) if at_once else None
 
         def over_tokens(_, block):
             sums, positions, target, there = block
             # A conditional, not a mask: a block without a wanted token costs no product.
-            new = jax.lax.cond(jnp.any(there), add, lambda sums, *_: sums, sums, positions, target)
-            return None, new
+            return None, jax.lax.cond(jnp.any(there), add, skip, sums, positions, target)
 
-        return jax.lax.scan(over_tokens, None, (sums, order, targets, real))[1], None
+        return jax.lax.scan(over_tokens, None, (sums, order, targets, real))[1]
 
     # Columns outside, tokens inside: a chunk of a split head is gathered once, not once for each block.
     zeros = jnp.zeros(order.shape, jnp.float32)
     first = Sums(zeros + LOWEST, zeros, zeros, zeros + LOWEST, jnp.zeros(order.shape, jnp.int32), zeros, zeros)
-    sums, _ = jax.lax.scan(over_columns, first, parts.starts(head, cut.columns))
+    sums, d_rows = jax.lax.scan(over_columns, first, parts.starts(head, cut.columns))
     highest, exponentials, moments, target, is_best, logits, squares = _over_vocabulary(sums, targets, split)
     log_norms = highest + jnp.log(jnp.where(real, exponentials, 1))
     # Of probabilities p = exp(l - m) / s: -sum p log p = log s - sum (exp(l - m) (l - m)) / s.
@@ -203,7 +246,23 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
     squares = jnp.log(jnp.where(real, squares, 1)) + 2 * (highest - log_norms) if further.squares else None
     out = PerToken(loss, is_best.astype(jnp.float32), entropy, nll, squares)
     out = jax.tree.map(lambda x: parts.back(jnp.where(real, x, 0), order, real, wanted), out)
-    return out, parts.back(log_norms, order, real, wanted)
+    d_hidden = None
+    if at_once:
+        d_hidden = parts.back(jnp.where(real[..., None], d_rows[0], 0), order, real, wanted)
+    return out, parts.back(log_norms, order, real, wanted), d_hidden
+
+
+def _of_logits(further, logits, log_norm, is_target, columns):
+    """The gradient of a token's loss with respect to its logits: the softmax less 1 at the target.
+
+    logits float32 [tokens, n], log_norm float32 [tokens]; is_target bool [tokens, n]; columns: of the whole vocabulary.
+    """
+    probabilities, ideal = jnp.exp(logits - log_norm[:, None]), is_target
+    if further.z_loss:  # d log(Z) / d logits is the softmax
+        probabilities = probabilities * (1 + 2 * further.z_loss * log_norm[:, None])
+    if further.label_smoothing:
+        ideal = (1 - further.label_smoothing) * ideal + further.label_smoothing / columns
+    return probabilities - ideal
 
 
 def _over_vocabulary(sums: Sums, targets: jax.Array, split: HeadSplit):
@@ -251,13 +310,8 @@ def _backward(unembed, cut, further, split, head, hidden, targets, wanted, rng, 
         def add(d_part, d_block, positions, target, log_norm, gradient):
             indices = token_index[positions]
             logits, pull = jax.vjp(lambda part, rows: unembed(part, rows, rng, indices), part, rows[positions])
-            # d loss / d logits is the softmax less 1 at the target; what this token's loss counts is a factor.
-            probabilities, ideal = jnp.exp(logits - log_norm[:, None]), ids == target[:, None]
-            if further.z_loss:  # d log(Z) / d logits is the softmax
-                probabilities = probabilities * (1 + 2 * further.z_loss * log_norm[:, None])
-            if further.label_smoothing:
-                ideal = (1 - further.label_smoothing) * ideal + further.label_smoothing / parts.all_columns(head, split)
-            d_logits = (probabilities - ideal) * gradient[:, None]
+            columns = parts.all_columns(head, split)
+            d_logits = _of_logits(further, logits, log_norm, ids == target[:, None], columns) * gradient[:, None]
             d_logits = jnp.where(ids >= fresh, d_logits, 0)
             of_part, of_rows = pull(d_logits)
             add = lambda total, new: total + new.astype(total.dtype)  # noqa: E731

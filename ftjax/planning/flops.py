@@ -22,7 +22,7 @@ class Flops:
     forward: float  # products with weights
     to_inputs: float  # their gradients with respect to what they are given
     to_weights: float  # and to the weights, of those that are trained
-    attention: float  # scores and sums of values, forward
+    attention: float  # scores and sums of values, forward; in layers of the gated delta rule, its memory
     attention_backward: float
     reference: float = 0.0  # forward passes without gradients: of a reference, a teacher, documents that only measure
 
@@ -52,10 +52,18 @@ def count(
         words = "params/embed_tokens/embedding", "lm_head/"  # of which the first is only a table then
         weights = {path: size for path, size in weights.items() if not any(name in path for name in words)}
     trained = sum(size for path, size in weights.items() if is_trained(path))
-    attention = 0.0  # two products, over all pairs of a query and a key that it sees, of the elements of all heads
+    # Two products, over all pairs of a query and a key that it sees, of the elements of all heads; of the delta rule
+    # three, of a token with each head's memory: what that has for a key, its step, what a query reads.
+    attention = 0.0
     for stack in stacks(spec):
+        if (delta := stack.spec.delta) is not None:
+            memory = delta.value_heads * delta.key_dim * delta.value_dim
+            attention += 6.0 * tokens * memory * len(stack.layers)
+        if stack.spec.carries:
+            continue
         pairs = sum(_pairs(stack.spec, length))
-        attention += 4.0 * rows * pairs * stack.spec.num_attention_heads * stack.spec.head_dim
+        widths = stack.spec.head_dim + stack.spec.value_dim
+        attention += 2.0 * rows * pairs * stack.spec.num_attention_heads * widths
     forward = 2.0 * tokens * sum(weights.values())
     alone = sum(size for path, size in weights.items() if not path.startswith("lora/"))
     beside = 2.0 * tokens * alone + attention if reference else 0.0
@@ -79,9 +87,10 @@ def of_step(program: Program) -> Flops:
 
 
 def reaches(program: Program) -> list[float]:
-    """Keys that a query of each layer sees, on average over a document."""
+    """Keys that a query of each layer with attention sees, on average over a document."""
     _, length = _documents(program)
-    return [pairs / length for pairs in _pairs(program.model.spec, length)]
+    attending = [stack.spec for stack in stacks(program.model.spec) if not stack.spec.carries]
+    return [pairs / length for spec in attending for pairs in _pairs(spec, length)]
 
 
 def seconds_per_token(program: Program) -> float | None:

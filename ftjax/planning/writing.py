@@ -84,7 +84,8 @@ def plan(config: ConfigDict, program: Program, topology: Topology) -> Writing | 
     rows = engine.rounded(min(config.rollouts.batch_size, completions), mesh)
     prompt, capacity = longest - new, engine.capacity(longest, model)
     there = slots.abstract(model, rows, capacity, engine.STOPS, 0, mesh)
-    cache = sum(map(bytes_on_device, jax.tree.leaves((there.cache.keys, there.cache.values))))
+    growing = sum(map(bytes_on_device, jax.tree.leaves((there.cache.keys, there.cache.values))))
+    cache = growing + sum(map(bytes_on_device, jax.tree.leaves(there.cache.states)))
     state = [*jax.tree.leaves(program.state), *jax.tree.leaves(program.frozen)]
     training = sum(map(bytes_on_device, state))
     weights = {name: part for name, part in program.variables.items() if name in ("params", "lora", "quant")}
@@ -115,9 +116,9 @@ def plan(config: ConfigDict, program: Program, topology: Topology) -> Writing | 
     module = hlo.parse(text)  # the loop over tokens ends when rows do: its body counts once, as one token
     # Slots grow with their rows: a program of fewer places wrote the first tokens.
     read = sum(engine.capacity(prompt + i, model) for i in range(1, new + 1)) / new / capacity
-    moved = traffic.memory_bytes(module) - cache * (1 - read)
+    moved = traffic.memory_bytes(module) - growing * (1 - read)
     token = roofline(topology, traffic.matrix_flops(module), moved, list(traffic.collectives(module, mesh)))
     grows = engine.capacity(prompt, model) < capacity
-    temporaries = max(analysis.temp_size_in_bytes, cache / 2 if grows else 0)
+    temporaries = max(analysis.temp_size_in_bytes, growing / 2 if grows else 0)
     lacking = training + cache + temporaries - topology.chip.usable
     return Writing(**known, temporaries=temporaries, lacking=lacking, token=token)

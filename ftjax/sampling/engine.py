@@ -17,12 +17,13 @@ from jax.sharding import NamedSharding
 
 from ftjax import sharding
 from ftjax.errors import UserError
+from ftjax.models.cache import carries_state
 from ftjax.models.decoder import Decoder
 from ftjax.models.kernels import choose as choose_kernel
 from ftjax.models.spec import DecoderSpec
 from ftjax.sampling import adapters as stacked
 from ftjax.sampling import slots as compiled
-from ftjax.sampling.request import LIKELIEST, Completion, Request, Row, allowed_next
+from ftjax.sampling.request import LIKELIEST, Completion, Left, Request, Row, allowed_next
 from ftjax.sampling.sampler import Sampling
 from ftjax.sampling.slots import Entering, Prompts, Read
 from ftjax.sampling.stop_strings import StopsAt
@@ -51,7 +52,8 @@ class Engine:
       stops, biases: the most stop tokens and biased tokens of a request.
       adapters: what requests choose from, made by `adapters.stack`; from now on the engine's own.
       reuse: whether a prompt that begins as a row that has ended, such as the next turn of a chat, goes on from what
-        that row left in its slot; only the rest is read. Its log-probabilities are the same up to rounding.
+        that row left in its slot; only the rest is read. Its log-probabilities are the same up to rounding. Of a model
+        whose layers carry a State (models/cache.py) it has to begin as all of that row, which no text has ended.
       room: the tokens that slots have room for at first.
       together: whether prompts that come together are read together; else each in parts of two lengths, so that prompts
         of all lengths and numbers compile little.
@@ -79,7 +81,8 @@ class Engine:
         self._rows: list[Row | None] = [None] * rounded(slots, self._mesh)
         self._waiting: deque[Row] = deque()
         self._reuse, self._room, self._together = reuse, room, together
-        self._left: list[_Left | None] = [None] * len(self._rows)
+        self._left: list[Left | None] = [None] * len(self._rows)
+        self._carries = carries_state(model.spec)
         self._slots = None
         self._count = 0
 
@@ -179,9 +182,9 @@ class Engine:
     def _free(self, slot: int) -> None:
         """Takes the row out of its slot, where what it leaves may be gone on from."""
         row, self._rows[slot] = self._rows[slot], None
-        if self._reuse:
+        if self._reuse and not (self._carries and row.at_text):
             tokens = np.array([*row.request.prompt, *row.tokens][:-1], np.int32)
-            self._left[slot] = _Left(tokens, row.request.row_adapter, self._long(row), row.index)
+            self._left[slot] = Left(tokens, row.request.row_adapter, self._long(row), row.index, self._carries)
 
     def _take(self, most: int) -> list[Row]:
         """The next rows whose prompts are read together: equal ones count once, and one read in parts is alone."""
@@ -208,9 +211,7 @@ class Engine:
         for slot, left in enumerate(self._left):
             if left is None or left.adapter != row.request.row_adapter or left.long != self._long(row):
                 continue
-            there = left.tokens[: len(row.request.prompt) - 1]
-            others = np.flatnonzero(there != row.request.prompt[: len(there)])
-            best = max(best, _Begun(int(others[0]) if len(others) else len(there), slot))
+            best = max(best, _Begun(left.shared(row.request.prompt), slot))
         # A single slot reads nothing together: there parts are all that compiles, for the first prompt as for others.
         alone = not self._together or (self._reuse and len(self._rows) == 1)
         if best.length < REUSED and not alone:
@@ -282,7 +283,7 @@ class Engine:
             places = np.int32(start), np.int32(len(part))
             cache = compiled.read_on(self._model, self._variables, cache, tokens, adapter, *places)
             start += len(part)
-        return Read(cache.keys, cache.values)
+        return Read(cache.keys, cache.values, cache.states)
 
     def _decode(self, limit: int) -> None:
         rows = [row for row in self._rows if row is not None]
@@ -313,15 +314,6 @@ class Engine:
             self._slots = _beside(self._variables, slots)
         elif needed > self._slots.capacity:
             self._slots = compiled.grow(self._slots, needed)
-
-
-class _Left(NamedTuple):
-    """What a row that has ended left in its slot."""
-
-    tokens: np.ndarray  # int32, whose keys and values are there
-    adapter: int  # as in Rows; they are of it
-    long: tuple[bool, ...]  # see Engine._long
-    row: int  # its index
 
 
 class _Begun(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -105,7 +106,7 @@ class Row:
         self.tokens: list[int] = []
         self.logps: list[list[float]] = []  # of each token, in the order of Chosen
         self.likeliest: list[list[list]] = []  # the same of what stands there, where it is wanted
-        self._at_text = False  # whether `stops_at` ended it
+        self.at_text = False  # whether `stops_at` ended it: the device may have gone on
 
     def note(self, tokens: np.ndarray, *logps: np.ndarray) -> None:
         """Adds what was chosen, up to where the text ends it."""
@@ -116,7 +117,7 @@ class Row:
             if self.request.likeliest:
                 self.likeliest.append(how_likely[3:])
             if stops_at is not None and self.stop_token is None and stops_at(self.tokens):
-                self._at_text = True
+                self.at_text = True
                 break
 
     @property
@@ -130,7 +131,7 @@ class Row:
 
     @property
     def stopped(self) -> bool:
-        return self._at_text or self.stop_token is not None
+        return self.at_text or self.stop_token is not None
 
     @property
     def ended(self) -> bool:
@@ -153,6 +154,23 @@ class Row:
             return made
         tokens, their = (np.array([both[i] for both in self.likeliest], dtype) for i, dtype in enumerate(_LIKELIEST))
         return dataclasses.replace(made, likeliest=tokens, likeliest_logps=their)
+
+
+class Left(NamedTuple):
+    """What a row that has ended left in its slot."""
+
+    tokens: np.ndarray  # int32, whose keys and values are there
+    adapter: int  # as in Rows; they are of it
+    long: tuple[bool, ...]  # see Engine._long
+    row: int  # its index
+    whole: bool  # whether only all of them can be gone on from
+
+    def shared(self, prompt: np.ndarray) -> int:
+        """How many tokens of a prompt, int32 [length], are there to go on from; never its last one."""
+        there = self.tokens[: len(prompt) - 1]
+        others = np.flatnonzero(there != prompt[: len(there)])
+        length = int(others[0]) if len(others) else len(there)
+        return 0 if self.whole and length < len(self.tokens) else length
 
 
 def allowed_next(rows: Sequence[Row | None], vocabulary: int) -> np.ndarray | None:

@@ -6,6 +6,7 @@ compiled shapes are the number of slots, their capacity and, of prompts, a coars
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -14,13 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import sharding
-from ftjax.models.cache import Cache, init_cache
+from ftjax.models.cache import Cache, State, init_cache
 from ftjax.models.decoder import Decoder
 from ftjax.sampling import adapters
 from ftjax.sampling.sampler import Chosen, Settings, choose, row_keys, step_keys
 from ftjax.tree import Tree
 
-CACHED = ("layers", "batch", "kv_heads", "length", None)  # logical axes of keys and values
+# Logical axes of what is in the cache, keys and values alike.
+KEYS = ("layers", "batch", "kv_heads", "length", None)
+STATE = State(inputs=("layers", "batch", None, None), memory=("layers", "batch", "heads", None, None))
 
 
 class Rows(NamedTuple):
@@ -39,7 +42,7 @@ class Rows(NamedTuple):
 @flax.struct.dataclass
 class Slots:
     """The rows, used and free ones. The last token of a row goes through the model next: of a new one it is the last of
-    its prompt, whose keys and values are then written once more.
+    its prompt. What is in the cache is of those before it.
     """
 
     cache: Cache
@@ -69,6 +72,7 @@ class Read(NamedTuple):
 
     keys: Any  # [layers, n, kv_heads, length, head_dim] of each stack
     values: Any
+    states: Any  # as Cache has them
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -90,22 +94,21 @@ def abstract(model: Decoder, rows: int, capacity: int, stops: int, biases: int, 
     """The shapes of `empty`, laid out over `mesh`."""
     found = jax.eval_shape(functools.partial(empty, model, rows, capacity, stops, biases))
 
-    def laid(axes: tuple[str | None, ...] | None, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def laid(x: jax.ShapeDtypeStruct, *axes: str | None) -> jax.ShapeDtypeStruct:
         placed = sharding.named(mesh, axes or (None,) * x.ndim, x.shape)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
 
-    whole, split = functools.partial(laid, None), functools.partial(laid, CACHED)
-    keys, values = jax.tree.map(split, (found.cache.keys, found.cache.values))
-    found = jax.tree.map(whole, found)
-    return found.replace(cache=found.cache.replace(keys=keys, values=values))
+    cache = _each(found.cache, laid)
+    found = jax.tree.map(laid, found)
+    return found.replace(cache=cache.replace(reach=found.cache.reach))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def read(model: Decoder, variables: Tree, prompts: Prompts) -> Read:
-    """Reads whole prompts."""
+    """Reads prompts up to their last tokens, which are read when the next are chosen."""
     count, length = prompts.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), (count, length))
-    segment_ids = (positions < prompts.lengths[:, None]).astype(jnp.int32)
+    segment_ids = (positions < prompts.lengths[:, None] - 1).astype(jnp.int32)
     variables = adapters.of_rows(variables, prompts.adapters)
     _, found = model.apply(variables, prompts.tokens, positions, segment_ids, prompts.reach, method="prefill")
     return Read(*found)
@@ -138,8 +141,7 @@ def row(slots: Slots, slot: jax.Array, reach: jax.Array) -> Cache:
     def one(part: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(part, slot, 1, axis=1)
 
-    keys, values = jax.tree.map(one, (slots.cache.keys, slots.cache.values))
-    return _split(Cache(keys, values, reach))
+    return _split(jax.tree.map(one, slots.cache.replace(reach=None)).replace(reach=reach))
 
 
 class Entering(NamedTuple):
@@ -166,9 +168,13 @@ def enter(slots: Slots, read: Read, entering: Entering) -> Slots:
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[slot].set(new, mode="drop")
 
+    def replace(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[:, slot].set(new[:, entering.prompt].astype(old.dtype), mode="drop")
+
     cache = slots.cache.replace(
         keys=jax.tree.map(insert, slots.cache.keys, read.keys),
         values=jax.tree.map(insert, slots.cache.values, read.values),
+        states=jax.tree.map(replace, slots.cache.states, read.states),
         reach=put(slots.cache.reach, entering.reach),
     )
     slots = Slots(
@@ -277,13 +283,22 @@ def _lay_out(slots: Slots) -> Slots:
 
 
 def _split(cache: Cache) -> Cache:
-    """Keys and values sharded like the activations."""
+    """Sharded like the activations."""
+    return _each(cache, sharding.constrain)
 
-    def split(part: jax.Array) -> jax.Array:
-        return sharding.constrain(part, *CACHED)
 
-    keys, values = jax.tree.map(split, (cache.keys, cache.values))
-    return cache.replace(keys=keys, values=values)
+def _each(cache: Cache, lay: Callable[..., Any]) -> Cache:
+    """lay(array, *its logical axes) of all that is in the cache."""
+
+    def attended(part: Any) -> Any:
+        return lay(part, *KEYS)
+
+    def state(part: State) -> State:
+        return State(*(None if array is None else lay(array, *axes) for array, axes in zip(part, STATE, strict=True)))
+
+    keys, values = jax.tree.map(attended, (cache.keys, cache.values))
+    states = jax.tree.map(state, cache.states, is_leaf=lambda part: isinstance(part, State))
+    return cache.replace(keys=keys, values=values, states=states)
 
 
 def _on_all(arrays: Any) -> Any:

@@ -17,6 +17,7 @@ UNFINISHED = "\ufffd"  # what bytes are decoded to that are no whole character
 # Characters by which the text of a row's last tokens may be longer than their part of the whole text: bytes of a
 # character at either border are decoded one by one, and a space at the beginning is left out.
 _BORDER = 8
+_LONGEST = 1000  # characters of a string, since as much of every row is looked at after each of its tokens
 
 
 def stops_at(strings: Sequence[str], tokenizer: PreTrainedTokenizerFast, where: str = "--stop") -> StopsAt | None:
@@ -27,7 +28,8 @@ def stops_at(strings: Sequence[str], tokenizer: PreTrainedTokenizerFast, where: 
     where: what the user gave them by.
 
     Raises:
-      UserError: an empty string, one of half a character, or one that has a special token, which is no text.
+      UserError: an empty string, one of half a character, a very long one, or one that has a special token, which is
+        no text.
     """
     check(strings, where)
     for special in tokenizer.all_special_tokens:
@@ -58,6 +60,8 @@ def check(strings: Sequence[str], where: str) -> None:
     for string in strings:
         if not isinstance(string, str) or not string or UNFINISHED in string:
             raise UserError(f"{where}: {string!r} is no text to stop at; use whole characters, such as '\\n\\n'")
+        if len(string) > _LONGEST:
+            raise UserError(f"{where}: a text to stop at has {len(string):,} characters; use up to {_LONGEST:,}")
 
 
 def before(text: str, strings: Sequence[str]) -> str:
@@ -71,5 +75,6 @@ def settled(text: str, strings: Sequence[str]) -> str:
     kept = before(text, strings)
     if kept != text:
         return kept
-    begun = [size for string in strings for size in range(1, len(string)) if text.endswith(string[:size])]
+    sizes = ((string, size) for string in strings for size in range(1, min(len(string), len(text) + 1)))
+    begun = [size for string, size in sizes if text.endswith(string[:size])]
     return text[: len(text) - max(begun, default=0)]

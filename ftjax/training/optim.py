@@ -161,9 +161,14 @@ OPTIMIZERS = {
 
 
 def _is_vector(path: str) -> bool:
-    """Including the scalars of an activation (`layers.Xielu`) and the correction of a router."""
+    """Including the scalars of an activation (`layers.Xielu`) and of the delta rule, filters of channels, and the
+    correction of a router.
+    """
     name = path.rpartition("/")[2]
-    return name in ("scale", "bias", "sinks", "lora_magnitude", "alpha_p", "alpha_n", "beta", "eps", "correction")
+    scalars = ("alpha_p", "alpha_n", "beta", "eps", "A_log", "dt_bias", "correction")
+    return name in ("scale", "bias", "sinks", "lora_magnitude", *scalars) or path.endswith(
+        ("/conv1d/weight", "/conv/weight")
+    )
 
 
 def _is_hidden_matrix(path: str) -> bool:

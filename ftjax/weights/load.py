@@ -1,6 +1,7 @@
 """From a reader of Hugging Face tensors to our parameter tree, each process reading only its own parts."""
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from ftjax import quant, tree
 from ftjax.errors import UserError
 from ftjax.models.families import family_of
+from ftjax.models.groups import stacks
 from ftjax.models.spec import DecoderSpec
 from ftjax.tree import Tree
 from ftjax.weights.hf.keys import FLOATS, Key, finite_cast, hf_names
@@ -47,10 +49,11 @@ def load_variables(reader: Reader, spec: DecoderSpec, abstract: Tree, packed: Tr
 def stored_names(reader: Reader) -> dict[str, str]:
     """{Hugging Face name as transformers has it: as the files have it}, less what the family has no use for."""
     family = family_of(reader.config)
+    further = _further_layers(reader.config)
     out: dict[str, str] = {}
     twice = []
     for name in sorted(reader.names()):
-        if family.ignored and re.search(family.ignored, name):
+        if name.startswith(further) or (family.ignored and re.search(family.ignored, name)):
             continue
         found = next(((old, new) for old, new in family.read_as if name.startswith(old)), ("", ""))
         meant = found[1] + name.removeprefix(found[0])
@@ -63,6 +66,17 @@ def stored_names(reader: Reader) -> dict[str, str]:
     return out
 
 
+def _further_layers(config: dict[str, Any]) -> tuple[str, ...]:
+    """What the names of layers begin with that predict further tokens: files number them after the decoder's own.
+
+    DeepSeek-AI 2024, arXiv 2412.19437, section 2.2. They are neither read nor written.
+    """
+    layers, count = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    if type(layers) is not int or type(count) is not int:
+        return ()
+    return tuple(f"model.layers.{layers + number}." for number in range(min(count, 16)))
+
+
 def _check(reader: Reader, stored: dict[str, str], spec: DecoderSpec, keys: dict[str, Key]) -> None:
     # Otherwise the list below could be as long as a corrupt config makes it.
     if spec.num_hidden_layers > len(stored):
@@ -72,7 +86,8 @@ def _check(reader: Reader, stored: dict[str, str], spec: DecoderSpec, keys: dict
         )
     expected = {name: key.shape for key in keys.values() for name in key.names()}
     problems = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - stored.keys())]
-    problems += [f"unknown: {name}" for name in sorted(stored.keys() - expected.keys()) if not _ignored(name, spec)]
+    unknown = sorted(stored.keys() - expected.keys())
+    problems += [f"unknown: {name}" for name in unknown if not _ignored(name, spec) and not _replaced(name, spec)]
     for name in sorted(expected.keys() & stored.keys()):
         shape, dtype = reader.shape(stored[name]), reader.dtype(stored[name])
         if shape != expected[name]:
@@ -107,6 +122,13 @@ def _check_tied_head(reader: Reader, stored: dict[str, str], spec: DecoderSpec, 
 def _ignored(name: str, spec: DecoderSpec) -> bool:
     # Older files store the RoPE frequencies, which follow from the config, and a tied head as a second copy.
     return name.endswith("rotary_emb.inv_freq") or (spec.tie_word_embeddings and name == "lm_head.weight")
+
+
+def _replaced(name: str, spec: DecoderSpec) -> bool:
+    """Whether it is of keys or values of a layer that uses another's: files may have them all the same."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.([kv]_(proj|norm))\.(weight|bias)", name)
+    users = {layer for stack in stacks(spec) if stack.spec.kv_layer is not None for layer in stack.layers}
+    return found is not None and int(found[1]) in users
 
 
 def _array(reader: Reader, stored: dict[str, str], key: Key, leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -32,6 +32,11 @@ class ResizedReader:
                 f"{reader.path}: the output head of a {spec.family!r} model has a bias, to which rows are not added; "
                 "leave config.model.add_tokens and config.model.resize_vocab out"
             )
+        if spec.per_layer is not None:
+            raise UserError(
+                f"{reader.path}: a {spec.family!r} model has a second embedding, of each layer, to which rows are not "
+                "added; leave config.model.add_tokens and config.model.resize_vocab out"
+            )
         embedding = hf_names(spec)["embed_tokens/embedding"].name(())
         self.original, self._rows = reader, rows
         self._resized = {stored[name] for name in (embedding, _HEAD) if name in stored}

@@ -9,8 +9,9 @@ import numpy as np
 from ftjax.errors import UserError
 from ftjax.weights.gguf.read import GGUFReader
 from ftjax.weights.hf.classifier import ClassifierReader, kind_of
-from ftjax.weights.hf.mxfp4 import unpacked
+from ftjax.weights.hf.quantized import unpacked
 from ftjax.weights.hf.safetensors import PICKLES, SafetensorsReader
+from ftjax.weights.hf.stacked import apart
 
 # Configs, tokenizers and chat templates, and then weights; nothing that holds code or pickles, nor second copies of
 # the weights.
@@ -45,7 +46,7 @@ def open_source(path: Path, weights: bool = True) -> Reader:
     """
     if path.suffix == ".gguf":
         return GGUFReader(path)
-    reader = unpacked(SafetensorsReader(path, weights))
+    reader = apart(unpacked(SafetensorsReader(path, weights)))
     return ClassifierReader(reader) if kind_of(reader.config) else reader
 
 

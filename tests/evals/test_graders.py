@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 
 import pytest
 from nltk.translate.gleu_score import sentence_gleu
@@ -55,6 +56,16 @@ def test_placeholders_are_values_and_nothing_else():
     for template in ("{{ item.__class__ }}", "{{ item.sizes[1] }}", "{{ item.answer.upper }}"):
         with pytest.raises(placeholders.Absent):
             placeholders.fill(template, values)
+
+
+def test_placeholders_of_strangers_take_neither_time_nor_memory():
+    began = time.process_time()
+    assert placeholders.fill("{{" * 500_000, {}) == "{{" * 500_000
+    assert time.process_time() - began < 5
+    with pytest.raises(UserError, match="has more than 16,777,216 characters"):
+        placeholders.fill("{{ item.long }}" * 500, {"item": {"long": "x" * 100_000}})
+    with pytest.raises(placeholders.Absent):
+        placeholders.fill(f"{{{{ item.sizes[{'0' * 5000}] }}}}", {"item": ITEM})
 
 
 def test_a_sample_that_is_no_json_is_worth_nothing_and_a_row_without_a_field_is_a_mistake():

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import openai
 import pytest
 from support.chatting import Names, application, client, random_adapter, serving, tiny
 from support.tiny import batch_of, logits
@@ -48,6 +49,18 @@ def test_a_greedy_answer_is_the_engine_s(served):
     np.testing.assert_allclose([one.logprob for one in given], made.full_logps[: len(given)], rtol=1e-4, atol=1e-5)
     assert b"".join(bytes(one.bytes or []) for one in given).decode(errors="replace") == text
     assert said.system_fingerprint.startswith("fp_")
+
+
+def test_what_no_context_holds_is_refused_before_it_is_encoded(served, monkeypatch):
+    *_, asks = served
+    monkeypatch.setattr(chat, "render_prompt", None)
+    long = [*ASKED, {"role": "user", "content": [{"type": "text", "text": "order " * 500_000}]}]
+    with pytest.raises(openai.BadRequestError, match="the 3,000,030 characters of your messages are more") as error:
+        asks.chat.completions.create(model="tiny", messages=long)
+    assert (error.value.param, error.value.code) == ("messages", "context_length_exceeded")
+    monkeypatch.undo()
+    with pytest.raises(openai.BadRequestError, match="stop: a text to stop at has 1,000,000"):
+        asks.chat.completions.create(model="tiny", messages=ASKED, stop="ab" * 500_000)
 
 
 def test_a_draw_with_a_seed_is_the_engine_s_whatever_is_beside_it(served):

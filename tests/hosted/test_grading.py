@@ -6,8 +6,9 @@ import openai
 import pytest
 from support.plain_hosted import application, client_of, served
 
+from ftjax.errors import UserError
 from ftjax.evals.graders import NOBODY
-from ftjax.hosted.jobs import grading
+from ftjax.hosted.jobs import grading, trial
 
 RIGHT = {
     "type": "string_check",
@@ -73,3 +74,18 @@ def test_a_python_grader_does_not_see_the_server(client):
     found = client.fine_tuning.alpha.graders.run(grader=SHORT | {"source": source}, model_sample="x")
     assert "Permission denied" in found.metadata.errors.python_grader_runtime_error_details
     assert json.dumps(found.to_dict()).count("PATH=") == 0
+
+
+def test_a_grader_that_takes_long_is_ended_and_the_server_goes_on(client):
+    grader = {"type": "text_similarity", "name": "x", "evaluation_metric": "rouge_l"}
+    grader |= {"input": "{{ sample.output_text }}", "reference": "{{ item.answer }}"}
+    with pytest.raises(UserError, match="longer than 1 s of a processor"):
+        trial.grade(grader, "a " * 100_000, {"answer": "a " * 100_000}, NOBODY, cpu_seconds=1)
+    found = client.fine_tuning.alpha.graders.run(grader=grader, model_sample="a b", item={"answer": "a b"})
+    assert found.reward == 1
+
+
+def test_a_value_that_would_fill_the_memory_is_refused(client):
+    grader = RIGHT | {"input": "{{ sample.output_text }}" * 10_000}
+    with pytest.raises(openai.BadRequestError, match="more than 16,777,216 characters"):
+        client.fine_tuning.alpha.graders.run(grader=grader, model_sample="x" * 100_000, item={"answer": ""})

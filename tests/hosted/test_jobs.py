@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 
@@ -12,6 +13,7 @@ from support.plain_hosted import client_of, until
 
 from ftjax.errors import UserError
 from ftjax.hosted.jobs.jobs import Jobs
+from ftjax.hosted.jobs.requests import NewJob
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,16 @@ def test_checkpoints_are_those_of_epochs_and_the_last_has_the_models_own_name(se
     assert {one.fine_tuning_job_id for one in found} == {job.id}
 
 
+def test_a_checkpoint_that_is_deleted_while_its_job_runs_does_not_come_back(server, client):
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=server.plan(rows=2, steps=6, seconds=0.2))
+    first = until(lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data)[-1]
+    client.models.delete(first.fine_tuned_model_checkpoint)
+    job = ended(client, job)
+    assert [one.step_number for one in client.fine_tuning.jobs.checkpoints.list(job.id)] == [6, 4]
+    adapters = server.folder / "jobs" / job.id / "adapters"
+    assert sorted(path.name for path in adapters.iterdir()) == ["step-4", "step-6"]
+
+
 def test_the_result_file_is_a_table_of_the_steps(server, client):
     job = ended(client, client.fine_tuning.jobs.create(model="tiny", training_file=server.plan(steps=2)))
     (result,) = job.result_files
@@ -152,6 +164,7 @@ def test_what_is_anothers_is_not_there(server, client):
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations", "not served"),
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", ""),
         ({"method": {"type": "dpo", "supervised": {}}}, "method", "leave one of them out"),
+        ({"method": {"type": "dpo"}, "hyperparameters": {"n_epochs": 1}}, "", "give them in method alone"),
         ({"metadata": {"k" * 65: ""}}, "metadata", "16 keys of 64"),
         ({"extra_body": {"modle": "x"}}, "modle", "not permitted"),
     ],
@@ -304,6 +317,23 @@ def test_a_key_has_so_much_of_the_disk_and_runs_expire_but_not_models(tmp_path):
         assert [path.name for path in folder.iterdir()] == ["adapters"]
         assert client.models.retrieve(job.fine_tuned_model).id == job.fine_tuned_model
         assert client.fine_tuning.jobs.retrieve(job.id).status == "succeeded"
+
+
+def test_nothing_remains_of_a_job_that_could_not_be_made(tmp_path, monkeypatch):
+    (tmp_path / "jobs/ftjob-killed").mkdir(parents=True)
+    (tmp_path / "jobs/ftjob-killed/training.jsonl").touch()
+    with serving(tmp_path) as server, client_of(server.url) as client:
+        assert list((tmp_path / "jobs").glob("ftjob-*")) == []
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ftjax.hosted.jobs.jobs.tell", full)
+            with pytest.raises(OSError, match="No space left"):
+                server.jobs.create(NewJob(model="tiny", training_file=server.plan()), "alice")
+        assert list((tmp_path / "jobs").glob("ftjob-*")) == []
+        assert client.fine_tuning.jobs.list().data == []
 
 
 def test_one_server_has_a_folder_for_itself(tmp_path):

@@ -4,11 +4,15 @@ import json
 
 import pytest
 from support import ROOT
+from support.hosted import settings_of
 
 from ftjax import config as configs
 from ftjax import config_files, config_flag
 from ftjax.errors import UserError
-from ftjax.hosted import settings
+from ftjax.hosted import server, settings
+from ftjax.hosted.database import connect
+from ftjax.hosted.jobs.configuring import check_settings
+from ftjax.hosted.serving import given
 
 
 def test_the_config_that_ships_is_valid():
@@ -61,3 +65,40 @@ def test_names_of_the_server():
     assert not settings.is_local(given)
     for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
         assert settings.is_local(configs.changed(given, {"host": host}))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("adapter.rank", "write a key and its value"),
+        ("model.source='other'", "which jobs share with the answers; set config.model.source"),
+        ("adapter.rnk=4", "there is no config key 'adapter.rnk'"),
+        ("adapter.rank=four", "config.adapter.rank='four' is str; it must be int"),
+        ("adapter.rank=0", "adapter.rank=0: it must be a finite number, 1 or more"),
+        ("seed=1", "seed follows from each request"),
+    ],
+)
+def test_settings_of_jobs_are_checked_as_the_server_starts(word, message):
+    with pytest.raises(UserError) as refused:
+        check_settings({"model.source": "tiny"} | given((word,)))
+    assert message in str(refused.value)
+
+
+def test_settings_of_jobs_have_the_values_of_a_config():
+    words = ("adapter.rank=8", "mesh.fsdp=-1", "adapter.targets=all-linear")
+    assert given(words) == {"adapter.rank": 8, "mesh.fsdp": -1, "adapter.targets": "all-linear"}
+    check_settings({"model.source": "tiny"} | given(words))
+
+
+def test_a_folder_is_not_tidied_by_a_database_that_knows_nothing_of_it(tmp_path):
+    """What has no row is removed as left over: with another database, every file and job would be."""
+    given = settings_of(tmp_path / "served", database=f"sqlite:///{tmp_path}/other.db")
+    (tmp_path / "served/jobs/ftjob-1").mkdir(parents=True)
+    engine = connect(settings.database_url(given))
+    with pytest.raises(UserError, match=r"has jobs of another database than .*other\.db, which is empty; name theirs"):
+        server.check_database(given, engine)
+    server.keys_of(given).create("first")
+    server.check_database(given, engine)
+    new = settings_of(tmp_path / "new")
+    assert not server.keys_of(new).all()
+    server.check_database(new, connect(settings.database_url(new)))

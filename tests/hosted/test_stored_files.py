@@ -80,6 +80,34 @@ def test_an_expiring_file_says_when(server):
     assert refused.value.param == "expires_after[seconds]"
 
 
+def test_a_file_that_is_deleted_twice_at_once_gives_its_room_back_once(server, monkeypatch):
+    client, files = server.client("hasty"), server.files
+    file = upload(client)
+    both, find = threading.Barrier(2), files._find
+
+    def found_by_both(*arguments):
+        found = find(*arguments)
+        both.wait(10)
+        return found
+
+    monkeypatch.setattr(files, "_find", found_by_both)
+    ends = []
+
+    def delete():
+        try:
+            ends.append(client.files.delete(file.id).deleted)
+        except openai.NotFoundError:
+            ends.append(False)
+
+    threads = [threading.Thread(target=delete) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(ends) == [False, True]
+    assert min(files.quota._held.values()) >= 0
+
+
 @pytest.mark.parametrize(
     ("rows", "why"),
     [

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import tarfile
+import threading
 
 import httpx
 import numpy as np
@@ -18,7 +19,10 @@ from tinker import types
 from tinker.proto.request_conv import forward_backward_request_to_proto
 
 from ftjax import tree
+from ftjax.hosted.refusals import Refused
+from ftjax.hosted.tinker import bodies
 from ftjax.hosted.tinker.training import Programs, Shape, prompt_logps
+from ftjax.hosted.tinker.work import Failed
 from ftjax.weights.peft.adapter import open_adapter
 
 # The client leaves connections open that it asked for its config by.
@@ -235,6 +239,14 @@ def test_a_stop_token_ends_a_sample_and_is_part_of_it(client, server):
     assert len(ended.logprobs) == first
 
 
+def test_ends_of_a_sample_are_so_many(client, server):
+    sampling = client.create_sampling_client(base_model=server.source).result()
+    prompt = types.ModelInput.from_ints([5, 9])
+    for stop in (list(range(33)), [f"x{number}" for number in range(33)]):
+        with pytest.raises(tinker.BadRequestError, match="stop has 33 ends; use up to 32"):
+            sampling.sample(prompt, 1, types.SamplingParams(max_tokens=2, stop=stop)).result()
+
+
 def test_another_keys_models_and_checkpoints_are_not_there(client, server):
     training = client.create_lora_training_client(base_model=server.source, rank=4).result()
     state = training.save_state("mine").result().path
@@ -330,6 +342,26 @@ def test_a_session_that_ends_takes_its_models_along(server):
         assert training.model_id in rest_of(server).get_session(session).result().training_run_ids
     service = server.application.state.tinker
     assert training.model_id not in service._models
+
+
+def test_what_a_session_asked_for_before_it_ended_does_not_stay(server):
+    service, owner = server.application.state.tinker, server.keys.owner(server.key("leaver"))
+    session = service.open(owner, bodies.CreateSession())
+    began, go_on = threading.Event(), threading.Event()
+    service.work.submit("busy", owner, lambda: (began.set(), go_on.wait(30)))
+    began.wait(10)
+    lora = {"session_id": session, "model_seq_id": 0, "base_model": server.source, "lora_config": {"rank": 4}}
+    asked = service.create(owner, bodies.CreateModel(**lora))
+    service.finish(session, owner)
+    go_on.set()
+    with pytest.raises(Failed, match="has ended"):
+        asked.future.result(60)
+    assert not [id for id in service._models if id.startswith(session)]
+    sampling = {"session_id": session, "sampling_session_seq_id": 0, "base_model": server.source}
+    with pytest.raises(Refused, match="has ended") as refused:
+        service.create_sampler(owner, bodies.CreateSamplingSession(**sampling))
+    assert refused.value.status == 410
+    assert service.samplers.of_session(session) == []
 
 
 VALUES = (

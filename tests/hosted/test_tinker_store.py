@@ -97,6 +97,21 @@ def test_times_that_are_none(made, seconds):
         made[0].save(made[1], WEIGHTS, "a", write(), size_of, ttl=seconds)
 
 
+def test_what_a_client_says_of_its_things_is_kept_up_to_a_bound(made):
+    store, run, _ = made
+    large = {"notes": "x" * 2**14}
+    for keep in (
+        lambda: store.open("t", "anna", None, large),
+        lambda: store.begin("t:train:0", "anna", "t", "base", {"rank": 4}, large),
+        lambda: store.save(run, WEIGHTS, "a", write(), size_of, metadata=large),
+    ):
+        with pytest.raises(Refused, match="user_metadata has 16,397 characters as JSON") as refused:
+            keep()
+        assert refused.value.param == "user_metadata"
+    assert store.sessions("anna", 10, 0) == []
+    assert store.checkpoints("anna")[1] == 0
+
+
 def test_what_a_killed_server_had_not_finished_goes(made, tmp_path):
     store, run, clock = made
     saved = store.save(run, WEIGHTS, "a", write(), size_of)

@@ -78,6 +78,23 @@ def test_failures_are_told_and_the_thread_goes_on(work, error, message, by_user)
     assert work.submit("b", "anna", lambda: 1).future.result(10) == 1
 
 
+def test_who_gives_up_waiting_does_not_end_the_thread(work):
+    began, go_on = threading.Event(), threading.Event()
+
+    def do():
+        began.set()
+        go_on.wait(10)
+        raise UserError("not so")
+
+    asked = work.submit("a", "anna", do)
+    began.wait(10)
+    assert not asked.future.cancel()  # as a cancelled `asyncio.wrap_future` of it does
+    go_on.set()
+    with pytest.raises(Failed, match="not so"):
+        asked.future.result(10)
+    assert work.submit("b", "anna", lambda: 1).future.result(10) == 1
+
+
 def test_results_are_their_owners_and_not_kept_for_ever(work, clock):
     work.submit("a", "anna", lambda: 1).future.result(10)
     assert work.find("a", "anna").future.result() == 1

@@ -7,12 +7,12 @@ import pytest
 
 from ftjax.models.attention import attention, attention_of_rows, chunk_segments, cut
 
-B, T, H, K, D = 2, 9, 6, 3, 4
+B, T, H, K, D, E = 2, 9, 6, 3, 4, 5
 SCALE = 0.7
 
 
 def naive(queries, keys, values, positions, segments, window=None, softcap=None, sinks=None):
-    out = np.zeros((B, T, H, D))
+    out = np.zeros((B, T, H, E))
     for b, t, h in np.ndindex(B, T, H):
         seen = [
             s
@@ -44,7 +44,7 @@ def naive(queries, keys, values, positions, segments, window=None, softcap=None,
 def test_equals_the_loop(options, record_figure):
     rng = np.random.default_rng(0)
     queries = rng.standard_normal((B, T, H, D))
-    keys, values = rng.standard_normal((2, B, T, K, D))
+    keys, values = rng.standard_normal((B, T, K, D)), rng.standard_normal((B, T, K, E))
     segments = np.array([[1] * 5 + [2] * 4, [0] * 2 + [1] * 7])
     positions = np.array([[*range(5), *range(4)], [0, 0, *range(7)]])
     expected = naive(queries, keys, values, positions, segments, **options)
@@ -83,7 +83,7 @@ def test_scores_of_any_size_do_not_overflow():
 def test_rows_in_blocks_equal_rows_at_once_forward_and_backward(length, window, record_figure):
     rng = np.random.default_rng(2)
     queries = rng.standard_normal((2, length, 4, 8)).astype(np.float32)
-    keys, values = rng.standard_normal((2, 2, length, 2, 8)).astype(np.float32)
+    keys, values = (rng.standard_normal((2, length, 2, width)).astype(np.float32) for width in (8, 6))
     sinks = np.float32([0.5, -1, 0, 2])
     ends = length // 3, length // 2  # of documents; the second row begins with padding
     segments = np.stack(

@@ -4,13 +4,13 @@ import copy
 import math
 
 import pytest
-from support.family_configs import CONFIGS, MORE_CONFIGS
+from support.family_configs import CONFIGS, LANGUAGE_MODELS, MORE_CONFIGS
 from support.tiny import CONFIG, spec
 from transformers import AutoConfig
 
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
-from ftjax.models.families import FAMILIES, is_inside, spec_from_config, text_config
+from ftjax.models.families import is_inside, spec_from_config, text_config
 from ftjax.models.groups import groups, stacks
 from ftjax.models.params import shapes
 from ftjax.models.published import configs
@@ -50,6 +50,11 @@ COUNTS = {
     "c4ai-command-r7b-12-2024": 8_028_033_024,
     "Seed-OSS-36B": 36_151_104_512,
     "ERNIE-4.5-0.3B": 360_748_032,
+    "LFM2-1.2B": 1_170_340_608,
+    "Qwen3-Next-80B-A3B": 79_674_391_296,
+    "DeepSeek-V2-Lite": 15_706_484_224,
+    "DeepSeek-V3": 671_026_419_200,
+    "GLM-4.5-Air": 106_852_251_264,
 }
 
 
@@ -65,12 +70,14 @@ def test_old_and_new_spelling_give_the_same_spec(config):
     assert spec_from_config(completed(config)) == spec_from_config(config)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gemma3", "llama4", "mistral3"}))
+@pytest.mark.parametrize("family", sorted(LANGUAGE_MODELS))
 def test_what_a_config_leaves_out_is_what_transformers_fills_in(family):
     config = {"model_type": family, "vocab_size": 64, "num_hidden_layers": 7}
     config |= {"hidden_size": 256, "intermediate_size": 48, "num_attention_heads": 32}
     if family == "helium":  # which has 20 heads of keys and values where nothing is said
         config["num_attention_heads"] = 40
+    if family == "gemma3n_text":  # the last 15 of whose layers use the keys of others
+        config["num_hidden_layers"] = 25
     if family == "gpt2":
         config = {"model_type": family, "vocab_size": 64, "n_embd": 64, "n_layer": 7, "n_head": 4}
     assert spec_from_config(config) == spec_from_config(completed(config))
@@ -240,11 +247,31 @@ def test_the_first_spelling_of_longrope():
         (CONFIGS["phi3"], {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'phi3' model needs 'short_factor'"),
         (CONFIGS["gemma3"], {"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "=0.5"),
         (CONFIGS["qwen3_moe"], {"num_experts_per_tok": 6}, "6 experts per token of only 5"),
+        (CONFIGS["gemma4"], {"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
+        (CONFIGS["gemma4"], {"num_kv_shared_layers": 4}, "num_kv_shared_layers=4 of 5 layers leaves none before them"),
+        (
+            CONFIGS["gemma4"],
+            {"per_layer_config": {"2": {"head_dim": 8, "hidden_size": 4}}},
+            "per_layer_config of layer 2",
+        ),
+        (
+            CONFIGS["gemma4"],
+            {"per_layer_config": {"2": {"head_dim": 8}, "4": {"head_dim": 4}}},
+            "heads of unlike shapes",
+        ),
+        (CONFIGS["gemma4"], {"global_head_dim": 9}, "4 heads do not go with {'head_dim': 9"),
+        (CONFIGS["gemma3n"], {"altup_active_idx": 3}, "altup_active_idx=3 of altup_num_inputs=3"),
+        (CONFIGS["gemma3n"], {"activation_sparsity_pattern": [0.5]}, "activation_sparsity_pattern has 1 numbers"),
+        (CONFIGS["gemma3n"], {"activation_sparsity_pattern": [0, 0, 0, 2]}, "activation_sparsity_pattern has 2"),
+        (CONFIGS["gemma3n"], {"hidden_size_per_layer_input": 0}, "without hidden_size_per_layer_input"),
         (CONFIGS["mistral"], {"sliding_window": -1}, "sliding_window=-1"),
         (CONFIGS["llama4"], {"no_rope_layers": [1]}, "0 or 1 for each of 4 layers"),
         (CONFIGS["llama4"], {"moe_layers": "all"}, "moe_layers='all' is not a list"),
         (CONFIGS["hunyuan_v1_moe"], {"moe_topk": [2, 2, 1]}, "moe_topk=[2, 2, 1] is not the same in all layers"),
         (CONFIGS["hunyuan_v1_moe"], {"num_shared_expert": [2, 2, 2]}, "num_shared_expert=2"),
+        (CONFIGS["qwen3_5"], {"layer_types": ["linear_attention"] * 4}, "without any full_attention"),
+        (CONFIGS["qwen3_5"], {"layer_types": ["sliding_attention"] * 4}, "each full_attention or linear_attention"),
+        (CONFIGS["qwen3_next"], {"linear_num_value_heads": 3}, "a multiple of linear_num_key_heads=2"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(config, change, named):

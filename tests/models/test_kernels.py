@@ -54,9 +54,10 @@ def rows(length, seed=0):
 )
 def test_splash_equals_xla_forward_and_backward(length, windows, softcap, with_sinks, record_figure):
     queries, keys, values, positions, segments = rows(length)
+    values = values[..., : 8 if softcap else D]  # narrower than keys, as in latent attention
     sinks = np.linspace(-1, 2, H, dtype=np.float32) if with_sinks else None
     real = (segments > 0)[..., None, None]
-    weights = np.random.default_rng(1).standard_normal(queries.shape).astype(np.float32) * real
+    weights = np.random.default_rng(1).standard_normal((B, length, H, values.shape[-1])).astype(np.float32) * real
     kernels = splash.make_kernels(windows, H, length, 1, softcap, interpret=True)
 
     def ours(window, queries, keys, values, sinks):
@@ -197,6 +198,7 @@ def test_hoppers_kernel_is_told_where_documents_are_and_rows_of_too_many_get_a_m
     length, rng = 160, np.random.default_rng(3)
     queries = rng.standard_normal((B, length, H, D)).astype(np.float32)
     keys, values = rng.standard_normal((2, B, length, K, D)).astype(np.float32)
+    values = values[..., : D if window else 10]  # narrower than keys, as in latent attention; the kernel takes them not
     positions, segments = np.zeros((2, B, length), np.int32)
     for row, count in enumerate(counts):
         cuts = np.sort(rng.choice(np.arange(1, length), count - 1, replace=False))
@@ -207,6 +209,7 @@ def test_hoppers_kernel_is_told_where_documents_are_and_rows_of_too_many_get_a_m
 
     def packed(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, mask_type, sliding_window_length):
         assert mask_type is MaskType.PADDING_CAUSAL
+        assert q.shape[3] == k.shape[3] == v.shape[3]
         room = q_seqlen.shape[1]
         assert q_offsets.shape == (B, room + 1)
         jax.debug.callback(lambda: used.append(room))
@@ -225,7 +228,7 @@ def test_hoppers_kernel_is_told_where_documents_are_and_rows_of_too_many_get_a_m
     monkeypatch.setattr(cudnn, "_capability", lambda: (9, 0))
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.dot_product_attention", packed)
     monkeypatch.setattr(jax.nn, "dot_product_attention", dense)
-    weights = rng.standard_normal(queries.shape).astype(np.float32)
+    weights = rng.standard_normal((B, length, H, values.shape[-1])).astype(np.float32)
 
     def run(function):
         return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(function(*x)) * weights), (0, 1, 2)))(

@@ -22,7 +22,7 @@ def said(config):
     ("model_type", "resembled", "different"),
     [
         ("cohere", "cohere2", []),
-        ("deepseek_v3", "qwen2_moe", ["kv_lora_rank=512", "n_group=8"]),
+        ("deepseek_v32", "deepseek_v3", ["index_topk=2048"]),
         ("granitemoeshared", "granitemoe", []),
         ("jetmoe", "qwen3_moe", ["kv_channels=128"]),
     ],

@@ -79,6 +79,31 @@ def test_gradients_against_full_logits(case, chunk):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("further", [PLAIN, Further(0.1, 1e-2)])
+@pytest.mark.parametrize("chunk", [(97, 39), (1000, 13), (40, 13)])
+def test_a_frozen_head_costs_two_products_and_no_gradient_is_another(case, chunk, further):
+    """Hidden's gradient is made with the loss, where all columns of a token are there: its logits are made once."""
+    hidden, head, targets, weights = map(jnp.asarray, case)
+    weights = weights * jnp.linspace(-1, 2, LENGTH)  # a factor of each token, of either sign
+
+    def loss(hidden, head):
+        return chunked(jnp.tanh(hidden), head, targets, weights, chunk, further)["loss"] ** 2
+
+    def of_hidden(hidden):
+        return jax.grad(loss)(hidden, head)
+
+    def of_both(hidden):
+        return jax.grad(loss, argnums=(0, 1))(hidden, head)[0]
+
+    alone, beside = jax.jit(of_hidden)(hidden), jax.jit(of_both)(hidden)
+    assert np.abs(alone).max() > 1
+    np.testing.assert_allclose(alone, beside, rtol=0, atol=2e-5 * np.abs(beside).max())
+    # A program has one body for all blocks, and of it as many products as there are in a token's loss.
+    products = str(jax.make_jaxpr(of_hidden)(hidden)).count("dot_general")
+    assert products == (2 if chunk[0] >= VOCAB else 4)
+    assert str(jax.make_jaxpr(of_both)(hidden)).count("dot_general") == 4
+
+
 @pytest.mark.parametrize("further", [Further(0.1, 0.0), Further(0.0, 1e-2), Further(0.2, 1e-3)])
 @pytest.mark.parametrize("chunk", [(40, 13), (97, 39)])
 def test_label_smoothing_and_z_loss_are_torchs(case, chunk, further):

@@ -48,3 +48,15 @@ def test_unlike_layers_are_counted_one_by_one(name):
         sum(layer.intermediate_size * (layer.experts.per_token if layer.experts else 1) for layer in layers)
         / spec.num_hidden_layers
     )
+
+
+def test_layers_of_the_delta_rule_are_counted_one_by_one():
+    spec = spec_from_config(CONFIGS["qwen3_5"])
+    variables = {"params": abstract_params(Decoder(spec), one_device())}
+    found = flops.count(spec, variables, lambda path: True, rows=2, length=16)
+    # Three layers in which each of 32 tokens meets four memories [6, 10] three times; one of four heads of 12.
+    assert found.attention == 3 * 32 * 4 * 3 * (2 * 6 * 10) + 2 * 2 * (2 * 136 * 4 * 12)
+    mixer = 32 * (2 * 2 * 6 + 2 * 4 * 10 + 4 + 4) + 4 * 10 * 32
+    attending = 32 * (2 * 4 + 2 * 2) * 12 + 4 * 12 * 32
+    products = 3 * mixer + attending + 4 * 3 * 32 * 48 + 32 * 61
+    assert found.forward == 2 * 32 * products

@@ -1,4 +1,4 @@
-"""Greedy text of models with windows, ropes, sinks, experts, unlike layers, learned positions: transformers' tokens."""
+"""Greedy text of models with windows, ropes, sinks, experts, unlike layers, latents, states: transformers' tokens."""
 
 import numpy as np
 import pytest
@@ -18,11 +18,20 @@ from ftjax.weights.source import open_source
 NEW = 12
 
 
-QUICK = ("gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer")
-SLOW = [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ("ministral3", "cohere2", "phi", "qwen2_moe", "exaone4", "llama4")
-]
+QUICK = ("gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer", "deepseek_v3", "qwen3_5", "gemma4")
+MORE = (
+    "ministral3",
+    "cohere2",
+    "phi",
+    "qwen2_moe",
+    "exaone4",
+    "qwen3_next",
+    "qwen3_5_moe",
+    "lfm2",
+    "gemma3n",
+    "llama4",
+)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 
 
 @pytest.fixture(scope="module", params=[*QUICK, *SLOW])

@@ -127,7 +127,7 @@ def test_transformers_ends_the_same_greedy_text_at_the_same_token(tokenizer):
         assert next(n for n in range(1, 41) if ends(free[:n])) == len(theirs) < 40
 
 
-@pytest.mark.parametrize("string", ["", "\ufffd", "a<|im_end|>"])
+@pytest.mark.parametrize("string", ["", "\ufffd", "a<|im_end|>", "a" * 1001])
 def test_what_no_text_ends_with_is_refused(tokenizer, string):
     with pytest.raises(UserError, match="--stop: "):
         stops_at([string], tokenizer)

@@ -49,6 +49,10 @@ _BY_KIND = {
     "full_attention": {"rope_type": "default", "rope_theta": 1e5},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
+_GEMMA4 = {
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e3, "factor": 2.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
 _QWEN2_MOE = {
     "num_experts": 5,
     "num_experts_per_tok": 2,
@@ -64,22 +68,58 @@ _PHIMOE_ROPE = {
     "long_mscale": 1.2,
     "original_max_position_embeddings": 64,
 }
+# The first tokens of a document read next to nothing of the memory, and the norm after it divides by that: with a small
+# epsilon gradients are of order 100, and what is 1e-4 of rounding would mean nothing.
+_LINEAR = {
+    "rms_norm_eps": 0.1,
+    "head_dim": 12,
+    "partial_rotary_factor": 0.5,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 4,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
+# DeepSeek's experts.
+_ROUTED = {
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 1.8,
+    "first_k_dense_replace": 1,
+}
+_GROUPS = {"n_group": 3, "topk_group": 2}
+_DEEPSEEK_YARN = _YARN | {"mscale": 1.0, "mscale_all_dim": 0.8}
 
 CONFIGS = {
     "llama": _config("llama", tie_word_embeddings=True),
     "apertus": _config("apertus", rope_parameters=_LLAMA3, attention_bias=True),
     "arcee": _config("arcee", rope_parameters=_YARN, mlp_bias=True),
     "cohere2": _config("cohere2", sliding_window=5, sliding_window_pattern=3, logit_scale=0.7),
+    "deepseek_v2": _config(
+        "deepseek_v2", rope_scaling=_DEEPSEEK_YARN, q_lora_rank=None, n_shared_experts=2, **_LATENT, **_ROUTED
+    ),
+    "deepseek_v3": _config("deepseek_v3", rope_scaling=_DEEPSEEK_YARN, q_lora_rank=8, **_LATENT, **_ROUTED, **_GROUPS),
     "ernie4_5": _config("ernie4_5", head_dim=12, use_bias=True),
     "ernie4_5_moe": _config("ernie4_5_moe", **_ERNIE_MOE),
     "exaone4": _config("exaone4", sliding_window=5, sliding_window_pattern=3),
     "glm": _config("glm", **_HALF),
     "glm4": _config("glm4", **_HALF),
+    "glm4_moe": _config("glm4_moe", attention_bias=True, use_qk_norm=True, **_HALF, **_ROUTED, **_GROUPS),
+    "glm4_moe_lite": _config("glm4_moe_lite", q_lora_rank=8, **_LATENT, **_ROUTED),
     "helium": _config("helium", head_dim=8, attention_bias=True, mlp_bias=True),
     "hunyuan_v1_dense": _config("hunyuan_v1_dense", head_dim=12, rope_scaling=_DYNAMIC, attention_bias=True),
     "hunyuan_v1_moe": _config(
         "hunyuan_v1_moe", head_dim=12, rope_scaling=_DYNAMIC, attention_bias=True, num_experts=5, moe_topk=2
     ),
+    "lfm2": _config("lfm2", full_attn_idxs=[2, 4], num_hidden_layers=5, conv_bias=True, block_multiple_of=16),
     "ministral": _config(
         "ministral",
         head_dim=12,
@@ -106,6 +146,50 @@ CONFIGS = {
         rope_theta=1e5,
         rope_local_base_freq=100.0,
         rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
+    "gemma3n": _config(
+        "gemma3n_text",
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        intermediate_size=[48, 48, 48, 40],
+        activation_sparsity_pattern=[0.6, 0.0, 0.0, 0.6],
+        head_dim=8,
+        num_kv_shared_layers=2,
+        sliding_window=5,
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=50,
+        altup_num_inputs=3,
+        laurel_rank=5,
+        rope_parameters=_BY_KIND,
+    ),
+    "gemma4": _config(
+        "gemma4_text",
+        num_hidden_layers=5,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        head_dim=8,
+        global_head_dim=12,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        sliding_window=5,
+        hidden_size_per_layer_input=40,
+        vocab_size_per_layer_input=61,
+        rope_parameters=_GEMMA4,
+    ),
+    "gemma4, experts, double wide": _config(
+        "gemma4_text",
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        head_dim=8,
+        global_head_dim=12,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        sliding_window=4,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=61,
+        enable_moe_block=True,
+        num_experts=5,
+        top_k_experts=2,
+        moe_intermediate_size=20,
     ),
     "gpt2": {
         "model_type": "gpt2",
@@ -180,6 +264,9 @@ CONFIGS = {
     "qwen3_moe": _config("qwen3_moe", **_MOE),
     "qwen3_moe, a dense layer first": _config("qwen3_moe", mlp_only_layers=[0], **_MOE),
     "qwen3_moe, every second layer": _config("qwen3_moe", decoder_sparse_step=2, num_hidden_layers=4, **_MOE),
+    "qwen3_5": _config("qwen3_5_text", num_hidden_layers=4, **_LINEAR),
+    "qwen3_5_moe": _config("qwen3_5_moe_text", num_hidden_layers=4, full_attention_interval=2, **_LINEAR, **_QWEN2_MOE),
+    "qwen3_next": _config("qwen3_next", num_hidden_layers=4, **_LINEAR, **_QWEN2_MOE),
     "smollm3": _config("smollm3", no_rope_layer_interval=2, use_sliding_window=True, sliding_window=5, mlp_bias=True),
 }
 
@@ -200,6 +287,31 @@ MORE_CONFIGS = {
         attention_bias=True,
         tie_word_embeddings=False,
     ),
+    "deepseek_v2, groups, biases, tied": _config(
+        "deepseek_v2",
+        q_lora_rank=8,
+        topk_method="group_limited_greedy",
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+        rms_norm_eps=0.01,
+        **_LATENT | {"v_head_dim": 12},
+        **_ROUTED | {"first_k_dense_replace": 0},
+        **_GROUPS,
+    ),
+    "deepseek_v3, halves, biases, not normalized": _config(
+        "deepseek_v3",
+        q_lora_rank=None,
+        attention_bias=True,
+        rope_interleave=False,
+        norm_topk_prob=False,
+        rms_norm_eps=0.01,
+        n_group=1,
+        topk_group=1,
+        tie_word_embeddings=True,
+        **_LATENT | {"v_head_dim": 12},
+        **_ROUTED | {"first_k_dense_replace": 2},
+    ),
     "ernie4_5, untied": _config("ernie4_5", head_dim=8, tie_word_embeddings=False),
     "ernie4_5_moe, layers, bias": _config(
         "ernie4_5_moe",
@@ -219,10 +331,30 @@ MORE_CONFIGS = {
         "glm", head_dim=8, partial_rotary_factor=1.0, attention_bias=False, tie_word_embeddings=True
     ),
     "glm4, no bias": _config("glm4", head_dim=8, attention_bias=False),
+    "glm4_moe, all layers, tied": _config(
+        "glm4_moe", **_ROUTED | {"first_k_dense_replace": 0, "norm_topk_prob": False}, tie_word_embeddings=True
+    ),
+    "glm4_moe_lite, layer types, tied": _config(
+        "glm4_moe_lite",
+        q_lora_rank=None,
+        mlp_layer_types=["sparse", "dense", "sparse"],
+        rope_interleave=False,
+        tie_word_embeddings=True,
+        **_LATENT,
+        **_ROUTED,
+        **_GROUPS,
+    ),
     "helium, tied": _config("helium", head_dim=8, tie_word_embeddings=True),
     "hunyuan_v1_dense, tied": _config("hunyuan_v1_dense", head_dim=8, tie_word_embeddings=True),
     "hunyuan_v1_moe, tied": _config(
         "hunyuan_v1_moe", head_dim=8, num_experts=4, moe_topk=[3, 3, 3], tie_word_embeddings=True
+    ),
+    "lfm2, layer types, untied": _config(
+        "lfm2",
+        layer_types=["conv", "conv", "full_attention"],
+        conv_L_cache=4,
+        block_auto_adjust_ff_dim=False,
+        tie_word_embeddings=False,
     ),
     "ministral, windows": _config("ministral", head_dim=8, sliding_window=4, tie_word_embeddings=True),
     "ministral3, window": _config(
@@ -277,6 +409,45 @@ MORE_CONFIGS = {
         final_logit_softcapping=3.0,
         attention_bias=True,
         hidden_activation="gelu",
+    ),
+    "gemma3n, other stream, nothing shared": _config(
+        "gemma3n_text",
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        head_dim=8,
+        num_kv_shared_layers=0,
+        sliding_window=4,
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=61,
+        altup_num_inputs=2,
+        altup_active_idx=1,
+        laurel_rank=5,
+        attention_bias=True,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma4, keys are values, cap, bias": _config(
+        "gemma4_text",
+        head_dim=8,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=4,
+        hidden_size_per_layer_input=0,
+        final_logit_softcapping=3.0,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    ),
+    # The lenders of keys and values are in the second round of a period.
+    "gemma4, shared keys of a period": _config(
+        "gemma4_text",
+        num_hidden_layers=6,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        head_dim=8,
+        global_head_dim=4,
+        num_kv_shared_layers=2,
+        sliding_window=4,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=61,
     ),
     "gpt2, plain, relu": {
         "model_type": "gpt2",
@@ -366,10 +537,31 @@ MORE_CONFIGS = {
         tie_word_embeddings=True,
         **_MOE,
     ),
+    "qwen3_5, runs, bias, tied": _config(
+        "qwen3_5_text",
+        num_hidden_layers=5,
+        layer_types=["full_attention", *["linear_attention"] * 3, "full_attention"],
+        attention_bias=True,
+        tie_word_embeddings=True,
+        **_LINEAR | {"linear_num_key_heads": 4, "linear_conv_kernel_dim": 3},
+    ),
+    "qwen3_next, dense layers, biases, tied": _config(
+        "qwen3_next",
+        num_hidden_layers=5,
+        layer_types=["full_attention", *["linear_attention"] * 3, "full_attention"],
+        mlp_only_layers=[1, 4],
+        norm_topk_prob=False,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        **_LINEAR | {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 2},
+        **_QWEN2_MOE,
+    ),
     "smollm3, no positions at all": _config("smollm3", no_rope_layers=[0, 0, 0]),
     "smollm3, untied, bias": _config(
         "smollm3", attention_bias=True, tie_word_embeddings=False, no_rope_layers=[1, 1, 0]
     ),
 }
 
-assert {config["model_type"] for config in CONFIGS.values()} == FAMILIES.keys() - {"gemma3", "llama4", "mistral3"}
+# All but those that have one of the others inside.
+LANGUAGE_MODELS = {name for name, family in FAMILIES.items() if not family.language_models}
+assert {config["model_type"] for config in CONFIGS.values()} == LANGUAGE_MODELS

@@ -22,6 +22,7 @@ MESHES = {
     "tensor=8": {"tensor": 8},
     "data=8": {"data": 8},
     "fsdp=2 x context=2 x tensor=2": {"fsdp": 2, "context": 2, "tensor": 2},
+    "data=2 x context=4": {"data": 2, "context": 4},
 }
 
 
@@ -145,6 +146,11 @@ def squares(head, hidden, targets, wanted):
     return out
 
 
+def frozen(head, hidden, targets, weights):
+    further = Further(0.1, 1e-2)
+    return cross_entropy(unembed, head, hidden, targets, weights, None, Chunks(VOCAB, 5), further)["loss"]
+
+
 def main():
     (head, hidden), targets, weights = numbers()
     wanted = jax.value_and_grad(naive, argnums=(0, 1), has_aux=True)(head, hidden, targets, weights)
@@ -162,9 +168,12 @@ def main():
             rows = [sharding.place(mesh, ("batch", "length"), array) for array in (targets, weights)]
             at = sharding.place(mesh, ("batch", "length", "width"), hidden)
             found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(placed, at, *rows)
+            # A frozen head with all columns at once, which changes how the gradient comes about where none is split.
+            alone = jax.jit(jax.grad(frozen, argnums=1))(placed, at, *rows)
         (its_loss, its_correct), (its_head, its_hidden) = found
         errors = {path: float(np.abs(np.asarray(its_head[path]) - d_head[path]).max()) for path in head}
         errors["hidden"] = float(np.abs(np.asarray(its_hidden) - d_hidden).max())
+        errors["hidden alone"] = float(np.abs(np.asarray(alone) - d_hidden).max())
         out[name] = {
             "loss": abs(float(its_loss - loss) / float(loss)),
             "correct": abs(float(its_correct - correct)),

@@ -51,7 +51,9 @@ def numpy_params(model: Decoder, seed: int = 0) -> tree.Tree:
     for path, leaf in tree.flatten(abstract_params(model, one_device())).items():
         noise = rng.standard_normal(leaf.shape)
         fan_in = leaf.shape[-1] if path.endswith("embedding") else leaf.shape[-2] if leaf.ndim > 1 else 1
-        out[path] = (1 + 0.1 * noise if path.endswith("scale") else noise * fan_in**-0.5).astype(np.float32)
+        out[path] = (1 + 0.1 * noise if path.endswith(("scale", "layer_scalar")) else noise * fan_in**-0.5).astype(
+            np.float32
+        )
     return tree.unflatten(out)
 
 

@@ -11,7 +11,7 @@ logging.getLogger("transformers").setLevel(logging.ERROR)  # it remarks on unusu
 
 
 def torch_model(config: dict, seed: int = 0) -> PreTrainedModel:
-    """A float32 model in eval mode with eager attention, no parameter of which is left at its initial constant.
+    """A float32 model in eval mode with eager attention, nothing in whose files is left at its initial constant.
 
     Kernels have variance 1 / in, so that logits are of order 1; vectors (norms, biases, sinks) are moved by 0.1, the
     corrections of routers by 0.2, enough to change which experts are chosen.
@@ -27,6 +27,8 @@ def torch_model(config: dict, seed: int = 0) -> PreTrainedModel:
             if parameter.ndim == 1 or name.endswith("_bias"):
                 if config["model_type"] == "nemotron" and name.endswith("norm.weight"):
                     parameter.zero_()  # it starts from 1, and 1 is added to it: twice as much in every layer
+                if config["model_type"] in ("gemma3n_text", "gemma4_text") and name.endswith("q_norm.weight"):
+                    parameter.mul_(parameter.shape[0] ** -0.5)  # it holds the scale of attention, which is 1 there
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
                 # [in, out] where a layer is stored so (GPT-2's Conv1D, GPT-OSS's and Llama 4's experts), else [out, in]
@@ -37,4 +39,6 @@ def torch_model(config: dict, seed: int = 0) -> PreTrainedModel:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.2)
+            if name.endswith("layer_scalar"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     return model

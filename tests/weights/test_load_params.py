@@ -15,9 +15,12 @@ from support import xla_flags
 from support.family_configs import CONFIGS
 from support.llama_dirs import abstract, assert_is_model, assert_same_bits, llama
 from support.tiny import batch_of, documents, logits
+from support.torch_models import torch_model
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     Mistral3Config,
@@ -54,6 +57,20 @@ def change(path, **tensors):
     file = path / "model.safetensors"
     stored = load_file(file) | {name.replace("__", "."): value for name, value in tensors.items()}
     save_file({name: value for name, value in stored.items() if value is not None}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("count", [1, 0])
+def test_layers_that_predict_further_tokens_are_left_where_the_config_has_them(saved, count):
+    """As in DeepSeek V3's files, behind the decoder's own."""
+    config = json.loads((saved / "config.json").read_text()) | {"num_nextn_predict_layers": count}
+    (saved / "config.json").write_text(json.dumps(config))
+    name = f"model__layers__{config['num_hidden_layers']}__eh_proj__weight"
+    change(saved, **{name: np.ones((4, 8), np.float32)})
+    if count:
+        load(saved)
+    else:
+        with pytest.raises(UserError, match=f"unknown: {name.replace('__', '.')}"):
+            load(saved)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -246,6 +263,74 @@ def test_the_language_model_of_a_multimodal_mistral3(tmp_path, name, record_figu
     record_figure("logits", np.abs(ours - theirs).max())
     assert theirs.std() > 0.1
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_the_language_model_of_a_multimodal_qwen(tmp_path, name):
+    """Under the names of the multimodal model, beside its eyes and the head for further tokens; experts in stacks."""
+    torch_model(CONFIGS[name]).save_pretrained(tmp_path / "text")
+    tensors = load_file(tmp_path / "text/model.safetensors")
+    for layer in range(4 if name == "qwen3_5_moe" else 0):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        its = {
+            part: [tensors.pop(f"{prefix}.{e}.{part}_proj.weight") for e in range(5)] for part in ("gate", "up", "down")
+        }
+        tensors[f"{prefix}.gate_up_proj"] = np.concatenate([np.stack(its["gate"]), np.stack(its["up"])], axis=1)
+        tensors[f"{prefix}.down_proj"] = np.stack(its["down"])
+    inside = {key.replace("model.", "model.language_model.", 1): tensor for key, tensor in tensors.items()}
+    inside |= {key: np.zeros((2, 2), np.float32) for key in ("model.visual.patch_embed.proj.weight", "mtp.fc.weight")}
+    (tmp_path / "whole").mkdir()
+    save_file(inside, tmp_path / "whole/model.safetensors")
+    config = {"model_type": name, "text_config": CONFIGS[name], "vision_config": {}, "tie_word_embeddings": False}
+    (tmp_path / "whole/config.json").write_text(json.dumps(config))
+    text, whole = tree.flatten(load(tmp_path / "text")), tree.flatten(load(tmp_path / "whole"))
+    assert text.keys() == whole.keys()
+    for path, leaf in text.items():
+        assert_same_bits(leaf, whole[path])
+
+
+def test_the_language_model_of_a_multimodal_gemma4(tmp_path, record_figure):
+    """With a vision tower beside it, and keys in the files for layers that use those of others."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4}
+    config = Gemma4Config(text_config=CONFIGS["gemma4"] | {"pad_token_id": 0}, vision_config=vision)
+    torch.manual_seed(0)
+    model = Gemma4ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any(".vision_tower." in name for name in stored)
+    unused = np.ones((16, 32), np.float32)
+    save_file(
+        stored | {"model.language_model.layers.3.self_attn.k_proj.weight": unused}, tmp_path / "model.safetensors"
+    )
+    docs = documents(0, [17])
+    params = load(tmp_path)
+    ours = logits(Decoder(spec_from_config(open_source(tmp_path).config)), {"params": params}, batch_of([docs], 17))[0]
+    with torch.no_grad():
+        theirs = model(torch.tensor(docs[0][0][None]).long()).logits[0].numpy()
+    record_figure("logits", np.abs(ours - theirs).max())
+    assert theirs.std() > 0.1
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_keys_are_not_looked_for_where_layers_use_anothers(tmp_path, name):
+    torch_model(CONFIGS[name]).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    last = CONFIGS[name]["num_hidden_layers"] - 1
+    assert f"model.layers.{last}.self_attn.q_proj.weight" in stored
+    assert f"model.layers.{last}.self_attn.k_proj.weight" not in stored
+    for layer, told in ((last, False), (0, True)):
+        more = {f"model.layers.{layer}.self_attn.v_norm.weight": np.ones(8, np.float32)}
+        save_file(stored | more, tmp_path / "model.safetensors")
+        if told:
+            with pytest.raises(UserError, match=r"unknown: model\.layers\.0\.self_attn\.v_norm\.weight"):
+                load(tmp_path)
+        else:
+            load(tmp_path)
 
 
 SHARDED = """

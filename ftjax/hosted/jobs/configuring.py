@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ftjax.config import GRADER, KEYS
+from ftjax.config_checks import check_type
 from ftjax.errors import UserError
 from ftjax.hosted.jobs.tables import Job
 
@@ -53,12 +54,17 @@ class Data(NamedTuple):
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """UserError where the config keys that all jobs of a server share are unknown, or not the server's to set."""
-    for key in settings:
+    """UserError where the config keys that all jobs of a server share are unknown, mistyped, or not the server's to
+    set."""
+    for key, value in settings.items():
         if key not in KEYS:
             raise UserError(f"settings of jobs: there is no config key {key!r}; ftjax/config.py lists them")
         if key in _OWN:
             raise UserError(f"settings of jobs: {key} follows from each request; leave it out")
+        default, check = KEYS[key]
+        check_type(key, value, default)
+        if key != "model.source" and not check.holds(value):
+            raise UserError(f"settings of jobs: {key}={value!r}: it must be {check.wanted}")
     if not settings.get("model.source"):
         raise UserError("settings of jobs: model.source is missing; name the base that is fine-tuned")
 

@@ -3,17 +3,19 @@
 import time
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import Field
 
-from ftjax.errors import UserError
-from ftjax.evals import graders
+from ftjax.errors import TransientError, UserError
 from ftjax.evals.graders import Judges
+from ftjax.hosted.jobs import trial
 from ftjax.hosted.jobs.jobs import checked
 from ftjax.hosted.jobs.requests import Asked
 from ftjax.hosted.refusals import Refused
+from ftjax.hosted.shares import Shares
 
 _PATH = "/v1/fine_tuning/alpha/graders"
+_AT_ONCE, _OF_KEY, _OPEN = 4, 2, 16  # trials at the same time, those of a key, and those of it that may wait, too
 # What may go wrong, in OpenAI's words.
 _ERRORS = (
     *("formula_parse_error", "invalid_variable_error", "model_grader_parse_error", "model_grader_refusal_error"),
@@ -33,18 +35,23 @@ class Validate(Asked):
 
 
 def routes(judges: Judges) -> APIRouter:
-    router = APIRouter()
+    router, shares = APIRouter(), Shares("trials of graders", _AT_ONCE, _OF_KEY, _OPEN)
 
     @router.post(_PATH + "/validate")
     def validate(asked: Validate) -> dict[str, Any]:
         return {"grader": checked(asked.grader, judges, "grader")}
 
     @router.post(_PATH + "/run")
-    def run(asked: Run) -> dict[str, Any]:
+    async def run(asked: Run, request: Request) -> dict[str, Any]:
+        return await shares.run(request.state.owner, tried, asked)
+
+    def tried(asked: Run) -> dict[str, Any]:
         grader = checked(asked.grader, judges, "grader")
         began = time.perf_counter()
         try:
-            found = graders.grade(grader, asked.model_sample, asked.item or {}, judges)
+            found = trial.grade(grader, asked.model_sample, asked.item or {}, judges)
+        except TransientError:
+            raise
         except UserError as error:
             raise Refused(str(error), param="item", code="invalid_grader") from error
         errors: dict[str, Any] = {name: name in found.errors for name in _ERRORS}

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from ftjax.hosted.refusals import Refused
 from ftjax.hosted.served import Models, Served
 from ftjax.training import workdir as workdirs
 
+_ID = "ftjob-"
 _PURPOSE, _RESULTS = "fine-tune", "fine-tune-results"
 
 
@@ -112,6 +113,7 @@ class Jobs:
     def __enter__(self) -> "Jobs":
         with contextlib.ExitStack() as stack:
             stack.enter_context(workdirs.lock(self._folder))
+            self._sweep()
             thread = threading.Thread(target=self.queue.run, args=(self._end, self._seconds), name="jobs")
             self._end.clear()
             thread.start()
@@ -149,7 +151,7 @@ class Jobs:
         served = self._models.find(asked.model, owner)
         files = {name: getattr(asked, name) for name in ("training_file", "validation_file")}
         found = {name: self._file(name, id, owner) for name, id in files.items() if id is not None}
-        id = new_id("ftjob-")
+        id = new_id(_ID)
         place = self.queue.place(id)
         base = asked.model.removeprefix("ft:").partition(f":{owner}:")[0] if served.adapter else asked.model
         row = Job(
@@ -160,7 +162,7 @@ class Jobs:
             stage=VALIDATE,
             model=asked.model,
             adapter=served.adapter and str(served.adapter),
-            name=f"ft:{base}:{owner}:{asked.suffix or ''}:{id.removeprefix('ftjob-')[:8]}",
+            name=f"ft:{base}:{owner}:{asked.suffix or ''}:{id.removeprefix(_ID)[:8]}",
             seed=random.randrange(2**31) if asked.seed is None else asked.seed,
             training_file=asked.training_file,
             validation_file=asked.validation_file,
@@ -171,7 +173,7 @@ class Jobs:
             labels=asked.metadata,
             result_files=[],
         )
-        with Session(self._engine, expire_on_commit=False) as session, session.begin():
+        with self._whole(place.folder), Session(self._engine, expire_on_commit=False) as session, session.begin():
             waits = Job.status.in_(OPEN), Job.status != "running"
             if session.scalar(select(func.count()).where(Job.owner == owner, *waits)) >= self._queued:
                 raise Refused(
@@ -261,6 +263,23 @@ class Jobs:
                     shutil.rmtree(path, ignore_errors=True)
                 elif path.is_file():
                     path.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Removes the folder of a job that was being made when the server was killed: it has no row."""
+        with Session(self._engine) as session:
+            known = set(session.scalars(select(Job.id)))
+        for path in self._folder.glob(f"{_ID}*"):
+            if path.name not in known:
+                shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _whole(self, folder: Path) -> Iterator[None]:
+        """Nothing of a job remains whose making fails, as where the disk is full."""
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _change(self, id: str, owner: str, status: str, those: tuple[str, ...], told: str, stage="", **values) -> Job:
         """Another status for a job that has one of `those`; the queue ends what runs for it first."""

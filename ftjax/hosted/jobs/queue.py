@@ -140,9 +140,10 @@ class Queue:
         task = self.place(job.id).training()
         found = self._backend.poll(task)
         run = self._follow(job)
-        for step in following.epochs_ends(run.saved, job.every, job.share):
-            if run.records and run.records[-1]["step"] > step:  # its evaluation is over, where there is one
-                self._exported(job, run, step)
+        # In their order; and a step's evaluation, where there is one, is over once there is a later one.
+        ends = following.epochs_ends(run.saved, job.every, job.share)
+        over = [step for step in ends if run.records and run.records[-1]["step"] > step]
+        all(self._exported(job, run, step) for step in over)
         if found.state is State.ENDED and found.status in _STOPPED:
             self._backend.start(task)
         elif found.state is State.ABSENT:
@@ -176,8 +177,8 @@ class Queue:
     def _export(self, job: Job) -> None:
         run = self._follow(job)
         last = run.saved[-1] if run.saved else 0
-        done = [self._exported(job, run, step) for step in following.epochs_ends(run.saved, job.every, job.share)]
-        if not self._exported(job, run, last, final=True) or not all(done):
+        ends = [step for step in following.epochs_ends(run.saved, job.every, job.share) if step != last]
+        if not all(self._exported(job, run, step, final=step == last) for step in [*ends, last]):
             return
         text = following.results(run)
         files = [self._write(job.owner, "step_metrics.csv", text)]
@@ -189,7 +190,14 @@ class Queue:
         shutil.rmtree(self.place(job.id).workdir / "checkpoints", ignore_errors=True)
 
     def _exported(self, job: Job, run: following.Run, step: int, final: bool = False) -> bool:
-        """Whether the adapter of a step is there, or cannot be had; begins to export it where it is not."""
+        """Whether the adapter of a step was there, or cannot be had; begins to export it where it was not.
+
+        One that is listed may have been deleted since.
+        """
+        with Session(self._engine) as session:
+            listed = select(Checkpoint).where(Checkpoint.job == job.id, Checkpoint.step == step)
+            if session.scalar(listed) is not None:
+                return True
         place = self.place(job.id)
         out, task, key = place.adapter(step), place.exporting(step), (job.id, step)
         if not out.is_dir():
@@ -204,17 +212,12 @@ class Queue:
         if not out.is_dir():
             return False
         name = job.name if final or step == run.total else f"{job.name}:ckpt-step-{step}"
+        values = {"owner": job.owner, "created_at": now(), "adapter": str(out), "metrics": following.at(run, step)}
         with Session(self._engine) as session, session.begin():
-            there = session.scalar(select(Checkpoint).where(Checkpoint.job == job.id, Checkpoint.step == step))
-            if there is None:
-                values = {
-                    "owner": job.owner,
-                    "created_at": now(),
-                    "adapter": str(out),
-                    "metrics": following.at(run, step),
-                }
-                session.add(Checkpoint(id=new_id("ftckpt_"), job=job.id, step=step, name=name, **values))
-                tell(session, job.id, f"Checkpoint created at step {step}")
+            if not self._moved(session, job, job.stage):
+                return False
+            session.add(Checkpoint(id=new_id("ftckpt_"), job=job.id, step=step, name=name, **values))
+            tell(session, job.id, f"Checkpoint created at step {step}")
         return True
 
     def _stop(self, job: Job) -> None:

@@ -93,6 +93,12 @@ class NewJob(Asked):
             raise ValueError("metadata may have 16 keys of 64 characters each")
         return metadata
 
+    @model_validator(mode="after")
+    def _one_form(self) -> "NewJob":
+        if self.method is not None and self.hyperparameters is not None:
+            raise ValueError("hyperparameters is the older form of method; give them in method alone")
+        return self
+
     def of_method(self) -> tuple[str, dict[str, Any]]:
         """The method's name and its hyperparameters, those of the older form of a request included."""
         if self.method is None:

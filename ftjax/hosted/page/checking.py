@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +20,11 @@ from ftjax.hosted.jobs.jobs import of_rows
 from ftjax.hosted.jobs.requests import Asked, Method, NewJob, Text
 from ftjax.hosted.jobs.tables import Job
 from ftjax.hosted.refusals import Refused
+from ftjax.hosted.shares import Shares
 
 _SECONDS = 300.0  # that a check may take
 _LOOK = 0.1  # seconds between two looks at one
-_AT_ONCE = 2  # checks that run at the same time; others wait
-_OF_KEY = 4  # that a key may have open
+_AT_ONCE, _OF_KEY, _OPEN = 2, 1, 4  # checks at the same time, those of a key, and those of it that may wait, too
 _FIGURES = ("rows", "looked_at", "used", "heldout", "truncated", "copies", "near_copies", "tokens", "trained")
 
 
@@ -38,29 +37,17 @@ class Check(Asked):
 
 def routes(files: Files, settings: Mapping[str, Any], seconds: float = _SECONDS) -> APIRouter:
     """settings: config keys that all jobs share; seconds: that a check may take."""
-    router, running, opened = APIRouter(), anyio.CapacityLimiter(_AT_ONCE), Counter[str]()
+    router, shares = APIRouter(), Shares("checks", _AT_ONCE, _OF_KEY, _OPEN)
 
     @router.post("/v1/ftjax/files/{file_id}/check")
     async def check(file_id: str, asked: Check, request: Request) -> dict[str, Any]:
         owner = request.state.owner
-        if opened[owner] >= _OF_KEY:
-            raise Refused(
-                f"{_OF_KEY} checks of your key are not done; wait for one of them",
-                code="rate_limit_exceeded",
-                status=429,
-            )
-        opened[owner] += 1
-        try:
+        async with shares.of(owner):
             train = await anyio.to_thread.run_sync(of_rows, files, file_id, owner)
             heldout = None
             if asked.validation_file is not None:
                 heldout = await anyio.to_thread.run_sync(of_rows, files, asked.validation_file, owner)
-            async with running:
-                return await _checked(files, settings, asked.method, train, heldout, seconds, request)
-        finally:
-            opened[owner] -= 1
-            if not opened[owner]:
-                del opened[owner]
+            return await _checked(files, settings, asked.method, train, heldout, seconds, request)
 
     return router
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ftjax import adapted, sharding
-from ftjax.hosted.generation import Generation, Writing
+from ftjax.hosted.generation import STOPS, Generation, Writing
 from ftjax.hosted.logs import log
 from ftjax.hosted.refusals import Refused
 from ftjax.hosted.tinker import bodies, checkpoints, wire
@@ -211,6 +211,8 @@ class Samplers:
         # As the client says: None is the model's own ends, a list is instead of them; but text stops beside them, since
         # an end token has none.
         stops: Sequence[Any] = [params.stop] if isinstance(params.stop, str) else (params.stop or [])
+        if len(stops) > STOPS:
+            raise Refused(f"stop has {len(stops)} ends; use up to {STOPS}", param="stop")
         texts = [stop for stop in stops if isinstance(stop, str)]
         tokens = [stop for stop in stops if isinstance(stop, int)]
         if params.stop is None or texts:

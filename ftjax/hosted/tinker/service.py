@@ -92,8 +92,7 @@ class Service:
         """Refused (410) where the session has ended."""
         self.store.session(id, owner)
         with self._lock:
-            if id in self._finished:
-                raise Refused(f"the session {id} has ended", code="session_finished", status=410)
+            self._check_open(id)
             self._seen[id] = self._clock()
 
     def finish(self, id: str, owner: str) -> None:
@@ -104,6 +103,11 @@ class Service:
         """Ends sessions that are not heard of any more, and deletes what has expired."""
         self._end(self._silent(IDLE))
         self.store.expire()
+
+    def _check_open(self, session: str) -> None:
+        """Whose holder has the lock: what a session that has ended is given nobody would ever end."""
+        if session in self._finished:
+            raise Refused(f"the session {session} has ended", code="session_finished", status=410)
 
     def _silent(self, seconds: float) -> list[str]:
         with self._lock:
@@ -118,6 +122,13 @@ class Service:
                 del self._models[id]
         for id in sessions:
             self.samplers.end(id)
+
+    def _end_again(self, session: str) -> None:
+        """For who has just given a session something, where it ended meanwhile."""
+        with self._lock:
+            ended = session in self._finished
+        if ended:
+            self.samplers.end(session)
 
     # What is asked of models
 
@@ -221,6 +232,7 @@ class Service:
             write(directory)
             id = f"{live.session}:sample:{body.sampling_session_seq_id}"
             self.samplers.passing(id, owner, live.session, live.id, directory, body.kind == "inflight")
+            self._end_again(live.session)
             return {"sampling_session_id": id, **kind}
 
         return self._in_line(owner, body.model_id, body.seq_id, save)
@@ -259,7 +271,7 @@ class Service:
         return self.samplers.sample(owner, body)
 
     def create_sampler(self, owner: str, body: bodies.CreateSamplingSession) -> str:
-        self.store.session(body.session_id, owner)
+        self.beat(body.session_id, owner)
         adapter = None
         if body.model_path is not None:
             checkpoint = self.store.find(body.model_path, owner)
@@ -275,6 +287,7 @@ class Service:
             self._check_base(body.base_model)
         id = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
         self.samplers.add(id, owner, body.session_id, body.model_path, adapter)
+        self._end_again(body.session_id)
         return id
 
     def _new(
@@ -296,6 +309,7 @@ class Service:
             learner = make()
             self.store.begin(id, owner, session, self.names[0], learner.shape._asdict(), metadata)
             with self._lock:
+                self._check_open(session)
                 self._models[id] = Live(id, owner, session, learner)
             return {"model_id": id, "type": kind} | (more or {})
 
@@ -330,6 +344,7 @@ class Service:
                 status=404,
             )
         with self._lock:
+            self._check_open(live.session)
             self._seen[live.session] = self._clock()
         last = secrets.token_hex(8) if number is None else str(number)
         return self.work.submit(f"{id}:{last}", owner, lambda: do(live), size, live.line, number)

@@ -23,6 +23,7 @@ WEIGHTS, SAMPLER = "weights", "sampler_weights"
 KINDS = {WEIGHTS: "training", SAMPLER: "sampler"}  # as paths have them, and as lists do
 _SCHEME = "tinker://"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:=@+-]{0,127}")
+_MOST_METADATA = 2**14  # characters, as JSON: of sessions and checkpoints there may be many
 _SHORTEST, _LONGEST = 3600, 10 * 365 * 24 * 3600  # seconds that a checkpoint may be kept for
 
 
@@ -107,6 +108,16 @@ def check_ttl(seconds: int | None) -> None:
         )
 
 
+def _text(metadata: Any) -> str:
+    text = json.dumps(metadata or {})
+    if len(text) > _MOST_METADATA:
+        raise Refused(
+            f"user_metadata has {len(text):,} characters as JSON; at most {_MOST_METADATA:,} are kept",
+            param="user_metadata",
+        )
+    return text
+
+
 class Store:
     """The rows of a database and the directories below `folder`.
 
@@ -126,7 +137,7 @@ class Store:
         now = int(self._clock())
         row = {"id": id, "owner": owner, "created_at": now, "display_name": display_name}
         with Session(self._engine) as session, session.begin():
-            session.add(Opened(**row, user_metadata=json.dumps(metadata or {})))
+            session.add(Opened(**row, user_metadata=_text(metadata)))
 
     def session(self, id: str, owner: str) -> Opened:
         return self._one(Opened, id, owner, "session")
@@ -139,7 +150,7 @@ class Store:
     def begin(self, id: str, owner: str, session_id: str, base_model: str, shape: dict, metadata: Any) -> None:
         """A new run; nothing where it is there already."""
         row = {"id": id, "owner": owner, "session": session_id, "base_model": base_model, "shape": json.dumps(shape)}
-        row |= {"user_metadata": json.dumps(metadata or {}), "last_at": int(self._clock())}
+        row |= {"user_metadata": _text(metadata), "last_at": int(self._clock())}
         with Session(self._engine) as session, session.begin():
             if session.scalar(sqlalchemy.select(Run).where(Run.id == id)) is None:
                 session.add(Run(**row))
@@ -201,6 +212,7 @@ class Store:
         check_ttl(ttl)
         now = int(self._clock())
         row = {"owner": run.owner, "run": run.id, "kind": kind, "name": name, "shape": run.shape}
+        row |= {"user_metadata": _text(metadata)}
         row |= {"base_model": run.base_model, "created_at": now, "expires_at": None if ttl is None else now + ttl}
         with Session(self._engine) as session:
             same = Checkpoint.run == run.id, Checkpoint.kind == kind, Checkpoint.name == name
@@ -224,7 +236,7 @@ class Store:
             with Session(self._engine, expire_on_commit=False) as session, session.begin():
                 if old is not None:
                     session.execute(sqlalchemy.delete(Checkpoint).where(Checkpoint.number == old.number))
-                made = Checkpoint(**row, user_metadata=json.dumps(metadata or {}))
+                made = Checkpoint(**row)
                 session.add(made)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)

@@ -104,7 +104,7 @@ class Programs:
                 "this base has experts, which have no adapters here; create the model with train_mlp=False",
                 param="lora_config.train_mlp",
             )
-        kinds = {"self_attn": shape.train_attn, "lm_head": shape.train_unembed}
+        kinds = dict.fromkeys(_MIXERS, shape.train_attn) | {"lm_head": shape.train_unembed}
         chosen = [path for path in kernels if kinds.get(_kind(path), shape.train_mlp)]
         if not chosen:
             raise Refused("the adapter adapts nothing of this base; train more of it", param="lora_config")
@@ -279,11 +279,12 @@ def prompt_logps(
     return found, Topk(np.concatenate([nothing[0], ids]), np.concatenate([nothing[1], their]))
 
 
+_MIXERS = ("self_attn", "linear_attn", "conv")  # attention, and what some layers have in its place
 _TRAINED = re.compile(r"/lora_(a|b)$")
 
 
 def _kind(path: str) -> str:
-    return next((part for part in path.split("/") if part in ("self_attn", "lm_head")), "mlp")
+    return next((part for part in path.split("/") if part in (*_MIXERS, "lm_head")), "mlp")
 
 
 def _with(params: Tree, adapter: Tree) -> Tree:

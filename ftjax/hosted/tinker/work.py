@@ -34,6 +34,7 @@ class Asked:
     def __init__(self, id: str, owner: str, do: Callable[[], Any], size: int):
         self.id, self.owner, self.do, self.size = id, owner, do, size
         self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.future.set_running_or_notify_cancel()  # who gives up waiting for it does not cancel it
         self.since = time.monotonic()
         self.ended: float | None = None
 

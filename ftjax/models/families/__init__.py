@@ -8,15 +8,19 @@ from ftjax.models.families import (
     apertus,
     arcee,
     cohere,
+    deepseek,
     ernie,
     exaone,
     gemma,
+    gemma3n,
+    gemma4,
     glm,
     gpt2,
     gpt_oss,
     granite,
     helium,
     hunyuan,
+    lfm2,
     llama,
     llama4,
     minimax,
@@ -29,6 +33,7 @@ from ftjax.models.families import (
     phi3,
     phimoe,
     qwen,
+    qwen_next,
     seed_oss,
     stablelm,
     starcoder2,
@@ -57,12 +62,15 @@ _INSIDE = (
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
 )
+_SENSES = r"^model\.(vision_tower|embed_vision|audio_tower|embed_audio)\."
 _VISION = r"^(model\.)?(vision_tower|vision_model|multi_modal_projector)\."
 
 FAMILIES: dict[str, Family] = {
     "apertus": Family(apertus.apertus, "ApertusForCausalLM", apertus.NAMES),
     "arcee": Family(arcee.arcee, "ArceeForCausalLM"),
     "cohere2": Family(cohere.cohere2, "Cohere2ForCausalLM"),
+    "deepseek_v2": Family(deepseek.deepseek_v2, "DeepseekV2ForCausalLM", deepseek.NAMES),
+    "deepseek_v3": Family(deepseek.deepseek_v3, "DeepseekV3ForCausalLM", deepseek.NAMES),
     "ernie4_5": Family(ernie.ernie4_5, "Ernie4_5ForCausalLM"),
     "ernie4_5_moe": Family(ernie.ernie4_5_moe, "Ernie4_5_MoeForCausalLM", ernie.MOE_NAMES, ignored=ernie.IGNORED),
     "exaone4": Family(exaone.exaone4, "Exaone4ForCausalLM"),
@@ -75,8 +83,26 @@ FAMILIES: dict[str, Family] = {
         language_models=("gemma3_text",),
     ),
     "gemma3_text": Family(gemma.gemma3, "Gemma3ForCausalLM"),
+    "gemma3n": Family(
+        gemma3n.gemma3n,
+        "Gemma3nForConditionalGeneration",
+        read_as=_INSIDE,
+        ignored=_SENSES,
+        language_models=("gemma3n_text",),
+    ),
+    "gemma3n_text": Family(gemma3n.gemma3n, "Gemma3nForCausalLM", gemma3n.NAMES),
+    "gemma4": Family(
+        gemma4.gemma4,
+        "Gemma4ForConditionalGeneration",
+        read_as=_INSIDE,
+        ignored=_SENSES,
+        language_models=("gemma4_text",),
+    ),
+    "gemma4_text": Family(gemma4.gemma4, "Gemma4ForCausalLM", gemma4.NAMES),
     "glm": Family(glm.glm, "GlmForCausalLM"),
     "glm4": Family(glm.glm, "Glm4ForCausalLM", glm.GLM4_NAMES),
+    "glm4_moe": Family(glm.glm4_moe, "Glm4MoeForCausalLM", deepseek.NAMES),
+    "glm4_moe_lite": Family(glm.glm4_moe_lite, "Glm4MoeLiteForCausalLM", deepseek.NAMES),
     "gpt2": Family(gpt2.gpt2, "GPT2LMHeadModel", gpt2.NAMES, gpt2.AS_STORED, gpt2.READ_AS, gpt2.IGNORED),
     "gpt_oss": Family(gpt_oss.gpt_oss, "GptOssForCausalLM", gpt_oss.NAMES, gpt_oss.AS_STORED),
     "granite": Family(granite.granite, "GraniteForCausalLM"),
@@ -84,6 +110,7 @@ FAMILIES: dict[str, Family] = {
     "helium": Family(helium.helium, "HeliumForCausalLM"),
     "hunyuan_v1_dense": Family(hunyuan.hunyuan, "HunYuanDenseV1ForCausalLM", hunyuan.NAMES),
     "hunyuan_v1_moe": Family(hunyuan.hunyuan_moe, "HunYuanMoEV1ForCausalLM", hunyuan.MOE_NAMES),
+    "lfm2": Family(lfm2.lfm2, "Lfm2ForCausalLM", lfm2.NAMES),
     "llama": Family(llama.llama, "LlamaForCausalLM"),
     "llama4": Family(
         llama4.llama4,
@@ -117,6 +144,26 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(qwen.qwen2_moe, "Qwen2MoeForCausalLM", qwen.MOE_NAMES),
     "qwen3": Family(qwen.qwen3, "Qwen3ForCausalLM"),
     "qwen3_moe": Family(qwen.qwen3_moe, "Qwen3MoeForCausalLM", qwen.MOE_NAMES),
+    "qwen3_5": Family(
+        qwen_next.qwen3_5,
+        "Qwen3_5ForConditionalGeneration",
+        read_as=_INSIDE,
+        ignored=qwen_next.IGNORED,
+        language_models=("qwen3_5_text",),
+    ),
+    "qwen3_5_moe": Family(
+        qwen_next.qwen3_5_moe,
+        "Qwen3_5MoeForConditionalGeneration",
+        qwen.MOE_NAMES,
+        read_as=_INSIDE,
+        ignored=qwen_next.IGNORED,
+        language_models=("qwen3_5_moe_text",),
+    ),
+    "qwen3_5_moe_text": Family(
+        qwen_next.qwen3_5_moe, "Qwen3_5MoeForCausalLM", qwen.MOE_NAMES, ignored=qwen_next.IGNORED
+    ),
+    "qwen3_5_text": Family(qwen_next.qwen3_5, "Qwen3_5ForCausalLM", ignored=qwen_next.IGNORED),
+    "qwen3_next": Family(qwen_next.qwen3_next, "Qwen3NextForCausalLM", qwen.MOE_NAMES, ignored=qwen_next.IGNORED),
     "seed_oss": Family(seed_oss.seed_oss, "SeedOssForCausalLM"),
     "smollm3": Family(llama.smollm3, "SmolLM3ForCausalLM"),
     "stablelm": Family(stablelm.stablelm, "StableLmForCausalLM", stablelm.NAMES),
@@ -166,7 +213,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
             f"config.json of a {config['model_type']!r} model: no port of a language model {shorten(name)} in it, "
             f"only of {', '.join(names)}"
         )
-    ids = {key: value for key, value in config.items() if key.endswith("_token_id") and "image" not in key}
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     tied = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
     return ids | config["text_config"] | tied | {"model_type": name, "architectures": [FAMILIES[name].architecture]}
 

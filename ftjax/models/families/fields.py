@@ -5,8 +5,8 @@ from typing import Any
 
 from ftjax.errors import UserError
 from ftjax.models.layers import ACTIVATIONS
-from ftjax.models.rope import make_rope, rope_parameters
-from ftjax.models.spec import Rope
+from ftjax.models.rope import make_rope, rope_parameters, yarn_magnitude
+from ftjax.models.spec import Latent, Rope
 
 # Or a corrupt config would make lists as long as it pleases.
 MAX_LAYERS = 10_000
@@ -128,12 +128,49 @@ def decoder_fields(
     }
 
 
+def latent_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """As `decoder_fields`, of latent attention; what RoPE knows as a head is the part of one that it turns."""
+    turned, value_dim = size(config, "qk_rope_head_dim", 64), size(config, "v_head_dim", 128)
+    given = config | {"head_dim": turned, "num_key_value_heads": None}  # as many as of queries, whatever it says
+    fields, head_dim = decoder_fields(given), turned + size(config, "qk_nope_head_dim", 128)
+    q_rank = None if config.get("q_lora_rank") is None else size(config, "q_lora_rank")
+    scale, rope = head_dim**-0.5, rope_parameters(config)
+    if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
+        scale *= yarn_magnitude(positive(rope, "factor", 1.0), number(rope, "mscale_all_dim", 0.0)) ** 2
+    return fields | {
+        "head_dim": head_dim,
+        "latent": Latent(size(config, "kv_lora_rank", 512), turned, value_dim, q_rank),
+        "attention_scales": (scale,) * fields["num_hidden_layers"],
+        "rope_interleaved": flag(config, "rope_interleave", True),
+    }
+
+
+def dense_first(config: dict[str, Any], fields: dict[str, Any]) -> list[bool]:
+    """Which layers have no experts: the first `first_k_dense_replace`."""
+    refuse(config, "moe_layer_freq", harmless=1)
+    count = config.get("first_k_dense_replace") or 0
+    if type(count) is not int or count < 0:
+        raise UserError(f"config.json: first_k_dense_replace={shorten(count)} is not a number of layers")
+    return [layer < count for layer in range(fields["num_hidden_layers"])]
+
+
 def layer_types(config: dict[str, Any], default: Sequence[bool], kind: str = "sliding_attention") -> list[bool]:
     """Which layers have a sliding window, or are of another `kind`, from `layer_types` where the config has it."""
-    named = config.get("layer_types")
+    return _are(config, kind, "full_attention", default)
+
+
+def attending(config: dict[str, Any], other: str, default: Sequence[bool]) -> list[bool]:
+    """Which layers have attention and are not what `layer_types`, where the config has it, calls `other`."""
+    found = _are(config, "full_attention", other, default)
+    if not any(found):
+        raise UserError("config.json: layer_types without any full_attention are not supported; one layer has to be")
+    return found
+
+
+def _are(config: dict[str, Any], kind: str, other: str, default: Sequence[bool]) -> list[bool]:
+    named, kinds = config.get("layer_types"), {kind: True, other: False}
     if named is None:
         return list(default)
-    kinds = {kind: True, "full_attention": False}
     if not isinstance(named, list) or len(named) != len(default) or not all(str(kind) in kinds for kind in named):
         raise UserError(
             f"config.json: layer_types has to name {len(default)} layers, each {' or '.join(kinds)}; "

@@ -37,7 +37,7 @@ def gemma2(config: dict[str, Any]) -> DecoderSpec:
 
 def gemma3(config: dict[str, Any]) -> DecoderSpec:
     config = _DEFAULTS | {"max_position_embeddings": 131_072, "vocab_size": 262_208} | config
-    ropes = _ropes(config)
+    ropes = two_ropes(config)
     config = config | {"rope_parameters": None, "rope_scaling": None}
     fields = _fields(config, size(config, "sliding_window_pattern", size(config, "_sliding_window_pattern", 6)))
     refuse(config, "attn_logit_softcapping", harmless=None)  # transformers ignores it in Gemma 3
@@ -47,7 +47,7 @@ def gemma3(config: dict[str, Any]) -> DecoderSpec:
     return DecoderSpec(**fields, qk_norm="head", logit_softcap=optional(config, "final_logit_softcapping"))
 
 
-def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
+def two_ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
     """The parameters of the layers that see all, and of those with a window."""
     given, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     if not isinstance(given, dict) or not isinstance(scaling, dict):

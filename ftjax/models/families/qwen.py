@@ -58,15 +58,20 @@ def qwen3_moe(config: dict[str, Any]) -> DecoderSpec:
     return _with_dense_layers(config, spec, 6144)
 
 
+def sparse_layers(config: dict[str, Any], layers: int) -> list[bool]:
+    """Which layers the config leaves in the mixture."""
+    step, named = size(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    if not isinstance(named, list) or not all(type(layer) is int for layer in named):
+        raise UserError(f"config.json: mlp_only_layers={shorten(named)} is not a list of numbers of layers")
+    only_mlp = set(named)
+    return [layer not in only_mlp and (layer + 1) % step == 0 for layer in range(layers)]
+
+
 def _with_dense_layers(config: dict[str, Any], spec: DecoderSpec, width: int) -> DecoderSpec:
     """`spec` with the layers that the config takes out of the mixture; width: of their MLP, where it does not say."""
     dense = Kind("dense", (("intermediate_size", size(config, "intermediate_size", width)), ("experts", None)))
-    step, layers = size(config, "decoder_sparse_step", 1), range(spec.num_hidden_layers)
-    named = config.get("mlp_only_layers") or []
-    if not isinstance(named, list) or not all(type(layer) is int for layer in named):
-        raise UserError(f"config.json: mlp_only_layers={shorten(named)} is not a list of numbers of layers")
-    only_mlp, sparse = set(named), Kind("sparse")
-    return spec.with_kinds([dense if layer in only_mlp or (layer + 1) % step else sparse for layer in layers])
+    sparse = Kind("sparse")
+    return spec.with_kinds([sparse if of else dense for of in sparse_layers(config, spec.num_hidden_layers)])
 
 
 def _with_windows(config: dict[str, Any], fields: dict[str, Any], first: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ string, a type (uint32) and a value; for each tensor its name, number of dimensi
 `general.alignment`; the tensors. A string is its length in bytes (uint64) and its UTF-8.
 """
 
+import functools
 import math
 import mmap
 import struct
@@ -42,11 +43,20 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises UserError for a file that is damaged, big-endian, one part of several, or of an unknown quantization.
     """
     try:
-        with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return _Header(data).read()
+        stat = path.stat()
+        metadata, tensors = _read(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
     except (OSError, ValueError, struct.error) as error:
         raise UserError(f"{path}: not a valid GGUF file ({error}); download it again") from error
+    return dict(metadata), dict(tensors)
+
+
+# A model's weights and its tokenizer are read one after the other, and a vocabulary takes a third of a second.
+@functools.lru_cache(maxsize=1)
+def _read(path: Path, version: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """version: by which a file that was written anew is another one."""
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return _Header(data).read()
 
 
 class _Header:

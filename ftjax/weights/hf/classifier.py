@@ -14,16 +14,21 @@ import numpy as np
 from ftjax.errors import UserError
 from ftjax.models.families import FAMILIES
 from ftjax.weights.hf.keys import FLOATS, finite_cast
-from ftjax.weights.hf.mxfp4 import MXFP4Reader
-from ftjax.weights.hf.safetensors import SafetensorsReader
+from ftjax.weights.hf.quantized import Unpacked
 
 FACTS = "ftjax_reward"  # our own key of a config.json, see `Head.facts`
 TEXTS, TOKENS = "ForSequenceClassification", "ForTokenClassification"
 MODULES = ("score", "classifier")  # the names that a head has, which peft always saves whole
-_STEMS = {"gemma3_text": "Gemma3Text"}  # where other classes of the family are called otherwise
+_STEMS = {
+    "gemma3_text": "Gemma3Text",
+    "qwen3_5_text": "Qwen3_5Text",
+}  # where other classes of the family are called otherwise
 # In transformers 5.24.
-_WITHOUT = {TEXTS: {"granite", "ernie4_5", "cohere2", "apertus"}}
+_WITHOUT = {TEXTS: {"granite", "ernie4_5", "cohere2", "apertus", "lfm2", "qwen3_5_moe_text"}}
+_WITHOUT[TEXTS] |= {"glm4_moe", "glm4_moe_lite", "gemma3n_text", "gemma4_text"}
 _WITHOUT[TOKENS] = {"granite", "ernie4_5", "cohere2", "gemma3_text", "hunyuan_v1_dense", "olmo", "olmo2", "olmo3"}
+_WITHOUT[TOKENS] |= {"lfm2", "qwen3_5_moe_text", "qwen3_5_text", "deepseek_v2", "glm4_moe", "glm4_moe_lite"}
+_WITHOUT[TOKENS] |= {"gemma3n_text", "gemma4_text"}
 _LM_HEAD = "lm_head.weight"
 
 
@@ -101,7 +106,7 @@ class ClassifierReader:
     Its config is that of the same model with the embedding as output head, since files without one describe no other.
     """
 
-    def __init__(self, reader: "SafetensorsReader | MXFP4Reader"):
+    def __init__(self, reader: Unpacked):
         self.path: Path = reader.path
         self.config: dict[str, Any] = reader.config | {"tie_word_embeddings": True}
         self.kind = kind_of(reader.config)

@@ -22,9 +22,9 @@ class Key:
     """One parameter of ours as it is called, laid out and shaped in Hugging Face files.
 
     `template` has a `{}` for each of our leading dimensions, `stack`, that the files split into tensors: the layer,
-    and the expert where each has its own. `shape` is that of one Hugging Face tensor: [out, in] for a linear layer, or
-    [experts, out, in], which `transposed` says ours ([in, out]) is the transpose of. `layers` has Hugging Face's number
-    of each layer in our stack; () outside the layers.
+    and the expert where each has its own. `shape` is that of one Hugging Face tensor: [out, in] for a linear layer
+    or [experts, out, in], which `transposed` says ours ([in, out]) is the transpose of. `layers` has Hugging Face's
+    number of each layer in our stack; () outside the layers.
     """
 
     template: str

@@ -1,6 +1,6 @@
-"""Quantized checkpoints: MXFP4 (OpenAI's GPT-OSS) is read as bfloat16, every other kind is refused.
+"""MXFP4 (OpenAI's GPT-OSS), read as bfloat16.
 
-MXFP4 (OCP Microscaling Formats v1.0, 5.3.3 and 5.4.1): 32 numbers of 4 bits (E2M1), two to a byte, low half first,
+The format (OCP Microscaling Formats v1.0, 5.3.3 and 5.4.1): 32 numbers of 4 bits (E2M1), two to a byte, low half first,
 are multiplied by one power of two (E8M0).
 """
 
@@ -15,23 +15,6 @@ from ftjax.weights.hf.safetensors import SafetensorsReader
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _BLOCKS, _SCALES = "_blocks", "_scales"
-
-
-def unpacked(reader: SafetensorsReader) -> "SafetensorsReader | MXFP4Reader":
-    """`reader`, or one that reads its MXFP4 tensors as bfloat16. UserError, by name, for other kinds."""
-    for config in (reader.config, reader.config.get("text_config")):
-        quantization = config.get("quantization_config") if isinstance(config, dict) else None
-        if not quantization:
-            continue
-        is_dict = isinstance(quantization, dict)
-        method = quantization.get("quant_method", "of a kind that it does not name") if is_dict else quantization
-        if method != "mxfp4":
-            raise UserError(
-                f"{reader.path}: the weights are quantized ({method}, by quantization_config in config.json), which is "
-                "not supported; use the unquantized checkpoint of this model"
-            )
-        return MXFP4Reader(reader)
-    return reader
 
 
 class MXFP4Reader:

@@ -173,7 +173,7 @@ def _listed(
 
 
 def _suffix(name: str, others: set[str], dotted: bool) -> str:
-    """The shortest run of last parts of `name` with which none of `others` ends."""
+    """The shortest run of last parts of `name` with which none of `others` ends; not "0", which layers are called."""
     pieces, dot = name.split("."), "." if dotted else ""
-    suffixes = (".".join(pieces[-length:]) for length in range(1, len(pieces) + 1))
+    suffixes = (".".join(pieces[-length:]) for length in range(1, len(pieces) + 1) if not pieces[-length].isdigit())
     return next(one for one in suffixes if not any((dot + other).endswith(dot + one) for other in others))

@@ -9,12 +9,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.chat_templates import CHATML, make_tokenizer
+from support.family_configs import CONFIGS
 from support.llama_dirs import abstract, as_numpy, assert_same_bits, llama, no_tokenizer
 from support.model_dirs import with_scale, write_merged
+from support.tiny import numpy_params
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ftjax import lora, tree
 from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.weights.hf import safetensors_write, write
 from ftjax.weights.hf.together import gather
@@ -35,6 +38,16 @@ def loaded(directory, tied=True, dtype=torch.float32):
 @pytest.fixture
 def small(tmp_path):
     return loaded(tmp_path / "original")
+
+
+def test_a_routers_correction_stays_in_float32_whatever_the_rest_is(tmp_path):
+    spec = spec_from_config(CONFIGS["deepseek_v3"])
+    params = numpy_params(Decoder(spec))
+    write_merged(tmp_path / "out", params, spec, CONFIGS["deepseek_v3"], no_tokenizer, dtype=jnp.bfloat16)
+    with safe_open(tmp_path / "out/model.safetensors", "np") as stored:
+        found = stored.get_tensor("model.layers.1.mlp.gate.e_score_correction_bias")
+        assert stored.get_slice("model.layers.1.mlp.gate.weight").get_dtype() == "BF16"
+    assert_same_bits(found, params["layers"]["sparse_1"]["mlp"]["correction"][0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

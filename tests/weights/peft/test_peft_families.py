@@ -39,29 +39,47 @@ _LLAMA = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_
 _ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 _UNGATED = ["down_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 _ONE_UP = ["down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
+_MIXTURE = ["k_proj", "o_proj", "q_proj", "shared_expert_gate", "v_proj"]
+_PER_LAYER = ["per_layer_input_gate", "per_layer_model_projection", "per_layer_projection"]
+_ALTUP = [f"altup_{name}projections.{number}" for name in ("", "unembed_") for number in range(2)]
+_ALTUP += ["correction_coefs", "linear_left", "linear_right", "modality_router", "prediction_coefs"]
 NAMES = {
     "llama": _LLAMA,
     "phi": ["dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"],
     "starcoder2": ["c_fc", "c_proj", "k_proj", "o_proj", "q_proj", "v_proj"],
-    "qwen2_moe": ["k_proj", "o_proj", "q_proj", "shared_expert_gate", "v_proj"],
+    "qwen2_moe": _MIXTURE,
     "phi3": ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"],
     "gpt2": ["c_attn", "c_fc", "c_proj"],
     "gemma3": _LLAMA,
+    "gemma4": sorted([*_LLAMA, *_PER_LAYER]),
+    "gemma4, experts, double wide": sorted(["k_proj", "o_proj", "q_proj", "v_proj", *_PER_LAYER]),
     "mixtral": _ATTENTION,
     "qwen3_moe, a dense layer first": _ATTENTION,
+    "qwen3_5": sorted([*_LLAMA, *(f"in_proj_{name}" for name in ("a", "b", "qkv", "z")), "out_proj"]),
+    "deepseek_v3": ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"],
 }
 # Those of which each has the names of another above.
 MORE = {"apertus": _UNGATED, "arcee": _UNGATED, "nemotron": _UNGATED, "glm": _ONE_UP, "glm4": _ONE_UP}
 MORE |= dict.fromkeys(("cohere2", "ernie4_5", "exaone4", "helium", "hunyuan_v1_dense", "ministral"), _LLAMA)
+MORE |= {"gemma3n": sorted([*_LLAMA, *_PER_LAYER, *_ALTUP])}
 MORE |= dict.fromkeys(("ministral3", "olmo", "olmo3", "seed_oss", "stablelm"), _LLAMA)
 MORE |= dict.fromkeys(("granitemoe", "hunyuan_v1_moe", "llama4"), _ATTENTION)
+MORE["lfm2"] = ["in_proj", "k_proj", "out_proj", "q_proj", "v_proj", "w1", "w2", "w3"]
+MORE["qwen3_next"] = sorted([*_MIXTURE, "in_proj_ba", "in_proj_qkvz", "out_proj"])
 NAMES |= MORE
 # What peft would take for experts by the name of its module.
+_SHARED = [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up")]
 PARAMETERS = {
     "hunyuan_v1_moe": [f"shared_mlp.{name}_proj.weight" for name in ("down", "gate", "up")],
     "llama4": ["down_proj.weight", "gate_proj.weight", "up_proj.weight"],
-    "qwen2_moe": [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up")],
+    "qwen2_moe": _SHARED,
+    "qwen3_next": _SHARED,
+    "gemma4, experts, double wide": ["down_proj.weight", "gate_proj.weight", "up_proj.weight"],
     "qwen3_moe, a dense layer first": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "deepseek_v3": [
+        *(f"mlp.{name}_proj.weight" for name in ("down", "gate", "up")),
+        *(f"shared_experts.{name}_proj.weight" for name in ("down", "gate", "up")),
+    ],
 }
 TOKENS = documents(0, [12])[0][0]
 
@@ -118,7 +136,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 def case(request, tmp_path_factory):
     case = Case(torch_model(CONFIGS[request.param]), tmp_path_factory.mktemp("case"))
     case.name, case.ours = request.param, case.adapters("all-linear")
-    case.layers = sum(len(leaf) for path, leaf in tree.flatten(case.ours).items() if path.endswith("lora_a"))
+    adapted = [(path, leaf) for path, leaf in tree.flatten(case.ours).items() if path.endswith("lora_a")]
+    case.layers = sum(len(leaf) if path.startswith("layers/") else 1 for path, leaf in adapted)
     return case
 
 
