@@ -386,14 +386,14 @@ MORE_CONFIGS = {
         attention_bias=True,
         tie_word_embeddings=False,
     ),
-    # The lenders of keys and values are in the second round of a period.
+    # The lender of keys and values is in the second round of a period.
     "gemma4, shared keys of a period": _config(
         "gemma4_text",
-        num_hidden_layers=6,
-        layer_types=["sliding_attention", "full_attention"] * 3,
+        num_hidden_layers=5,
+        layer_types=[*["sliding_attention", "full_attention"] * 2, "full_attention"],
         head_dim=8,
         global_head_dim=12,
-        num_kv_shared_layers=2,
+        num_kv_shared_layers=1,
         sliding_window=4,
         hidden_size_per_layer_input=40,
         vocab_size_per_layer_input=61,
