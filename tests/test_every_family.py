@@ -32,7 +32,8 @@ def root(tmp_path_factory):
 def test_a_run_of_every_family_comes_out_in_transformers(root, name, record_figure):
     positions = "n_positions" if CONFIGS[name]["model_type"] == "gpt2" else "max_position_embeddings"
     tokenizer = make_tokenizer(CHATML)
-    model = torch_model(CONFIGS[name] | {"vocab_size": 400, positions: 256, "eos_token_id": tokenizer.eos_token_id})
+    sizes = {size: 400 for size in ("vocab_size", "vocab_size_per_layer_input") if size in CONFIGS[name]}
+    model = torch_model(CONFIGS[name] | sizes | {positions: 256, "eos_token_id": tokenizer.eos_token_id})
     where = root / name
     model.save_pretrained(where / "model")
     tokenizer.save_pretrained(where / "model")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ftjax.models.layers import NORMS, Linear
 from ftjax.models.mlp import MLP, Experts
+from ftjax.models.routing import route
 from ftjax.models.spec import DecoderSpec
 
 
@@ -53,6 +54,5 @@ class ScaledRouter(nn.Module):
         x = NORMS["rms_bare"](spec.norm_eps, *dtypes)(x)
         x = x * vector("scale", spec.hidden_size).astype(self.dtype) * jnp.asarray(spec.hidden_size**-0.5, self.dtype)
         logits = Linear(experts.count, ("embed", None), *dtypes, out_dtype=jnp.float32, name="proj")(x)
-        top, chosen = jax.lax.top_k(logits, experts.per_token)
-        # The softmax over those chosen is the softmax over all made to sum to 1.
-        return jax.nn.softmax(top) * vector("per_expert_scale", experts.count).astype(jnp.float32)[chosen], chosen
+        weights, chosen = route(logits, experts)
+        return weights * vector("per_expert_scale", experts.count).astype(jnp.float32)[chosen], chosen

@@ -110,7 +110,7 @@ def _per_token_forward(unembed, chunks, further, *arguments):
     frozen = not any(leaf.perturbed for leaf in jax.tree.leaves(arguments[0], is_leaf=_is_primal))
     at_once = frozen and _at_once(chunks, head, hidden)
     out, log_norms, d_hidden = _made(unembed, chunks, further, head, hidden, *others, at_once)
-    return out, (None, d_hidden, head) if at_once else ((head, hidden, *others, log_norms), None, None)
+    return out, (None, d_hidden) if at_once else ((head, hidden, *others, log_norms), None)
 
 
 def _is_primal(leaf):
@@ -145,14 +145,13 @@ def _per_token_backward(unembed, chunks, further, saved, gradients):
     """gradients: `PerToken` of what `per_token` returns, of which that of the loss alone counts. Returns one for each
     argument of `per_token` that can have one, None for the others.
     """
-    again, d_hidden, head = saved
+    again, d_hidden = saved
     # The others are metrics: their gradients are dropped, and so no loss may be made of them.
     gradient = gradients.loss
     if isinstance(gradient, SymbolicZero):
         gradient = jnp.zeros(gradient.shape, gradient.dtype)
     if again is None:  # a token's loss changes by its own hidden state alone, so its gradient is a factor
-        d_head = jax.tree.map(jnp.zeros_like, head)  # which nothing reads
-        return d_head, (d_hidden * gradient[..., None]).astype(d_hidden.dtype), None, None, None
+        return None, (d_hidden * gradient[..., None]).astype(d_hidden.dtype), None, None, None
     head, hidden, *_ = again
     mesh, split, specs, by_token = parts.placed(head, hidden)
 

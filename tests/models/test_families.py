@@ -259,6 +259,7 @@ def test_the_first_spelling_of_longrope():
             {"per_layer_config": {"2": {"head_dim": 8}, "4": {"head_dim": 4}}},
             "heads of unlike shapes",
         ),
+        (CONFIGS["gemma4"], {"vocab_size_per_layer_input": 60}, "vocab_size_per_layer_input of a Gemma 4 is less"),
         (CONFIGS["gemma4"], {"global_head_dim": 9}, "4 heads do not go with {'head_dim': 9"),
         (CONFIGS["gemma3n"], {"altup_active_idx": 3}, "altup_active_idx=3 of altup_num_inputs=3"),
         (CONFIGS["gemma3n"], {"activation_sparsity_pattern": [0.5]}, "activation_sparsity_pattern has 1 numbers"),

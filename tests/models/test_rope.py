@@ -15,7 +15,7 @@ from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
 from ftjax.models.spec import Rope
 
 # Families with several ropes, or a kind of their own, which transformers has no function for.
-OTHERS = ("gemma3_text", "olmo3", "hunyuan_v1_dense")
+OTHERS = ("gemma3_text", "gemma3n_text", "gemma4_text", "olmo3", "hunyuan_v1_dense")
 
 
 def is_scaled(config):
@@ -24,6 +24,16 @@ def is_scaled(config):
 
 
 SCALED = {name: config for name, config in (CONFIGS | MORE_CONFIGS | configs()).items() if is_scaled(config)}
+
+
+def test_proportional_frequencies_are_those_of_transformers():
+    config = CONFIGS["gemma4"]
+    fields = copy.deepcopy({name: value for name, value in config.items() if name != "model_type"})
+    theirs = AutoConfig.for_model(config["model_type"], **fields)
+    expected, _ = ROPE_INIT_FUNCTIONS["proportional"](theirs, "cpu", layer_type="full_attention")
+    ours = spec_from_config(config).ropes[0].frequencies
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=5e-7, atol=0)
+    assert [frequency > 0 for frequency in ours] == [True] * 3 + [False] * 3
 
 
 @pytest.mark.parametrize("config", SCALED.values(), ids=SCALED.keys())

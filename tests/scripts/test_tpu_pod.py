@@ -259,7 +259,7 @@ def test_dry_run_prints_the_commands_and_runs_none(pod):
     assert not (pod.fake / "calls").exists()
     for words in session:
         if words[0] == "stop":
-            pod.wait_for(lambda: pod.starts(1))
+            pod.wait_for(lambda: pod.starts(0) and pod.starts(1))
         if words[0] != "logs":  # it would follow for ever
             pod(*words)
     real = pod.calls()

@@ -184,7 +184,7 @@ CONFIGS = {
         num_kv_shared_layers=2,
         use_double_wide_mlp=True,
         sliding_window=4,
-        hidden_size_per_layer_input=16,
+        hidden_size_per_layer_input=40,
         vocab_size_per_layer_input=61,
         enable_moe_block=True,
         num_experts=5,
@@ -437,16 +437,16 @@ MORE_CONFIGS = {
         attention_bias=True,
         tie_word_embeddings=False,
     ),
-    # The lenders of keys and values are in the second round of a period.
+    # The lender of keys and values is in the second round of a period.
     "gemma4, shared keys of a period": _config(
         "gemma4_text",
-        num_hidden_layers=6,
-        layer_types=["sliding_attention", "full_attention"] * 3,
+        num_hidden_layers=5,
+        layer_types=[*["sliding_attention", "full_attention"] * 2, "full_attention"],
         head_dim=8,
-        global_head_dim=4,
-        num_kv_shared_layers=2,
+        global_head_dim=12,
+        num_kv_shared_layers=1,
         sliding_window=4,
-        hidden_size_per_layer_input=16,
+        hidden_size_per_layer_input=40,
         vocab_size_per_layer_input=61,
     ),
     "gpt2, plain, relu": {

@@ -38,6 +38,7 @@ def main(names):
     for name in names:
         config = CONFIGS[name] | (EVEN if "hidden_size" in CONFIGS[name] else GPT2_EVEN)
         config |= {size: 4 for size in ("num_experts", "num_local_experts", "moe_num_experts") if size in config}
+        config |= {"vocab_size_per_layer_input": 64} if "vocab_size_per_layer_input" in config else {}
         if "rope_scaling" in config and config["model_type"] == "phi3":
             config["head_dim"] = None
         if config["model_type"] == "lfm2":  # its stream grows with depth: of the last layers gradients would be tiny

@@ -37,6 +37,8 @@ def gemma4(config: dict[str, Any]) -> DecoderSpec:
     if isinstance(config.get("layer_types"), list):  # the last layer sees all, whatever is said, as in transformers
         config["layer_types"] = [*config["layer_types"][:-1], "full_attention"]
     fields, sliding = gemma_fields(config, period=6)
+    if fields["per_layer"] and fields["per_layer"].rows < fields["vocab_size"]:
+        raise UserError("config.json: vocab_size_per_layer_input of a Gemma 4 is less than its vocab_size")
     sliding[-1], fields["layer_windows"] = False, (*fields["layer_windows"][:-1], None)
     fields["layer_ropes"] = (*fields["layer_ropes"][:-1], 0)
     shapes = [_shape(config, fields, layer, slides) for layer, slides in enumerate(sliding)]
