@@ -12,7 +12,7 @@ def test_the_example_is_the_file_the_registry_and_the_test_config():
     whole, registry, tests = BLOCKS
     assert whole == (ROOT / "ftjax/models/families/olmo2.py").read_text()
     assert registry in (ROOT / "ftjax/models/families/__init__.py").read_text()
-    configs = (ROOT / "tests/support/family_configs.py").read_text()
+    configs = "".join((ROOT / f"tests/support/{name}.py").read_text() for name in ("family_configs", "more_configs"))
     assert all(line + "\n" in configs for line in tests.splitlines())
 
 

@@ -4,7 +4,8 @@ import copy
 import math
 
 import pytest
-from support.family_configs import CONFIGS, LANGUAGE_MODELS, MORE_CONFIGS
+from support.family_configs import CONFIGS, LANGUAGE_MODELS
+from support.more_configs import MORE_CONFIGS
 from support.tiny import CONFIG, spec
 from transformers import AutoConfig
 

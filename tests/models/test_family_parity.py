@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from support.family_configs import CONFIGS, MORE_CONFIGS
+from support.family_configs import CONFIGS
+from support.more_configs import MORE_CONFIGS
 from support.tiny import batch_of, documents, one_device
 from support.torch_models import torch_model
 from support.witness import torch_gradients, torch_logits

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.family_configs import CONFIGS, MORE_CONFIGS
+from support.family_configs import CONFIGS
+from support.more_configs import MORE_CONFIGS
 from support.tiny import numpy_params
 
 from ftjax import lora

@@ -5,7 +5,8 @@ import copy
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.family_configs import CONFIGS, MORE_CONFIGS
+from support.family_configs import CONFIGS
+from support.more_configs import MORE_CONFIGS
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -7,8 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from support.family_configs import CONFIGS, MORE_CONFIGS
+from support.family_configs import CONFIGS
 from support.llama_dirs import abstract, assert_same_bits
+from support.more_configs import MORE_CONFIGS
 from support.torch_models import torch_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 

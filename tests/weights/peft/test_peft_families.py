@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from support.family_configs import CONFIGS, MORE_CONFIGS
+from support.family_configs import CONFIGS
 from support.model_dirs import with_scale
+from support.more_configs import MORE_CONFIGS
 from support.tiny import batch_of, documents, logits, one_device
 from support.torch_models import torch_model
 from transformers import (

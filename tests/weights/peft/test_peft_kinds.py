@@ -10,7 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import load_file, save_file
-from support.family_configs import CONFIGS, MORE_CONFIGS
+from support.family_configs import CONFIGS
+from support.more_configs import MORE_CONFIGS
 from support.tiny import batch_of, documents, logits, one_device
 from support.torch_models import torch_model
 
