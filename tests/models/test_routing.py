@@ -1,4 +1,4 @@
-"""Routers against a loop over tokens in float64 NumPy, and against DeepSeek V3's in transformers."""
+"""Routers against a loop over tokens in float64 NumPy, and against DeepSeek V3's and Phi-3.5-MoE's in transformers."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
 from ftjax.models.routing import route
 from ftjax.models.spec import Experts
@@ -90,3 +91,28 @@ def test_equals_transformers_with_its_gradients(normalize, record_figure):
     assert difference < 1e-5
     np.testing.assert_allclose(gradient, theirs.grad.numpy(), atol=1e-5)
     assert not of_correction.any()
+
+
+@pytest.mark.parametrize("slack", [0.01, 0.3], ids=["few near", "many near"])
+def test_sparsemixer_equals_transformers_with_its_gradients(slack, record_figure):
+    rng = np.random.default_rng(2)
+    logits, factors = rng.standard_normal((60, 8)) + 1, rng.standard_normal((60, 8))
+    logits[:10] -= 5  # all below zero, where what is far is measured by the logit's own size
+    theirs = torch.tensor(logits, requires_grad=True)
+    weights, chosen = sparsemixer(theirs, slack, training=False)
+    expected = torch.zeros(60, 8, dtype=torch.float64).scatter(1, chosen, weights)
+    (expected * torch.from_numpy(factors)).sum().backward()
+
+    experts = Experts(8, 2, False, score="sparsemixer", slack=slack)
+
+    def total(logits):
+        ours = spread(*route(logits, experts), 8)
+        return (ours * factors).sum(), ours
+
+    gradient, ours = jax.grad(total, has_aux=True)(jnp.asarray(logits, jnp.float32))
+    record_figure("weights", np.abs(ours - expected.detach().numpy()).max())
+    record_figure("gradients", np.abs(gradient - theirs.grad.numpy()).max())
+    np.testing.assert_allclose(ours, expected.detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(gradient, theirs.grad.numpy(), atol=1e-5)
+    near = np.sum(expected.detach().numpy() * (expected.detach().numpy() < 1), axis=1) > 0
+    assert near.any(), "some experts share with others"
