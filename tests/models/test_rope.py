@@ -16,7 +16,7 @@ from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
 from ftjax.models.spec import Rope
 
 # Families with several ropes, or a kind of their own, which transformers has no function for.
-OTHERS = ("gemma3_text", "gemma3n_text", "gemma4_text", "olmo3", "hunyuan_v1_dense")
+OTHERS = ("gemma3_text", "gemma3n_text", "gemma4_text", "olmo3", "hunyuan_v1_dense", "hunyuan_v1_moe")
 
 
 def is_scaled(config):
@@ -45,6 +45,7 @@ def test_scaled_frequencies_are_those_of_transformers(config, record_figure):
     theirs = AutoConfig.for_model(config["model_type"], **fields)
     compute = ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]]
     expected, scale = compute(theirs, "cpu")
+    scale = theirs.rope_parameters.get("short_mscale", scale)  # Phi-3.5-MoE has one of its own
     assert rope.scale == pytest.approx(scale, rel=1e-7)
     pairs = [(rope.frequencies, expected)]
     if rope.long_frequencies is not None:

@@ -64,12 +64,13 @@ MORE = {"apertus": _UNGATED, "arcee": _UNGATED, "nemotron": _UNGATED, "glm": _ON
 MORE |= dict.fromkeys(("cohere2", "ernie4_5", "exaone4", "helium", "hunyuan_v1_dense", "ministral"), _LLAMA)
 MORE |= {"gemma3n": sorted([*_LLAMA, *_PER_LAYER, *_ALTUP])}
 MORE |= dict.fromkeys(("ministral3", "olmo", "olmo3", "seed_oss", "stablelm"), _LLAMA)
-MORE |= dict.fromkeys(("granitemoe", "hunyuan_v1_moe", "llama4"), _ATTENTION)
+MORE |= dict.fromkeys(("ernie4_5_moe", "granitemoe", "hunyuan_v1_moe", "llama4", "minimax_m2", "phimoe"), _ATTENTION)
 MORE["lfm2"] = ["in_proj", "k_proj", "out_proj", "q_proj", "v_proj", "w1", "w2", "w3"]
 MORE["qwen3_next"] = sorted([*_MIXTURE, "in_proj_ba", "in_proj_qkvz", "out_proj"])
 NAMES |= MORE
 # What peft would take for experts by the name of its module.
 _SHARED = [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up")]
+_DENSE_AND_SHARED = [f"{of}.{name}_proj.weight" for of in ("mlp", "shared_experts") for name in ("down", "gate", "up")]
 PARAMETERS = {
     "hunyuan_v1_moe": [f"shared_mlp.{name}_proj.weight" for name in ("down", "gate", "up")],
     "llama4": ["down_proj.weight", "gate_proj.weight", "up_proj.weight"],
@@ -77,10 +78,8 @@ PARAMETERS = {
     "qwen3_next": _SHARED,
     "gemma4, experts, double wide": ["down_proj.weight", "gate_proj.weight", "up_proj.weight"],
     "qwen3_moe, a dense layer first": ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"],
-    "deepseek_v3": [
-        *(f"mlp.{name}_proj.weight" for name in ("down", "gate", "up")),
-        *(f"shared_experts.{name}_proj.weight" for name in ("down", "gate", "up")),
-    ],
+    "deepseek_v3": _DENSE_AND_SHARED,
+    "ernie4_5_moe": _DENSE_AND_SHARED,
 }
 TOKENS = documents(0, [12])[0][0]
 
