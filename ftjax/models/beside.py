@@ -30,8 +30,7 @@ def mixture_beside(
     alone = dataclasses.replace(spec, intermediate_size=spec.experts.shared, experts=None)
     dense = MLP(alone, *dtypes, block=block, name="mlp")(normed)
     weights, chosen = ScaledRouter(spec, *dtypes, name="router")(x)
-    inside = dataclasses.replace(spec, gate="halves")
-    sparse = Experts(inside, *dtypes, name="experts")(norm("pre_feedforward_layernorm_2", x), weights, chosen)
+    sparse = Experts(spec, *dtypes, name="experts")(norm("pre_feedforward_layernorm_2", x), weights, chosen)
     return norm("post_feedforward_layernorm_1", dense) + norm("post_feedforward_layernorm_2", sparse)
 
 

@@ -112,8 +112,7 @@ class Mixture(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.zeros, (None,) * len(shape))
             correction = self.param("correction", init, shape, jnp.float32)
         weights, chosen = route(router(x), experts, correction)
-        own = dataclasses.replace(spec, gate=experts.gate or spec.gate)
-        out = Experts(own, *dtypes, name="experts")(x, weights, chosen)
+        out = Experts(spec, *dtypes, name="experts")(x, weights, chosen)
         if experts.shared is None:
             return out
         alone = dataclasses.replace(spec, intermediate_size=experts.shared, experts=None)
@@ -133,7 +132,8 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
         """x [B, T, D] in `dtype`; weights float32 and chosen int32 [B, T, per_token] -> [B, T, D]."""
-        spec, count = self.spec, self.spec.experts.count
+        count = self.spec.experts.count
+        spec = dataclasses.replace(self.spec, gate=self.spec.experts.gate or self.spec.gate)
         hidden, inner = spec.hidden_size, spec.intermediate_size
         sizes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner)}
         if spec.gate != "separate":

@@ -59,7 +59,7 @@ def gemma4(config: dict[str, Any]) -> DecoderSpec:
     )
     if flag(config, "enable_moe_block"):
         sizes, shared = (size(config, "num_experts"), size(config, "top_k_experts")), fields["intermediate_size"]
-        fields["experts"] = Experts(*sizes, normalize=True, shared=shared, beside=True)
+        fields["experts"] = Experts(*sizes, normalize=True, shared=shared, gate="halves", beside=True)
         fields["intermediate_size"] = size(config, "moe_intermediate_size")
     kinds = _kinds(config, fields, sliding, shapes)
     cap = optional(config, "final_logit_softcapping")
