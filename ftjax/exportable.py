@@ -35,7 +35,7 @@ def check_peft(config: ConfigDict, base: Base, variables: Tree, vllm_rank: int |
     if "lora" not in variables:
         raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
     whole = assemble.trained_whole(config, base)
-    refuse_experts([*tree.by_module(variables["lora"]), *whole])
+    refuse_experts(whole)
     if vllm_rank is not None and COLLECTION in variables:
         raise UserError("--vllm: vLLM has no adapters of reward models and classifiers; leave --vllm out, or merge it")
     if vllm_rank is not None:

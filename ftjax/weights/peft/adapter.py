@@ -30,6 +30,7 @@ from ftjax.weights.hf.together import gather, new_directory_together
 from ftjax.weights.hf.write import head_tensors, tensor_values, write_json
 from ftjax.weights.load import stored_names
 from ftjax.weights.peft import config as peft_config
+from ftjax.weights.peft import expert_adapters, experts
 from ftjax.weights.peft import keys as peft_keys
 from ftjax.weights.peft.config import LoraSettings
 from ftjax.weights.peft.keys import EMBEDDING, HEAD, PREFIX
@@ -116,15 +117,17 @@ def write_adapter(
     save_tokenizer: writes a tokenizer that is not the base's into a directory.
     head: of numbers, which makes it the adapter of a ...ForSequenceClassification or ...ForTokenClassification.
 
-    Raises UserError when `out` exists and is not empty, for NaN or infinite values, and for adapters of experts;
-    ValueError when the adapters do not belong to `spec`.
+    Raises UserError when `out` exists and is not empty, for NaN or infinite values, and for experts and routers that
+    were trained whole; ValueError when the adapters do not belong to `spec`.
     """
     spec = spec if head is None else _without_token_head(spec)
     keys, params = peft_keys.adaptable(spec), hf_names(spec)
-    modules = tree.by_module(adapters)
-    saved = dict(saved or {})
-    refuse_experts([*modules, *saved])
-    if not modules or not keys.keys() >= modules.keys() or not params.keys() >= saved.keys():
+    everything, saved = tree.by_module(adapters), dict(saved or {})
+    refuse_experts(saved)
+    joined = expert_adapters.joined(everything, spec)
+    of_experts = {module for its in joined.values() for module in its.adapters}
+    modules = {module: parts for module, parts in everything.items() if module not in of_experts}
+    if not everything or not keys.keys() >= modules.keys() or not params.keys() >= saved.keys():
         raise ValueError(f"no adapters, or adapters of modules that can have none: {sorted([*modules, *saved])}")
     dora = any("lora_magnitude" in parts for parts in modules.values())
     tensors, layers = [], {}
@@ -138,6 +141,13 @@ def write_adapter(
             for part, (name, shape) in named.items():
                 values = functools.partial(_part, parts, part, place)
                 tensors.append(Tensor(name, shape, np.dtype(parts[part].dtype), values))
+    layers |= {module: its.layers() for module, its in joined.items()}
+    for module, its in joined.items():
+        for place, (rank, _) in layers[module].items():
+            name = PREFIX + keys[module].numbered(peft_keys.module_name(keys[module], multimodal), place)
+            name = experts.wrapped(name, place in layers.get(experts.outside(module), {}))
+            for part, (tensor, shape) in its.parameter.parts(name, rank).items():
+                tensors.append(Tensor(tensor, shape, its.dtype(part), functools.partial(its.part, part, place)))
     for path, leaf in saved.items():
         if leaf.shape != params[path].our_shape:
             raise ValueError(f"{path} has the shape {leaf.shape}, not {params[path].our_shape}")
@@ -166,6 +176,8 @@ def write_adapter(
     if base.revision:
         config["revision"] = base.revision
     facts = {"version": 1, "base_model": base.name, "base_sha256": base.digest, "base_quantized": base.quantized}
+    if joined:
+        facts["experts"] = {module: its.ranks for module, its in joined.items()}
     if head is not None:
         facts[classifier.FACTS] = dict(head.facts) | {"pad_token_id": head.pad}
     with new_directory_together(out) as directory:
@@ -183,11 +195,11 @@ def write_adapter(
 
 
 def refuse_experts(names: Iterable[str]) -> None:
-    """UserError where one of these modules or parameters is of a mixture, of which peft's directories hold none."""
+    """UserError where one of these modules that are trained whole is of a mixture, of which peft has no copies."""
     if wrong := [name for name in names if "/experts/" in name or "/router/" in name]:
         raise UserError(
-            f"{wrong[0]}: adapters and copies of experts and routers are neither written for peft nor read, as its "
-            "releases store them differently; use --format merged or hf"
+            f"{wrong[0]}: peft's modules_to_save has no experts and routers; train adapters of them, or use --format "
+            "merged or hf"
         )
 
 
@@ -235,6 +247,9 @@ class StoredAdapter:
     multimodal: bool
     copies: dict[str, str]  # copies of the base's tensors: {name here: Hugging Face's name}
     file: SafetensorsFile
+    experts: tuple[
+        expert_adapters.Stored, ...
+    ] = ()  # of `modules`, `ranks` and `layers` those of experts, as they are stored
     kind: str | None = None  # of a model with a head of numbers, see `weights.hf.classifier`; None: it is for tokens
 
     def rank(self, module: str) -> int:
@@ -264,7 +279,10 @@ class StoredAdapter:
         """
         lora_leaves: dict[str, list[np.ndarray]] = {}
         settings = self.settings
+        of_experts = {path: leaf for its in self.experts for path, leaf in its.read(self._read).items()}
         for module, key in self.modules.items():
+            if experts.is_expert(module):
+                continue
             for place, rank, layer in zip(key.places(), self.ranks[module], self.layers[module], strict=True):
                 tensors = peft_keys.parts(module, key, place, rank, settings.dora, self.multimodal)
                 for part, (name, shape) in tensors.items():
@@ -279,6 +297,7 @@ class StoredAdapter:
         for path, of_layers in lora_leaves.items():
             stack = self.modules[path.rpartition("/")[0]].stack
             out[path] = np.stack(of_layers).reshape((*stack, *np.shape(of_layers[0])))
+        out |= of_experts
         saved = {}
         for path, key in self.saved.items():
             values = [self._read(peft_keys.whole_name(key, place, self.multimodal)) for place in key.places()]
@@ -344,7 +363,17 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     expected: dict[str, tuple[int, ...]] = {}
     modules, ranks, layers, copies = {}, {}, {}, {}
     parameters = peft_keys.as_parameters(keys, spec) if config.get("target_parameters") else set()
+    facts = read_json(inside(path, FACTS)) if inside(path, FACTS).is_file() else {}
+    of_experts = expert_adapters.stored(facts, config, settings, spec, multimodal)
+    for its in of_experts:
+        for module in its.modules:
+            modules[module], layers[module] = its.parameter.key, its.whole
+            ranks[module] = [its.rank_of(module, rank) for rank in its.ranks]
+        for name, rank in zip(its.names, its.ranks, strict=True):
+            expected |= dict(its.parameter.parts(name, rank).values()) if rank else {}
     for module, key in keys.items():
+        if experts.is_expert(module):
+            continue
         template = peft_keys.module_name(key, multimodal)
         names = [f"{name}.weight" if module in parameters else name for name in peft_keys.layer_names(key, multimodal)]
         of_layers = [peft_config.by_pattern(settings.rank_pattern, name, settings.rank) for name in names]
@@ -352,7 +381,7 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
             dict(peft_keys.parts(module, key, place, rank, settings.dora, multimodal).values())
             for place, rank in zip(key.places(), of_layers)
         ]
-        named = [peft_config.is_target(name, config) for name in names]
+        named = [peft_config.is_target(name, config, module in parameters) for name in names]
         if not any(named) and not any(its.keys() & stored.names() for its in tensors):
             continue
         if not any(named):  # by a regular expression, which is not followed here: it is every layer that can be meant
@@ -396,7 +425,9 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
                 f"{file}: its embedding and output head were trained apart, which are one in this model; train it "
                 "with ensure_weight_tying"
             )
-    return StoredAdapter(path, config, settings, modules, ranks, layers, saved, multimodal, copies, stored, kind)
+    return StoredAdapter(
+        path, config, settings, modules, ranks, layers, saved, multimodal, copies, stored, of_experts, kind
+    )
 
 
 def _refuse_run(path: Path) -> None:

@@ -174,7 +174,7 @@ def read_settings(path: Path, config: dict[str, Any], spec: DecoderSpec, conv1d:
     problems = [f"{name}={config.get(name)!r}" for name in _REQUIRED if not _allowed(name, config)]
     known = _HARMLESS | _READ | _REQUIRED.keys()
     problems += [f"{name}={value!r}" for name, value in sorted(config.items()) if name not in known and value]
-    if not _only_dense(config.get("target_parameters"), spec):
+    if not _all_known(config.get("target_parameters"), spec):
         problems.append(f"target_parameters={config['target_parameters']!r}")
     if problems:
         raise UserError(
@@ -235,16 +235,16 @@ def unmatched(patterns: Mapping[str, float], names: Iterable[str]) -> list[str]:
     return [key for key in patterns if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
 
 
-def is_target(name: str, config: dict[str, Any]) -> bool:
-    """Whether a list of target_modules, or of target_parameters, names this module or parameter of a layer.
+def is_target(name: str, config: dict[str, Any], parameter: bool = False) -> bool:
+    """Whether a list of target_modules, or of target_parameters, names this module or `parameter` of a layer.
 
     A regular expression (a string) is left to the keys. As in peft, layers_to_transform counts where a module's name is
     not given whole.
     """
-    targets = config.get("target_parameters" if name.endswith(".weight") else "target_modules")
+    targets = config.get("target_parameters" if parameter else "target_modules")
     if not isinstance(targets, list) or config.get("exclude_modules"):
         return False
-    chosen = name in targets or name.endswith(".weight") or in_chosen_layers(name, config)
+    chosen = name in targets or parameter or in_chosen_layers(name, config)
     return chosen and any(isinstance(target, str) and f".{name}".endswith(f".{target}") for target in targets)
 
 
@@ -262,11 +262,16 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _only_dense(targets: Any, spec: DecoderSpec) -> bool:
+def _all_known(targets: Any, spec: DecoderSpec) -> bool:
     """Whether target_parameters names nothing but what is written there, too."""
     adaptable = peft_keys.adaptable(spec)
-    keys = [adaptable[module] for module in peft_keys.as_parameters(adaptable, spec)]
-    names = [f".{name}.weight" for key in keys for name in peft_keys.layer_names(key, False)]
+    modules = peft_keys.as_parameters(adaptable, spec)
+    names = [
+        f".{name}"
+        for module in modules
+        for multimodal in (False, True)
+        for name in peft_keys.parameter_names(module, adaptable[module], multimodal)
+    ]
     return not targets or (
         isinstance(targets, list)
         and all(isinstance(target, str) and any(name.endswith(f".{target}") for name in names) for target in targets)

@@ -7,6 +7,8 @@ from ftjax.lora import linear_kernels
 from ftjax.models.groups import stacks
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.hf.keys import Key, hf_names
+from ftjax.weights.peft import experts
+from ftjax.weights.peft.experts import is_expert
 
 PREFIX = "base_model.model."
 EMBEDDING = "embed_tokens"  # our module
@@ -14,10 +16,13 @@ HEAD = "lm_head"  # ours and transformers', also where it is tied and so has no 
 
 
 def adaptable(spec: DecoderSpec) -> dict[str, Key]:
-    """{"layers/mlp/up_proj": the Key of its kernel}: the linear layers, and the token embedding."""
+    """{"layers/mlp/up_proj": the Key of its kernel}: the linear layers, the token embedding, and the
+    parameters of experts (experts.py).
+    """
     keys = hf_names(spec)
     paths = [*linear_kernels(keys), f"{EMBEDDING}/embedding"]
-    return {path.rpartition("/")[0]: keys[path] for path in paths}
+    of_experts = {name: parameter.key for name, parameter in experts.parameters(spec).items()}
+    return {path.rpartition("/")[0]: keys[path] for path in paths} | of_experts
 
 
 def is_conv1d(modules: dict[str, Key]) -> bool:
@@ -26,13 +31,14 @@ def is_conv1d(modules: dict[str, Key]) -> bool:
 
 
 def as_parameters(modules: Iterable[str], spec: DecoderSpec) -> set[str]:
-    """Those of `modules` that peft can only be told of as parameters: dense or shared MLPs beside a mixture.
+    """Those of `modules` that peft can only be told of as parameters: experts, and dense or shared MLPs beside them.
 
     With transformers 5, peft takes any name that ends with "up_proj" for a part of a mixture's experts, which are one
     parameter there. Named by its weight in target_parameters a dense layer is left alone; its tensors are the same.
     """
     mixture = any(stack.spec.experts for stack in stacks(spec))
-    return {module for module in modules if mixture and "/mlp/" in module and module.endswith("_proj")}
+    beside = {module for module in modules if mixture and "/mlp/" in module and module.endswith("_proj")}
+    return beside | set(filter(is_expert, modules))
 
 
 def tensor_name(key: Key, multimodal: bool) -> str:
@@ -111,8 +117,11 @@ def target_modules(places: Places, spec: DecoderSpec, multimodal: bool) -> list[
 
 
 def target_parameters(places: Places, spec: DecoderSpec, multimodal: bool) -> list[str]:
-    """Likewise the weights of those in `as_parameters`."""
-    return [f"{name}.weight" for name in _listed(as_parameters(places, spec), spec, multimodal, True, places)]
+    """Likewise the parameters of those in `as_parameters`."""
+    modules = as_parameters(places, spec)
+    of_experts = set(filter(is_expert, modules))
+    dense = [f"{name}.weight" for name in _listed(modules - of_experts, spec, multimodal, True, places)]
+    return sorted([*dense, *_listed(of_experts, spec, multimodal, True, places)])
 
 
 def modules_to_save(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> list[str]:
@@ -125,7 +134,7 @@ def patterns(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> lis
 
     To peft each is a regular expression of the end of a name, which is a parameter's for those in `as_parameters`.
     """
-    end = r"\.weight" if as_parameters(modules, spec) else ""
+    end = _end(modules, spec)
     if not multimodal:
         return [re.escape(name) + end for name in _listed(modules, spec, multimodal, dotted=True)]
     names = _names(spec, multimodal)
@@ -136,8 +145,13 @@ def patterns_of_layers(
     module: str, places: Iterable[tuple[int, ...]], spec: DecoderSpec, multimodal: bool
 ) -> list[str]:
     """Keys of rank_pattern for each of these layers of the module alone."""
-    end, key = r"\.weight" if as_parameters([module], spec) else "", adaptable(spec)[module]
+    end, key = _end([module], spec), adaptable(spec)[module]
     return [re.escape(key.numbered(module_name(key, multimodal), place)) + end for place in places]
+
+
+def _end(modules: Iterable[str], spec: DecoderSpec) -> str:
+    """What a pattern has after the name of these modules, which are of one kind."""
+    return r"\.weight" if as_parameters(modules, spec) and not any(map(is_expert, modules)) else ""
 
 
 def layer_names(key: Key, multimodal: bool) -> list[str]:
@@ -145,9 +159,19 @@ def layer_names(key: Key, multimodal: bool) -> list[str]:
     return [key.numbered(module_name(key, multimodal), place) for place in key.places()]
 
 
+def parameter_names(module: str, key: Key, multimodal: bool) -> list[str]:
+    """The same of the parameter of one of those in `as_parameters`."""
+    names = layer_names(key, multimodal)
+    return names if is_expert(module) else [f"{name}.weight" for name in names]
+
+
 def _names(spec: DecoderSpec, multimodal: bool) -> dict[str, tuple[str, Key]]:
-    """{our module: transformers' name of it, with {} for the layer}, of all that have parameters."""
-    return {path.rpartition("/")[0]: (module_name(key, multimodal), key) for path, key in hf_names(spec).items()}
+    """{our module: transformers' name of it, with {} for the layer}, of all that have parameters; of experts as in
+    `adaptable`.
+    """
+    plain = {path.rpartition("/")[0]: key for path, key in hf_names(spec).items() if not is_expert(path)}
+    keys = plain | {name: parameter.key for name, parameter in experts.parameters(spec).items()}
+    return {module: (module_name(key, multimodal), key) for module, key in keys.items()}
 
 
 def _listed(
@@ -158,7 +182,10 @@ def _listed(
     places: of all that are adapted, where `modules` are some of these.
     """
     modules, names = set(modules), _names(spec, multimodal)
+    # A parameter of experts is never called by the name of a module, nor of a weight.
     others = {name for module, (name, _) in names.items() if module not in modules}
+    if not any(map(is_expert, modules)):
+        others -= {name for module, (name, _) in names.items() if is_expert(module)}
     if places is not None and layers_to_transform(places, spec, multimodal) is None:
         others |= {names[module][0] for module in _partial(places, spec)}  # of layers that are not adapted
     found = set()

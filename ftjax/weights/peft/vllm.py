@@ -12,6 +12,7 @@ from ftjax import lora, tree
 from ftjax.errors import UserError
 from ftjax.tree import Tree
 from ftjax.weights.peft.adapter import rank_of
+from ftjax.weights.peft.experts import is_expert
 from ftjax.weights.peft.keys import EMBEDDING, HEAD
 
 MAX_RANK = 16
@@ -27,6 +28,7 @@ def uniform(adapters: Tree, saved: Collection[str], max_rank: int = MAX_RANK) ->
     rank = max(map(rank_of, modules.values()))
     refused = {
         "modules_to_save": bool(saved),
+        "adapters of experts": any(map(is_expert, modules)),
         "DoRA": any("lora_magnitude" in parts for parts in modules.values()),
         "an adapter of the embedding or the head": bool({EMBEDDING, HEAD} & modules.keys()),
         f"rank {rank} (over --vllm_rank={max_rank}, to be given to vLLM as --max-lora-rank)": rank > max_rank,

@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from support.family_configs import CONFIGS
 from support.model_dirs import with_scale
 from support.more_configs import MORE_CONFIGS
-from support.tiny import batch_of, documents, logits, one_device
+from support.peft_case import ALPHA, BASE, RANK, TOKENS, Case, fresh, read, torch_logits, write
+from support.tiny import batch_of, logits
 from support.torch_models import torch_model
 from transformers import (
     Gemma3Config,
@@ -19,14 +20,10 @@ from transformers import (
     Mistral3ForConditionalGeneration,
 )
 
-from ftjax import lora, tree
+from ftjax import tree
 from ftjax.errors import UserError
-from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
-from ftjax.models.params import abstract_params
-from ftjax.weights.load import load_params
-from ftjax.weights.peft.adapter import BaseFacts, open_adapter, write_adapter
-from ftjax.weights.source import open_source
+from ftjax.weights.peft.adapter import open_adapter, write_adapter
 
 pytestmark = [
     # peft 0.21 asks transformers 5.23 for a property under its old name.
@@ -35,7 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
 ]
 
-RANK, ALPHA = 3, 5
 _LLAMA = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 _ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 _UNGATED = ["down_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -81,54 +77,6 @@ PARAMETERS = {
     "deepseek_v3": _DENSE_AND_SHARED,
     "ernie4_5_moe": _DENSE_AND_SHARED,
 }
-TOKENS = documents(0, [12])[0][0]
-
-
-BASE = BaseFacts("base", "0123")
-
-
-def write(out, matrices, spec, **more):
-    write_adapter(out, with_scale(matrices, ALPHA / RANK), spec, BASE, **more)
-
-
-def read(directory, spec):
-    """(lora_a and lora_b, settings)"""
-    stored = open_adapter(directory, spec)
-    _, matrices = tree.partition(stored.read()[0], lambda path: path.endswith("lora_scale"))
-    return matrices, stored.settings
-
-
-class Case:
-    """A torch model of `config`, and ours of the same weights."""
-
-    def __init__(self, model, path):
-        self.torch, self.path = model, path
-        model.save_pretrained(path)
-        reader = open_source(path)
-        self.spec = spec_from_config(reader.config)
-        self.decoder = Decoder(self.spec)
-        self.params = load_params(reader, self.spec, abstract_params(self.decoder, one_device()))
-        self.kernels = lora.linear_kernels(tree.flatten(self.params))
-
-    def adapters(self, targets, seed=0):
-        """Random lora_a and lora_b for these targets, of a size that moves logits by about their own."""
-        rng = np.random.default_rng(seed)
-        leaves, out = tree.flatten(self.params), {}
-        for path in lora.find_targets(targets, self.kernels):
-            *stack, rows, columns = leaves[path].shape
-            module = path.removesuffix("/kernel")
-            out[f"{module}/lora_a"] = (rng.standard_normal((*stack, rows, RANK)) * rows**-0.5).astype(np.float32)
-            out[f"{module}/lora_b"] = (rng.standard_normal((*stack, RANK, columns)) * 0.3).astype(np.float32)
-        return tree.unflatten(out)
-
-    def logits(self, adapters=None):
-        batch = batch_of([[(TOKENS, np.ones(len(TOKENS), bool))]], len(TOKENS))
-        variables = {"params": self.params}
-        if adapters is not None:
-            variables["lora"] = with_scale(adapters, ALPHA / RANK)
-        return logits(self.decoder, variables, batch)[0]
-
-
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 
 
@@ -139,16 +87,6 @@ def case(request, tmp_path_factory):
     adapted = [(path, leaf) for path, leaf in tree.flatten(case.ours).items() if path.endswith("lora_a")]
     case.layers = sum(len(leaf) if path.startswith("layers/") else 1 for path, leaf in adapted)
     return case
-
-
-def fresh(case):
-    """The torch model without whatever peft hung into it."""
-    return type(case.torch).from_pretrained(case.path, attn_implementation="eager").eval()
-
-
-def torch_logits(model):
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS[None], dtype=torch.long)).logits[0].numpy()
 
 
 def adapted_layers(model):

@@ -21,7 +21,7 @@ from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.weights.peft import continued
-from ftjax.weights.peft.adapter import base_digest, directory_digest, open_adapter, write_adapter
+from ftjax.weights.peft.adapter import BaseFacts, base_digest, directory_digest, open_adapter, write_adapter
 from ftjax.weights.peft.vllm import uniform
 from ftjax.weights.source import open_source
 
@@ -487,8 +487,19 @@ def test_the_digest_of_an_adapter_is_that_of_its_files_wherever_they_are(ours, t
     assert directory_digest(tmp_path / "adapter") != directory_digest(ours)
 
 
-def test_adapters_of_experts_are_refused_with_the_mend(root, tmp_path):
-    base, config = base_of("mixtral", root), config_of(rank=2, targets="experts/gate_proj")
+@pytest.mark.parametrize("layers", ["", "1"])
+def test_a_run_goes_on_from_adapters_of_experts(root, tmp_path, layers):
+    base, config = base_of("mixtral", root), config_of(rank=2, targets="experts/(gate|down)_proj", layers=layers)
     variables, _ = variables_of(base, config)
-    with pytest.raises(UserError, match=r"layers/mlp/experts/gate_proj: .* use --format merged or hf"):
-        written(tmp_path / "out", base, config, variables)
+    written(tmp_path / "out", base, config, variables)
+    again, _ = variables_of(base, config_of(source=str(tmp_path / "out")))
+    jax.tree.map(np.testing.assert_array_equal, again["lora"], variables["lora"])
+
+
+def test_experts_that_were_trained_whole_are_refused_with_the_mend(root, tmp_path):
+    base, config = base_of("mixtral", root), config_of(rank=2, targets="q_proj")
+    variables, _ = variables_of(base, config)
+    path = "layers/mlp/experts/up_proj/kernel"
+    saved = {path: tree.flatten(variables["params"])[path]}
+    with pytest.raises(UserError, match=r"layers/mlp/experts/up_proj/kernel: .* or use --format merged or hf"):
+        write_adapter(tmp_path / "out", variables["lora"], base.model.spec, BaseFacts("base", "0123"), saved=saved)

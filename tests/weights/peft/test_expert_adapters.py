@@ -1,0 +1,111 @@
+"""Adapters of a mixture's experts in the real `peft`, as parameters: the same logits, and back the same arrays."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from support.family_configs import CONFIGS
+from support.model_dirs import with_scale
+from support.peft_case import ALPHA, RANK, Case, fresh, read, torch_logits, write
+from support.torch_models import torch_model
+
+from ftjax import lora, tree
+from ftjax.errors import UserError
+
+pytestmark = [
+    # peft 0.21 asks transformers 5.23 for a property under its old name.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # Of patterns of parameters peft says that they are ignored, and follows them.
+    pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys .*experts:RuntimeWarning"),
+]
+
+# A gate apart; halves in one kernel; interleaved, with biases; dense layers beside; transformers' [experts, in, out].
+FAMILIES = ["mixtral", "granitemoe", "gpt_oss", "deepseek_v3", "llama4"]
+FURTHER = ["ernie4_5_moe", "gemma4, experts, double wide", "glm4_moe", "glm4_moe_lite", "hunyuan_v1_moe", "minimax_m2"]
+FURTHER += ["deepseek_v2", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_next"]
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER)])
+def case(request, tmp_path_factory):
+    case = Case(torch_model(CONFIGS[request.param]), tmp_path_factory.mktemp("case"))
+    case.kernels = lora.adaptable(tree.flatten(case.params))
+    return case
+
+
+@pytest.mark.parametrize("targets", ["o_proj|experts", "experts", "experts/down_proj", "experts/(up|gate_up)_proj"])
+def test_peft_computes_what_we_do_from_what_we_write(case, targets, tmp_path, record_figure):
+    ours = case.adapters(targets)
+    write(tmp_path / "out", ours, case.spec)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert ("o_proj" in targets) == any("o_proj" in name for name in config["target_modules"])
+    model = PeftModel.from_pretrained(fresh(case), tmp_path / "out")
+    found, theirs = case.logits(ours), torch_logits(model)
+    record_figure("largest logit difference", np.abs(found - theirs).max())
+    assert np.abs(found - case.logits()).max() > 0.05  # so that a lost adapter shows
+    np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-4)
+    again, _ = read(tmp_path / "out", case.spec)
+    before, after = tree.flatten(ours), tree.flatten(again)
+    assert before.keys() == after.keys()
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(leaf, after[path], err_msg=path)
+
+
+def test_we_compute_what_peft_does_from_what_it_writes(case, tmp_path, record_figure):
+    # To others than its largest rank both projections in one have the same.
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["o_proj"], target_parameters=names)
+    model = get_peft_model(fresh(case), config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    ours, settings = read(tmp_path, case.spec)
+    assert (settings.rank, settings.alpha) == (RANK, ALPHA)
+    found, theirs = case.logits(ours), torch_logits(model)
+    assert np.abs(found - case.logits()).max() > 0.05
+    record_figure("largest logit difference", np.abs(found - theirs).max())
+    np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    case = Case(torch_model(CONFIGS["mixtral"]), tmp_path_factory.mktemp("mixtral"))
+    case.kernels = lora.adaptable(tree.flatten(case.params))
+    return case
+
+
+def test_one_scale_for_gate_and_up_is_asked_for(mixtral, tmp_path):
+    leaves = tree.flatten(with_scale(mixtral.adapters("experts"), 1.0))
+    leaves["layers/mlp/experts/up_proj/lora_scale"] *= 2
+    with pytest.raises(UserError, match=r"up_proj: to peft these are one parameter.* \[1\.0, 2\.0\]; give them one"):
+        write(tmp_path / "out", {"layers": tree.unflatten(leaves)["layers"]}, mixtral.spec, scaled=True)
+
+
+def test_what_lay_apart_and_was_trained_together_is_refused(mixtral, tmp_path):
+    ours = mixtral.adapters("experts")
+    write(tmp_path / "out", ours, mixtral.spec)
+    model = PeftModel.from_pretrained(fresh(mixtral), tmp_path / "out", is_trainable=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(1.0)
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(UserError, match=r'has changed since ftjax_adapter.json .* take "experts" out'):
+        read(tmp_path / "out", mixtral.spec)
+    file = tmp_path / "out/ftjax_adapter.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "experts"}))
+    again, _ = read(tmp_path / "out", mixtral.spec)
+    np.testing.assert_allclose(mixtral.logits(again), torch_logits(model.eval()), rtol=0, atol=1e-4)
+
+
+def test_a_missing_layer_of_experts_is_named(mixtral, tmp_path):
+    write(tmp_path / "out", mixtral.adapters("experts/down_proj"), mixtral.spec)
+    file = tmp_path / "out/adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}))
+    with pytest.raises(UserError, match=r"missing: .*mlp\.experts\.base_layer\.lora_A\.weight"):
+        read(tmp_path / "out", mixtral.spec)
