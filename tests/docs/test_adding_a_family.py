@@ -1,7 +1,10 @@
 """The guide's worked example is the code that runs."""
 
+import dataclasses
 import re
 from pathlib import Path
+
+from ftjax.models.spec import Experts
 
 ROOT = Path(__file__).parent.parent.parent
 GUIDE = (ROOT / "docs/adding-a-family.md").read_text()
@@ -29,3 +32,18 @@ def test_every_family_is_under_a_hundred_lines_and_every_field_is_in_the_guide()
     switches = re.findall(r"^    (\w+):.* = ", spec, re.MULTILINE)
     assert len(switches) > 15
     assert [name for name in switches if f"`{name}`" not in GUIDE and name not in ("hidden_act",)] == []
+
+
+def test_every_field_of_experts_is_on_the_page_of_mixtures():
+    page = (ROOT / "docs/mixtures-and-hybrids.md").read_text()
+    fields = [field.name for field in dataclasses.fields(Experts)]
+    assert len(fields) > 10
+    assert [name for name in fields if f"`{name}`" not in page and f"`{name}=" not in page and name != "count"] == []
+
+
+def test_the_files_and_modules_that_the_page_of_mixtures_names_are_there():
+    page = (ROOT / "docs/mixtures-and-hybrids.md").read_text()
+    named = set(re.findall(r"`([\w/]+\.py)`", page))
+    assert len(named) > 10
+    places = ("", "ftjax/", "ftjax/models/", "ftjax/models/families/")
+    assert [name for name in named if not any((ROOT / place / name).is_file() for place in places)] == []

@@ -18,7 +18,8 @@ pytestmark = [
     # peft 0.21 asks transformers 5.23 for a property under its old name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # Of patterns of parameters peft says that they are ignored, and follows them.
-    pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys .*experts:RuntimeWarning"),
+    pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys .*_proj:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
 ]
 
 # A gate apart; halves in one kernel; interleaved, with biases; dense layers beside; transformers' [experts, in, out].
