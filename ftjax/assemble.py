@@ -31,6 +31,7 @@ from ftjax.models.families import spec_from_config
 from ftjax.models.groups import stack_of
 from ftjax.models.heads import COLLECTION, SCORE, abstract_heads, init_heads
 from ftjax.models.spec import DecoderSpec
+from ftjax.objectives import balance
 from ftjax.objectives.loss import Objective
 from ftjax.objectives.reference import TEACHER, frozen_with_reference
 from ftjax.training import optim
@@ -175,6 +176,9 @@ def program(
     schedule = optim.make_schedule(learning_rate(config), config.schedule, total_steps)
     optim.rate_factors(config.optimizer, list(tree.flatten(trainable)))  # for its errors
     optimizer = optim.make_optimizer(config.optimizer, schedule)
+    balance.check(config.objective, model.spec, tree.flatten(trainable))
+    if rate := config.objective.router_bias_rate:
+        optimizer = optim.with_corrections(optimizer, rate)
     kept = with_average(method.kept, config.optimizer.ema_decay)
     state = abstract_state(optimizer, trainable, mesh, kept)
     objective = method.objective(model, config.objective, **({"teacher": teacher} if method.distills else {}))

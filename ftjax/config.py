@@ -114,6 +114,11 @@ KEYS: dict[str, Key] = {
     "objective.label_smoothing": Key(0.0, number(0, 0.99)),
     # sft: so much of log(Z)^2 is added, Z being the sum of a softmax; 1e-4 is usual
     "objective.z_loss": Key(0.0, number(0)),
+    # sft of mixtures: so much of the loss that evens out the experts' load is added (0.001 to 0.01 is usual), of the
+    # routers' own log(Z)^2 (1e-3), and how far a step moves the corrections by which experts are chosen (1e-3)
+    "objective.router_balance": Key(0.0, number(0)),
+    "objective.router_z_loss": Key(0.0, number(0)),
+    "objective.router_bias_rate": Key(0.0, number(0)),
     # sft: so much of KL(the model before training || now) is what a token of a replayed source counts, instead of its
     # cross-entropy; 0: its cross-entropy, as any other's. grpo: so much of KL(now || before) is added to the loss at
     # each token. rloo, ppo: so much of it is subtracted from the reward
@@ -304,36 +309,12 @@ def defaults(keys: Mapping[str, Key] = KEYS) -> ConfigDict:
     return config.lock()
 
 
-# Keys that may differ between a run and its resumption: they change nothing that is learned.
-FREE_TO_CHANGE = (
-    "log_every",
-    "trackers",
-    "checkpoint_every",
-    "checkpoint.",
-    "evaluate.",
-    "rollouts.batch_size",
-    "eval_every",
-    "accumulate",
-    "eval_epochs",
-    "mesh.",
-    "model.remat",
-    "model.attention",
-    "data.eval",
-    "data.checks",
-    "max_hours",
-    "export_formats",
-    "data.long_text",  # the tokens decide whether a run may go on
-)
-
 # Where a run finds its base, an adapter to go on from, its rows and its teacher. Digests say whether they are still the
 # same (origin.py, Loader.fingerprint), so they may be found elsewhere when it is resumed.
 PLACES = (
     *("model.source", "model.revision", "adapter.source", "data.train", "data.ptx"),
     *("objective.teacher", "objective.teacher_adapter"),
 )
-
-# Keys that may differ as well, with consequences that a run says (`resume.going_on`).
-LENGTH = ("steps", "epochs")
 
 # What a run did that is older than a key, where that is not the key's default.
 BEFORE = {"data.long_text": "cut", "evaluate.general": ()}
@@ -452,16 +433,6 @@ def changed(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
     out = config.copy_and_resolve_references()
     out.update_from_flattened_dict(values)
     return out
-
-
-def changes(saved: ConfigDict, now: ConfigDict, places: Sequence[str] = PLACES) -> list[str]:
-    """What differs in a way that a resumed run must not differ: ["adapter.rank: 16 -> 8", ...].
-
-    places: the keys of PLACES whose contents are known to be compared, so that their names need not be.
-    """
-    before, after = (flat(ConfigDict(as_json(config))) for config in (saved, now))
-    keys = [key for key in after if key not in (*places, *LENGTH) and not key.startswith(FREE_TO_CHANGE)]
-    return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in keys if before[key] != after[key]]
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from ftjax import assemble, cli, config_flag, distributed, interpolation, origin, prompts, tree
+from ftjax import assemble, cli, config_changes, config_flag, distributed, interpolation, origin, prompts, tree
 from ftjax import config as configs
 from ftjax.adapted import NONE, load_model, parse_adapters
 from ftjax.assemble import Base
@@ -174,7 +174,7 @@ def _evaluated(recorded: ConfigDict, given: ConfigDict | None) -> dict[str, Any]
     if given is None:
         return {}
     configs.validate(given)
-    if other := configs.changes(recorded, configs.with_recorded(given, recorded)):
+    if other := config_changes.changes(recorded, configs.with_recorded(given, recorded)):
         raise UserError(
             f"--config is not that of the run: {', '.join(other)}; only its data.eval and evaluate may differ "
             "(the run's own config is config.json in its --workdir)"

@@ -137,7 +137,7 @@ METHODS = {
         rows="conversation",
         learning_rates={"lora": 2e-4, "dora": 2e-4, "none": 2e-5},
         epochs=(3.0, 15.0),  # Alpaca's 52,000 rows (Taori et al. 2023), LIMA's 1,000 (Zhou et al. 2023)
-        settings=("label_smoothing", "z_loss", "kl_coef"),
+        settings=("label_smoothing", "z_loss", "kl_coef", "router_balance", "router_z_loss", "router_bias_rate"),
     ),
     "dpo": _PAIRS._replace(
         objective=functools.partial(make_preference, usual=(("sigmoid", 1.0),)),

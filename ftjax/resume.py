@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import assemble, distributed, origin, sharding, tree
+from ftjax import assemble, config_changes, distributed, origin, sharding, tree
 from ftjax import config as configs
 from ftjax.assemble import Base, Program
 from ftjax.data.batch.loader import Loader
@@ -81,7 +81,7 @@ def find(config: ConfigDict, mesh: Mesh, workdir: Path, checkpoints: Checkpoints
         )
     # The base of an older run is known by its name alone.
     places = configs.PLACES if origin.is_recorded(workdir) else ("data.train",)
-    if changed := configs.changes(before, config, places):
+    if changed := config_changes.changes(before, config, places):
         raise UserError(
             f"{workdir} holds a run with another config; give these their old values or choose another --workdir:\n  "
             + "\n  ".join(changed)

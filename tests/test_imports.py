@@ -14,7 +14,7 @@ FLOORS = [
     {"errors"},
     {"atomic", "cache", "cli", "config_checks", "foreign", "named", "relay", "strict_json", "tree"},
     {"config", "distributed"},
-    {"config_files"},
+    {"config_changes", "config_files"},
     {"config_flag"},
     {"sharding", "quant"},
     {"models"},

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ftjax.models.layers import NORMS, Linear
 from ftjax.models.mlp import MLP, Experts
-from ftjax.models.routing import route
+from ftjax.models.routing import note, route
 from ftjax.models.spec import DecoderSpec
 
 
@@ -17,6 +17,7 @@ def mixture_beside(
     dtypes: tuple[jnp.dtype, jnp.dtype],
     x: jax.Array,
     normed: jax.Array,
+    segment_ids: jax.Array,
     block: int | None,
 ) -> jax.Array:
     """What both make of x [B, T, D], which the dense MLP gets `normed`; to be called where a layer makes its modules.
@@ -29,7 +30,7 @@ def mixture_beside(
 
     alone = dataclasses.replace(spec, intermediate_size=spec.experts.shared, experts=None)
     dense = MLP(alone, *dtypes, block=block, name="mlp")(normed)
-    weights, chosen = ScaledRouter(spec, *dtypes, name="router")(x)
+    weights, chosen = ScaledRouter(spec, *dtypes, name="router")(x, segment_ids)
     sparse = Experts(spec, *dtypes, name="experts")(norm("pre_feedforward_layernorm_2", x), weights, chosen)
     return norm("post_feedforward_layernorm_1", dense) + norm("post_feedforward_layernorm_2", sparse)
 
@@ -42,8 +43,8 @@ class ScaledRouter(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x [B, T, D] -> weights float32 and experts int32 [B, T, per_token]"""
+    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, D], segment_ids int32 [B, T] -> weights float32 and experts int32 [B, T, per_token]"""
         spec, experts, dtypes = self.spec, self.spec.experts, (self.dtype, self.param_dtype)
 
         def vector(name: str, width: int) -> jax.Array:
@@ -54,4 +55,5 @@ class ScaledRouter(nn.Module):
         x = x * vector("scale", spec.hidden_size).astype(self.dtype) * jnp.asarray(spec.hidden_size**-0.5, self.dtype)
         logits = Linear(experts.count, ("embed", None), *dtypes, out_dtype=jnp.float32, name="proj")(x)
         weights, chosen = route(logits, experts)
+        note(self, logits, chosen, experts, segment_ids)
         return weights * vector("per_expert_scale", experts.count).astype(jnp.float32)[chosen], chosen

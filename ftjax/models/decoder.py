@@ -23,6 +23,7 @@ from ftjax.models.mlp import MLP, Mixture
 from ftjax.models.neftune import noise
 from ftjax.models.perlayer import PerLayerInputs, gated
 from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
+from ftjax.models.routing import NOTES
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import HOST_MEMORY, constrain
 
@@ -231,12 +232,13 @@ class Block(nn.Module):
         x = x + norm("post_attention_layernorm", spec.post_norms, out) * scale
         if spec.laurel_rank is not None:
             x = (x + Laurel(spec, *dtypes, name="laurel")(before)) * jnp.asarray(2.0**-0.5, self.dtype)
-        feed_forward = Mixture if spec.experts else functools.partial(MLP, block=self.mlp_block)
         before = before if spec.parallel else norm(before_mlp, spec.pre_norms, x)
         if spec.experts and spec.experts.beside:
-            out = mixture_beside(spec, dtypes, x, before, self.mlp_block)
+            out = mixture_beside(spec, dtypes, x, before, context.segment_ids, self.mlp_block)
+        elif spec.experts:
+            out = Mixture(spec, *dtypes, name="mlp")(before, context.segment_ids)
         else:
-            out = feed_forward(spec, *dtypes, name="mlp")(before)
+            out = MLP(spec, *dtypes, block=self.mlp_block, name="mlp")(before)
         x = x + norm("post_feedforward_layernorm", spec.post_norms, out) * scale
         if spec.altup is not None:
             streams, x = altup.correct(predicted, x)
@@ -438,7 +440,7 @@ def _scan(group: Group, shared: tuple[Any, ...], remat: str, name: str | None = 
         body, arguments = InOrder, (tuple(parts),)
     scan = nn.scan(
         body,
-        variable_axes={"params": 0, "lora": 0, "quant": 0},
+        variable_axes={"params": 0, "lora": 0, "quant": 0, NOTES: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, 0, nn.broadcast),
         length=rounds,

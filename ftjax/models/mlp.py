@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ftjax import quant
 from ftjax.models.grouped import grouped_matmul
 from ftjax.models.layers import ACTIVATIONS, INIT, Linear, Xielu, packed_kernel, remade
-from ftjax.models.routing import route
+from ftjax.models.routing import note, route
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import constrain, partition_spec
 
@@ -100,8 +100,8 @@ class Mixture(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, T, D] in `dtype` -> [B, T, D]"""
+    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """x [B, T, D] in `dtype`, segment_ids int32 [B, T] -> [B, T, D]"""
         spec, experts, dtypes = self.spec, self.spec.experts, (self.dtype, self.param_dtype)
         axes, bias = ("embed", None), experts.bias
         # Its logits stay in float32: rounded to bfloat16, experts of nearly the same score would change places.
@@ -111,7 +111,9 @@ class Mixture(nn.Module):
             shape = (1, experts.count) if experts.correction_row else (experts.count,)
             init = nn.with_logical_partitioning(nn.initializers.zeros, (None,) * len(shape))
             correction = self.param("correction", init, shape, jnp.float32)
-        weights, chosen = route(router(x), experts, correction)
+        logits = router(x)
+        weights, chosen = route(logits, experts, correction)
+        note(self, logits, chosen, experts, segment_ids)
         out = Experts(spec, *dtypes, name="experts")(x, weights, chosen)
         if experts.shared is None:
             return out

@@ -1,9 +1,33 @@
 """Which experts of a mixture each token goes to, and what each of them counts."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ftjax.models.spec import Experts
+
+NOTES = "routers"  # the collection in which routers note what they did, where `apply` is told that it may change
+
+
+def note(module: nn.Module, logits: jax.Array, chosen: jax.Array, experts: Experts, segment_ids: jax.Array) -> None:
+    """Notes sums over the tokens that are no padding, float32: `given` [experts], to how many each was chosen; `liked`
+    [experts], the scores of a token made to sum to 1; `z` [], log(Z)^2 of its logits; `tokens` [].
+
+    logits float32 [B, T, experts]; chosen int32 [B, T, per_token]; segment_ids int32 [B, T]. `given` has no gradient.
+    """
+    if not module.is_mutable_collection(NOTES) or module.is_initializing():
+        return
+    real = (segment_ids > 0).astype(jnp.float32)[..., None]
+    scores = jax.nn.sigmoid(logits) if experts.score == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    notes = {
+        "given": (jax.nn.one_hot(chosen, experts.count).sum(axis=-2) * real).sum(axis=(0, 1)),
+        "liked": (scores / scores.sum(axis=-1, keepdims=True) * real).sum(axis=(0, 1)),
+        "z": (z * z * real).sum(),
+        "tokens": real.sum(),
+    }
+    for name, value in notes.items():
+        module.sow(NOTES, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 def route(logits: jax.Array, experts: Experts, correction: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ftjax.models.decoder import Decoder
+from ftjax.objectives import balance
 from ftjax.objectives.cross_entropy import PLAIN, Further, cross_entropy
 from ftjax.objectives.divergence import kl_per_token
 from ftjax.objectives.head import head_of, make_unembed
@@ -15,8 +16,10 @@ from ftjax.objectives.reference import policy_and_reference
 def make_sft(model: Decoder, config: ConfigDict | None = None) -> Objective:
     """The objective over batches of the arrays of `packing.BATCH`, all [B, T].
 
-    config: `label_smoothing` and `z_loss` (see `Further`), and `kl_coef`; None is without. With any of them there is
-    one more metric, the cross-entropy alone.
+    config: `label_smoothing` and `z_loss` (see `Further`), `kl_coef`, and of mixtures `router_balance`,
+    `router_z_loss` and `router_bias_rate` (balance.py); None is without. With any of them but the last there is one
+    more metric, the cross-entropy alone; of a mixture there are those of `balance.measures`. Its `router_balance` and
+    `router_z_loss` are those of a micro-batch, over all devices.
 
     With `kl_coef` a trained token of a document that is replayed (`packing.REPLAY`) counts kl_coef KL(reference ||
     policy) instead of its cross-entropy, and as much as any other in the weight. So the sum does not depend on how a
@@ -25,29 +28,42 @@ def make_sft(model: Decoder, config: ConfigDict | None = None) -> Objective:
     unembed = make_unembed(model)
     further = Further(config.label_smoothing, config.z_loss) if config is not None else PLAIN
     kl_coef = config.kl_coef if config is not None else 0.0
+    evens_out = config is not None and bool(config.router_balance or config.router_z_loss)
 
-    def hidden_of(variables, batch, rng):
-        rngs = None if rng is None else {"dropout": rng}
-        return model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)[0]
+    def with_routers(loss, notes, policy, is_training):
+        """`loss` with what it has of routers."""
+        found = balance.measures(notes)
+        metrics = {f"router_{name}": (value * loss.weight, loss.weight) for name, value in found.items()}
+        added = loss.sum
+        if evens_out:
+            terms = config.router_balance * found["balance"] + config.router_z_loss * found["z"]
+            added += loss.weight * terms
+        if config.router_bias_rate and is_training:
+            added += balance.overload(notes, policy["params"])
+        return loss.replace(sum=added, metrics=loss.metrics | metrics)
 
     def sft(variables, batch, rng):
         policy, reference = policy_and_reference(variables)
-        hidden, head = hidden_of(policy, batch, rng), head_of(model, policy)
+        hidden, notes = balance.hidden_and_notes(model, policy, batch, rng, config is not None)
+        head = head_of(model, policy)
         # In an evaluation there is no replay.
         is_replay = batch["replay"] > 0 if kl_coef and "replay" in batch else jnp.zeros_like(batch["weights"], bool)
         weights = jnp.where(is_replay, 0, batch["weights"])
         totals = cross_entropy(unembed, head, hidden, batch["targets"], weights, rng, further=further)
         weight = weights.sum()
         metrics = {"mean_token_accuracy": (totals["correct"], weight), "entropy": (totals["entropy"], weight)}
-        if further != PLAIN or kl_coef:
+        if further != PLAIN or kl_coef or evens_out:
             metrics["cross_entropy"] = (totals["nll"], weight)
         if not kl_coef or "replay" not in batch:
-            return Loss(totals["loss"], weight, metrics)
+            loss = Loss(totals["loss"], weight, metrics)
+            return loss if notes is None else with_routers(loss, notes, policy, rng is not None)
         replayed = jnp.where(is_replay, batch["weights"], 0)
         # Never dropout in the reference: it is what the model says, not a noisy version of it.
-        theirs = jax.lax.stop_gradient((head_of(model, reference), hidden_of(reference, batch, None)))
+        before, _ = balance.hidden_and_notes(model, reference, batch, None, False)
+        theirs = jax.lax.stop_gradient((head_of(model, reference), before))
         kl = (kl_per_token(unembed, None, head, hidden, *theirs, replayed != 0, rng) * replayed).sum()
         metrics["kl"] = (kl, replayed.sum())
-        return Loss(totals["loss"] + kl_coef * kl, weight + replayed.sum(), metrics)
+        loss = Loss(totals["loss"] + kl_coef * kl, weight + replayed.sum(), metrics)
+        return loss if notes is None else with_routers(loss, notes, policy, rng is not None)
 
     return sft

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 from ftjax import lora, tree
+from ftjax.objectives.balance import is_correction
 from ftjax.training.adafactor import scale_by_factored_moments
 from ftjax.tree import Tree
 
@@ -70,6 +72,27 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     if config.loraplus_ratio != 1.0 or config.groups:
         parts.append(optax.stateless(functools.partial(_scaled, config)))
     return optax.chain(*parts) if len(parts) > 1 else inner
+
+
+def with_corrections(inner: optax.GradientTransformation, rate: float) -> optax.GradientTransformationExtraArgs:
+    """`inner` for all but the corrections of routers, which move by `rate` against the sign of their gradient.
+
+    That gradient is how much too many tokens an expert has (`objectives.balance.overload`), so that it is chosen less
+    (Wang et al. 2024, arXiv 2408.15664, algorithm 1). No moments, no decay, no schedule.
+    """
+    updating = optax.with_extra_args_support(inner).update
+
+    def init(params: Tree) -> Any:
+        return inner.init(tree.partition(params, is_correction)[1])
+
+    def update(updates: Tree, state: Any, params: Tree, **others: Any) -> tuple[Tree, Any]:
+        own, rest = tree.partition(updates, is_correction)
+        if others.get("initial") is not None:
+            others["initial"] = tree.partition(others["initial"], is_correction)[1]
+        rest, state = updating(rest, state, tree.partition(params, is_correction)[1], **others)
+        return tree.combine(jax.tree.map(lambda leaf: -rate * jnp.sign(leaf), own), rest), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _decay_to_start(strength: float) -> optax.GradientTransformationExtraArgs:

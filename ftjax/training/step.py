@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ftjax import tree
+from ftjax.objectives.balance import is_correction
 from ftjax.objectives.loss import TOTALS, Loss, Objective, means, merged
 from ftjax.objectives.reference import REFERENCE
 from ftjax.training.state import Kept, TrainState
@@ -77,7 +78,7 @@ def make_step(
         updates, opt_state = updating(gradients, state.opt_state, state.trainable, initial=initial)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = means(loss) | {
-            "grad_norm": optax.tree.norm(gradients),
+            "grad_norm": optax.tree.norm(tree.partition(gradients, is_correction)[1]),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         after = kept.update(state.kept, state.trainable, trainable, metrics | loss.kept) if kept else {}

@@ -22,7 +22,8 @@ def case(request):
     spec = spec_from_config((CONFIGS | MORE_CONFIGS)[request.param])
     layers = numpy_params(Decoder(spec))["layers"]["mlp"]
     module = Mixture(spec, jnp.float32, jnp.float32)
-    return spec, jax.jit(module.apply), jax.tree.map(lambda leaf: leaf[0], layers)
+    apply = jax.jit(lambda variables, x: module.apply(variables, x, jnp.ones(x.shape[:2], jnp.int32)))
+    return spec, apply, jax.tree.map(lambda leaf: leaf[0], layers)
 
 
 def naive(spec, params, x):
