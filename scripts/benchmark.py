@@ -3,7 +3,8 @@
 Needs the extra bench (torch, peft, trl): bash scripts/install.sh bench. Each contestant is a process of its own, and
 they take turns, so that a machine whose speed drifts drifts for all; a ratio is of two that ran after each other. The
 model is SmolLM2-135M-Instruct, or --model. Tokens are real ones, padding left out. An hour for all cases on two CPU
-cores; --case runs some. --json prints everything; --write puts the table into docs/performance.md.
+cores; --case runs some. --json prints everything; --write puts the table into docs/performance.md. With --records the
+runs are kept in a file as they end, and the same command goes on with what is there.
 """
 
 import argparse
@@ -169,20 +170,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often each runs")
     parser.add_argument("--steps", type=int, default=6, help="steps, or calls of generation, that count in a run")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of all contestants")
+    parser.add_argument("--records", type=Path, help="a file of the runs so far, a line of JSON for each")
     parser.add_argument("--json", action="store_true", help="print every run instead of the table")
     parser.add_argument("--write", action="store_true", help="also write the table in docs/performance.md")
     args = parser.parse_args()
-    records, where = [], machine()
+    where = machine()
+    records = [json.loads(line) for line in args.records.open()] if args.records and args.records.exists() else []
+    there = {(record["case"], record.get("who"), record.get("dtype"), record.get("round")) for record in records}
+
+    def add(new: list[dict]) -> None:
+        records.extend(new)
+        if args.records:
+            with args.records.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in new)
+
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         prepare(place, args.model)
         for name in args.case or [*CASES, START]:
             if name == START:
-                records += start(place, args)
+                add([] if (START, None, None, None) in there else start(place, args))
                 continue
             for number in range(args.rounds):
                 for who, dtype in contestants(CASES[name], args.dtype or ("float32", "bfloat16")):
-                    records.append(run(name, who, dtype, place, args))
+                    if (name, who, dtype, number) in there:
+                        continue
+                    add([run(name, who, dtype, place, args) | {"round": number}])
                     told = f"{records[-1]['rate']:.0f} tokens/s, {records[-1]['peak'] / 1e9:.2f} GB"
                     print(f"{name} {number + 1}/{args.rounds}: {NAMES[who]}, {dtype}: {told}", file=sys.stderr)
                     for left in (*place.glob("run-*"), *place.glob("trl-*")):

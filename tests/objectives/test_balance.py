@@ -1,4 +1,4 @@
-"""What routers do as metrics, the losses that even it out against transformers, and corrections that follow the load."""
+"""What routers do as metrics, the loss that evens it out as in transformers, and corrections that follow the load."""
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +49,7 @@ def padded():
     """(a batch of two documents, each in a row of 12; its tokens and mask for torch)"""
     docs = documents(3, [12, 9])
     batch = batch_of([[doc] for doc in docs], 12)
-    return (
-        batch,
-        torch.tensor(np.asarray(batch["tokens"])).long(),
-        torch.tensor(np.asarray(batch["segment_ids"])).long(),
-    )
+    return batch, torch.tensor(batch["tokens"]).long(), torch.tensor(batch["segment_ids"]).long()
 
 
 def test_measures_are_those_of_transformers_without_padding(mixtral, record_figure):
