@@ -15,7 +15,7 @@ class State(NamedTuple):
     """What layers without attention carry along a row, instead of keys and values. It cannot be cut back."""
 
     inputs: jax.Array  # [layers, batch, taps - 1, channels] of the last tokens, in the compute dtype
-    memory: jax.Array | None  # float32 [layers, batch, value_heads, key_dim, value_dim]; None of convolutions alone
+    memory: jax.Array | None  # float32 [layers, batch, *spec.Delta.memory]; None of convolutions alone
 
 
 @flax.struct.dataclass
@@ -57,13 +57,14 @@ def init_cache(
     def state(stack: Stack) -> State | tuple[()] | None:
         if stack.spec.kv_layer is not None:
             return ()
-        lead, delta, convolution = (len(stack.layers), batch), stack.spec.delta, stack.spec.convolution
+        lead, convolution = (len(stack.layers), batch), stack.spec.convolution
         if convolution is not None:
             return State(jnp.zeros((*lead, convolution.taps - 1, stack.spec.hidden_size), dtype), None)
-        if delta is None:
+        mixer = stack.spec.delta or stack.spec.mamba
+        if mixer is None:
             return None
-        memory = jnp.zeros((*lead, delta.value_heads, delta.key_dim, delta.value_dim), jnp.float32)
-        return State(jnp.zeros((*lead, delta.taps - 1, delta.channels), dtype), memory)
+        memory = jnp.zeros((*lead, *mixer.memory), jnp.float32)
+        return State(jnp.zeros((*lead, mixer.taps - 1, mixer.channels), dtype), memory)
 
     return Cache(
         keys=nested(spec, functools.partial(zeros, "head_dim")),

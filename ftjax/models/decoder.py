@@ -19,6 +19,7 @@ from ftjax.models.groups import Group, Stack, groups, nested
 from ftjax.models.kernels import attend, choose
 from ftjax.models.layers import NORMS, Embedding, Linear, RMSNorm
 from ftjax.models.lent import lends, lent
+from ftjax.models.mamba import Mamba2
 from ftjax.models.mlp import MLP, Mixture
 from ftjax.models.neftune import noise
 from ftjax.models.perlayer import PerLayerInputs, gated
@@ -225,6 +226,8 @@ class Block(nn.Module):
             out, new = GatedDelta(spec, *dtypes, name="linear_attn")(before, layer_cache, context)
         elif spec.convolution:
             out, new = GatedConvolution(spec, *dtypes, name="conv")(before, layer_cache, context)
+        elif spec.mamba:
+            out, new = Mamba2(spec, *dtypes, name="mamba")(before, layer_cache, context)
         else:
             attention = Attention(spec, *dtypes, self.kernel, name="self_attn")
             out, new = attention(before, layer_cache, layer, context)

@@ -74,6 +74,35 @@ class Delta:
         """Of queries, keys and values together."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
+    @property
+    def memory(self) -> tuple[int, int, int]:
+        """The shape of a row's: of each head a matrix."""
+        return self.value_heads, self.key_dim, self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba:
+    """Mamba-2 (mamba.py) in the place of attention; `heads` is a multiple of `groups`."""
+
+    heads: int
+    head_dim: int
+    state_dim: int  # numbers that each dimension of a head is kept in
+    groups: int  # whose heads write and read alike, and have a norm together
+    taps: int  # tokens that the convolution before it sees
+    limits: tuple[float, float]  # of a token's step
+    bias: bool  # of its projections
+    conv_bias: bool  # of its filters
+
+    @property
+    def channels(self) -> int:
+        """That go through the convolution: values, and what writes and reads them."""
+        return self.heads * self.head_dim + 2 * self.groups * self.state_dim
+
+    @property
+    def memory(self) -> tuple[int, int, int]:
+        """As of Delta."""
+        return self.heads, self.state_dim, self.head_dim
+
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
@@ -161,6 +190,7 @@ class DecoderSpec:
     # What there is instead of attention, at most one; of the fields above nothing counts then.
     delta: Delta | None = None
     convolution: Convolution | None = None
+    mamba: Mamba | None = None
 
     # MLP
     hidden_act: str = "silu"  # one of layers.ACTIVATIONS
@@ -191,7 +221,7 @@ class DecoderSpec:
     @property
     def carries(self) -> bool:
         """Whether its layers, of one kind, carry a State (cache.py) along a row instead of attending to what was."""
-        return self.delta is not None or self.convolution is not None
+        return any(other is not None for other in (self.delta, self.convolution, self.mamba))
 
     @property
     def value_dim(self) -> int:

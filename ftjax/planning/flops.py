@@ -22,7 +22,7 @@ class Flops:
     forward: float  # products with weights
     to_inputs: float  # their gradients with respect to what they are given
     to_weights: float  # and to the weights, of those that are trained
-    attention: float  # scores and sums of values, forward; in layers of the gated delta rule, its memory
+    attention: float  # scores and sums of values, forward; in layers that carry a memory, what that takes
     attention_backward: float
     reference: float = 0.0  # forward passes without gradients: of a reference, a teacher, documents that only measure
 
@@ -53,12 +53,13 @@ def count(
         weights = {path: size for path, size in weights.items() if not any(name in path for name in words)}
     trained = sum(size for path, size in weights.items() if is_trained(path))
     # Two products, over all pairs of a query and a key that it sees, of the elements of all heads; of the delta rule
-    # three, of a token with each head's memory: what that has for a key, its step, what a query reads.
+    # three, of a token with each head's memory: what that has for a key, its step, what a query reads; of Mamba-2 the
+    # last two.
     attention = 0.0
     for stack in stacks(spec):
-        if (delta := stack.spec.delta) is not None:
-            memory = delta.value_heads * delta.key_dim * delta.value_dim
-            attention += 6.0 * tokens * memory * len(stack.layers)
+        if (mixer := stack.spec.delta or stack.spec.mamba) is not None:
+            with_memory = 3 if stack.spec.delta else 2
+            attention += 2.0 * with_memory * tokens * math.prod(mixer.memory) * len(stack.layers)
         if stack.spec.carries:
             continue
         pairs = sum(_pairs(stack.spec, length))

@@ -56,6 +56,8 @@ COUNTS = {
     "DeepSeek-V2-Lite": 15_706_484_224,
     "DeepSeek-V3": 671_026_419_200,
     "GLM-4.5-Air": 106_852_251_264,
+    "granite-4.0-h-micro": 3_191_396_096,
+    "granite-4.0-h-tiny": 6_939_037_248,
 }
 
 
@@ -79,6 +81,8 @@ def test_what_a_config_leaves_out_is_what_transformers_fills_in(family):
         config["num_attention_heads"] = 40
     if family == "gemma3n_text":  # the last 15 of whose layers use the keys of others
         config["num_hidden_layers"] = 25
+    if family == "granitemoehybrid":  # all of whose layers are Mamba-2's where nothing is said
+        config["layer_types"] = ["mamba"] * 6 + ["attention"]
     if family == "gpt2":
         config = {"model_type": family, "vocab_size": 64, "n_embd": 64, "n_layer": 7, "n_head": 4}
     assert spec_from_config(config) == spec_from_config(completed(config))
@@ -274,6 +278,13 @@ def test_the_first_spelling_of_longrope():
         (CONFIGS["qwen3_5"], {"layer_types": ["linear_attention"] * 4}, "without any full_attention"),
         (CONFIGS["qwen3_5"], {"layer_types": ["sliding_attention"] * 4}, "each full_attention or linear_attention"),
         (CONFIGS["qwen3_next"], {"linear_num_value_heads": 3}, "a multiple of linear_num_key_heads=2"),
+        (CONFIGS["granitemoehybrid"], {"mamba_n_heads": 6}, "mamba_n_heads=6 of mamba_d_head=10 dimensions"),
+        (CONFIGS["granitemoehybrid"], {"mamba_n_groups": 3}, "a multiple of mamba_n_groups=3"),
+        (CONFIGS["granitemoehybrid"], {"time_step_limit": [1.0, 0.5]}, "time_step_limit=[1.0, 0.5] has to be from 0"),
+        (CONFIGS["granitemoehybrid"], {"time_step_limit": 3}, "time_step_limit=3 is not a least and a largest step"),
+        (CONFIGS["granitemoehybrid"], {"layer_types": ["mamba"] * 3}, "without any full_attention"),
+        (CONFIGS["granitemoehybrid"], {"position_embedding_type": "alibi"}, "position_embedding_type='alibi'"),
+        (CONFIGS["granitemoehybrid"], {"hidden_act": "xielu"}, "learned"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(config, change, named):

@@ -28,6 +28,7 @@ MORE = (
     "qwen3_next",
     "qwen3_5_moe",
     "lfm2",
+    "granitemoehybrid",
     "gemma3n",
     "llama4",
 )

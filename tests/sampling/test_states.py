@@ -17,10 +17,10 @@ DRAWN = Sampling(temperature=1.0, seed=3)
 rng = np.random.default_rng(0)
 
 
-@pytest.fixture(scope="module")
-def made():
+@pytest.fixture(scope="module", params=["qwen3_5", pytest.param("granitemoehybrid", marks=pytest.mark.slow)])
+def made(request):
     """(model, its variables)"""
-    model = Decoder(spec_from_config(CONFIGS["qwen3_5"]))
+    model = Decoder(spec_from_config(CONFIGS[request.param]))
     return model, {"params": numpy_params(model)}
 
 

@@ -74,6 +74,13 @@ LINEAR = {
     "linear_value_head_dim": 10,
     "linear_conv_kernel_dim": 4,
 }
+MAMBA = {
+    "rms_norm_eps": 0.1,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 6,
+    "mamba_expand": 2,
+}
 LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 10,

@@ -7,6 +7,7 @@ from support.config_parts import (
     LATENT,
     LINEAR,
     LLAMA3,
+    MAMBA,
     MINISTRAL3,
     MOE,
     QWEN2_MOE,
@@ -225,6 +226,19 @@ MORE_CONFIGS = {
     "granite, plain": config("granite"),
     "granitemoe, bias, one expert": config(
         "granitemoe", num_local_experts=3, num_experts_per_tok=1, attention_bias=True
+    ),
+    "granitemoehybrid, dense, no positions, limits, tied": config(
+        "granitemoehybrid",
+        num_hidden_layers=5,
+        layer_types=["linear_attention", "linear_attention", "full_attention"] + ["linear_attention"] * 2,
+        shared_intermediate_size=40,
+        num_local_experts=0,
+        tie_word_embeddings=True,
+        mamba_conv_bias=False,
+        mamba_d_head=16,
+        time_step_limit=[0.5, 1.5],
+        position_embedding_type="nope",
+        **MAMBA | {"mamba_n_heads": 6, "mamba_n_groups": 1, "mamba_expand": 3, "mamba_d_conv": 3},
     ),
     "llama4, no norm, all mixtures": config(
         "llama4_text",

@@ -107,6 +107,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(gpt_oss.gpt_oss, "GptOssForCausalLM", gpt_oss.NAMES, gpt_oss.AS_STORED),
     "granite": Family(granite.granite, "GraniteForCausalLM"),
     "granitemoe": Family(granite.granitemoe, "GraniteMoeForCausalLM", granite.MOE_NAMES),
+    "granitemoehybrid": Family(granite.granitemoehybrid, "GraniteMoeHybridForCausalLM", granite.HYBRID_NAMES),
     "helium": Family(helium.helium, "HeliumForCausalLM"),
     "hunyuan_v1_dense": Family(hunyuan.hunyuan, "HunYuanDenseV1ForCausalLM", hunyuan.NAMES),
     "hunyuan_v1_moe": Family(hunyuan.hunyuan_moe, "HunYuanMoEV1ForCausalLM", hunyuan.MOE_NAMES),
