@@ -12,10 +12,17 @@ from ftjax.models.spec import DecoderSpec
 
 
 class State(NamedTuple):
-    """What layers without attention carry along a row, instead of keys and values. It cannot be cut back."""
+    """What layers that are not attention alone carry along a row. It cannot be cut back."""
 
     inputs: jax.Array  # [layers, batch, taps - 1, channels] of the last tokens, in the compute dtype
     memory: jax.Array | None  # float32 [layers, batch, *spec.Delta.memory]; None of convolutions alone
+
+
+class Both(NamedTuple):
+    """What a layer has that attends and carries a State beside it."""
+
+    attended: Any  # keys and values
+    state: State
 
 
 @flax.struct.dataclass
@@ -33,7 +40,7 @@ class Cache:
     # made of.
     keys: Any
     values: Any  # as keys, of value_dim
-    states: Any  # State of each stack that has one; None of those with keys, () of those that use another's
+    states: Any  # State of each stack that has one; None of those with keys alone, () of those that use another's
     reach: jax.Array  # int32 [batch], how long each row may become: LongRoPE has to know it from the first token on
 
 
@@ -47,7 +54,7 @@ def init_cache(
     """An empty cache; a row becomes at most `reach` tokens long, by default `slots`."""
 
     def zeros(width: str, stack: Stack) -> jax.Array | tuple[()] | None:
-        if stack.spec.carries:
+        if not stack.spec.attends:
             return None
         if stack.spec.kv_layer is not None:
             return ()

@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ftjax.models.cache import State
 from ftjax.models.delta import ShortConvolution, documents_of, gated_delta, inputs_after, last_inputs, of_heads
@@ -37,10 +38,11 @@ def state_space(
 
 
 class Mamba2(nn.Module):
-    """In the place of attention: a projection, a short causal convolution of each channel, `state_space`, a gated norm.
+    """In the place of attention or beside it: a projection, a short causal convolution of each channel, `state_space`,
+    a gate and a norm.
 
     Parameters: `in_proj` (to a gate, x, b, c and steps, in this order) and `out_proj`, `conv1d/weight` [channels, 1,
-    taps] and `conv1d/bias` [channels], `A_log`, `D` and `dt_bias` [heads], `norm/scale` [heads * head_dim].
+    taps] and `conv1d/bias` [channels], `A_log`, `D` and `dt_bias` [heads], `norm/scale` [heads * head_dim] if any.
     """
 
     spec: DecoderSpec
@@ -55,10 +57,13 @@ class Mamba2(nn.Module):
         real, documents = documents_of(state, context)
         wide, deep = mamba.heads * mamba.head_dim, mamba.groups * mamba.state_dim
 
-        def linear(name, features, axes):
-            return Linear(features, axes, *dtypes, use_bias=mamba.bias, name=name)
+        def linear(name, features, axes, bias):
+            return Linear(features, axes, *dtypes, use_bias=bias, name=name)
 
-        projected = linear("in_proj", wide + mamba.channels + mamba.heads, ("embed", "heads"))(x)
+        projected = linear("in_proj", wide + mamba.channels + mamba.heads, ("embed", "heads"), mamba.bias)(x)
+        if any(factor != 1.0 for factor in spec.multipliers.mamba):
+            factors = np.repeat(spec.multipliers.mamba, [wide, wide, deep, deep, mamba.heads])
+            projected = projected * jnp.asarray(factors, projected.dtype)
         gate, mixed, steps = jnp.split(projected, [wide, wide + mamba.channels], axis=-1)
         inputs = inputs_after(state, jnp.where(real[..., None], mixed, 0), mamba.taps)
         mixed = ShortConvolution(mamba.taps, self.param_dtype, mamba.conv_bias, name="conv1d")(inputs, documents)
@@ -77,15 +82,19 @@ class Mamba2(nn.Module):
         memory = state.memory if state else jnp.zeros((batch, *mamba.memory), jnp.float32)
         out, memory = state_space(x, steps, a, b, c, skip, documents, memory)
 
-        norm = GatedNorm(spec.norm_eps, mamba.groups, *dtypes, name="norm")
-        out = norm(out.reshape(batch, length, wide), gate)
-        out = linear("out_proj", spec.hidden_size, ("heads", "embed"))(out)
+        gated = Gated(mamba.norm, spec.norm_eps, mamba.groups, *dtypes, name="norm")
+        out = gated(out.reshape(batch, length, wide), gate)
+        out = linear("out_proj", spec.hidden_size, ("heads", "embed"), mamba.out_bias)(out)
         return out, None if state is None else State(last_inputs(inputs, real, documents, mamba.taps), memory)
 
 
-class GatedNorm(nn.Module):
-    """x times silu(gate) under an RMS norm of each of `groups` equal parts, in float32, returned in `dtype`."""
+class Gated(nn.Module):
+    """x times silu(gate), under an RMS norm of each of `groups` equal parts, in float32, returned in `dtype`.
 
+    norm: as of `spec.Mamba`; only with one there is a parameter, `scale`.
+    """
+
+    norm: str | None
     epsilon: float
     groups: int
     dtype: jnp.dtype
@@ -95,16 +104,21 @@ class GatedNorm(nn.Module):
     def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
         """x and gate [..., D] -> [..., D]"""
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        scale = None if self.norm is None else self.param("scale", init, (x.shape[-1],), self.param_dtype)
 
-        @remade
-        def normed(x, gate, scale):
-            x = x.astype(jnp.float32) * nn.silu(gate.astype(jnp.float32))
+        def normed(x, scale):
             parts = x.reshape(*x.shape[:-1], self.groups, -1)
             parts = parts * jax.lax.rsqrt(jnp.mean(parts * parts, axis=-1, keepdims=True) + self.epsilon)
-            return (parts.reshape(x.shape) * scale.astype(jnp.float32)).astype(self.dtype)
+            return parts.reshape(x.shape) * scale.astype(jnp.float32)
 
-        return normed(x, gate, scale)
+        @remade
+        def gated(x, gate, scale):
+            x, gate = x.astype(jnp.float32), nn.silu(gate.astype(jnp.float32))
+            if self.norm == "first":
+                return (normed(x, scale) * gate).astype(self.dtype)
+            return (normed(x * gate, scale) if self.norm else x * gate).astype(self.dtype)
+
+        return gated(x, gate, scale)
 
 
 def _counted(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

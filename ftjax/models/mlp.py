@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ftjax import quant
 from ftjax.models.grouped import grouped_matmul
-from ftjax.models.layers import ACTIVATIONS, INIT, Linear, Xielu, packed_kernel, remade
+from ftjax.models.layers import ACTIVATIONS, INIT, Linear, Xielu, packed_kernel, remade, scaled
 from ftjax.models.routing import route
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import constrain, partition_spec
@@ -79,7 +79,7 @@ class MLP(nn.Module):
 
         scalars = Xielu(self.param_dtype, name="act_fn")() if spec.hidden_act == "xielu" else ()
         inner = _inner(spec, lambda name, features: linear(name, features, ("embed", "mlp"), x), scalars)
-        return linear("down_proj", spec.hidden_size, ("mlp", "embed"), inner)
+        return scaled(linear("down_proj", spec.hidden_size, ("mlp", "embed"), inner), spec.multipliers.down)
 
     def _gathered(self, variables):
         """The kernels as products use them: in `dtype`, whole along the model's width."""
@@ -333,6 +333,7 @@ def _activated(spec: DecoderSpec, scalars: tuple[jax.Array, ...], *projected: ja
     else:
         (both,) = projected
         gate, up = jnp.split(both, 2, axis=-1) if spec.gate == "halves" else (both[..., ::2], both[..., 1::2])
+    gate = scaled(gate, spec.multipliers.gate)
     if spec.gate_cutoff is not None:
         gate = _above(gate, spec.gate_cutoff)
     if spec.swiglu_clamp is None:

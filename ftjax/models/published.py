@@ -28,6 +28,7 @@ OWNERS = [
     "CohereForAI",
     "THUDM",
     "zai-org",
+    "tiiuae",
 ]
 
 

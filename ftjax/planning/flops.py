@@ -60,7 +60,7 @@ def count(
         if (mixer := stack.spec.delta or stack.spec.mamba) is not None:
             with_memory = 3 if stack.spec.delta else 2
             attention += 2.0 * with_memory * tokens * math.prod(mixer.memory) * len(stack.layers)
-        if stack.spec.carries:
+        if not stack.spec.attends:
             continue
         pairs = sum(_pairs(stack.spec, length))
         widths = stack.spec.head_dim + stack.spec.value_dim
@@ -90,7 +90,7 @@ def of_step(program: Program) -> Flops:
 def reaches(program: Program) -> list[float]:
     """Keys that a query of each layer with attention sees, on average over a document."""
     _, length = _documents(program)
-    attending = [stack.spec for stack in stacks(program.model.spec) if not stack.spec.carries]
+    attending = [stack.spec for stack in stacks(program.model.spec) if stack.spec.attends]
     return [pairs / length for spec in attending for pairs in _pairs(spec, length)]
 
 

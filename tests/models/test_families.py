@@ -56,6 +56,7 @@ COUNTS = {
     "DeepSeek-V2-Lite": 15_706_484_224,
     "DeepSeek-V3": 671_026_419_200,
     "GLM-4.5-Air": 106_852_251_264,
+    "Falcon-H1-0.5B": 521_411_104,
     "granite-4.0-h-micro": 3_191_396_096,
     "granite-4.0-h-tiny": 6_939_037_248,
 }
@@ -285,6 +286,9 @@ def test_the_first_spelling_of_longrope():
         (CONFIGS["granitemoehybrid"], {"layer_types": ["mamba"] * 3}, "without any full_attention"),
         (CONFIGS["granitemoehybrid"], {"position_embedding_type": "alibi"}, "position_embedding_type='alibi'"),
         (CONFIGS["granitemoehybrid"], {"hidden_act": "xielu"}, "learned"),
+        (CONFIGS["falcon_h1"], {"mamba_d_ssm": 42}, "have to make up 42"),
+        (CONFIGS["falcon_h1"], {"ssm_multipliers": [1.0]}, "ssm_multipliers=[1.0] has to be 5 numbers"),
+        (CONFIGS["falcon_h1"], {"mlp_multipliers": 2.0}, "mlp_multipliers=2.0 has to be 2 numbers"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(config, change, named):

@@ -72,3 +72,9 @@ def test_layers_of_mamba_are_counted_one_by_one():
     attending = 32 * (2 * 4 + 2 * 2) * 8
     mixture = 32 * (5 + 2 * 3 * 48 + 3 * 40)
     assert found.forward == 2 * 32 * (2 * mixer + attending + 3 * mixture + 32 * 61)
+
+
+def test_attention_and_mamba_in_one_layer_are_both_counted():
+    spec = spec_from_config(CONFIGS["falcon_h1"])
+    found = flops.count(spec, {}, lambda path: True, rows=2, length=16)
+    assert found.attention == 3 * (32 * 8 * 2 * (2 * 6 * 5) + 2 * 2 * (2 * 136 * 4 * 12))

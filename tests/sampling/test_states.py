@@ -13,11 +13,12 @@ from ftjax.sampling.engine import Engine, Request, conversation
 from ftjax.sampling.sampler import Sampling
 
 NEW, LENGTH = 5, 64
+MAMBA = ("granitemoehybrid", "falcon_h1")
 DRAWN = Sampling(temperature=1.0, seed=3)
 rng = np.random.default_rng(0)
 
 
-@pytest.fixture(scope="module", params=["qwen3_5", pytest.param("granitemoehybrid", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["qwen3_5", *(pytest.param(name, marks=pytest.mark.slow) for name in MAMBA)])
 def made(request):
     """(model, its variables)"""
     model = Decoder(spec_from_config(CONFIGS[request.param]))

@@ -81,6 +81,18 @@ MAMBA = {
     "mamba_d_state": 6,
     "mamba_expand": 2,
 }
+# Of Falcon-H1.
+FACTORS = {
+    "embedding_multiplier": 1.5,
+    "lm_head_multiplier": 0.8,
+    "key_multiplier": 0.7,
+    "attention_in_multiplier": 1.3,
+    "attention_out_multiplier": 0.6,
+    "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.7,
+    "ssm_multipliers": [0.9, 1.1, 1.3, 0.8, 0.7],
+    "mlp_multipliers": [1.4, 0.6],
+}
 LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 10,

@@ -3,6 +3,7 @@
 from support.config_parts import (
     BY_KIND,
     ERNIE_MOE,
+    FACTORS,
     GROUPS,
     LATENT,
     LINEAR,
@@ -73,6 +74,17 @@ MORE_CONFIGS = {
     "exaone4, no windows, tied": config(
         "exaone4", sliding_window=None, layer_types=["full_attention"] * 3, tie_word_embeddings=True
     ),
+    "falcon_h1, the gate first, limits, tied": config(
+        "falcon_h1",
+        mamba_d_ssm=None,
+        mamba_rms_norm=True,
+        mamba_norm_before_gate=False,
+        mamba_conv_bias=False,
+        time_step_limit=[0.5, 1.5],
+        tie_word_embeddings=True,
+        **MAMBA | {"mamba_n_groups": 4, "mamba_d_conv": 2},
+    ),
+    "falcon_h1, the gate alone": config("falcon_h1", mamba_d_ssm=48, **FACTORS, **MAMBA),
     "glm, whole heads, tied": config(
         "glm", head_dim=8, partial_rotary_factor=1.0, attention_bias=False, tie_word_embeddings=True
     ),

@@ -11,6 +11,7 @@ from ftjax.models.families import (
     deepseek,
     ernie,
     exaone,
+    falcon,
     gemma,
     gemma3n,
     gemma4,
@@ -74,6 +75,7 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5": Family(ernie.ernie4_5, "Ernie4_5ForCausalLM"),
     "ernie4_5_moe": Family(ernie.ernie4_5_moe, "Ernie4_5_MoeForCausalLM", ernie.MOE_NAMES, ignored=ernie.IGNORED),
     "exaone4": Family(exaone.exaone4, "Exaone4ForCausalLM"),
+    "falcon_h1": Family(falcon.falcon_h1, "FalconH1ForCausalLM", falcon.NAMES),
     "gemma2": Family(gemma.gemma2, "Gemma2ForCausalLM"),
     "gemma3": Family(
         gemma.gemma3,

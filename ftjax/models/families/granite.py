@@ -50,6 +50,7 @@ def granitemoehybrid(config: dict[str, Any]) -> DecoderSpec:
     if positions != "rope":
         spec = dataclasses.replace(spec, ropes=(), layer_ropes=(None,) * spec.num_hidden_layers)
     width = size(config, "mamba_expand", 2) * spec.hidden_size
-    its = mamba(config, width, step_limits(config), flag(config, "mamba_proj_bias"))
+    bias = flag(config, "mamba_proj_bias")
+    its = mamba(config, width, bias, out_bias=bias, limits=step_limits(config))
     attends = attending_layers(config, [False] * spec.num_hidden_layers)
     return spec.with_kinds([Kind("full") if full else Kind("mamba", (("mamba", its),)) for full in attends])

@@ -11,8 +11,8 @@ from ftjax.models.spec import Mamba
 _OLD = {"mamba": "linear_attention", "attention": "full_attention"}
 
 
-def mamba(config: dict[str, Any], width: int, limits: tuple[float, float], bias: bool) -> Mamba:
-    """The mixer of `mamba_n_heads` heads and so on; width: of all heads together; bias: of its projections."""
+def mamba(config: dict[str, Any], width: int, bias: bool, **others: Any) -> Mamba:
+    """The mixer of `mamba_n_heads` heads and so on; width: of all heads together; others: what is not read here."""
     heads, groups = size(config, "mamba_n_heads", 128), size(config, "mamba_n_groups", 1)
     head_dim = width // heads if config.get("mamba_d_head", "auto") == "auto" else size(config, "mamba_d_head")
     taps = size(config, "mamba_d_conv", 4)
@@ -29,9 +29,9 @@ def mamba(config: dict[str, Any], width: int, limits: tuple[float, float], bias:
         state_dim=size(config, "mamba_d_state", 256),
         groups=groups,
         taps=taps,
-        limits=limits,
         bias=bias,
         conv_bias=flag(config, "mamba_conv_bias", True),
+        **others,
     )
 
 

@@ -36,6 +36,7 @@ from ftjax.weights.peft.keys import EMBEDDING, HEAD, PREFIX
 from ftjax.weights.source import Reader
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "ftjax_adapter.json"
+_FUSED = ("falcon_h1", "nemotron_h")  # families in which peft adapts nothing that is lora.FUSED
 _SAMPLE = 4096  # the most values of a tensor that go into the digest of a base
 
 
@@ -124,6 +125,7 @@ def write_adapter(
     modules = tree.by_module(adapters)
     saved = dict(saved or {})
     refuse_experts([*modules, *saved])
+    refuse_fused(modules, spec)
     if not modules or not keys.keys() >= modules.keys() or not params.keys() >= saved.keys():
         raise ValueError(f"no adapters, or adapters of modules that can have none: {sorted([*modules, *saved])}")
     dora = any("lora_magnitude" in parts for parts in modules.values())
@@ -188,6 +190,16 @@ def refuse_experts(names: Iterable[str]) -> None:
         raise UserError(
             f"{wrong[0]}: adapters and copies of experts and routers are neither written for peft nor read, as its "
             "releases store them differently; use --format merged or hf"
+        )
+
+
+def refuse_fused(modules: Iterable[str], spec: DecoderSpec) -> None:
+    """UserError where one of these adapted modules is one that peft adapts in no model of the family."""
+    wrong = [name for name in modules if spec.family in _FUSED and lora.FUSED in f"/{name}/"]
+    if wrong:
+        raise UserError(
+            f"{wrong[0]}: peft takes no adapter of it in a {spec.family} model; use --format merged or hf, or train "
+            "with adapter.targets that leave it out, as all-linear does"
         )
 
 
