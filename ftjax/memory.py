@@ -140,9 +140,11 @@ def _carried(spec: DecoderSpec) -> float:
 
 
 def inner(spec: DecoderSpec) -> float:
-    """Columns of an MLP, or of the experts that a token goes to, on the average of all layers."""
+    """Columns of an MLP, or of the experts that a token goes to, on the average of all layers, also those without."""
 
     def columns(of: DecoderSpec) -> int:
+        if of.only == "mixer":
+            return 0
         experts = of.experts
         return of.intermediate_size * experts.per_token + (experts.shared or 0) if experts else of.intermediate_size
 

@@ -220,18 +220,17 @@ class Block(nn.Module):
         if spec.altup is not None:
             altup = AltUp(spec, *dtypes, name="altup")
             predicted, x = altup.predict(x)
-        before = norm("input_layernorm", spec.pre_norms, x)
-        out, new = self._mixed(before, layer_cache, layer, context)
-        x = x + scaled(norm("post_attention_layernorm", spec.post_norms, out), spec.residual_scale)
+        new = None
+        if spec.only != "mlp":
+            before = norm("input_layernorm", spec.pre_norms, x)
+            out, new = self._mixed(before, layer_cache, layer, context)
+            x = x + scaled(norm("post_attention_layernorm", spec.post_norms, out), spec.residual_scale)
         if spec.laurel_rank is not None:
             x = (x + Laurel(spec, *dtypes, name="laurel")(before)) * jnp.asarray(2.0**-0.5, self.dtype)
-        feed_forward = Mixture if spec.experts else functools.partial(MLP, block=self.mlp_block)
-        before = before if spec.parallel else norm(before_mlp, spec.pre_norms, x)
-        if spec.experts and spec.experts.beside:
-            out = mixture_beside(spec, dtypes, x, before, self.mlp_block)
-        else:
-            out = feed_forward(spec, *dtypes, name="mlp")(before)
-        x = x + scaled(norm("post_feedforward_layernorm", spec.post_norms, out), spec.residual_scale)
+        if spec.only != "mixer":
+            before = before if spec.parallel else norm(before_mlp, spec.pre_norms, x)
+            out = self._fed_forward(x, before)
+            x = x + scaled(norm("post_feedforward_layernorm", spec.post_norms, out), spec.residual_scale)
         if spec.altup is not None:
             streams, x = altup.correct(predicted, x)
             x = others_added(streams, gated(spec, dtypes, x, layer["per_layer"]))
@@ -259,6 +258,14 @@ class Block(nn.Module):
             out, its = attention(scaled(x, factors.attention_in), attended, layer, context)
             parts, new = [*parts, scaled(out, factors.attention_out)], [its, *new]
         return sum(parts[1:], start=parts[0]), Both(*new) if len(new) > 1 else new[0]
+
+    def _fed_forward(self, x, before):
+        """What the MLP or the mixture gives of `before`, which is x under its norm."""
+        spec, dtypes = self.spec, (self.dtype, self.param_dtype)
+        if spec.experts and spec.experts.beside:
+            return mixture_beside(spec, dtypes, x, before, self.mlp_block)
+        feed_forward = Mixture if spec.experts else functools.partial(MLP, block=self.mlp_block)
+        return feed_forward(spec, *dtypes, name="mlp")(before)
 
 
 class InOrder(nn.Module):
@@ -348,7 +355,7 @@ class Decoder(nn.Module):
             if stack.spec.kv_layer is not None:
                 return ()
             of = [next(found) for found, has in ((pairs, stack.spec.attends), (states, stack.spec.carries)) if has]
-            return Both(*of) if len(of) > 1 else of[0]
+            return Both(*of) if len(of) > 1 else next(iter(of), None)
 
         x, new = self._hidden(tokens, positions, segment_ids, cached, cache.reach)
         places = (positions, segment_ids)

@@ -16,6 +16,7 @@ from ftjax.models.routing import route
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import constrain, partition_spec
 
+GATES = {None: ("up_proj",), "separate": ("gate_proj", "up_proj")}  # kernels before the activation; else one of both
 PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")  # by which their dropout differs
 
 
@@ -135,8 +136,9 @@ class Experts(nn.Module):
         """x [B, T, D] in `dtype`; weights float32 and chosen int32 [B, T, per_token] -> [B, T, D]."""
         spec, count = self.spec, self.spec.experts.count
         hidden, inner = spec.hidden_size, spec.intermediate_size
-        sizes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner)}
-        if spec.gate != "separate":
+        if spec.gate in GATES:
+            sizes = dict.fromkeys(GATES[spec.gate], (hidden, inner))
+        else:
             sizes = {"gate_up_proj": (hidden, 2 * inner)}
         sizes["down_proj"] = (inner, hidden)
         stacks, axes = {}, {}
@@ -312,9 +314,9 @@ def _inner(
     project(name, features) makes and applies one projection of the layer's input: [..., features]; scalars: of the
     activation, where it has any.
     """
-    features, names = spec.intermediate_size, {None: ("up_proj",), "separate": ("gate_proj", "up_proj")}
-    if spec.gate in names:
-        projected = [project(name, features) for name in names[spec.gate]]
+    features = spec.intermediate_size
+    if spec.gate in GATES:
+        projected = [project(name, features) for name in GATES[spec.gate]]
     else:
         projected = [project("gate_up_proj", 2 * features)]
     return remade(functools.partial(_activated, spec))(scalars, *projected)

@@ -29,6 +29,7 @@ OWNERS = [
     "THUDM",
     "zai-org",
     "tiiuae",
+    "nvidia",
 ]
 
 

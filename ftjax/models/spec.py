@@ -222,6 +222,7 @@ class DecoderSpec:
     norm: str = "rms"  # one of layers.NORMS
     pre_norms: bool = True  # of what goes into attention and MLP
     post_norms: bool = False  # of what comes out of them
+    only: str | None = None  # "mixer" or "mlp": layers have only attention (or what is in its place), or only an MLP
     parallel: bool = False  # attention and MLP have the same input, under one norm, and their sum is added to it
     embedding_scale: float = 1.0
     per_layer: PerLayer | None = None
@@ -245,7 +246,8 @@ class DecoderSpec:
     @property
     def attends(self) -> bool:
         """Whether its layers, of one kind, have attention, and so keys and values."""
-        return not self.carries or (self.mamba is not None and self.mamba.beside)
+        alone = not self.carries or (self.mamba is not None and self.mamba.beside)
+        return alone and self.only != "mlp"
 
     @property
     def value_dim(self) -> int:

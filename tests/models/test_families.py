@@ -59,6 +59,8 @@ COUNTS = {
     "Falcon-H1-0.5B": 521_411_104,
     "granite-4.0-h-micro": 3_191_396_096,
     "granite-4.0-h-tiny": 6_939_037_248,
+    "NVIDIA-Nemotron-Nano-9B-v2": 8_888_227_328,
+    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": 31_577_937_344 + 23 * 128,  # and the corrections of its routers
 }
 
 
@@ -84,6 +86,8 @@ def test_what_a_config_leaves_out_is_what_transformers_fills_in(family):
         config["num_hidden_layers"] = 25
     if family == "granitemoehybrid":  # all of whose layers are Mamba-2's where nothing is said
         config["layer_types"] = ["mamba"] * 6 + ["attention"]
+    if family == "nemotron_h":  # whose layers are as many as are listed
+        config["layers_block_type"] = ["mamba", "moe", "attention", "mlp", "mamba", "mlp", "moe"]
     if family == "gpt2":
         config = {"model_type": family, "vocab_size": 64, "n_embd": 64, "n_layer": 7, "n_head": 4}
     assert spec_from_config(config) == spec_from_config(completed(config))
@@ -131,6 +135,21 @@ def test_the_language_model_of_a_multimodal_llama4():
     # To transformers' AutoModelForCausalLM, and so to peft, it is the language model alone.
     assert not is_inside(config)
     assert is_inside({"model_type": "gemma3"})
+
+
+def test_layers_of_a_nemotron_h_by_its_pattern():
+    """That of Nemotron-H-8B: bodies to compile are few, however it goes."""
+    pattern = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+    config = {name: value for name, value in CONFIGS["nemotron_h"].items() if name != "layers_block_type"}
+    spec = spec_from_config(config | {"num_hidden_layers": 52, "hybrid_override_pattern": pattern})
+    assert [kind.name for kind in spec.layer_kinds][:9] == ["mamba", "mlp"] * 3 + ["mamba", "full", "mlp"]
+    assert len(stacks(spec)) < 20
+    alone = [stack.spec for stack in stacks(spec)]
+    assert {(one.attends, one.carries, one.only) for one in alone} == {
+        (False, True, "mixer"),
+        (True, False, "mixer"),
+        (False, False, "mlp"),
+    }
 
 
 def test_layers_of_llama4_scout_and_maverick():
@@ -286,6 +305,11 @@ def test_the_first_spelling_of_longrope():
         (CONFIGS["granitemoehybrid"], {"layer_types": ["mamba"] * 3}, "without any full_attention"),
         (CONFIGS["granitemoehybrid"], {"position_embedding_type": "alibi"}, "position_embedding_type='alibi'"),
         (CONFIGS["granitemoehybrid"], {"hidden_act": "xielu"}, "learned"),
+        (CONFIGS["nemotron_h"], {"num_hidden_layers": 4}, "num_hidden_layers=4, but 5 layers are listed"),
+        (CONFIGS["nemotron_h"], {"layers_block_type": ["mlp"] * 5}, "one of them full_attention"),
+        (CONFIGS["nemotron_h"], {"layers_block_type": ["attention", "conv"]}, "has to be of linear_attention"),
+        (CONFIGS["nemotron_h"], {"moe_latent_size": 8}, "moe_latent_size=8"),
+        (CONFIGS["nemotron_h"], {"time_step_limit": [0.0, 1.0]}, "time_step_limit=[0.0, 1.0] is not supported"),
         (CONFIGS["falcon_h1"], {"mamba_d_ssm": 42}, "have to make up 42"),
         (CONFIGS["falcon_h1"], {"ssm_multipliers": [1.0]}, "ssm_multipliers=[1.0] has to be 5 numbers"),
         (CONFIGS["falcon_h1"], {"mlp_multipliers": 2.0}, "mlp_multipliers=2.0 has to be 2 numbers"),

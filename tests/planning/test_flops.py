@@ -78,3 +78,11 @@ def test_attention_and_mamba_in_one_layer_are_both_counted():
     spec = spec_from_config(CONFIGS["falcon_h1"])
     found = flops.count(spec, {}, lambda path: True, rows=2, length=16)
     assert found.attention == 3 * (32 * 8 * 2 * (2 * 6 * 5) + 2 * 2 * (2 * 136 * 4 * 12))
+
+
+def test_layers_of_one_part_alone():
+    spec = spec_from_config(CONFIGS["nemotron_h"])
+    found = flops.count(spec, {}, lambda path: True, rows=2, length=16)
+    assert found.attention == 2 * (32 * 8 * 2 * (2 * 6 * 5)) + 2 * 2 * (2 * 136 * 4 * 12)
+    # Two experts and the shared one in one layer of five, an MLP in another.
+    assert memory.inner(spec) == (2 * 20 + 28 + 48) / 5

@@ -32,6 +32,7 @@ MORE = (
     "qwen3_5_moe",
     "lfm2",
     "granitemoehybrid",
+    "nemotron_h",
     "gemma3n",
     "llama4",
 )

@@ -13,7 +13,7 @@ from ftjax.sampling.engine import Engine, Request, conversation
 from ftjax.sampling.sampler import Sampling
 
 NEW, LENGTH = 5, 64
-MAMBA = ("granitemoehybrid", "falcon_h1")
+MAMBA = ("granitemoehybrid", "falcon_h1", "nemotron_h")
 DRAWN = Sampling(temperature=1.0, seed=3)
 rng = np.random.default_rng(0)
 

@@ -81,6 +81,13 @@ MAMBA = {
     "mamba_d_state": 6,
     "mamba_expand": 2,
 }
+NEMOTRON_H = {
+    "layer_norm_epsilon": 0.1,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 5,
+    "n_groups": 2,
+    "ssm_state_size": 6,
+}
 # Of Falcon-H1.
 FACTORS = {
     "embedding_multiplier": 1.5,

@@ -11,6 +11,7 @@ from support.config_parts import (
     MAMBA,
     MINISTRAL3,
     MOE,
+    NEMOTRON_H,
     QWEN2_MOE,
     ROUTED,
     YARN,
@@ -119,6 +120,16 @@ MORE_CONFIGS = {
         "ministral3", head_dim=8, sliding_window=6, rope_parameters=MINISTRAL3, tie_word_embeddings=True
     ),
     "nemotron, relu, tied": config("nemotron", hidden_act="relu", partial_rotary_factor=1.0, tie_word_embeddings=True),
+    "nemotron_h, no mixture, a pattern, a least step": config(
+        "nemotron_h",
+        num_hidden_layers=6,
+        hybrid_override_pattern="M-M*M-",
+        head_dim=8,
+        mlp_hidden_act="silu",
+        use_conv_bias=False,
+        time_step_min=0.6,
+        **NEMOTRON_H | {"n_groups": 1, "conv_kernel": 2},
+    ),
     "olmo, no clip, tied": config("olmo", tie_word_embeddings=True),
     "olmo3, ropes, layer types": config(
         "olmo3",

@@ -9,6 +9,7 @@ from ftjax.models.families.fields import attending, flag, number, shorten, size
 from ftjax.models.spec import Mamba
 
 _OLD = {"mamba": "linear_attention", "attention": "full_attention"}
+_LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 
 
 def mamba(config: dict[str, Any], width: int, bias: bool, **others: Any) -> Mamba:
@@ -56,3 +57,21 @@ def attending_layers(config: dict[str, Any], default: Sequence[bool]) -> list[bo
     if isinstance(named, list):
         config = config | {"layer_types": [_OLD.get(name, name) if isinstance(name, str) else name for name in named]}
     return attending(config, "linear_attention", default)
+
+
+def listed_layers(config: dict[str, Any]) -> list[str]:
+    """Of each layer which of _LETTERS it is: by a list, in new names or old ones, or by a text of letters."""
+    given, known = config.get("layers_block_type"), _LETTERS | _OLD
+    given = config.get("layer_types") if given is None else given
+    given = config.get("hybrid_override_pattern", "ME*-") if given is None else given
+    names = [known.get(str(name), str(name)) for name in given] if isinstance(given, str | list) else []
+    if not set(names) <= set(_LETTERS.values()) or "full_attention" not in names:
+        raise UserError(
+            f"config.json: layers_block_type={shorten(given)} has to be of linear_attention, full_attention, mlp and "
+            "moe, or M, *, - and E as hybrid_override_pattern, one of them full_attention"
+        )
+    if config.get("num_hidden_layers", len(names)) not in (None, len(names)):
+        raise UserError(
+            f"config.json: num_hidden_layers={shorten(config['num_hidden_layers'])}, but {len(names)} layers are listed"
+        )
+    return names

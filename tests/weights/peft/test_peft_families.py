@@ -68,6 +68,7 @@ MORE |= dict.fromkeys(("granitemoe", "hunyuan_v1_moe", "llama4"), _ATTENTION)
 MORE["lfm2"] = ["in_proj", "k_proj", "out_proj", "q_proj", "v_proj", "w1", "w2", "w3"]
 MORE["falcon_h1"] = sorted([*_LLAMA, "in_proj"])
 MORE["granitemoehybrid"] = sorted([*_ATTENTION, "in_proj"])
+MORE["nemotron_h"] = sorted([*_ATTENTION, "in_proj"])
 MORE["qwen3_next"] = sorted([*_MIXTURE, "in_proj_ba", "in_proj_qkvz", "out_proj"])
 NAMES |= MORE
 # What peft would take for experts by the name of its module.
@@ -75,6 +76,10 @@ _SHARED = [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up"
 PARAMETERS = {
     "granitemoehybrid": ["shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"],
     "hunyuan_v1_moe": [f"shared_mlp.{name}_proj.weight" for name in ("down", "gate", "up")],
+    "nemotron_h": [
+        *(f"mixer.{name}_proj.weight" for name in ("down", "up")),
+        *(f"shared_experts.{name}_proj.weight" for name in ("down", "up")),
+    ],
     "llama4": ["down_proj.weight", "gate_proj.weight", "up_proj.weight"],
     "qwen2_moe": _SHARED,
     "qwen3_next": _SHARED,
