@@ -22,7 +22,7 @@ from ftjax.weights.gguf.write import gguf_header
 from ftjax.weights.hf.classifier import TEXTS, TOKENS, Head, architecture
 from ftjax.weights.hf.end_tokens import with_end_of_turn, with_ends
 from ftjax.weights.hf.padding import padding_token
-from ftjax.weights.peft.adapter import refuse_experts
+from ftjax.weights.peft.adapter import refuse_experts, refuse_fused
 from ftjax.weights.peft.vllm import uniform
 
 
@@ -36,6 +36,7 @@ def check_peft(config: ConfigDict, base: Base, variables: Tree, vllm_rank: int |
         raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
     whole = assemble.trained_whole(config, base)
     refuse_experts(whole)
+    refuse_fused(tree.by_module(variables["lora"]), base.model.spec)
     if vllm_rank is not None and COLLECTION in variables:
         raise UserError("--vllm: vLLM has no adapters of reward models and classifiers; leave --vllm out, or merge it")
     if vllm_rank is not None:

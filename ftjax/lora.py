@@ -23,6 +23,8 @@ from ftjax.models.adapter import column_norms
 from ftjax.tree import Tree
 
 TRAINABLE = re.compile(r"^lora/.*/lora_(a|b|magnitude)$")
+# Kernels that compute Mamba-2 together with its last product, as transformers has, pass an adapter of that by.
+FUSED = "/mamba/out_proj/"
 
 
 def linear_kernels(paths: Iterable[str]) -> list[str]:
@@ -39,15 +41,15 @@ def adaptable(paths: Iterable[str]) -> list[str]:
 def find_targets(targets: str | Sequence[str], kernels: Sequence[str]) -> list[str]:
     """The paths to adapt, of `kernels` (see `adaptable`).
 
-    targets: "all-linear" (every linear layer but the output head, as in peft), module names such as "q_proj,v_proj" or
-    ["q_proj", "v_proj"], or a regular expression that is searched for in the paths. UserError if a name or the
-    expression matches nothing.
+    targets: "all-linear" (every linear layer but the output head, as in peft, and those that are FUSED), module names
+    such as "q_proj,v_proj" or ["q_proj", "v_proj"], or a regular expression that is searched for in the paths.
+    UserError if a name or the expression matches nothing.
     """
     kernels = sorted(kernels)
     if isinstance(targets, str) and re.fullmatch(r"\w+(,\w+)+", targets):
         targets = targets.split(",")
     if targets == "all-linear":
-        return [path for path in linear_kernels(kernels) if not path.startswith("lm_head/")]
+        return [path for path in linear_kernels(kernels) if not path.startswith("lm_head/") and FUSED not in path]
     if isinstance(targets, str):
         return tree.matching(targets, kernels, "adapter.targets")
     if not targets:

@@ -19,7 +19,7 @@ from ftjax.method import holds_reference_in_vain, method_of, ptx_rows
 from ftjax.models import attention, kernels
 from ftjax.models.delta import CHUNK
 from ftjax.models.groups import stacks
-from ftjax.models.spec import DecoderSpec, Delta
+from ftjax.models.spec import DecoderSpec, Delta, Mamba
 
 GIB = 2**30
 _USED = {"gpu": 0.9, "tpu": 0.9, "cpu": 0.7}  # of the memory; what is left is for the estimate's error, and others
@@ -127,21 +127,24 @@ def _scores(program: Program, tokens: float) -> tuple[float, float]:
 
 
 def _carried(spec: DecoderSpec) -> float:
-    """Bytes of a token that layers of the gated delta rule keep besides, on the average of all layers: what goes into
-    it and comes out, in float32, and the memory at the end of each chunk. Counted, not fitted.
+    """Bytes of a token that layers with a memory keep besides, on the average of all layers: what goes into it and
+    comes out, in float32, and the memory at the end of each chunk. Counted, not fitted.
     """
 
-    def of_heads(of: Delta) -> float:
-        return 4.0 * of.value_heads * (2 * of.key_dim + 2 * of.value_dim + of.key_dim * of.value_dim / CHUNK)
+    def of_layer(of: Delta | Mamba) -> float:
+        heads, _, width = of.memory
+        return 4.0 * (of.channels + heads * width + math.prod(of.memory) / CHUNK)
 
-    carrying = [stack for stack in stacks(spec) if stack.spec.delta]
-    return sum(of_heads(stack.spec.delta) * len(stack.layers) for stack in carrying) / spec.num_hidden_layers
+    mixers = [(stack.spec.delta or stack.spec.mamba, len(stack.layers)) for stack in stacks(spec)]
+    return sum(of_layer(mixer) * layers for mixer, layers in mixers if mixer) / spec.num_hidden_layers
 
 
 def inner(spec: DecoderSpec) -> float:
-    """Columns of an MLP, or of the experts that a token goes to, on the average of all layers."""
+    """Columns of an MLP, or of the experts that a token goes to, on the average of all layers, also those without."""
 
     def columns(of: DecoderSpec) -> int:
+        if of.only == "mixer":
+            return 0
         experts = of.experts
         return of.intermediate_size * experts.per_token + (experts.shared or 0) if experts else of.intermediate_size
 

@@ -138,6 +138,14 @@ def test_a_rank_above_the_width_of_a_layer_is_made_as_peft_makes_it():
     assert leaves["layers/self_attn/k_proj/lora_b"].shape[1:] == (17, 16)
 
 
+def test_what_comes_out_of_mamba_is_adapted_only_where_it_is_named():
+    adaptable = lora.adaptable(logical_axes(Decoder(spec_from_config(CONFIGS["granitemoehybrid"]))))
+    every = lora.find_targets("all-linear", adaptable)
+    assert {path for path in adaptable if "/mamba/in_proj/" in path} <= set(every)
+    assert not any("/mamba/out_proj/" in path for path in every)
+    assert len(lora.find_targets(["out_proj"], adaptable)) == 2
+
+
 def test_targets_and_patterns_in_unlike_layers():
     """A name means every stack's; a pattern may mean one."""
     paths = list(logical_axes(Decoder(spec_from_config(CONFIGS["qwen3_moe, a dense layer first"]))))

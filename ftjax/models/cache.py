@@ -12,10 +12,17 @@ from ftjax.models.spec import DecoderSpec
 
 
 class State(NamedTuple):
-    """What layers without attention carry along a row, instead of keys and values. It cannot be cut back."""
+    """What layers that are not attention alone carry along a row. It cannot be cut back."""
 
     inputs: jax.Array  # [layers, batch, taps - 1, channels] of the last tokens, in the compute dtype
-    memory: jax.Array | None  # float32 [layers, batch, value_heads, key_dim, value_dim]; None of convolutions alone
+    memory: jax.Array | None  # float32 [layers, batch, *spec.Delta.memory]; None of convolutions alone
+
+
+class Both(NamedTuple):
+    """What a layer has that attends and carries a State beside it."""
+
+    attended: Any  # keys and values
+    state: State
 
 
 @flax.struct.dataclass
@@ -33,7 +40,7 @@ class Cache:
     # made of.
     keys: Any
     values: Any  # as keys, of value_dim
-    states: Any  # State of each stack that has one; None of those with keys, () of those that use another's
+    states: Any  # State of each stack that has one; None of those with keys alone, () of those that use another's
     reach: jax.Array  # int32 [batch], how long each row may become: LongRoPE has to know it from the first token on
 
 
@@ -47,7 +54,7 @@ def init_cache(
     """An empty cache; a row becomes at most `reach` tokens long, by default `slots`."""
 
     def zeros(width: str, stack: Stack) -> jax.Array | tuple[()] | None:
-        if stack.spec.carries:
+        if not stack.spec.attends:
             return None
         if stack.spec.kv_layer is not None:
             return ()
@@ -57,13 +64,14 @@ def init_cache(
     def state(stack: Stack) -> State | tuple[()] | None:
         if stack.spec.kv_layer is not None:
             return ()
-        lead, delta, convolution = (len(stack.layers), batch), stack.spec.delta, stack.spec.convolution
+        lead, convolution = (len(stack.layers), batch), stack.spec.convolution
         if convolution is not None:
             return State(jnp.zeros((*lead, convolution.taps - 1, stack.spec.hidden_size), dtype), None)
-        if delta is None:
+        mixer = stack.spec.delta or stack.spec.mamba
+        if mixer is None:
             return None
-        memory = jnp.zeros((*lead, delta.value_heads, delta.key_dim, delta.value_dim), jnp.float32)
-        return State(jnp.zeros((*lead, delta.taps - 1, delta.channels), dtype), memory)
+        memory = jnp.zeros((*lead, *mixer.memory), jnp.float32)
+        return State(jnp.zeros((*lead, mixer.taps - 1, mixer.channels), dtype), memory)
 
     return Cache(
         keys=nested(spec, functools.partial(zeros, "head_dim")),

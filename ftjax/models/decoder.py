@@ -13,16 +13,17 @@ from jax.ad_checkpoint import checkpoint_name
 from ftjax.models.altup import AltUp, Laurel, Streams, others_added
 from ftjax.models.attention import attention_after, chunk_segments
 from ftjax.models.beside import mixture_beside
-from ftjax.models.cache import Cache, State, write
+from ftjax.models.cache import Both, Cache, State, write
 from ftjax.models.delta import GatedConvolution, GatedDelta
 from ftjax.models.groups import Group, Stack, groups, nested
 from ftjax.models.kernels import attend, choose
-from ftjax.models.layers import NORMS, Embedding, Linear, RMSNorm
+from ftjax.models.layers import NORMS, Embedding, Linear, RMSNorm, scaled
 from ftjax.models.lent import lends, lent
+from ftjax.models.mamba import Mamba2
 from ftjax.models.mlp import MLP, Mixture
 from ftjax.models.neftune import noise
 from ftjax.models.perlayer import PerLayerInputs, gated
-from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
+from ftjax.models.rope import rotate, sequence_lengths, table_of_layers, tables
 from ftjax.models.routing import NOTES
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import HOST_MEMORY, constrain
@@ -74,7 +75,7 @@ class Attention(nn.Module):
         spec = self.spec
         # Of queries, keys and values; of queries alone, where those of another layer are used.
         own = self._from_latent(x) if spec.latent else self._project(x)
-        rope = layer.get("rope", _rope_table(spec)[0])
+        rope = layer.get("rope", table_of_layers(spec)[0])
         if context.tables is not None:
             pairs = max((len(spec.ropes[rope].frequencies) for rope in spec.layer_ropes if rope is not None), default=0)
             cos, sin = (table[rope][..., :pairs] for table in context.tables)
@@ -216,30 +217,21 @@ class Block(nn.Module):
 
         # Hugging Face calls the norm before the MLP by another name where there is one after attention as well.
         before_mlp = "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm"
-        scale = jnp.asarray(spec.residual_scale, self.dtype) if spec.residual_scale != 1.0 else 1
         x = checkpoint_name(constrain(x, "batch", "length", "width"), "layer_input")
         if spec.altup is not None:
             altup = AltUp(spec, *dtypes, name="altup")
             predicted, x = altup.predict(x)
-        before = norm("input_layernorm", spec.pre_norms, x)
-        if spec.delta:
-            out, new = GatedDelta(spec, *dtypes, name="linear_attn")(before, layer_cache, context)
-        elif spec.convolution:
-            out, new = GatedConvolution(spec, *dtypes, name="conv")(before, layer_cache, context)
-        else:
-            attention = Attention(spec, *dtypes, self.kernel, name="self_attn")
-            out, new = attention(before, layer_cache, layer, context)
-        x = x + norm("post_attention_layernorm", spec.post_norms, out) * scale
+        new = None
+        if spec.only != "mlp":
+            before = norm("input_layernorm", spec.pre_norms, x)
+            out, new = self._mixed(before, layer_cache, layer, context)
+            x = x + scaled(norm("post_attention_layernorm", spec.post_norms, out), spec.residual_scale)
         if spec.laurel_rank is not None:
             x = (x + Laurel(spec, *dtypes, name="laurel")(before)) * jnp.asarray(2.0**-0.5, self.dtype)
-        before = before if spec.parallel else norm(before_mlp, spec.pre_norms, x)
-        if spec.experts and spec.experts.beside:
-            out = mixture_beside(spec, dtypes, x, before, context.segment_ids, self.mlp_block)
-        elif spec.experts:
-            out = Mixture(spec, *dtypes, name="mlp")(before, context.segment_ids)
-        else:
-            out = MLP(spec, *dtypes, block=self.mlp_block, name="mlp")(before)
-        x = x + norm("post_feedforward_layernorm", spec.post_norms, out) * scale
+        if spec.only != "mixer":
+            before = before if spec.parallel else norm(before_mlp, spec.pre_norms, x)
+            out = self._fed_forward(x, before, context.segment_ids)
+            x = x + scaled(norm("post_feedforward_layernorm", spec.post_norms, out), spec.residual_scale)
         if spec.altup is not None:
             streams, x = altup.correct(predicted, x)
             x = others_added(streams, gated(spec, dtypes, x, layer["per_layer"]))
@@ -249,6 +241,33 @@ class Block(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
             x = x * jax.lax.stop_gradient(self.param("layer_scalar", init, (1,), self.param_dtype)).astype(self.dtype)
         return constrain(x, "batch", "length", "width"), new
+
+    def _mixed(self, x, layer_cache, layer, context):
+        """What attention gives, or what is in its place or beside it: [B, T, D], and what is new for the cache."""
+        spec, dtypes, factors = self.spec, (self.dtype, self.param_dtype), self.spec.multipliers
+        attended, state = layer_cache if isinstance(layer_cache, Both) else (layer_cache, layer_cache)
+        if spec.delta:
+            return GatedDelta(spec, *dtypes, name="linear_attn")(x, state, context)
+        if spec.convolution:
+            return GatedConvolution(spec, *dtypes, name="conv")(x, state, context)
+        parts, new = [], []
+        if spec.mamba:
+            out, its = Mamba2(spec, *dtypes, name="mamba")(scaled(x, factors.mamba_in), state, context)
+            parts, new = [scaled(out, factors.mamba_out)], [its]
+        if spec.attends:
+            attention = Attention(spec, *dtypes, self.kernel, name="self_attn")
+            out, its = attention(scaled(x, factors.attention_in), attended, layer, context)
+            parts, new = [*parts, scaled(out, factors.attention_out)], [its, *new]
+        return sum(parts[1:], start=parts[0]), Both(*new) if len(new) > 1 else new[0]
+
+    def _fed_forward(self, x, before, segment_ids):
+        """What the MLP or the mixture gives of `before`, which is x under its norm."""
+        spec, dtypes = self.spec, (self.dtype, self.param_dtype)
+        if spec.experts and spec.experts.beside:
+            return mixture_beside(spec, dtypes, x, before, segment_ids, self.mlp_block)
+        if spec.experts:
+            return Mixture(spec, *dtypes, name="mlp")(before, segment_ids)
+        return MLP(spec, *dtypes, block=self.mlp_block, name="mlp")(before)
 
 
 class InOrder(nn.Module):
@@ -335,7 +354,10 @@ class Decoder(nn.Module):
         states = iter(jax.tree.leaves(cache.states, is_leaf=_is_state))
 
         def cached(stack: Stack) -> Any:
-            return () if stack.spec.kv_layer is not None else next(states if stack.spec.carries else pairs)
+            if stack.spec.kv_layer is not None:
+                return ()
+            of = [next(found) for found, has in ((pairs, stack.spec.attends), (states, stack.spec.carries)) if has]
+            return Both(*of) if len(of) > 1 else next(iter(of), None)
 
         x, new = self._hidden(tokens, positions, segment_ids, cached, cache.reach)
         places = (positions, segment_ids)
@@ -372,13 +394,12 @@ class Decoder(nn.Module):
         if self.neftune and self.has_rng("dropout"):
             added = noise(self.make_rng("dropout"), positions, segment_ids, spec.hidden_size, self.neftune)
             x = x + added.astype(self.dtype)
-        if spec.embedding_scale != 1.0:
-            x = x * jnp.asarray(spec.embedding_scale, self.dtype)
+        x = scaled(x, spec.embedding_scale)
         if spec.learned_positions:
             x = x + self.embed_positions(positions)
         x = constrain(x, "batch", "length", "width")
         of_rows = (lambda: sequence_lengths(positions, segment_ids)) if reach is None else (lambda: reach[:, None])
-        context = Context(positions, segment_ids, _tables(spec, positions, of_rows), {})
+        context = Context(positions, segment_ids, tables(spec, positions, of_rows), {})
         parts = None if spec.per_layer is None else self.per_layer(tokens, x)
         own = nested(spec, lambda stack: _per_layer(stack) | _own_part(stack, parts))
         x = x if spec.altup is None else self.altup.split(x)
@@ -406,19 +427,22 @@ def _is_state(part: Any) -> bool:
 
 
 def _parted(new: Any) -> tuple[Any, Any, Any]:
-    """`nested` (keys, values) or State -> nested keys, nested values, nested states; None where a stack has none, ()
-    where it uses another's.
+    """`nested` (keys, values), State or Both -> nested keys, nested values, nested states; None where a stack has none,
+    () where it uses another's.
     """
 
     def is_of_stack(part: Any) -> bool:
-        return _is_state(part) or (bool(part) and isinstance(part[0], jax.Array))
+        return isinstance(part, State | Both) or (bool(part) and isinstance(part[0], jax.Array))
 
-    def each(take: Callable[[Any], Any]) -> Any:
-        return jax.tree.map(take, new, is_leaf=is_of_stack)
+    def parts(part: Any) -> tuple[Any, Any, Any]:
+        if isinstance(part, Both):
+            return *part.attended, part.state
+        return (None, None, part) if _is_state(part) else (*part, None)
 
-    keys = each(lambda part: None if _is_state(part) else part[0])
-    values = each(lambda part: None if _is_state(part) else part[1])
-    return keys, values, each(lambda part: part if _is_state(part) else None)
+    def each(place: int) -> Any:
+        return jax.tree.map(lambda part: parts(part)[place], new, is_leaf=is_of_stack)
+
+    return each(0), each(1), each(2)
 
 
 def _norm(spec: DecoderSpec, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str | None, kind: str = "") -> nn.Module:
@@ -453,7 +477,7 @@ def _per_layer(stack: Stack) -> dict[str, jax.Array]:
     """Arrays [layers] of what the layers of a stack differ in; what is the same in all of them is static instead."""
     spec = stack.spec
     out = {
-        "rope": _rope_table(spec),
+        "rope": table_of_layers(spec),
         "window": [NO_WINDOW if window is None else window for window in spec.layer_windows],
         "chunk": [NO_WINDOW if chunk is None else chunk for chunk in spec.layer_chunks],
         "scale": list(spec.attention_scales),
@@ -466,20 +490,3 @@ def _own_part(stack: Stack, parts: jax.Array | None) -> dict[str, jax.Array]:
     first, last = stack.layers[0], stack.layers[-1]
     step = max(1, (last - first) // max(1, len(stack.layers) - 1))
     return {} if parts is None else {"per_layer": parts[first : last + 1 : step]}
-
-
-def _rope_table(spec: DecoderSpec) -> list[int]:
-    """Which of the tables of `_tables` each layer uses; the one after the ropes' turns nothing."""
-    return [len(spec.ropes) if rope is None else rope for rope in spec.layer_ropes]
-
-
-def _tables(spec: DecoderSpec, positions, reach) -> tuple[jax.Array, jax.Array] | None:
-    """Cosines and sines of every rope, and 1 and 0 after them where some layers have none. None if all have none."""
-    if not spec.ropes:
-        return None
-    needs_reach = any(rope.long_frequencies is not None for rope in spec.ropes)
-    cos, sin = rotary_tables(spec.ropes, positions, reach() if needs_reach else None)
-    if None in spec.layer_ropes:
-        cos = jnp.concatenate([cos, jnp.ones_like(cos[:1])])
-        sin = jnp.concatenate([sin, jnp.zeros_like(sin[:1])])
-    return cos, sin

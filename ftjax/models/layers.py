@@ -40,6 +40,11 @@ ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
 INIT = nn.initializers.normal(0.02)
 
 
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x * factor, in x's dtype."""
+    return x if factor == 1.0 else x * jnp.asarray(factor, x.dtype)
+
+
 # The backward pass computes again what such a function does instead of keeping what it leaves on its way: for
 # elementwise work on wide arrays that is less than moving them to and from memory.
 remade = functools.partial(jax.checkpoint, prevent_cse=False)

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from ftjax import quant
 from ftjax.models.grouped import grouped_matmul
-from ftjax.models.layers import ACTIVATIONS, INIT, Linear, Xielu, packed_kernel, remade
+from ftjax.models.layers import ACTIVATIONS, INIT, Linear, Xielu, packed_kernel, remade, scaled
 from ftjax.models.routing import note, route
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import constrain, partition_spec
 
+GATES = {None: ("up_proj",), "separate": ("gate_proj", "up_proj")}  # kernels before the activation; else one of both
 PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")  # by which their dropout differs
 
 
@@ -79,7 +80,7 @@ class MLP(nn.Module):
 
         scalars = Xielu(self.param_dtype, name="act_fn")() if spec.hidden_act == "xielu" else ()
         inner = _inner(spec, lambda name, features: linear(name, features, ("embed", "mlp"), x), scalars)
-        return linear("down_proj", spec.hidden_size, ("mlp", "embed"), inner)
+        return scaled(linear("down_proj", spec.hidden_size, ("mlp", "embed"), inner), spec.multipliers.down)
 
     def _gathered(self, variables):
         """The kernels as products use them: in `dtype`, whole along the model's width."""
@@ -137,8 +138,9 @@ class Experts(nn.Module):
         count = self.spec.experts.count
         spec = dataclasses.replace(self.spec, gate=self.spec.experts.gate or self.spec.gate)
         hidden, inner = spec.hidden_size, spec.intermediate_size
-        sizes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner)}
-        if spec.gate != "separate":
+        if spec.gate in GATES:
+            sizes = dict.fromkeys(GATES[spec.gate], (hidden, inner))
+        else:
             sizes = {"gate_up_proj": (hidden, 2 * inner)}
         sizes["down_proj"] = (inner, hidden)
         stacks, axes = {}, {}
@@ -314,9 +316,9 @@ def _inner(
     project(name, features) makes and applies one projection of the layer's input: [..., features]; scalars: of the
     activation, where it has any.
     """
-    features, names = spec.intermediate_size, {None: ("up_proj",), "separate": ("gate_proj", "up_proj")}
-    if spec.gate in names:
-        projected = [project(name, features) for name in names[spec.gate]]
+    features = spec.intermediate_size
+    if spec.gate in GATES:
+        projected = [project(name, features) for name in GATES[spec.gate]]
     else:
         projected = [project("gate_up_proj", 2 * features)]
     return remade(functools.partial(_activated, spec))(scalars, *projected)
@@ -335,6 +337,7 @@ def _activated(spec: DecoderSpec, scalars: tuple[jax.Array, ...], *projected: ja
     else:
         (both,) = projected
         gate, up = jnp.split(both, 2, axis=-1) if spec.gate == "halves" else (both[..., ::2], both[..., 1::2])
+    gate = scaled(gate, spec.multipliers.gate)
     if spec.gate_cutoff is not None:
         gate = _above(gate, spec.gate_cutoff)
     if spec.swiglu_clamp is None:

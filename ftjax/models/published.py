@@ -1,7 +1,8 @@
 """What the config.json of released models say about their shape: `published.json`, {name of the model: config}.
 
 So that a model can be planned for whose files are not here, or not to be had without a license. The keys are the files'
-own, old spellings included; LongRoPE's factors, 48 numbers each that change no size, are left at one value.
+own, old spellings included; what changes no size is not whole: LongRoPE's factors, 48 numbers each, are left at one
+value, the multipliers of hybrids are not there.
 """
 
 import json
@@ -27,6 +28,8 @@ OWNERS = [
     "CohereForAI",
     "THUDM",
     "zai-org",
+    "tiiuae",
+    "nvidia",
 ]
 
 

@@ -1,6 +1,7 @@
 """Rotary frequencies from the `rope_parameters` (or older keys) of a Hugging Face config, and the angles they give."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import UserError
-from ftjax.models.spec import Rope
+from ftjax.models.spec import DecoderSpec, Rope
 
 TYPES = ("default", "linear", "llama3", "longrope", "proportional", "yarn")
 
@@ -186,3 +187,25 @@ def _longrope(frequencies: np.ndarray, parameters: dict[str, Any], max_position_
     if short.shape != frequencies.shape or long.shape != frequencies.shape:
         raise ValueError(f"short_factor and long_factor need {len(frequencies)} numbers each")
     return Rope(_tuple(frequencies / short), float(scale), _tuple(frequencies / long), original)
+
+
+def tables(
+    spec: DecoderSpec, positions: jax.Array, reach: Callable[[], jax.Array]
+) -> tuple[jax.Array, jax.Array] | None:
+    """Cosines and sines of every rope, and 1 and 0 after them where some layers have none. None if all have none.
+
+    positions int32 [B, T]; reach() as `rotary_tables` has it. Returns float32 [ropes, B, T, pairs] each.
+    """
+    if not spec.ropes:
+        return None
+    needs_reach = any(rope.long_frequencies is not None for rope in spec.ropes)
+    cos, sin = rotary_tables(spec.ropes, positions, reach() if needs_reach else None)
+    if None in spec.layer_ropes:
+        cos = jnp.concatenate([cos, jnp.ones_like(cos[:1])])
+        sin = jnp.concatenate([sin, jnp.zeros_like(sin[:1])])
+    return cos, sin
+
+
+def table_of_layers(spec: DecoderSpec) -> list[int]:
+    """Which of the `tables` each layer uses; the one after the ropes' turns nothing."""
+    return [len(spec.ropes) if rope is None else rope for rope in spec.layer_ropes]

@@ -74,6 +74,53 @@ class Delta:
         """Of queries, keys and values together."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
+    @property
+    def memory(self) -> tuple[int, int, int]:
+        """The shape of a row's: of each head a matrix."""
+        return self.value_heads, self.key_dim, self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba:
+    """Mamba-2 (mamba.py) in the place of attention or beside it; `heads` is a multiple of `groups`."""
+
+    heads: int
+    head_dim: int
+    state_dim: int  # numbers that each dimension of a head is kept in
+    groups: int  # whose heads write and read alike, and have a norm together
+    taps: int  # tokens that the convolution before it sees
+    limits: tuple[float, float]  # of a token's step
+    bias: bool  # of its first projection
+    out_bias: bool  # and its last
+    conv_bias: bool  # of its filters
+    norm: str | None = "gated"  # a norm of what comes out, times the gate; "first": before that; or None
+    beside: bool = False  # attention has the same input, and what both give is added
+
+    @property
+    def channels(self) -> int:
+        """That go through the convolution: values, and what writes and reads them."""
+        return self.heads * self.head_dim + 2 * self.groups * self.state_dim
+
+    @property
+    def memory(self) -> tuple[int, int, int]:
+        """As of Delta."""
+        return self.heads, self.state_dim, self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Multipliers:
+    """Fixed factors inside layers, with which settings found for a narrow model are those of a wide one (Yang et al.
+    2022, arXiv 2203.03466; Falcon-H1).
+    """
+
+    attention_in: float = 1.0  # of what goes into attention
+    attention_out: float = 1.0  # and comes out of it
+    mamba_in: float = 1.0
+    mamba_out: float = 1.0
+    mamba: tuple[float, ...] = ()  # of what its first projection gives: the gate, x, b, c, steps
+    gate: float = 1.0  # of an MLP's gate, before its activation
+    down: float = 1.0  # of what comes out of the MLP
+
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
@@ -158,9 +205,10 @@ class DecoderSpec:
     values_are_keys: bool = False  # no projection of values: they are what the keys are before norm and RoPE
     # These layers have no keys and values of their own: they use those of this layer, an earlier one of the decoder's.
     kv_layer: int | None = None
-    # What there is instead of attention, at most one; of the fields above nothing counts then.
+    # What there is instead of attention, at most one; of the fields above nothing counts then. Mamba may be beside it.
     delta: Delta | None = None
     convolution: Convolution | None = None
+    mamba: Mamba | None = None
 
     # MLP
     hidden_act: str = "silu"  # one of layers.ACTIVATIONS
@@ -174,12 +222,14 @@ class DecoderSpec:
     norm: str = "rms"  # one of layers.NORMS
     pre_norms: bool = True  # of what goes into attention and MLP
     post_norms: bool = False  # of what comes out of them
+    only: str | None = None  # "mixer" or "mlp": layers have only attention (or what is in its place), or only an MLP
     parallel: bool = False  # attention and MLP have the same input, under one norm, and their sum is added to it
     embedding_scale: float = 1.0
     per_layer: PerLayer | None = None
     altup: AltUp | None = None
     laurel_rank: int | None = None  # of a second path around attention; the sum of both is divided by the root of 2
     residual_scale: float = 1.0
+    multipliers: Multipliers = Multipliers()
     layer_scalar: bool = False  # what a layer gives is multiplied by a number of its own, which is not trained
     head_bias: bool = False
     logit_scale: float = 1.0
@@ -190,8 +240,14 @@ class DecoderSpec:
 
     @property
     def carries(self) -> bool:
-        """Whether its layers, of one kind, carry a State (cache.py) along a row instead of attending to what was."""
-        return self.delta is not None or self.convolution is not None
+        """Whether its layers, of one kind, carry a State (cache.py) along a row."""
+        return any(other is not None for other in (self.delta, self.convolution, self.mamba))
+
+    @property
+    def attends(self) -> bool:
+        """Whether its layers, of one kind, have attention, and so keys and values."""
+        alone = not self.carries or (self.mamba is not None and self.mamba.beside)
+        return alone and self.only != "mlp"
 
     @property
     def value_dim(self) -> int:

@@ -22,7 +22,7 @@ class Flops:
     forward: float  # products with weights
     to_inputs: float  # their gradients with respect to what they are given
     to_weights: float  # and to the weights, of those that are trained
-    attention: float  # scores and sums of values, forward; in layers of the gated delta rule, its memory
+    attention: float  # scores and sums of values, forward; in layers that carry a memory, what that takes
     attention_backward: float
     reference: float = 0.0  # forward passes without gradients: of a reference, a teacher, documents that only measure
 
@@ -53,13 +53,14 @@ def count(
         weights = {path: size for path, size in weights.items() if not any(name in path for name in words)}
     trained = sum(size for path, size in weights.items() if is_trained(path))
     # Two products, over all pairs of a query and a key that it sees, of the elements of all heads; of the delta rule
-    # three, of a token with each head's memory: what that has for a key, its step, what a query reads.
+    # three, of a token with each head's memory: what that has for a key, its step, what a query reads; of Mamba-2 the
+    # last two.
     attention = 0.0
     for stack in stacks(spec):
-        if (delta := stack.spec.delta) is not None:
-            memory = delta.value_heads * delta.key_dim * delta.value_dim
-            attention += 6.0 * tokens * memory * len(stack.layers)
-        if stack.spec.carries:
+        if (mixer := stack.spec.delta or stack.spec.mamba) is not None:
+            with_memory = 3 if stack.spec.delta else 2
+            attention += 2.0 * with_memory * tokens * math.prod(mixer.memory) * len(stack.layers)
+        if not stack.spec.attends:
             continue
         pairs = sum(_pairs(stack.spec, length))
         widths = stack.spec.head_dim + stack.spec.value_dim
@@ -89,7 +90,7 @@ def of_step(program: Program) -> Flops:
 def reaches(program: Program) -> list[float]:
     """Keys that a query of each layer with attention sees, on average over a document."""
     _, length = _documents(program)
-    attending = [stack.spec for stack in stacks(program.model.spec) if not stack.spec.carries]
+    attending = [stack.spec for stack in stacks(program.model.spec) if stack.spec.attends]
     return [pairs / length for spec in attending for pairs in _pairs(spec, length)]
 
 

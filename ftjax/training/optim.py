@@ -184,11 +184,11 @@ OPTIMIZERS = {
 
 
 def _is_vector(path: str) -> bool:
-    """Including the scalars of an activation (`layers.Xielu`) and of the delta rule, filters of channels, and the
-    correction of a router.
+    """Including the scalars of an activation (`layers.Xielu`), of the delta rule and of Mamba-2, filters of channels,
+    and the correction of a router.
     """
     name = path.rpartition("/")[2]
-    scalars = ("alpha_p", "alpha_n", "beta", "eps", "A_log", "dt_bias", "correction")
+    scalars = ("alpha_p", "alpha_n", "beta", "eps", "A_log", "D", "dt_bias", "correction")
     return name in ("scale", "bias", "sinks", "lora_magnitude", *scalars) or path.endswith(
         ("/conv1d/weight", "/conv/weight")
     )

@@ -56,6 +56,11 @@ COUNTS = {
     "DeepSeek-V2-Lite": 15_706_484_224,
     "DeepSeek-V3": 671_026_419_200,
     "GLM-4.5-Air": 106_852_251_264,
+    "Falcon-H1-0.5B": 521_411_104,
+    "granite-4.0-h-micro": 3_191_396_096,
+    "granite-4.0-h-tiny": 6_939_037_248,
+    "NVIDIA-Nemotron-Nano-9B-v2": 8_888_227_328,
+    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": 31_577_937_344 + 23 * 128,  # and the corrections of its routers
 }
 
 
@@ -79,6 +84,10 @@ def test_what_a_config_leaves_out_is_what_transformers_fills_in(family):
         config["num_attention_heads"] = 40
     if family == "gemma3n_text":  # the last 15 of whose layers use the keys of others
         config["num_hidden_layers"] = 25
+    if family == "granitemoehybrid":  # all of whose layers are Mamba-2's where nothing is said
+        config["layer_types"] = ["mamba"] * 6 + ["attention"]
+    if family == "nemotron_h":  # whose layers are as many as are listed
+        config["layers_block_type"] = ["mamba", "moe", "attention", "mlp", "mamba", "mlp", "moe"]
     if family == "gpt2":
         config = {"model_type": family, "vocab_size": 64, "n_embd": 64, "n_layer": 7, "n_head": 4}
     assert spec_from_config(config) == spec_from_config(completed(config))
@@ -126,6 +135,21 @@ def test_the_language_model_of_a_multimodal_llama4():
     # To transformers' AutoModelForCausalLM, and so to peft, it is the language model alone.
     assert not is_inside(config)
     assert is_inside({"model_type": "gemma3"})
+
+
+def test_layers_of_a_nemotron_h_by_its_pattern():
+    """That of Nemotron-H-8B: bodies to compile are few, however it goes."""
+    pattern = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+    config = {name: value for name, value in CONFIGS["nemotron_h"].items() if name != "layers_block_type"}
+    spec = spec_from_config(config | {"num_hidden_layers": 52, "hybrid_override_pattern": pattern})
+    assert [kind.name for kind in spec.layer_kinds][:9] == ["mamba", "mlp"] * 3 + ["mamba", "full", "mlp"]
+    assert len(stacks(spec)) < 20
+    alone = [stack.spec for stack in stacks(spec)]
+    assert {(one.attends, one.carries, one.only) for one in alone} == {
+        (False, True, "mixer"),
+        (True, False, "mixer"),
+        (False, False, "mlp"),
+    }
 
 
 def test_layers_of_llama4_scout_and_maverick():
@@ -274,6 +298,21 @@ def test_the_first_spelling_of_longrope():
         (CONFIGS["qwen3_5"], {"layer_types": ["linear_attention"] * 4}, "without any full_attention"),
         (CONFIGS["qwen3_5"], {"layer_types": ["sliding_attention"] * 4}, "each full_attention or linear_attention"),
         (CONFIGS["qwen3_next"], {"linear_num_value_heads": 3}, "a multiple of linear_num_key_heads=2"),
+        (CONFIGS["granitemoehybrid"], {"mamba_n_heads": 6}, "mamba_n_heads=6 of mamba_d_head=10 dimensions"),
+        (CONFIGS["granitemoehybrid"], {"mamba_n_groups": 3}, "a multiple of mamba_n_groups=3"),
+        (CONFIGS["granitemoehybrid"], {"time_step_limit": [1.0, 0.5]}, "time_step_limit=[1.0, 0.5] has to be from 0"),
+        (CONFIGS["granitemoehybrid"], {"time_step_limit": 3}, "time_step_limit=3 is not a least and a largest step"),
+        (CONFIGS["granitemoehybrid"], {"layer_types": ["mamba"] * 3}, "without any full_attention"),
+        (CONFIGS["granitemoehybrid"], {"position_embedding_type": "alibi"}, "position_embedding_type='alibi'"),
+        (CONFIGS["granitemoehybrid"], {"hidden_act": "xielu"}, "learned"),
+        (CONFIGS["nemotron_h"], {"num_hidden_layers": 4}, "num_hidden_layers=4, but 5 layers are listed"),
+        (CONFIGS["nemotron_h"], {"layers_block_type": ["mlp"] * 5}, "one of them full_attention"),
+        (CONFIGS["nemotron_h"], {"layers_block_type": ["attention", "conv"]}, "has to be of linear_attention"),
+        (CONFIGS["nemotron_h"], {"moe_latent_size": 8}, "moe_latent_size=8"),
+        (CONFIGS["nemotron_h"], {"time_step_limit": [0.0, 1.0]}, "time_step_limit=[0.0, 1.0] is not supported"),
+        (CONFIGS["falcon_h1"], {"mamba_d_ssm": 42}, "have to make up 42"),
+        (CONFIGS["falcon_h1"], {"ssm_multipliers": [1.0]}, "ssm_multipliers=[1.0] has to be 5 numbers"),
+        (CONFIGS["falcon_h1"], {"mlp_multipliers": 2.0}, "mlp_multipliers=2.0 has to be 2 numbers"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(config, change, named):

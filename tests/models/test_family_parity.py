@@ -81,6 +81,7 @@ def configs(quick):
 
 # Families all of whose parts are in others that are quick.
 SLOW = {"arcee", "ernie4_5", "exaone4", "glm", "helium", "ministral", "olmo3", "seed_oss", "starcoder2", "qwen3_5_moe"}
+SLOW |= {"granitemoehybrid"}
 
 
 @pytest.fixture(

@@ -60,3 +60,29 @@ def test_layers_of_the_delta_rule_are_counted_one_by_one():
     attending = 32 * (2 * 4 + 2 * 2) * 12 + 4 * 12 * 32
     products = 3 * mixer + attending + 4 * 3 * 32 * 48 + 32 * 61
     assert found.forward == 2 * 32 * products
+
+
+def test_layers_of_mamba_are_counted_one_by_one():
+    spec = spec_from_config(CONFIGS["granitemoehybrid"])
+    variables = {"params": abstract_params(Decoder(spec), one_device())}
+    found = flops.count(spec, variables, lambda path: True, rows=2, length=16)
+    # Two layers in which each of 32 tokens meets eight memories [6, 8] twice; one of four heads of 8.
+    assert found.attention == 2 * 32 * 8 * 2 * (2 * 6 * 8) + 2 * 2 * (2 * 136 * 4 * 8)
+    mixer = 32 * (2 * 64 + 2 * 2 * 6 + 8) + 64 * 32
+    attending = 32 * (2 * 4 + 2 * 2) * 8
+    mixture = 32 * (5 + 2 * 3 * 48 + 3 * 40)
+    assert found.forward == 2 * 32 * (2 * mixer + attending + 3 * mixture + 32 * 61)
+
+
+def test_attention_and_mamba_in_one_layer_are_both_counted():
+    spec = spec_from_config(CONFIGS["falcon_h1"])
+    found = flops.count(spec, {}, lambda path: True, rows=2, length=16)
+    assert found.attention == 3 * (32 * 8 * 2 * (2 * 6 * 5) + 2 * 2 * (2 * 136 * 4 * 12))
+
+
+def test_layers_of_one_part_alone():
+    spec = spec_from_config(CONFIGS["nemotron_h"])
+    found = flops.count(spec, {}, lambda path: True, rows=2, length=16)
+    assert found.attention == 2 * (32 * 8 * 2 * (2 * 6 * 5)) + 2 * 2 * (2 * 136 * 4 * 12)
+    # Two experts and the shared one in one layer of five, an MLP in another.
+    assert memory.inner(spec) == (2 * 20 + 28 + 48) / 5

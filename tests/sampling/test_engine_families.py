@@ -18,7 +18,10 @@ from ftjax.weights.source import open_source
 NEW = 12
 
 
-QUICK = ("gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer", "deepseek_v3", "qwen3_5", "gemma4")
+QUICK = (
+    *("gemma3", "gpt_oss", "phi3", "gpt2", "qwen3_moe, every second layer", "deepseek_v3", "qwen3_5", "gemma4"),
+    "falcon_h1",
+)
 MORE = (
     "ministral3",
     "cohere2",
@@ -28,6 +31,8 @@ MORE = (
     "qwen3_next",
     "qwen3_5_moe",
     "lfm2",
+    "granitemoehybrid",
+    "nemotron_h",
     "gemma3n",
     "llama4",
 )

@@ -13,14 +13,15 @@ from ftjax.sampling.engine import Engine, Request, conversation
 from ftjax.sampling.sampler import Sampling
 
 NEW, LENGTH = 5, 64
+MAMBA = ("granitemoehybrid", "falcon_h1", "nemotron_h")
 DRAWN = Sampling(temperature=1.0, seed=3)
 rng = np.random.default_rng(0)
 
 
-@pytest.fixture(scope="module")
-def made():
+@pytest.fixture(scope="module", params=["qwen3_5", *(pytest.param(name, marks=pytest.mark.slow) for name in MAMBA)])
+def made(request):
     """(model, its variables)"""
-    model = Decoder(spec_from_config(CONFIGS["qwen3_5"]))
+    model = Decoder(spec_from_config(CONFIGS[request.param]))
     return model, {"params": numpy_params(model)}
 
 

@@ -74,6 +74,32 @@ LINEAR = {
     "linear_value_head_dim": 10,
     "linear_conv_kernel_dim": 4,
 }
+MAMBA = {
+    "rms_norm_eps": 0.1,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 6,
+    "mamba_expand": 2,
+}
+NEMOTRON_H = {
+    "layer_norm_epsilon": 0.1,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 5,
+    "n_groups": 2,
+    "ssm_state_size": 6,
+}
+# Of Falcon-H1.
+FACTORS = {
+    "embedding_multiplier": 1.5,
+    "lm_head_multiplier": 0.8,
+    "key_multiplier": 0.7,
+    "attention_in_multiplier": 1.3,
+    "attention_out_multiplier": 0.6,
+    "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.7,
+    "ssm_multipliers": [0.9, 1.1, 1.3, 0.8, 0.7],
+    "mlp_multipliers": [1.4, 0.6],
+}
 LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 10,

@@ -3,12 +3,15 @@
 from support.config_parts import (
     BY_KIND,
     ERNIE_MOE,
+    FACTORS,
     GROUPS,
     LATENT,
     LINEAR,
     LLAMA3,
+    MAMBA,
     MINISTRAL3,
     MOE,
+    NEMOTRON_H,
     QWEN2_MOE,
     ROUTED,
     YARN,
@@ -72,6 +75,17 @@ MORE_CONFIGS = {
     "exaone4, no windows, tied": config(
         "exaone4", sliding_window=None, layer_types=["full_attention"] * 3, tie_word_embeddings=True
     ),
+    "falcon_h1, the gate first, limits, tied": config(
+        "falcon_h1",
+        mamba_d_ssm=None,
+        mamba_rms_norm=True,
+        mamba_norm_before_gate=False,
+        mamba_conv_bias=False,
+        time_step_limit=[0.5, 1.5],
+        tie_word_embeddings=True,
+        **MAMBA | {"mamba_n_groups": 4, "mamba_d_conv": 2},
+    ),
+    "falcon_h1, the gate alone": config("falcon_h1", mamba_d_ssm=48, **FACTORS, **MAMBA),
     "glm, whole heads, tied": config(
         "glm", head_dim=8, partial_rotary_factor=1.0, attention_bias=False, tie_word_embeddings=True
     ),
@@ -106,6 +120,16 @@ MORE_CONFIGS = {
         "ministral3", head_dim=8, sliding_window=6, rope_parameters=MINISTRAL3, tie_word_embeddings=True
     ),
     "nemotron, relu, tied": config("nemotron", hidden_act="relu", partial_rotary_factor=1.0, tie_word_embeddings=True),
+    "nemotron_h, no mixture, a pattern, a least step": config(
+        "nemotron_h",
+        num_hidden_layers=6,
+        hybrid_override_pattern="M-M*M-",
+        head_dim=8,
+        mlp_hidden_act="silu",
+        use_conv_bias=False,
+        time_step_min=0.6,
+        **NEMOTRON_H | {"n_groups": 1, "conv_kernel": 2},
+    ),
     "olmo, no clip, tied": config("olmo", tie_word_embeddings=True),
     "olmo3, ropes, layer types": config(
         "olmo3",
@@ -225,6 +249,19 @@ MORE_CONFIGS = {
     "granite, plain": config("granite"),
     "granitemoe, bias, one expert": config(
         "granitemoe", num_local_experts=3, num_experts_per_tok=1, attention_bias=True
+    ),
+    "granitemoehybrid, dense, no positions, limits, tied": config(
+        "granitemoehybrid",
+        num_hidden_layers=5,
+        layer_types=["linear_attention", "linear_attention", "full_attention"] + ["linear_attention"] * 2,
+        shared_intermediate_size=40,
+        num_local_experts=0,
+        tie_word_embeddings=True,
+        mamba_conv_bias=False,
+        mamba_d_head=16,
+        time_step_limit=[0.5, 1.5],
+        position_embedding_type="nope",
+        **MAMBA | {"mamba_n_heads": 6, "mamba_n_groups": 1, "mamba_expand": 3, "mamba_d_conv": 3},
     ),
     "llama4, no norm, all mixtures": config(
         "llama4_text",

@@ -18,6 +18,7 @@ def torch_model(config: dict, seed: int = 0) -> PreTrainedModel:
     """
     # A copy: transformers writes into the dicts that it is given.
     fields = copy.deepcopy({name: value for name, value in config.items() if name != "model_type"})
+    torch.manual_seed(seed)  # Nemotron-H draws what it begins with in vectors, too
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(config["model_type"], **fields), attn_implementation="eager"
     ).eval()

@@ -10,9 +10,13 @@ import pytest
 import torch
 import transformers
 from ml_collections import ConfigDict
-from support.tiny import OPTIMIZER, SCHEDULE
+from support.family_configs import CONFIGS
+from support.tiny import OPTIMIZER, SCHEDULE, numpy_params
 
+from ftjax import tree
 from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
 from ftjax.training.optim import make_optimizer, make_schedule, rate_factors
 
 
@@ -182,6 +186,17 @@ def test_adafactor_is_that_of_transformers_layer_by_layer(decay):
 
     for name, difference in differences(witness, "adafactor", scale=30.0, weight_decay=decay).items():
         assert difference < 2e-6, name
+
+
+def test_of_what_carries_a_state_only_the_kernels_have_weight_decay():
+    """It alone moves what has gradients of zero."""
+    params = {"params": numpy_params(Decoder(spec_from_config(CONFIGS["granitemoehybrid"])))}
+    optimizer = make_optimizer(ConfigDict(OPTIMIZER.to_dict() | {"weight_decay": 0.1}), optax.constant_schedule(0.1))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = {path.rpartition("/mamba/")[2] for path, leaf in tree.flatten(updates).items() if np.any(leaf)}
+    own = {path.rpartition("/mamba/")[2] for path in tree.flatten(params) if "/mamba/" in path}
+    assert own & moved == {"in_proj/kernel", "out_proj/kernel"}
+    assert own - moved >= {"A_log", "D", "dt_bias", "conv1d/weight", "conv1d/bias", "norm/scale"}
 
 
 def test_lion_is_the_papers():

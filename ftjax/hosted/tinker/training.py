@@ -98,7 +98,8 @@ class Programs:
 
     def targets(self, shape: Shape) -> list[str]:
         """The kernels that an adapter of this shape adapts; Refused where there are none, or they are experts'."""
-        kernels = [path for path in lora.adaptable(shapes(self.model)) if path.endswith("/kernel")]
+        found = lora.adaptable(shapes(self.model))
+        kernels = [path for path in found if path.endswith("/kernel") and lora.FUSED not in path]
         if shape.train_mlp and any("/experts/" in path for path in kernels):
             raise Refused(
                 "this base has experts, which have no adapters here; create the model with train_mlp=False",
@@ -279,7 +280,7 @@ def prompt_logps(
     return found, Topk(np.concatenate([nothing[0], ids]), np.concatenate([nothing[1], their]))
 
 
-_MIXERS = ("self_attn", "linear_attn", "conv")  # attention, and what some layers have in its place
+_MIXERS = ("self_attn", "linear_attn", "conv", "mamba")  # attention, and what some layers have in its place
 _TRAINED = re.compile(r"/lora_(a|b)$")
 
 

@@ -37,6 +37,7 @@ from ftjax.weights.peft.keys import EMBEDDING, HEAD, PREFIX
 from ftjax.weights.source import Reader
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "ftjax_adapter.json"
+_FUSED = ("falcon_h1", "nemotron_h")  # families in which peft adapts nothing that is lora.FUSED
 _SAMPLE = 4096  # the most values of a tensor that go into the digest of a base
 
 
@@ -124,6 +125,7 @@ def write_adapter(
     keys, params = peft_keys.adaptable(spec), hf_names(spec)
     everything, saved = tree.by_module(adapters), dict(saved or {})
     refuse_experts(saved)
+    refuse_fused(everything, spec)
     joined = expert_adapters.joined(everything, spec)
     of_experts = {module for its in joined.values() for module in its.adapters}
     modules = {module: parts for module, parts in everything.items() if module not in of_experts}
@@ -200,6 +202,16 @@ def refuse_experts(names: Iterable[str]) -> None:
         raise UserError(
             f"{wrong[0]}: peft's modules_to_save has no experts and routers; train adapters of them, or use --format "
             "merged or hf"
+        )
+
+
+def refuse_fused(modules: Iterable[str], spec: DecoderSpec) -> None:
+    """UserError where one of these adapted modules is one that peft adapts in no model of the family."""
+    wrong = [name for name in modules if spec.family in _FUSED and lora.FUSED in f"/{name}/"]
+    if wrong:
+        raise UserError(
+            f"{wrong[0]}: peft takes no adapter of it in a {spec.family} model; use --format merged or hf, or train "
+            "with adapter.targets that leave it out, as all-linear does"
         )
 
 

@@ -10,8 +10,10 @@ from ftjax.weights.hf.keys import Key, hf_names
 _NAMES = {
     "gemma4_text": "experts",
     "granitemoe": "block_sparse_moe.experts",
+    "granitemoehybrid": "block_sparse_moe.experts",
     "llama4": "feed_forward.experts",
     "llama4_text": "feed_forward.experts",
+    "nemotron_h": "mixer.experts",
 }
 # Its parameters there are [experts, in, out], of which peft does not know: A is that of the columns, and B of the rows.
 _TURNED = ("llama4", "llama4_text")
@@ -48,9 +50,11 @@ def parameters(spec: DecoderSpec) -> dict[str, Parameter]:
     keys, out = hf_names(spec), {}
     kernels = {path.removesuffix("/kernel") for path in keys if is_expert(path) and path.endswith("/kernel")}
     for place in sorted({module.rpartition("/")[0] for module in kernels}):
-        apart = f"{place}/gate_proj" in kernels
-        for name, ours in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items():
-            modules = [f"{place}/{one}" for one in (ours if apart else (name,))]
+        first = ("gate_up_proj", ("gate_proj", "up_proj")) if f"{place}/gate_proj" in kernels else None
+        if first is None:  # gate and up in one here too, or no gate
+            first = next((name, (name,)) for name in ("gate_up_proj", "up_proj") if f"{place}/{name}" in kernels)
+        for name, ours in (first, ("down_proj", ("down_proj",))):
+            modules = [f"{place}/{one}" for one in ours]
             columns, end = {}, 0
             for module in modules:
                 layers, count, rows, width = keys[f"{module}/kernel"].our_shape

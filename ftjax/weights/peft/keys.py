@@ -43,6 +43,8 @@ def as_parameters(modules: Iterable[str], spec: DecoderSpec) -> set[str]:
 
 def tensor_name(key: Key, multimodal: bool) -> str:
     """transformers' name of the parameter, with {} for the layer."""
+    if key.template.startswith("backbone."):  # as Nemotron-H's files call the body
+        return f"model.{key.template.removeprefix('backbone.')}"
     # Gemma 3 with its vision tower, the only such model here, has the language model's body one level deeper.
     deeper = multimodal and key.template.startswith("model.")
     return key.template.replace("model.", "model.language_model.", 1) if deeper else key.template

@@ -25,7 +25,7 @@ pytestmark = [
 # A gate apart; halves in one kernel; interleaved, with biases; dense layers beside; transformers' [experts, in, out].
 FAMILIES = ["mixtral", "granitemoe", "gpt_oss", "deepseek_v3", "llama4"]
 FURTHER = ["ernie4_5_moe", "gemma4, experts, double wide", "glm4_moe", "glm4_moe_lite", "hunyuan_v1_moe", "minimax_m2"]
-FURTHER += ["deepseek_v2", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_next"]
+FURTHER += ["granitemoehybrid", "nemotron_h", "deepseek_v2", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_next"]
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER)])

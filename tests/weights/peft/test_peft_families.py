@@ -62,13 +62,21 @@ MORE |= {"gemma3n": sorted([*_LLAMA, *_PER_LAYER, *_ALTUP])}
 MORE |= dict.fromkeys(("ministral3", "olmo", "olmo3", "seed_oss", "stablelm"), _LLAMA)
 MORE |= dict.fromkeys(("ernie4_5_moe", "granitemoe", "hunyuan_v1_moe", "llama4", "minimax_m2", "phimoe"), _ATTENTION)
 MORE["lfm2"] = ["in_proj", "k_proj", "out_proj", "q_proj", "v_proj", "w1", "w2", "w3"]
+MORE["falcon_h1"] = sorted([*_LLAMA, "in_proj"])
+MORE["granitemoehybrid"] = sorted([*_ATTENTION, "in_proj"])
+MORE["nemotron_h"] = sorted([*_ATTENTION, "in_proj"])
 MORE["qwen3_next"] = sorted([*_MIXTURE, "in_proj_ba", "in_proj_qkvz", "out_proj"])
 NAMES |= MORE
 # What peft would take for experts by the name of its module.
 _SHARED = [f"shared_expert.{name}_proj.weight" for name in ("down", "gate", "up")]
 _DENSE_AND_SHARED = [f"{of}.{name}_proj.weight" for of in ("mlp", "shared_experts") for name in ("down", "gate", "up")]
 PARAMETERS = {
+    "granitemoehybrid": ["shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"],
     "hunyuan_v1_moe": [f"shared_mlp.{name}_proj.weight" for name in ("down", "gate", "up")],
+    "nemotron_h": [
+        *(f"mixer.{name}_proj.weight" for name in ("down", "up")),
+        *(f"shared_experts.{name}_proj.weight" for name in ("down", "up")),
+    ],
     "llama4": ["down_proj.weight", "gate_proj.weight", "up_proj.weight"],
     "qwen2_moe": _SHARED,
     "qwen3_next": _SHARED,
@@ -108,8 +116,8 @@ def test_peft_computes_what_we_do_from_what_we_write(case, tmp_path, record_figu
 
 
 def test_we_compute_what_peft_does_from_what_it_writes(case, tmp_path, record_figure):
-    # Of a mixture peft's own "all-linear" takes the experts too, which are refused here.
-    targets = NAMES[case.name] if case.spec.experts else "all-linear"
+    # peft's own "all-linear" takes of a mixture the experts too, which are refused here, and in Mamba what it refuses.
+    targets = NAMES[case.name] if case.spec.experts or case.spec.mamba else "all-linear"
     parameters = PARAMETERS.get(case.name)
     config = LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=targets, target_parameters=parameters, task_type="CAUSAL_LM"
@@ -218,6 +226,17 @@ def test_the_language_model_of_a_multimodal_one(tmp_path, record_figure):
     lora_again, saved_again = stored.read()
     jax.tree.map(np.testing.assert_array_equal, lora_again, tree.unflatten(leaves))
     np.testing.assert_array_equal(saved_again["norm/scale"], params["norm/scale"])
+
+
+def test_what_peft_itself_refuses_in_a_family_is_not_written(tmp_path):
+    case = torch_model(CONFIGS["falcon_h1"])
+    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba-based models"):
+        get_peft_model(case, LoraConfig(r=2, target_modules=["out_proj"]))
+    shapes = {"lora_a": (3, 40, RANK), "lora_b": (3, RANK, 32)}
+    ours = {f"layers/mamba/out_proj/{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    with pytest.raises(UserError, match="layers/mamba/out_proj: peft takes no adapter of it in a falcon_h1 model"):
+        write(tmp_path / "out", tree.unflatten(ours), spec_from_config(CONFIGS["falcon_h1"]))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
