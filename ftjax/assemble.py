@@ -174,10 +174,12 @@ def program(
         frozen = frozen_with_reference(frozen, trainable)
     frozen |= {TEACHER: {"params": params.abstract_params(teacher, mesh)}} if teacher else {}
     schedule = optim.make_schedule(learning_rate(config), config.schedule, total_steps)
-    optim.rate_factors(config.optimizer, list(tree.flatten(trainable)))  # for its errors
-    optimizer = optim.make_optimizer(config.optimizer, schedule)
     balance.check(config.objective, model.spec, tree.flatten(trainable))
-    if rate := config.objective.router_bias_rate:
+    rate, paths = config.objective.router_bias_rate, list(tree.flatten(trainable))
+    # For its errors.
+    optim.rate_factors(config.optimizer, [path for path in paths if not (rate and balance.is_correction(path))])
+    optimizer = optim.make_optimizer(config.optimizer, schedule)
+    if rate:
         optimizer = optim.with_corrections(optimizer, rate)
     kept = with_average(method.kept, config.optimizer.ema_decay)
     state = abstract_state(optimizer, trainable, mesh, kept)

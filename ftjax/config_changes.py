@@ -37,5 +37,8 @@ def changes(saved: ConfigDict, now: ConfigDict, places: Sequence[str] = configs.
     places: the keys of PLACES whose contents are known to be compared, so that their names need not be.
     """
     before, after = (configs.flat(ConfigDict(configs.as_json(config))) for config in (saved, now))
-    keys = [key for key in after if key not in (*places, *LENGTH) and not key.startswith(FREE_TO_CHANGE)]
+    # How evenly experts are loaded is a product of means, of each micro-batch.
+    balanced = any(after[f"objective.{key}"] for key in ("router_balance", "router_z_loss"))
+    free = tuple(key for key in FREE_TO_CHANGE if key != "accumulate" or not balanced)
+    keys = [key for key in after if key not in (*places, *LENGTH) and not key.startswith(free)]
     return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in keys if before[key] != after[key]]

@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-from ftjax import assemble, tree
+from ftjax import assemble, lora, tree
 from ftjax.assemble import Base
 from ftjax.errors import UserError
 from ftjax.method import method_of
@@ -22,7 +22,9 @@ from ftjax.weights.gguf.write import gguf_header
 from ftjax.weights.hf.classifier import TEXTS, TOKENS, Head, architecture
 from ftjax.weights.hf.end_tokens import with_end_of_turn, with_ends
 from ftjax.weights.hf.padding import padding_token
-from ftjax.weights.peft.adapter import refuse_experts, refuse_fused
+from ftjax.weights.peft import continued
+from ftjax.weights.peft.expert_adapters import check_scales
+from ftjax.weights.peft.keys import refuse_experts, refuse_fused
 from ftjax.weights.peft.vllm import uniform
 
 
@@ -36,7 +38,15 @@ def check_peft(config: ConfigDict, base: Base, variables: Tree, vllm_rank: int |
         raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
     whole = assemble.trained_whole(config, base)
     refuse_experts(whole)
-    refuse_fused(tree.by_module(variables["lora"]), base.model.spec)
+    modules = tree.by_module(variables["lora"])
+    refuse_fused(modules, base.model.spec)
+    if not config.adapter.source:  # else they are those of the directory, of which peft has one for gate and up
+        ranks = {continued.path_of(module): parts["lora_a"].shape[-1] for module, parts in modules.items()}
+        alphas = lora.by_pattern(
+            config.adapter.alpha, config.adapter.alpha_pattern, list(ranks), "adapter.alpha_pattern"
+        )
+        scales = {path: lora.scale(rank, alphas[path], config.adapter.rslora) for path, rank in ranks.items()}
+        check_scales({path.rpartition("/")[0]: scale for path, scale in scales.items()}, base.model.spec)
     if vllm_rank is not None and COLLECTION in variables:
         raise UserError("--vllm: vLLM has no adapters of reward models and classifiers; leave --vllm out, or merge it")
     if vllm_rank is not None:

@@ -84,6 +84,14 @@ def run(case: str, who: str, dtype: str, place: Path, args: argparse.Namespace) 
     return found | {"case": case, "who": who, "dtype": dtype, "rate": rate, "first": first}
 
 
+def recorded(file: Path, work: dict) -> list[dict]:
+    """The runs in a file of --records, [] where there is none; SystemExit where they are of other work."""
+    first, *records = [json.loads(line) for line in file.open()] if file.exists() else [work]
+    if first != work:
+        raise SystemExit(f"{file} has the runs of {first}, and this is {work}; name another file")
+    return records
+
+
 def start(place: Path, args: argparse.Namespace) -> list[dict]:
     """Seconds from the command to the end of its first step: without compiled programs of an earlier one, and with."""
     found = []
@@ -120,7 +128,7 @@ def table(records: Sequence[dict]) -> str:
         for key in keys:
             who, dtype = key
             its = [record for record in of_case if (record["who"], record["dtype"]) == key]
-            ratio = "" if who == OURS else spread([a / b for a, b in zip(rates[ours], rates[key], strict=True)])
+            ratio = "" if who == OURS else spread([a / b for a, b in zip(rates[ours], rates[key])])
             first = its[0]["first"] and f"{statistics.median(r['first'] for r in its):.0f} s"
             lines.append(
                 f"| {described(case)} | {NAMES[who]}, {dtype} | {statistics.median(rates[key]):.0f} | {ratio} "
@@ -175,14 +183,14 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="also write the table in docs/performance.md")
     args = parser.parse_args()
     where = machine()
-    records = [json.loads(line) for line in args.records.open()] if args.records and args.records.exists() else []
+    work = {"model": args.model, "device": args.device, "steps": args.steps, "cpu": where["cpu"]}
+    records = [] if args.records is None else recorded(args.records, work)
     there = {(record["case"], record.get("who"), record.get("dtype"), record.get("round")) for record in records}
 
     def add(new: list[dict]) -> None:
         records.extend(new)
         if args.records:
-            with args.records.open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in new)
+            write_rows(args.records, [work, *records])
 
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ftjax import config as configs
+from ftjax import config_changes
 from ftjax.errors import UserError
 
 
@@ -54,7 +55,7 @@ def test_a_run_that_is_older_than_a_key_has_its_default(tmp_path):
     stored = json.loads(path.read_text())
     del stored["objective"]["beta"], stored["seed"]
     path.write_text(json.dumps(stored))
-    assert configs.changes(configs.read(path), config) == []
+    assert config_changes.changes(configs.read(path), config) == []
     path.write_text(json.dumps(stored | {"sede": 1}))
     with pytest.raises(UserError, match=r"config.json: config has no key 'sede'; did you mean 'seed'"):
         configs.read(path)

@@ -6,7 +6,7 @@ import pytest
 from support import ROOT
 
 from ftjax import config as configs
-from ftjax import config_files, config_flag
+from ftjax import config_changes, config_files, config_flag
 from ftjax.errors import UserError
 
 VALUES = {
@@ -43,7 +43,7 @@ def test_the_config_of_a_run_is_a_config(tmp_path):
     config = config_files.load(str(tmp_path / "c.json"))
     configs.write(config, tmp_path / "config.json")
     again = config_flag.overridden(config_files.load(str(tmp_path / "config.json")), [("adapter.rank", "4")])
-    assert configs.changes(config, again) == ["adapter.rank: 8 -> 4"]
+    assert config_changes.changes(config, again) == ["adapter.rank: 8 -> 4"]
 
 
 @pytest.mark.parametrize(

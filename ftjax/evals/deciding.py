@@ -13,8 +13,8 @@ _TOKEN = re.compile(
 )
 _SHAPE = "eval_loss, eval_NAME/score, or a sum such as 'eval_a/score - 0.5 * eval_general/change'"
 # What is better the smaller it is, by the last word of its name; and what is neither better small nor large.
-_SMALLER = ("loss", "cross_entropy", "perplexity", "nll", "kl", "change")
-_NEITHER = re.compile(r"^eval_(entropy$|logps/|logits/|rewards/(chosen|rejected))")
+_SMALLER = ("loss", "cross_entropy", "perplexity", "nll", "kl", "change", "router_load", "router_idle")
+_NEITHER = re.compile(r"^eval_(entropy$|router_(balance|z)$|logps/|logits/|rewards/(chosen|rejected))")
 
 
 class Deciding(NamedTuple):

@@ -28,7 +28,7 @@ class Experts:
     normalize: bool  # whether the chosen experts' weights are made to sum to 1
     score: str = "softmax"  # of all experts; "sigmoid", of each alone; or "sparsemixer" (routing.py), of two per token
     slack: float = 0.0  # of "sparsemixer": half of how far below the best, in parts of it, an expert still counts
-    correction: bool = False  # a number per expert, not trained, that is added to the scores where experts are chosen
+    correction: bool = False  # a number per expert, without a gradient, added to the scores where experts are chosen
     correction_row: bool = False  # which is a matrix of one row
     groups: tuple[int, int] | None = None  # (n, m): experts are chosen of the best m of n groups alone
     group_score: str = "top2"  # a group is as good as its two best experts together; or "max", as its best

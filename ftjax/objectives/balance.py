@@ -42,7 +42,8 @@ def measures(notes: Tree) -> dict[str, jax.Array]:
     """float32 scalars, each the mean over the layers with experts.
 
     balance: E sum_e f_e p_e, f_e being the share of tokens that expert e is given and p_e its mean score, 1 for each of
-    a token's experts where both are even (Fedus et al. 2022, arXiv 2101.03961, equations 4 to 6); z: the mean of
+    a token's experts where both are even (Fedus et al. 2022, arXiv 2101.03961, equations 4 to 6; transformers has the
+    f and p of all layers together); z: the mean of
     log(Z)^2 (Zoph et al. 2022, arXiv 2202.08906, equation 5); load: the tokens of the expert with the most, over the
     mean; idle: the share of experts without any.
     """

@@ -13,7 +13,8 @@ from ftjax.tree import Tree
 class Loss:
     """A sum and what to divide it by, never a mean: the step divides once, after all micro-batches and devices.
 
-    So loss and gradient do not depend on how the global batch was split. Each metric is a (sum, weight) pair too.
+    So loss and gradient do not depend on how the global batch was split, but for what balance.py adds of each
+    micro-batch. Each metric is a (sum, weight) pair too.
 
     Attributes:
       ranges: further metrics, as (smallest, largest): of "reward" they are `min_reward` and `max_reward`.

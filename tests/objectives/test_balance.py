@@ -25,6 +25,7 @@ from ftjax.training.step import make_step
 from ftjax.weights.load import load_params
 from ftjax.weights.source import open_source
 
+# Of one layer: of more transformers takes the product of means over all layers, and the paper of each.
 MIXTRAL = CONFIGS["mixtral"] | {"num_hidden_layers": 1, "router_aux_loss_coef": 0.1}
 ROUTER = "layers/mlp/router/kernel"
 
@@ -111,8 +112,9 @@ def test_the_routers_own_loss_is_that_of_float64(mixtral):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_corrections_follow_the_load_of_the_whole_step(accumulate, remat):
-    model = Decoder(spec_from_config(CONFIGS["deepseek_v3"]), remat=remat)
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
+def test_corrections_follow_the_load_of_the_whole_step(accumulate, family, remat):
+    model = Decoder(spec_from_config(CONFIGS[family]), remat=remat)
     params = {"params": jax.tree.map(jnp.asarray, numpy_params(model))}
     docs = documents(1, [12, 9, 7, 10])
     batch = batch_of([[doc] for doc in docs], 12)

@@ -25,11 +25,11 @@ def write(out, matrices, spec, scaled=False, **more):
     write_adapter(out, matrices if scaled else with_scale(matrices, ALPHA / RANK), spec, BASE, **more)
 
 
-def read(directory, spec):
-    """(lora_a and lora_b, settings)"""
+def read(directory, spec, scaled=False):
+    """(lora_a and lora_b, with their scales where it is `scaled`, settings)"""
     stored = open_adapter(directory, spec)
     _, matrices = tree.partition(stored.read()[0], lambda path: path.endswith("lora_scale"))
-    return matrices, stored.settings
+    return (stored.read()[0] if scaled else matrices), stored.settings
 
 
 class Case:
@@ -55,11 +55,12 @@ class Case:
             out[f"{module}/lora_b"] = (rng.standard_normal((*stack, RANK, columns)) * 0.3).astype(np.float32)
         return tree.unflatten(out)
 
-    def logits(self, adapters=None):
+    def logits(self, adapters=None, scaled=False):
+        """scaled: as of `write`."""
         batch = batch_of([[(TOKENS, np.ones(len(TOKENS), bool))]], len(TOKENS))
         variables = {"params": self.params}
         if adapters is not None:
-            variables["lora"] = with_scale(adapters, ALPHA / RANK)
+            variables["lora"] = adapters if scaled else with_scale(adapters, ALPHA / RANK)
         return logits(self.decoder, variables, batch)[0]
 
 

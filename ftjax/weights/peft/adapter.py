@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,6 @@ from ftjax.weights.peft.keys import EMBEDDING, HEAD, PREFIX
 from ftjax.weights.source import Reader
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "ftjax_adapter.json"
-_FUSED = ("falcon_h1", "nemotron_h")  # families in which peft adapts nothing that is lora.FUSED
 _SAMPLE = 4096  # the most values of a tensor that go into the digest of a base
 
 
@@ -70,7 +70,7 @@ def base_digest(reader: Reader, spec: DecoderSpec) -> str:
 
 
 def directory_digest(path: Path) -> str:
-    """sha256 of an adapter's two files; UserError where one is absent."""
+    """sha256 of an adapter's two files, and of what is noted of experts; UserError where one is absent."""
     _refuse_run(Path(path))
     sha256 = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):
@@ -79,7 +79,14 @@ def directory_digest(path: Path) -> str:
             raise UserError(f"{file}: no such file; is {path} the directory of an adapter?")
         with file.open("rb") as opened:
             sha256.update(hashlib.file_digest(opened, "sha256").digest())
+    if noted := _facts(Path(path)).get("experts"):  # by which their ranks are read
+        sha256.update(json.dumps(noted, sort_keys=True).encode())
     return sha256.hexdigest()
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """The content of ftjax_adapter.json, {} where there is none."""
+    return read_json(inside(path, FACTS)) if inside(path, FACTS).is_file() else {}
 
 
 def embedding_rows(path: Path) -> int:
@@ -118,14 +125,14 @@ def write_adapter(
     save_tokenizer: writes a tokenizer that is not the base's into a directory.
     head: of numbers, which makes it the adapter of a ...ForSequenceClassification or ...ForTokenClassification.
 
-    Raises UserError when `out` exists and is not empty, for NaN or infinite values, and for experts and routers that
-    were trained whole; ValueError when the adapters do not belong to `spec`.
+    Raises UserError when `out` exists and is not empty, for NaN or infinite values, for experts and routers that were
+    trained whole, and for unlike scales of experts' gate and up; ValueError when the adapters do not belong to `spec`.
     """
     spec = spec if head is None else _without_token_head(spec)
     keys, params = peft_keys.adaptable(spec), hf_names(spec)
     everything, saved = tree.by_module(adapters), dict(saved or {})
-    refuse_experts(saved)
-    refuse_fused(everything, spec)
+    peft_keys.refuse_experts(saved)
+    peft_keys.refuse_fused(everything, spec)
     joined = expert_adapters.joined(everything, spec)
     of_experts = {module for its in joined.values() for module in its.adapters}
     modules = {module: parts for module, parts in everything.items() if module not in of_experts}
@@ -194,25 +201,6 @@ def write_adapter(
                     (directory / "README.md").write_text(card, encoding="utf-8")
                 if save_tokenizer is not None:
                     save_tokenizer(directory)
-
-
-def refuse_experts(names: Iterable[str]) -> None:
-    """UserError where one of these modules that are trained whole is of a mixture, of which peft has no copies."""
-    if wrong := [name for name in names if "/experts/" in name or "/router/" in name]:
-        raise UserError(
-            f"{wrong[0]}: peft's modules_to_save has no experts and routers; train adapters of them, or use --format "
-            "merged or hf"
-        )
-
-
-def refuse_fused(modules: Iterable[str], spec: DecoderSpec) -> None:
-    """UserError where one of these adapted modules is one that peft adapts in no model of the family."""
-    wrong = [name for name in modules if spec.family in _FUSED and lora.FUSED in f"/{name}/"]
-    if wrong:
-        raise UserError(
-            f"{wrong[0]}: peft takes no adapter of it in a {spec.family} model; use --format merged or hf, or train "
-            "with adapter.targets that leave it out, as all-linear does"
-        )
 
 
 def _check_parts(module: str, parts: Mapping[str, Any], key: Key, dora: bool) -> None:
@@ -335,7 +323,7 @@ class StoredAdapter:
         ftjax_adapter.json says so, or the copies of the base's tensors that peft keeps beside adapters of embeddings.
         Without either, only the shapes are known to fit.
         """
-        facts = read_json(inside(self.path, FACTS)) if inside(self.path, FACTS).is_file() else {}
+        facts = _facts(self.path)
         wrong = facts.get("base_sha256", base.digest) != base.digest
         stored = stored_names(reader)
         for name, original in self.copies.items():
@@ -375,8 +363,7 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
     expected: dict[str, tuple[int, ...]] = {}
     modules, ranks, layers, copies = {}, {}, {}, {}
     parameters = peft_keys.as_parameters(keys, spec) if config.get("target_parameters") else set()
-    facts = read_json(inside(path, FACTS)) if inside(path, FACTS).is_file() else {}
-    of_experts = expert_adapters.stored(facts, config, settings, spec, multimodal)
+    of_experts = expert_adapters.stored(_facts(path), config, settings, spec, multimodal)
     for its in of_experts:
         for module in its.modules:
             modules[module], layers[module] = its.parameter.key, its.whole
@@ -457,7 +444,7 @@ def _saved(settings: LoraSettings, spec: DecoderSpec, multimodal: bool) -> dict[
         for path, key in hf_names(spec).items()
         if any(peft_keys.layer_names(key, multimodal)[0].endswith(name) for name in settings.modules_to_save)
     }
-    refuse_experts(list(saved))
+    peft_keys.refuse_experts(list(saved))
     return saved
 
 

@@ -242,7 +242,7 @@ def is_target(name: str, config: dict[str, Any], parameter: bool = False) -> boo
     not given whole.
     """
     targets = config.get("target_parameters" if parameter else "target_modules")
-    if not isinstance(targets, list) or config.get("exclude_modules"):
+    if not isinstance(targets, list) or (config.get("exclude_modules") and not parameter):  # which are of modules alone
         return False
     chosen = name in targets or parameter or in_chosen_layers(name, config)
     return chosen and any(isinstance(target, str) and f".{name}".endswith(f".{target}") for target in targets)

@@ -7,7 +7,7 @@ that is an adapter of both ranks together: A has the rows of one and then of the
 mix.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,13 +51,7 @@ class Joined(NamedTuple):
             for parts in self.adapters.values()
             for value in np.ravel(gather(parts["lora_scale"], place, everywhere=True))
         }
-        if len(scales) > 1:
-            raise UserError(
-                f"{', '.join(self.adapters)}: to peft these are one parameter, with one scale, and theirs are "
-                f"{sorted(scales)}; give them one rank and alpha in adapter.rank_pattern and adapter.alpha_pattern, or "
-                "use --format merged"
-            )
-        return scales.pop()
+        return _one_scale(scales, self.adapters)
 
     def part(self, part: str, place: tuple[int, ...]) -> np.ndarray:
         """A layer's part as in the file."""
@@ -73,6 +67,22 @@ class Joined(NamedTuple):
         if part == "lora_a":
             return a.reshape(-1, a.shape[-1])
         return b.transpose(2, 1, 0).reshape(b.shape[-1], -1)
+
+
+def _one_scale(scales: set[float], modules: Iterable[str]) -> float:
+    if len(scales) > 1:
+        raise UserError(
+            f"{', '.join(modules)}: to peft these are one parameter, with one scale, and theirs are {sorted(scales)}; "
+            "give them one rank and alpha in adapter.rank_pattern and adapter.alpha_pattern, or use --format merged"
+        )
+    return scales.pop()
+
+
+def check_scales(scales: Mapping[str, float], spec: DecoderSpec) -> None:
+    """The UserError of `write_adapter` for unlike scales, before there are any adapters; scales: by module."""
+    for parameter in experts.parameters(spec).values():
+        if its := {module: scales[module] for module in parameter.columns if module in scales}:
+            _one_scale(set(its.values()), its)
 
 
 def joined(modules: Mapping[str, Mapping[str, Any]], spec: DecoderSpec) -> dict[str, Joined]:

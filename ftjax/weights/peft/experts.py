@@ -11,12 +11,11 @@ _NAMES = {
     "gemma4_text": "experts",
     "granitemoe": "block_sparse_moe.experts",
     "granitemoehybrid": "block_sparse_moe.experts",
-    "llama4": "feed_forward.experts",
     "llama4_text": "feed_forward.experts",
     "nemotron_h": "mixer.experts",
 }
-# Its parameters there are [experts, in, out], of which peft does not know: A is that of the columns, and B of the rows.
-_TURNED = ("llama4", "llama4_text")
+# Where transformers has [experts, in, out] without telling peft, which takes it for [experts, out, in]: its A is our B.
+_TURNED = ("llama4_text",)
 
 
 class Parameter(NamedTuple):

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from ftjax.lora import linear_kernels
+from ftjax.errors import UserError
+from ftjax.lora import FUSED, linear_kernels
 from ftjax.models.groups import stacks
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.hf.keys import Key, hf_names
@@ -13,6 +14,8 @@ from ftjax.weights.peft.experts import is_expert
 PREFIX = "base_model.model."
 EMBEDDING = "embed_tokens"  # our module
 HEAD = "lm_head"  # ours and transformers', also where it is tied and so has no parameter
+
+_FUSED = ("falcon_h1", "nemotron_h")  # families in which peft adapts nothing whose path has lora.FUSED
 
 
 def adaptable(spec: DecoderSpec) -> dict[str, Key]:
@@ -45,7 +48,7 @@ def tensor_name(key: Key, multimodal: bool) -> str:
     """transformers' name of the parameter, with {} for the layer."""
     if key.template.startswith("backbone."):  # as Nemotron-H's files call the body
         return f"model.{key.template.removeprefix('backbone.')}"
-    # Gemma 3 with its vision tower, the only such model here, has the language model's body one level deeper.
+    # A model with a vision tower beside it has the language model's body one level deeper.
     deeper = multimodal and key.template.startswith("model.")
     return key.template.replace("model.", "model.language_model.", 1) if deeper else key.template
 
@@ -140,7 +143,7 @@ def patterns(modules: Iterable[str], spec: DecoderSpec, multimodal: bool) -> lis
     if not multimodal:
         return [re.escape(name) + end for name in _listed(modules, spec, multimodal, dotted=True)]
     names = _names(spec, multimodal)
-    return sorted({re.escape(names[module][0]).replace(r"\{\}", r"\d+") for module in modules})
+    return sorted({re.escape(names[module][0]).replace(r"\{\}", r"\d+") + end for module in modules})
 
 
 def patterns_of_layers(
@@ -206,3 +209,22 @@ def _suffix(name: str, others: set[str], dotted: bool) -> str:
     pieces, dot = name.split("."), "." if dotted else ""
     suffixes = (".".join(pieces[-length:]) for length in range(1, len(pieces) + 1) if not pieces[-length].isdigit())
     return next(one for one in suffixes if not any((dot + other).endswith(dot + one) for other in others))
+
+
+def refuse_experts(names: Iterable[str]) -> None:
+    """UserError where one of these modules that are trained whole is of a mixture, of which peft has no copies."""
+    if wrong := [name for name in names if "/experts/" in name or "/router/" in name]:
+        raise UserError(
+            f"{wrong[0]}: peft's modules_to_save has no experts and routers; train adapters of them, or use --format "
+            "merged or hf"
+        )
+
+
+def refuse_fused(modules: Iterable[str], spec: DecoderSpec) -> None:
+    """UserError where one of these adapted modules is one that peft adapts in no model of the family."""
+    wrong = [name for name in modules if spec.family in _FUSED and FUSED in f"/{name}/"]
+    if wrong:
+        raise UserError(
+            f"{wrong[0]}: peft takes no adapter of it in a {spec.family} model; use --format merged or hf, or train "
+            "with adapter.targets that leave it out, as all-linear does"
+        )

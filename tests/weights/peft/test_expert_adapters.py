@@ -13,6 +13,7 @@ from support.torch_models import torch_model
 
 from ftjax import lora, tree
 from ftjax.errors import UserError
+from ftjax.weights.peft.adapter import directory_digest
 
 pytestmark = [
     # peft 0.21 asks transformers 5.23 for a property under its old name.
@@ -25,7 +26,16 @@ pytestmark = [
 # A gate apart; halves in one kernel; interleaved, with biases; dense layers beside; transformers' [experts, in, out].
 FAMILIES = ["mixtral", "granitemoe", "gpt_oss", "deepseek_v3", "llama4"]
 FURTHER = ["ernie4_5_moe", "gemma4, experts, double wide", "glm4_moe", "glm4_moe_lite", "hunyuan_v1_moe", "minimax_m2"]
-FURTHER += ["granitemoehybrid", "nemotron_h", "deepseek_v2", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_next"]
+FURTHER += [
+    "granitemoehybrid",
+    "nemotron_h",
+    "deepseek_v2",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_5_moe",
+    "qwen3_next",
+]
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER)])
@@ -35,7 +45,9 @@ def case(request, tmp_path_factory):
     return case
 
 
-@pytest.mark.parametrize("targets", ["o_proj|experts", "experts", "experts/down_proj", "experts/(up|gate_up)_proj"])
+@pytest.mark.parametrize(
+    "targets", ["o_proj|experts", "experts", "experts/down_proj", "experts/(up|gate_up)_proj", r"/mlp/|/experts/"]
+)
 def test_peft_computes_what_we_do_from_what_we_write(case, targets, tmp_path, record_figure):
     ours = case.adapters(targets)
     write(tmp_path / "out", ours, case.spec)
@@ -54,7 +66,6 @@ def test_peft_computes_what_we_do_from_what_we_write(case, targets, tmp_path, re
 
 
 def test_we_compute_what_peft_does_from_what_it_writes(case, tmp_path, record_figure):
-    # To others than its largest rank both projections in one have the same.
     names = ["experts.gate_up_proj", "experts.down_proj"]
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["o_proj"], target_parameters=names)
     model = get_peft_model(fresh(case), config).eval()
@@ -77,6 +88,34 @@ def mixtral(tmp_path_factory):
     case = Case(torch_model(CONFIGS["mixtral"]), tmp_path_factory.mktemp("mixtral"))
     case.kernels = lora.adaptable(tree.flatten(case.params))
     return case
+
+
+def test_experts_of_some_layers_with_rslora(mixtral, tmp_path):
+    """Of a layer without an adapter the scale is 0, and there is nothing of it in the file."""
+    leaves = tree.flatten(with_scale(mixtral.adapters("q_proj|experts"), 0.7))
+    leaves = {path: np.array(leaf) for path, leaf in leaves.items()}
+    for path in [path for path in leaves if "/experts/" in path and path.endswith("/lora_scale")]:
+        leaves[path][1] = 0.0
+    lora_only = tree.unflatten(leaves)
+    write(tmp_path / "out", lora_only, mixtral.spec, scaled=True, rslora=True)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["use_rslora"]
+    assert not any(".1." in name for name in config["target_parameters"])
+    model = PeftModel.from_pretrained(fresh(mixtral), tmp_path / "out")
+    found = mixtral.logits(lora_only, scaled=True)
+    np.testing.assert_allclose(found, torch_logits(model), rtol=0, atol=1e-4)
+    again, _ = read(tmp_path / "out", mixtral.spec, scaled=True)
+    np.testing.assert_allclose(mixtral.logits(again, scaled=True), found, rtol=0, atol=1e-5)
+
+
+def test_the_note_of_ranks_is_part_of_the_digest(mixtral, tmp_path):
+    write(tmp_path / "out", mixtral.adapters("experts"), mixtral.spec)
+    before, file = directory_digest(tmp_path / "out"), tmp_path / "out/ftjax_adapter.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | {"base_model": "elsewhere"}))
+    assert directory_digest(tmp_path / "out") == before
+    file.write_text(json.dumps({key: value for key, value in facts.items() if key != "experts"}))
+    assert directory_digest(tmp_path / "out") != before
 
 
 def test_one_scale_for_gate_and_up_is_asked_for(mixtral, tmp_path):
@@ -103,7 +142,7 @@ def test_what_lay_apart_and_was_trained_together_is_refused(mixtral, tmp_path):
     np.testing.assert_allclose(mixtral.logits(again), torch_logits(model.eval()), rtol=0, atol=1e-4)
 
 
-def test_a_missing_layer_of_experts_is_named(mixtral, tmp_path):
+def test_a_missing_parameter_of_experts_is_named(mixtral, tmp_path):
     write(tmp_path / "out", mixtral.adapters("experts/down_proj"), mixtral.spec)
     file = tmp_path / "out/adapter_config.json"
     config = json.loads(file.read_text())
