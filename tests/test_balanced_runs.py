@@ -62,5 +62,5 @@ def test_corrections_move_beside_every_optimizer(root, tmp_path, name):
 
 def test_a_group_that_means_corrections_alone_is_refused(root, tmp_path):
     changes = {"objective.router_bias_rate": 0.01, "optimizer.groups": (("correction", 0.5),)}
-    with pytest.raises(UserError, match="optimizer.groups='correction' matches no parameter"):
+    with pytest.raises(UserError, match="matches no parameter"):
         train(config_of(root, "deepseek_v3", **changes), tmp_path)
