@@ -187,10 +187,10 @@ def _listed(
     places: of all that are adapted, where `modules` are some of these.
     """
     modules, names = set(modules), _names(spec, multimodal)
-    # A parameter of experts is never called by the name of a module, nor of a weight.
     others = {name for module, (name, _) in names.items() if module not in modules}
-    if not any(map(is_expert, modules)):
-        others -= {name for module, (name, _) in names.items() if is_expert(module)}
+    if not any(map(is_expert, modules)):  # beside experts as older releases of transformers have them, each a module
+        stored = {path.rpartition("/")[0]: module_name(key, multimodal) for path, key in hf_names(spec).items()}
+        others = {name for module, name in stored.items() if module not in modules}
     if places is not None and layers_to_transform(places, spec, multimodal) is None:
         others |= {names[module][0] for module in _partial(places, spec)}  # of layers that are not adapted
     found = set()

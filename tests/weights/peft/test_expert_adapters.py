@@ -149,3 +149,10 @@ def test_a_missing_parameter_of_experts_is_named(mixtral, tmp_path):
     file.write_text(json.dumps(config | {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}))
     with pytest.raises(UserError, match=r"missing: .*mlp\.experts\.base_layer\.lora_A\.weight"):
         read(tmp_path / "out", mixtral.spec)
+
+
+def test_experts_that_were_trained_whole_are_refused_with_the_mend(mixtral, tmp_path):
+    path = "layers/mlp/experts/up_proj/kernel"
+    saved = {path: tree.flatten(mixtral.params)[path]}
+    with pytest.raises(UserError, match=r"layers/mlp/experts/up_proj/kernel: .* or use --format merged or hf"):
+        write(tmp_path / "out", mixtral.adapters("q_proj"), mixtral.spec, saved=saved)

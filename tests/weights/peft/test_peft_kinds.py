@@ -21,7 +21,7 @@ from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.weights.peft import continued
-from ftjax.weights.peft.adapter import BaseFacts, base_digest, directory_digest, open_adapter, write_adapter
+from ftjax.weights.peft.adapter import base_digest, directory_digest, open_adapter, write_adapter
 from ftjax.weights.peft.vllm import uniform
 from ftjax.weights.source import open_source
 
@@ -494,12 +494,3 @@ def test_a_run_goes_on_from_adapters_of_experts(root, tmp_path, layers):
     written(tmp_path / "out", base, config, variables)
     again, _ = variables_of(base, config_of(source=str(tmp_path / "out")))
     jax.tree.map(np.testing.assert_array_equal, again["lora"], variables["lora"])
-
-
-def test_experts_that_were_trained_whole_are_refused_with_the_mend(root, tmp_path):
-    base, config = base_of("mixtral", root), config_of(rank=2, targets="q_proj")
-    variables, _ = variables_of(base, config)
-    path = "layers/mlp/experts/up_proj/kernel"
-    saved = {path: tree.flatten(variables["params"])[path]}
-    with pytest.raises(UserError, match=r"layers/mlp/experts/up_proj/kernel: .* or use --format merged or hf"):
-        write_adapter(tmp_path / "out", variables["lora"], base.model.spec, BaseFacts("base", "0123"), saved=saved)
