@@ -26,10 +26,11 @@ _STEMS = {
 # In transformers 5.24.
 _WITHOUT = {TEXTS: {"granite", "ernie4_5", "cohere2", "apertus", "lfm2", "qwen3_5_moe_text"}}
 _WITHOUT[TEXTS] |= {"glm4_moe", "glm4_moe_lite", "gemma3n_text", "gemma4_text", "granitemoehybrid", "falcon_h1"}
-_WITHOUT[TEXTS] |= {"nemotron_h"}
+_WITHOUT[TEXTS] |= {"nemotron_h", "granitemoe", "llama4_text", "ernie4_5_moe", "minimax_m2"}
 _WITHOUT[TOKENS] = {"granite", "ernie4_5", "cohere2", "gemma3_text", "hunyuan_v1_dense", "olmo", "olmo2", "olmo3"}
 _WITHOUT[TOKENS] |= {"lfm2", "qwen3_5_moe_text", "qwen3_5_text", "deepseek_v2", "glm4_moe", "glm4_moe_lite"}
 _WITHOUT[TOKENS] |= {"gemma3n_text", "gemma4_text", "granitemoehybrid", "falcon_h1", "nemotron_h"}
+_WITHOUT[TOKENS] |= {"granitemoe", "llama4_text", "ernie4_5_moe", "minimax_m2", "phimoe", "hunyuan_v1_moe"}
 _LM_HEAD = "lm_head.weight"
 
 
