@@ -10,7 +10,7 @@ from support.pairs import write_pairs
 from support.runs import write_model, write_rows
 from support.tiny import one_device, spec
 
-from ftjax import choices, config_files, inspect_data, origin, resume, sharding
+from ftjax import choices, config_changes, config_files, inspect_data, origin, resume, sharding
 from ftjax import config as configs
 from ftjax.data.batch.sizes import FEW_UPDATES
 from ftjax.errors import UserError
@@ -123,7 +123,7 @@ def test_a_run_that_is_older_than_the_choices_means_what_it_did():
     old = configs.changed(configs.defaults(), {"data.batch_size": 16, "epochs": 1.0, "model.dtype": "bfloat16"})
     old = configs.changed(old, {"accumulate": 1, "model.remat": "none", "model.param_dtype": "bfloat16"})
     config = configs.with_recorded(configs.defaults(), old)
-    assert configs.changes(old, config) == []
+    assert config_changes.changes(old, config) == []
     assert choices.assemble.data_spec(config, spec()).row_length == 1024
     assert (config.model.dtype, config.epochs, config.accumulate) == ("bfloat16", 1.0, 1)
 
@@ -138,7 +138,7 @@ def test_micro_batches_that_another_mesh_does_not_allow_are_chosen_anew(tmp_path
     mesh = AbstractMesh(tuple(devices if axis == "fsdp" else 1 for axis in sharding.MESH_AXES), sharding.MESH_AXES)
     config, _ = resume.find(configs.changed(configs.defaults(), files), mesh, tmp_path, checkpoints)
     assert (config.data.batch_size, config.epochs, config.accumulate) == (8, 3.0, accumulate)
-    assert configs.changes(configs.read(tmp_path / "config.json"), config) == []
+    assert config_changes.changes(configs.read(tmp_path / "config.json"), config) == []
     # What is given stays, and is refused by the mesh itself where it does not divide.
     given = configs.changed(configs.defaults(), files | {"accumulate": 2})
     assert resume.find(given, mesh, tmp_path, checkpoints)[0].accumulate == 2

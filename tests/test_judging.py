@@ -10,7 +10,7 @@ from support.endpoints import serving
 from support.pairs import begun, config_of
 from support.runs import write_model, write_rows
 
-from ftjax import assemble, judging, origin, rewards, rollouts, train
+from ftjax import assemble, config_changes, judging, origin, rewards, rollouts, train
 from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.evals.judge import Judge
@@ -150,7 +150,7 @@ def test_the_place_of_a_judge_is_the_same_from_every_directory(root, monkeypatch
     recorded = origin.located(config, root / "model")
     assert recorded.objective.judge == (str(root / "model") if judge == "model" else judge)
     again = configs.changed(config, {"objective.judge": origin.located_judge(config)})
-    assert configs.changes(recorded, again) == []
+    assert config_changes.changes(recorded, again) == []
 
 
 def test_the_memory_of_a_model_here_is_counted(root):

@@ -9,7 +9,7 @@ import pytest
 from support.rollouts import REWARD, config_for, source_of
 from support.runs import write_model, write_rows
 
-from ftjax import assemble, origin, rollouts, train, tree
+from ftjax import assemble, config_changes, origin, rollouts, train, tree
 from ftjax import config as configs
 from ftjax.errors import UserError
 from ftjax.method import method_of
@@ -342,8 +342,8 @@ def test_a_reward_models_place_is_the_same_from_every_directory(root, tmp_path, 
     recorded = origin.located(config, root / "model")
     assert list(map(tuple, recorded.objective.rewards[1:])) == [(f"reward:{tmp_path}/runs/rm", 0.5)]
     again = configs.changed(config, {"objective.rewards": origin.located_rewards(config)})
-    assert configs.changes(recorded, again) == []
-    assert configs.changes(recorded, config) != []
+    assert config_changes.changes(recorded, again) == []
+    assert config_changes.changes(recorded, config) != []
 
 
 def test_texts_with_other_line_ends_do_not_end_lines(root, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ftjax import config as configs
+from ftjax import config_changes
 from ftjax.data import pipeline
 from ftjax.data.audit.checks import RowsOf, TokenFacts, at_start
 from ftjax.data.format.example import Document
@@ -94,4 +95,4 @@ def test_a_run_that_is_older_than_the_key_cut_its_texts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(older))
     read = configs.read(tmp_path / "config.json")
     assert read.data.long_text == "cut"
-    assert configs.changes(read, config) == []
+    assert config_changes.changes(read, config) == []
