@@ -22,9 +22,8 @@ def falcon_h1(config: dict[str, Any]) -> DecoderSpec:
     config = {"num_key_value_heads": 8, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5} | config
     fields = decoder_fields(config)
     scale = fields["head_dim"] ** -0.5 * number(config, "key_multiplier", 1.0)
-    width = size(config, "mamba_d_ssm", 1024)
-    if config.get("mamba_d_ssm", width) is None:
-        width = size(config, "mamba_expand", 2) * fields["hidden_size"]
+    expanded = size(config, "mamba_expand", 2) * fields["hidden_size"]  # which counts where the width is left to it
+    width = expanded if config.get("mamba_d_ssm", 1024) is None else size(config, "mamba_d_ssm", 1024)
     norm = "first" if flag(config, "mamba_norm_before_gate", True) else "gated"
     its = mamba(
         config,
