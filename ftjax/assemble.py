@@ -30,6 +30,7 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.groups import stack_of
 from ftjax.models.heads import COLLECTION, SCORE, abstract_heads, init_heads
+from ftjax.models.routing import is_correction
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives import balance
 from ftjax.objectives.loss import Objective
@@ -177,7 +178,7 @@ def program(
     balance.check(config.objective, model.spec, tree.flatten(trainable))
     rate, paths = config.objective.router_bias_rate, list(tree.flatten(trainable))
     # For its errors.
-    optim.rate_factors(config.optimizer, [path for path in paths if not (rate and balance.is_correction(path))])
+    optim.rate_factors(config.optimizer, [path for path in paths if not (rate and is_correction(path))])
     optimizer = optim.make_optimizer(config.optimizer, schedule)
     if rate:
         optimizer = optim.with_corrections(optimizer, rate)

@@ -82,9 +82,10 @@ class Attention(nn.Module):
             own |= {name: rotate(own[name], cos, sin, spec.rope_interleaved) for name in "qk" if name in own}
         is_turned = rope < len(spec.ropes)
         if spec.qk_norm_last:
-            has_norm = is_turned if spec.norm_or_scale else True
             normed = {name: self._normed(own[name], name) for name in "qk" if name in own}
-            own |= {name: jnp.where(has_norm, new, own[name]) for name, new in normed.items()}
+            if spec.norm_or_scale:
+                normed = {name: jnp.where(is_turned, new, own[name]) for name, new in normed.items()}
+            own |= normed
         queries = own["q"]
         if spec.position_scale is not None:
             beta, period, first = spec.position_scale

@@ -9,6 +9,11 @@ from ftjax.models.spec import Experts
 NOTES = "routers"  # the collection in which routers note what they did, where `apply` is told that it may change
 
 
+def is_correction(path: str) -> bool:
+    """Whether a parameter is what routers add to scores where they choose: float32 always, and without a gradient."""
+    return path.endswith("/correction")
+
+
 def note(module: nn.Module, logits: jax.Array, chosen: jax.Array, experts: Experts, segment_ids: jax.Array) -> None:
     """Notes sums over the tokens that are no padding, float32: `given` [experts], to how many each was chosen; `liked`
     [experts], the scores of a token made to sum to 1; `z` [], log(Z)^2 of its logits; `tokens` [].

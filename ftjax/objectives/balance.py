@@ -10,16 +10,9 @@ from ftjax import tree
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.models.groups import stacks
-from ftjax.models.routing import NOTES
+from ftjax.models.routing import NOTES, is_correction
 from ftjax.models.spec import DecoderSpec
 from ftjax.tree import Tree
-
-_CORRECTION = "/correction"
-
-
-def is_correction(path: str) -> bool:
-    """Whether a parameter is what routers add to scores where they choose; its only gradient is that of `overload`."""
-    return path.endswith(_CORRECTION)
 
 
 def hidden_and_notes(
@@ -43,9 +36,8 @@ def measures(notes: Tree) -> dict[str, jax.Array]:
 
     balance: E sum_e f_e p_e, f_e being the share of tokens that expert e is given and p_e its mean score, 1 for each of
     a token's experts where both are even (Fedus et al. 2022, arXiv 2101.03961, equations 4 to 6; transformers has the
-    f and p of all layers together); z: the mean of
-    log(Z)^2 (Zoph et al. 2022, arXiv 2202.08906, equation 5); load: the tokens of the expert with the most, over the
-    mean; idle: the share of experts without any.
+    f and p of all layers together); z: the mean of log(Z)^2 (Zoph et al. 2022, arXiv 2202.08906, equation 5); load:
+    the tokens of the expert with the most, over the mean; idle: the share of experts without any.
     """
     found: dict[str, list[jax.Array]] = {"balance": [], "z": [], "load": [], "idle": []}
     for its in tree.by_module(notes).values():
@@ -64,11 +56,11 @@ def overload(notes: Tree, params: Tree) -> jax.Array:
     So the sign of what a step sums up is that of Wang et al. 2024 (arXiv 2408.15664, section 3), over all of the step's
     tokens; `training.optim.with_corrections` takes it.
     """
-    total, leaves = jnp.zeros(()), tree.flatten(params)
-    for module, its in tree.by_module(notes).items():
-        if (correction := leaves.get(f"{module}{_CORRECTION}")) is not None:
-            more = its["given"] - its["given"].mean(axis=-1, keepdims=True)
-            more = jax.lax.stop_gradient(more).reshape(correction.shape)
+    total, routers = jnp.zeros(()), tree.by_module(notes)
+    for path, correction in tree.flatten(params).items():
+        if is_correction(path):
+            given = routers[path.rpartition("/")[0]]["given"]
+            more = jax.lax.stop_gradient(given - given.mean(axis=-1, keepdims=True)).reshape(correction.shape)
             total += (more * (correction - jax.lax.stop_gradient(correction))).sum()
     return total
 

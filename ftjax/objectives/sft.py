@@ -31,7 +31,9 @@ def make_sft(model: Decoder, config: ConfigDict | None = None) -> Objective:
     evens_out = config is not None and bool(config.router_balance or config.router_z_loss)
 
     def with_routers(loss, notes, policy, is_training):
-        """`loss` with what it has of routers."""
+        """`loss` with what it has of routers, where there are any."""
+        if notes is None:
+            return loss
         found = balance.measures(notes)
         metrics = {f"router_{name}": (value * loss.weight, loss.weight) for name, value in found.items()}
         added = loss.sum
@@ -55,8 +57,7 @@ def make_sft(model: Decoder, config: ConfigDict | None = None) -> Objective:
         if further != PLAIN or kl_coef or evens_out:
             metrics["cross_entropy"] = (totals["nll"], weight)
         if not kl_coef or "replay" not in batch:
-            loss = Loss(totals["loss"], weight, metrics)
-            return loss if notes is None else with_routers(loss, notes, policy, rng is not None)
+            return with_routers(Loss(totals["loss"], weight, metrics), notes, policy, rng is not None)
         replayed = jnp.where(is_replay, batch["weights"], 0)
         # Never dropout in the reference: it is what the model says, not a noisy version of it.
         before, _ = balance.hidden_and_notes(model, reference, batch, None, False)
@@ -64,6 +65,6 @@ def make_sft(model: Decoder, config: ConfigDict | None = None) -> Objective:
         kl = (kl_per_token(unembed, None, head, hidden, *theirs, replayed != 0, rng) * replayed).sum()
         metrics["kl"] = (kl, replayed.sum())
         loss = Loss(totals["loss"] + kl_coef * kl, weight + replayed.sum(), metrics)
-        return loss if notes is None else with_routers(loss, notes, policy, rng is not None)
+        return with_routers(loss, notes, policy, rng is not None)
 
     return sft

@@ -11,7 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from ftjax import lora, tree
-from ftjax.objectives.balance import is_correction
+from ftjax.models.routing import is_correction
 from ftjax.training.adafactor import scale_by_factored_moments
 from ftjax.tree import Tree
 

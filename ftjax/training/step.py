@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ftjax import tree
-from ftjax.objectives.balance import is_correction
+from ftjax.models.routing import is_correction
 from ftjax.objectives.loss import TOTALS, Loss, Objective, means, merged
 from ftjax.objectives.reference import REFERENCE
 from ftjax.training.state import Kept, TrainState

@@ -17,6 +17,7 @@ from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.params import abstract_params
+from ftjax.models.routing import is_correction
 from ftjax.objectives import balance
 from ftjax.objectives.sft import make_sft
 from ftjax.training.optim import with_corrections
@@ -118,7 +119,7 @@ def test_corrections_follow_the_load_of_the_whole_step(accumulate, family, remat
     params = {"params": jax.tree.map(jnp.asarray, numpy_params(model))}
     docs = documents(1, [12, 9, 7, 10])
     batch = batch_of([[doc] for doc in docs], 12)
-    (stack,) = (path for path in tree.flatten(params) if balance.is_correction(path))
+    (stack,) = (path for path in tree.flatten(params) if is_correction(path))
     module = stack.removeprefix("params/").removesuffix("/correction")
     _, notes = balance.hidden_and_notes(model, params, batch, None, True)
     given = np.asarray(tree.by_module(notes)[module]["given"])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 
 from ftjax import lora, tree
 from ftjax.models.decoder import Decoder
@@ -72,3 +73,18 @@ def fresh(case):
 def torch_logits(model):
     with torch.no_grad():
         return model(torch.tensor(TOKENS[None], dtype=torch.long)).logits[0].numpy()
+
+
+def saved_by_peft(case, path, targets, parameters):
+    """A peft model with random B, saved in `path`."""
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=targets, target_parameters=parameters, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(fresh(case), config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(path)
+    return model

@@ -12,6 +12,7 @@ import numpy as np
 from ftjax import lora, tree
 from ftjax.distributed import is_first, together
 from ftjax.models.families import family_of, spec_from_config, text_config
+from ftjax.models.routing import is_correction
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.hf.classifier import Head, classifier_config, module
 from ftjax.weights.hf.files import inside, read_json
@@ -33,7 +34,6 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-_FLOAT32 = ("/correction",)  # of a router, by which experts change places in any other type
 # Those that name every token, so that the base's lack new ones.
 _VOCABULARIES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt")
 # Settings of generation_config.json that have a meaning only with do_sample, and the values that switch them off.
@@ -69,7 +69,7 @@ def write_model(
     config: the Hugging Face config they were loaded with; of a multimodal config the language model's part is written.
     adapters: the `lora` collection to merge, as `lora.merge` does it, in float32.
     generation: the base's generation_config.json; None: made from the token ids in `config`.
-    dtype: of the tensors in the files; None keeps each array's own, as those of _FLOAT32 do anyway.
+    dtype: of the tensors in the files; None keeps each array's own, as corrections of routers do anyway.
     head: of numbers, in the place of one for tokens, which `params` then has not; it is written as it is. Such a model
     generates nothing, and gets no generation_config.json.
 
@@ -179,7 +179,8 @@ def _tensors(params: dict[str, Any], adapters: dict[str, Any] | None, spec: Deco
     out = []
     for path, leaf in leaves.items():
         key, adapter = keys[path], parts[path.rpartition("/")[0]] if path in adapted else {}
-        kept = np.float32 if path.endswith(_FLOAT32) and leaf.dtype == np.float32 else dtype or leaf.dtype
+        # In any other type experts would change places.
+        kept = np.float32 if is_correction(path) and leaf.dtype == np.float32 else dtype or leaf.dtype
         for place in key.places():
             name = path.rpartition("/")[2]
             values = functools.partial(tensor_values, leaf, place, key.transposed, name, adapter)

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from support.family_configs import CONFIGS
 from support.model_dirs import with_scale
-from support.peft_case import ALPHA, RANK, Case, fresh, read, torch_logits, write
+from support.peft_case import ALPHA, RANK, Case, fresh, read, saved_by_peft, torch_logits, write
 from support.torch_models import torch_model
 
 from ftjax import lora, tree
@@ -66,15 +66,8 @@ def test_peft_computes_what_we_do_from_what_we_write(case, targets, tmp_path, re
 
 
 def test_we_compute_what_peft_does_from_what_it_writes(case, tmp_path, record_figure):
-    names = ["experts.gate_up_proj", "experts.down_proj"]
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["o_proj"], target_parameters=names)
-    model = get_peft_model(fresh(case), config).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    model.save_pretrained(tmp_path)
+    first = "up_proj" if case.spec.family == "nemotron_h" else "gate_up_proj"  # which has no gate
+    model = saved_by_peft(case, tmp_path, ["o_proj"], [f"experts.{first}", "experts.down_proj"])
     ours, settings = read(tmp_path, case.spec)
     assert (settings.rank, settings.alpha) == (RANK, ALPHA)
     found, theirs = case.logits(ours), torch_logits(model)

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from support.family_configs import CONFIGS
 from support.model_dirs import with_scale
 from support.more_configs import MORE_CONFIGS
-from support.peft_case import ALPHA, BASE, RANK, TOKENS, Case, fresh, read, torch_logits, write
+from support.peft_case import ALPHA, BASE, RANK, TOKENS, Case, fresh, read, saved_by_peft, torch_logits, write
 from support.tiny import batch_of, logits
 from support.torch_models import torch_model
 from transformers import (
@@ -119,16 +119,7 @@ def test_we_compute_what_peft_does_from_what_it_writes(case, tmp_path, record_fi
     # peft's own "all-linear" takes of a mixture the experts too, which are refused here, and in Mamba what it refuses.
     targets = NAMES[case.name] if case.spec.experts or case.spec.mamba else "all-linear"
     parameters = PARAMETERS.get(case.name)
-    config = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=targets, target_parameters=parameters, task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(fresh(case), config).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    model.save_pretrained(tmp_path)
+    model = saved_by_peft(case, tmp_path, targets, parameters)
     ours, settings = read(tmp_path, case.spec)
     assert (settings.rank, settings.alpha) == (RANK, ALPHA)
     jax.tree.map(lambda a, b: a.shape == b.shape, ours, case.ours)  # the same layers: raises otherwise
