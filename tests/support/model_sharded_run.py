@@ -55,8 +55,10 @@ def main(names):
                 "gradient": float(max(differences)),
                 "split": split,
             }
-        # Of Gemma's narrow parts (AltUp, gates of per-layer embeddings) those of the adapters are smaller.
-        small = (*SMALL, "lora_b", "lora_scale") if config["model_type"] in ("gemma3n_text", "gemma4_text") else SMALL
+        # Of Gemma's narrow parts (AltUp, gates of per-layer embeddings), and behind layers that are one part alone or
+        # scaled down, those of the adapters are smaller.
+        families = ("gemma3n_text", "gemma4_text", "granitemoehybrid", "nemotron_h")
+        small = (*SMALL, "lora_b", "lora_scale") if config["model_type"] in families else SMALL
         assert all(np.abs(leaf).max() > 1e-4 for path, leaf in expected.items() if not path.endswith(small)), name
     print(json.dumps(out))
 

@@ -257,6 +257,7 @@ MORE_CONFIGS = {
         shared_intermediate_size=40,
         num_local_experts=0,
         tie_word_embeddings=True,
+        residual_multiplier=0.3,  # without, gradients of the embedding are above 20
         mamba_conv_bias=False,
         mamba_d_head=16,
         time_step_limit=[0.5, 1.5],
