@@ -124,9 +124,15 @@ def test_a_key_cannot_fill_the_memory(work):
 
 
 def test_what_is_left_at_the_end_fails(clock):
-    work, go = Work(clock), threading.Event()
-    running = work.submit("a", "anna", lambda: go.wait(10))
+    work, go, begun = Work(clock), threading.Event(), threading.Event()
+
+    def wait():
+        begun.set()
+        return go.wait(10)
+
+    running = work.submit("a", "anna", wait)
     waiting = work.submit("b", "anna", lambda: None)
+    assert begun.wait(10)  # what has not begun when the server ends is left too
     threading.Timer(0.1, go.set).start()
     work.close()
     assert running.future.result() is True
