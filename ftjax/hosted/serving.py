@@ -98,7 +98,13 @@ class Serving:
 
     def lacks(self) -> str:
         """What is wrong, for /healthz; "" where nothing is."""
-        return "" if self._generation.alive else "completions are no longer written; the log says why"
+        parts = {
+            "completions are no longer written": self._generation.alive,
+            "jobs are no longer taken on": self.jobs.alive,
+            "Tinker's requests are no longer done": self.tinker.alive(),
+        }
+        ended = "; ".join(what for what, alive in parts.items() if not alive)
+        return f"{ended}; the log says why" if ended else ""
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

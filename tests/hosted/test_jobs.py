@@ -250,6 +250,16 @@ def test_a_canceled_job_saves_and_is_canceled_for_good(server, client):
     assert messages(client, job).count("The job was cancelled") == 1
 
 
+def test_what_is_canceled_as_the_server_ends_saves_without_it(tmp_path):
+    with serving(tmp_path, seconds=0.5) as server, client_of(server.url) as client:
+        assert server.jobs.alive
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=server.plan(steps=2000, seconds=0.02))
+        until(lambda: any(event.type == "metrics" for event in client.fine_tuning.jobs.list_events(job.id)))
+        client.fine_tuning.jobs.cancel(job.id)
+    assert not server.jobs.alive
+    until(lambda: "saved" in server.starts(job)[-1])
+
+
 def test_a_paused_job_goes_on_where_it_was_when_it_is_resumed(server, client):
     job = client.fine_tuning.jobs.create(model="tiny", training_file=server.plan(steps=60, seconds=0.02))
     until(lambda: any(event.type == "metrics" for event in client.fine_tuning.jobs.list_events(job.id)))

@@ -1,6 +1,7 @@
 """The server's config: the same machinery as a run's, over keys of its own."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from support import ROOT
@@ -12,7 +13,7 @@ from ftjax.errors import UserError
 from ftjax.hosted import server, settings
 from ftjax.hosted.database import connect
 from ftjax.hosted.jobs.configuring import check_settings
-from ftjax.hosted.serving import given
+from ftjax.hosted.serving import Serving, given
 
 
 def test_the_config_that_ships_is_valid():
@@ -102,3 +103,13 @@ def test_a_folder_is_not_tidied_by_a_database_that_knows_nothing_of_it(tmp_path)
     new = settings_of(tmp_path / "new")
     assert not server.keys_of(new).all()
     server.check_database(new, connect(settings.database_url(new)))
+
+
+def test_health_tells_which_thread_is_gone():
+    def lacks(writes=True, takes=True, does=True):
+        parts = {"_generation": SimpleNamespace(alive=writes), "jobs": SimpleNamespace(alive=takes)}
+        return Serving.lacks(SimpleNamespace(**parts, tinker=SimpleNamespace(alive=lambda: does)))
+
+    assert lacks() == ""
+    assert lacks(takes=False) == "jobs are no longer taken on; the log says why"
+    assert lacks(writes=False, does=False).startswith("completions are no longer written; Tinker's requests are no")

@@ -134,7 +134,9 @@ def test_what_is_left_at_the_end_fails(clock):
     waiting = work.submit("b", "anna", lambda: None)
     assert begun.wait(10)  # what has not begun when the server ends is left too
     threading.Timer(0.1, go.set).start()
+    assert work.alive
     work.close()
+    assert not work.alive
     assert running.future.result() is True
     with pytest.raises(Failed, match="the server has ended"):
         waiting.future.result()

@@ -109,15 +109,16 @@ class Jobs:
             engine, folder, settings, backend or Local(), helpers, self._write, at_once, per_key, helping=at_once
         )
         self._end = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Jobs":
         with contextlib.ExitStack() as stack:
             stack.enter_context(workdirs.lock(self._folder))
             self._sweep()
-            thread = threading.Thread(target=self.queue.run, args=(self._end, self._seconds), name="jobs")
+            self._thread = threading.Thread(target=self.queue.run, args=(self._end, self._seconds), name="jobs")
             self._end.clear()
-            thread.start()
-            stack.callback(thread.join)
+            self._thread.start()
+            stack.callback(self._thread.join)
             stack.callback(self._end.set)
             self._held = stack.pop_all()
         return self
@@ -125,6 +126,11 @@ class Jobs:
     def __exit__(self, *error: object) -> None:
         """The queue ends; what runs goes on, and the next server finds it."""
         self._held.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are taken on: of a server that runs, unless the thread that does it is gone."""
+        return self._thread is not None and self._thread.is_alive()
 
     def create(self, asked: NewJob, owner: str) -> Job:
         """Raises Refused: the files, the model or the number of jobs do not allow it."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, case, select, update
+from sqlalchemy import ColumnElement, Engine, case, select, update
 from sqlalchemy.orm import Session
 
 from ftjax.atomic import write_text
@@ -68,9 +68,7 @@ class Queue:
 
     def turn(self) -> None:
         """Takes every job as far as it can go now."""
-        with Session(self._engine) as session:
-            jobs = list(session.scalars(select(Job).where(Job.stage != "").order_by(Job.number)))
-            session.expunge_all()
+        jobs = self._staged(Job.stage != "")
         self._helps = 0
         steps = {VALIDATE: self._validate, TRAIN: self._train, EXPORT: self._export, STOP: self._stop}
         for job in jobs:
@@ -89,14 +87,26 @@ class Queue:
             self._safely(self._begin, job)
 
     def run(self, stop: threading.Event, seconds: float) -> None:
-        """Turns until told to stop."""
+        """Turns until told to stop; what was canceled or paused by then is asked to end, and saves without a server."""
         while True:
             try:
                 self.turn()
             except Exception:  # of the database: it may be back at the next turn
                 log.exception("the queue of jobs")
             if stop.wait(seconds):
-                return
+                break
+        try:
+            for job in self._staged(Job.stage == STOP):
+                self._safely(self._stop, job)
+        except Exception:
+            log.exception("the queue of jobs")
+
+    def _staged(self, those: ColumnElement[bool]) -> list[Job]:
+        """In their order."""
+        with Session(self._engine) as session:
+            jobs = list(session.scalars(select(Job).where(those).order_by(Job.number)))
+            session.expunge_all()
+        return jobs
 
     def _safely(self, step: Callable[[Job], Any], job: Job) -> None:
         """What fails here fails for one job only, and is tried again at the next turn."""

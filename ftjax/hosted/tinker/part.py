@@ -27,6 +27,7 @@ class Part(NamedTuple):
     routes: APIRouter
     tidy: Callable[[], None]
     close: Callable[[], None]
+    alive: Callable[[], bool]  # whether its thread is
     service: Service
 
 
@@ -55,7 +56,7 @@ def make(
     samplers = Samplers(generation, programs, facts, names[0], work)
     kept = Store(engine, folder / "checkpoints", limits.quota)
     service = Service(programs, facts, names, kept, samplers, work, limits)
-    return Part(routes(service), service.tidy, work.close, service)
+    return Part(routes(service), service.tidy, work.close, lambda: work.alive, service)
 
 
 def names_of(base: Base, folder: Path) -> list[str]:

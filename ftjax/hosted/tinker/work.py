@@ -149,6 +149,10 @@ class Work:
         for asked in waiting:
             self._end(asked, error=Failed(why, by_user=True))
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """What is being done ends; all else fails."""
         with self._lock:
