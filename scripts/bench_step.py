@@ -52,7 +52,7 @@ GPU_PEAKS = {
 def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, peak: float | None) -> dict:
     """Compiles and runs the step; returns the results as JSON values, times in seconds and memory in bytes.
 
-    peak: FLOP/s of a device; None: that of its kind, and no MFU if it is unknown.
+    peak: FLOP/s of a device; None: that of its kind, of a CPU what is measured here, and no MFU if it is unknown.
     """
     mesh = sharding.make_mesh(dict(config.mesh))
     config = choices.without_data(config, spec, mesh, of_device(mesh))
@@ -82,6 +82,8 @@ def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, pe
 
     device = jax.devices()[0]
     peak = peak or peak_of(device.device_kind)
+    if peak is None and device.platform == "cpu" and jax.device_count() == 1:
+        peak = measured_peak(spec, program.tokens // config.accumulate, jnp.dtype(config.model.dtype))
     tokens = program.tokens
     median, count = statistics.median(times), jax.device_count()
     needed = flops.of_step(program).total
@@ -199,6 +201,19 @@ def peak_of(kind: str) -> float | None:
     if kind in known:
         return known[kind]
     return next((peak for name, peak in GPU_PEAKS.items() if kind.startswith(name)), None)
+
+
+def measured_peak(spec: DecoderSpec, tokens: int, dtype: jnp.dtype) -> float:
+    """FLOP/s of one large matrix product on this CPU, the best of several, of a micro-batch with the MLP's kernel."""
+    left = jnp.ones((tokens, spec.hidden_size), dtype)
+    right = jnp.ones((spec.hidden_size, spec.intermediate_size), dtype)
+    product = jax.jit(jnp.matmul).lower(left, right).compile()
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        product(left, right).block_until_ready()
+        times.append(time.perf_counter() - started)
+    return 2 * left.size * spec.intermediate_size / min(times)
 
 
 def memory(step: jax.stages.Compiled) -> dict[str, int | None]:

@@ -36,14 +36,14 @@ class PerToken(NamedTuple):
     """Float32 [B, T] each; 0 at positions that were not wanted. The loss alone has a gradient."""
 
     loss: jax.Array
-    correct: jax.Array  # 1 where the target is the likeliest token
+    correct: jax.Array  # 1 where no token is likelier than the target
     entropy: jax.Array
     nll: jax.Array  # -log p(target)
     log_squares: jax.Array | None  # log of the sum of p^2 over the vocabulary, where `Further.squares` asks for it
 
 
 class Sums(NamedTuple):
-    """Of each token, over the columns so far: [blocks, tokens] each, of one block [tokens]; float32 but for `best`.
+    """Of each token, over the columns so far: [blocks, tokens] each, of one block [tokens]; float32.
 
     The softmax over columns that come one chunk after another (Milakov and Gimelshein 2018): sums are relative to the
     highest logit yet, and rescaled when a higher one comes, so that no exponential overflows.
@@ -53,7 +53,6 @@ class Sums(NamedTuple):
     exponentials: jax.Array  # sum of exp(logit - highest)
     moments: jax.Array  # sum of exp(logit - highest) * (logit - highest)
     target: jax.Array  # the target's logit, LOWEST before it was met
-    best: jax.Array  # int32: the column of the highest
     logits: jax.Array  # sum of them, where labels are smoothed
     squares: jax.Array  # sum of exp(logit - highest)^2, where they are wanted
 
@@ -191,9 +190,8 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
             made = lambda rows: unembed(part, rows, rng, token_index[positions])  # noqa: E731
             logits, pull = jax.vjp(made, rows[positions]) if at_once else (made(rows[positions]), None)
             logits = jnp.where(ids >= fresh, logits, LOWEST)
-            best = jnp.argmax(logits, axis=-1)
-            top = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
-            highest = jnp.maximum(sums.highest, top)
+            # The value alone: XLA for CPUs takes 25 times as long for the place of the highest logit.
+            highest = jnp.maximum(sums.highest, logits.max(axis=-1))
             shifted = logits - highest[:, None]
             exponentials = jnp.exp(shifted)
             moved = sums.highest - highest  # 0, or negative where this chunk has a higher logit
@@ -207,8 +205,6 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
                 # sum of e (l - m') where m' = m - moved: each old term e (l - m) gains e moved, then all are rescaled.
                 (sums.moments + moved * sums.exponentials) * scale + jnp.sum(exponentials * shifted, axis=-1),
                 jnp.where(met, target_logit, sums.target),
-                # Not of equals: the lower column stays, as argmax over all of them has it.
-                jnp.where(top > sums.highest, start + best.astype(jnp.int32), sums.best),
                 sums.logits + jnp.where(ids >= fresh, logits, 0).sum(-1) if further.label_smoothing else sums.logits,
                 sums.squares * scale**2 + jnp.sum(exponentials**2, axis=-1) if further.squares else sums.squares,
             )
@@ -230,9 +226,9 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
 
     # Columns outside, tokens inside: a chunk of a split head is gathered once, not once for each block.
     zeros = jnp.zeros(order.shape, jnp.float32)
-    first = Sums(zeros + LOWEST, zeros, zeros, zeros + LOWEST, jnp.zeros(order.shape, jnp.int32), zeros, zeros)
+    first = Sums(zeros + LOWEST, zeros, zeros, zeros + LOWEST, zeros, zeros)
     sums, d_rows = jax.lax.scan(over_columns, first, parts.starts(head, cut.columns))
-    highest, exponentials, moments, target, is_best, logits, squares = _over_vocabulary(sums, targets, split)
+    highest, exponentials, moments, target, logits, squares = _over_vocabulary(sums, split)
     log_norms = highest + jnp.log(jnp.where(real, exponentials, 1))
     # Of probabilities p = exp(l - m) / s: -sum p log p = log s - sum (exp(l - m) (l - m)) / s.
     entropy = jnp.log(jnp.where(real, exponentials, 1)) - moments / jnp.where(real, exponentials, 1)
@@ -243,7 +239,7 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
         loss = loss + further.z_loss * log_norms**2
     # Of probabilities p = exp(l - m) / s: log sum p^2 = log sum exp(l - m)^2 - 2 log s.
     squares = jnp.log(jnp.where(real, squares, 1)) + 2 * (highest - log_norms) if further.squares else None
-    out = PerToken(loss, is_best.astype(jnp.float32), entropy, nll, squares)
+    out = PerToken(loss, (target == highest).astype(jnp.float32), entropy, nll, squares)
     out = jax.tree.map(lambda x: parts.back(jnp.where(real, x, 0), order, real, wanted), out)
     d_hidden = None
     if at_once:
@@ -264,27 +260,22 @@ def _of_logits(further, logits, log_norm, is_target, columns):
     return probabilities - ideal
 
 
-def _over_vocabulary(sums: Sums, targets: jax.Array, split: HeadSplit):
-    """(highest, exponentials, moments, target, whether the best is the target, logits, squares) over the devices that
-    share columns.
+def _over_vocabulary(sums: Sums, split: HeadSplit) -> Sums:
+    """This device's sums, over all devices that share columns.
 
-    sums: this device's, [blocks, tokens] each; targets int32 [blocks, tokens], counted from its first column. The same
-    rescaling as between chunks; a device whose columns lack the target has LOWEST there, which the maximum passes over.
+    The same rescaling as between chunks; a device whose columns lack the target has LOWEST there, which the maximum
+    passes over.
     """
     if not split.vocabulary:
-        return *sums[:4], sums.best == targets, sums.logits, sums.squares
+        return sums
     highest = jax.lax.pmax(sums.highest, split.vocabulary)
     moved = sums.highest - highest
     scale = jnp.exp(moved)
     exponentials = jax.lax.psum(sums.exponentials * scale, split.vocabulary)
     moments = jax.lax.psum((sums.moments + moved * sums.exponentials) * scale, split.vocabulary)
     target = jax.lax.pmax(sums.target, split.vocabulary)
-    # The first of equals is the best: of the devices that have the highest logit, the one with the lowest columns.
-    place = jax.lax.axis_index(split.vocabulary)
-    first = jax.lax.pmin(jnp.where(sums.highest == highest, place, 2**30), split.vocabulary)
-    is_best = jax.lax.pmax(((place == first) & (sums.best == targets)).astype(jnp.int32), split.vocabulary)
     logits, squares = (jax.lax.psum(x, split.vocabulary) for x in (sums.logits, sums.squares * scale**2))
-    return highest, exponentials, moments, target, is_best, logits, squares
+    return Sums(highest, exponentials, moments, target, logits, squares)
 
 
 def _backward(unembed, cut, further, split, head, hidden, targets, wanted, rng, log_norms, gradient, token_index):
