@@ -23,6 +23,7 @@ FLOORS = [
     {"weights.gguf"},
     {"weights"},
     {"weights.peft"},
+    {"data.images"},
     {"data.format"},
     {"data.read"},
     {"data.tokens"},

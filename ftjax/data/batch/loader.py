@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from ftjax.data.batch import buckets, mismatched, packing
+from ftjax.data.batch import buckets, mismatched, packing, patches
 from ftjax.data.batch.mismatched import Prompts
 from ftjax.data.batch.packing import RowPlan
 from ftjax.data.batch.permutation import permutation
@@ -169,7 +169,9 @@ class Loader:
         longest = max(int(self.examples.lengths[row].sum()) for row in plan_rows)
         T = self.max_length if self.packing else int(buckets.length_of(longest, self.lengths))
         wanted = set(range(len(plan_rows)) if rows is None else rows)
-        batch = packing.fill(self.examples, [row if b in wanted else row[:0] for b, row in enumerate(plan_rows)], T)
+        P = patches.room(self.examples, plan_rows) if self.examples.images else None  # on all hosts the same
+        filled = [row if b in wanted else row[:0] for b, row in enumerate(plan_rows)]
+        batch = packing.fill(self.examples, filled, T, P)
         if partners is not None:
             shape, documents = batch["tokens"].shape, np.concatenate(plan_rows)
             batch |= mismatched.fill(self.examples, self.prompts, documents, partners, shape, self.mismatched, rows)

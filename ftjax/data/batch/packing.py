@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ftjax.data.batch import patches
 from ftjax.data.format.example import Document
 from ftjax.data.tokens.examples import Examples
 
@@ -165,14 +166,17 @@ def _reorder(values: np.ndarray, starts: np.ndarray, row_order: np.ndarray) -> t
     return values[source], new_starts
 
 
-def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np.ndarray]:
+def fill(examples: Examples, rows: Sequence[np.ndarray], T: int, P: int | None = None) -> dict[str, np.ndarray]:
     """The arrays of BATCH, [len(rows), T], for rows of example indices; an empty row is all zeros (padding).
 
     Where a source is replayed those of REPLAY, too, where a reference was asked of all documents those of REFERENCE,
-    and where documents have labels those of LABELS.
+    where documents have labels those of LABELS, and where the model sees images those of `patches.PATCHES`.
 
     Each document is a segment of its own, and the documents of one example are adjacent: if examples are pairs,
     segments 1 and 2 are the first pair, 3 and 4 the next.
+
+    Args:
+      P: patches of a row; None: as many as these rows need (`patches.room`).
 
     Raises:
       ValueError: the examples of a row are longer than T together.
@@ -189,6 +193,8 @@ def fill(examples: Examples, rows: Sequence[np.ndarray], T: int) -> dict[str, np
         for b, row in enumerate(rows):
             last = np.cumsum(examples.document_lengths[row]) - 1
             batch["reference_logps"][b, last] = examples.reference_logps[row].reshape(-1)
+    if examples.images:
+        batch |= patches.fill(examples, rows, T, patches.room(examples, rows) if P is None else P)
     return batch
 
 

@@ -2,17 +2,18 @@
 
 A message has "role" and "content", and may have "tool_calls", "tool_call_id", "name", "weight", "reasoning_content" and
 other keys: `content` is always a string ("" beside tool calls that had none), `weight` 0 or 1, `arguments` of a call a
-dict, as transformers documents for chat templates. Other keys are kept as they are, in case a template reads them; keys
-without a value are dropped.
+dict, as transformers documents for chat templates. One with images has them in "images", see the module of that name.
+Other keys are kept as they are, in case a template reads them; keys without a value are dropped.
 """
 
 import json
 import math
 
 from ftjax import strict_json
+from ftjax.data.format import images
 from ftjax.errors import UserError
 
-_CHECKED = ("role", "content", "tool_calls", "function_call", "weight")
+_CHECKED = ("role", "content", "tool_calls", "function_call", "weight", "images")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys under which data sets keep thoughts
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -146,7 +147,7 @@ def _message(message: object, where: str) -> dict:
             raise UserError(f"{where}: tool_calls is a {type(calls).__name__}; write it as a list")
         plain["tool_calls"] = [_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)]
         plain.setdefault("content", "")  # templates add it to strings, so it must not be missing
-    plain["content"] = _text(plain.get("content"), f"{where} ({role}): content")
+    _take_content(plain, f"{where} ({role}): content")
     if plain.get("weight") not in (None, 0, 1):
         raise UserError(f"{where} has the weight {plain['weight']!r}; use 0 (no loss) or 1")
     if "weight" in plain:
@@ -159,17 +160,14 @@ def _message(message: object, where: str) -> dict:
     return plain
 
 
-def _text(content: object, what: str) -> str:
-    """A string, or the string of a list of text parts."""
-    if isinstance(content, list):
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind != "text":
-                raise UserError(f"{what} has a part of type {kind!r}; only parts of type 'text' can be trained on")
-            check_string(part.get("text"), what)
-        content = "".join(part["text"] for part in content)
-    check_string(content, what)
-    return content
+def _take_content(message: dict, what: str) -> None:
+    """Makes the content of a message a string, and gives it `images` where it has some."""
+    text, found = images.text_and_images(message.get("content"), what)
+    check_string(text, what)
+    message["content"] = text
+    given = found or message.pop("images", None)
+    if given:
+        message["images"] = images.check(text, given, message["role"], what)
 
 
 def _check_answers_a_call(before: list[dict], message: dict, where: str) -> None:

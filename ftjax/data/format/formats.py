@@ -20,7 +20,7 @@ Where a row fits several formats and the fields of one contain those of the othe
 
 from collections.abc import Callable
 
-from ftjax.data.format import guess, pairs, sharegpt
+from ftjax.data.format import guess, images, pairs, sharegpt
 from ftjax.data.format.conversation import check_filled, conversation, tools_of
 from ftjax.data.format.example import Row
 from ftjax.errors import UserError, did_you_mean
@@ -32,6 +32,7 @@ def check_row(fields: dict, origin: str, format: str | None = None) -> Row:
     Raises:
       UserError: with the origin, what is wrong and what to do.
     """
+    fields = images.filled(fields, origin)
     if format is None:
         fitting = detect(fields)
         if len(fitting) > 1:
@@ -203,7 +204,7 @@ WHOLE_OF = {
 
 # All fields that any format reads.
 FIELDS = {name for keys, _ in FORMATS.values() for name in keys}
-FIELDS |= {"system", "history", "tools", "functions", "margin", "probability", "input"}
+FIELDS |= {"system", "history", "tools", "functions", "margin", "probability", "input", *images.COLUMNS}
 
 
 def _has(fields: dict, keys: tuple[str, ...]) -> bool:

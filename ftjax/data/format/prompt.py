@@ -1,6 +1,6 @@
 """Rows of any format -> what a model is to answer: a row without its answer, which it may also lack from the start."""
 
-from ftjax.data.format import pairs, sharegpt
+from ftjax.data.format import images, pairs, sharegpt
 from ftjax.data.format.conversation import check_filled, conversation, tools_of
 from ftjax.data.format.example import Row
 from ftjax.data.format.formats import check_row, detect
@@ -15,6 +15,7 @@ def prompt_of(fields: dict, origin: str) -> dict:
     Raises:
       UserError: with the origin; no field holds a prompt, it is empty, or there is no turn to answer.
     """
+    fields = images.filled(fields, origin)
     if fields.get("messages") is not None:
         turns = conversation(fields["messages"], origin, needs_assistant=False)
     elif fields.get("conversations") is not None:

@@ -85,6 +85,11 @@ def resolve(source: str) -> list[DataFile]:
     return found
 
 
+def folder(name: str) -> str:
+    """The absolute directory of a file, "" where it is not on this machine."""
+    return "" if "://" in name else str(Path(name).absolute().parent)
+
+
 def local_path(name: str) -> Path:
     """The local path of one file, which is fetched into the cache if it is not on this machine; never unpacked."""
     file = _remote(name)[0] if "://" in name else _local_file(name)

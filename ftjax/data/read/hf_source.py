@@ -24,7 +24,9 @@ class HuggingFace(Numbered):
     """
 
     def __init__(self, source: str, split: str, names: Columns = NONE):
-        super().__init__(source, len(_open(source, split)))
+        name = source.removeprefix("hf:")
+        folder = os.path.abspath(name) if os.path.isdir(name) else ""
+        super().__init__(source, len(_open(source, split)), folder)
         self._split, self._columns = split, names
         columns.check(names, _open(source, split).column_names, source)
         if not len(self):

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ftjax.data.format import images
 from ftjax.data.format.example import Row
 from ftjax.data.format.formats import check_row
 from ftjax.data.format.prompt import check_question
@@ -35,6 +36,9 @@ class Records(Protocol):
     def __getitem__(self, i: int) -> dict:
         """The fields of record i as plain values; UserError that starts with its origin where it is damaged."""
 
+    def folder(self, i: int) -> str:
+        """The directory of the file that record i is in, from which its paths start; "" where it is in none here."""
+
     def digest(self) -> str:
         """Hex digest of the contents, which does not depend on path, compression or time."""
 
@@ -42,14 +46,17 @@ class Records(Protocol):
 class Numbered:
     """What `Records` without lines have in common: record 3 of "hf:name" has the origin "hf:name[3]"."""
 
-    def __init__(self, name: str, length: int):
-        self._name, self._length = name, length
+    def __init__(self, name: str, length: int, folder: str = ""):
+        self._name, self._length, self._folder = name, length, folder
 
     def __len__(self) -> int:
         return self._length
 
     def origin(self, i: int) -> str:
         return f"{self._name}[{i}]"
+
+    def folder(self, i: int) -> str:
+        return self._folder
 
 
 def locate(ends: np.ndarray, i: int) -> tuple[int, int]:
@@ -88,12 +95,18 @@ class Source:
     def origin(self, i: int) -> str:
         return self.records.origin(int(self.chosen[i]))
 
+    def folder(self, i: int) -> str:
+        return self.records.folder(int(self.chosen[i]))
+
     def raw(self, i: int) -> dict:
         return self.records[int(self.chosen[i])]
 
     def row(self, i: int) -> Row:
         check = check_question if self.scored else check_row
-        return check(self.raw(i), self.origin(i), self.format)
+        row = check(self.raw(i), self.origin(i), self.format)
+        if not images.images_of(row.fields):
+            return row
+        return Row(images.placed(row.fields, self.folder(i), row.origin), row.origin)
 
     def digest(self) -> str:
         columns = [sorted(self.columns.items())] if self.columns else []

@@ -172,6 +172,10 @@ class Joined:
         number, i = locate(self._ends, i)
         return self._parts[number].origin(i)
 
+    def folder(self, i: int) -> str:
+        number, i = locate(self._ends, i)
+        return self._parts[number].folder(i)
+
     def __getitem__(self, i: int) -> dict:
         number, i = locate(self._ends, i)
         return self._parts[number][i]
@@ -191,6 +195,9 @@ class Renamed:
 
     def origin(self, i: int) -> str:
         return self._records.origin(i)
+
+    def folder(self, i: int) -> str:
+        return self._records.folder(i)
 
     def __getitem__(self, i: int) -> dict:
         return columns.renamed(self._records[i], self._names)

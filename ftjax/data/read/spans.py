@@ -55,6 +55,9 @@ class TextRows:
         line = i + 1 if self._index.lines is None else self._index.lines[i]
         return f"{self._name}:{line}[{i}]" if self._shared_lines else f"{self._name}:{line}"
 
+    def folder(self, i: int) -> str:
+        return files.folder(self._name)
+
     def __getitem__(self, i: int) -> dict:
         origin = self.origin(i)
         start, stop = int(self._index.starts[i]), int(self._index.starts[i + 1])

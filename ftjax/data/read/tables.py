@@ -46,7 +46,7 @@ class Parquet(Numbered):
         columns.check(names, present, file.name)
         self._columns = names
         self._ends = np.cumsum([len(batch) for batch in batches])
-        super().__init__(file.name, int(self._ends[-1]))
+        super().__init__(file.name, int(self._ends[-1]), files.folder(file.name))
         self._digest = batches[0].schema.metadata[_DIGEST].decode()
 
     def __getitem__(self, i: int) -> dict:

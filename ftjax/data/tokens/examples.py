@@ -24,13 +24,15 @@ import numpy as np
 
 from ftjax import atomic
 from ftjax.data.format.example import Document, Example, Row
+from ftjax.data.images.rules import ImageRules
 from ftjax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 # One entry per token in the first two, of which labels is empty for kinds of rows without; per document in the next,
-# per example in the others.
-COLUMNS = {"tokens": "<i4", "labels": "<f4", "lengths": "<i4", "rows": "<i8", "sources": "<i4"}
+# per example in the others, of which pictures (`Pictures.digest`) is empty where the model sees no images.
+COLUMNS = {"tokens": "<i4", "labels": "<f4", "lengths": "<i4", "rows": "<i8", "sources": "<i4", "pictures": "<u8"}
+_OPTIONAL = ("labels", "pictures")
 TRAINED = np.int32(-(2**31))  # the bit of a token that says that it is predicted with loss
 _ID = np.int32(2**31 - 1)  # its other bits
 _BLOCK = 2**26  # bytes that one thread hashes at a time
@@ -64,6 +66,9 @@ class Examples:
     # float32 [N, K]: what a reference says of each document, log p of its trained tokens (`ftjax.cached_reference`);
     # None where it is asked in each step, or there is none
     reference_logps: np.ndarray | None = None
+    images: ImageRules | None = None  # how the model sees the images of rows; None: there are none
+    # uint64 [N]: `Pictures.digest` of the row of each, of its names and sizes; None or of size 0 where there are none
+    pictures: np.ndarray | None = None
 
     @property
     def labeled(self) -> bool:
@@ -139,12 +144,14 @@ def join(sets: Sequence[Examples]) -> Examples:
         replayed=tuple(flag for s in sets for flag in s.replayed),
         digest=hashlib.sha256(" ".join(s.digest for s in sets).encode()).hexdigest(),
         report=sets[0].report,
+        images=sets[0].images,
+        pictures=np.concatenate([s.pictures for s in sets]) if sets[0].images else None,
         **{name: np.concatenate([getattr(s, name) for s in sets]) for name in names},
     )
 
 
 class Columns(NamedTuple):
-    """The arrays of COLUMNS, sha256 (hex) of the tokens, lengths and labels, and what `build` returned (JSON)."""
+    """The arrays of COLUMNS, their `_content`, and what `build` returned (JSON)."""
 
     arrays: dict[str, np.ndarray]
     digest: str
@@ -200,8 +207,8 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _content(described: dict[str, dict]) -> str:
-    """sha256 (hex) of the tokens, lengths and labels."""
-    names = ("tokens", "lengths", *(["labels"] if described["labels"]["size"] else []))
+    """sha256 (hex) of the tokens, the lengths and what is there of the optional columns."""
+    names = ("tokens", "lengths", *(name for name in _OPTIONAL if described[name]["size"]))
     return hashlib.sha256(" ".join(described[name]["sha256"] for name in names).encode()).hexdigest()
 
 

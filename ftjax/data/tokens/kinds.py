@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.data.format import formats
+from ftjax.data.format import formats, images
 from ftjax.data.format.example import Document, Example, Row
 from ftjax.data.format.prompt import prompt_of
-from ftjax.data.tokens import chat
+from ftjax.data.images.rules import ImageRules
+from ftjax.data.tokens import chat, pictured
+from ftjax.data.tokens.pictured import Pictures
 from ftjax.data.tokens.rendering import Tokenizer, Tools
 from ftjax.errors import UserError, did_you_mean
 
@@ -23,6 +25,7 @@ class Settings(NamedTuple):
     classes: tuple[str, ...] = ()
     room: int = 0  # tokens that are kept free after a prompt, for its completion
     tools: str = ""  # JSON schemas of the functions that prompts offer, which rows may offer some of; "" for none
+    images: ImageRules | None = None  # how the model takes images; None: it takes none
 
 
 PLAIN = Settings()
@@ -37,6 +40,7 @@ class RowKind(NamedTuple):
     tokenize: Callable[..., list[Documents]]
     labeled: bool = False  # whether its documents have labels
     answered: bool = True  # whether its rows hold what is trained; else the model writes that itself
+    images: bool = False  # whether its rows may have images
 
 
 def _conversation(
@@ -134,8 +138,8 @@ def _everywhere(document: Document, label: float) -> np.ndarray:
 
 
 ROW_KINDS = {
-    "conversation": RowKind(1, _conversation),  # a text, a conversation, or a prompt with its completion
-    "pair": RowKind(2, _pair),  # a prompt with a chosen and a rejected answer
+    "conversation": RowKind(1, _conversation, images=True),  # a text, a conversation, or a prompt with its completion
+    "pair": RowKind(2, _pair, images=True),  # a prompt with a chosen and a rejected answer
     # The same with its margin, by how much chosen is better, 0 if not said. The label of rejected is less by the
     # probability that chosen is not the better one, 0 if not said.
     "ranked": RowKind(2, _ranked, labeled=True),
@@ -144,6 +148,37 @@ ROW_KINDS = {
     "classified": RowKind(1, _classified, labeled=True),  # a text, or turns, and the index of its class
     "prompt": RowKind(1, _prompt, answered=False),  # what is asked, of a row with an answer or without
 }
+
+
+def documents(
+    kind: str, row: Row, tokenizer: Tokenizer, vocab_size: int | None, train_on: str, settings: Settings
+) -> tuple[list[Documents], Pictures]:
+    """What `RowKind.tokenize` makes of a row of this kind, and the images that its documents have tokens of.
+
+    Tokens of images are not trained.
+
+    Raises:
+      UserError: what that raises; the kind has no images, or an image cannot be taken.
+    """
+    tokenize, rules = ROW_KINDS[kind].tokenize, settings.images
+    if rules is None:  # a row with images is refused where it is rendered
+        return tokenize(row, tokenizer, vocab_size, train_on, settings), pictured.NONE
+    places = {name for name, _, _ in images.of_record(row.fields)}
+    if places and not ROW_KINDS[kind].images:
+        able = " and ".join(name for name, one in ROW_KINDS.items() if one.images)
+        raise UserError(
+            f"{row.origin}: has images, which rows of the kind {kind!r} must not have; those of the kinds {able} may. "
+            "Remove the row, or set objective.name to a method for these"
+        )
+    if late := places & {"chosen", "rejected"}:
+        raise UserError(f"{row.origin}: {sorted(late)[0]} has an image; only the prompt of a pair may have some")
+    its = pictured.pictures(row, rules)
+    parts = tokenize(pictured.shown(row, its, rules), tokenizer, vocab_size, train_on, settings)
+    for part in parts:
+        for name, document in part.items():
+            pictured.check_tokens(document.tokens, its, rules, row.origin)
+            part[name] = document._replace(trained=document.trained & (document.tokens != rules.token_id))
+    return parts, its
 
 
 def kind_of(row: Row) -> str:
@@ -166,14 +201,16 @@ def divide(documents: Documents, max_length: int, origin: str) -> tuple[Example,
     return tuple(examples)
 
 
-def cut(documents: Documents, max_length: int, origin: str) -> Example:
+def cut(documents: Documents, max_length: int, origin: str, images: ImageRules | None = None) -> Example:
     """The example of a row, each document cut to its first `max_length` tokens, independently of the others.
+
+    With `images` to those before an image that would be cut.
 
     Raises:
       UserError: there is nothing to compare, because one of several documents has no trained token left, or two have
         become equal.
     """
-    kept = {name: whole.cut(max_length) for name, whole in documents.items()}
+    kept = {name: its.cut(pictured.whole(its.tokens, max_length, images)) for name, its in documents.items()}
     if len(kept) > 1:
         fix = f"raise data.max_length (now {max_length}), shorten the prompt or remove the row"
         for name, document in kept.items():

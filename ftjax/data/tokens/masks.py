@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ftjax.data.format.conversation import REASONING
+from ftjax.data.format.images import MARK
 from ftjax.data.tokens.rendering import Messages, Tokenizer, Tools, apply_template, render, template_of, traits
 from ftjax.errors import UserError
 
@@ -300,6 +301,11 @@ def _after_thought(whole: _Rendered, i: int, before: str) -> str:
 def _marked(whole: _Rendered, wanted: list[int]) -> list[_Turn]:
     """The wanted turns, by the template's `{% generation %}` markers."""
     origin, ends, tokens, offsets = whole.origin, whole.traits.ends, whole.tokens, whole.offsets
+    if any(message.get("images") for message in whole.messages):
+        raise UserError(
+            f"{origin}: has images, beside which the {{% generation %}} markers of a chat template are not read; take "
+            "one without them"
+        )
     encoded = apply_template(
         whole.messages,
         whole.tokenizer,
@@ -380,6 +386,8 @@ def _check_context(whole: _Rendered) -> None:
     for i, message in enumerate(whole.messages):
         content = message["content"]
         if message["role"] == "assistant" or _squeezed(content) in text:
+            continue
+        if message.get("images") and all(_squeezed(piece) in text for piece in content.split(MARK)):
             continue
         if _squeezed(json.dumps(content, ensure_ascii=False)[1:-1]) in text:  # some write a tool's answer as JSON
             continue

@@ -6,7 +6,8 @@ from ftjax.data.format.conversation import unanswered
 from ftjax.data.format.example import Example, Row
 from ftjax.data.read.rows import Rows
 from ftjax.data.tokens import chat
-from ftjax.data.tokens.kinds import PLAIN, ROW_KINDS, Documents, Settings, cut, divide
+from ftjax.data.tokens.kinds import PLAIN, ROW_KINDS, Documents, Settings, cut, divide, documents
+from ftjax.data.tokens.pictured import NONE, Pictures
 from ftjax.data.tokens.rendering import Tokenizer
 from ftjax.errors import SourceError, UserError
 
@@ -41,6 +42,7 @@ class Outcome(NamedTuple):
         divided; none where the row is dropped or bad.
       dropped: why a good row gives no example.
       bad: what is wrong with a bad row, with its origin.
+      pictures: the images of the row, where the model sees them.
     """
 
     row: Row | None
@@ -48,6 +50,7 @@ class Outcome(NamedTuple):
     examples: tuple[Example, ...] = ()
     dropped: str = ""
     bad: str = ""
+    pictures: Pictures = NONE
 
     @property
     def longest(self) -> int:
@@ -75,24 +78,25 @@ def outcome(rows: Rows, i: int, tokenizer: Tokenizer, rules: TokenRules) -> Outc
     Raises:
       SourceError: its file was changed, or cannot be read any more.
     """
-    row, parts = None, ()
+    row, parts, pictures = None, (), NONE
     try:
         row = rows.check(i)
         if row is None:
             return None
-        tokenize = ROW_KINDS[rules.kind].tokenize
-        parts = tuple(tokenize(row, tokenizer, rules.vocab_size, rules.train_on, rules.settings))
+        made, pictures = documents(rules.kind, row, tokenizer, rules.vocab_size, rules.train_on, rules.settings)
+        parts = tuple(made)
         if rules.kind == "conversation" and "text" in row.fields and rules.long_text == "divide":
             examples = divide(parts[0], rules.max_length, row.origin)
         else:
-            examples = tuple(cut(documents, rules.max_length, row.origin) for documents in parts)
+            images = rules.settings.images
+            examples = tuple(cut(part, rules.max_length, row.origin, images) for part in parts)
     except SourceError:
         raise
     except chat.NothingTrained:  # not a bad row: its weights say so
         return Outcome(row, (), dropped="weight 0")
     except UserError as error:
         return Outcome(row, parts, bad=str(error))
-    found = Outcome(row, parts, tuple(example for example in examples if example.trained.any()))
+    found = Outcome(row, parts, tuple(one for one in examples if one.trained.any()), pictures=pictures)
     if not ROW_KINDS[rules.kind].answered:  # a prompt is whole, or nothing to go on from
         fits = found.longest + rules.settings.room <= rules.max_length
         found = found._replace(examples=examples if fits else ())

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jinja2
 
+from ftjax.data.format import images
 from ftjax.data.format.conversation import with_json_arguments
+from ftjax.data.images.rules import Shown
 from ftjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,8 +84,30 @@ def template_of(tokenizer: Tokenizer, origin: str, tools: Tools = None) -> str:
 def render(
     messages: Messages, tokenizer: Tokenizer, origin: str, tools: Tools = None, generation_prompt: bool = False
 ) -> str:
-    """The text of a conversation; with the generation prompt, it is what a model is given to answer."""
-    return apply_template(messages, tokenizer, origin, tools, tokenize=False, add_generation_prompt=generation_prompt)
+    """The text of a conversation; with the generation prompt, it is what a model is given to answer.
+
+    Each image is what its `Shown` says instead of what the template writes.
+    """
+    text = apply_template(messages, tokenizer, origin, tools, tokenize=False, add_generation_prompt=generation_prompt)
+    shown = [image for message in messages for image in message.get("images", ())]
+    return _with_images(text, shown, origin) if shown else text
+
+
+def _with_images(text: str, shown: list[Shown], origin: str) -> str:
+    """The text of a template with the images in it, which it has left a placeholder for."""
+    if not all(isinstance(image, Shown) for image in shown):
+        raise UserError(
+            f"{origin}: has images, which this run does not see; set config.model.vision=true for a model that takes "
+            "images, or remove the row"
+        )
+    placeholder = shown[0].written
+    pieces = text.split(placeholder)
+    if len(pieces) - 1 != len(shown):
+        raise UserError(
+            f"{origin}: the chat template writes {placeholder} {len(pieces) - 1} times for {len(shown)} images; remove "
+            "it from the text of the row, take the template that belongs to the model, or leave images to user turns"
+        )
+    return pieces[0] + "".join(image.text + piece for image, piece in zip(shown, pieces[1:]))
 
 
 def apply_template(messages: Messages, tokenizer: Tokenizer, origin: str, tools: Tools, **options: Any) -> Any:
@@ -109,6 +133,11 @@ def _for_template(messages: Messages, tokenizer: Tokenizer, template: str) -> Me
     accepted = []
     for message in messages:
         message = {key: value for key, value in message.items() if key != "weight" and value is not None}
+        if its := message.pop("images", None):
+            message["content"] = [
+                {"type": "image"} if part["type"] == "image" else part
+                for part in images.as_parts(message["content"], its)
+            ]
         if message["role"] == "developer" and "developer" not in template:
             message["role"] = "system"
         accepted.append(with_json_arguments(message) if as_text else message)

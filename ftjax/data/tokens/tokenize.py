@@ -26,7 +26,7 @@ CHUNK = 128  # rows that a process tokenizes at a time
 # Fewer rows are tokenized in this process, in less time than worker processes take to start, and are not cached.
 MANY_ROWS = 4000
 MAX_WORKERS = 32
-_DECIDING = ("format", "read", "tokens")  # the wings whose code decides the tokens of a row
+_DECIDING = ("format", "images", "read", "tokens")  # the wings whose code decides the tokens of a row
 
 Progress = Callable[[int], None]  # called with the number of rows done
 
@@ -46,6 +46,7 @@ class Tokenized(NamedTuple):
     kept: np.ndarray  # int64 [n]: the tokens of its examples
     trained: np.ndarray  # int64 [n]: how many of these are trained
     lengths: np.ndarray  # int64: the tokens of each document in `tokens`
+    pictures: np.ndarray  # uint64: of each example `Pictures.digest`, or of size 0
     dropped: list[str]  # the origins of the first dropped rows
     bad: list[tuple[int, str]]  # the index of each bad row, and what is wrong with it
     failed: str | None  # an error that stops the run, such as a changed file; the rows after it are not tokenized
@@ -79,7 +80,8 @@ def tokenize(
       long_text: "divide": a text of more than max_length tokens goes on in further examples; "cut": it does not.
       max_dropped: the share of the rows that may be dropped.
       workers: processes besides this one. None: one per core if there are MANY_ROWS, else 0.
-      directory: where to cache the result. None: in the usual directory if there are MANY_ROWS, else nowhere.
+      directory: where to cache the result. None: in the usual directory if there are MANY_ROWS, else nowhere. With
+        settings.images nowhere, too.
       progress: called with the number of rows done, now and then.
 
     Raises:
@@ -102,7 +104,8 @@ def tokenize(
             return _collect(rows, done, rules, max_dropped, append, progress)
 
     identity = _identity(tokenizer)
-    if many or directory is not None:
+    # Not where rows name images: their files may be others the next time, with other numbers of tokens.
+    if (many or directory is not None) and settings.images is None:
         how = [identity, _backend(tokenizer), rules, max_dropped, _code()]
         columns = examples.cached(directory or cache.directory("tokens"), _digest([rows.digest(), *how]), build)
     else:
@@ -114,13 +117,15 @@ def tokenize(
         source_ids=columns.arrays["sources"],
         weights=tuple(rows.weights([source["trained_tokens"] for source in columns.header["per_source"]])),
         replayed=tuple(source.replay > 0 for source in rows.sources),
-        digest=_digest([columns.digest, identity]),
+        digest=_digest([columns.digest, identity, *([settings.images] if settings.images else [])]),
+        images=settings.images,
+        pictures=columns.arrays["pictures"],
         report=_report(rows, columns.header),
     )
 
 
 def _tokenize(rows: Rows, tokenizer: Tokenizer, rules: TokenRules, chunk: range) -> Tokenized:
-    tokens, labels, counts, lengths, dropped, bad, failed = [], [], [], [], [], [], None
+    tokens, labels, counts, lengths, pictures, dropped, bad, failed = [], [], [], [], [], [], [], None
     for i in chunk:
         try:
             found = outcome(rows, i, tokenizer, rules)
@@ -142,10 +147,12 @@ def _tokenize(rows: Rows, tokenizer: Tokenizer, rules: TokenRules, chunk: range)
             tokens.append(np.where(example.trained, example.tokens | examples.TRAINED, example.tokens))
             labels += [] if example.labels is None else [example.labels]
             lengths += example.lengths
+            pictures += [found.pictures.digest] if rules.settings.images else []
     flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
     flat_labels = np.concatenate(labels) if labels else np.zeros(0, np.float32)
     columns = np.array(counts, np.int64).reshape(-1, 8).T
-    return Tokenized(chunk.stop, flat, flat_labels, *columns, np.array(lengths, np.int64), dropped[:3], bad, failed)
+    others = np.array(lengths, np.int64), np.array(pictures, np.uint64)
+    return Tokenized(chunk.stop, flat, flat_labels, *columns, *others, dropped[:3], bad, failed)
 
 
 def _collect(
@@ -170,6 +177,7 @@ def _collect(
         append("tokens", chunk.tokens)
         append("labels", chunk.labels)
         append("lengths", chunk.lengths)
+        append("pictures", chunk.pictures)
         append("rows", np.repeat(chunk.rows, chunk.examples))
         append("sources", np.repeat(sources, chunk.examples))
         every, left_out = np.ones(len(sources), np.int64), chunk.examples == 0

@@ -267,8 +267,8 @@ REFUSED = {
     "half a surrogate pair": ({"text": "a\ud800"}, "lone surrogate .*character 1; remove"),
     "unknown role": (chat({"role": "human", "content": "Hi"}, ANSWER), "message 0 has the role 'human'; use one of"),
     "image": (
-        chat({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ANSWER),
-        "message 0 .*part of type 'image_url'; only",
+        chat({"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, ANSWER),
+        "message 0 .*part of type 'video'; only",
     ),
     "empty answer": (chat(USER, {**ANSWER, "content": "\n"}), "message 1 is an empty assistant turn; remove"),
     "null answer": (chat(USER, {**ANSWER, "content": None}), r"message 1 \(assistant\): content is a NoneType"),

@@ -1,0 +1,93 @@
+"""Rows with images -> their documents, in which each image has as many tokens as the model makes of it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax.data.format import images
+from ftjax.data.format.example import Row
+from ftjax.data.images import load
+from ftjax.data.images.load import Size
+from ftjax.data.images.rules import ImageRules, Shown
+from ftjax.errors import UserError
+
+
+class Pictures(NamedTuple):
+    """The images of a row, in order.
+
+    Attributes:
+      references: see `images.load`.
+      sizes: of each.
+      tokens: how many tokens each has.
+    """
+
+    references: tuple[str, ...]
+    sizes: tuple[Size, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def digest(self) -> int:
+        """64 bits of their names and sizes, wherever they lie; 0 where there are none."""
+        if not self.references:
+            return 0
+        named = [[load.name_of(reference), *size] for reference, size in zip(self.references, self.sizes)]
+        return int.from_bytes(hashlib.blake2b(json.dumps(named).encode(), digest_size=8).digest(), "little")
+
+    def first(self, tokens: int) -> int | None:
+        """How many of them have so many tokens together; None where no number of them has."""
+        ends = [0, *np.cumsum(self.tokens).tolist()]
+        return ends.index(tokens) if tokens in ends else None
+
+
+NONE = Pictures((), (), ())
+
+
+def pictures(row: Row, rules: ImageRules) -> Pictures:
+    """The images of a row; reads their headers.
+
+    Raises:
+      UserError: with the row and the message; an image is missing, is none, or has a shape that the model cannot take.
+    """
+    references, sizes, tokens = [], [], []
+    for name, i, message in images.of_record(row.fields):
+        where = f"{row.origin}: {'message' if name == 'messages' else name} {i}"
+        for reference in message["images"]:
+            size = load.size(reference, where)
+            try:
+                tokens.append(rules.tokens(size.width, size.height))
+            except ValueError as error:
+                raise UserError(f"{where}: an image of {error}; cut it or remove the row") from None
+            references.append(reference)
+            sizes.append(size)
+    return Pictures(tuple(references), tuple(sizes), tuple(tokens)) if references else NONE
+
+
+def shown(row: Row, its: Pictures, rules: ImageRules) -> Row:
+    """The row with `Shown` in place of its images, as the tokenizing of conversations takes them."""
+    if not its.references:
+        return row
+    every = [Shown(rules.placeholder, rules.expanded(count)) for count in its.tokens]
+    return Row(images.with_images(row.fields, every), row.origin)
+
+
+def check_tokens(tokens: np.ndarray, its: Pictures, rules: ImageRules, origin: str) -> None:
+    """UserError where a document has other tokens of images than those of the first of its row's."""
+    count = int(np.count_nonzero(tokens == rules.token_id))
+    if its.first(count) is None:
+        raise UserError(
+            f"{origin}: has {count} tokens {rules.token}, but its images have {sum(its.tokens)}; remove {rules.token} "
+            "from the text of the row, and take the tokenizer that belongs to the model"
+        )
+
+
+def whole(tokens: np.ndarray, length: int, rules: ImageRules | None) -> int:
+    """How many of the first `length` tokens stay so that no image is cut: one that ends after them is left out."""
+    if rules is None or length >= len(tokens):
+        return length
+    pictured: Sequence[bool] = tokens[: length + 1] == rules.token_id
+    while length and pictured[length] and pictured[length - 1]:
+        length -= 1
+    return length
