@@ -8,7 +8,8 @@ from support.tiny import batch_of, documents, logits, numpy_params, one_device, 
 
 from ftjax import tree
 from ftjax.models.cache import init_cache
-from ftjax.models.decoder import REMAT_POLICIES, Decoder
+from ftjax.models.decoder import Decoder
+from ftjax.models.remat import REMAT_POLICIES
 from ftjax.models.params import abstract_params, logical_axes
 
 MODEL = Decoder(spec())

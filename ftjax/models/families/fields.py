@@ -68,6 +68,14 @@ def activation(config: dict[str, Any], *names: str, default: str = "silu") -> st
     return value
 
 
+def object_of(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """One that is nested in the config."""
+    value = config.get(name)
+    if not isinstance(value, dict):
+        raise UserError(f"config.json of a {config['model_type']!r} model lacks {name!r}")
+    return value
+
+
 def refuse(config: dict[str, Any], name: str, harmless: Any = False) -> None:
     """UserError where an option that is not ported is set to anything but null or `harmless`."""
     if config.get(name) is not None and config[name] != harmless:
