@@ -65,10 +65,10 @@ def attention_of_rows(
     """`attention` of whole rows, a block of queries at a time.
 
     Shapes as there, with S = T; the tokens of a segment lie one after the other. So a block needs no keys after its own
-    last token (but for the `ahead` ones by which `last` is beyond it at most), and where all layers have one window none
-    before it either: half of the products of long rows. The backward pass makes a block's scores again instead of
-    keeping those of all blocks [B, H, T, T] (Dao et al. 2022, section 3), which on CPUs is faster too, as they stay in
-    the cache: half of the time for rows of 1,024 tokens.
+    last token (but for `ahead`, by which `last` is beyond it at most), and where all layers have one window none before
+    it either: half of the products of long rows. The backward pass makes a block's scores again instead of keeping
+    those of all blocks [B, H, T, T] (Dao et al. 2022, section 3), which on CPUs is faster too, as they stay in the
+    cache: half of the time for rows of 1,024 tokens.
     """
     length = queries.shape[1]
     parts, blocks, block = cut(length)

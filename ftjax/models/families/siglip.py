@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 from ftjax.errors import UserError
-from ftjax.models.families.fields import activation, layer_count, object_of, positive, refuse, shorten, size
+from ftjax.models.families.fields import activation, layer_count, object_of, positive, refuse, size, token_id
+from ftjax.models.families.tower_shared import of_layers
 from ftjax.models.spec import Vision
 
-_LAYER = "model.vision_tower.encoder.layers.{}"
 _MODULES = {
     "norm1": "layer_norm1",
     "norm2": "layer_norm2",
@@ -16,20 +16,15 @@ _MODULES = {
     "mlp/up_proj": "mlp.fc1",
     "mlp/down_proj": "mlp.fc2",
 }
-_WEIGHTS = {"norm1": "scale", "norm2": "scale"}
 NAMES = {
     "vision/patches/weight": "model.vision_tower.embeddings.patch_embedding.weight",
     "vision/patches/bias": "model.vision_tower.embeddings.patch_embedding.bias",
     "vision/positions/embedding": "model.vision_tower.embeddings.position_embedding.weight",
+    **of_layers("model.vision_tower.encoder.layers.{}", _MODULES),
     "vision/projector/norm/scale": "model.vision_tower.post_layernorm.weight",
     "vision/projector/norm/bias": "model.vision_tower.post_layernorm.bias",
     "vision/projector/mean_norm/scale": "model.multi_modal_projector.mm_soft_emb_norm.weight",
     "vision/projector/weight": "model.multi_modal_projector.mm_input_projection_weight",
-    **{
-        f"vision/layers/{ours}/{_WEIGHTS.get(ours, 'kernel')}": f"{_LAYER}.{its}.weight"
-        for ours, its in _MODULES.items()
-    },
-    **{f"vision/layers/{ours}/bias": f"{_LAYER}.{its}.bias" for ours, its in _MODULES.items()},
 }
 # Releases of transformers before 5 had the tower one level deeper, and some all but the head under "model.".
 READ_AS = (
@@ -60,10 +55,9 @@ def gemma3_vision(config: dict[str, Any]) -> Vision:
         )
     if width % heads:
         raise UserError(f"config.json: vision_config has hidden_size={width}, not a multiple of its {heads} heads")
-    token = config.get("image_token_index", config.get("image_token_id", 262_144))
     return Vision(
         family=config["model_type"],
-        image_token=token_id(config, token),
+        image_token=token_id(config, "image_token_index", 262_144),
         hidden_size=width,
         intermediate_size=size(tower, "intermediate_size", 3072),
         num_hidden_layers=layer_count({"num_hidden_layers": 12} | tower),
@@ -80,9 +74,3 @@ def gemma3_vision(config: dict[str, Any]) -> Vision:
         projector="mean",
         two_way=True,
     )
-
-
-def token_id(config: dict[str, Any], value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**31:
-        raise UserError(f"config.json of a {config['model_type']!r} model: {shorten(value)} is not the id of a token")
-    return value
