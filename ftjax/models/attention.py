@@ -24,6 +24,7 @@ def attention(
     window: int | jax.Array | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    last: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention, Ainslie et al. 2023 grouping; softmax in float32.
 
@@ -31,7 +32,8 @@ def attention(
     or [B, S].
     A token sees the tokens of its own segment at its own and earlier positions, the last `window` of them if given.
     softcap: scores s become softcap * tanh(s / softcap) (Gemma 2). sinks [H]: one more score per head in the softmax's
-    denominator (GPT-OSS). Returns [B, T, H, e] in queries' dtype.
+    denominator (GPT-OSS). last int32 [B, T]: a token sees up to this position, which may be a later one than its own
+    (Gemma 3's images). Returns [B, T, H, e] in queries' dtype.
     """
     batch, length, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
@@ -41,7 +43,7 @@ def attention(
     grouped = grouped.reshape(batch, kv_heads, -1, head_dim) * jnp.asarray(scale, queries.dtype)
     keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bkxd,bksd->bkxs", grouped, keys, preferred_element_type=jnp.float32)
-    seen = sees(query_positions, key_positions, query_segments, key_segments, window)
+    seen = sees(query_positions, key_positions, query_segments, key_segments, window, last)
     weights = _weights(scores, seen, softcap, sinks).astype(values.dtype)
     out = jnp.einsum("bkxs,bksd->bkxd", weights, values).reshape(batch, kv_heads, -1, length, values.shape[-1])
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
@@ -57,37 +59,42 @@ def attention_of_rows(
     window: int | jax.Array | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    last: jax.Array | None = None,
+    ahead: int = 0,
 ) -> jax.Array:
     """`attention` of whole rows, a block of queries at a time.
 
     Shapes as there, with S = T; the tokens of a segment lie one after the other. So a block needs no keys after its own
-    last token, and where all layers have one window none before it either: half of the products of long rows. The
-    backward pass makes a block's scores again instead of keeping those of all blocks [B, H, T, T] (Dao et al. 2022,
-    section 3), which on CPUs is faster too, as they stay in the cache: half of the time for rows of 1,024 tokens.
+    last token (but for `ahead`, by which `last` is beyond it at most), and where all layers have one window none before
+    it either: half of the products of long rows. The backward pass makes a block's scores again instead of keeping
+    those of all blocks [B, H, T, T] (Dao et al. 2022, section 3), which on CPUs is faster too, as they stay in the
+    cache: half of the time for rows of 1,024 tokens.
     """
     length = queries.shape[1]
     parts, blocks, block = cut(length)
     if parts == 1:
-        return attention(queries, keys, values, *2 * (positions,), *2 * (segment_ids,), scale, window, softcap, sinks)
+        places = (*2 * (positions,), *2 * (segment_ids,))
+        return attention(queries, keys, values, *places, scale, window, softcap, sinks, last)
 
     def of_part(start: int) -> jax.Array:
         stop = start + blocks * block
         first = max(start - window + 1, 0) if isinstance(window, int) else 0
-        seen_positions, seen_segments = positions[:, first:stop], segment_ids[:, first:stop]
+        seen_positions, seen_segments = positions[:, first : stop + ahead], segment_ids[:, first : stop + ahead]
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def of_block(own, seen):
-            queries, positions, segments = own
+            queries, positions, segments, *last = own
             places = (positions, seen_positions, segments, seen_segments)
-            return attention(queries, *seen, *places, scale, window, softcap, sinks)
+            return attention(queries, *seen, *places, scale, window, softcap, sinks, *last)
 
         def blocked(x):  # [B, T, ...] -> [blocks, B, block, ...]
             x = x[:, start:stop]
             x = jnp.pad(x, [(0, 0), (0, stop - start - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
             return x.reshape(x.shape[0], blocks, block, *x.shape[2:]).swapaxes(0, 1)
 
-        seen = keys[:, first:stop], values[:, first:stop]
-        out = jax.lax.map(lambda own: of_block(own, seen), tuple(map(blocked, (queries, positions, segment_ids))))
+        seen = keys[:, first : stop + ahead], values[:, first : stop + ahead]
+        own = (queries, positions, segment_ids, *([] if last is None else [last]))
+        out = jax.lax.map(lambda own: of_block(own, seen), tuple(map(blocked, own)))
         return out.swapaxes(0, 1).reshape(queries.shape[0], -1, *out.shape[3:])
 
     return jnp.concatenate([of_part(i * blocks * block) for i in range(parts)], axis=1)[:, :length]
@@ -112,6 +119,7 @@ def attention_after(
     window: int | jax.Array | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    last: jax.Array | None = None,
 ) -> jax.Array:
     """The same for tokens that go on after those of a cache, of which they see the slots before the first of them.
 
@@ -129,7 +137,8 @@ def attention_after(
     before = jnp.broadcast_to(slots < positions[:, :1, None], (*positions.shape, len(slots)))
     if window is not None:
         before &= positions[:, :, None] - slots < window
-    seen = jnp.concatenate([before, sees(positions, positions, segment_ids, segment_ids, window)], axis=-1)
+    own = sees(positions, positions, segment_ids, segment_ids, window, last)
+    seen = jnp.concatenate([before, own], axis=-1)
     weights = _weights(jnp.concatenate(scores, axis=-1), seen, softcap, sinks).astype(values.dtype)
     parts = jnp.split(weights, [len(slots)], axis=-1)
     out = sum(jnp.einsum("bkxs,bksd->bkxd", part, its) for part, its in zip(parts, (cached_values, values)))
@@ -171,9 +180,11 @@ def sees(
     query_segments: jax.Array,
     key_segments: jax.Array,
     window: int | jax.Array | None,
+    last: jax.Array | None = None,
 ) -> jax.Array:
     """bool [B, T, S]: which keys each query sees."""
     same_segment = query_segments[:, :, None] == key_segments[:, None, :]
     distance = query_positions[:, :, None] - key_positions[:, None, :]
-    seen = same_segment & (distance >= 0)
+    is_before = distance >= 0 if last is None else key_positions[:, None, :] <= last[:, :, None]
+    seen = same_segment & is_before
     return seen if window is None else seen & (distance < window)

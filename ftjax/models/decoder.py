@@ -2,202 +2,35 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.altup import AltUp, Laurel, Streams, others_added
-from ftjax.models.attention import attention_after, chunk_segments
+from ftjax.models.attention_layer import Attention, Context, norm_of
 from ftjax.models.beside import mixture_beside
 from ftjax.models.cache import Both, Cache, State, write
 from ftjax.models.delta import GatedConvolution, GatedDelta
 from ftjax.models.groups import Group, Stack, groups, nested
-from ftjax.models.kernels import attend, choose
-from ftjax.models.layers import NORMS, Embedding, Linear, RMSNorm, scaled
+from ftjax.models.layers import Embedding, Linear, scaled
 from ftjax.models.lent import lends, lent
 from ftjax.models.mamba import Mamba2
 from ftjax.models.mlp import MLP, Mixture
 from ftjax.models.neftune import noise
 from ftjax.models.perlayer import PerLayerInputs, gated
-from ftjax.models.rope import rotate, sequence_lengths, table_of_layers, tables
+from ftjax.models.remat import REMAT_POLICIES
+from ftjax.models.rope import sequence_lengths, table_of_layers, tables
 from ftjax.models.routing import NOTES
 from ftjax.models.spec import DecoderSpec
-from ftjax.sharding import HOST_MEMORY, constrain
-
-# What is kept for the backward pass: all that layers do not make again by themselves; of each layer its input only; the
-# same in the memory of the device's host.
-_POLICIES = jax.checkpoint_policies
-REMAT_POLICIES = {
-    "none": None,
-    "full": _POLICIES.nothing_saveable,
-    "offload": _POLICIES.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["layer_input"],
-        offload_src="device",
-        offload_dst=HOST_MEMORY,
-    ),
-}
+from ftjax.models.tower import Tower
+from ftjax.models.vision import Images, last_seen, with_images
+from ftjax.sharding import constrain
 
 MLP_BLOCK = 1024  # tokens of a row at a time in the MLP, where memory matters more than speed
-LATENT_EPS = 1e-6  # of the norms in latent attention, whatever the config says of others
 NO_WINDOW = 2**30  # for a layer that sees all, where others have a window
-
-
-class Context(NamedTuple):
-    """What every layer reads alike."""
-
-    positions: jax.Array  # int32 [B, T], as segment_ids
-    segment_ids: jax.Array
-    tables: tuple[jax.Array, jax.Array] | None  # cosines and sines, float32 [ropes, B, T, pairs]
-    lent: dict[int, Any]  # keys and values of earlier layers that later ones use, see lent.py
-
-
-class Attention(nn.Module):
-    spec: DecoderSpec
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
-    kernel: str
-
-    @nn.compact
-    def __call__(self, x, layer_cache, layer, context):
-        """x [B, T, D] -> [B, T, D], and the keys and values [B, K, T, d] of these tokens unless layer_cache is None.
-
-        layer_cache: (keys, values) [B, K, S, d] of the tokens before; () where there are none. Values have a width of
-        their own, spec.value_dim. A layer that uses another's keys and values takes and returns none.
-
-        layer: {"rope", "window", "chunk", "scale"}, scalars of this layer for those in which layers differ (see
-        `_per_layer`).
-        """
-        spec = self.spec
-        # Of queries, keys and values; of queries alone, where those of another layer are used.
-        own = self._from_latent(x) if spec.latent else self._project(x)
-        rope = layer.get("rope", table_of_layers(spec)[0])
-        if context.tables is not None:
-            pairs = max((len(spec.ropes[rope].frequencies) for rope in spec.layer_ropes if rope is not None), default=0)
-            cos, sin = (table[rope][..., :pairs] for table in context.tables)
-            own |= {name: rotate(own[name], cos, sin, spec.rope_interleaved) for name in "qk" if name in own}
-        is_turned = rope < len(spec.ropes)
-        if spec.qk_norm_last:
-            normed = {name: self._normed(own[name], name) for name in "qk" if name in own}
-            if spec.norm_or_scale:
-                normed = {name: jnp.where(is_turned, new, own[name]) for name, new in normed.items()}
-            own |= normed
-        queries = own["q"]
-        if spec.position_scale is not None:
-            beta, period, first = spec.position_scale
-            factor = 1 + beta * jnp.log1p(((context.positions + first) // period).astype(jnp.float32))
-            factor = jnp.where(is_turned, 1.0, factor) if spec.norm_or_scale else factor
-            queries = queries * factor[..., None, None].astype(queries.dtype)
-        sinks = None
-        if spec.attention_sinks:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
-            sinks = self.param("sinks", init, (spec.num_attention_heads,), self.param_dtype)
-        scale, window = layer.get("scale", spec.attention_scales[0]), layer.get("window", spec.layer_windows[0])
-        positions, segment_ids = context.positions, context.segment_ids
-        if any(spec.layer_chunks):
-            chunk = layer.get("chunk", spec.layer_chunks[0])
-            if layer_cache:  # a window of each query's own, back to where its chunk begins
-                reach = (positions % chunk + 1)[..., None]
-                window = reach if window is None else jnp.minimum(window, reach)
-            else:
-                segment_ids = chunk_segments(positions, segment_ids, chunk)
-        numbers, places = (scale, window), (positions, segment_ids)
-        if spec.kv_layer is not None:
-            seen, layer_cache = context.lent[spec.kv_layer]
-            keys, values = (x.transpose(0, 2, 1, 3) for x in seen)
-            new = ()
-        else:
-            keys, values = own["k"], own["v"]
-            # Only what is new goes back out of the scan: returning the whole cache would copy it for every token.
-            new = seen = None if layer_cache is None else tuple(x.transpose(0, 2, 1, 3) for x in (keys, values))
-        if layer_cache:
-            out = attention_after(queries, *seen, *layer_cache, *places, *numbers, spec.attention_softcap, sinks)
-        else:
-            mesh = jax.sharding.get_abstract_mesh()
-            choice = choose(self.kernel, spec, queries.dtype, queries.shape[1], mesh)
-            out = attend(choice, spec, queries, keys, values, *places, *numbers, sinks)
-        out = out.reshape(*x.shape[:2], -1)
-        out = out * nn.sigmoid(own["gate"]) if "gate" in own else out
-        axes = ("heads", "embed")
-        o_proj = Linear(spec.hidden_size, axes, self.dtype, self.param_dtype, use_bias=spec.o_bias, name="o_proj")
-        return o_proj(out), new
-
-    def _project(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Queries "q" [B, T, H, d], keys "k" and values "v" [B, T, K, d], normed where the spec says so, and its "gate"
-        [B, T, H d].
-        """
-        spec = self.spec
-        counts = {"q": spec.num_attention_heads, "k": spec.num_key_value_heads, "v": spec.num_key_value_heads}
-        if spec.kv_layer is not None:
-            counts = {"q": spec.num_attention_heads}
-        projected = [name for name in counts if name != "v" or not spec.values_are_keys]
-
-        def linear(name, heads, axis):
-            features, bias = heads * spec.head_dim, spec.qkv_bias
-            features *= 2 if name == "q_proj" and spec.attention_gate else 1
-            return Linear(features, ("embed", axis), self.dtype, self.param_dtype, use_bias=bias, name=name)(x)
-
-        if spec.fused_qkv:
-            fused = linear("qkv_proj", sum(counts.values()), "heads")
-            ends = np.cumsum([count * spec.head_dim for count in counts.values()])
-            parts = dict(zip(counts, jnp.split(fused, ends[:-1], axis=-1)))
-        else:
-            parts = {
-                name: linear(f"{name}_proj", counts[name], "heads" if name == "q" else "kv_heads") for name in projected
-            }
-        gate = None
-        if spec.attention_gate:  # of each head its query and its gate
-            both = parts["q"].reshape(*x.shape[:2], spec.num_attention_heads, -1)
-            parts["q"], gate = (part.reshape(*x.shape[:2], -1) for part in jnp.split(both, 2, axis=-1))
-        if spec.qkv_clip is not None:
-            parts = {name: jnp.clip(part, -spec.qkv_clip, spec.qkv_clip) for name, part in parts.items()}
-        if spec.qk_norm == "projection":
-            parts |= {name: self._normed(parts[name], name) for name in "qk" if name in parts}
-        parts = {name: part.reshape(*x.shape[:2], counts[name], spec.head_dim) for name, part in parts.items()}
-        if "k" in parts and spec.values_are_keys:
-            parts["v"] = parts["k"]
-        if "v" in parts and spec.v_norm:
-            parts["v"] = _norm(spec, self.dtype, self.param_dtype, None, "rms_bare")(parts["v"])
-        if spec.qk_norm in ("head", "heads", "bare") and not spec.qk_norm_last:
-            parts |= {name: self._normed(parts[name], name) for name in "qk" if name in parts}
-        return parts if gate is None else parts | {"gate": gate}
-
-    def _from_latent(self, x: jax.Array) -> dict[str, jax.Array]:
-        """As `_project`: "q" and "k" [B, T, H, d], the dimensions that RoPE turns first, and "v" [B, T, H, e]."""
-        spec, latent, heads = self.spec, self.spec.latent, self.spec.num_attention_heads
-        dtypes, untouched = (self.dtype, self.param_dtype), spec.head_dim - latent.turned
-
-        def linear(name, features, axes, x, bias=False):
-            return Linear(features, axes, *dtypes, use_bias=bias, name=name)(x)
-
-        def low(name, features, x):
-            return linear(name, features, ("embed", None), x, spec.qkv_bias)
-
-        def high(name, width, x):  # [B, T, rank] -> [B, T, H, width]
-            return linear(name, heads * width, ("embed", "heads"), x).reshape(*x.shape[:2], heads, width)
-
-        if latent.q_rank is None:
-            queries = high("q_proj", spec.head_dim, x)
-        else:
-            own = RMSNorm(LATENT_EPS, *dtypes, name="q_a_layernorm")(low("q_a_proj", latent.q_rank, x))
-            queries = high("q_b_proj", spec.head_dim, own)
-        both = low("kv_a_proj_with_mqa", latent.kv_rank + latent.turned, x)
-        shared = RMSNorm(LATENT_EPS, *dtypes, name="kv_a_layernorm")(both[..., : latent.kv_rank])
-        made = high("kv_b_proj", untouched + latent.value_dim, shared)
-        turned = jnp.broadcast_to(both[:, :, None, latent.kv_rank :], (*made.shape[:3], latent.turned))
-        # Scores do not depend on the order of dimensions; files have those that are turned behind the others.
-        queries = jnp.concatenate([queries[..., untouched:], queries[..., :untouched]], axis=-1)
-        keys = jnp.concatenate([turned, made[..., :untouched]], axis=-1)
-        return {"q": queries, "k": keys, "v": made[..., untouched:]}
-
-    def _normed(self, x: jax.Array, name: str) -> jax.Array:
-        """Queries ("q") or keys ("k"), of all heads at once or [..., heads, d], under their norm."""
-        kind = {"heads": "layer_heads", "bare": "rms_bare"}.get(self.spec.qk_norm, self.spec.norm)
-        return _norm(self.spec, self.dtype, self.param_dtype, f"{name}_norm", kind)(x)
 
 
 class Block(nn.Module):
@@ -214,7 +47,7 @@ class Block(nn.Module):
         spec, dtypes = self.spec, (self.dtype, self.param_dtype)
 
         def norm(name, wanted, x):
-            return _norm(spec, *dtypes, name)(x) if wanted else x
+            return norm_of(spec, *dtypes, name)(x) if wanted else x
 
         # Hugging Face calls the norm before the MLP by another name where there is one after attention as well.
         before_mlp = "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm"
@@ -294,7 +127,7 @@ class InOrder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model.
+    """A decoder-only language model, which also reads images where its spec has `vision`.
 
     `apply({"params": p}, ...)` is the base model; with a `lora` collection beside it, the adapted one. Quantized
     kernels are in a `quant` collection. Adapters drop inputs out where `apply` gets an rng called "dropout".
@@ -324,7 +157,9 @@ class Decoder(nn.Module):
             self.per_layer = PerLayerInputs(spec, *dtypes)
         if spec.altup is not None:
             self.altup = Streams(spec, *dtypes)
-        self.norm = _norm(spec, *dtypes, None)
+        if spec.vision is not None:
+            self.vision = Tower(spec.vision, spec.hidden_size, *dtypes, self.remat)
+        self.norm = norm_of(spec, *dtypes, None)
         if not spec.tie_word_embeddings:
             head = {"out_dtype": jnp.float32, "use_bias": spec.head_bias}
             self.lm_head = Linear(spec.vocab_size, ("embed", "vocab"), *dtypes, **head)
@@ -337,10 +172,15 @@ class Decoder(nn.Module):
         return self.remat in ("full", "offload") and bool(self.variables.get("lora"))
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: Cache | None = None,
+        images: Images | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """tokens, positions, segment_ids: int32 [B, T] (segment 0 is padding; the tokens of a segment lie one after the
-        other, at positions that count up by one).
+        other, at positions that count up by one). images: of these tokens, those of an image all at once.
 
         With a cache, a row is one segment, which goes on after what is in the cache. Returns the hidden states after
         the final norm, [B, T, D] (see `unembed`), and the cache with these tokens in.
@@ -348,7 +188,7 @@ class Decoder(nn.Module):
         if cache is None:
             # Layers return their keys and values where later ones use them.
             x, _ = self._hidden(
-                tokens, positions, segment_ids, lambda stack: () if lends(self.spec, stack) else None, None
+                tokens, positions, segment_ids, images, lambda stack: () if lends(self.spec, stack) else None, None
             )
             return x, None
         pairs = iter(zip(*map(jax.tree.leaves, (cache.keys, cache.values)), strict=True))
@@ -360,7 +200,7 @@ class Decoder(nn.Module):
             of = [next(found) for found, has in ((pairs, stack.spec.attends), (states, stack.spec.carries)) if has]
             return Both(*of) if len(of) > 1 else next(iter(of), None)
 
-        x, new = self._hidden(tokens, positions, segment_ids, cached, cache.reach)
+        x, new = self._hidden(tokens, positions, segment_ids, images, cached, cache.reach)
         places = (positions, segment_ids)
         keys, values, states = _parted(new)
         cache = cache.replace(
@@ -371,14 +211,19 @@ class Decoder(nn.Module):
         return x, cache
 
     def prefill(
-        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, reach: jax.Array
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        reach: jax.Array,
+        images: Images | None = None,
     ) -> tuple[jax.Array, tuple[Any, Any, Any]]:
         """`__call__` without a cache, by the same kernels as training, that returns what a cache would hold.
 
         A row is one segment, padded on the right. reach: int32 [B], see Cache. Beside the hidden states: keys, values
         [layers, B, kv_heads, T, d] and states of each stack, as Cache has them.
         """
-        x, new = self._hidden(tokens, positions, segment_ids, lambda stack: (), reach)
+        x, new = self._hidden(tokens, positions, segment_ids, images, lambda stack: (), reach)
         return x, _parted(new)
 
     def _hidden(
@@ -386,6 +231,7 @@ class Decoder(nn.Module):
         tokens: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array,
+        images: Images | None,
         cache_of: Callable[[Stack], Any],
         reach: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
@@ -396,11 +242,17 @@ class Decoder(nn.Module):
             added = noise(self.make_rng("dropout"), positions, segment_ids, spec.hidden_size, self.neftune)
             x = x + added.astype(self.dtype)
         x = scaled(x, spec.embedding_scale)
+        last, turned_by = None, positions
+        if images is not None and images.patches is not None:
+            x = with_images(spec.vision, x, tokens, self.vision(images))
+            last = last_seen(spec.vision, tokens, positions, segment_ids) if spec.vision.two_way else None
+        if images is not None and images.rope_positions is not None:
+            turned_by = images.rope_positions
         if spec.learned_positions:
             x = x + self.embed_positions(positions)
         x = constrain(x, "batch", "length", "width")
         of_rows = (lambda: sequence_lengths(positions, segment_ids)) if reach is None else (lambda: reach[:, None])
-        context = Context(positions, segment_ids, tables(spec, positions, of_rows), {})
+        context = Context(positions, segment_ids, tables(spec, turned_by, of_rows), {}, last)
         parts = None if spec.per_layer is None else self.per_layer(tokens, x)
         own = nested(spec, lambda stack: _per_layer(stack) | _own_part(stack, parts))
         x = x if spec.altup is None else self.altup.split(x)
@@ -419,8 +271,12 @@ class Decoder(nn.Module):
 
     def init_all(self, tokens: jax.Array) -> None:
         """For `init` only: touches every parameter, the untied head included."""
-        ones = jnp.ones_like(tokens)
-        self.unembed(self(tokens, ones, ones)[0])
+        ones, images, vision = jnp.ones_like(tokens), None, self.spec.vision
+        if vision is not None:
+            shape = (len(tokens), vision.merge**2)
+            patches = jnp.zeros((*shape, 3 * vision.patch**2), jnp.uint8)
+            images = Images(patches, jnp.zeros((*shape, 2), jnp.int32), jnp.ones(shape, jnp.int32))
+        self.unembed(self(tokens, ones, ones, images=images)[0])
 
 
 def _is_state(part: Any) -> bool:
@@ -444,10 +300,6 @@ def _parted(new: Any) -> tuple[Any, Any, Any]:
         return jax.tree.map(lambda part: parts(part)[place], new, is_leaf=is_of_stack)
 
     return each(0), each(1), each(2)
-
-
-def _norm(spec: DecoderSpec, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str | None, kind: str = "") -> nn.Module:
-    return NORMS[kind or spec.norm](spec.norm_eps, dtype, param_dtype, name=name)
 
 
 def _scan(group: Group, shared: tuple[Any, ...], remat: str, name: str | None = None) -> nn.Module:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from ftjax.errors import UserError
 from ftjax.models import cudnn, splash
 from ftjax.models.attention import attention, attention_of_rows
 from ftjax.models.spec import DecoderSpec
@@ -27,9 +28,17 @@ class Choice(NamedTuple):
 def choose(wanted: str, spec: DecoderSpec, dtype: jnp.dtype, length: int, mesh: AnyMesh) -> Choice:
     """The attention of rows of `length` tokens without a cache, on `mesh`'s devices.
 
-    wanted: config.model.attention; dtype: of activations. What decodes token by token from a cache uses XLA.
+    wanted: config.model.attention; dtype: of activations. What decodes token by token from a cache uses XLA. UserError
+    for a kernel that cannot serve a model whatever the devices are.
     """
     where = platform(mesh)
+    if spec.vision is not None and spec.vision.two_way:
+        if wanted in KERNELS:
+            raise UserError(
+                f"config.model.attention={wanted!r}: the tokens of an image see each other both ways in a "
+                f"{spec.vision.family} model, which {wanted} cannot serve; use 'auto' or 'xla'"
+            )
+        return Choice("xla", "")
     if wanted == "auto":
         wanted = next((name for name, its in KERNELS.items() if its == where), "xla")
     if wanted == "xla":
@@ -53,15 +62,19 @@ def attend(
     scale: float | jax.Array,
     window: int | jax.Array | None,
     sinks: jax.Array | None,
+    last: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of whole rows, over the mesh in use: arguments and result as of models.attention.attention."""
     mesh, softcap = jax.sharding.get_abstract_mesh(), spec.attention_softcap
     places = (positions, positions, segment_ids, segment_ids)
     if choice.name == "xla" and (mesh.empty or mesh.shape["context"] == 1):  # XLA splits it over the mesh itself
-        return attention_of_rows(queries, keys, values, positions, segment_ids, scale, window, softcap, sinks)
+        further = {} if last is None else {"last": last, "ahead": spec.vision.tokens}
+        return attention_of_rows(
+            queries, keys, values, positions, segment_ids, scale, window, softcap, sinks, **further
+        )
     same = window if isinstance(window, int) else None  # in all layers: known while compiling
     run = functools.partial(_local, choice, spec, same)
-    given = {"scale": scale, "window": window if same is None else None, "sinks": sinks}
+    given = {"scale": scale, "window": window if same is None else None, "sinks": sinks, "last": last}
     given = {name: x for name, x in given.items() if x is not None}
     if mesh.empty or mesh.size == 1:
         return run(_tables(choice, spec, queries.shape[1], 1, 1), queries, keys, values, *places, given)
@@ -75,7 +88,7 @@ def attend(
         split,
         *2 * (partition_spec(kv_axes, keys.shape, mesh),),
         *(part, whole, part, whole),
-        {name: P(heads) if name == "sinks" else P() for name in given},
+        {name: {"sinks": P(heads), "last": part}.get(name, P()) for name in given},
     )
     over_mesh = jax.shard_map(run, in_specs=specs, out_specs=split, check_vma=False)
     return over_mesh(tables, queries, keys, values, *places, jax.tree.map(jnp.asarray, given))
@@ -94,7 +107,7 @@ def _local(
     places = (positions, key_positions, segments, key_segments)
     if choice.name == "cudnn":
         return cudnn.attention(queries, keys, values, positions, segments, scale, window)
-    return attention(queries, keys, values, *places, scale, window, spec.attention_softcap, sinks)
+    return attention(queries, keys, values, *places, scale, window, spec.attention_softcap, sinks, given.get("last"))
 
 
 def _own_heads(x: jax.Array, heads: int, spec: DecoderSpec) -> jax.Array:

@@ -80,7 +80,7 @@ def _make_rope(kind: str, parameters: dict[str, Any], head_dim: int, max_positio
 
 
 def rotary_tables(ropes: tuple[Rope, ...], positions: jax.Array, reach: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(cosines, sines), float32 [ropes, B, T, pairs]; positions int32 [B, T].
+    """(cosines, sines), float32 [ropes, B, T, pairs]; positions int32 [B, T], or [B, T, 3] of ropes with sections.
 
     pairs are those of the rope that has most; what is beyond another's turns nothing.
 
@@ -92,7 +92,11 @@ def rotary_tables(ropes: tuple[Rope, ...], positions: jax.Array, reach: jax.Arra
         if rope.long_frequencies is not None:
             is_long = jnp.broadcast_to(reach > rope.long_after, positions.shape)
             frequencies = jnp.where(is_long[..., None], jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)
-        turned = positions[..., None].astype(jnp.float32) * frequencies
+        if positions.ndim == 3:
+            own = positions[..., np.repeat(np.arange(len(rope.sections)), rope.sections)]
+        else:
+            own = positions[..., None]
+        turned = own.astype(jnp.float32) * frequencies
         angles.append(jnp.pad(turned, [(0, 0), (0, 0), (0, pairs - turned.shape[-1])]))
         scales.append(rope.scale)
     angles, scales = jnp.stack(angles), jnp.asarray(scales, jnp.float32)[:, None, None, None]
@@ -194,7 +198,7 @@ def tables(
 ) -> tuple[jax.Array, jax.Array] | None:
     """Cosines and sines of every rope, and 1 and 0 after them where some layers have none. None if all have none.
 
-    positions int32 [B, T]; reach() as `rotary_tables` has it. Returns float32 [ropes, B, T, pairs] each.
+    positions and reach() as `rotary_tables` has them. Returns float32 [ropes, B, T, pairs] each.
     """
     if not spec.ropes:
         return None

@@ -17,6 +17,9 @@ class Rope:
     # LongRoPE: sequences of more than `long_after` positions use `long_frequencies`.
     long_frequencies: tuple[float, ...] | None = None
     long_after: int | None = None
+    # M-RoPE (Wang et al. 2024, arXiv 2409.12191, section 2.1): how many pairs, one after the other, are turned by a
+    # token's temporal, its vertical and its horizontal position; (): it has one, by which all are.
+    sections: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +149,45 @@ class Latent:
 
 
 @dataclasses.dataclass(frozen=True)
+class Vision:
+    """What makes embeddings of images (tower.py): layers over patches, and a projector to the decoder's width.
+
+    The patches of one image see each other. `merge` x `merge` neighbors become one token.
+    """
+
+    family: str  # the `model_type` of the whole model, e.g. "gemma3"
+    image_token: int  # the id in whose place the embeddings stand
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    patch: int  # pixels a side
+    merge: int
+    hidden_act: str  # one of layers.ACTIVATIONS
+    norm: str  # one of layers.NORMS
+    norm_eps: float
+    mean: tuple[float, ...]  # of each color, between 0 and 1; what goes in is (value / 255 - mean) / std
+    std: tuple[float, ...]
+    grid: int | None = None  # patches a side of every image, with an embedding of each place; None: images of any size
+    rope_theta: float | None = None  # rows turn the first half of a head's pairs, and columns the others, by this base
+    window: int | None = None  # layers but `full_layers` see windows of so many patches a side, from an image's corner
+    full_layers: tuple[int, ...] = ()
+    frames: int = 1  # what takes a patch in takes so many frames of it, here always the same one
+    patch_bias: bool = False
+    fused_qkv: bool = False  # one kernel for queries, keys and values, in this order
+    gated: bool = False  # the MLPs
+    # What follows the layers: "mean", a norm, the mean of the patches of a token, another norm and one product; or
+    # "mlp", a norm, and an MLP of all patches of a token.
+    projector: str = "mlp"
+    two_way: bool = False  # in the decoder the tokens of an image see each other whichever comes first
+
+    @property
+    def tokens(self) -> int | None:
+        """Of an image, where all have the same number."""
+        return None if self.grid is None else (self.grid // self.merge) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """One kind of layer in a decoder of unlike layers, as `DecoderSpec.layer_kinds` lists them.
 
@@ -234,6 +276,8 @@ class DecoderSpec:
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+
+    vision: Vision | None = None  # None: it reads text alone, also where its checkpoint has a tower
 
     # unlike layers (groups.py), set by `with_kinds`
     layer_kinds: tuple[Kind, ...] = ()  # the kind of each layer; (): all are as the other fields say

@@ -12,6 +12,7 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.groups import stacks
 from ftjax.models.routing import NOTES, is_correction
 from ftjax.models.spec import DecoderSpec
+from ftjax.models.vision import images_of
 from ftjax.tree import Tree
 
 
@@ -19,11 +20,11 @@ def hidden_and_notes(
     model: Decoder, variables: Tree, batch: dict[str, jax.Array], rng: jax.Array | None, noted: bool
 ) -> tuple[jax.Array, Tree | None]:
     """The hidden states [B, T, D] of a batch, and what `routing.note` noted of it where it is `noted`, of a mixture."""
-    rngs = None if rng is None else {"dropout": rng}
     given = batch["tokens"], batch["positions"], batch["segment_ids"]
+    further = {"images": images_of(batch), "rngs": None if rng is None else {"dropout": rng}}
     if not noted or not is_mixture(model.spec):
-        return model.apply(variables, *given, rngs=rngs)[0], None
-    (hidden, _), changed = model.apply(variables, *given, rngs=rngs, mutable=[NOTES])
+        return model.apply(variables, *given, **further)[0], None
+    (hidden, _), changed = model.apply(variables, *given, **further, mutable=[NOTES])
     return hidden, changed[NOTES]
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.models.decoder import Decoder
+from ftjax.models.vision import images_of
 from ftjax.objectives.cross_entropy import PLAIN, Further, PerToken, per_token
 from ftjax.objectives.head import Unembed, head_of
 from ftjax.tree import Tree
@@ -24,7 +25,8 @@ def of_tokens(
     batch: the arrays of `packing.BATCH`, [B, T]; rng: for dropout, None without it.
     """
     rngs = None if rng is None else {"dropout": rng}
-    hidden, _ = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
+    given = batch["tokens"], batch["positions"], batch["segment_ids"]
+    hidden, _ = model.apply(variables, *given, images=images_of(batch), rngs=rngs)
     head = head_of(model, variables)
     return per_token(unembed, None, further, head, hidden, batch["targets"], batch["weights"] != 0, rng)
 

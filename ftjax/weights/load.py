@@ -37,7 +37,7 @@ def load_variables(reader: Reader, spec: DecoderSpec, abstract: Tree, packed: Tr
     keys, leaves = hf_names(spec), tree.flatten(abstract)
     if wrong := [path for path, leaf in leaves.items() if path not in keys or leaf.shape != keys[path].our_shape]:
         raise ValueError(f"the tree to load is not that of {spec}: {', '.join(wrong)}")
-    stored = stored_names(reader)
+    stored = stored_names(reader, spec.vision is not None)
     _check(reader, stored, spec, keys)
     modules = tree.by_module(packed or {})
     quantized = {name: _quantized(reader, stored, keys[f"{name}/kernel"], its) for name, its in modules.items()}
@@ -46,16 +46,22 @@ def load_variables(reader: Reader, spec: DecoderSpec, abstract: Tree, packed: Tr
     return variables | {"quant": tree.unflatten(quantized)} if modules else variables
 
 
-def stored_names(reader: Reader) -> dict[str, str]:
-    """{Hugging Face name as transformers has it: as the files have it}, less what the family has no use for."""
+def stored_names(reader: Reader, vision: bool = False) -> dict[str, str]:
+    """{Hugging Face name as transformers has it: as the files have it}, less what the family has no use for.
+
+    vision: with those of a vision tower, which the language model alone has no use for.
+    """
     family = family_of(reader.config)
+    ignored, read_as = family.ignored, family.read_as
+    if vision:
+        ignored, read_as = None, family.vision.read_as + family.read_as
     further = _further_layers(reader.config)
     out: dict[str, str] = {}
     twice = []
     for name in sorted(reader.names()):
-        if name.startswith(further) or (family.ignored and re.search(family.ignored, name)):
+        if name.startswith(further) or (ignored and re.search(ignored, name)):
             continue
-        found = next(((old, new) for old, new in family.read_as if name.startswith(old)), ("", ""))
+        found = next(((old, new) for old, new in read_as if name.startswith(old)), ("", ""))
         meant = found[1] + name.removeprefix(found[0])
         if meant in out:
             twice.append(f"{meant}: as {out[meant]} and as {name}")

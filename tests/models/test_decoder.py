@@ -8,8 +8,9 @@ from support.tiny import batch_of, documents, logits, numpy_params, one_device, 
 
 from ftjax import tree
 from ftjax.models.cache import init_cache
-from ftjax.models.decoder import REMAT_POLICIES, Decoder
+from ftjax.models.decoder import Decoder
 from ftjax.models.params import abstract_params, logical_axes
+from ftjax.models.remat import REMAT_POLICIES
 
 MODEL = Decoder(spec())
 INPUTS = ("tokens", "positions", "segment_ids")

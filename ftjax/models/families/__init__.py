@@ -1,5 +1,6 @@
 """Every architecture there is: from a Hugging Face `config.json` to a DecoderSpec, and its names for our parameters."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,12 +38,24 @@ from ftjax.models.families import (
     qwen,
     qwen_next,
     seed_oss,
+    siglip,
     stablelm,
     starcoder2,
 )
 from ftjax.models.families.fields import shorten
 from ftjax.models.families.likeness import likeness
-from ftjax.models.spec import DecoderSpec, Experts
+from ftjax.models.spec import DecoderSpec, Experts, Vision
+
+
+class VisionPart(NamedTuple):
+    """The vision tower of a multimodal `model_type`. Names are those that transformers' module has, which peft knows,
+    too: the tower's and, below "model.language_model.", the language model's, here without "language_model.".
+    """
+
+    spec: Callable[[dict[str, Any]], Vision]
+    names: Mapping[str, str]  # as Family.names
+    read_as: tuple[tuple[str, str], ...]  # as Family.read_as
+    written_as: tuple[tuple[str, str], ...]  # (prefix of those names, what files that transformers writes have)
 
 
 class Family(NamedTuple):
@@ -56,6 +69,7 @@ class Family(NamedTuple):
     ignored: str | None = None  # a regular expression for tensors in the files that the decoder has no use for
     language_models: tuple[str, ...] = ()  # of a multimodal model: `model_type`s that its `text_config` may have
     alone: bool = False  # transformers' AutoModelForCausalLM of a multimodal model is its language model alone
+    vision: VisionPart | None = None  # of a multimodal model whose tower is ported
 
 
 # The language model inside multimodal checkpoints, old and new; vision tensors are left where they are.
@@ -84,6 +98,7 @@ FAMILIES: dict[str, Family] = {
         read_as=_INSIDE,
         ignored=_VISION,
         language_models=("gemma3_text",),
+        vision=VisionPart(siglip.gemma3_vision, siglip.NAMES, siglip.READ_AS, siglip.WRITTEN_AS),
     ),
     "gemma3_text": Family(gemma.gemma3, "Gemma3ForCausalLM"),
     "gemma3n": Family(
@@ -229,8 +244,13 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return ids | config["text_config"] | tied | {"model_type": name, "architectures": [FAMILIES[name].architecture]}
 
 
-def spec_from_config(config: dict[str, Any]) -> DecoderSpec:
-    """Raises UserError, by name, for an architecture or an option that is not ported, and for missing or odd sizes."""
+def spec_from_config(config: dict[str, Any], vision: bool = False) -> DecoderSpec:
+    """Raises UserError, by name, for an architecture or an option that is not ported, and for missing or odd sizes.
+
+    vision: with the tower of a multimodal model, which else is its language model alone.
+    """
+    if vision:
+        return _with_vision(spec_from_config(config), config)
     config = text_config(config)
     spec = family_of(config).spec(config)
     if spec.num_attention_heads % spec.num_key_value_heads:
@@ -248,6 +268,17 @@ def spec_from_config(config: dict[str, Any]) -> DecoderSpec:
     if spec.experts and spec.hidden_act == "xielu":
         raise UserError("config.json: hidden_act='xielu' has scalars that are learned, which experts have not here")
     return spec
+
+
+def _with_vision(spec: DecoderSpec, config: dict[str, Any]) -> DecoderSpec:
+    part = family_of(config).vision
+    if part is None:
+        with_it = [name for name, family in sorted(FAMILIES.items()) if family.vision]
+        raise UserError(
+            f"no port of a vision tower of model_type {config['model_type']!r}, only of {', '.join(with_it)}; "
+            "set config.model.vision=False"
+        )
+    return dataclasses.replace(spec, vision=part.spec(config))
 
 
 def _chosen_in_groups(experts: Experts) -> bool:

@@ -68,6 +68,21 @@ def activation(config: dict[str, Any], *names: str, default: str = "silu") -> st
     return value
 
 
+def token_id(config: dict[str, Any], name: str, default: int) -> int:
+    value = config.get(name, default)
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise UserError(f"config.json: {name}={shorten(value)} is not the id of a token")
+    return value
+
+
+def object_of(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """One that is nested in the config."""
+    value = config.get(name)
+    if not isinstance(value, dict):
+        raise UserError(f"config.json of a {config['model_type']!r} model lacks {name!r}")
+    return value
+
+
 def refuse(config: dict[str, Any], name: str, harmless: Any = False) -> None:
     """UserError where an option that is not ported is set to anything but null or `harmless`."""
     if config.get(name) is not None and config[name] != harmless:

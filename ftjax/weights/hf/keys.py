@@ -24,7 +24,7 @@ class Key:
     `template` has a `{}` for each of our leading dimensions, `stack`, that the files split into tensors: the layer,
     and the expert where each has its own. `shape` is that of one Hugging Face tensor: [out, in] for a linear layer
     or [experts, out, in], which `transposed` says ours ([in, out]) is the transpose of. `layers` has Hugging Face's
-    number of each layer in our stack; () outside the layers.
+    number of each layer in our stack; () outside the layers. `vision`: it is of the tower beside the language model.
     """
 
     template: str
@@ -32,6 +32,7 @@ class Key:
     stack: tuple[int, ...] = ()
     transposed: bool = False
     layers: tuple[int, ...] = ()
+    vision: bool = False
 
     def places(self) -> list[tuple[int, ...]]:
         """The indices into our leading dimensions, one per Hugging Face tensor, in order: [()] where there are none."""
@@ -61,15 +62,17 @@ def hf_names(spec: DecoderSpec) -> dict[str, Key]:
     The shapes are those that the decoder itself declares; the names are Llama's but for what the family says, of a
     parameter in any stack of layers under the name that it has where layers are alike.
     """
-    family = FAMILIES[spec.family]
+    family, tower = FAMILIES[spec.family], FAMILIES[spec.vision.family].vision if spec.vision else None
+    names = family.names if tower is None else {**family.names, **tower.names}
     keys = {}
     for path, shape in shapes(Decoder(spec)).items():
         of = stack_of(spec, path)
         plain = LAYERS + path.removeprefix(of.path) if of else path
-        template = family.names.get(plain) or _llama_name(plain)
+        template = names.get(plain) or _llama_name(plain)
         stack, inner = shape[: template.count("{}")], shape[template.count("{}") :]
         transposed = path.endswith("/kernel") and plain not in family.as_stored
-        keys[path] = Key(template, flipped(inner) if transposed else inner, stack, transposed, of.layers if of else ())
+        shape, layers = flipped(inner) if transposed else inner, of.layers if of else ()
+        keys[path] = Key(template, shape, stack, transposed, layers, path.startswith("vision/"))
     return keys
 
 
