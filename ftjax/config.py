@@ -59,6 +59,8 @@ KEYS: dict[str, Key] = {
     "model.remat": Key("auto", one_of("auto", "none", "full", "offload")),
     # auto: the fastest that serves the model here.
     "model.attention": Key("auto", one_of("auto", "splash", "cudnn", "xla")),
+    # Read the vision tower of a multimodal model too, so that rows may have images (docs/images.md).
+    "model.vision": Key(False, ANY),
     # NEFTune: noise on the embeddings in training, 5 is usual; 0: none.
     "model.neftune_alpha": Key(0.0, number(0)),
     # none: train the parameters that `trainable` selects.
@@ -97,6 +99,8 @@ KEYS: dict[str, Key] = {
     "data.batch_size": Key(0, number(0)),
     # Tokens of a row; 0: chosen with the batch, or where that is given as many as the longest example may have.
     "data.row_length": Key(0, number(0)),
+    # With model.vision: the most pixels of an image, which is made smaller where it has more; 0: the model's own.
+    "data.max_pixels": Key(0, number(0)),
     # assistant: every assistant turn; last: the last one; all: every turn.
     "data.train_on": Key("assistant", one_of("assistant", "last", "all")),
     # Instead of the model's own, if it has one: alpaca, chatml, gemma, llama3, mistral, zephyr, or a Jinja file.
