@@ -51,7 +51,30 @@ GEMMA3 = {
     "eoi_token_index": 62,
     "tie_word_embeddings": True,
 }
-CONFIGS = {"gemma3": GEMMA3}
+QWEN2_5_VL = {
+    "model_type": "qwen2_5_vl",
+    "text_config": _TEXT
+    | {
+        "model_type": "qwen2_5_vl_text",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e3, "mrope_section": [1, 1, 2]},
+    },
+    "vision_config": {
+        "depth": 3,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_heads": 3,
+        "patch_size": 2,
+        "window_size": 8,  # 4 x 4 patches
+        "fullatt_block_indexes": [1],
+        "out_hidden_size": 32,
+    },
+    "image_token_id": IMAGE,
+    "video_token_id": 63,
+    "vision_start_token_id": 61,
+    "vision_end_token_id": 62,
+    "tie_word_embeddings": False,
+}
+CONFIGS = {"gemma3": GEMMA3, "qwen2_5_vl": QWEN2_5_VL}
 
 
 def torch_model(config: dict, seed: int = 0) -> PreTrainedModel:

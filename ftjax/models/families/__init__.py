@@ -36,13 +36,14 @@ from ftjax.models.families import (
     phi3,
     phimoe,
     qwen,
+    qwen2_5_vl,
     qwen_next,
     seed_oss,
     siglip,
     stablelm,
     starcoder2,
 )
-from ftjax.models.families.fields import shorten
+from ftjax.models.families.fields import object_of, shorten
 from ftjax.models.families.likeness import likeness
 from ftjax.models.spec import DecoderSpec, Experts, Vision
 
@@ -56,6 +57,7 @@ class VisionPart(NamedTuple):
     names: Mapping[str, str]  # as Family.names
     read_as: tuple[tuple[str, str], ...]  # as Family.read_as
     written_as: tuple[tuple[str, str], ...]  # (prefix of those names, what files that transformers writes have)
+    sections: Callable[[dict[str, Any]], tuple[int, ...]] | None = None  # as Rope.sections
 
 
 class Family(NamedTuple):
@@ -69,6 +71,7 @@ class Family(NamedTuple):
     ignored: str | None = None  # a regular expression for tensors in the files that the decoder has no use for
     language_models: tuple[str, ...] = ()  # of a multimodal model: `model_type`s that its `text_config` may have
     alone: bool = False  # transformers' AutoModelForCausalLM of a multimodal model is its language model alone
+    text: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # the language model's config, if not `text_config`
     vision: VisionPart | None = None  # of a multimodal model whose tower is ported
 
 
@@ -167,6 +170,21 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(phi3.phi3, "Phi3ForCausalLM"),
     "phimoe": Family(phimoe.phimoe, "PhimoeForCausalLM", mistral.MIXTRAL_NAMES),
     "qwen2": Family(qwen.qwen2, "Qwen2ForCausalLM"),
+    "qwen2_5_vl": Family(
+        qwen.qwen2,
+        "Qwen2_5_VLForConditionalGeneration",
+        read_as=_INSIDE,
+        ignored=r"^(model\.)?visual\.",
+        language_models=("qwen2",),
+        text=qwen2_5_vl.language_model,
+        vision=VisionPart(
+            qwen2_5_vl.qwen2_5_vision,
+            qwen2_5_vl.NAMES,
+            qwen2_5_vl.READ_AS,
+            qwen2_5_vl.WRITTEN_AS,
+            qwen2_5_vl.mrope_sections,
+        ),
+    ),
     "qwen2_moe": Family(qwen.qwen2_moe, "Qwen2MoeForCausalLM", qwen.MOE_NAMES),
     "qwen3": Family(qwen.qwen3, "Qwen3ForCausalLM"),
     "qwen3_moe": Family(qwen.qwen3_moe, "Qwen3MoeForCausalLM", qwen.MOE_NAMES),
@@ -230,10 +248,9 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """
     if not is_multimodal(config):
         return config
-    if not isinstance(config.get("text_config"), dict):
-        raise UserError(f"config.json of a {config['model_type']!r} model lacks 'text_config'")
-    names = family_of(config).language_models
-    name = config["text_config"].get("model_type") or names[0]
+    family = family_of(config)
+    inner, names = family.text(config) if family.text else object_of(config, "text_config"), family.language_models
+    name = inner.get("model_type") or names[0]
     if name not in names:
         raise UserError(
             f"config.json of a {config['model_type']!r} model: no port of a language model {shorten(name)} in it, "
@@ -241,7 +258,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
         )
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     tied = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
-    return ids | config["text_config"] | tied | {"model_type": name, "architectures": [FAMILIES[name].architecture]}
+    return ids | inner | tied | {"model_type": name, "architectures": [FAMILIES[name].architecture]}
 
 
 def spec_from_config(config: dict[str, Any], vision: bool = False) -> DecoderSpec:
@@ -278,6 +295,13 @@ def _with_vision(spec: DecoderSpec, config: dict[str, Any]) -> DecoderSpec:
             f"no port of a vision tower of model_type {config['model_type']!r}, only of {', '.join(with_it)}; "
             "set config.model.vision=False"
         )
+    if part.sections is not None:
+        sections = part.sections(config)
+        if sum(sections) != len(spec.ropes[0].frequencies):
+            raise UserError(
+                f"config.json: mrope_section={list(sections)} is not of heads of {spec.head_dim} dimensions"
+            )
+        spec = dataclasses.replace(spec, ropes=tuple(dataclasses.replace(x, sections=sections) for x in spec.ropes))
     return dataclasses.replace(spec, vision=part.spec(config))
 
 
