@@ -7,11 +7,12 @@ import numpy as np
 
 from ftjax.data.tokens.rendering import Tokenizer
 
+_MANY = 8  # of one special token in a row are one piece: those of an image are hundreds
 WHITE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 class Piece(NamedTuple):
-    """One token, or several that together make one character."""
+    """One token, several that together make one character, or many of one special token."""
 
     text: str
     trained: bool  # predicted with loss
@@ -32,6 +33,12 @@ def pieces(tokens: Sequence[int], trained: np.ndarray, tokenizer: Tokenizer) -> 
         stop = start + 1
         if ids[start] in special:
             text, kind = tokenizer.convert_ids_to_tokens(ids[start]), _kind(ids, start, tokenizer)
+            while stop < len(ids) and ids[stop] == ids[start] and trained[stop] == trained[start]:
+                stop += 1
+            if stop - start < _MANY:
+                stop = start + 1
+            else:
+                text = f"{text} × {stop - start}"
         else:
             kind, text = "", tokenizer.decode(ids[start:stop])
             # A character may be spread over several tokens, four bytes at most; a real U+FFFD stays as it is.

@@ -16,7 +16,7 @@ import numpy as np
 
 from ftjax.data.audit import duplicates, private
 from ftjax.data.audit.findings import FINDING_KINDS, NEAR, SMALL_SHARE, Finding, Findings
-from ftjax.data.audit.parts import Parts, own_text, parts, trained_text
+from ftjax.data.audit.parts import Parts, near_text, parts, trained_text
 from ftjax.data.format.conversation import unanswered
 from ftjax.data.format.example import Document, Row
 
@@ -97,7 +97,7 @@ class Side:
         # Python's own hash is quick, and differs between processes: these are only compared in this one.
         self.copies.append(hash(own) & 0xFFFFFFFFFFFFFFFF)
         if near:
-            self.signatures.add(own_text(row.fields))
+            self.signatures.add(near_text(row.fields))
 
 
 class Checks:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ftjax import atomic
 from ftjax.data.audit import duplicates, private, quality
-from ftjax.data.audit.parts import own_text, parts
+from ftjax.data.audit.parts import near_text, own_text, parts
 from ftjax.data.batch.permutation import permutation
 from ftjax.data.format.example import Row
 from ftjax.data.read.holdout import prompt_hash
@@ -146,7 +146,7 @@ def dedup(
         own = parts(row.fields)
         if by_prompt and own.prompt:
             return (own.prompt,)
-        return (own_text(row.fields),) if near else own.texts()
+        return (near_text(row.fields),) if near else own.texts()
 
     indices, keys = _comparison_keys(rows, text, near, drops)
     unread = Drops()

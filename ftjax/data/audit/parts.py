@@ -1,10 +1,13 @@
 """Format-independent prompt and answer text of rows, for deduplication and leak checks."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ftjax.data.format.conversation import REASONING
+from ftjax.data.format.images import images_of
+from ftjax.data.images.load import identity
 
 
 class Parts(NamedTuple):
@@ -65,7 +68,7 @@ def conversation(messages: str | Sequence[dict]) -> str:
 
 
 def content(message: dict) -> str:
-    """The text of a message, after its thoughts and before its tool calls as JSON."""
+    """The text of a message, after its thoughts and before its tool calls as JSON; last a word for each image."""
     text = message.get("content")
     if len(message) == 2 and isinstance(text, str):  # nothing but role and content, the usual message
         return text
@@ -73,7 +76,8 @@ def content(message: dict) -> str:
     calls = message.get("tool_calls")
     thought = next((message[key] for key in REASONING if message.get(key)), None)
     text = f"{thought}\n{text}" if isinstance(thought, str) else text
-    return text + (json.dumps(calls, ensure_ascii=False, sort_keys=True) if calls else "")
+    text += json.dumps(calls, ensure_ascii=False, sort_keys=True) if calls else ""
+    return " ".join([text, *map(_word, message.get("images", ()))])
 
 
 def _tools(fields: dict) -> str:
@@ -87,6 +91,22 @@ def own_text(fields: dict) -> str:
         return fields["text"]
     names = ("messages", "prompt", "completion", "chosen", "rejected")
     return _joined(fields, names, lambda turn: turn["role"] not in ("system", "developer"))
+
+
+def near_text(fields: dict) -> str:
+    """What `duplicates.signature` is made of: `own_text`, and where a row has images letters that depend on them, so
+    many that rows with the same text and other images are not alike."""
+    text, images = own_text(fields), images_of(fields)
+    if not images:
+        return text
+    names = "\n".join(map(identity, images)).encode()
+    return f"{text}\n{hashlib.shake_256(names).hexdigest(len(text.encode()) // 6 + 8)}"
+
+
+def _word(image: str) -> str:
+    """A word of letters that stands for an image: no digits, which could look private."""
+    digest = hashlib.blake2b(identity(image).encode(), digest_size=8).hexdigest()
+    return "image-" + digest.translate(str.maketrans("0123456789abcdef", "abcdefghijklmnop"))
 
 
 def trained_text(fields: dict) -> str:

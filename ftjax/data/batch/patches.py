@@ -1,6 +1,7 @@
 """The images of a batch: their patches, row by row, and where they and the tokens are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from ftjax.data.images import load
 from ftjax.data.images.patches import patches, places, rope_positions
 from ftjax.data.images.rules import ImageRules
 from ftjax.data.tokens.examples import Examples
-from ftjax.data.tokens.pictured import pictures
+from ftjax.data.tokens.pictured import NONE, pictures
 from ftjax.errors import SourceError
 
 # Further arrays of a batch of B rows with room for P patches of p x p pixels each.
@@ -21,25 +22,43 @@ PATCHES = {
 ROPE = {"rope_positions": np.int32}  # [B, T, 3]
 
 
+class Seen(NamedTuple):
+    """A document with its images.
+
+    Attributes:
+      tokens: int [n].
+      references: of the images that it has the tokens of, in order.
+      origin: of its row, for messages.
+    """
+
+    tokens: np.ndarray
+    references: tuple[str, ...]
+    origin: str
+
+
 def room(examples: Examples, rows: Sequence[np.ndarray]) -> int:
     """P of a batch with the examples of these rows, those of all hosts; reads tokens and no image."""
     rules = examples.images
-    counts = [
-        sum(np.count_nonzero(its.tokens == rules.token_id) for index in row for its in examples.documents_of(index))
-        for row in rows
-    ]
-    return rules.room(int(max(counts, default=0)))
+    counts = [sum(_count(its.tokens, rules) for index in row for its in examples.documents_of(index)) for row in rows]
+    return rules.room(max(counts, default=0))
 
 
 def fill(examples: Examples, rows: Sequence[np.ndarray], T: int, P: int) -> dict[str, np.ndarray]:
-    """The arrays of PATCHES and, where the model has such positions, of ROPE for rows of example indices.
-
-    The patches of a row's images lie one image after the other, in the order of their tokens. Each image is read again.
+    """The arrays of `lay` for rows of example indices; each image is read again.
 
     Raises:
-      SourceError: an image is another than when its row was tokenized, or cannot be read any more.
+      SourceError: an image is another than when its row was tokenized.
+      UserError: one cannot be read any more, or is damaged.
     """
-    rules, shape = examples.images, (len(rows), P)
+    return lay([[its for index in row for its in _seen(examples, index)] for row in rows], T, P, examples.images)
+
+
+def lay(rows: Sequence[Iterable[Seen]], T: int, P: int, rules: ImageRules) -> dict[str, np.ndarray]:
+    """The arrays of PATCHES and, where the model has such positions, of ROPE, for rows of documents.
+
+    The patches of a row lie one image after the other, in the order of their tokens.
+    """
+    shape, read = (len(rows), P), {}
     batch = {
         "patches": np.zeros((*shape, 3 * rules.patch**2), PATCHES["patches"]),
         "patch_places": np.zeros((*shape, 2), PATCHES["patch_places"]),
@@ -49,39 +68,40 @@ def fill(examples: Examples, rows: Sequence[np.ndarray], T: int, P: int) -> dict
         batch["rope_positions"] = np.zeros((len(rows), T, 3), ROPE["rope_positions"])
     for b, row in enumerate(rows):
         start, number, token = 0, 0, 0
-        for index in row:
-            documents = examples.documents_of(index)
-            counts = [int(np.count_nonzero(document.tokens == rules.token_id)) for document in documents]
-            images = _images(examples, index, counts) if any(counts) else [[] for _ in counts]
-            for document, its in zip(documents, images):
-                for of_image, grid in its:
-                    place, number = slice(start, start + len(of_image)), number + 1
-                    batch["patches"][b, place] = of_image
-                    batch["patch_places"][b, place] = places(grid, rules)
-                    batch["patch_images"][b, place] = number
-                    start += len(of_image)
-                stop = token + len(document.tokens)
-                if rules.mrope:
-                    grids = [grid for _, grid in its]
-                    batch["rope_positions"][b, token:stop] = rope_positions(document.tokens, grids, rules)
-                token = stop
+        for tokens, references, origin in row:
+            grids = []
+            for reference in references:
+                if reference not in read:
+                    image = load.pixels(reference, origin)
+                    read[reference] = patches(image, rules), rules.grid(*image.size)
+                of_image, grid = read[reference]
+                place, number = slice(start, start + len(of_image)), number + 1
+                batch["patches"][b, place] = of_image
+                batch["patch_places"][b, place] = places(grid, rules)
+                batch["patch_images"][b, place] = number
+                start += len(of_image)
+                grids.append(grid)
+            if rules.mrope:
+                batch["rope_positions"][b, token : token + len(tokens)] = rope_positions(tokens, grids, rules)
+            token += len(tokens)
     return batch
 
 
-def _images(examples: Examples, index: int, counts: list[int]) -> list[list[tuple[np.ndarray, tuple[int, int]]]]:
-    """The patches of each image that each document of an example has tokens of, and its grid."""
-    rules, row = examples.images, examples.row(index)
-    its = pictures(row, rules)
-    used = [its.first(count) for count in counts]
-    if its.digest != examples.pictures[index] or None in used:
-        raise SourceError(
-            f"{row.origin}: its images are others than when this run began to read the data, by their names, pixels or "
-            "bytes; start again"
-        )
-    made = [_patches(reference, rules, row.origin) for reference in its.references[: max(used)]]
-    return [made[:count] for count in used]
+def _seen(examples: Examples, index: int) -> list[Seen]:
+    """The documents of an example. Its row is read only if they have tokens of images."""
+    documents, its, origin = examples.documents_of(index), NONE, ""
+    counts = [_count(document.tokens, examples.images) for document in documents]
+    if any(counts):
+        row = examples.row(index)
+        its, origin = pictures(row, examples.images), row.origin
+        if its.digest != examples.pictures[index]:
+            raise SourceError(
+                f"{origin}: its images are others than when this run began to read the data, by their names, pixels or "
+                "bytes; start again"
+            )
+    used = [its.references[: its.first(count)] for count in counts]
+    return [Seen(document.tokens, references, origin) for document, references in zip(documents, used)]
 
 
-def _patches(reference: str, rules: ImageRules, origin: str) -> tuple[np.ndarray, tuple[int, int]]:
-    image = load.pixels(reference, origin)
-    return patches(image, rules), rules.grid(*image.size)
+def _count(tokens: np.ndarray, rules: ImageRules) -> int:
+    return int(np.count_nonzero(tokens == rules.token_id))

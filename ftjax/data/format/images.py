@@ -26,21 +26,20 @@ _KINDS = ("image", "image_url")  # parts
 def filled(fields: dict, origin: str) -> dict:
     """The fields of a row with the images of its column `images` or `image` in the turns where they belong.
 
-    They fill image parts without an image, in order, or where there are none the TAGs in the turns' text.
+    They fill image parts without an image, in order, or where there are none the TAGs in the turns' text. A row without
+    either is left as it is: the column is not used.
 
     Raises:
-      UserError: with the origin; not as many places as images, or no turns.
+      UserError: with the origin; not as many places as images.
     """
-    given = next((fields[name] for name in COLUMNS if _is_given(fields.get(name))), None)
-    if given is None or "text" in fields:
-        return fields
-    images = [reference(image, f"{origin}: images[{i}]") for i, image in enumerate(_listed(given))]
+    given = column(fields)
     name = next((name for name in _TURNS if isinstance(fields.get(name), list)), None)
     sides = [side for side in _SIDES if isinstance(fields.get(side), list)]
-    if name is None and not sides:
-        raise UserError(f"{origin}: has images, which only turns can have; write the row as `messages`")
     turns = [fields[key] for key in ([name] if name else sides)]
     bare = any(_is_bare(part) for its in turns for part in _parts(its))
+    if given is None or not (bare or any(TAG in text for its in turns for text in _texts(its))):
+        return fields
+    images = [reference(image, f"{origin}: images[{i}]") for i, image in enumerate(_listed(given))]
     out = {key: value for key, value in fields.items() if key not in COLUMNS}
     used = 0
     if name:
@@ -52,6 +51,11 @@ def filled(fields: dict, origin: str) -> dict:
     if name and used != len(images):
         raise _unequal(origin, len(images), used)
     return out
+
+
+def column(fields: dict) -> object:
+    """What a row has in its column `images` or `image`; None where these are empty."""
+    return next((fields[name] for name in COLUMNS if _is_given(fields.get(name))), None)
 
 
 def text_and_images(content: object, what: str) -> tuple[object, list[str]]:
@@ -196,6 +200,13 @@ def _parts(turns: list) -> Iterator[object]:
     for turn in turns:
         content = turn.get("content") if isinstance(turn, dict) else None
         yield from content if isinstance(content, list) else ()
+
+
+def _texts(turns: list) -> Iterator[str]:
+    for turn in turns:
+        content = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        if isinstance(content, str):
+            yield content
 
 
 def _is_bare(part: object) -> bool:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 
+from ftjax.data.format import images
 from ftjax.data.format.conversation import with_json_arguments
 from ftjax.errors import UserError, did_you_mean
 
@@ -32,7 +33,7 @@ def _messages(fields: dict) -> dict:
 
 
 def _openai(fields: dict) -> dict:
-    return {"messages": [with_json_arguments(message) for message in _chat(fields, "openai")], **_tools(fields)}
+    return {"messages": [_of_openai(message) for message in _chat(fields, "openai")], **_tools(fields)}
 
 
 def _prompt_completion(fields: dict) -> dict:
@@ -89,7 +90,7 @@ def _preference(fields: dict) -> dict:
 
 def _openai_preference(fields: dict) -> dict:
     sides = _sides(fields, "openai_preference")
-    pair = {side: [with_json_arguments(turn) for turn in turns] for side, turns in sides.items()}
+    pair = {side: [_of_openai(turn) for turn in turns] for side, turns in sides.items()}
     given = {"messages": pair["prompt"], **_tools(fields)}
     row = {"input": given, "preferred_output": pair["chosen"], "non_preferred_output": pair["rejected"]}
     return row | _label(fields)
@@ -141,6 +142,18 @@ def _turn(message: dict, format: str) -> dict:
     if message["role"] not in _SPEAKERS:
         raise _cannot_hold(format, f"the role {message['role']}")
     return {"from": _SPEAKERS[message["role"]], "value": message["content"], **rest}
+
+
+def _of_openai(message: dict) -> dict:
+    """A message with the arguments of tool calls as JSON text, and images as parts of its content."""
+    message = with_json_arguments(message)
+    if not (its := message.get("images")):
+        return message
+    parts = [
+        {"type": "image_url", "image_url": {"url": part["image"]}} if "image" in part else part
+        for part in images.as_parts(message["content"], its)
+    ]
+    return {key: value for key, value in message.items() if key != "images"} | {"content": parts}
 
 
 def _is_trained(message: dict) -> bool:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import unicodedata
 
+from ftjax.data.images.load import name_of
+
 _NOT_ASKING = ("system", "developer", "assistant")  # roles whose messages ask nothing
 
 
@@ -27,7 +29,8 @@ def prompt_hash(fields: dict, salt: str = "") -> int:
 
 
 def prompt_key(fields: dict) -> str:
-    """The messages before the first answer, with case, white space and Unicode forms evened out.
+    """The messages before the first answer, with case, white space and Unicode forms evened out, and their images'
+    names.
 
     Before the first and not the last answer, because of two conversations that start alike the longer one holds the
     shorter. What an assistant says before anyone asked is part of the prompt; where nobody asks, the system prompt is
@@ -45,6 +48,7 @@ def prompt_key(fields: dict) -> str:
         asked = asked or message["role"] not in _NOT_ASKING
         content = message.get("content") or ""
         parts.append(f"{message['role']}:{_even(content if isinstance(content, str) else json.dumps(content))}")
+        parts += [name_of(image) for image in message.get("images", ())]
     return "\n".join(parts)
 
 

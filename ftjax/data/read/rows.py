@@ -166,6 +166,11 @@ class Rows(Sequence[Row]):
         source, local = self._locate(i)
         return self.sources[source].origin(local)
 
+    def folder(self, i: int) -> str:
+        """The directory from which the paths in row i start, "" where there is none."""
+        source, local = self._locate(i)
+        return self.sources[source].folder(local)
+
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from ftjax.data.format.conversation import unanswered
 from ftjax.data.format.example import Example, Row
 from ftjax.data.read.rows import Rows
-from ftjax.data.tokens import chat
+from ftjax.data.tokens import chat, pictured
 from ftjax.data.tokens.kinds import PLAIN, ROW_KINDS, Documents, Settings, cut, divide, documents
 from ftjax.data.tokens.pictured import NONE, Pictures
 from ftjax.data.tokens.rendering import Tokenizer
@@ -83,6 +83,8 @@ def outcome(rows: Rows, i: int, tokenizer: Tokenizer, rules: TokenRules) -> Outc
         row = rows.check(i)
         if row is None:
             return None
+        if rules.settings.images:
+            pictured.check_column(row, rows.raw(i))
         made, pictures = documents(rules.kind, row, tokenizer, rules.vocab_size, rules.train_on, rules.settings)
         parts = tuple(made)
         if rules.kind == "conversation" and "text" in row.fields and rules.long_text == "divide":

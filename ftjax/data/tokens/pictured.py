@@ -12,6 +12,7 @@ from ftjax.data.format.example import Row
 from ftjax.data.images import load
 from ftjax.data.images.load import Size
 from ftjax.data.images.rules import ImageRules, Shown
+from ftjax.data.tokens.rendering import Messages
 from ftjax.errors import UserError
 
 
@@ -71,6 +72,25 @@ def shown(row: Row, its: Pictures, rules: ImageRules) -> Row:
         return row
     every = [Shown(rules.placeholder, rules.expanded(count)) for count in its.tokens]
     return Row(images.with_images(row.fields, every), row.origin)
+
+
+def prompt(messages: Messages, rules: ImageRules, origin: str) -> tuple[Messages, Pictures]:
+    """A checked conversation with `Shown` in place of its images, for `chat.render_prompt`, and the images.
+
+    Errors are those of `pictures`.
+    """
+    row = Row({"messages": messages}, origin)
+    its = pictures(row, rules)
+    return shown(row, its, rules).fields["messages"], its
+
+
+def check_column(row: Row, raw: dict) -> None:
+    """UserError where a row has a column of images, as `raw` has it, and no turn where one belongs."""
+    if not images.images_of(row.fields) and images.column(raw) is not None:
+        raise UserError(
+            f"{row.origin}: has a column of images, and no place for one; write a part {{'type': 'image'}}, or "
+            f"{images.TAG} in the text of its turns, where each belongs, or leave out the column"
+        )
 
 
 def check_tokens(tokens: np.ndarray, its: Pictures, rules: ImageRules, origin: str) -> None:
