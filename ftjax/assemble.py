@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from ftjax import config as configs
-from ftjax import distributed, environments, interpolation, lora, origin, quant, sharding, tree
+from ftjax import distributed, environments, interpolation, lora, origin, pictures, quant, sharding, tree
+from ftjax.data.images.rules import ImageRules
 from ftjax.data.pipeline import DataSpec
 from ftjax.data.tokens import templates
 from ftjax.data.tokens import tokenizer as tokenizers
@@ -63,6 +64,7 @@ class Base(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
     end_tokens: tuple[int, ...]  # generation stops at any of them
     known_rows: int | None = None  # of the embedding in the files; tokens beyond them are new ones
+    images: ImageRules | None = None  # how it takes images, if it does
 
 
 def open_base(
@@ -85,12 +87,13 @@ def open_base(
     template, system = (data.chat_template, data.system) if data is not None else ("", "")
     tokenizers.prepare(tokenizer, template, system, config.add_tokens)
     reader = _with_rows(config, reader, tokenizer, known_rows)
-    spec = spec_from_config(reader.config)
+    spec = spec_from_config(reader.config, config.vision)
+    images = pictures.rules(reader, data.max_pixels if data is not None else 0) if config.vision else None
     dtypes = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
     remat = "none" if config.remat == "auto" else config.remat  # for training, which chooses when it knows its batch
     model = Decoder(spec, *dtypes, remat, config.attention, config.neftune_alpha)
     ends = tokenizers.end_tokens(tokenizer, reader.config)
-    return Base(config.source, path, reader, model, tokenizer, ends, known_rows)
+    return Base(config.source, path, reader, model, tokenizer, ends, known_rows, images)
 
 
 def _with_rows(config: ConfigDict, reader: Reader, tokenizer: PreTrainedTokenizerFast, known: int) -> Reader:
@@ -191,6 +194,7 @@ def program(
     shape = (config.accumulate, rows, data_spec(config, model.spec).row_length)
     where = sharding.named(mesh, (None, "batch", "length"), shape)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in method.batch.items()}
+    batch |= pictures.abstract(model.spec, mesh, shape) if model.spec.vision else {}
     count = _trained_count(config, model.spec, trainable)
     return Program(
         *(model, mesh, method, objective, variables, is_trained, count, frozen, optimizer, kept, state, batch),
@@ -209,8 +213,10 @@ def _watches_forgetting(config: ConfigDict, trainable: Tree) -> bool:
     return bool(configs.general_sources(config)) and set(trainable) <= {"lora", COLLECTION}
 
 
-def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -> DataSpec:
-    """What decides the batches of training, beside the rows and the tokenizer."""
+def data_spec(
+    config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None, images: ImageRules | None = None
+) -> DataSpec:
+    """What decides the batches of training, beside the rows and the tokenizer; images: those of `Base`."""
     data = config.data
     return DataSpec(
         kind=method_of(config).rows,
@@ -230,6 +236,7 @@ def data_spec(config: ConfigDict, spec: DecoderSpec, mesh: Mesh | None = None) -
             tuple(config.objective.classes),
             config.rollouts.max_new_tokens if method_of(config).rollouts else 0,
             environments.schemas(config),
+            images,
         ),
         # Where rows are split, each part has the length that the attention kernels want.
         multiple=128 * mesh.shape["context"] if mesh is not None and mesh.shape["context"] > 1 else 1,
@@ -267,7 +274,7 @@ def abstract_variables(config: ConfigDict, model: Decoder, mesh: Mesh) -> tuple[
     if config.quantize.base != "none":
         if adapter.init == "pissa":
             raise UserError("config.adapter.init=pissa changes the base; it does not go with config.quantize.base")
-        kernels = {path: leaves.pop(path).shape for path in _quantized(leaves) if path not in trained}
+        kernels = {path: leaves.pop(path).shape for path in lora.quantizable(leaves) if path not in trained}
         out["quant"] = quant.abstract(config.quantize.base, kernels, axes, mesh)
     if heads := method_of(config).heads(config.objective):
         out[COLLECTION] = abstract_heads(heads, model.spec, mesh)
@@ -335,14 +342,6 @@ def _trained_count(config: ConfigDict, spec: DecoderSpec, trained: Tree) -> int:
             present = (bool(share) for share in shares) if name == "lora_magnitude" else shares
             total -= sum(of_layer - round(of_layer * share) for share in present)
     return total
-
-
-def _quantized(paths: Iterable[str]) -> list[str]:
-    """The kernels that a quantized base has packed: those of linear layers and experts, but for the output head.
-
-    Not AltUp's, of a few numbers each, nor the projections outside the layers.
-    """
-    return [path for path in lora.adaptable(paths) if path.startswith("layers/") and "/altup/" not in path]
 
 
 def _modules_to_save(names: Sequence[str], paths: Iterable[str]) -> set[str]:

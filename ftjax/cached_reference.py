@@ -133,7 +133,7 @@ def _complete(
                 if np.isnan(found[np.concatenate(rows)]).any():
                     preemption.check()
                     batch = loader.fill(rows, mine)
-                    placed = {name: sharding.place(mesh, ("batch", "length"), its) for name, its in batch.items()}
+                    placed = sharding.placed(mesh, batch)
                     sums = np.asarray(_sums(program.model, variables, placed))
                     for row, values in zip(rows, sums, strict=True):
                         found[row] = values[: len(row)]

@@ -53,8 +53,7 @@ def make_ask(config: ConfigDict, program: Program, frozen: Tree) -> Ask:
             return {}
         parts = []
         for rows in np.split(np.arange(len(arrays["tokens"])), config.accumulate):
-            batch = {name: arrays[name][rows] for name in packing.BATCH}
-            placed = {name: sharding.place(program.mesh, ("batch", "length"), its) for name, its in batch.items()}
+            placed = sharding.placed(program.mesh, {name: arrays[name][rows] for name in packing.BATCH})
             parts.append(jax.device_get(compiled(state.trainable, frozen, placed)))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

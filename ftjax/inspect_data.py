@@ -58,7 +58,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
     configs.validate(config)
     config = choices.by_devices(config, "cpu")
     base = assemble.open_base(config.model, config.data, weights=False)
-    spec = assemble.data_spec(config, base.model.spec)
+    spec = assemble.data_spec(config, base.model.spec, images=base.images)
     speed = speed_of(options["tokens_per_second"], options["workdir"])
     train = training_rows(configs.sources(config, "train"), spec)
     entries, by_loss = split_entries(config)
@@ -69,7 +69,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
     asked, examples = config, examples_in_epoch(result)
     if len(result.cut):
         config = choices.by_data(config, base.model.spec, mesh, result.cut, examples)
-        spec = assemble.data_spec(config, base.model.spec)
+        spec = assemble.data_spec(config, base.model.spec, images=base.images)
     epoch = epoch_of(result, spec, config.steps, config.epochs)
     few = choices.few_updates(config, asked, base.model.spec, mesh, epoch.rows, examples, epoch.steps)
     warnings = Findings()
@@ -104,7 +104,7 @@ def _inspect_ptx(
     config: ConfigDict, base: Base, heldout: Sequence[Rows], steps: int, options: dict, out: Console, result: Survey
 ) -> dict:
     """Shows the rows of data.ptx as those of data.train; returns their report. Adds what is found to `result`."""
-    spec = ptx_spec(config, assemble.data_spec(config, base.model.spec))
+    spec = ptx_spec(config, assemble.data_spec(config, base.model.spec, images=base.images))
     rows = training_rows(configs.sources(config, "ptx"), spec)
     found = _surveyed(rows, heldout, base, spec, options["max_rows"], out)
     epoch = epoch_of(found, spec, steps, 0.0)

@@ -38,6 +38,14 @@ def adaptable(paths: Iterable[str]) -> list[str]:
     return sorted(path for path in kernels if "/router/" not in path or "/experts/" in path)
 
 
+def quantizable(paths: Iterable[str]) -> list[str]:
+    """The kernels that a quantized base has packed: those of linear layers and experts, but for the output head.
+
+    Not AltUp's, of a few numbers each, nor the projections outside the layers, nor a vision tower.
+    """
+    return [path for path in adaptable(paths) if path.startswith("layers/") and "/altup/" not in path]
+
+
 def find_targets(targets: str | Sequence[str], kernels: Sequence[str]) -> list[str]:
     """The paths to adapt, of `kernels` (see `adaptable`).
 

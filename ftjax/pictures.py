@@ -7,7 +7,7 @@ from ftjax import sharding
 from ftjax.data.batch.patches import PATCHES, ROPE
 from ftjax.data.images.rules import ImageRules, rules_of
 from ftjax.errors import UserError
-from ftjax.models.spec import Vision
+from ftjax.models.spec import DecoderSpec
 from ftjax.weights.hf.files import read_json
 from ftjax.weights.source import Reader
 
@@ -30,23 +30,21 @@ def rules(reader: Reader, max_pixels: int = 0) -> ImageRules:
     return rules_of(reader.config["model_type"], reader.config, read_json(file), max_pixels)
 
 
-def abstract(vision: Vision, mesh: Mesh, shape: tuple[int, int, int], tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of images in a batch whose others have this shape, [accumulate, rows, length].
-
-    tokens: of images in each row.
-    """
-    count, inner = tokens * vision.merge**2, {"patches": (3 * vision.patch**2,), "patch_places": (2,)}
-    shapes = {name: (*shape[:2], count, *inner.get(name, ())) for name in PATCHES}
-    dtypes = PATCHES | (ROPE if vision.mrope else {})
-    shapes |= {"rope_positions": (*shape, 3)} if vision.mrope else {}
+def abstract(spec: DecoderSpec, mesh: Mesh, shape: tuple[int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of images in a batch whose others have this shape, [accumulate, rows, length]: rows full of images."""
+    vision, dtypes = spec.vision, dict(PATCHES)
+    count = shape[-1] * vision.merge**2
+    if vision.tokens is not None:
+        count = shape[-1] // vision.tokens * vision.tokens * vision.merge**2
+    shapes = {"patches": (count, 3 * vision.patch**2), "patch_places": (count, 2), "patch_images": (count,)}
+    if any(rope.sections for rope in spec.ropes):
+        dtypes |= ROPE
+        shapes["rope_positions"] = (shape[-1], 3)
     return {
-        name: jax.ShapeDtypeStruct(its, dtypes[name], sharding=sharding.named(mesh, axes(name, len(its)), its))
-        for name, its in shapes.items()
+        name: jax.ShapeDtypeStruct(
+            whole := (*shape[:2], *inner),
+            dtypes[name],
+            sharding=sharding.named(mesh, (None, *sharding.batch_axes(name)), whole),
+        )
+        for name, inner in shapes.items()
     }
-
-
-def axes(name: str, rank: int) -> tuple[str | None, ...]:
-    """The logical axes of an array of a batch, with or without micro-batches in front."""
-    rows = rank - (3 if name in ("patches", "patch_places", "rope_positions") else 2)
-    along = None if name in PATCHES else "length"
-    return (*[None] * rows, "batch", along, *[None] * (rank - rows - 2))

@@ -36,6 +36,15 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+# Of the arrays of a batch those that do not lie as tokens do, [batch, length].
+_ARRAYS: dict[str, tuple[str | None, ...]] = {
+    "patches": ("batch", None, None),
+    "patch_places": ("batch", None, None),
+    "patch_images": ("batch", None),
+    "rope_positions": ("batch", "length", None),
+}
+
+
 def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices. `sizes` are of `MESH_AXES`, 1 by default; at most one is -1, for what is left.
 
@@ -92,6 +101,11 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: M
     return PartitionSpec(*entries)
 
 
+def batch_axes(name: str) -> tuple[str | None, ...]:
+    """The logical axes of an array of a batch."""
+    return _ARRAYS.get(name, ("batch", "length"))
+
+
 def undivided(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> list[str]:
     """The logical axes that `partition_spec` leaves whole, as "vocab (49153 over 2)"."""
     wanted = [(axis, size, math.prod(mesh.shape[name] for name in _rule(axis))) for axis, size in zip(axes, shape)]
@@ -141,6 +155,11 @@ def place(mesh: Mesh, axes: tuple[str | None, ...], array: np.ndarray) -> jax.Ar
     """A host array that every process holds -> a global array; each device copies only its own part."""
     sharding = named(mesh, axes, array.shape)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def placed(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The arrays of a batch, [rows, ...], each as `place` has it."""
+    return {name: place(mesh, batch_axes(name), array) for name, array in batch.items()}
 
 
 def local_rows(mesh: Mesh, rows: int, accumulate: int = 1) -> list[int] | None:

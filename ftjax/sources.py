@@ -48,7 +48,7 @@ def ptx_loader(config: ConfigDict, base: Base, mesh: Mesh, counter: pipeline.Cou
     """The loader of the rows of data.ptx; None where there are none."""
     if not config.data.ptx:
         return None
-    spec = ptx_spec(config, assemble.data_spec(config, base.model.spec, mesh))
+    spec = ptx_spec(config, assemble.data_spec(config, base.model.spec, mesh, base.images))
     return pipeline.load(configs.sources(config, "ptx"), base.tokenizer, spec, counter)[0]
 
 

@@ -294,10 +294,11 @@ def _load_data(
     report on the former. room: bytes of a device's memory.
     """
     model, train, (_, heldout) = base.model, configs.sources(config, "train"), split_entries(config)
-    examples = pipeline.read(train, base.tokenizer, assemble.data_spec(config, model.spec, mesh), display.counter)
+    spec = assemble.data_spec(config, model.spec, mesh, base.images)
+    examples = pipeline.read(train, base.tokenizer, spec, display.counter)
     config = choices.by_data(choices.by_model(config, model.spec), model.spec, mesh, examples.lengths, examples.count)
     config = choices.by_memory(config, model, mesh, room, teacher and teacher.model)
-    spec = assemble.data_spec(config, model.spec, mesh)
+    spec = assemble.data_spec(config, model.spec, mesh, base.images)
     loader = pipeline.training_loader(examples, spec)
     spec = dataclasses.replace(spec, batch_size=spec.batch_size // config.accumulate)
     return config, loader, pipeline.load_heldout(heldout, train, base.tokenizer, spec, display.counter), examples.report

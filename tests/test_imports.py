@@ -30,7 +30,7 @@ FLOORS = [
     {"data.batch"},
     {"data.audit"},
     {"data"},
-    {"environments", "origin"},
+    {"environments", "origin", "pictures"},
     {"objectives", "sampling"},
     {"returns", "training"},
     {"method"},

@@ -120,7 +120,7 @@ class Evaluator:
         total = None
         for batch in self._loader.eval_batches(sharding.local_rows(self._mesh, self._loader.batch_size)):
             self._preemption.check()
-            placed = {name: sharding.place(self._mesh, ("batch", "length"), array) for name, array in batch.items()}
+            placed = sharding.placed(self._mesh, batch)
             found = measure(placed)
             total = found if total is None else add(total, found)
         return total

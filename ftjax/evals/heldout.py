@@ -69,7 +69,7 @@ def held_out(config: ConfigDict, base: Base, limit: int, display: Display) -> li
     if method_of(config).rows != "conversation":
         display.say("rows without a score are left out: here they are preferences, whose loss is no measure of answers")
         return sets
-    spec = assemble.data_spec(config, base.model.spec)
+    spec = assemble.data_spec(config, base.model.spec, images=base.images)
     loader = pipeline.load_heldout(entries, train, base.tokenizer, spec, display.counter)
     used = _sample(len(loader.examples), limit)
     rows = [loader.examples.row(int(i)) for i in used]

@@ -129,7 +129,7 @@ def placed(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array | np.ndarray]:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return arrays
-    return {name: sharding.place(mesh, ("batch", "length"), array) for name, array in arrays.items()}
+    return sharding.placed(mesh, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)

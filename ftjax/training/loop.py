@@ -168,7 +168,7 @@ class _InFlight(NamedTuple):
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulate: int) -> dict[str, jax.Array]:
     """Host arrays [batch, length] -> global [accumulate, batch / accumulate, length], rows split over the mesh."""
     return {
-        name: sharding.place(mesh, (None, "batch", "length"), array.reshape(accumulate, -1, *array.shape[1:]))
+        name: sharding.place(mesh, (None, *sharding.batch_axes(name)), array.reshape(accumulate, -1, *array.shape[1:]))
         for name, array in batch.items()
     }
 
