@@ -4,19 +4,27 @@ Logits and gradients to 1e-4, the tower's among them. The weights go through fil
 """
 
 import copy
+import functools
+import math
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from support.tiny import one_device
+from support.tiny import CONFIG as TINY
+from support.tiny import logits, one_device
 from support.vision import CONFIGS, IMAGE, pictured, pictured_batch, torch_gradients, torch_logits, torch_model
 
 from ftjax import tree
+from ftjax.errors import UserError
+from ftjax.models.cache import init_cache
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
-from ftjax.models.params import abstract_params
-from ftjax.models.vision import images_of
+from ftjax.models.kernels import choose
+from ftjax.models.params import abstract_params, shapes
+from ftjax.models.vision import Images, images_of
 from ftjax.objectives.sft import make_sft
 from ftjax.weights.load import load_params
 from ftjax.weights.source import open_source
@@ -126,3 +134,165 @@ def test_the_comparison_can_fail(case):
         other, _ = case.run(wrong)
         after = np.flatnonzero(doc.tokens == IMAGE).max()
         assert np.abs(other[0, after + 1 : len(doc.tokens)] - right[0, after + 1 : len(doc.tokens)]).max() > 0.05
+
+
+def test_decoding_goes_on_after_a_prompt_with_images(case, record_figure):
+    """By a cache, and with M-RoPE by positions that images have moved; the prompt in one part."""
+    doc, new = case.doc([5, 3, 9], 1), 3
+    theirs, length = torch_logits(case.torch, case.vision, doc), len(doc.tokens) - new
+    batch = {name: array[:1] for name, array in case.batch([[doc]]).items()}
+    tokens, positions, segment_ids = (batch[name][:, :length] for name in INPUTS)
+    images = images_of(batch)
+    if images.rope_positions is not None:
+        images = images._replace(rope_positions=images.rope_positions[:, :length])
+    cache = init_cache(case.decoder.spec, 1, LENGTH, jnp.float32)
+
+    @jax.jit
+    def forward(cache, tokens, positions, segment_ids, images):
+        hidden, cache = case.decoder.apply({"params": case.params}, tokens, positions, segment_ids, cache, images)
+        return case.decoder.apply({"params": case.params}, hidden, method=case.decoder.unembed)[0], cache
+
+    logits, cache = forward(cache, tokens, positions, segment_ids, images)
+    differences = [np.abs(logits - theirs[:length]).max()]
+    reach = np.array([LENGTH], np.int32)
+    hidden, (keys, _, _) = case.decoder.apply(
+        {"params": case.params}, tokens, positions, segment_ids, reach, images, method="prefill"
+    )
+    again = case.decoder.apply({"params": case.params}, hidden, method=case.decoder.unembed)[0]
+    differences += [np.abs(again - logits).max(), np.abs(keys - cache.keys[:, :, :, :length]).max()]
+    for place in range(length, len(doc.tokens)):
+        at = np.array([[place]], np.int32)
+        images = None
+        if case.vision.rope_theta is not None:
+            moved = batch["rope_positions"][:, length - 1, :1] - (length - 1)  # the same for all that follows
+            images = Images(None, None, None, np.repeat(at[..., None] + moved, 3, axis=-1))
+        logits, cache = forward(cache, doc.tokens[None, place : place + 1], at, np.ones_like(at), images)
+        differences.append(np.abs(logits[0] - theirs[place]).max())
+    record_figure("logits", max(differences))
+    assert max(differences) < 1e-4
+
+
+def test_remade_activations_change_nothing(case):
+    doc = case.doc([5, 3, 9], 2)
+    batch = case.batch([[doc]])
+    _, expected = case.run(batch)
+    objective = make_sft(case.decoder.clone(remat="full"))
+    found = jax.jit(jax.grad(lambda params: objective({"params": params}, batch, jax.random.key(0)).sum))(case.params)
+    for path, leaf in tree.flatten(jax.device_get(found)).items():
+        np.testing.assert_allclose(leaf, tree.flatten(expected)[path], rtol=0, atol=1e-5, err_msg=path)
+
+
+def test_text_alone_is_read_as_by_the_language_model(case):
+    """With the tower or without it, and without arrays of images in the batch."""
+    batch = case.batch([[case.doc([20], 1)], [case.doc([8], 2), case.doc([6], 3)]])
+    with_arrays, _ = case.run(batch)
+    text = {name: batch[name] for name in INPUTS}
+    reader = open_source(case.path / "model")
+    alone = Decoder(spec_from_config(reader.config))
+    assert alone.spec.vision is None
+    assert not any(path.startswith("vision") for path in shapes(alone))
+    params = load_params(reader, alone.spec, abstract_params(alone, one_device()))
+    for decoder, its in ((case.decoder, case.params), (alone, params)):
+        found = logits(decoder, {"params": its}, text)
+        np.testing.assert_allclose(found, with_arrays, rtol=0, atol=1e-5)
+
+
+def test_a_model_without_a_tower_here_is_refused():
+    with pytest.raises(UserError, match=r"'llama'.*only of gemma3, qwen2_5_vl"):
+        spec_from_config(TINY, vision=True)
+
+
+def test_kernels_without_two_ways_are_refused(case):
+    model = case.decoder.clone(attention="cudnn")
+    chosen = functools.partial(choose, "cudnn", model.spec, jnp.bfloat16, 64, one_device())
+    if not case.vision.two_way:
+        assert chosen().name == "xla"  # on the devices of tests
+        return
+    with pytest.raises(UserError, match=r"attention='cudnn'.*both ways in a gemma3 model"):
+        chosen()
+
+
+RELEASED = {
+    "gemma-3-4b": {
+        "model_type": "gemma3",
+        "mm_tokens_per_image": 256,
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "vision_config": {
+            "hidden_size": 1152,
+            "image_size": 896,
+            "intermediate_size": 4304,
+            "model_type": "siglip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    },
+    "Qwen2.5-VL-7B": {
+        "model_type": "qwen2_5_vl",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 128000,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {
+            "depth": 32,
+            "hidden_act": "silu",
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "in_chans": 3,
+            "out_hidden_size": 3584,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "temporal_patch_size": 2,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "count"), [("gemma-3-4b", 4_300_079_472), ("Qwen2.5-VL-7B", 8_292_166_656)])
+def test_released_models_have_the_parameters_that_their_owners_count(name, count):
+    """As their pages say; and as configs are published, with the text's fields in one object or at the top."""
+    spec = spec_from_config(RELEASED[name], vision=True)
+    assert sum(map(math.prod, shapes(Decoder(spec)).values())) == count
+    assert spec.vision.merge * spec.vision.patch == {"gemma-3-4b": 56, "Qwen2.5-VL-7B": 28}[name]
+
+
+@pytest.mark.parametrize(
+    ("model", "part", "changes", "message"),
+    [
+        ("gemma3", "vision_config", {"vision_use_head": True}, "vision_use_head=True"),
+        ("gemma3", "vision_config", {"num_channels": 4}, "num_channels=4"),
+        ("gemma3", "vision_config", {"num_attention_heads": 5}, "not a multiple of its 5 heads"),
+        ("gemma3", None, {"mm_tokens_per_image": 8}, "mm_tokens_per_image=8"),
+        ("gemma3", None, {"image_token_index": "x"}, "image_token_index='x' is not the id"),
+        ("gemma3", None, {"vision_config": None}, "lacks 'vision_config'"),
+        ("qwen2_5_vl", "vision_config", {"window_size": 2}, "window_size=2"),
+        ("qwen2_5_vl", "vision_config", {"fullatt_block_indexes": 3}, "fullatt_block_indexes=3"),
+        ("qwen2_5_vl", "vision_config", {"in_chans": 1}, "in_chans=1"),
+        ("qwen2_5_vl", "vision_config", {"num_heads": 4}, "no multiple of 4"),
+        ("qwen2_5_vl", "text_config", {"rope_parameters": {"mrope_section": [1, 2]}}, "three numbers"),
+        ("qwen2_5_vl", "text_config", {"rope_parameters": {"mrope_section": [1, 2, 2]}}, "heads of 8"),
+    ],
+)
+def test_towers_that_are_not_ported_are_refused_by_name(model, part, changes, message):
+    config = copy.deepcopy(CONFIGS[model])
+    (config if part is None else config[part]).update(changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        spec_from_config(config, vision=True)
