@@ -47,7 +47,7 @@ def identity(reference: str) -> str:
 
 
 def size(reference: str, where: str) -> Size:
-    """The size of an image; reads no more than its header, of a PNG file all.
+    """The size of an image; reads no more than its header, of PNG and TIFF files all.
 
     Args:
       where: row and message, for messages.
@@ -56,7 +56,9 @@ def size(reference: str, where: str) -> Size:
       UserError: the file is missing or too large, or is no image.
     """
     with _opened(reference, where) as (image, length):
-        width, height = (int(side) for side in image.size)
+        if image.format == "TIFF":  # turned when it is decoded, and its size at once or then, by Pillow's version
+            image.load()
+        width, height = image.size
         if _orientation(image) in _TURNED:
             width, height = height, width
     return Size(width, height, length)
