@@ -18,7 +18,7 @@ from ftjax.method import method_of, samples
 from ftjax.planning import compiled, flops, hlo, traffic
 from ftjax.planning.roofline import Roofline, roofline
 from ftjax.planning.topology import Topology
-from ftjax.sampling import engine, slots
+from ftjax.sampling import engine, sizes, slots
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def plan(config: ConfigDict, program: Program, topology: Topology) -> Writing | 
     prompts = config.data.batch_size // samples(config)
     each = config.rollouts.samples if "samples" in method.rollout_settings else 1
     completions, longest = prompts * each, config.data.max_length
-    rows = engine.rounded(min(config.rollouts.batch_size, completions), mesh)
-    prompt, capacity = longest - new, engine.capacity(longest, model)
+    rows = sizes.rounded(min(config.rollouts.batch_size, completions), mesh)
+    prompt, capacity = longest - new, sizes.capacity(longest, model)
     there = slots.abstract(model, rows, capacity, engine.STOPS, 0, mesh)
     growing = sum(map(bytes_on_device, jax.tree.leaves((there.cache.keys, there.cache.values))))
     cache = growing + sum(map(bytes_on_device, jax.tree.leaves(there.cache.states)))
@@ -115,10 +115,10 @@ def plan(config: ConfigDict, program: Program, topology: Topology) -> Writing | 
         return Writing(**known, temporaries=None, lacking=lacking, token=None)
     module = hlo.parse(text)  # the loop over tokens ends when rows do: its body counts once, as one token
     # Slots grow with their rows: a program of fewer places wrote the first tokens.
-    read = sum(engine.capacity(prompt + i, model) for i in range(1, new + 1)) / new / capacity
+    read = sum(sizes.capacity(prompt + i, model) for i in range(1, new + 1)) / new / capacity
     moved = traffic.memory_bytes(module) - growing * (1 - read)
     token = roofline(topology, traffic.matrix_flops(module), moved, list(traffic.collectives(module, mesh)))
-    grows = engine.capacity(prompt, model) < capacity
+    grows = sizes.capacity(prompt, model) < capacity
     temporaries = max(analysis.temp_size_in_bytes, growing / 2 if grows else 0)
     lacking = training + cache + temporaries - topology.chip.usable
     return Writing(**known, temporaries=temporaries, lacking=lacking, token=token)

@@ -6,7 +6,6 @@ row's text from there on. How a row is sampled, when it ends and its adapter (ad
 which is what is compiled. Ends by text (stop_strings.py) are the host's to see.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -21,20 +20,19 @@ from ftjax.models.cache import carries_state
 from ftjax.models.decoder import Decoder
 from ftjax.models.kernels import choose as choose_kernel
 from ftjax.models.spec import DecoderSpec
+from ftjax.models.vision import Images
 from ftjax.sampling import adapters as stacked
 from ftjax.sampling import slots as compiled
+from ftjax.sampling.pictured import placed, together
 from ftjax.sampling.request import LIKELIEST, Completion, Left, Request, Row, allowed_next
 from ftjax.sampling.sampler import Sampling
+from ftjax.sampling.sizes import LENGTHS, STOPS, capacity, coarse, most_stops, padded, rounded
 from ftjax.sampling.slots import Entering, Prompts, Read
 from ftjax.sampling.stop_strings import StopsAt
 from ftjax.tree import Tree
 
 DISPATCH = 32  # tokens of a row that are chosen before the host looks
-STOPS = 8  # stop tokens that rows have room for, so that calls with others compile nothing
 LOOKED_AT = 8  # the same where the host ends rows: those that it ends have been given up to so many in vain
-CAPACITY = 128  # tokens of a slot at first; doubled when a row needs more
-LENGTHS = 32  # the shortest length that prompts are padded to; the others are its doubles
-FEW = 2**8  # tokens, with padding, that are read so fast that only compiling counts
 TOKENS = 2**13  # of prompts that are read together, with padding, unless a single one is longer
 PART = 512  # tokens of a long prompt that are read at a time, where attention holds dense scores
 REUSED = 64  # tokens that a slot must have of a prompt to be gone on from, where prompts are else read together
@@ -182,7 +180,8 @@ class Engine:
     def _free(self, slot: int) -> None:
         """Takes the row out of its slot, where what it leaves may be gone on from."""
         row, self._rows[slot] = self._rows[slot], None
-        if self._reuse and not (self._carries and row.at_text):
+        # What stands in the places of images is not what their tokens say.
+        if self._reuse and not (self._carries and row.at_text) and row.request.images is None:
             tokens = np.array([*row.request.prompt, *row.tokens][:-1], np.int32)
             self._left[slot] = Left(tokens, row.request.row_adapter, self._long(row), row.index, self._carries)
 
@@ -193,7 +192,7 @@ class Engine:
             row = self._waiting[0]
             if taken and _key(row, spec) not in unique:
                 rows = self._rows_read(len(unique) + 1)
-                tokens = rows * _padded(max(length, len(row.request.prompt)), rows, self._model)
+                tokens = rows * padded(max(length, len(row.request.prompt)), rows, self._model)
                 if self._begun(row) or self._begun(taken[0]) or tokens > TOKENS:
                     break
             taken.append(self._waiting.popleft())
@@ -203,10 +202,12 @@ class Engine:
 
     def _rows_read(self, prompts: int) -> int:
         """How many so many are read as, of which the rest is padding."""
-        return _coarse(prompts, len(self._rows))
+        return coarse(prompts, len(self._rows))
 
     def _begun(self, row: Row) -> "_Begun | None":
         """Where the prompt of a row is read in parts, on from what there is of it; None where it is read whole."""
+        if row.request.images is not None:
+            return None
         best = _Begun(0, 0)
         for slot, left in enumerate(self._left):
             if left is None or left.adapter != row.request.row_adapter or left.long != self._long(row):
@@ -227,7 +228,7 @@ class Engine:
         length = len(row.request.prompt)
         if length <= 2 * PART:
             return False
-        width = _padded(length, 1, self._model)
+        width = padded(length, 1, self._model)
         model, mesh = self._model, jax.sharding.get_abstract_mesh()
         return choose_kernel(model.attention, model.spec, model.dtype, width, mesh).name == "xla"
 
@@ -239,7 +240,7 @@ class Engine:
         spec = self._model.spec
         unique = {_key(row, spec): row for row in taken}
         numbers = {key: number for number, key in enumerate(unique)}
-        size = _coarse(len(taken), len(self._rows))
+        size = coarse(len(taken), len(self._rows))
 
         def column(values: Sequence[int], rest: int) -> np.ndarray:
             return np.array([*values, *[rest] * (size - len(taken))], np.int32)
@@ -260,15 +261,17 @@ class Engine:
     def _read(self, rows: list[Row]) -> Read:
         prompts = [row.request.prompt for row in rows]
         count = self._rows_read(len(rows))
-        width = _padded(max(map(len, prompts)), count, self._model)
+        width = padded(max(map(len, prompts)), count, self._model)
         tokens, adapters = np.zeros((count, width), np.int32), np.full(count, -1, np.int32)
         lengths, reach = np.ones(count, np.int32), np.ones(count, np.int32)
         for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
             tokens[i, : len(prompt)], lengths[i], reach[i] = prompt, len(prompt), _reach(row)
             adapters[i] = row.request.row_adapter
+        images = together([row.request.images for row in rows], count, width)
         if not self._mesh.empty:
             tokens = sharding.place(self._mesh, ("batch", "length"), tokens)
-        return compiled.read(self._model, self._variables, Prompts(tokens, lengths, reach, adapters))
+            images = images and placed(self._mesh, images)
+        return compiled.read(self._model, self._variables, Prompts(tokens, lengths, reach, adapters, images))
 
     def _read_in_parts(self, row: Row, begun: "_Begun") -> Read:
         """Parts of two lengths, since each is compiled. The last token of a prompt is read when the next is chosen."""
@@ -336,6 +339,7 @@ def generate(
     stops_at: StopsAt | None = None,
     numbers: Sequence[int] | None = None,
     between: Callable[[], None] | None = None,
+    images: Sequence[Images | None] | None = None,
 ) -> list[Completion]:
     """Completes every prompt; returns the completions in the order of the prompts.
 
@@ -346,6 +350,7 @@ def generate(
     prompts: int32 [length] each, length >= 1. max_new_tokens: of every row, or of each.
     stop_tokens: any of these token ids ends a row. stops_at: see Request.
     numbers: those of the rows, where they are not first, first + 1, ...
+    images: those of each prompt, see Request; None: there are none.
     batch_size: the most rows at once; on a mesh, rounded up to a multiple of the devices that share a batch.
     on_progress: called with (completed prompts, all prompts) whenever some have been completed. between: called after
     every dispatch of at most DISPATCH tokens of a row, equally often in every process; what it raises ends all.
@@ -357,15 +362,16 @@ def generate(
         raise UserError(f"batch_size={batch_size}: use 1 or more")
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     numbers = range(first, first + len(prompts)) if numbers is None else numbers
+    pictured = [None] * len(prompts) if images is None else images
     requests = [
-        Request(prompt, limit, sampling, stop_tokens, number, stops_at=stops_at)
-        for prompt, limit, number in zip(prompts, limits, numbers, strict=True)
+        Request(prompt, limit, sampling, stop_tokens, number, stops_at=stops_at, images=its)
+        for prompt, limit, number, its in zip(prompts, limits, numbers, pictured, strict=True)
     ]
     for number, request in enumerate(requests):
         request.check(model, f"prompt {number}")
     if not prompts:
         return []
-    engine = Engine(model, variables, min(batch_size, len(prompts)), _most(stop_tokens))
+    engine = Engine(model, variables, min(batch_size, len(prompts)), most_stops(stop_tokens))
     # Prompts of similar length are read together, which saves computing padding.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     for number in order:
@@ -389,13 +395,14 @@ def stream(
     stop_tokens: Sequence[int],
     sampling: Sampling,
     stops_at: StopsAt | None = None,
+    images: Images | None = None,
 ) -> Iterator[int]:
     """The tokens of `generate(..., [prompt], ...)` one by one, as soon as each is known, without the stop token.
 
-    prompt: int32 [length]. Raises what `generate` raises, at the call and not at the first token.
+    prompt: int32 [length]; images: see Request. Raises what `generate` raises, at the call and not at the first token.
     """
-    request = Request(prompt, max_new_tokens, sampling, stop_tokens, stops_at=stops_at)
-    return stream_from(Engine(model, variables, 1, _most(stop_tokens)), request)
+    request = Request(prompt, max_new_tokens, sampling, stop_tokens, stops_at=stops_at, images=images)
+    return stream_from(Engine(model, variables, 1, most_stops(stop_tokens)), request)
 
 
 def stream_from(engine: Engine, request: Request) -> Iterator[int]:
@@ -416,7 +423,7 @@ def conversation(model: Decoder, variables: Tree, stop_tokens: Sequence[int]) ->
     """An engine for `stream_from`, turn after turn: each reads only what is new, and after the first nothing compiles
     until there are more than CHAT tokens, or PART come at once; from then on once for each doubling.
     """
-    return Engine(model, variables, 1, _most(stop_tokens), reuse=True, room=CHAT)
+    return Engine(model, variables, 1, most_stops(stop_tokens), reuse=True, room=CHAT)
 
 
 def rows_per_batch(prompts: int, batch_size: int) -> int:
@@ -433,57 +440,13 @@ def _beside(variables: Tree, slots: compiled.Slots) -> compiled.Slots:
     return jax.device_put(slots, sharding.replicated(where.mesh) if isinstance(where, NamedSharding) else where)
 
 
-def _key(row: Row, spec: DecoderSpec) -> tuple[bytes, int, int]:
+def _key(row: Row, spec: DecoderSpec) -> tuple[bytes, int, int, int]:
     """Rows of the same one leave the same in the cache. With LongRoPE that depends on how long a row may become."""
     is_long = any(rope.long_frequencies is not None for rope in spec.ropes)
     prompt = np.asarray(row.request.prompt, np.int32).tobytes()
-    return prompt, row.request.row_adapter, _reach(row) if is_long else 0
+    pictured = 0 if row.request.images is None else id(row.request.images)
+    return prompt, row.request.row_adapter, _reach(row) if is_long else 0, pictured
 
 
 def _reach(row: Row) -> int:
     return len(row.request.prompt) + row.request.max_new_tokens
-
-
-def capacity(length: int, model: Decoder) -> int:
-    """Tokens of a slot for rows of `length`: few sizes, since each is compiled."""
-    return _within(_doubled(CAPACITY, length), length, model)
-
-
-def _padded(length: int, rows: int, model: Decoder) -> int:
-    """The length that so many prompts are padded to, the longest of which has `length` tokens.
-
-    A double of LENGTHS where there are few tokens; for many, padding would cost more than compiling four times as many
-    lengths.
-    """
-    size = _doubled(LENGTHS, length)
-    if rows * size > FEW:
-        size = -(-length // (size // 8)) * (size // 8)
-    return _within(size, length, model)
-
-
-def _doubled(size: int, least: int) -> int:
-    """`size`, doubled until it is `least`."""
-    while size < least:
-        size *= 2
-    return size
-
-
-def _within(size: int, least: int, model: Decoder) -> int:
-    """`size`, or what there is where the model has fewer positions; never less than `least`."""
-    return max(min(size, model.spec.max_position_embeddings), least)
-
-
-def _coarse(count: int, most: int) -> int:
-    """A number of rows for `count` of them: few are compiled."""
-    return min(2 ** math.ceil(math.log2(count)), most)
-
-
-def _most(stop_tokens: Sequence[int]) -> int:
-    """Room for stop tokens: STOPS, doubled until they fit."""
-    return max(STOPS, 2 ** math.ceil(math.log2(max(len(stop_tokens), 1))))
-
-
-def rounded(rows: int, mesh: jax.sharding.Mesh) -> int:
-    """`rows`, or a few more: as many for each of the devices that share a batch."""
-    parts = 1 if mesh.empty else sharding.row_parts(mesh)
-    return math.ceil(rows / parts) * parts

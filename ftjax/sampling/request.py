@@ -8,6 +8,7 @@ import numpy as np
 
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
+from ftjax.models.vision import Images
 from ftjax.sampling.sampler import Sampling, Settings
 from ftjax.sampling.slots import Rows
 from ftjax.sampling.stop_strings import StopsAt
@@ -50,6 +51,7 @@ class Request:
     bias: what is added to the logits of tokens.
     adapter: which of the engine's adapters; None: none of them.
     likeliest: whether the likeliest tokens in the place of each are wanted.
+    images: of the prompt: NumPy arrays as vision.Images has them, of one row.
     allows: what the host allows next, see Allows; all rows beside such a one are then a token a dispatch, too.
     """
 
@@ -63,6 +65,7 @@ class Request:
     adapter: int | None = None
     allows: Allows | None = None
     likeliest: bool = False
+    images: Images | None = None
 
     def check(self, model: Decoder, name: str) -> None:
         """UserError for what the model cannot complete."""
@@ -89,7 +92,9 @@ class Request:
         biased, biases = np.array(list(self.bias), np.int32), np.array(list(self.bias.values()), np.float32)
         stops = np.array(list(self.stop_tokens), np.int32)
         settings = Settings.of([self.sampling])
-        first = self.sampling.seed, self.number, self.max_new_tokens, self.row_adapter
+        turned = None if self.images is None else self.images.rope_positions
+        shift = 0 if turned is None else int(turned.max()) + 1 - len(self.prompt)
+        first = self.sampling.seed, self.number, self.max_new_tokens, self.row_adapter, shift
         return Rows(*first, settings, stops, biased, biases)
 
     @property

@@ -17,6 +17,7 @@ import numpy as np
 from ftjax import sharding
 from ftjax.models.cache import Cache, State, init_cache
 from ftjax.models.decoder import Decoder
+from ftjax.models.vision import Images
 from ftjax.sampling import adapters
 from ftjax.sampling.sampler import Chosen, Settings, choose, row_keys, step_keys
 from ftjax.tree import Tree
@@ -33,6 +34,7 @@ class Rows(NamedTuple):
     numbers: jax.Array  # int32: with the seed and the place of a token, what its randomness follows from
     left: jax.Array  # int32: how many tokens may still be chosen
     adapters: jax.Array  # int32: which of the stack, see adapters.py; -1 for none
+    shifts: jax.Array  # int32: with M-RoPE how far a token that is written is turned beyond its position
     settings: Settings
     stops: jax.Array  # int32 [batch, S]: tokens that end the row; -1 for none
     biased: jax.Array  # int32 [batch, N]: tokens whose logits are changed; those of bias 0 do nothing
@@ -65,6 +67,7 @@ class Prompts(NamedTuple):
     lengths: jax.Array  # int32 [n], 1 at least
     reach: jax.Array  # int32 [n], see Cache
     adapters: jax.Array  # int32 [n], see Rows
+    images: Images | None = None  # of the prompts, if any has some
 
 
 class Read(NamedTuple):
@@ -81,7 +84,7 @@ def empty(model: Decoder, rows: int, capacity: int, stops: int, biases: int) -> 
     zeros = jnp.zeros(rows, jnp.int32)
     none = Rows(
         zeros.astype(jnp.uint32),
-        *(zeros, zeros, zeros - 1),
+        *(zeros, zeros, zeros - 1, zeros),
         Settings(*(jnp.zeros(rows, dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32))),
         jnp.full((rows, stops), -1, jnp.int32),
         *(jnp.zeros((rows, biases), dtype) for dtype in (jnp.int32, jnp.float32)),
@@ -110,7 +113,8 @@ def read(model: Decoder, variables: Tree, prompts: Prompts) -> Read:
     positions = jnp.broadcast_to(jnp.arange(length), (count, length))
     segment_ids = (positions < prompts.lengths[:, None] - 1).astype(jnp.int32)
     variables = adapters.of_rows(variables, prompts.adapters)
-    _, found = model.apply(variables, prompts.tokens, positions, segment_ids, prompts.reach, method="prefill")
+    given = prompts.tokens, positions, segment_ids, prompts.reach, prompts.images
+    _, found = model.apply(variables, *given, method="prefill")
     return Read(*found)
 
 
@@ -225,7 +229,7 @@ def decode(
         slots, step, made, there = carry
         was = slots.active
         inputs = (slots.tokens[:, None], slots.positions[:, None], was[:, None].astype(jnp.int32))
-        hidden, cache = model.apply(variables, *inputs, slots.cache)
+        hidden, cache = model.apply(variables, *inputs, slots.cache, _turned(model, slots))
         chosen, left, active = _choose(model, variables, hidden[:, 0], slots.rows, slots.counts, allowed, likeliest)
         one_more = was.astype(jnp.int32)
         slots = slots.replace(
@@ -252,6 +256,14 @@ def grow(slots: Slots, capacity: int) -> Slots:
 
     keys, values = jax.tree.map(longer, (slots.cache.keys, slots.cache.values))
     return _lay_out(slots.replace(cache=slots.cache.replace(keys=keys, values=values)))
+
+
+def _turned(model: Decoder, slots: Slots) -> Images | None:
+    """Where the next tokens are in time and space, with M-RoPE."""
+    if not any(rope.sections for rope in model.spec.ropes):
+        return None
+    places = (slots.positions + slots.rows.shifts)[:, None, None]
+    return Images(None, None, None, jnp.broadcast_to(places, (len(places), 1, 3)))
 
 
 def _choose(
@@ -319,6 +331,7 @@ def rows_of(given: list[Rows], stops: int, biases: int, size: int) -> Rows:
         np.array(columns.numbers, np.int32),
         np.array(columns.left, np.int32),
         np.array(columns.adapters, np.int32),
+        np.array(columns.shifts, np.int32),
         Settings(*(np.concatenate(parts) for parts in zip(*columns.settings))),
         padded(columns.stops, stops, -1),
         padded(columns.biased, biases, 0),
