@@ -75,3 +75,11 @@ def test_a_preference_shows_both_answers_and_an_unpaired_row_its_label(make_toke
 def documents_of(row, tokenizer):
     (documents,) = ROW_KINDS[kind_of(row)].tokenize(row, tokenizer, None, "assistant")
     return documents
+
+
+def test_the_tokens_of_an_image_are_one_piece(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML)
+    image = tokenizer.convert_tokens_to_ids("<|start|>")
+    row_pieces = pieces([20, *[image] * 256, 21, image, image], np.zeros(260, bool), tokenizer)
+    assert [(piece.text, piece.tokens) for piece in row_pieces][1] == ("<|start|> × 256", 256)
+    assert [piece.tokens for piece in row_pieces] == [1, 256, 1, 1, 1]

@@ -33,11 +33,13 @@ def filled(fields: dict, origin: str) -> dict:
       UserError: with the origin; not as many places as images.
     """
     given = column(fields)
+    if given is None:
+        return fields
     name = next((name for name in _TURNS if isinstance(fields.get(name), list)), None)
     sides = [side for side in _SIDES if isinstance(fields.get(side), list)]
     turns = [fields[key] for key in ([name] if name else sides)]
     bare = any(_is_bare(part) for its in turns for part in _parts(its))
-    if given is None or not (bare or any(TAG in text for its in turns for text in _texts(its))):
+    if not bare and not any(TAG in text for its in turns for text in _texts(its)):
         return fields
     images = [reference(image, f"{origin}: images[{i}]") for i, image in enumerate(_listed(given))]
     out = {key: value for key, value in fields.items() if key not in COLUMNS}
