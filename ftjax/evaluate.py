@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from rich.table import Table
@@ -248,7 +249,9 @@ def _forgotten(
         display.say("what was forgotten is not measured: config.evaluate.general is empty ('general' is what ships)")
         return
     texts = general.read(entries, base.tokenizer, positions)
-    asked = [prompts.tokens(question.prompt, base.tokenizer) for held in sets for question in held.questions]
+    every = [question.prompt for held in sets for question in held.questions]
+    asked = [prompts.tokens(prompt, base.tokenizer, images=base.images) for prompt in every]
+    asked = [its for its in asked if isinstance(its, np.ndarray)]  # of text alone, as what is measured beside them
     of = [tuned.digest, abilities, [its.tolist() for its in asked], [[*map(int, text.item[1])] for text in texts]]
     if record.document.get(FORGETTING, {}).get("digest") == digest_of(of):
         return

@@ -41,6 +41,7 @@ from ftjax.evals import best
 from ftjax.method import check_generates
 from ftjax.sampling import stop_strings
 from ftjax.sampling.engine import Engine, conversation, stream, stream_from
+from ftjax.sampling.pictured import Pictured
 from ftjax.sampling.request import Request
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
@@ -130,7 +131,7 @@ def main(argv: list[str]) -> int:
 
     talks: dict[str, Engine] = {}  # of each adapter that a conversation was with: what it has read of that
 
-    def answer(prompt: np.ndarray) -> str:
+    def answer(prompt: np.ndarray | Pictured) -> str:
         stops_at, ends = stop_strings.stops_at(FLAGS.stop, base.tokenizer), base.end_tokens
         if FLAGS.chat:
             if in_use not in talks:
@@ -160,7 +161,7 @@ def main(argv: list[str]) -> int:
     if FLAGS.chat:
         _chat(base, system, answer, switch)
     elif not FLAGS.prompts:
-        answer(prompts.tokens(asked[0], base.tokenizer, FLAGS.system or "", FLAGS.raw))
+        answer(prompts.tokens(asked[0], base.tokenizer, FLAGS.system or "", FLAGS.raw, base.images))
     else:
         with Display(1) as display:
             ids = prompts.encode(asked, base, FLAGS.max_new_tokens, FLAGS.system or "", FLAGS.raw)

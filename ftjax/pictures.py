@@ -1,13 +1,20 @@
 """How a run's model takes images: from its files to the rules that rows are tokenized by, and the shapes in a batch."""
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from ftjax import sharding
-from ftjax.data.batch.patches import PATCHES, ROPE
+from ftjax.data.batch import patches
+from ftjax.data.batch.patches import PATCHES, ROPE, Seen
 from ftjax.data.images.rules import ImageRules, rules_of
+from ftjax.data.tokens import pictured
+from ftjax.data.tokens.chat import render_prompt
+from ftjax.data.tokens.rendering import Messages, Tokenizer, Tools
 from ftjax.errors import UserError
 from ftjax.models.spec import DecoderSpec
+from ftjax.models.vision import images_of
+from ftjax.sampling.pictured import Pictured
 from ftjax.weights.hf.files import read_json
 from ftjax.weights.source import Reader
 
@@ -48,3 +55,20 @@ def abstract(spec: DecoderSpec, mesh: Mesh, shape: tuple[int, int, int]) -> dict
         )
         for name, inner in shapes.items()
     }
+
+
+def prompt(
+    messages: Messages, tokenizer: Tokenizer, rules: ImageRules, tools: Tools, origin: str
+) -> np.ndarray | Pictured:
+    """What `chat.render_prompt` gives, of a conversation that may have images with these.
+
+    Raises:
+      UserError: what that raises; an image cannot be taken.
+    """
+    turns, its = pictured.prompt(messages, rules, origin)
+    tokens = render_prompt(turns, tokenizer, tools, origin)
+    if not its.references:
+        return tokens
+    pictured.check_tokens(tokens, its, rules, origin)
+    arrays = patches.lay([[Seen(tokens, its.references, origin)]], len(tokens), rules.room(sum(its.tokens)), rules)
+    return Pictured(tokens, images_of({name: array[0] for name, array in arrays.items()}))

@@ -10,16 +10,19 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
 
+from ftjax import pictures
 from ftjax.assemble import Base
 from ftjax.atomic import write_rows
 from ftjax.data.format.prompt import prompt_of
+from ftjax.data.images.rules import ImageRules
 from ftjax.data.read.sources import read_sources
 from ftjax.data.tokens.chat import render_prompt
+from ftjax.data.tokens.rendering import Tokenizer
 from ftjax.errors import UserError
 from ftjax.sampling import stop_strings
 from ftjax.sampling.engine import generate, rows_per_batch
+from ftjax.sampling.pictured import Pictured
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
 from ftjax.tree import Tree
@@ -80,12 +83,15 @@ def lines_of(path: Path, what: str) -> list[str]:
     return lines
 
 
-def tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerFast, system: str = "", raw: bool = False) -> np.ndarray:
-    """int32 [n]: what the model is given to go on from.
+def tokens(
+    prompt: Prompt, tokenizer: Tokenizer, system: str = "", raw: bool = False, images: ImageRules | None = None
+) -> np.ndarray | Pictured:
+    """int32 [n]: what the model is given to go on from; with the images, where there are some.
 
     Args:
       system: the system message of a conversation that has none.
       raw: the prompt's text as it is, without the chat template.
+      images: how the model takes images, if it does.
     """
     fields = prompt.fields
     if raw and "messages" in fields:
@@ -99,6 +105,8 @@ def tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerFast, system: str = "",
         turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
         if not any(turn["role"] in ("system", "developer") for turn in turns):
             turns = [{"role": "system", "content": system}, *turns]
+    if images is not None and not isinstance(turns, str):
+        return pictures.prompt(turns, tokenizer, images, fields.get("tools"), prompt.origin)
     return render_prompt(turns, tokenizer, fields.get("tools"), prompt.origin)
 
 
@@ -118,9 +126,9 @@ def encode(
     system: str = "",
     raw: bool = False,
     key: str = "--max_new_tokens",
-) -> list[np.ndarray]:
+) -> list[np.ndarray | Pictured]:
     """The `tokens` of every prompt; UserError for one that leaves no room for an answer. key: what limits answers."""
-    ids = [tokens(prompt, base.tokenizer, system, raw) for prompt in prompts]
+    ids = [tokens(prompt, base.tokenizer, system, raw, base.images) for prompt in prompts]
     positions = base.model.spec.max_position_embeddings
     for prompt, array in zip(prompts, ids, strict=True):
         if len(array) + max_new_tokens > positions:
@@ -134,7 +142,7 @@ def encode(
 def complete(
     base: Base,
     variables: Tree,
-    ids: Sequence[np.ndarray],
+    ids: Sequence[np.ndarray | Pictured],
     max_new_tokens: int,
     sampling: Sampling,
     batch_size: int,
@@ -169,7 +177,7 @@ def complete(
 
 
 def seconds_per_answer(
-    base: Base, variables: Tree, ids: Sequence[np.ndarray], max_new_tokens: int, batch_size: int
+    base: Base, variables: Tree, ids: Sequence[np.ndarray | Pictured], max_new_tokens: int, batch_size: int
 ) -> tuple[float, int]:
     """(seconds of a batch over its answers, how many these are): the greedy answers to the prompts of medium length.
 

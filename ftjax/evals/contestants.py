@@ -24,10 +24,14 @@ def with_shots(
     near: the nearest of each question, instead of the same ones for all.
     """
     chat = bool(base.tokenizer.chat_template)
-    longest = max(held.questions, key=lambda question: len(prompts.tokens(question.prompt, base.tokenizer)))
+
+    def length(prompt: prompts.Prompt) -> int:
+        return len(prompts.tokens(prompt, base.tokenizer, images=base.images))
+
+    longest = max(held.questions, key=lambda question: length(question.prompt))
 
     def fits(examples: Sequence[Question], question: Question) -> bool:
-        return len(prompts.tokens(shots.with_examples(question.prompt, examples, chat), base.tokenizer)) <= limit
+        return length(shots.with_examples(question.prompt, examples, chat)) <= limit
 
     if k == "fit" and not (k := _most(len(training), lambda count: fits(training[:count], longest))):
         display.say(f"{held.name}: not one example fits into {limit:,} tokens")

@@ -24,6 +24,7 @@ from ftjax.objectives.loss import TOTALS, Loss, means, merged
 from ftjax.objectives.reference import policy_and_reference
 from ftjax.prompts import tokens
 from ftjax.sampling.engine import generate
+from ftjax.sampling.pictured import Pictured
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
 from ftjax.training.metrics import read
@@ -53,13 +54,14 @@ class Evaluator:
     ):
         self._config, self._base, self._mesh, self._loader = config.evaluate, base, program.mesh, loader
         self._seed, self._sets = config.seed, scored.scored_sets(config)
-        self._prompts = [[tokens(q.prompt, base.tokenizer) for q in its.questions] for its in self._sets]
+        how = {"images": base.images}
+        self._prompts = [[tokens(q.prompt, base.tokenizer, **how) for q in its.questions] for its in self._sets]
         self._likely = likely_sets(config, base.tokenizer, base.model.spec.max_position_embeddings)
         self._eval_step, self._totals = make_eval_step(program.objective), program.totals
         self._samples = workdir / "samples.jsonl"
         self._preemption, self._display = preemption, display
         self._check_lengths()
-        asked = [prompt for prompts in self._prompts for prompt in prompts]
+        asked = [prompt for prompts in self._prompts for prompt in prompts if isinstance(prompt, np.ndarray)]
         asked += forgetting.prompts_of(loader)
         self._watch = forgetting.Watch(config, base, asked, lambda done, total: preemption.check())
 
@@ -137,7 +139,7 @@ class Evaluator:
         self._display.say(f"step {step}: {its.name} has {told} on {len(its.rows)} rows")
         return found
 
-    def _score(self, step: int, its: ScoredSet, prompts: list[np.ndarray], variables: Tree) -> list[dict]:
+    def _score(self, step: int, its: ScoredSet, prompts: list[np.ndarray | Pictured], variables: Tree) -> list[dict]:
         """A record of each answer: prompt, completion, expected, score; those of a question beside each other."""
         prompts, questions = (
             [one for one in of for _ in range(self._config.samples)] for of in (prompts, its.questions)

@@ -20,10 +20,9 @@ from ftjax.models.cache import carries_state
 from ftjax.models.decoder import Decoder
 from ftjax.models.kernels import choose as choose_kernel
 from ftjax.models.spec import DecoderSpec
-from ftjax.models.vision import Images
 from ftjax.sampling import adapters as stacked
 from ftjax.sampling import slots as compiled
-from ftjax.sampling.pictured import placed, together
+from ftjax.sampling.pictured import Pictured, placed, together
 from ftjax.sampling.request import LIKELIEST, Completion, Left, Request, Row, allowed_next
 from ftjax.sampling.sampler import Sampling
 from ftjax.sampling.sizes import LENGTHS, STOPS, capacity, coarse, most_stops, padded, rounded
@@ -329,7 +328,7 @@ class _Begun(NamedTuple):
 def generate(
     model: Decoder,
     variables: Tree,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[np.ndarray | Pictured],
     max_new_tokens: int | Sequence[int],
     stop_tokens: Sequence[int],
     sampling: Sampling,
@@ -339,7 +338,6 @@ def generate(
     stops_at: StopsAt | None = None,
     numbers: Sequence[int] | None = None,
     between: Callable[[], None] | None = None,
-    images: Sequence[Images | None] | None = None,
 ) -> list[Completion]:
     """Completes every prompt; returns the completions in the order of the prompts.
 
@@ -347,10 +345,9 @@ def generate(
     (sampling.seed, first + index of the prompt, number of tokens generated so far).
 
     variables: {"params": ..., "lora"?: ...}, on one device or sharded over the mesh of `jax.set_mesh`.
-    prompts: int32 [length] each, length >= 1. max_new_tokens: of every row, or of each.
+    prompts: as of Request. max_new_tokens: of every row, or of each.
     stop_tokens: any of these token ids ends a row. stops_at: see Request.
     numbers: those of the rows, where they are not first, first + 1, ...
-    images: those of each prompt, see Request; None: there are none.
     batch_size: the most rows at once; on a mesh, rounded up to a multiple of the devices that share a batch.
     on_progress: called with (completed prompts, all prompts) whenever some have been completed. between: called after
     every dispatch of at most DISPATCH tokens of a row, equally often in every process; what it raises ends all.
@@ -362,10 +359,9 @@ def generate(
         raise UserError(f"batch_size={batch_size}: use 1 or more")
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     numbers = range(first, first + len(prompts)) if numbers is None else numbers
-    pictured = [None] * len(prompts) if images is None else images
     requests = [
-        Request(prompt, limit, sampling, stop_tokens, number, stops_at=stops_at, images=its)
-        for prompt, limit, number, its in zip(prompts, limits, numbers, pictured, strict=True)
+        Request(prompt, limit, sampling, stop_tokens, number, stops_at=stops_at)
+        for prompt, limit, number in zip(prompts, limits, numbers, strict=True)
     ]
     for number, request in enumerate(requests):
         request.check(model, f"prompt {number}")
@@ -390,18 +386,17 @@ def generate(
 def stream(
     model: Decoder,
     variables: Tree,
-    prompt: np.ndarray,
+    prompt: np.ndarray | Pictured,
     max_new_tokens: int,
     stop_tokens: Sequence[int],
     sampling: Sampling,
     stops_at: StopsAt | None = None,
-    images: Images | None = None,
 ) -> Iterator[int]:
     """The tokens of `generate(..., [prompt], ...)` one by one, as soon as each is known, without the stop token.
 
-    prompt: int32 [length]; images: see Request. Raises what `generate` raises, at the call and not at the first token.
+    prompt: as of Request. Raises what `generate` raises, at the call and not at the first token.
     """
-    request = Request(prompt, max_new_tokens, sampling, stop_tokens, stops_at=stops_at, images=images)
+    request = Request(prompt, max_new_tokens, sampling, stop_tokens, stops_at=stops_at)
     return stream_from(Engine(model, variables, 1, most_stops(stop_tokens)), request)
 
 

@@ -1,6 +1,6 @@
-"""Images of prompts that are read together."""
+"""Prompts with images, and these of prompts that are read together."""
 
-import math
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,22 +10,33 @@ from ftjax import sharding
 from ftjax.models.vision import KEYS, Images
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pictured:
+    """A prompt with images.
+
+    tokens: int32 [length]. images: NumPy arrays as `Images` has them, of one row: of `length` tokens, and with room for
+    one of few numbers of patches, since each is compiled.
+    """
+
+    tokens: np.ndarray
+    images: Images
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
 def together(images: Sequence[Images | None], rows: int, length: int) -> Images | None:
     """Arrays of so many rows of `length` tokens; None where there are no images.
 
-    images: of the first of them, one row each. Rows have room for as many patches as the one with the most, doubled
-    from there to few sizes.
+    images: those of the first of them (`Pictured`).
     """
     given = [its for its in images if its is not None]
     if not given:
         return None
-    most = max(len(its.patches) for its in given)
-    least = min(len(its.patches) for its in given)
-    room = least * 2 ** math.ceil(math.log2(most / least))
-    arrays = {
-        name: np.zeros((rows, room, *getattr(given[0], name).shape[1:]), getattr(given[0], name).dtype)
-        for name in ("patches", "places", "images")
-    }
+    room, arrays = max(len(its.patches) for its in given), {}
+    for name in ("patches", "places", "images"):
+        like = getattr(given[0], name)
+        arrays[name] = np.zeros((rows, room, *like.shape[1:]), like.dtype)
     turned = None
     if given[0].rope_positions is not None:
         turned = np.broadcast_to(np.arange(length, dtype=np.int32)[:, None], (rows, length, 3)).copy()

@@ -9,6 +9,7 @@ import numpy as np
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.models.vision import Images
+from ftjax.sampling.pictured import Pictured
 from ftjax.sampling.sampler import Sampling, Settings
 from ftjax.sampling.slots import Rows
 from ftjax.sampling.stop_strings import StopsAt
@@ -44,18 +45,18 @@ class Completion:
 class Request:
     """A prompt, and how it is to be completed.
 
-    prompt: int32 [length], length >= 1.
+    prompt: int32 [length], length >= 1; or such a one with images, of which these are taken then.
     stop_tokens: any of these token ids ends it.
     stops_at: what else ends it, see stop_strings.stops_at.
     number: its randomness follows from (sampling.seed, number, number of tokens generated so far).
     bias: what is added to the logits of tokens.
     adapter: which of the engine's adapters; None: none of them.
     likeliest: whether the likeliest tokens in the place of each are wanted.
-    images: of the prompt: NumPy arrays as vision.Images has them, of one row.
+    images: see Pictured; None: there are none.
     allows: what the host allows next, see Allows; all rows beside such a one are then a token a dispatch, too.
     """
 
-    prompt: np.ndarray
+    prompt: np.ndarray | Pictured
     max_new_tokens: int
     sampling: Sampling = GREEDY
     stop_tokens: Sequence[int] = ()
@@ -66,6 +67,11 @@ class Request:
     allows: Allows | None = None
     likeliest: bool = False
     images: Images | None = None
+
+    def __post_init__(self):
+        if isinstance(self.prompt, Pictured):
+            object.__setattr__(self, "images", self.prompt.images)
+            object.__setattr__(self, "prompt", self.prompt.tokens)
 
     def check(self, model: Decoder, name: str) -> None:
         """UserError for what the model cannot complete."""

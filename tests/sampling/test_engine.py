@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
-from ftjax.sampling import engine
+from ftjax.sampling import engine, sizes
 from ftjax.sampling.engine import generate, stream
 from ftjax.sampling.sampler import Sampling
 from ftjax.tree import unflatten
@@ -242,7 +242,7 @@ def test_the_log_probabilities_are_those_of_a_forward_pass(torch_model, ours, pr
 
 
 def test_slots_grow_with_their_rows(ours, prompts, torch_model, monkeypatch):
-    monkeypatch.setattr(engine, "CAPACITY", 8)
+    monkeypatch.setattr(sizes, "CAPACITY", 8)
     capacities = []
     original = engine.compiled.grow
     monkeypatch.setattr(engine.compiled, "grow", lambda *args: capacities.append(args[1]) or original(*args))

@@ -24,7 +24,8 @@ _PREPARED = {
 _TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for part in m['content'] %}{{ 'IMAGE' if part['type'] == 'image' else part['text'] }}{% endfor %}"
-    "{% endif %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -50,7 +51,7 @@ def write_vision_model(path: Path, family: str) -> Path:
 
 
 def write_pictured_rows(path: Path, count: int, seed: int = 0) -> Path:
-    """Conversations whose answer is the color of an image, and nothing but the image says which; every third has two."""
+    """Conversations whose answers are colors, which only an image says; every third is of two."""
     rng, folder = np.random.default_rng(seed), path.with_suffix("")
     folder.mkdir()
     rows = []
