@@ -346,6 +346,7 @@ def _quantized(paths: Iterable[str]) -> list[str]:
 
 
 def _modules_to_save(names: Sequence[str], paths: Iterable[str]) -> set[str]:
+    paths = lora.of_language_model(paths)
     found = {name: [path for path in paths if path.split("/")[-2] == name] for name in names}
     if missing := [name for name, its in found.items() if not its]:
         known = ", ".join(sorted({path.split("/")[-2] for path in paths}))

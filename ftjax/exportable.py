@@ -47,6 +47,8 @@ def check_peft(config: ConfigDict, base: Base, variables: Tree, vllm_rank: int |
         )
         scales = {path: lora.scale(rank, alphas[path], config.adapter.rslora) for path, rank in ranks.items()}
         check_scales({path.rpartition("/")[0]: scale for path, scale in scales.items()}, base.model.spec)
+    if vllm_rank is not None and any(module.startswith("vision/") for module in modules):
+        raise UserError("--vllm: vLLM has no adapters of a vision tower; leave --vllm out, or merge it")
     if vllm_rank is not None and COLLECTION in variables:
         raise UserError("--vllm: vLLM has no adapters of reward models and classifiers; leave --vllm out, or merge it")
     if vllm_rank is not None:
@@ -63,6 +65,11 @@ def check_model(format: str, config: ConfigDict, base: Base, variables: Tree) ->
         raise UserError("this run has no adapter to merge (config.adapter.kind='none'); use --format hf")
     if format != "gguf":
         return {}
+    if base.model.spec.vision is not None:
+        raise UserError(
+            "this run's model has a vision tower (config.model.vision=True), for which its GGUF has no words; use "
+            "--format hf (or merged, or peft), and llama.cpp's converter"
+        )
     header = gguf_config(base, written_spec(base, variables))
     name, *_ = gguf_header(written_spec(base, variables), header)
     metadata = to_metadata(written_tokenizer(base), header)
@@ -95,7 +102,7 @@ def written_spec(base: Base, variables: Tree) -> DecoderSpec:
 
 def model_config(base: Base) -> dict[str, Any]:
     """The config.json of the merged model, with all tokens at which the run stops."""
-    return with_ends(base.reader.config, base.end_tokens)
+    return with_ends(base.reader.config, base.end_tokens, base.model.spec.vision is not None)
 
 
 def gguf_config(base: Base, spec: DecoderSpec) -> dict[str, Any]:
@@ -151,5 +158,10 @@ def _check_heads(config: ConfigDict, base: Base, variables: Tree, format: str) -
         raise UserError(
             "this run has a head of numbers (heads/score), for which a GGUF has no words; use --format hf (or merged, "
             "or peft), or the run itself (--workdir)"
+        )
+    if base.model.spec.vision is not None:
+        raise UserError(
+            "this run has a head of numbers (heads/score) on a model with a vision tower (config.model.vision=True), "
+            f"which --format {format} cannot hold, nor can any other format; use the run itself (--workdir)"
         )
     architecture(base.model.spec.family, _kind(config))

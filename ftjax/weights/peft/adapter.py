@@ -51,13 +51,13 @@ class BaseFacts(NamedTuple):
 
 
 def base_digest(reader: Reader, spec: DecoderSpec) -> str:
-    """sha256 of the middle of every tensor of a model (of one expert in a layer), as float32.
+    """sha256 of the middle of every tensor of a language model (of one expert in a layer), as float32.
 
     A few kilobytes of each are read, enough to tell any two trainings apart. The same model in another precision has
     another digest.
     """
     sha256, stored = hashlib.sha256(), stored_names(reader)
-    for key in hf_names(spec).values():
+    for key in hf_names(dataclasses.replace(spec, vision=None)).values():
         for place in key.places():
             name = key.name(place)
             if any(place[1:]) or name not in stored:  # loading the weights reports missing tensors

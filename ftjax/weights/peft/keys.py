@@ -49,7 +49,7 @@ def tensor_name(key: Key, multimodal: bool) -> str:
     if key.template.startswith("backbone."):  # as Nemotron-H's files call the body
         return f"model.{key.template.removeprefix('backbone.')}"
     # A model with a vision tower beside it has the language model's body one level deeper.
-    deeper = multimodal and key.template.startswith("model.")
+    deeper = multimodal and key.template.startswith("model.") and not key.vision
     return key.template.replace("model.", "model.language_model.", 1) if deeper else key.template
 
 
