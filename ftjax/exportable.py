@@ -24,7 +24,7 @@ from ftjax.weights.hf.end_tokens import with_end_of_turn, with_ends
 from ftjax.weights.hf.padding import padding_token
 from ftjax.weights.peft import continued
 from ftjax.weights.peft.expert_adapters import check_scales
-from ftjax.weights.peft.keys import refuse_experts, refuse_fused
+from ftjax.weights.peft.keys import refuse_fused, refuse_saved
 from ftjax.weights.peft.vllm import uniform
 
 
@@ -37,7 +37,7 @@ def check_peft(config: ConfigDict, base: Base, variables: Tree, vllm_rank: int |
     if "lora" not in variables:
         raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
     whole = assemble.trained_whole(config, base)
-    refuse_experts(whole)
+    refuse_saved(whole)
     modules = tree.by_module(variables["lora"])
     refuse_fused(modules, base.model.spec)
     if not config.adapter.source:  # else they are those of the directory, of which peft has one for gate and up

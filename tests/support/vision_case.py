@@ -3,8 +3,10 @@
 import copy
 
 import jax
+import numpy as np
 import torch
 
+from ftjax import lora, tree
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.params import abstract_params
@@ -12,6 +14,7 @@ from ftjax.models.vision import images_of
 from ftjax.objectives.sft import make_sft
 from ftjax.weights.load import load_params
 from ftjax.weights.source import open_source
+from support.model_dirs import with_scale
 from support.tiny import one_device
 from support.vision import pictured, pictured_batch, torch_gradients, torch_model
 
@@ -71,3 +74,14 @@ class Case:
                 parameter.copy_(gradients[name])
         carrier.save_pretrained(self.path / "gradients")
         return read(self.path / "gradients")[1]
+
+
+def random_adapters(params, targets, rank, scale):
+    """Of a size that moves logits by about their own."""
+    rng, leaves, out = np.random.default_rng(0), tree.flatten(params), {}
+    for path in lora.find_targets(targets, lora.adaptable(leaves)):
+        *stack, rows, columns = leaves[path].shape
+        module = path.removesuffix("/kernel")
+        out[f"{module}/lora_a"] = (rng.standard_normal((*stack, rows, rank)) * rows**-0.5).astype(np.float32)
+        out[f"{module}/lora_b"] = (rng.standard_normal((*stack, rank, columns)) * 0.3).astype(np.float32)
+    return with_scale(tree.unflatten(out), scale)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.llama_dirs import no_tokenizer
-from support.model_dirs import with_scale, write_merged
+from support.model_dirs import write_merged
 from support.vision import CONFIGS, torch_logits, torch_model
-from support.vision_case import Case, read
+from support.vision_case import Case, random_adapters, read
 from transformers import AutoModelForImageTextToText
 
 from ftjax import lora, tree
@@ -40,17 +40,6 @@ OTHERS = {
 @pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS)
 def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp("case"))
-
-
-def adapters(case, targets, rank=3):
-    """Random ones, of a size that moves logits by about their own."""
-    rng, leaves, out = np.random.default_rng(0), tree.flatten(case.params), {}
-    for path in lora.find_targets(targets, lora.adaptable(leaves)):
-        *stack, rows, columns = leaves[path].shape
-        module = path.removesuffix("/kernel")
-        out[f"{module}/lora_a"] = (rng.standard_normal((*stack, rows, rank)) * rows**-0.5).astype(np.float32)
-        out[f"{module}/lora_b"] = (rng.standard_normal((*stack, rank, columns)) * 0.3).astype(np.float32)
-    return with_scale(tree.unflatten(out), 0.7)
 
 
 def read_by_torch(path):
@@ -102,7 +91,7 @@ def test_files_of_other_releases_are_read(case, tmp_path):
 
 
 def test_a_merged_adapter_of_both_parts_says_in_torch_what_it_says_here(case, tmp_path, record_figure):
-    its = adapters(case, "vision/.*_proj|^layers/.*(q|down)_proj")
+    its = random_adapters(case.params, "vision/.*_proj|^layers/.*(q|down)_proj", 3, 0.7)
     doc = case.doc([5, 3, 9], 0)
     batch = case.batch([[doc]])
     ours = case.logits(batch, lora=its)[0, : len(doc.tokens)]
