@@ -345,6 +345,7 @@ def _trained_count(config: ConfigDict, spec: DecoderSpec, trained: Tree) -> int:
 
 
 def _modules_to_save(names: Sequence[str], paths: Iterable[str]) -> set[str]:
+    paths = lora.of_language_model(paths)
     found = {name: [path for path in paths if path.split("/")[-2] == name] for name in names}
     if missing := [name for name, its in found.items() if not its]:
         known = ", ".join(sorted({path.split("/")[-2] for path in paths}))

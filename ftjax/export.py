@@ -57,7 +57,7 @@ from ftjax.weights.hf.files import read_json
 from ftjax.weights.hf.keys import FLOATS, hf_names
 from ftjax.weights.hf.model_card import model_card, shown
 from ftjax.weights.hf.together import new_directory_together
-from ftjax.weights.hf.write import generation_config, write_json, write_model, write_tokenizer
+from ftjax.weights.hf.write import generation_config, write_json, write_model, write_processor, write_tokenizer
 from ftjax.weights.peft import continued
 from ftjax.weights.peft.adapter import write_adapter
 from ftjax.weights.peft.vllm import MAX_RANK, uniform
@@ -178,7 +178,9 @@ def export_model(
         else:
             _write_directory(written, config, base, variables, stored, head)
         del variables  # releases the run's weights before the export's are loaded
-        difference = compare(expected, parity.logits(*parity.reload(written, mesh), texts, mesh))
+        difference = compare(
+            expected, parity.logits(*parity.reload(written, mesh, base.model.spec.vision is not None), texts, mesh)
+        )
         parity.check(difference, stored)
         about = {"run": workdir.resolve().name, "step": step, "format": format, "base_model": shown(base.source)}
         if share != 1:
@@ -348,6 +350,8 @@ def _write_directory(
     with together(f"writing {directory}"):
         if is_first():
             _write_tokenizer(config, base, directory, head)
+            if spec.vision is not None:
+                write_processor(directory, base.path)
 
 
 def _write_gguf(out: Path, base: Base, variables: Tree, kind: str, of_tokenizer: dict[str, Any], name: str) -> None:

@@ -24,7 +24,7 @@ from ftjax.weights.hf.end_tokens import with_end_of_turn, with_ends
 from ftjax.weights.hf.padding import padding_token
 from ftjax.weights.peft import continued
 from ftjax.weights.peft.expert_adapters import check_scales
-from ftjax.weights.peft.keys import refuse_experts, refuse_fused
+from ftjax.weights.peft.keys import refuse_fused, refuse_saved
 from ftjax.weights.peft.vllm import uniform
 
 
@@ -37,7 +37,7 @@ def check_peft(config: ConfigDict, base: Base, variables: Tree, vllm_rank: int |
     if "lora" not in variables:
         raise UserError("this run has no adapter (config.adapter.kind='none'); use --format hf")
     whole = assemble.trained_whole(config, base)
-    refuse_experts(whole)
+    refuse_saved(whole)
     modules = tree.by_module(variables["lora"])
     refuse_fused(modules, base.model.spec)
     if not config.adapter.source:  # else they are those of the directory, of which peft has one for gate and up
@@ -47,6 +47,8 @@ def check_peft(config: ConfigDict, base: Base, variables: Tree, vllm_rank: int |
         )
         scales = {path: lora.scale(rank, alphas[path], config.adapter.rslora) for path, rank in ranks.items()}
         check_scales({path.rpartition("/")[0]: scale for path, scale in scales.items()}, base.model.spec)
+    if vllm_rank is not None and any(module.startswith("vision/") for module in modules):
+        raise UserError("--vllm: vLLM has no adapters of a vision tower; leave --vllm out, or merge it")
     if vllm_rank is not None and COLLECTION in variables:
         raise UserError("--vllm: vLLM has no adapters of reward models and classifiers; leave --vllm out, or merge it")
     if vllm_rank is not None:
@@ -63,6 +65,11 @@ def check_model(format: str, config: ConfigDict, base: Base, variables: Tree) ->
         raise UserError("this run has no adapter to merge (config.adapter.kind='none'); use --format hf")
     if format != "gguf":
         return {}
+    if base.model.spec.vision is not None:
+        raise UserError(
+            "this run's model has a vision tower (config.model.vision=True), for which its GGUF has no words; use "
+            "--format hf (or merged, or peft), and llama.cpp's converter"
+        )
     header = gguf_config(base, written_spec(base, variables))
     name, *_ = gguf_header(written_spec(base, variables), header)
     metadata = to_metadata(written_tokenizer(base), header)
@@ -95,7 +102,7 @@ def written_spec(base: Base, variables: Tree) -> DecoderSpec:
 
 def model_config(base: Base) -> dict[str, Any]:
     """The config.json of the merged model, with all tokens at which the run stops."""
-    return with_ends(base.reader.config, base.end_tokens)
+    return with_ends(base.reader.config, base.end_tokens, base.model.spec.vision is not None)
 
 
 def gguf_config(base: Base, spec: DecoderSpec) -> dict[str, Any]:
@@ -151,5 +158,10 @@ def _check_heads(config: ConfigDict, base: Base, variables: Tree, format: str) -
         raise UserError(
             "this run has a head of numbers (heads/score), for which a GGUF has no words; use --format hf (or merged, "
             "or peft), or the run itself (--workdir)"
+        )
+    if base.model.spec.vision is not None:
+        raise UserError(
+            "this run has a head of numbers (heads/score) on a model with a vision tower (config.model.vision=True), "
+            f"which --format {format} cannot hold, nor can any other format; use the run itself (--workdir)"
         )
     architecture(base.model.spec.family, _kind(config))

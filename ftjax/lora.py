@@ -26,10 +26,17 @@ TRAINABLE = re.compile(r"^lora/.*/lora_(a|b|magnitude)$")
 # Kernels that compute Mamba-2 together with its last product, as transformers has, pass an adapter of that by.
 FUSED = "/mamba/out_proj/"
 
+TOWER = "vision/"  # above all parameters of a vision tower
+
 
 def linear_kernels(paths: Iterable[str]) -> list[str]:
     """The paths of kernels of linear layers, without a mixture's experts and router."""
     return [path for path in adaptable(paths) if path.endswith("/kernel") and "/experts/" not in path]
+
+
+def of_language_model(paths: Iterable[str]) -> list[str]:
+    """Those of the paths that are not of a vision tower beside it."""
+    return [path for path in paths if not path.startswith(TOWER)]
 
 
 def adaptable(paths: Iterable[str]) -> list[str]:
@@ -51,9 +58,12 @@ def find_targets(targets: str | Sequence[str], kernels: Sequence[str]) -> list[s
 
     targets: "all-linear" (every linear layer but the output head, as in peft, and those that are FUSED), module names
     such as "q_proj,v_proj" or ["q_proj", "v_proj"], or a regular expression that is searched for in the paths.
+    All are of the language model; a regular expression in which "vision" stands is of all that there is.
     UserError if a name or the expression matches nothing.
     """
     kernels = sorted(kernels)
+    if not (isinstance(targets, str) and TOWER.rstrip("/") in targets):
+        kernels = of_language_model(kernels)
     if isinstance(targets, str) and re.fullmatch(r"\w+(,\w+)+", targets):
         targets = targets.split(",")
     if targets == "all-linear":

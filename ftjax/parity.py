@@ -102,10 +102,13 @@ def logits(model: Decoder, variables: Tree, texts: list[Prompt], mesh: Mesh) -> 
         return [row[:length].copy() for row, length in zip(rows, lengths)]
 
 
-def reload(path: Path, mesh: Mesh) -> tuple[Decoder, Tree]:
-    """(model, variables on `mesh`) of a directory or a .gguf file, with parameters in their stored type."""
+def reload(path: Path, mesh: Mesh, vision: bool = False) -> tuple[Decoder, Tree]:
+    """(model, variables on `mesh`) of a directory or a .gguf file, with parameters in their stored type.
+
+    vision: with the tower of a multimodal model.
+    """
     reader = open_source(path)
-    spec = spec_from_config(reader.config)
+    spec = spec_from_config(reader.config, vision)
     dtype = functools.reduce(jnp.promote_types, sorted({reader.dtype(name).name for name in reader.names()}))
     model = Decoder(spec, jnp.float32, jnp.dtype(dtype))
     variables = {"params": load_params(reader, spec, abstract_params(model, mesh))}

@@ -42,7 +42,8 @@ class ResizedReader:
         self._resized = {stored[name] for name in (embedding, _HEAD) if name in stored}
         self._means: dict[str, np.ndarray] = {}
         size = {"vocab_size": rows}
-        text = {"text_config": reader.config["text_config"] | size} if is_multimodal(reader.config) else size
+        inner = reader.config.get("text_config")  # of some multimodal models its content is at the top
+        text = {"text_config": inner | size} if is_multimodal(reader.config) and inner else size
         self.config: dict[str, Any] = reader.config | text
 
     def names(self) -> set[str]:

@@ -9,9 +9,12 @@ from transformers import PreTrainedTokenizerFast
 from ftjax.models.families import text_config
 
 
-def with_ends(config: Mapping[str, Any], ends: Sequence[int]) -> dict[str, Any]:
-    """The config of the language model with all of `ends` as its `eos_token_id`, a list where there are several."""
-    config = text_config(dict(config))
+def with_ends(config: Mapping[str, Any], ends: Sequence[int], vision: bool = False) -> dict[str, Any]:
+    """The config of the language model with all of `ends` as its `eos_token_id`, a list where there are several.
+
+    vision: of the whole of a multimodal model instead.
+    """
+    config = dict(config) if vision else text_config(dict(config))
     return config | ({"eos_token_id": list(ends) if len(ends) > 1 else ends[0]} if ends else {})
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ftjax import lora, tree
 from ftjax.distributed import is_first, together
-from ftjax.models.families import family_of, spec_from_config, text_config
+from ftjax.models.families import FAMILIES, family_of, spec_from_config, text_config
 from ftjax.models.routing import is_correction
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.hf.classifier import Head, classifier_config, module
@@ -34,6 +34,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # Those that name every token, so that the base's lack new ones.
 _VOCABULARIES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt")
 # Settings of generation_config.json that have a meaning only with do_sample, and the values that switch them off.
@@ -66,7 +67,8 @@ def write_model(
     written and read back one at a time, so the host needs no memory for more than one of them.
 
     params: the whole tree, of jax arrays on any devices or of NumPy arrays.
-    config: the Hugging Face config they were loaded with; of a multimodal config the language model's part is written.
+    config: the Hugging Face config they were loaded with; of a multimodal config the language model's part is written,
+    but all of it where `spec` has the tower.
     adapters: the `lora` collection to merge, as `lora.merge` does it, in float32.
     generation: the base's generation_config.json; None: made from the token ids in `config`.
     dtype: of the tensors in the files; None keeps each array's own, as corrections of routers do anyway.
@@ -134,6 +136,14 @@ def write_tokenizer(
             shutil.copyfile(source, directory / name)
 
 
+def write_processor(directory: Path, base: Path) -> None:
+    """The base's settings of how images are read, where `base` is a directory with them."""
+    for name in _PROCESSOR_FILES:
+        source = inside(base, name) if base.is_dir() else base / name
+        if source.is_file():
+            shutil.copyfile(source, directory / name)
+
+
 def generation_config(config: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
     """The content of generation_config.json: the `base` model's own, with the token ids of `config`.
 
@@ -156,8 +166,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _config(config: dict[str, Any], spec: DecoderSpec, dtype: np.dtype) -> dict[str, Any]:
-    config = {key: value for key, value in text_config(config).items() if key not in _DROPPED}
+    config = config if spec.vision else text_config(config)
+    config = {key: value for key, value in config.items() if key not in _DROPPED}
     config |= {"dtype": dtype.name, "tie_word_embeddings": spec.tie_word_embeddings}
+    for name in ("text_config", "vision_config") if spec.vision else ():
+        if name in config:
+            inner = {key: value for key, value in config[name].items() if key not in (*_DROPPED, "dtype")}
+            tied = {"tie_word_embeddings": spec.tie_word_embeddings} if "tie_word_embeddings" in inner else {}
+            config[name] = inner | tied
     config.setdefault("architectures", [family_of(config).architecture])
     return config
 
@@ -166,8 +182,9 @@ def check_fit(leaves: Mapping[str, Any], spec: DecoderSpec, config: dict[str, An
     """ValueError unless the parameters {path: array} and the config to write are those of `spec`."""
     if {path: leaf.shape for path, leaf in leaves.items()} != {p: key.our_shape for p, key in hf_names(spec).items()}:
         raise ValueError(f"the parameters to write are not those of {spec}")
-    if spec_from_config(config) != spec:
-        raise ValueError(f"the config to write describes {spec_from_config(config)}, the parameters {spec}")
+    described = spec_from_config(config, spec.vision is not None)
+    if described != spec:
+        raise ValueError(f"the config to write describes {described}, the parameters {spec}")
 
 
 def _tensors(params: dict[str, Any], adapters: dict[str, Any] | None, spec: DecoderSpec, dtype: Any) -> list[Tensor]:
@@ -184,8 +201,15 @@ def _tensors(params: dict[str, Any], adapters: dict[str, Any] | None, spec: Deco
         for place in key.places():
             name = path.rpartition("/")[2]
             values = functools.partial(tensor_values, leaf, place, key.transposed, name, adapter)
-            out.append(Tensor(key.name(place), key.shape, np.dtype(kept), values))
+            out.append(Tensor(written_name(key.name(place), spec), key.shape, np.dtype(kept), values))
     return out
+
+
+def written_name(name: str, spec: DecoderSpec) -> str:
+    """What transformers calls a tensor in the files that it writes, which with a tower is not what its module has."""
+    prefixes = FAMILIES[spec.vision.family].vision.written_as if spec.vision else ()
+    old, new = next((pair for pair in prefixes if name.startswith(pair[0])), ("", ""))
+    return new + name.removeprefix(old)
 
 
 def head_tensors(head: Head, spec: DecoderSpec) -> list[Tensor]:

@@ -51,13 +51,13 @@ class BaseFacts(NamedTuple):
 
 
 def base_digest(reader: Reader, spec: DecoderSpec) -> str:
-    """sha256 of the middle of every tensor of a model (of one expert in a layer), as float32.
+    """sha256 of the middle of every tensor of a language model (of one expert in a layer), as float32.
 
     A few kilobytes of each are read, enough to tell any two trainings apart. The same model in another precision has
     another digest.
     """
     sha256, stored = hashlib.sha256(), stored_names(reader)
-    for key in hf_names(spec).values():
+    for key in hf_names(dataclasses.replace(spec, vision=None)).values():
         for place in key.places():
             name = key.name(place)
             if any(place[1:]) or name not in stored:  # loading the weights reports missing tensors
@@ -131,7 +131,7 @@ def write_adapter(
     spec = spec if head is None else _without_token_head(spec)
     keys, params = peft_keys.adaptable(spec), hf_names(spec)
     everything, saved = tree.by_module(adapters), dict(saved or {})
-    peft_keys.refuse_experts(saved)
+    peft_keys.refuse_saved(saved)
     peft_keys.refuse_fused(everything, spec)
     joined = expert_adapters.joined(everything, spec)
     of_experts = {module for its in joined.values() for module in its.adapters}
@@ -359,6 +359,7 @@ def open_adapter(path: Path, spec: DecoderSpec) -> StoredAdapter:
         also = "; adapter_model.bin is a pickle and never opened" if (path / "adapter_model.bin").exists() else ""
         raise UserError(f"{file}: no such file{also}; save the adapter as safetensors (peft's default)")
     stored = SafetensorsFile(file)
+    peft_keys.refuse_tower(path, stored.names(), spec)
     multimodal = inside_multimodal(spec) and any(".language_model." in name for name in stored.names())
     expected: dict[str, tuple[int, ...]] = {}
     modules, ranks, layers, copies = {}, {}, {}, {}
@@ -444,7 +445,7 @@ def _saved(settings: LoraSettings, spec: DecoderSpec, multimodal: bool) -> dict[
         for path, key in hf_names(spec).items()
         if any(peft_keys.layer_names(key, multimodal)[0].endswith(name) for name in settings.modules_to_save)
     }
-    peft_keys.refuse_experts(list(saved))
+    peft_keys.refuse_saved(list(saved))
     return saved
 
 

@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from ftjax.errors import UserError
-from ftjax.lora import FUSED, linear_kernels
+from ftjax.lora import FUSED, TOWER, linear_kernels
+from ftjax.models.families import FAMILIES
 from ftjax.models.groups import stacks
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.hf.keys import Key, hf_names
@@ -49,7 +51,7 @@ def tensor_name(key: Key, multimodal: bool) -> str:
     if key.template.startswith("backbone."):  # as Nemotron-H's files call the body
         return f"model.{key.template.removeprefix('backbone.')}"
     # A model with a vision tower beside it has the language model's body one level deeper.
-    deeper = multimodal and key.template.startswith("model.")
+    deeper = multimodal and key.template.startswith("model.") and not key.vision
     return key.template.replace("model.", "model.language_model.", 1) if deeper else key.template
 
 
@@ -211,8 +213,28 @@ def _suffix(name: str, others: set[str], dotted: bool) -> str:
     return next(one for one in suffixes if not any((dot + other).endswith(dot + one) for other in others))
 
 
-def refuse_experts(names: Iterable[str]) -> None:
-    """UserError where one of these modules that are trained whole is of a mixture, of which peft has no copies."""
+def refuse_tower(path: Path, names: Iterable[str], spec: DecoderSpec) -> None:
+    """UserError where tensors of an adapter, by their `names`, are of a vision tower, and `spec` has none."""
+    towers = [family.vision.names for family in FAMILIES.values() if family.vision]
+    parts = {name.split(".")[1] for names in towers for name in names.values()}
+    of_tower = [name for name in sorted(names) if set(name.removeprefix(PREFIX).split(".")[:2]) & parts]
+    if of_tower and spec.vision is None:
+        raise UserError(
+            f"{path}: {of_tower[0]} is of a vision tower, which the model here is read without; set "
+            "config.model.vision=True, or use an adapter of the language model"
+        )
+
+
+def refuse_saved(names: Iterable[str]) -> None:
+    """UserError where one of these modules that are trained whole is of a mixture or of a vision tower.
+
+    peft has no copies of the former, and of the latter some that are in others, such as the norm of a projector.
+    """
+    if wrong := [name for name in names if name.startswith(TOWER)]:
+        raise UserError(
+            f"{wrong[0]}: parts of a vision tower that are trained whole are not written for peft; use --format merged "
+            "or hf"
+        )
     if wrong := [name for name in names if "/experts/" in name or "/router/" in name]:
         raise UserError(
             f"{wrong[0]}: peft's modules_to_save has no experts and routers; train adapters of them, or use --format "
