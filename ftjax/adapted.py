@@ -22,7 +22,7 @@ NONE = "none"  # the name of the base without an adapter
 
 
 def load_model(
-    source: str, adapters: Mapping[str, str], dtype: str, heads: bool = False
+    source: str, adapters: Mapping[str, str], dtype: str, heads: bool = False, vision: bool = False
 ) -> tuple[Base, dict[str, Tree]]:
     """(base, {name: variables}) over this machine's devices, of a model and PEFT adapters {name: directory}.
 
@@ -30,10 +30,10 @@ def load_model(
     adapter that does not fit it or was trained on another base.
 
     heads: a reward model or a classifier is wanted, whose head the variables then have; else one is refused, as it has
-    no head for tokens.
+    no head for tokens. vision: it is to see images, see config.model.vision.
     """
     config = configs.defaults()
-    config.model.source, config.model.dtype, config.model.param_dtype = source, dtype, dtype
+    config.model.update(source=source, dtype=dtype, param_dtype=dtype, vision=vision)
     base = assemble.open_base(config.model, adapter=_with_tokenizer(adapters))
     stored = {name: open_adapter(Path(path), base.model.spec) for name, path in adapters.items()}
     begun = {NONE: classifier(base.reader)} | stored

@@ -250,7 +250,7 @@ def _forgotten(
         return
     texts = general.read(entries, base.tokenizer, positions)
     every = [question.prompt for held in sets for question in held.questions]
-    asked = [prompts.tokens(prompt, base.tokenizer, images=base.images) for prompt in every]
+    asked = [prompts.tokens(prompt, base.tokenizer, rules=base.images) for prompt in every]
     asked = [its for its in asked if isinstance(its, np.ndarray)]  # of text alone, as what is measured beside them
     of = [tuned.digest, abilities, [its.tolist() for its in asked], [[*map(int, text.item[1])] for text in texts]]
     if record.document.get(FORGETTING, {}).get("digest") == digest_of(of):

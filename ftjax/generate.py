@@ -98,6 +98,8 @@ def main(argv: list[str]) -> int:
         )
     if FLAGS.best_of == 1 and (FLAGS.reward or FLAGS.run_code):
         raise UserError("--reward and --run_code choose among several completions; give --best_of, such as --best_of 8")
+    if FLAGS.image and (text is None or FLAGS.raw):
+        raise UserError("--image goes with --prompt and the chat template; rows of --prompts name their own images")
     if FLAGS.raw and (FLAGS.system or FLAGS.chat):
         raise UserError("--raw gives the prompt as it is; it takes no --system and no --chat")
     if FLAGS.workdir and FLAGS["dtype"].present:
@@ -116,11 +118,12 @@ def main(argv: list[str]) -> int:
     elif FLAGS.prompts:
         asked = prompts.of_file(FLAGS.prompts)
     else:
-        asked = [] if FLAGS.chat else [prompts.given(text)]
+        asked = [] if FLAGS.chat else [prompts.given(text, FLAGS.image)]
     if not FLAGS.workdir:
         adapters = parse_adapters(FLAGS.adapter) if FLAGS.adapter else {}
         in_use = initial_adapter(FLAGS.use, [NONE, *adapters])
-        base, variables = load_model(FLAGS.model, adapters, FLAGS.dtype)
+        sees = any(prompt.has_images for prompt in asked)
+        base, variables = load_model(FLAGS.model, adapters, FLAGS.dtype, vision=sees)
     else:
         in_use = "run"
         workdir, moved = Path(FLAGS.workdir), {"model": FLAGS.model, "adapter": FLAGS.adapter}
@@ -217,6 +220,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("best_of", 1, "with --prompts: write the best of so many completions", lower_bound=1)
     flags.DEFINE_string("reward", None, "with --best_of: what is best, a score, reward:PATH or MODULE:FUNCTION")
     flags.DEFINE_boolean("run_code", False, "with --reward: allow scores that run what the model writes")
+    flags.DEFINE_multi_string("image", [], "with --prompt: a file that it is about; may be given several times")
     flags.DEFINE_string("system", None, "a system message before a prompt that has none")
     flags.DEFINE_boolean("chat", False, "a conversation: one line from you, one answer, and so on")
     flags.DEFINE_boolean("raw", False, "use the prompt as it is, without the chat template")

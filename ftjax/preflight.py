@@ -20,7 +20,7 @@ from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError
 from ftjax.evals.entries import likely_entries, split_entries
-from ftjax.method import learning_rate, method_of, ptx_rows
+from ftjax.method import METHODS, learning_rate, method_of, ptx_rows
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.preference import compares_pairs
 from ftjax.objectives.unpaired import imbalance
@@ -43,6 +43,7 @@ def check_used(config: ConfigDict) -> None:
                     f"config.{key}={changed[key]!r} does nothing with {why}; leave it out, or set "
                     f"{config_flag.spelled(key, configs.KEYS[key].default)}"
                 )
+    _check_vision(config)
     if config.objective.kl_coef and method_of(config).rows == "conversation" and not configs.replays(config):
         raise UserError(
             f"config.objective.kl_coef={config.objective.kl_coef} does nothing without rows that are replayed; add a "
@@ -66,6 +67,24 @@ def check_used(config: ConfigDict) -> None:
             f"and a third to a tenth of AdamW's learning rate, which is {learning_rate(config):g} here, such as "
             f"--config.optimizer.learning_rate={learning_rate(config) / 5:.2g}"
         )
+
+
+def _check_vision(config: ConfigDict) -> None:
+    """UserError where a model that sees images is asked for what only one of text can do here."""
+    if not config.model.vision:
+        return
+    method, name = method_of(config), config.objective.name
+    if not ROW_KINDS[method.rows].images or method.source != "files":
+        able = ", ".join(
+            other for other, its in METHODS.items() if ROW_KINDS[its.rows].images and its.source == "files"
+        )
+        raise UserError(
+            f"config.model.vision: rows of objective.name={name!r} cannot have images; those of {able} can. Choose one "
+            "of these, or set --config.model.vision=False to train on text"
+        )
+    for key in ("model.add_tokens", "model.resize_vocab"):
+        if not configs.is_default(config, key):
+            raise UserError(f"config.{key} does not go with config.model.vision; leave one of them out")
 
 
 def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
@@ -93,6 +112,7 @@ def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
             "neither an environment nor tools in config.rollouts, so that nothing answers a turn",
         ),
         (["rollouts.tools"], config.rollouts.turns == 1, "rollouts.turns=1, in which no call has an answer"),
+        (["data.max_pixels"], not config.model.vision, "model.vision=False, without which there are no images"),
         (["schedule.decay_ratio"], schedule.name != "wsd", f"schedule.name={schedule.name!r}"),
         (["schedule.final_ratio"], schedule.name == "constant", "schedule.name='constant'"),
     ]
@@ -217,6 +237,11 @@ def check_mesh(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
                 f"{mesh.shape['context']}, over which rows are split; set it to a multiple, such as "
                 f"--config.data.{key}={-(-config.data[key] // mesh.shape['context']) * mesh.shape['context']}"
             )
+    if spec.vision is not None and mesh.shape["context"] > 1:
+        raise UserError(
+            f"config.mesh.context={mesh.shape['context']}: rows with images are not split along their length; set "
+            "--config.mesh.context=1 (mesh.data and mesh.fsdp split rows)"
+        )
     if config.model.remat == "offload":
         sharding.check_host_memory(mesh)
     experts = spec.experts

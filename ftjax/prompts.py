@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ftjax import pictures
 from ftjax.assemble import Base
 from ftjax.atomic import write_rows
+from ftjax.data.format import images
 from ftjax.data.format.prompt import prompt_of
 from ftjax.data.images.rules import ImageRules
 from ftjax.data.read.sources import read_sources
@@ -42,17 +43,25 @@ class Prompt(NamedTuple):
     @property
     def last(self) -> str:
         """What is asked last: the prompt, or of a conversation its last turn."""
-        return self.fields["messages"][-1]["content"] if "messages" in self.fields else self.fields["prompt"]
+        return _text(self.fields["messages"][-1]) if "messages" in self.fields else self.fields["prompt"]
+
+    @property
+    def has_images(self) -> bool:
+        return any(turn.get("images") for turn in self.fields.get("messages", ()))
 
 
-def given(text: str) -> Prompt:
-    """The prompt of a command line; "-" is all of standard input. UserError where it is empty."""
+def given(text: str, files: Sequence[str] = ()) -> Prompt:
+    """The prompt of a command line, after the images in `files`; "-" is all of standard input. UserError if empty."""
     origin = "--prompt"
     if text == "-":
         origin, text = "standard input", sys.stdin.read().removesuffix("\n")
     if not text.strip():
         raise UserError(f"{origin} is empty; give the text to answer with --prompt '...', or --prompts FILE, or --chat")
-    return Prompt(origin, {"prompt": text})
+    if not files:
+        return Prompt(origin, {"prompt": text})
+    parts = [{"type": "image", "path": file} for file in files]
+    fields = prompt_of({"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]}, origin)
+    return Prompt(origin, images.placed(fields, str(Path.cwd()), "--image"))
 
 
 def of_file(source: str) -> list[Prompt]:
@@ -65,7 +74,8 @@ def of_file(source: str) -> list[Prompt]:
     if path.suffix != ".txt":
         rows = read_sources([{"source": source}])
         origins = [rows.origin(i) for i in range(len(rows))]
-        return [Prompt(origin, prompt_of(rows.raw(i), origin)) for i, origin in enumerate(origins)]
+        every = [images.placed(prompt_of(rows.raw(i), at), rows.folder(i), at) for i, at in enumerate(origins)]
+        return list(map(Prompt, origins, every))
     lines = lines_of(path, "a prompt")
     return [Prompt(f"{path}:{i}", prompt_of({"prompt": line}, f"{path}:{i}")) for i, line in enumerate(lines, 1)]
 
@@ -84,14 +94,14 @@ def lines_of(path: Path, what: str) -> list[str]:
 
 
 def tokens(
-    prompt: Prompt, tokenizer: Tokenizer, system: str = "", raw: bool = False, images: ImageRules | None = None
+    prompt: Prompt, tokenizer: Tokenizer, system: str = "", raw: bool = False, rules: ImageRules | None = None
 ) -> np.ndarray | Pictured:
     """int32 [n]: what the model is given to go on from; with the images, where there are some.
 
     Args:
       system: the system message of a conversation that has none.
       raw: the prompt's text as it is, without the chat template.
-      images: how the model takes images, if it does.
+      rules: how the model takes images, if it does.
     """
     fields = prompt.fields
     if raw and "messages" in fields:
@@ -105,8 +115,8 @@ def tokens(
         turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
         if not any(turn["role"] in ("system", "developer") for turn in turns):
             turns = [{"role": "system", "content": system}, *turns]
-    if images is not None and not isinstance(turns, str):
-        return pictures.prompt(turns, tokenizer, images, fields.get("tools"), prompt.origin)
+    if rules is not None and not isinstance(turns, str):
+        return pictures.prompt(turns, tokenizer, rules, fields.get("tools"), prompt.origin)
     return render_prompt(turns, tokenizer, fields.get("tools"), prompt.origin)
 
 
@@ -224,4 +234,9 @@ def _shown(fields: dict) -> str | list[dict]:
     turns = fields.get("messages")
     if turns is None:
         return fields.get("prompt", fields.get("text"))
-    return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else turns
+    return _text(turns[0]) if len(turns) == 1 and turns[0]["role"] == "user" else turns
+
+
+def _text(turn: dict) -> str:
+    """A turn's text, which says where images are."""
+    return turn["content"].replace(images.MARK, images.TAG) if turn.get("images") else turn["content"]

@@ -26,7 +26,7 @@ def with_shots(
     chat = bool(base.tokenizer.chat_template)
 
     def length(prompt: prompts.Prompt) -> int:
-        return len(prompts.tokens(prompt, base.tokenizer, images=base.images))
+        return len(prompts.tokens(prompt, base.tokenizer, rules=base.images))
 
     longest = max(held.questions, key=lambda question: length(question.prompt))
 

@@ -54,7 +54,7 @@ class Evaluator:
     ):
         self._config, self._base, self._mesh, self._loader = config.evaluate, base, program.mesh, loader
         self._seed, self._sets = config.seed, scored.scored_sets(config)
-        how = {"images": base.images}
+        how = {"rules": base.images}
         self._prompts = [[tokens(q.prompt, base.tokenizer, **how) for q in its.questions] for its in self._sets]
         self._likely = likely_sets(config, base.tokenizer, base.model.spec.max_position_embeddings)
         self._eval_step, self._totals = make_eval_step(program.objective), program.totals

@@ -65,6 +65,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         check_type(key, value, default)
         if key != "model.source" and not check.holds(value):
             raise UserError(f"settings of jobs: {key}={value!r}: it must be {check.wanted}")
+    if settings.get("model.vision"):
+        raise UserError("settings of jobs: model.vision is not served: a client's rows could name files of the server")
     if not settings.get("model.source"):
         raise UserError("settings of jobs: model.source is missing; name the base that is fine-tuned")
 
