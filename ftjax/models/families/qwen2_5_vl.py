@@ -3,16 +3,7 @@
 from typing import Any
 
 from ftjax.errors import UserError
-from ftjax.models.families.fields import (
-    activation,
-    layer_count,
-    object_of,
-    positive,
-    refuse,
-    shorten,
-    size,
-    token_id,
-)
+from ftjax.models.families.fields import activation, layer_count, object_of, positive, refuse, shorten, size, token_id
 from ftjax.models.families.tower_shared import of_layers
 from ftjax.models.spec import Vision
 
@@ -42,8 +33,9 @@ def language_model(config: dict[str, Any]) -> dict[str, Any]:
 
     Of text alone its three positions are one, and it is a Qwen2.
     """
-    inner = config.get("text_config")
-    if inner is None:
+    if config.get("text_config") is not None:
+        inner = object_of(config, "text_config")
+    else:
         inner = {name: value for name, value in config.items() if name not in ("vision_config", *_TOKENS)}
     given = inner.get("rope_scaling") or inner.get("rope_parameters")
     if isinstance(given, dict):
@@ -55,7 +47,8 @@ def language_model(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def qwen2_5_vision(config: dict[str, Any]) -> Vision:
-    tower = {"model_type": config["model_type"]} | object_of(config, "vision_config")
+    given = object_of(config, "vision_config")
+    tower = {name: value for name, value in given.items() if value is not None} | {"model_type": config["model_type"]}
     # Published files have both names of the channels, and neither says another number.
     for name in ("in_channels", "in_chans"):
         refuse(tower, name, harmless=3)
@@ -72,8 +65,8 @@ def qwen2_5_vision(config: dict[str, Any]) -> Vision:
     tokens = window // merge // patch
     if not tokens:
         raise UserError(f"config.json: window_size={window} holds no token of {merge} x {merge} patches of {patch}")
-    rope = {"rope_theta": 10_000.0} | (tower.get("rope_parameters") or {})
-    refuse({"model_type": config["model_type"]} | rope, "rope_type", harmless="axial")
+    rope = object_of({"rope_parameters": {}} | tower, "rope_parameters") | {"model_type": config["model_type"]}
+    refuse(rope, "rope_type", harmless="axial")
     return Vision(
         family=config["model_type"],
         image_token=token_id(config, "image_token_id", 151_655),
