@@ -9,6 +9,7 @@ from ftjax.atomic import write_rows, write_text
 from ftjax.data.audit.parts import conversation as text_of
 from ftjax.data.format.conversation import check_filled, conversation, tools_of
 from ftjax.data.format.formats import check_row
+from ftjax.data.format.images import images_of
 from ftjax.data.format.prompt import prompt_of
 from ftjax.data.read.sources import read_sources
 from ftjax.errors import UserError
@@ -50,6 +51,7 @@ def of_row(fields: dict, origin: str) -> Candidates:
     """The candidates of a row; UserError with its origin where it is malformed."""
     if fields.get("answers") is None:
         row = check_row(fields, origin).fields
+        _check_seen(row, origin)
         if "chosen" not in row:
             raise UserError(f"{origin}: has neither `answers`, a list, nor `chosen` and `rejected`; add one of them")
         return Candidates(row["prompt"], distinct([row["chosen"], row["rejected"]]), row.get("tools", ()), origin)
@@ -57,7 +59,13 @@ def of_row(fields: dict, origin: str) -> Candidates:
         raise UserError(f"{origin}: answers must be a list of answers")
     answers = [_answer(answer, f"{origin}: answers[{i}]") for i, answer in enumerate(fields["answers"])]
     prompt = prompt_of({key: value for key, value in fields.items() if key != "answers"}, origin)
+    _check_seen(prompt, origin)
     return Candidates(turns_of(prompt, origin), distinct(answers), tools_of(fields, origin).get("tools", ()), origin)
+
+
+def _check_seen(fields: dict, origin: str) -> None:
+    if images_of(fields):
+        raise UserError(f"{origin}: has images, which the page does not show; leave the row out")
 
 
 def turns_of(prompt: dict, origin: str) -> list[dict]:

@@ -35,6 +35,9 @@ def test_every_two_different_answers_of_a_prompt_are_a_pair(tmp_path):
     assert len({pair.id for pair in pairs}) == 5
 
 
+SEEN = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -44,6 +47,8 @@ def test_every_two_different_answers_of_a_prompt_are_a_pair(tmp_path):
         ({"answers": ["one", "two"]}, r"rows.jsonl:1: holds no prompt"),
         ({"text": "Hi", "answers": ["one", "two"]}, r"rows.jsonl:1: is text to be continued"),
         ({"prompt": "Hi", "completion": "one"}, r"rows.jsonl:1: has neither `answers`"),
+        ({"prompt": SEEN, "answers": ["one", "two"]}, r"rows.jsonl:1: has images, which the page does not show"),
+        ({"prompt": SEEN, "chosen": "one", "rejected": "two"}, r"rows.jsonl:1: has images, which the page does not"),
         ({"prompt": "Hi", "answers": ["one", "one "]}, r"rows.jsonl: no prompt has two answers that differ"),
     ],
 )

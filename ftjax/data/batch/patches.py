@@ -1,6 +1,8 @@
 """The images of a batch: their patches, row by row, and where they and the tokens are."""
 
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +13,8 @@ from ftjax.data.images.rules import ImageRules
 from ftjax.data.tokens.examples import Examples
 from ftjax.data.tokens.pictured import NONE, pictures
 from ftjax.errors import SourceError
+
+MAX_READERS = 8  # threads that read the images of a batch
 
 # Further arrays of a batch of B rows with room for P patches of p x p pixels each.
 PATCHES = {
@@ -56,9 +60,13 @@ def fill(examples: Examples, rows: Sequence[np.ndarray], T: int, P: int) -> dict
 def lay(rows: Sequence[Iterable[Seen]], T: int, P: int, rules: ImageRules) -> dict[str, np.ndarray]:
     """The arrays of PATCHES and, where the model has such positions, of ROPE, for rows of documents.
 
-    The patches of a row lie one image after the other, in the order of their tokens.
+    The patches of a row lie one image after the other, in the order of their tokens. Images are read side by side.
     """
-    shape, read = (len(rows), P), {}
+    rows, shape = [list(row) for row in rows], (len(rows), P)
+    origins = {reference: its.origin for row in rows for its in row for reference in its.references}
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_READERS)) as pool:  # Pillow lets other threads work meanwhile
+        made = pool.map(lambda reference: _patches(reference, origins[reference], rules), origins)
+        read = dict(zip(origins, made, strict=True))
     batch = {
         "patches": np.zeros((*shape, 3 * rules.patch**2), PATCHES["patches"]),
         "patch_places": np.zeros((*shape, 2), PATCHES["patch_places"]),
@@ -68,12 +76,9 @@ def lay(rows: Sequence[Iterable[Seen]], T: int, P: int, rules: ImageRules) -> di
         batch["rope_positions"] = np.zeros((len(rows), T, 3), ROPE["rope_positions"])
     for b, row in enumerate(rows):
         start, number, token = 0, 0, 0
-        for tokens, references, origin in row:
+        for tokens, references, _ in row:
             grids = []
             for reference in references:
-                if reference not in read:
-                    image = load.pixels(reference, origin)
-                    read[reference] = patches(image, rules), rules.grid(*image.size)
                 of_image, grid = read[reference]
                 place, number = slice(start, start + len(of_image)), number + 1
                 batch["patches"][b, place] = of_image
@@ -101,6 +106,12 @@ def _seen(examples: Examples, index: int) -> list[Seen]:
             )
     used = [its.references[: its.first(count)] for count in counts]
     return [Seen(document.tokens, references, origin) for document, references in zip(documents, used)]
+
+
+def _patches(reference: str, origin: str, rules: ImageRules) -> tuple[np.ndarray, tuple[int, int]]:
+    """The patches of an image, and its rows and columns of them."""
+    image = load.pixels(reference, origin)
+    return patches(image, rules), rules.grid(*image.size)
 
 
 def _count(tokens: np.ndarray, rules: ImageRules) -> int:

@@ -12,7 +12,7 @@ from ftjax.data.format.example import Row
 from ftjax.data.images import load
 from ftjax.data.images.load import Size
 from ftjax.data.images.rules import ImageRules, Shown
-from ftjax.data.tokens.rendering import Messages
+from ftjax.data.tokens.rendering import Messages, Tokenizer
 from ftjax.errors import UserError
 
 
@@ -82,6 +82,18 @@ def prompt(messages: Messages, rules: ImageRules, origin: str) -> tuple[Messages
     row = Row({"messages": messages}, origin)
     its = pictures(row, rules)
     return shown(row, its, rules).fields["messages"], its
+
+
+def check_tokenizer(rules: ImageRules, tokenizer: Tokenizer) -> None:
+    """UserError where the tokenizer is not that of the model whose images have these rules."""
+    for name, wanted in ((rules.token, rules.token_id), (rules.placeholder, None)):
+        ids = tokenizer(name, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or (wanted is not None and ids != [wanted]):
+            place = "" if wanted is None else f", with the id {wanted} of config.json"
+            raise UserError(
+                f"the tokenizer has no token {name}{place}, which stands for images; take the tokenizer that belongs "
+                "to the model"
+            )
 
 
 def check_column(row: Row, raw: dict) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ftjax import cache
 from ftjax.data.read.rows import BadRows, Rows, log_skipped
-from ftjax.data.tokens import examples, kinds, processes
+from ftjax.data.tokens import examples, kinds, pictured, processes
 from ftjax.data.tokens.examples import Append, Examples, Part
 from ftjax.data.tokens.outcome import TokenRules, outcome
 from ftjax.data.tokens.rendering import Tokenizer
@@ -92,6 +92,8 @@ def tokenize(
         raise UserError(f"data.max_length = {max_length}: needs room for a token and its target; set it to 2 or more")
     if not len(rows):
         raise UserError("no rows to tokenize; name a data source that has some")
+    if settings.images:
+        pictured.check_tokenizer(settings.images, tokenizer)
     rules = TokenRules(max_length, vocab_size, train_on, kind, long_text, settings)
     many = len(rows) >= MANY_ROWS
     if workers is None:

@@ -10,6 +10,8 @@ from ftjax.data import pipeline
 from ftjax.data.batch import patches as batch_patches
 from ftjax.data.batch.packing import BATCH
 from ftjax.data.images.patches import patches, places, rope_positions
+from ftjax.data.tokens import chat as chat_tokens
+from ftjax.data.tokens import pictured
 from ftjax.data.tokens.examples import join
 from ftjax.data.tokens.kinds import Settings
 from ftjax.errors import SourceError, UserError
@@ -112,6 +114,20 @@ def test_a_pair_has_its_images_twice(tmp_path, family):
     row = {"prompt": asked, **{side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}}
     batch = loader_of(tmp_path, family, [row], kind="pair", batch_size=1).batch(0)
     assert check(batch, family.rules(), tmp_path) == 4
+
+
+def test_a_prompt_has_the_arrays_of_a_row(tmp_path, family):
+    """What a model is given to answer is laid out like what it is trained on."""
+    loader, rules = loader_of(tmp_path, family, [ROWS[4]], batch_size=1), family.rules()
+    row = loader.examples.row(0)
+    prompt, its = pictured.prompt(row.fields["messages"][:1], rules, row.origin)
+    tokens = chat_tokens.render_prompt(prompt, family.tokenizer())
+    P, n = rules.room(sum(its.tokens)), len(tokens)
+    made = batch_patches.lay([[batch_patches.Seen(tokens, its.references, row.origin)]], n, P, rules)
+    trained = loader.batch(0)
+    assert trained["tokens"][0, :n].tolist() == tokens.tolist()
+    for name, array in made.items():
+        np.testing.assert_array_equal(array, trained[name][:, : array.shape[1]])
 
 
 def test_hosts_that_fill_other_rows_agree(tmp_path, family):

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from support import seeing
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ftjax.data.images.patches import patches, places, rope_positions
+from ftjax.data.images.rules import rules_of
 
 SIZES = [(50, 30), (31, 90), (9, 8), (40, 40), (300, 17)]
 
@@ -43,6 +46,21 @@ def test_patches_of_a_square_are_those_of_the_processor(size):
     for patch, (row, column) in zip(ours, where):
         here = theirs[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
         np.testing.assert_allclose(patch, here, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (500, 1100)], ids=str)
+def test_patches_are_those_of_released_models(size):
+    image = seeing.picture(*size)
+    processor = Gemma3ImageProcessorPil(size={"height": 896, "width": 896})
+    theirs = unnormalized(processor([image], return_tensors="np")["pixel_values"][0], processor)
+    ours = patches(image, rules_of("gemma3", {}, {})).reshape(16, 16, 4, 4, 3, 14, 14)
+    ours = ours.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, 896, 896)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    processor = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056)
+    theirs = processor([image], return_tensors="np")["pixel_values"].reshape(-1, 3, 2, 14, 14)[:, :, 0]
+    rules = rules_of("qwen2_5_vl", {}, {"min_pixels": 3136, "max_pixels": 12845056})
+    ours = patches(image, rules).reshape(-1, 3, 14, 14)
+    np.testing.assert_allclose(ours, unnormalized(theirs, processor), rtol=0, atol=1e-4)
 
 
 def test_patches_of_a_token_stand_together():

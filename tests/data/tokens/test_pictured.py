@@ -195,6 +195,15 @@ def test_other_rows_than_conversations_and_pairs_must_have_none(folder):
         )
 
 
+def test_the_tokenizer_must_be_that_of_the_model(folder, family):
+    opened = write(folder, [{"messages": CHATS["before"]}])
+    rules = family.rules()
+    other = seeing.qwen_tokenizer() if family is seeing.FAMILIES["gemma3"] else seeing.gemma_tokenizer()
+    for tokenizer, its in ((family.tokenizer(), rules._replace(token_id=3)), (other, rules)):
+        with pytest.raises(UserError, match=r"the tokenizer has no token .*, with the id .* of config\.json"):
+            tokenize(opened, tokenizer, 512, settings=Settings(images=its))
+
+
 def test_an_answer_of_a_pair_must_have_none(folder):
     family = seeing.FAMILIES["qwen2_5_vl"]
     sides = {side: [answer("Which?"), user(image("wide")), answer(side)] for side in ("chosen", "rejected")}
