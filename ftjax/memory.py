@@ -92,7 +92,25 @@ def needed(program: Program, remat: str, accumulate: int) -> float:
     kept = width * per_layer * layers + (held + carried) * (layers if remat == "none" else 0)
     if spec.per_layer is not None:  # parts of all layers, and what they are the sum of
         kept += 3 * itemsize * tokens * layers * spec.per_layer.width
+    kept += _of_tower(program, remat, accumulate)
     return arguments + gradients + kept + width * whole + carried + 2 * scores + _gathered(program)
+
+
+def _of_tower(program: Program, remat: str, accumulate: int) -> float:
+    """Bytes of images and of what the vision tower keeps of them, of rows full of images. Counted, not fitted.
+
+    Where nothing of the tower is trained, its layers keep nothing for a backward pass.
+    """
+    vision, mesh = program.model.spec.vision, program.mesh
+    if vision is None:
+        return 0.0
+    *rows, colors = program.batch["patches"].shape
+    patches = math.prod(rows) / accumulate / sharding.row_parts(mesh)
+    width = jnp.dtype(program.model.dtype).itemsize * patches * vision.hidden_size
+    inside = 9 + 3 * vision.intermediate_size / vision.hidden_size
+    layers = {"none": inside, "full": 1, "offload": 0.1}[remat] * vision.num_hidden_layers
+    learns = any("/vision/" in f"/{path}" for path in tree.flatten(program.state.trainable))
+    return width * (inside + (layers if learns else 0)) + 5.0 * patches * colors  # as bytes and as float32
 
 
 def bytes_on_device(leaf: jax.ShapeDtypeStruct) -> float:
