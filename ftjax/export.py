@@ -44,7 +44,7 @@ from ftjax.distributed import is_first, together
 from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.method import learning_rate
-from ftjax.models.families import is_inside, spec_from_config
+from ftjax.models.families import family_of, is_inside, spec_from_config
 from ftjax.models.heads import COLLECTION
 from ftjax.models.spec import DecoderSpec
 from ftjax.reporting import gather
@@ -115,6 +115,8 @@ def export_peft(
                 results=results(workdir, step),
                 notes=_of_share(share) + _of_head(head),
                 head=head and _shown_head(head, base),
+                # Of some families transformers has no class for the language model inside alone.
+                images=head is None and family_of(base.reader.config).vision is not None,
             ),
             generation=generation_config(exportable.model_config(base), _sampling(base)) if ends else None,
             save_tokenizer=save_tokenizer,
@@ -204,6 +206,7 @@ def export_model(
                     assemble.published(base),
                     results=came_of_it,
                     head=head and _shown_head(head, base),
+                    images=base.model.spec.vision is not None,
                 )
                 (directory / "README.md").write_text(card, encoding="utf-8")
     if format == "gguf":

@@ -32,6 +32,7 @@ def model_card(
     results: Sequence[str] = (),
     notes: Sequence[str] = (),
     head: Mapping[str, Any] | None = None,
+    images: bool = False,
 ) -> str:
     """Markdown with YAML front matter as the Hub reads it.
 
@@ -41,7 +42,7 @@ def model_card(
     of the model in a GGUF base, where the file says it. ends: end tokens that the base of an adapter does not name, but
     the generation_config.json beside it. results: what came of the run, in sentences. notes: what else a user should
     know, before those of `parity`. head: {"kind", "labels", "pad_token"} of a reward model or a classifier, see
-    `weights.hf.classifier`.
+    `weights.hf.classifier`. images: whether transformers is to load a model with a vision tower.
     """
     source, sources = config.model.source, configs.sources(config, "train")
     notes = [*notes, *(parity or {}).get("notes", ())]
@@ -57,7 +58,7 @@ def model_card(
     card_data = ModelCardData(
         base_model=hub_id or None,
         library_name=library,
-        pipeline_tag=_PIPELINES[head and head["kind"]],
+        pipeline_tag="image-text-to-text" if images else _PIPELINES[head and head["kind"]],
         **base_license(base),
         datasets=sorted(hub_data) or None,
         tags=["ftjax", config.objective.name, *([config.adapter.kind] if config.adapter.kind != "none" else [])],
@@ -80,6 +81,7 @@ def model_card(
         parity=parity,
         ends=ends,
         head=head,
+        images=images,
         results=[" ".join(sentence.split()) for sentence in results],
     )
     return str(card).rstrip() + "\n"

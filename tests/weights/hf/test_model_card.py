@@ -53,6 +53,16 @@ def test_the_hub_reads_its_metadata(tmp_path, library):
     assert ("PeftModel.from_pretrained" in text) == (library == "peft")
 
 
+@pytest.mark.parametrize("library", ["transformers", "peft"])
+def test_a_model_that_reads_images_is_loaded_with_what_reads_them(tmp_path, library):
+    data, text = read(model_card("out", library, config(), 120, tmp_path, {}, images=True))
+    assert data["pipeline_tag"] == "image-text-to-text"
+    assert "import AutoModelForImageTextToText, AutoProcessor\n" in text
+    assert "processor = AutoProcessor.from_pretrained(" in text
+    assert "AutoTokenizer" not in text
+    assert "AutoModelForCausalLM" not in text
+
+
 def test_paths_on_somebodys_disk_are_not_published(tmp_path):
     base = tmp_path / "private" / "base"
     base.mkdir(parents=True)
