@@ -7,7 +7,6 @@ the chat template `Shown` in place of these. See `images.load` for what a refere
 import base64
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ftjax.data.images.load import DATA
@@ -20,7 +19,9 @@ COLUMNS = ("images", "image")
 _TURNS = ("messages", "conversations", "prompt")
 _SIDES = ("chosen", "rejected")
 _MESSAGES = ("messages", "prompt", "completion", "completions", *_SIDES)  # of records
-_KINDS = ("image", "image_url")  # parts
+_KINDS = ("image", "image_url")  # of parts
+_KEYS = ("image", "path", "url", "image_url")  # of parts, under which the image is
+_ANSWERING = ("assistant", "gpt", "chatgpt", "model")  # whose turns have no images, and so no TAGs
 
 
 def filled(fields: dict, origin: str) -> dict:
@@ -39,7 +40,7 @@ def filled(fields: dict, origin: str) -> dict:
     sides = [side for side in _SIDES if isinstance(fields.get(side), list)]
     turns = [fields[key] for key in ([name] if name else sides)]
     bare = any(_is_bare(part) for its in turns for part in _parts(its))
-    if not bare and not any(TAG in text for its in turns for text in _texts(its)):
+    if not bare and not any(_has_tag(turn) for its in turns for turn in its):
         return fields
     images = [reference(image, f"{origin}: images[{i}]") for i, image in enumerate(_listed(given))]
     out = {key: value for key, value in fields.items() if key not in COLUMNS}
@@ -110,11 +111,11 @@ def reference(image: object, what: str) -> str:
       UserError: it is on the web, or of no known form.
     """
     if isinstance(image, dict):
-        content, path = image.get("bytes"), image.get("path") or image.get("url")
-        if content:  # that of a table, which may have taken it for text
-            content = content.encode() if isinstance(content, str) else content
-            return f"{DATA}image;base64,{base64.b64encode(content).decode()}"
-        image = path
+        content = image.get("bytes")  # of a table, which may have been taken for text
+        content = content.encode() if isinstance(content, str) else content
+        image = content or image.get("path") or image.get("url")
+    if isinstance(image, bytes):
+        return f"{DATA}image;base64,{base64.b64encode(image).decode()}"
     if not isinstance(image, str) or not image:
         its = "empty" if image is None or image == "" else f"a {type(image).__name__}"
         raise UserError(f"{what} has an image that is {its}; write the path of its file, or data:image/png;base64,...")
@@ -155,7 +156,10 @@ def with_images(fields: dict, images: Sequence) -> dict:
 
 
 def placed(fields: dict, folder: str, origin: str) -> dict:
-    """The record with the paths of its images made absolute; they are relative to `folder`, "" if there is none."""
+    """The record with the paths of its images made absolute; they are relative to `folder`, "" if there is none.
+
+    "/./" stands before what the row says (`load.name_of`).
+    """
     images = images_of(fields)
     return with_images(fields, [_absolute(image, folder, origin) for image in images]) if images else fields
 
@@ -177,11 +181,11 @@ def _absolute(image: str, folder: str, origin: str) -> str:
         return path
     if not folder:
         raise UserError(f"{origin}: the path of the image {image} is relative, to no file; write it whole")
-    return str(Path(folder, path))
+    return f"{folder}/./{path}"
 
 
 def _of_part(part: dict, what: str) -> str:
-    given = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
+    given = next((part[key] for key in _KEYS if part.get(key) is not None), None)
     if given is None:
         raise UserError(
             f"{what} has a part of type {part['type']!r} without an image; write its path under 'image', or give the "
@@ -204,17 +208,17 @@ def _parts(turns: list) -> Iterator[object]:
         yield from content if isinstance(content, list) else ()
 
 
-def _texts(turns: list) -> Iterator[str]:
-    for turn in turns:
-        content = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        if isinstance(content, str):
-            yield content
+def _has_tag(turn: object) -> bool:
+    if not isinstance(turn, dict) or turn.get("from", turn.get("role")) in _ANSWERING:
+        return False
+    content = turn.get("value", turn.get("content"))
+    return isinstance(content, str) and TAG in content
 
 
 def _is_bare(part: object) -> bool:
     if not isinstance(part, dict) or part.get("type") != "image":
         return False
-    return all(part.get(key) is None for key in ("image", "path", "url"))
+    return all(part.get(key) is None for key in _KEYS)
 
 
 def _fill(turns: list, images: list[str], start: int, bare: bool, where: str) -> tuple[list, int]:
@@ -232,7 +236,7 @@ def _fill(turns: list, images: list[str], start: int, bare: bool, where: str) ->
         if bare and isinstance(content, list):
             parts = [part | {"image": take()} if _is_bare(part) else part for part in content]
             turn = turn | {key: parts}
-        elif not bare and isinstance(content, str) and TAG in content:
+        elif not bare and _has_tag(turn):
             if MARK in content:
                 raise UserError(f"{where}[{i}] has the character U+FFFC, which stands for an image here; remove it")
             its = [take() for _ in range(content.count(TAG))]

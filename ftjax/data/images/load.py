@@ -1,6 +1,7 @@
 """References of images -> their sizes, without decoding them, and their pixels.
 
-A reference is a string: the absolute path of a file, or the image itself as "data:image/png;base64,...".
+A reference is a string: the absolute path of a file, or the image itself as "data:image/png;base64,...". Of a relative
+path of a row it is the directory of the row's file, "/./" and that path.
 """
 
 import base64
@@ -10,7 +11,6 @@ import hashlib
 import os
 from collections.abc import Iterator
 from io import BytesIO
-from pathlib import PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
 from ftjax.errors import UserError
@@ -35,15 +35,26 @@ class Size(NamedTuple):
 
 
 def name_of(reference: str) -> str:
-    """The name of an image that does not depend on where it lies: of its file, or a digest of the image itself."""
+    """The name of an image as its row has it, wherever that lies: a path, or a digest of the image itself."""
     if reference.startswith(DATA):
         return hashlib.sha256(reference.partition(",")[2].encode()).hexdigest()[:32]
-    return PurePath(reference).name
+    return reference.rpartition("/./")[2]
+
+
+def stamp(reference: str) -> list:
+    """What changes when the file of an image is replaced; the reference alone where there is none."""
+    if reference.startswith(DATA):
+        return []  # its bytes are in the row
+    try:
+        status = os.stat(reference)
+    except OSError:
+        return [reference]
+    return [reference, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def identity(reference: str) -> str:
     """What tells an image of this machine from others: its path, or a digest of the image itself."""
-    return name_of(reference) if reference.startswith(DATA) else reference
+    return name_of(reference) if reference.startswith(DATA) else os.path.normpath(reference)
 
 
 def size(reference: str, where: str) -> Size:
@@ -81,7 +92,7 @@ def _opened(reference: str, where: str) -> Iterator[tuple["Image", int]]:
     """An image, and how many bytes it has. Errors while it is read are about it."""
     import PIL.Image
 
-    name = "an image in the row" if reference.startswith(DATA) else reference
+    name = "an image in the row" if reference.startswith(DATA) else os.path.normpath(reference)
     try:
         source, length = _source(reference, where)
         with source, PIL.Image.open(source, formats=FORMATS) as image:
@@ -105,7 +116,9 @@ def _source(reference: str, where: str):
     if not reference.startswith(DATA):
         length = os.stat(reference).st_size
         if length > MAX_BYTES:
-            raise UserError(f"{where}: {reference} has more than {MAX_BYTES >> 20} MiB; make it smaller")
+            raise UserError(
+                f"{where}: {os.path.normpath(reference)} has more than {MAX_BYTES >> 20} MiB; make it smaller"
+            )
         return open(reference, "rb"), length
     head, comma, text = reference.partition(",")
     if not comma or not head.endswith(";base64"):

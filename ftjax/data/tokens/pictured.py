@@ -1,5 +1,6 @@
 """Rows with images -> their documents, in which each image has as many tokens as the model makes of it."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from ftjax.data.format.example import Row
 from ftjax.data.images import load
 from ftjax.data.images.load import Size
 from ftjax.data.images.rules import ImageRules, Shown
+from ftjax.data.read.rows import Rows
 from ftjax.data.tokens.rendering import Messages, Tokenizer
 from ftjax.errors import UserError
 
@@ -64,6 +66,15 @@ def pictures(row: Row, rules: ImageRules) -> Pictures:
             references.append(reference)
             sizes.append(size)
     return Pictures(tuple(references), tuple(sizes), tuple(tokens)) if references else NONE
+
+
+def stamps(rows: Rows, chunk: range) -> str:
+    """Hex digest that changes when an image file of these rows is replaced; bad rows are left out."""
+    found = []
+    for i in chunk:
+        with contextlib.suppress(UserError):  # told when the row is tokenized
+            found += [load.stamp(reference) for reference in images.images_of(rows[i].fields)]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def shown(row: Row, its: Pictures, rules: ImageRules) -> Row:

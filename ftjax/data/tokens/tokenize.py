@@ -80,8 +80,7 @@ def tokenize(
       long_text: "divide": a text of more than max_length tokens goes on in further examples; "cut": it does not.
       max_dropped: the share of the rows that may be dropped.
       workers: processes besides this one. None: one per core if there are MANY_ROWS, else 0.
-      directory: where to cache the result. None: in the usual directory if there are MANY_ROWS, else nowhere. With
-        settings.images nowhere, too.
+      directory: where to cache the result. None: in the usual directory if there are MANY_ROWS, else nowhere.
       progress: called with the number of rows done, now and then.
 
     Raises:
@@ -106,9 +105,11 @@ def tokenize(
             return _collect(rows, done, rules, max_dropped, append, progress)
 
     identity = _identity(tokenizer)
-    # Not where rows name images: their files may be others the next time, with other numbers of tokens.
-    if (many or directory is not None) and settings.images is None:
+    if many or directory is not None:
         how = [identity, _backend(tokenizer), rules, max_dropped, _code()]
+        if settings.images:
+            with processes.ordered(pictured.stamps, (rows,), chunks, min(workers, len(chunks))) as stamps:
+                how.append(list(stamps))
         columns = examples.cached(directory or cache.directory("tokens"), _digest([rows.digest(), *how]), build)
     else:
         columns = examples.in_memory(build)

@@ -108,7 +108,7 @@ def test_a_prompt_has_images():
 
 def test_paths_start_at_the_file_of_the_row():
     fields = check_row(chat(*({"type": "image", "image": path} for path in ("a.png", "/b.png", DATA))), "f:1").fields
-    assert images_of(placed(fields, "/data", "f:1")) == ["/data/a.png", "/b.png", DATA]
+    assert images_of(placed(fields, "/data", "f:1")) == ["/data/./a.png", "/b.png", DATA]
     with pytest.raises(UserError, match=r"f:1: the path of the image a\.png is relative, to no file"):
         placed(fields, "", "f:1")
 
@@ -116,6 +116,14 @@ def test_paths_start_at_the_file_of_the_row():
 def test_a_column_of_images_that_no_turn_has_a_place_for_is_not_used():
     fields = check_row({"messages": [{"role": "user", "content": "Hi"}, ANSWER], "image": b"\xff"}, "f:1").fields
     assert images_of(fields) == []
+
+
+def test_a_tag_in_an_answer_is_text():
+    row = {**FORMS["LLaVA"], "conversations": [*FORMS["LLaVA"]["conversations"], {"from": "human", "value": "How?"},
+                                              {"from": "gpt", "value": "Write <image>."}]}  # fmt: skip
+    fields = check_row(row, "f:1").fields
+    assert images_of(fields) == ["a.png"]
+    assert fields["messages"][-1] == {"role": "assistant", "content": "Write <image>."}
 
 
 def test_text_that_has_the_mark_is_text():

@@ -229,6 +229,30 @@ def test_generation_markers_are_refused_beside_images(folder):
     assert "markers of a chat template are not read" in outcome(opened, 0, tokenizer, rules_for(family)).bad
 
 
+def test_what_was_tokenized_is_kept_until_an_image_is_replaced(tmp_path):
+    family = seeing.FAMILIES["qwen2_5_vl"]
+    names = [f"{i}.png" for i in range(3)]
+    for name in names:
+        seeing.picture(50, 30).save(tmp_path / name)
+    chats = [{"messages": [user({"type": "image", "path": name}), answer("A cat.")]} for name in names]
+    rows = write(tmp_path, [*chats, {"messages": [user(image("missing")), answer("a")]}])
+    rows.max_bad_rows = 1
+    (tmp_path / "cache").mkdir()
+
+    def made(workers=0):
+        options = {"settings": Settings(images=family.rules()), "directory": tmp_path / "cache", "workers": workers}
+        examples = tokenize(rows, family.tokenizer(), 512, **options)
+        assert len(examples.pictures) == 3
+        return len(list((tmp_path / "cache").iterdir())), examples.lengths.tolist()
+
+    count, lengths = made()
+    assert made(workers=2) == (count, lengths) == (1, lengths)
+    seeing.picture(90, 30).save(tmp_path / "1.png")
+    count, others = made()
+    assert count == 2
+    assert [a == b for a, b in zip(lengths, others)] == [True, False, True]
+
+
 def test_other_images_under_the_same_names_are_noticed(folder, tmp_path):
     """The digest of the examples, which decides whether a run goes on with the data that it began with."""
     family = seeing.FAMILIES["qwen2_5_vl"]
