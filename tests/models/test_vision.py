@@ -15,7 +15,7 @@ import pytest
 from support.tiny import CONFIG as TINY
 from support.tiny import logits, one_device
 from support.vision import CONFIGS, IMAGE, torch_logits
-from support.vision_case import INPUTS, LENGTH, Case
+from support.vision_case import INPUTS, LENGTH, Case, random_adapters
 
 from ftjax import tree
 from ftjax.errors import UserError
@@ -244,3 +244,33 @@ def test_towers_that_are_not_ported_are_refused_by_name(model, part, changes, me
     (config if part is None else config[part]).update(changes)
     with pytest.raises(UserError, match=re.escape(message)):
         spec_from_config(config, vision=True)
+
+
+def test_bfloat16_stays_close(case, record_figure):
+    doc = case.doc([5, 3, 9], 0)
+    batch = case.batch([[doc]])
+    decoder = case.decoder.clone(dtype=jnp.bfloat16)
+    given = (batch[name] for name in INPUTS)
+    hidden, _ = jax.jit(decoder.apply)({"params": case.params}, *given, images=images_of(batch))
+    assert hidden.dtype == jnp.bfloat16
+    half = decoder.apply({"params": case.params}, hidden, method=decoder.unembed)
+    difference = np.abs(half[0, : len(doc.tokens)] - case.logits(batch)[0, : len(doc.tokens)])
+    record_figure("median logit difference", np.median(difference))
+    assert 1e-4 < np.median(difference) < 0.1
+
+
+def test_adapters_of_the_tower_drop_out_what_they_read(case):
+    """And where the rate is 0 they do not; dropout is there where there is an rng, as in the language model."""
+    batch = case.batch([[case.doc([5, 9], 0)]])
+    adapters = random_adapters(case.params, "vision/layers/.*down_proj", 3, 1.0)
+    leaves = tree.flatten(adapters)
+    rates = {path.replace("lora_scale", "lora_dropout"): leaf for path, leaf in leaves.items() if "scale" in path}
+    found = []
+    for rate in (0.5, 0.0):
+        its = tree.unflatten(leaves | {path: np.full_like(leaf, rate) for path, leaf in rates.items()})
+        variables, given = {"params": case.params, "lora": its}, [batch[name] for name in INPUTS]
+        options = {"images": images_of(batch), "rngs": {"dropout": jax.random.key(0)}}
+        found.append(case.decoder.apply(variables, *given, **options)[0])
+    plain = case.decoder.apply({"params": case.params, "lora": adapters}, *given, images=images_of(batch))[0]
+    np.testing.assert_allclose(found[1], plain, rtol=0, atol=1e-5)
+    assert np.abs(found[0] - plain).max() > 0.01
