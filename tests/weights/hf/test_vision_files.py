@@ -10,15 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.llama_dirs import no_tokenizer
 from support.model_dirs import write_merged
+from support.tiny import one_device
 from support.vision import CONFIGS, torch_logits, torch_model
 from support.vision_case import Case, random_adapters, read
 from transformers import AutoModelForImageTextToText
 
 from ftjax import lora, tree
 from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
+from ftjax.models.params import abstract_params
 from ftjax.weights.hf.write import write_processor
 from ftjax.weights.load import load_params
+from ftjax.weights.resized import ResizedReader
 from ftjax.weights.source import open_source
 
 SAME = {"transformers_version", "architectures", "dtype"}
@@ -151,3 +155,12 @@ def test_targets_by_name_are_of_the_language_model(case):
     assert its == ["vision/layers/self_attn/o_proj/kernel"]
     with pytest.raises(UserError, match="matches"):
         lora.find_targets("vision/.*nothing", paths)
+
+
+def test_rows_are_added_beside_a_tower_too(case):
+    reader = ResizedReader(open_source(case.path / "model"), 70)
+    spec = spec_from_config(reader.config, vision=True)
+    assert spec.vocab_size == 70
+    params = load_params(reader, spec, abstract_params(Decoder(spec), one_device()))
+    np.testing.assert_array_equal(params["embed_tokens"]["embedding"][:64], case.params["embed_tokens"]["embedding"])
+    jax.tree.map(np.testing.assert_array_equal, params["vision"], case.params["vision"])
