@@ -37,7 +37,8 @@ def formats(name: str) -> Formats:
     gguf = ("GGUF",) if any(text in architecture.families for architecture in ARCHITECTURES.values()) else ()
     packed = ("MXFP4",) if name == "gpt_oss" else ()
     heads = tuple(word for kind, word in ((TEXTS, "texts"), (TOKENS, "tokens")) if is_there(text, kind))
-    return Formats(("safetensors", *packed, *gguf), ("safetensors", "PEFT", *gguf), heads)
+    read = () if name == "qwen2_5_vl" else gguf  # llama.cpp knows it by an architecture of its own
+    return Formats(("safetensors", *packed, *read), ("safetensors", "PEFT", *gguf), heads)
 
 
 def table() -> str:
@@ -61,6 +62,7 @@ def described(source: str) -> str:
             f"  {spec.num_hidden_layers} layers ({mlp}) of width {spec.hidden_size}, "
             f"{spec.num_attention_heads} heads over {spec.num_key_value_heads}, {spec.vocab_size} tokens",
             f"  read from {', '.join(its.read)}; written as {', '.join(its.written)}",
+            *(["  reads images with config.model.vision=True"] if family_of(config).vision else []),
         ]
     )
 
