@@ -13,7 +13,7 @@ from support.model_dirs import write_merged
 from support.tiny import one_device
 from support.vision import CONFIGS, torch_logits, torch_model
 from support.vision_case import Case, random_adapters, read
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ftjax import lora, tree
 from ftjax.errors import UserError
@@ -115,6 +115,16 @@ def test_the_language_model_alone_is_written_without_the_tower(case, tmp_path):
     written = open_source(tmp_path / "out")
     assert not any("vis" in name for name in written.names())
     assert spec_from_config(written.config) == spec
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()), report
+    assert (
+        type(theirs).__name__ == {"gemma3": "Gemma3ForCausalLM", "qwen2_5_vl": "Qwen2ForCausalLM"}[case.vision.family]
+    )
+    doc = case.doc([20], 1)
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=torch.tensor(doc.tokens[None]).long()).logits[0].numpy()
+    found = case.logits(case.batch([[doc]]))[0, : len(doc.tokens)]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def test_a_config_with_the_texts_fields_at_the_top_stays_one(tmp_path):
@@ -135,6 +145,12 @@ def test_a_config_with_the_texts_fields_at_the_top_stays_one(tmp_path):
     assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
     again = read_by_torch(tmp_path / "ours")
     assert again.config.text_config.rope_parameters["mrope_section"] == [1, 1, 2]
+    alone, of_text = spec_from_config(flat), {name: part for name, part in params.items() if name != "vision"}
+    write_merged(tmp_path / "alone", of_text, alone, flat, no_tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "alone")
+    assert model.config.model_type == "qwen2"
+    assert model.config.rope_parameters["rope_theta"] == 1e3
+    assert not {"vision_config", "image_token_id"} & json.loads((tmp_path / "alone/config.json").read_text()).keys()
 
 
 def test_how_images_are_read_goes_with_the_model(tmp_path):
