@@ -24,6 +24,8 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.heads import COLLECTION, SCORE, values
 from ftjax.models.params import abstract_params
+from ftjax.models.spec import Vision
+from ftjax.models.vision import Images
 from ftjax.training.metrics import read
 from ftjax.tree import Tree
 from ftjax.weights.hf.classifier import ClassifierReader
@@ -52,10 +54,14 @@ LIMITS = {"float64": 1e-3, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.15, "
 class Prompt(NamedTuple):
     text: str
     tokens: np.ndarray  # int32 [n]
+    images: Images | None = None  # of NumPy arrays, for this prompt as a batch of one row
 
 
-def prompts(tokenizer: PreTrainedTokenizerFast, samples: Path, max_length: int) -> list[Prompt]:
-    """TEXTS, and up to MAX_SAMPLES completions of the run's evaluations (`samples.jsonl`), each after its prompt.
+def prompts(
+    tokenizer: PreTrainedTokenizerFast, samples: Path, max_length: int, vision: Vision | None = None
+) -> list[Prompt]:
+    """TEXTS, and up to MAX_SAMPLES completions of the run's evaluations (`samples.jsonl`), each after its prompt; where
+    there is a vision tower also the first of these after an image.
 
     All are in the chat template, where there is one, and cut to MAX_TOKENS and the model's own max_length.
     """
@@ -65,7 +71,27 @@ def prompts(tokenizer: PreTrainedTokenizerFast, samples: Path, max_length: int) 
         answered = tokenizer.encode(answer, add_special_tokens=False)
         tokens = np.concatenate([tokens, np.asarray(answered, np.int32)])[: min(MAX_TOKENS, max_length)]
         out.append(Prompt(text + (f" -> {answer}" if answer else ""), tokens.astype(np.int32)))
-    return out
+    return out if vision is None else [*out, _pictured(vision, out[0])]
+
+
+def _pictured(vision: Vision, prompt: Prompt) -> Prompt:
+    """The prompt after an image of noise: of the tower's own size, or of several windows, whole ones and others."""
+    sides = np.array([vision.grid] * 2 if vision.grid else [vision.window + vision.merge, 2 * vision.window])
+    sides //= vision.merge  # in tokens
+    count, each = sides.prod(), vision.merge
+    tokens = np.stack(np.divmod(np.arange(count), sides[1]), axis=-1)  # row and column of each
+    inside = np.stack(np.divmod(np.arange(each**2), each), axis=-1)
+    places = (tokens[:, None] * each + inside).reshape(1, -1, 2).astype(np.int32)
+    rng, shape = np.random.default_rng(0), (1, places.shape[1], 3 * vision.patch**2)
+    patches, numbers = rng.integers(0, 256, shape, np.uint8), np.ones(shape[:2], np.int32)
+    rope_positions = None
+    if vision.rope_theta is not None:  # positions as M-RoPE has them
+        after = sides.max() + np.arange(len(prompt.tokens))
+        of_image = np.pad(tokens, ((0, 0), (1, 0)))
+        rope_positions = np.concatenate([of_image, np.repeat(after[:, None], 3, axis=1)])[None].astype(np.int32)
+    images = Images(patches, places, numbers, rope_positions)
+    with_image = np.concatenate([np.full(count, vision.image_token), prompt.tokens]).astype(np.int32)
+    return Prompt(f"(an image) {prompt.text}", with_image, images)
 
 
 def _samples(path: Path) -> list[tuple[str, str]]:
@@ -76,9 +102,16 @@ def _samples(path: Path) -> list[tuple[str, str]]:
 def logits(model: Decoder, variables: Tree, texts: list[Prompt], mesh: Mesh) -> list[np.ndarray]:
     """float32 [tokens, vocab] for each prompt, in float32 whatever the model's dtype; the same in all processes.
 
-    Of a model whose head gives K numbers instead, these: [tokens, K].
+    Those with images come last. Of a model whose head gives K numbers instead, these: [tokens, K].
     """
     model = model.clone(dtype=jnp.float32, remat="none")
+    plain = [prompt for prompt in texts if prompt.images is None]
+    pictured = (_logits(model, variables, [prompt], mesh) for prompt in texts if prompt.images is not None)
+    return [*_logits(model, variables, plain, mesh), *(its for rows in pictured for its in rows)]
+
+
+def _logits(model: Decoder, variables: Tree, texts: list[Prompt], mesh: Mesh) -> list[np.ndarray]:
+    """Of prompts without images, or of a single one."""
     lengths = np.array([len(prompt.tokens) for prompt in texts])
     tokens = np.zeros((len(texts), lengths.max()), np.int32)
     for row, prompt in zip(tokens, texts):
@@ -88,7 +121,12 @@ def logits(model: Decoder, variables: Tree, texts: list[Prompt], mesh: Mesh) -> 
     whole = sharding.replicated(mesh)
     # By default TPUs and GPUs multiply float32 in lower precision.
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        forward = jax.jit(lambda variables, *batch: model.apply(variables, *batch)[0], out_shardings=whole)
+        images = texts[0].images
+
+        def said(variables: Tree, images: Images | None, *batch: np.ndarray) -> jax.Array:
+            return model.apply(variables, *batch, images=images)[0]
+
+        forward = jax.jit(said, out_shardings=whole)
 
         def head(variables: Tree, hidden: jax.Array) -> jax.Array:
             if COLLECTION in variables:
@@ -96,7 +134,7 @@ def logits(model: Decoder, variables: Tree, texts: list[Prompt], mesh: Mesh) -> 
             return model.apply(variables, hidden, method=model.unembed)
 
         unembed = jax.jit(head, out_shardings=whole)
-        hidden = forward(variables, tokens, np.where(is_token, positions, 0), is_token.astype(np.int32))
+        hidden = forward(variables, images, tokens, np.where(is_token, positions, 0), is_token.astype(np.int32))
         # One prompt at a time: logits are much wider than anything else.
         rows = (np.asarray(unembed(variables, row)) for row in np.asarray(hidden))
         return [row[:length].copy() for row, length in zip(rows, lengths)]

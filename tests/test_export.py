@@ -183,8 +183,8 @@ def test_an_export_that_says_something_else_is_not_written(root, tmp_path, monke
     """As if a kernel had been lost on the way."""
     right = parity.reload
 
-    def wrong(path, mesh):
-        model, variables = right(path, mesh)
+    def wrong(path, mesh, vision):
+        model, variables = right(path, mesh, vision)
         kernel = variables["params"]["layers"]["mlp"]["down_proj"]["kernel"]
         variables["params"]["layers"]["mlp"]["down_proj"]["kernel"] = kernel.at[1].set(0)
         return model, variables

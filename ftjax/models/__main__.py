@@ -28,23 +28,22 @@ class Formats(NamedTuple):
     read: tuple[str, ...]
     written: tuple[str, ...]
     heads: tuple[str, ...]  # what a reward model or a classifier of it can be written for, in transformers
-    senses: tuple[str, ...]  # what there may be beside text, with config.model.vision
 
 
 def formats(name: str) -> Formats:
-    """The formats of a model_type; of a multimodal one what is written is its language model, or with its tower all."""
+    """The formats of a model_type; of a multimodal one what is written is its language model."""
     inner = FAMILIES[name].language_models
     text = inner[0] if inner else name
     gguf = ("GGUF",) if any(text in architecture.families for architecture in ARCHITECTURES.values()) else ()
     packed = ("MXFP4",) if name == "gpt_oss" else ()
     heads = tuple(word for kind, word in ((TEXTS, "texts"), (TOKENS, "tokens")) if is_there(text, kind))
-    senses = ("images",) if FAMILIES[name].vision else ()
-    return Formats(("safetensors", *packed, *gguf), ("safetensors", "PEFT", *gguf), heads, senses)
+    read = () if name == "qwen2_5_vl" else gguf  # llama.cpp knows it by an architecture of its own
+    return Formats(("safetensors", *packed, *read), ("safetensors", "PEFT", *gguf), heads)
 
 
 def table() -> str:
     """A line for each model_type, in the order of the alphabet."""
-    rows = [("model_type", "read from", "written as", "heads for", "beside text")]
+    rows = [("model_type", "read from", "written as", "heads for")]
     for name in sorted(FAMILIES):
         rows.append((name, *(", ".join(words) or "-" for words in formats(name))))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -63,7 +62,7 @@ def described(source: str) -> str:
             f"  {spec.num_hidden_layers} layers ({mlp}) of width {spec.hidden_size}, "
             f"{spec.num_attention_heads} heads over {spec.num_key_value_heads}, {spec.vocab_size} tokens",
             f"  read from {', '.join(its.read)}; written as {', '.join(its.written)}",
-            *(f"  sees {sense} with config.model.vision=True" for sense in its.senses),
+            *(["  reads images with config.model.vision=True"] if family_of(config).vision else []),
         ]
     )
 

@@ -85,9 +85,10 @@ def _further_layers(config: dict[str, Any]) -> tuple[str, ...]:
 
 def _check(reader: Reader, stored: dict[str, str], spec: DecoderSpec, keys: dict[str, Key]) -> None:
     # Otherwise the list below could be as long as a corrupt config makes it.
-    if spec.num_hidden_layers > len(stored):
+    layers = max(spec.num_hidden_layers, spec.vision.num_hidden_layers if spec.vision else 0)
+    if layers > len(stored):
         raise UserError(
-            f"{reader.path}: the config says num_hidden_layers={spec.num_hidden_layers}, but there are only "
+            f"{reader.path}: the config says num_hidden_layers={layers}, but there are only "
             f"{len(stored)} tensors; the config belongs to other weights"
         )
     expected = {name: key.shape for key in keys.values() for name in key.names()}

@@ -21,7 +21,7 @@ def test_every_answer_is_scored_and_kept(tmp_path, capsys):
     config.data.eval = ({"source": str(tmp_path / "asked.jsonl"), "score": "exact"},)
     config.evaluate.update({"samples": 4, "temperature": 1.0, "max_new_tokens": 4, "general": ()})
     model, tokenizer = Decoder(spec(vocab_size=400, max_position_embeddings=128)), make_tokenizer(CHATML)
-    base = SimpleNamespace(model=model, tokenizer=tokenizer, end_tokens=(tokenizer.eos_token_id,))
+    base = SimpleNamespace(model=model, tokenizer=tokenizer, end_tokens=(tokenizer.eos_token_id,), images=None)
     never = SimpleNamespace(check=lambda: None)
     mesh = one_device()
     program = SimpleNamespace(mesh=mesh, objective=None, totals=None)  # no rows have a loss

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from support.family_configs import CONFIGS
+from support.vision import CONFIGS as VISION_CONFIGS
 from transformers import AutoConfig
 
 from ftjax.errors import UserError
@@ -84,6 +85,10 @@ def test_one_model_is_described_or_refused(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "qwen3_moe, as transformers' Qwen3MoeForCausalLM" in printed
     assert "3 layers (mixtures and dense ones) of width 32" in printed
+    assert "images" not in printed
+    (tmp_path / "config.json").write_text(json.dumps(VISION_CONFIGS["gemma3"]))
+    assert command.main([str(tmp_path)]) == 0
+    assert "reads images with config.model.vision=True" in capsys.readouterr().out
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"] | {"model_type": "lama"}))
     with pytest.raises(UserError, match=r"no port of model_type 'lama'\. Its config resembles that of a 'llama' model"):
         command.main([str(tmp_path)])

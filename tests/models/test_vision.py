@@ -5,6 +5,7 @@ Logits and gradients to 1e-4, the tower's among them. The weights go through fil
 
 import copy
 import functools
+import json
 import math
 import re
 
@@ -15,13 +16,15 @@ import pytest
 from support.tiny import CONFIG as TINY
 from support.tiny import logits, one_device
 from support.vision import CONFIGS, IMAGE, torch_logits
-from support.vision_case import INPUTS, LENGTH, Case
+from support.vision_case import INPUTS, LENGTH, Case, random_adapters
+from transformers import Gemma3ImageProcessor, Qwen2VLImageProcessor
 
 from ftjax import tree
 from ftjax.errors import UserError
 from ftjax.models.cache import init_cache
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
+from ftjax.models.families.tower_shared import check_processor
 from ftjax.models.kernels import choose
 from ftjax.models.params import abstract_params, shapes
 from ftjax.models.vision import Images, images_of
@@ -244,3 +247,67 @@ def test_towers_that_are_not_ported_are_refused_by_name(model, part, changes, me
     (config if part is None else config[part]).update(changes)
     with pytest.raises(UserError, match=re.escape(message)):
         spec_from_config(config, vision=True)
+
+
+def test_bfloat16_stays_close(case, record_figure):
+    doc = case.doc([5, 3, 9], 0)
+    batch = case.batch([[doc]])
+    decoder = case.decoder.clone(dtype=jnp.bfloat16)
+    given = (batch[name] for name in INPUTS)
+    hidden, _ = jax.jit(decoder.apply)({"params": case.params}, *given, images=images_of(batch))
+    assert hidden.dtype == jnp.bfloat16
+    half = decoder.apply({"params": case.params}, hidden, method=decoder.unembed)
+    difference = np.abs(half[0, : len(doc.tokens)] - case.logits(batch)[0, : len(doc.tokens)])
+    record_figure("median logit difference", np.median(difference))
+    assert 1e-4 < np.median(difference) < 0.1
+
+
+def test_adapters_of_the_tower_drop_out_what_they_read(case):
+    """And where the rate is 0 they do not; dropout is there where there is an rng, as in the language model."""
+    batch = case.batch([[case.doc([5, 9], 0)]])
+    adapters = random_adapters(case.params, "vision/layers/.*down_proj", 3, 1.0)
+    leaves = tree.flatten(adapters)
+    rates = {path.replace("lora_scale", "lora_dropout"): leaf for path, leaf in leaves.items() if "scale" in path}
+    found = []
+    for rate in (0.5, 0.0):
+        its = tree.unflatten(leaves | {path: np.full_like(leaf, rate) for path, leaf in rates.items()})
+        variables, given = {"params": case.params, "lora": its}, [batch[name] for name in INPUTS]
+        options = {"images": images_of(batch), "rngs": {"dropout": jax.random.key(0)}}
+        found.append(case.decoder.apply(variables, *given, **options)[0])
+    plain = case.decoder.apply({"params": case.params, "lora": adapters}, *given, images=images_of(batch))[0]
+    np.testing.assert_allclose(found[1], plain, rtol=0, atol=1e-5)
+    assert np.abs(found[0] - plain).max() > 0.01
+
+
+GEMMA3_PROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 896, "width": 896}}
+GEMMA3_PROCESSOR |= {"do_pan_and_scan": None, "rescale_factor": 0.00392156862745098, "image_seq_length": 256}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"image_mean": [0.485, 0.456, 0.406]}, "image_mean=[0.485, 0.456, 0.406]"),
+        ({"size": {"height": 224, "width": 224}}, "size="),
+        ({"do_pan_and_scan": True}, "do_pan_and_scan=True"),
+        ({"do_normalize": False}, "do_normalize=False"),
+        ({"rescale_factor": 1.0}, "rescale_factor=1.0"),
+    ],
+)
+def test_a_processor_that_makes_other_numbers_is_refused(changes, message):
+    vision = spec_from_config(RELEASED["gemma-3-4b"], vision=True).vision
+    if message is None:
+        check_processor(vision, GEMMA3_PROCESSOR, "preprocessor_config.json")
+        return
+    with pytest.raises(UserError, match=re.escape(f"preprocessor_config.json: {message}")):
+        check_processor(vision, GEMMA3_PROCESSOR | changes, "preprocessor_config.json")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+def test_what_processors_of_transformers_do_by_default_is_what_the_tower_is_given(name):
+    made = {"gemma3": Gemma3ImageProcessor, "qwen2_5_vl": Qwen2VLImageProcessor}[name]
+    settings = json.loads(made().to_json_string()) | (
+        {"size": {"height": 896, "width": 896}} if name == "gemma3" else {}
+    )
+    released = RELEASED["gemma-3-4b" if name == "gemma3" else "Qwen2.5-VL-7B"]
+    check_processor(spec_from_config(released, vision=True).vision, settings, "preprocessor_config.json")

@@ -152,7 +152,8 @@ def pictured(vision: Vision, sizes: list[tuple[int, int]], texts: list[int], see
 
 def torch_inputs(vision: Vision, doc: Pictured, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """What transformers' model takes of one document alone, as its processor makes it of images of these sizes."""
-    ids, stands = torch.tensor(doc.tokens[None]).long(), torch.tensor((doc.tokens == vision.image_token)[None]).long()
+    ids = torch.tensor(doc.tokens[None]).long()
+    stands = (ids == vision.image_token).long()
     kind = {"gemma3": "token_type_ids"}.get(vision.family, "mm_token_type_ids")
     out = {"input_ids": ids, kind: stands}
     if not doc.images:

@@ -10,15 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.llama_dirs import no_tokenizer
 from support.model_dirs import write_merged
+from support.tiny import one_device
 from support.vision import CONFIGS, torch_logits, torch_model
 from support.vision_case import Case, random_adapters, read
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ftjax import lora, tree
 from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
+from ftjax.models.params import abstract_params
 from ftjax.weights.hf.write import write_processor
 from ftjax.weights.load import load_params
+from ftjax.weights.resized import ResizedReader
 from ftjax.weights.source import open_source
 
 SAME = {"transformers_version", "architectures", "dtype"}
@@ -111,6 +115,16 @@ def test_the_language_model_alone_is_written_without_the_tower(case, tmp_path):
     written = open_source(tmp_path / "out")
     assert not any("vis" in name for name in written.names())
     assert spec_from_config(written.config) == spec
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()), report
+    assert (
+        type(theirs).__name__ == {"gemma3": "Gemma3ForCausalLM", "qwen2_5_vl": "Qwen2ForCausalLM"}[case.vision.family]
+    )
+    doc = case.doc([20], 1)
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=torch.tensor(doc.tokens[None]).long()).logits[0].numpy()
+    found = case.logits(case.batch([[doc]]))[0, : len(doc.tokens)]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def test_a_config_with_the_texts_fields_at_the_top_stays_one(tmp_path):
@@ -131,6 +145,12 @@ def test_a_config_with_the_texts_fields_at_the_top_stays_one(tmp_path):
     assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
     again = read_by_torch(tmp_path / "ours")
     assert again.config.text_config.rope_parameters["mrope_section"] == [1, 1, 2]
+    alone, of_text = spec_from_config(flat), {name: part for name, part in params.items() if name != "vision"}
+    write_merged(tmp_path / "alone", of_text, alone, flat, no_tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "alone")
+    assert model.config.model_type == "qwen2"
+    assert model.config.rope_parameters["rope_theta"] == 1e3
+    assert not {"vision_config", "image_token_id"} & json.loads((tmp_path / "alone/config.json").read_text()).keys()
 
 
 def test_how_images_are_read_goes_with_the_model(tmp_path):
@@ -151,3 +171,12 @@ def test_targets_by_name_are_of_the_language_model(case):
     assert its == ["vision/layers/self_attn/o_proj/kernel"]
     with pytest.raises(UserError, match="matches"):
         lora.find_targets("vision/.*nothing", paths)
+
+
+def test_rows_are_added_beside_a_tower_too(case):
+    reader = ResizedReader(open_source(case.path / "model"), 70)
+    spec = spec_from_config(reader.config, vision=True)
+    assert spec.vocab_size == 70
+    params = load_params(reader, spec, abstract_params(Decoder(spec), one_device()))
+    np.testing.assert_array_equal(params["embed_tokens"]["embedding"][:64], case.params["embed_tokens"]["embedding"])
+    jax.tree.map(np.testing.assert_array_equal, params["vision"], case.params["vision"])
