@@ -24,7 +24,7 @@ from support import ROOT
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scancel", "scontrol")
 
 # A requeued job waits for cred_expire seconds, 5 at least, and one that was canceled has KillWait seconds to save. To
-# SLURM the node has two CPUs, whatever the machine has.
+# SLURM the node has four CPUs, whatever the machine has.
 CONFIG = """
 ClusterName=ftjax
 SlurmctldHost={host}(127.0.0.1)
@@ -51,7 +51,7 @@ SlurmdParameters=config_overrides
 FirstJobId={first}
 KillWait=20
 ReturnToService=2
-NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs=2
+NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs=4
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
 
@@ -60,13 +60,17 @@ class Slurm:
     """What an administrator asks of it."""
 
     def jobs(self, name: str = "") -> list[str]:
-        """ "NUMBER STATE RESTARTS" of its jobs, or of those of a name, those that have ended included."""
+        """`NUMBER STATE RESTARTS` of its jobs, or of those of a name, in their order and with those that have ended."""
         wanted = [f"--name={name}"] if name else []
         lines = run("squeue", "--states=all", "--noheader", "--Format=JobID,State,RestartCnt", *wanted).splitlines()
-        return [" ".join(line.split()) for line in lines]
+        return sorted(" ".join(line.split()) for line in lines)
 
     def states(self, name: str = "") -> list[str]:
         return [line.split()[1] for line in self.jobs(name)]
+
+    def number(self, name: str) -> str:
+        """Of the last job of a name."""
+        return self.jobs(name)[-1].split()[0]
 
 
 def run(*command: str) -> str:
@@ -116,9 +120,14 @@ def _configure(folder: Path) -> None:
     folder.chmod(0o711)  # munge wants everyone to reach its socket
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         controller, node = (sock.getsockname()[1] for sock in (one, other))
-    values = {"controller": controller, "node": node, "user": getpass.getuser(), "host": socket.gethostname()}
+    values = {
+        "controller": controller,
+        "node": node,
+        "user": getpass.getuser(),
+        "host": socket.gethostname().partition(".")[0],
+    }
     # From the number follows the port at which the processes of a run meet.
-    text = CONFIG.format(folder=folder, first=1 + secrets.randbelow(4000), **values)
+    text = CONFIG.format(folder=folder, first=1000 + secrets.randbelow(8000), **values)
     (folder / "slurm.conf").write_text(text)
     key = folder / "munge/key"
     key.touch(mode=0o600)
