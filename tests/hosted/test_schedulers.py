@@ -17,8 +17,10 @@ from ftjax.errors import UserError
 from ftjax.hosted.jobs.backend import Found, State, Task
 from ftjax.hosted.jobs.kubernetes import JobSets
 from ftjax.hosted.jobs.slurm import Slurm
+from ftjax.hosted.jobs.validating import mistake
 
 SBATCH = """
+[ ! -e "$FAKE/refuses" ] || { echo "sbatch: error: no answer" >&2; exit 1; }
 echo "$*" >>"$FAKE/submitted"
 for word; do case $word in --job-name=*) echo "${word#*=} 17" >"$FAKE/queue";; esac; done
 echo 17
@@ -110,6 +112,34 @@ def test_slurm_gets_a_job_once_and_says_how_it_ended(fake):
     assert slurm.poll(its) == Found(State.ENDED, 0)
     slurm.start(its)
     assert len((fake / "submitted").read_text().splitlines()) == 2
+
+
+def test_a_job_that_slurm_ended_in_a_later_start_has_no_end_of_an_earlier_one(fake):
+    slurm, its = Slurm(ROOT / "scripts/slurm/train.sbatch"), task(fake)
+    its.folder.mkdir()
+    first = "--- x job 17, start 1, on n1\n--- x ended with status 75\nsaved; requeued\n"
+    (its.folder / "log").write_text(first)
+    assert slurm.poll(its) == Found(State.ENDED, 75)
+    (its.folder / "log").write_text(f"{first}--- x job 17, start 2, on n1\nstep 3\n")
+    assert slurm.poll(its) == Found(State.ABSENT)
+
+
+def test_sbatch_fails_for_good_only_where_slurm_answers(fake, monkeypatch):
+    slurm, its = Slurm(ROOT / "scripts/slurm/train.sbatch"), task(fake)
+    (fake / "refuses").touch()
+    with pytest.raises(UserError, match="sbatch refuses the job: sbatch: error: no answer"):
+        slurm.start(its)
+    once = '[ -e "$FAKE/asked" ] && exit 1; touch "$FAKE/asked"'  # SLURM goes away between the two
+    write(fake, monkeypatch, {"squeue": once})
+    slurm.start(its)
+    assert not (fake / "submitted").exists()
+
+
+def test_what_slurm_says_of_the_end_is_no_part_of_a_mistake():
+    between = "slurmstepd-n1: error: *** STEP 17.0 ON n1 CANCELLED AT 2026-01-01T00:00:00 ***\n"
+    after = "srun: error: n1: task 0: Exited with exit code 2\n--- 2026-01-01T00:00:00+00:00 ended with status 2\n"
+    assert mistake(f"--- x job 17, start 1, on n1\nerror: row 3\n{between}of a file\n{after}") == "row 3\nof a file"
+    assert mistake(f"Traceback\n{between}{after}") == ""
 
 
 def test_kubernetes_gets_a_jobset_once_and_says_how_it_ended(fake):

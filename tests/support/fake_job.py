@@ -56,6 +56,7 @@ def train(config, workdir):
         with (workdir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         if starts <= plan.get("times", 0) and step >= plan["steps"] / 2:
+            print(plan.get("says", ""), flush=True)
             sys.exit(plan["end"])
         (checkpoints / str(step)).mkdir()
         if stopped:

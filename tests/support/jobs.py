@@ -31,13 +31,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder, **options):
+def serving(folder, settings=SETTINGS, **options):
     files = PlainFiles(folder / "files")
     engine = connect(f"sqlite:///{folder}/server.db")
     trained = Trained(engine, "tiny", created=1)
     values = {"backend": FAKE, "helpers": FAKE, "seconds": 0.02, "at_once": 2, "per_key": 2} | options
     with (
-        Jobs(engine, files, folder / "jobs", SETTINGS, trained, **values) as jobs,
+        Jobs(engine, files, folder / "jobs", settings, trained, **values) as jobs,
         served(application(routes(jobs), models.routes(trained))) as url,
     ):
         yield Server(folder, url, jobs, files)

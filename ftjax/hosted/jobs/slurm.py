@@ -8,7 +8,8 @@ from pathlib import Path
 from ftjax.errors import UserError
 from ftjax.hosted.jobs.backend import Found, State, Task
 
-_ENDED = re.compile(r"^--- \S+ ended with status (\d+)$", re.MULTILINE)  # what the script says at its end
+# What the script says at its start and at its end. SLURM ends it with what it runs, so a canceled one says no end.
+_MARKS = re.compile(r"^--- \S+ (?:job \d+, start|ended with status (\d+)$)", re.MULTILINE)
 _SECONDS = 60  # that a command of SLURM may take
 
 
@@ -32,9 +33,11 @@ class Slurm:
         log = task.folder / "log"
         log.unlink(missing_ok=True)
         root = self._script.resolve().parents[2]
-        named = (f"--job-name={task.name}", f"--output={log}", f"--chdir={root}", f"--export=ALL,FTJAX_ROOT={root}")
+        output = str(log).replace("%", "%%")  # which begins a pattern
+        named = (f"--job-name={task.name}", f"--output={output}", f"--chdir={root}", f"--export=ALL,FTJAX_ROOT={root}")
         done = _run("sbatch", "--parsable", *named, *self._options, str(self._script), *task.arguments[2:])
-        if done.returncode:
+        # Where there is no answer, it may have been taken, or not: the next poll tells.
+        if done.returncode and self._number(task) == "":
             raise UserError(f"sbatch refuses the job: {done.stderr.strip()}")
 
     def poll(self, task: Task) -> Found:
@@ -43,16 +46,16 @@ class Slurm:
             return Found(State.UNKNOWN)
         if number:
             return Found(State.RUNNING)
-        ends = _ENDED.findall(task.log())
-        return Found(State.ENDED, int(ends[-1])) if ends else Found(State.ABSENT)
+        marks = _MARKS.findall(task.log())
+        return Found(State.ENDED, int(marks[-1])) if marks and marks[-1] else Found(State.ABSENT)
 
     def stop(self, task: Task) -> bool:
         number = self._number(task)
         return bool(number) and _run("scancel", number).returncode == 0
 
     def kill(self, task: Task) -> None:
-        if number := self._number(task):
-            _run("scancel", "--signal=KILL", number)
+        """As `stop`: SLURM kills what has not ended KillWait after it, and knows nothing quicker."""
+        self.stop(task)
 
     def _number(self, task: Task) -> str | None:
         """SLURM's number of the job, "" where it has none (any more), None where it does not answer."""

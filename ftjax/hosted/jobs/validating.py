@@ -1,6 +1,7 @@
 """What `ftjax.inspect_data` found of a job's rows: numbers to train with, or why the job fails."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from ftjax.hosted.jobs.configuring import Data
 
 _OF_EVALUATION = ("leak", "eval_empty")  # what codes of findings about the rows of an evaluation begin with
 _SHOWN = 3  # findings of a message
+# Lines of SLURM, and of the script that it runs, between and after those of a command.
+_LAUNCHER = re.compile(r"^(?:srun|slurmstepd\S*|---)[: ].*(?:\n|$)", re.MULTILINE)
 
 
 def command(config: Path, report: Path) -> tuple[str, ...]:
@@ -52,6 +55,7 @@ def failure(message: str, names: dict[str, str]) -> dict[str, Any]:
 
 def mistake(log: str) -> str:
     """What a command of ours said before it ended with the status of a mistake: from the last "error: " on."""
+    log = _LAUNCHER.sub("", log)
     _, found, message = log.rpartition("\nerror: ") if "\nerror: " in log else log.partition("error: ")
     return message.strip() if found else ""
 
