@@ -24,13 +24,6 @@ class Images(NamedTuple):
 
 
 KEYS = {"patches": "patches", "places": "patch_places", "images": "patch_images", "rope_positions": "rope_positions"}
-# Of these arrays of a batch, as sharding.place has them; a row's patches are whole wherever the row is.
-AXES: dict[str, tuple[str | None, ...]] = {
-    "patches": ("batch", None, None),
-    "patch_places": ("batch", None, None),
-    "patch_images": ("batch", None),
-    "rope_positions": ("batch", "length", None),
-}
 
 
 def images_of(batch: Mapping[str, jax.Array]) -> Images | None:

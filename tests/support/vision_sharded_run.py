@@ -15,7 +15,6 @@ from ftjax import lora, sharding, tree
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.params import abstract_params, logical_axes
-from ftjax.models.vision import AXES
 from ftjax.objectives.sft import make_sft
 from support.tiny import numpy_params
 from support.vision import CONFIGS, pictured, pictured_batch, torch_model
@@ -84,7 +83,7 @@ def run(model, mesh, batch):
         return jax.value_and_grad(total)(variables)
 
     with jax.set_mesh(mesh):
-        placed = {key: sharding.place(mesh, AXES.get(key, ("batch", "length")), array) for key, array in batch.items()}
+        placed = sharding.placed(mesh, batch)
         loss, gradients = program(jax.device_put(variables, shardings), placed)
     split = [path for path, leaf in tree.flatten(shardings).items() if not leaf.is_fully_replicated]
     return float(loss), tree.flatten(jax.device_get(gradients)), split
