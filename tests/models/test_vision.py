@@ -279,10 +279,6 @@ def test_adapters_of_the_tower_drop_out_what_they_read(case):
     assert np.abs(found[0] - plain).max() > 0.01
 
 
-GEMMA3_PROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 896, "width": 896}}
-GEMMA3_PROCESSOR |= {"do_pan_and_scan": None, "rescale_factor": 0.00392156862745098, "image_seq_length": 256}
-
-
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
 def test_what_processors_of_transformers_do_by_default_is_what_the_tower_is_given(name):
     made = {"gemma3": Gemma3ImageProcessor, "qwen2_5_vl": Qwen2VLImageProcessor}[name]
