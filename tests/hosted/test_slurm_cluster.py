@@ -184,6 +184,24 @@ def test_a_server_that_was_killed_leaves_its_jobs_to_the_next(cluster, script, t
     assert cluster.states(job.id.lower()) == ["COMPLETED"]
 
 
+def test_each_job_of_an_array_is_requeued_by_itself(cluster, tmp_path):
+    program = tmp_path / "once_more.py"
+    program.write_text("""
+import os, sys
+again = "SLURM_RESTART_COUNT" in os.environ
+print(sys.argv[-1], "again" if again else "first", flush=True)
+sys.exit(0 if again else 75)
+""")
+    script = checkout(tmp_path / "checkout", sys.executable, "-IS", str(program))
+    output = (f"--output={tmp_path}/%a.log", f"--export=ALL,FTJAX_ROOT={script.parents[2]}", "--job-name=sweep")
+    run("sbatch", "--array=0-2", *output, str(script), "--workdir=x", "--sweep=adapter.rank=4,8,16")
+    until(lambda: cluster.states("sweep") == ["COMPLETED"] * 3)
+    assert {line.split()[2] for line in cluster.jobs("sweep")} == {"1"}
+    for number in range(3):
+        told = (tmp_path / f"{number}.log").read_text().splitlines()
+        assert [line for line in told if "index" in line] == [f"--index={number} first", f"--index={number} again"]
+
+
 def test_two_real_processes_find_each_other_save_and_go_on(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", xla_flags(1))

@@ -82,8 +82,9 @@ def test_arguments_arrive_at_every_task_as_they_were_given(submit):
 
 def test_a_job_of_an_array_is_one_run_of_a_sweep(submit):
     arguments = ["--config", "c.py", "--workdir=/shared/sweep", "--sweep", "adapter.rank=8,16;seed=1,2"]
-    status, requeued, told = submit(*arguments, SLURM_ARRAY_TASK_ID="3")
-    assert (status, requeued) == (75, ["requeue 4711"]), told
+    status, requeued, told = submit(*arguments, SLURM_ARRAY_JOB_ID="4711", SLURM_ARRAY_TASK_ID="3")
+    assert (status, requeued) == (75, ["requeue 4711_3"]), told  # by its number SLURM may know the whole array
+    assert "--jobs=4711_3" in (submit.fake / "squeue").read_text()
     for task in (0, 1):
         wanted = ["-m", "ftjax.sweep", *arguments, "--index=3"]
         assert json.loads((submit.fake / f"task-{task}").read_text()) == wanted

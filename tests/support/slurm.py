@@ -21,7 +21,7 @@ import pytest
 
 from support import ROOT
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scancel", "scontrol")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 
 # A requeued job waits for cred_expire seconds, 5 at least, and one that was canceled has KillWait seconds to save. To
 # SLURM the node has four CPUs, whatever the machine has.
@@ -137,11 +137,8 @@ def _configure(folder: Path) -> None:
 @contextlib.contextmanager
 def _munged(folder: Path, paths: str) -> Iterator[None]:
     own = folder / "munge"
-    files = [f"--{what}={own / name}" for what, name in [("socket", "socket"), ("key-file", "key")]]
-    files += [
-        f"--{what}={own / name}" for what, name in [("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed")]
-    ]
-    with _daemon(folder, [shutil.which("munged", path=paths), "--foreground", *files]):
+    files = [f"--{name}-file={own / name}" for name in ("key", "pid", "log", "seed")]
+    with _daemon(folder, [shutil.which("munged", path=paths), "--foreground", f"--socket={own / 'socket'}", *files]):
         _until((own / "socket").exists, folder)
         yield
 
