@@ -37,6 +37,12 @@ def test_a_mixture_and_fused_projections(record_figure):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_what_evens_out_experts_is_that_of_all_devices(name, record_figure):
+    check(run(f"balanced {name}", flags="--xla_backend_optimization_level=0"), record_figure)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family(name, record_figure):
     check(run(name, flags="--xla_backend_optimization_level=0"), record_figure)

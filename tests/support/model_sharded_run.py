@@ -1,6 +1,7 @@
 """Run by test_sharded_families.py in a process with 8 devices: loss and gradients of families on meshes, as JSON.
 
-Arguments: names of configs of family_configs.py. Prints {config: {mesh: {"loss": relative difference, "gradient":
+Arguments: names of configs of family_configs.py, after "balanced " with the losses and corrections that even out the
+load of experts. Prints {config: {mesh: {"loss": relative difference, "gradient":
 largest difference, "split": paths of parameters that the mesh splits}}}, all compared with one device.
 """
 
@@ -10,6 +11,7 @@ import sys
 import jax
 import numpy as np
 
+from ftjax import config as configs
 from ftjax import lora, sharding, tree
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
@@ -36,7 +38,9 @@ def main(names):
     batch = batch_of([docs[i : i + 2] for i in range(0, 12, 2)] + [docs[:2], docs[2:4]], 24)
     out = {}
     for name in names:
-        config = CONFIGS[name] | (EVEN if "hidden_size" in CONFIGS[name] else GPT2_EVEN)
+        balanced = name.startswith("balanced ")
+        config = CONFIGS[name.removeprefix("balanced ")]
+        config = config | (EVEN if "hidden_size" in config else GPT2_EVEN)
         config |= {size: 4 for size in ("num_experts", "num_local_experts", "moe_num_experts") if size in config}
         config |= {"vocab_size_per_layer_input": 64} if "vocab_size_per_layer_input" in config else {}
         if "rope_scaling" in config and config["model_type"] == "phi3":
@@ -45,10 +49,10 @@ def main(names):
             config |= {"num_hidden_layers": 3, "full_attn_idxs": [1]}
         model = Decoder(spec_from_config(config), remat="full")
         one = sharding.make_mesh({}, jax.devices()[:1])
-        loss, expected, _ = run(model, one, batch)
+        loss, expected, _ = run(model, one, batch, balanced)
         out[name] = {}
         for mesh_name, sizes in MESHES.items():
-            other, gradients, split = run(model, sharding.make_mesh(sizes), batch)
+            other, gradients, split = run(model, sharding.make_mesh(sizes), batch, balanced)
             differences = [np.abs(gradients[path] - expected[path]).max() for path in expected]
             out[name][mesh_name] = {
                 "loss": abs(other / loss - 1),
@@ -60,10 +64,12 @@ def main(names):
         families = ("gemma3n_text", "gemma4_text", "granitemoehybrid", "nemotron_h")
         small = (*SMALL, "lora_b", "lora_scale") if config["model_type"] in families else SMALL
         assert all(np.abs(leaf).max() > 1e-4 for path, leaf in expected.items() if not path.endswith(small)), name
+        corrections = [leaf for path, leaf in expected.items() if path.endswith("mlp/correction")]
+        assert not balanced or all(np.abs(leaf).max() > 1e-4 for leaf in corrections), name
     print(json.dumps(out))
 
 
-def run(model, mesh, batch):
+def run(model, mesh, batch, balanced=False):
     """(mean loss, {path: gradient}, paths that are split) on `mesh`, of all parameters and of adapters on them."""
     params = abstract_params(model, mesh)
     axes = logical_axes(model)
@@ -75,7 +81,10 @@ def run(model, mesh, batch):
     made = {path: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32) for path, leaf in leaves.items()}
     variables = {"params": values, "lora": tree.unflatten(made)}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, {"params": params, "lora": adapters})
-    objective = make_sft(model)
+    settings = configs.defaults().objective
+    if balanced:
+        settings.update(router_balance=0.1, router_z_loss=0.01, router_bias_rate=0.01)
+    objective = make_sft(model, settings)
 
     @jax.jit
     def program(variables, batch):
