@@ -115,7 +115,10 @@ class GGUFReader:
         first, last, _ = index[-1].indices(shape[-1])
         columns = slice(first // count, -(-last // count))
         read = [_values(parts[part], place, (*index[:-1], columns)) for part in range(count)]
-        in_turns = np.stack(read, axis=-1).reshape(*read[0].shape[:-1], count * read[0].shape[-1])
+        # Laid out in memory as they are, [experts, out, in]: to stack them would transpose them.
+        in_turns = np.empty_like(read[0], shape=(*read[0].shape[:-1], count * read[0].shape[-1]))
+        for part, values in enumerate(read):
+            in_turns[..., part::count] = values
         skipped = first - count * columns.start
         return in_turns[..., skipped : skipped + last - first]
 
