@@ -34,11 +34,12 @@ def formats(name: str) -> Formats:
     """The formats of a model_type; of a multimodal one what is written is its language model."""
     inner = FAMILIES[name].language_models
     text = inner[0] if inner else name
-    gguf = ("GGUF",) if any(text in architecture.families for architecture in ARCHITECTURES.values()) else ()
+    known = [architecture for architecture in ARCHITECTURES.values() if text in architecture.families]
+    written = ("GGUF",) if any(architecture.metadata for architecture in known) else ()
     packed = ("MXFP4",) if name == "gpt_oss" else ()
     heads = tuple(word for kind, word in ((TEXTS, "texts"), (TOKENS, "tokens")) if is_there(text, kind))
-    read = () if name == "qwen2_5_vl" else gguf  # llama.cpp knows it by an architecture of its own
-    return Formats(("safetensors", *packed, *read), ("safetensors", "PEFT", *gguf), heads)
+    read = ("GGUF",) if known and name != "qwen2_5_vl" else ()  # which llama.cpp knows by an architecture of its own
+    return Formats(("safetensors", *packed, *read), ("safetensors", "PEFT", *written), heads)
 
 
 def table() -> str:

@@ -75,8 +75,9 @@ def test_every_family_is_listed_with_its_formats(capsys):
     heading, *lines = capsys.readouterr().out.splitlines()
     assert heading.split("  ")[0] == "model_type"
     assert [line.split()[0] for line in lines] == sorted(FAMILIES)
-    assert "llama             safetensors, GGUF   safetensors, PEFT, GGUF  texts, tokens" in lines
-    assert "cohere2           safetensors         safetensors, PEFT        -" in lines
+    assert "llama             safetensors, GGUF         safetensors, PEFT, GGUF  texts, tokens" in lines
+    assert "cohere2           safetensors               safetensors, PEFT        -" in lines
+    assert "gpt_oss           safetensors, MXFP4, GGUF  safetensors, PEFT        texts, tokens" in lines
 
 
 def test_one_model_is_described_or_refused(tmp_path, capsys):

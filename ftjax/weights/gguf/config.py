@@ -24,6 +24,10 @@ _DEFAULT_THETA = {
     "mixtral": 1e6,
     "smollm3": 2e6,
 }  # for Hugging Face configs without one; else 10,000
+_OTHER_YARN = (
+    "llama.cpp would compute another model, as it rounds the ends of YaRN's ramp, which moves GPT-OSS's frequencies by "
+    "up to 76 %"
+)
 # Layers of the 27B Gemmas, by which llama.cpp knows that their attention is scaled by the width of the model.
 _LARGE_GEMMA = {"gemma2": 46, "gemma3": 62}
 
@@ -149,18 +153,49 @@ def _qwen(file: Fields) -> dict[str, Any]:
     return config | {"model_type": file.architecture, "rope_parameters": read_rope(file, config["head_dim"])}
 
 
-def _qwen3_moe(file: Fields) -> dict[str, Any]:
+def _of_experts(file: Fields) -> Fields:
+    """A file in which `feed_forward_length`, where it has none, is that of its experts."""
     width = file.whole("expert_feed_forward_length")
-    file = Fields(file.path, {"qwen3moe.feed_forward_length": width} | dict(file.metadata), file.tensors)
-    return _qwen(file) | {
+    key = f"{file.architecture}.feed_forward_length"
+    return Fields(file.path, {key: width} | dict(file.metadata), file.tensors)
+
+
+def _qwen3_moe(file: Fields) -> dict[str, Any]:
+    return _qwen(_of_experts(file)) | {
         "model_type": "qwen3_moe",
-        "moe_intermediate_size": width,
+        "moe_intermediate_size": file.whole("expert_feed_forward_length"),
         "num_experts": file.whole("expert_count"),
         "num_experts_per_tok": file.whole("expert_used_count"),
         "norm_topk_prob": True,  # not in the files: llama.cpp always normalizes
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }
+
+
+def _gpt_oss(file: Fields) -> dict[str, Any]:
+    file.refuse("rope.freq_base_swa", "expert_weights_scale")
+    config = _decoder(_of_experts(file))
+    rope = read_rope(file, config["head_dim"])
+    if rope["rope_type"] == "yarn":
+        rope["truncate"] = False  # as OpenAI's code and Hugging Face's config have it; llama.cpp rounds the ramp's ends
+    window, period = file.whole("attention.sliding_window"), file.whole("attention.sliding_window_pattern", 2)
+    return config | {
+        "model_type": "gpt_oss",
+        "intermediate_size": file.whole("expert_feed_forward_length"),
+        "attention_bias": True,
+        "rope_parameters": rope,
+        "sliding_window": window,
+        "layer_types": _layer_types(config["num_hidden_layers"], period),
+        "num_local_experts": file.whole("expert_count"),
+        "num_experts_per_tok": file.whole("expert_used_count"),
+        "swiglu_limit": 7.0,  # not in the files, as the alpha of 1.702
+    }
+
+
+def _layer_types(layers: int, period: int | None) -> list[str]:
+    """Every so many-th layer sees all tokens; all do if `period` is None."""
+    kinds = ("full_attention", "sliding_attention")
+    return [kinds[period is not None and (layer + 1) % period != 0] for layer in range(min(layers, 10_000))]
 
 
 def _gemma(file: Fields) -> dict[str, Any]:
@@ -184,9 +219,7 @@ def _gemma(file: Fields) -> dict[str, Any]:
         ropes = {"full_attention": rope, "sliding_attention": local}
         config |= {"model_type": "gemma3_text", "rope_parameters": ropes}
         config["sliding_window"] = window = file.window("attention.sliding_window")
-    kinds = ("full_attention", "sliding_attention")
-    slides = [window is not None and (layer + 1) % period != 0 for layer in range(min(layers, 10_000))]
-    return config | {"layer_types": [kinds[slide] for slide in slides]}
+    return config | {"layer_types": _layer_types(layers, period if window is not None else None)}
 
 
 def _phi3(file: Fields) -> dict[str, Any]:
@@ -281,8 +314,9 @@ class Architecture(NamedTuple):
 
     read: Callable[[Fields], dict[str, Any]]  # the config, without the keys that `hf_config` adds
     # (spec, config) -> ({key without the architecture: value}, {name: further tensor})
-    metadata: Callable[[DecoderSpec, Mapping[str, Any]], tuple[dict[str, Any], dict[str, np.ndarray]]]
+    metadata: Callable[[DecoderSpec, Mapping[str, Any]], tuple[dict[str, Any], dict[str, np.ndarray]]] | None
     families: tuple[str, ...]  # the `model_type`s that are written as this
+    unwritten: str = ""  # why they are not, where `metadata` is None
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -296,16 +330,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": Architecture(_granite, _granite_metadata, ("granite",)),
     "smollm3": Architecture(_smollm3, _decoder_metadata, ("smollm3",)),
     "gpt2": Architecture(_gpt2, _gpt2_metadata, ("gpt2",)),
+    "gpt-oss": Architecture(_gpt_oss, None, ("gpt_oss",), _OTHER_YARN),
 }
 
 
 def architecture_of(family: str) -> str:
-    """The GGUF architecture that a `model_type` is written as; UserError, with a list, if there is none."""
-    for name, architecture in ARCHITECTURES.items():
-        if family in architecture.families:
-            return name
-    written = sorted(family for architecture in ARCHITECTURES.values() for family in architecture.families)
+    """The GGUF architecture that a `model_type` is written as; UserError, with reason or list, if there is none."""
+    names = {its: name for name, architecture in ARCHITECTURES.items() for its in architecture.families}
+    found = ARCHITECTURES.get(names.get(family, ""))
+    if found and found.metadata:
+        return names[family]
+    written = [its for its in sorted(names) if ARCHITECTURES[names[its]].metadata]
     raise UserError(
-        f"a {family!r} model cannot be written as GGUF, only {', '.join(written)}; export the Hugging Face format "
-        "instead, which llama.cpp's convert_hf_to_gguf.py reads"
+        f"a {family!r} model cannot be written as GGUF"
+        + (f": {found.unwritten}" if found else f", only {', '.join(written)}")
+        + "; export the Hugging Face format instead, which llama.cpp's convert_hf_to_gguf.py reads"
     )

@@ -13,6 +13,7 @@ from ftjax.models.families import spec_from_config
 from ftjax.weights.gguf.config import hf_config
 from ftjax.weights.gguf.header import Tensor, read_header
 from ftjax.weights.gguf.names import Place, gguf_places, half_split
+from ftjax.weights.hf.keys import flipped
 
 # Tensors whose values are in the config.
 _COMPUTED = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
@@ -21,7 +22,7 @@ _COMPUTED = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_lon
 class _Stored(NamedTuple):
     """A Hugging Face tensor as the file has it; an expert's is a slice of the tensor of all experts."""
 
-    tensor: Tensor
+    parts: dict[int, Tensor]  # by `Place.part`
     place: Place | None  # None: Hugging Face has no name for it
 
 
@@ -70,7 +71,11 @@ class GGUFReader:
             if name in places:
                 self._add(name, tensor, places[name])
             elif name not in _COMPUTED:
-                self._tensors[name] = _Stored(tensor, None)
+                self._tensors[name] = _Stored({0: tensor}, None)
+        for name, (parts, place) in self._tensors.items():
+            shapes = [list(parts[part].shape) for part in sorted(parts)]
+            if place and (len(shapes) < place.parts or any(shape != shapes[0] for shape in shapes)):
+                raise UserError(f"{path}: gate and up of {name} have the shapes {shapes}, not two alike")
 
     def _add(self, name: str, tensor: Tensor, place: Place) -> None:
         names, shape = place.hf_names(), tensor.shape
@@ -79,21 +84,22 @@ class GGUFReader:
                 f"{self.path}: {name} has {shape[0]} rows, not {place.heads} heads of size "
                 f"{place.shape[0] // place.heads}"
             )
-        if len(place.shape) != 3:
-            self._tensors[names[0]] = _Stored(tensor, place)
+        if not place.split:
+            self._tensors.setdefault(names[0], _Stored({}, place)).parts[place.part] = tensor
             return
         if len(shape) != 3 or shape[0] != len(names):
             raise UserError(f"{self.path}: {name} has the shape {list(shape)}, not that of {len(names)} experts")
         for expert, hf_name in enumerate(names):
-            self._tensors[hf_name] = _Stored(Tensor(shape[1:], tensor.kind, tensor.raw[expert]), place)
+            self._tensors[hf_name] = _Stored({0: Tensor(shape[1:], tensor.kind, tensor.raw[expert])}, place)
 
     def names(self) -> set[str]:
         """Hugging Face names; a tensor that has none there keeps GGUF's."""
         return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        tensor, place = self._tensors[name]
-        return tensor.shape[::-1] if place and place.flipped else tensor.shape
+        parts, place = self._tensors[name]
+        shape = flipped(parts[0].shape) if place and place.flipped else parts[0].shape
+        return (*shape[:-1], shape[-1] * len(parts))
 
     def dtype(self, name: str) -> np.dtype:
         assert name in self._tensors
@@ -101,14 +107,31 @@ class GGUFReader:
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """float32, the part that `index` selects; only the rows it names are dequantized."""
-        (shape, kind, raw), place = self._tensors[name]
+        parts, place = self._tensors[name]
+        shape, count = self.shape(name), len(parts)
         index = (*index, *[slice(None)] * (len(shape) - len(index)))
-        if place and place.flipped:
-            return dequantize(raw[index[1]], kind)[:, index[0]].T
-        if place and place.heads:
-            order = half_split(shape[0], place.heads)
-            if len(shape) == 1:
-                return dequantize(raw, kind)[order][index[0]]
-            return dequantize(raw[order[index[0]]], kind)[..., index[-1]]
-        values = dequantize(raw[index[:-1]], kind)[..., index[-1]]
-        return values - np.float32(1) if place and place.plus_one else values
+        if count == 1:
+            return _values(parts[0], place, index)
+        first, last, _ = index[-1].indices(shape[-1])
+        columns = slice(first // count, -(-last // count))
+        read = [_values(parts[part], place, (*index[:-1], columns)) for part in range(count)]
+        # Laid out in memory as they are, [experts, out, in]: to stack them would transpose them.
+        in_turns = np.empty_like(read[0], shape=(*read[0].shape[:-1], count * read[0].shape[-1]))
+        for part, values in enumerate(read):
+            in_turns[..., part::count] = values
+        skipped = first - count * columns.start
+        return in_turns[..., skipped : skipped + last - first]
+
+
+def _values(tensor: Tensor, place: Place | None, index: tuple[slice, ...]) -> np.ndarray:
+    """float32, the part of one tensor that `index`, a slice for each of Hugging Face's dimensions, selects."""
+    shape, kind, raw = tensor
+    if place and place.flipped:
+        return dequantize(raw[(*index[:-2], index[-1])], kind)[..., index[-2]].swapaxes(-1, -2)
+    if place and place.heads:
+        order = half_split(shape[0], place.heads)
+        if len(shape) == 1:
+            return dequantize(raw, kind)[order][index[0]]
+        return dequantize(raw[order[index[0]]], kind)[..., index[-1]]
+    values = dequantize(raw[index[:-1]], kind)[..., index[-1]]
+    return values - np.float32(1) if place and place.plus_one else values

@@ -218,7 +218,7 @@ def _verify(path: Path, content: _Content, metadata: Mapping[str, Any]) -> None:
             raise OSError(f"{path}: {name} does not read back as it was written; check the disk")
     for name, packed, place in _tensors(content):
         names = place.hf_names()
-        for hf_name, part in zip(names, packed if len(place.shape) == 3 else [packed]):
+        for hf_name, part in zip(names, packed if place.split else [packed]):
             values = dequantize(part, content.types[name])
             values = values - np.float32(1) if place.plus_one else values
             if not np.array_equal(reader.read(hf_name), values.T if place.flipped else values):

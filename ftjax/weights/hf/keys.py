@@ -78,7 +78,7 @@ def hf_names(spec: DecoderSpec) -> dict[str, Key]:
 
 def flipped(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of each matrix's transpose: [..., out, in] -> [..., in, out]."""
-    return (*shape[:-2], shape[-1], shape[-2])
+    return (*shape[:-2], *reversed(shape[-2:]))
 
 
 def _llama_name(path: str) -> str:

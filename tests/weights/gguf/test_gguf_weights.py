@@ -391,7 +391,7 @@ def quiet():
 @pytest.mark.parametrize(
     "architecture",
     ["llama", "qwen3moe", "gemma3", "gpt2"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "gemma2", "phi3")],
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "gemma2", "phi3", "gpt-oss")],
 )
 def test_wrong_metadata_are_never_more_than_a_user_error(tmp_path, architecture):
     """Every key with every kind of wrong value: the file opens, or is refused with its name."""
