@@ -26,7 +26,9 @@ BATCH = batch_of([documents(1, [9, 8])], 20)
 # Sizes that blocks of 64 divide.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 16}
 SIZES |= {"shared_expert_intermediate_size": 64, "q_lora_rank": 64, "kv_lora_rank": 64, "v_head_dim": 16}
-OF_SOME = {"moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank", "v_head_dim"}
+SIZES |= {"shared_intermediate_size": 64, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+SIZES |= {"intermediate_size_mlp": 64, "hidden_size_per_layer_input": 64, "global_head_dim": 16}
+ALWAYS = {"hidden_size", "intermediate_size", "head_dim"}
 
 
 def config_for(quantized, **adapter):
@@ -41,7 +43,7 @@ class Case:
     """One family on disk: `base`, and its unquantized `params`."""
 
     def __init__(self, name, path):
-        changes = {key: size for key, size in SIZES.items() if key in CONFIGS[name] or key not in OF_SOME}
+        changes = {key: size for key, size in SIZES.items() if key in CONFIGS[name] or key in ALWAYS}
         config = CONFIGS[name] | changes
         spec = spec_from_config(config)
         self.params = numpy_params(Decoder(spec))
@@ -55,7 +57,10 @@ class Case:
 
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("gpt_oss", "mixtral", "qwen3_moe, a dense layer first", "qwen2_moe", "apertus", "phi", "deepseek_v3")
+    for name in (
+        *("gpt_oss", "mixtral", "qwen3_moe, a dense layer first", "qwen2_moe", "apertus", "phi", "deepseek_v3"),
+        *("llama4", "minimax_m2", "ernie4_5_moe", "qwen3_next", "gemma4", "granitemoehybrid"),
+    )
 ]
 
 
