@@ -3,12 +3,16 @@
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from support import xla_flags
+
+from ftjax.models.families import spec_from_config
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = {
@@ -83,3 +87,9 @@ def test_full_fine_tuning_and_a_quantized_base_are_timed_too(tmp_path, words):
 
 def test_mistakes_are_told(tmp_path):
     assert "--layers 4: the model has 3" in bench(tmp_path, "--layers=4", status=2)
+
+
+def test_a_cpus_own_peak_is_measured():
+    script = runpy.run_path(str(ROOT / "scripts/bench_step.py"), run_name="bench_step")
+    peak = script["measured_peak"](spec_from_config(TINY), 4096, jnp.dtype("float32"))
+    assert 1e7 < peak < 1e15
