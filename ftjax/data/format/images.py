@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from urllib.parse import unquote, urlsplit
 
-from ftjax.data.images.load import DATA
+from ftjax.data.images.load import DATA, short
 from ftjax.data.images.rules import Shown
 from ftjax.errors import UserError
 
@@ -121,12 +121,16 @@ def reference(image: object, what: str) -> str:
         raise UserError(f"{what} has an image that is {its}; write the path of its file, or data:image/png;base64,...")
     if image.startswith(DATA):
         return image
-    if image.startswith("file://"):
+    if image.startswith(("file:///", "file://localhost/")):
         return unquote(urlsplit(image).path)
+    if image.startswith("file://"):
+        raise UserError(
+            f"{what} has the image {short(image)}, which is of another machine; write file:/// and the whole path"
+        )
     if "://" in image:
         raise UserError(
-            f"{what} has the image {image}, which is not on this machine; download it first and write the path of the "
-            "file"
+            f"{what} has the image {short(image)}, which is not on this machine; download it first and write the path "
+            "of the file"
         )
     return image
 

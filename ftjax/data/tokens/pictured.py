@@ -62,7 +62,7 @@ def pictures(row: Row, rules: ImageRules) -> Pictures:
             try:
                 tokens.append(rules.tokens(size.width, size.height))
             except ValueError as error:
-                raise UserError(f"{where}: an image of {error}; cut it or remove the row") from None
+                raise UserError(f"{where}: {load.told(reference)} has {error}; cut it or remove the row") from None
             references.append(reference)
             sizes.append(size)
     return Pictures(tuple(references), tuple(sizes), tuple(tokens)) if references else NONE

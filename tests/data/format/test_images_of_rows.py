@@ -145,6 +145,8 @@ def test_rows_with_images_are_written_again():
 
 REFUSED = {
     "web": (chat({"type": "image", "url": "https://x.org/a.png"}), "https://x.org/a.png, .*download it first"),
+    "a long address": (chat({"type": "image", "url": "https://" + "x" * 2000}), "image https://x+... .2,008 .{,200}$"),
+    "another machine": (chat({"type": "image", "url": "file://photos/a.png"}), "file://photos/a.png, .*file:///"),
     "no image": (chat({"type": "image"}), "message 0 .*without an image; write its path .*column `images`"),
     "empty": (chat({"type": "image", "image": ""}), "an image that is empty"),
     "number": (chat({"type": "image", "image": 3}), "an image that is a int"),
