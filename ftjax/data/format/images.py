@@ -119,6 +119,10 @@ def reference(image: object, what: str) -> str:
     if not isinstance(image, str) or not image:
         its = "empty" if image is None or image == "" else f"a {type(image).__name__}"
         raise UserError(f"{what} has an image that is {its}; write the path of its file, or data:image/png;base64,...")
+    try:
+        image.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} has an image with a lone surrogate (\\ud8xx) at character {error.start}") from None
     if image.startswith(DATA):
         return image
     if image.startswith(("file:///", "file://localhost/")):

@@ -39,7 +39,7 @@ class Size(NamedTuple):
 def name_of(reference: str) -> str:
     """The name of an image as its row has it, wherever that lies: a path, or a digest of the image itself."""
     if reference.startswith(DATA):
-        return hashlib.sha256(reference.partition(",")[2].encode(errors="surrogatepass")).hexdigest()[:32]
+        return hashlib.sha256(reference.partition(",")[2].encode()).hexdigest()[:32]
     return reference.rpartition("/./")[2]
 
 

@@ -147,6 +147,7 @@ REFUSED = {
     "web": (chat({"type": "image", "url": "https://x.org/a.png"}), "https://x.org/a.png, .*download it first"),
     "a long address": (chat({"type": "image", "url": "https://" + "x" * 2000}), "image https://x+... .2,008 .{,200}$"),
     "another machine": (chat({"type": "image", "url": "file://photos/a.png"}), "file://photos/a.png, .*file:///"),
+    "half a character": (chat({"type": "image", "image": "a\ud800.png"}), "a lone surrogate .* at character 1"),
     "no image": (chat({"type": "image"}), "message 0 .*without an image; write its path .*column `images`"),
     "empty": (chat({"type": "image", "image": ""}), "an image that is empty"),
     "number": (chat({"type": "image", "image": 3}), "an image that is a int"),
