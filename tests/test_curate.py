@@ -214,7 +214,9 @@ def test_sample_is_drawn_by_the_seed_and_readable(tmp_path, capsys):
 
 def test_rows_with_images_are_shown_and_converted_and_bytes_are_told_of(tmp_path, capsys):
     turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cat."}]
-    pandas.DataFrame([{"image": {"bytes": b"\xff\xd8cat"}, "conversations": turns}]).to_parquet(tmp_path / "rows.parquet")
+    pandas.DataFrame([{"image": {"bytes": b"\xff\xd8cat"}, "conversations": turns}]).to_parquet(
+        tmp_path / "rows.parquet"
+    )
     source = tmp_path / "rows.parquet"
     run("sample", source, "--count", 1)
     assert "--- user\n<image>What?\n" in capsys.readouterr().out

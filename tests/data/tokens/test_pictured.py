@@ -138,6 +138,14 @@ def test_a_row_whose_images_leave_no_room_is_dropped(folder, family):
     (found,) = outcomes(folder, [{"messages": CHATS["before"]}], rules_for(family, 12), family)
     assert not found.examples
     assert "tokens" in found.dropped
+    with pytest.raises(UserError, match="no trained token") as refused:
+        tokenize(
+            write(folder, [{"messages": CHATS["before"]}]),
+            family.tokenizer(),
+            12,
+            settings=Settings(images=family.rules()),
+        )
+    assert ("data.max_pixels" in str(refused.value)) == (family.rules().kind == "grid")
 
 
 def test_rows_without_images_are_as_ever(folder, family):
