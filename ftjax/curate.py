@@ -29,6 +29,7 @@ from ftjax.data.audit import curation, quality
 from ftjax.data.audit.curation import Drops, Output
 from ftjax.data.format import formats
 from ftjax.data.format.example import Row
+from ftjax.data.format.images import images_of
 from ftjax.data.format.writing import WRITERS, write_as
 from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import read_sources
@@ -59,6 +60,10 @@ def filter_rows(rows: Rows, out: Output, drops: Drops, args: argparse.Namespace)
         tokenizer = load(locate(args.tokenizer, weights=False))
 
         def count(row: Row) -> int:
+            if images_of(row.fields):
+                raise UserError(
+                    f"{row.origin}: has images, whose tokens are not known here; filter by characters instead"
+                )
             parts = ROW_KINDS[kind_of(row)].tokenize(row, tokenizer, None, "assistant")
             return max(len(document.tokens) for documents in parts for document in documents.values())
 

@@ -144,7 +144,7 @@ def evaluate(workdir: Path, options: Options, given: ConfigDict | None = None) -
         del tuned, variables
         for name in named:
             if name in wanted:
-                unprompted(_other(name, options, config), name, "other")
+                unprompted(_other(name, options, config, base, sets), name, "other")
 
         # What it says.
         for held in sets:
@@ -274,14 +274,19 @@ def _forgotten(
     record.write()
 
 
-def _other(name: str, options: Options, config: ConfigDict) -> Model:
-    """An adapter of the run's base, or a whole model."""
+def _other(name: str, options: Options, config: ConfigDict, own: Base, sets: Sequence[HeldOut]) -> Model:
+    """An adapter of the run's base, whose images are those of the run, or a whole model, with its own settings.
+
+    own: the base of the run. A whole model must see where one of the `sets` has images.
+    """
     if name in options.adapters:
         path = options.adapters[name]
-        base, variables = load_model(config.model.source, {name: path}, config.model.dtype)
+        base, variables = load_model(config.model.source, {name: path}, config.model.dtype, vision=config.model.vision)
+        base = base._replace(images=own.images)
         digest = digest_of([directory_digest(Path(path).expanduser()), base_digest(base.reader, base.model.spec)])
         return Model(base, variables[name], digest)
-    base, variables = load_model(options.models[name], {}, config.model.dtype)
+    sees = any(question.prompt.has_images for held in sets for question in held.questions)
+    base, variables = load_model(options.models[name], {}, config.model.dtype, vision=sees)
     digest = base_digest(base.reader, base.model.spec)
     return Model(base, variables[NONE], digest, config.data.system, same_tokens=False)
 

@@ -212,6 +212,27 @@ def test_sample_is_drawn_by_the_seed_and_readable(tmp_path, capsys):
     assert "--- prompt" in printed or "--- user" in printed
 
 
+def test_rows_with_images_are_shown_and_converted_and_bytes_are_told_of(tmp_path, capsys):
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cat."}]
+    pandas.DataFrame([{"image": {"bytes": b"\xff\xd8cat"}, "conversations": turns}]).to_parquet(
+        tmp_path / "rows.parquet"
+    )
+    source = tmp_path / "rows.parquet"
+    run("sample", source, "--count", 1)
+    assert "--- user\n<image>What?\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="if it is an image, write the rows with `convert` first"):
+        run("dedup", source, "--out", tmp_path / "out.jsonl")
+    run("convert", source, "--to", "openai", "--out", tmp_path / "out.jsonl")
+    (row,) = read(tmp_path / "out.jsonl")
+    image = {"url": "data:image;base64,/9hjYXQ="}
+    assert row["messages"][0]["content"][0] == {"type": "image_url", "image_url": image}
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text("{}")
+    with pytest.raises(UserError, match="has images, whose tokens are not known here; filter by characters"):
+        run("filter", source, "--max_tokens", 9, "--tokenizer", tmp_path / "model", "--out", tmp_path / "few.jsonl")
+
+
 def test_bad_rows_are_dropped_with_their_place_and_reason(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "fine"}\n{"text": \n{"txt": "x"}\n')

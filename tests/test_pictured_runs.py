@@ -96,6 +96,15 @@ def test_pairs_with_images_are_compared_and_the_tower_is_adapted(tmp_path):
     stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert {".visual." in name for name in stored} == {True, False}
     assert all(np.abs(values).max() > 0 for name, values in stored.items() if "lora_B" in name)
+    scored = f"--config.data.eval=({{'source': '{tmp_path / 'rows.jsonl'}', 'score': 'exact'}},)"
+    options = ["--limit=3", "--shots=1", "--retrieved=", "--instruction_budget=0", "--config.evaluate.max_new_tokens=2"]
+    others = [f"--adapter=same={tmp_path / 'adapter'}", f"--model=whole={tmp_path / 'model'}"]
+    finish(command("ftjax.evaluate", f"--workdir={tmp_path / 'run'}", scored, *options, *others))
+    (found,) = json.loads((tmp_path / "run/evaluation.json").read_text())["sets"]
+    said = {its["name"]: [answer["completion"] for answer in its["answers"]] for its in found["contestants"]}
+    assert said.keys() == {"tuned", "base", "base, 1 example", "same", "whole"}
+    assert said["same"] == said["tuned"]
+    assert said["whole"] == said["base"]
 
 
 @pytest.mark.parametrize(

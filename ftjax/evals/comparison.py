@@ -24,6 +24,7 @@ from ftjax.evals.intervals import interval
 from ftjax.evals.judge import Judge, text_of, win_rate
 from ftjax.evals.scored import Question
 from ftjax.prompts import Prompt
+from ftjax.sampling.pictured import contents
 from ftjax.sampling.sampler import Sampling
 from ftjax.training.display import Display
 from ftjax.tree import Tree
@@ -148,7 +149,7 @@ def measure(
     """The contestant's entry in evaluation.json: what is there of it already, or measured now."""
     key = "config.evaluate.max_new_tokens"
     ids = prompts.encode(contestant.prompts, model.base, settings.max_new_tokens, model.system, key=key)
-    of = [model.digest, settings.max_new_tokens, entry["digest"], *(array.tolist() for array in ids)]
+    of = [model.digest, settings.max_new_tokens, entry["digest"], *map(contents, ids)]
     about = {"name": contestant.name, "kind": contestant.kind, "shots": contestant.shots, "note": contestant.note}
     digest = digest_of(of)
     if old := next((its for its in entry["contestants"] if its.get("digest") == digest), None):

@@ -1,6 +1,7 @@
 """Prompts with images, and these of prompts that are read together."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,16 @@ class Pictured:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+def contents(prompt: np.ndarray | Pictured) -> list[int | str]:
+    """What tells a prompt from others, as JSON: its tokens, and a digest of its images."""
+    if not isinstance(prompt, Pictured):
+        return prompt.tolist()
+    digest = hashlib.sha256()
+    for array in (prompt.images.patches, prompt.images.places, prompt.images.images):
+        digest.update(np.ascontiguousarray(array))
+    return [*prompt.tokens.tolist(), digest.hexdigest()]
 
 
 def together(images: Sequence[Images | None], rows: int, length: int) -> Images | None:

@@ -21,6 +21,7 @@ from ftjax import atomic
 from ftjax.data.audit import duplicates, private, quality
 from ftjax.data.audit.parts import near_text, own_text, parts
 from ftjax.data.batch.permutation import permutation
+from ftjax.data.format import images
 from ftjax.data.format.example import Row
 from ftjax.data.read.holdout import prompt_hash
 from ftjax.data.read.rows import Rows
@@ -124,8 +125,8 @@ def _as_json(value: object) -> str:
     if isinstance(value, decimal.Decimal | datetime.timedelta):
         return str(value)
     raise UserError(
-        f"a row has a field of {type(value).__name__}, which JSON cannot hold; remove it from the table, or write it "
-        "as text"
+        f"a row has a field of {type(value).__name__}, which JSON cannot hold; remove it from the table, write it "
+        "as text, or, if it is an image, write the rows with `convert` first"
     )
 
 
@@ -280,6 +281,8 @@ def as_text(record: Record) -> str:
             for turn in value:
                 lines.append(f"--- {prefix}{turn['role']}")
                 content = turn.get("content")
+                if turn.get("images"):
+                    content = content.replace(images.MARK, images.TAG)
                 lines.append(content if isinstance(content, str) else json.dumps(turn, ensure_ascii=False))
         else:
             lines += [f"--- {name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from urllib.parse import unquote, urlsplit
 
-from ftjax.data.images.load import DATA
+from ftjax.data.images.load import DATA, short
 from ftjax.data.images.rules import Shown
 from ftjax.errors import UserError
 
@@ -119,14 +119,22 @@ def reference(image: object, what: str) -> str:
     if not isinstance(image, str) or not image:
         its = "empty" if image is None or image == "" else f"a {type(image).__name__}"
         raise UserError(f"{what} has an image that is {its}; write the path of its file, or data:image/png;base64,...")
+    try:
+        image.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} has an image with a lone surrogate (\\ud8xx) at character {error.start}") from None
     if image.startswith(DATA):
         return image
-    if image.startswith("file://"):
+    if image.startswith(("file:///", "file://localhost/")):
         return unquote(urlsplit(image).path)
+    if image.startswith("file://"):
+        raise UserError(
+            f"{what} has the image {short(image)}, which is of another machine; write file:/// and the whole path"
+        )
     if "://" in image:
         raise UserError(
-            f"{what} has the image {image}, which is not on this machine; download it first and write the path of the "
-            "file"
+            f"{what} has the image {short(image)}, which is not on this machine; download it first and write the path "
+            "of the file"
         )
     return image
 

@@ -1,10 +1,12 @@
 """Records -> rows of a format, the inverse of `formats`; a record that the format cannot hold is refused."""
 
 import json
+import os
 from collections.abc import Callable
 
 from ftjax.data.format import images
 from ftjax.data.format.conversation import with_json_arguments
+from ftjax.data.images.load import DATA
 from ftjax.errors import UserError, did_you_mean
 
 
@@ -12,14 +14,43 @@ def write_as(fields: dict, format: str) -> dict:
     """The row of `format` that gives the record (see `formats`) when it is read again.
 
     ShareGPT has no ids of tool calls: only the order of the results of several calls says which is whose. "openai" is
-    "messages" with the arguments of tool calls as JSON text, as in OpenAI's files.
+    "messages" with the arguments of tool calls as JSON text, as in OpenAI's files. Images are parts of a message's
+    content, in ShareGPT's formats tags in the text; their paths are whole.
 
     Raises:
       UserError: an unknown format, or one that cannot hold the record. The message does not name the row.
     """
     if format not in WRITERS:
         raise UserError(f"the format {format!r} cannot be written{did_you_mean(format, WRITERS)}")
+    if its := images.images_of(fields):
+        paths = [image if image.startswith(DATA) else os.path.normpath(image) for image in its]
+        fields = images.with_images(fields, paths)
+        fields = _with_tags(fields, format) if format in _TAGGED else _with_parts(fields)
     return WRITERS[format](fields)
+
+
+def _with_parts(fields: dict) -> dict:
+    out = dict(fields)
+    for name, i, message in images.of_record(fields):
+        parts = images.as_parts(message["content"], message["images"])
+        out[name] = [*out[name][:i], {**message, "content": parts}, *out[name][i + 1 :]]
+        del out[name][i]["images"]
+    return out
+
+
+def _with_tags(fields: dict, format: str) -> dict:
+    """The record with TAG for each image, and a column of them."""
+    out = dict(fields)
+    for name in ("messages", "prompt"):
+        turns = fields.get(name, ())
+        if any(turn["role"] != "assistant" and images.TAG in turn["content"] for turn in turns):
+            raise _cannot_hold(format, f"images beside the text {images.TAG}")
+        turns = [dict(turn) for turn in turns]
+        for turn in turns:
+            if turn.pop("images", ()):
+                turn["content"] = turn["content"].replace(images.MARK, images.TAG)
+        out |= {name: turns} if turns else {}
+    return out | {"images": images.images_of(fields)}
 
 
 def _text(fields: dict) -> dict:
@@ -47,6 +78,7 @@ def _prompt_completion(fields: dict) -> dict:
     if any(map(_is_trained, after[1:])):
         raise _cannot_hold("prompt_completion", "several trained assistant turns; split the row by answer")
     plain = not fields.get("tools") and all(set(message) <= {"role", "content", "weight"} for message in messages)
+    plain = plain and isinstance(messages[0]["content"], str)  # and not parts
     if plain and [message["role"] for message in messages] == ["user", "assistant"]:
         return {"prompt": before[0]["content"], "completion": after[0]["content"]}
     before = [{key: value for key, value in message.items() if key != "weight"} for message in before]
@@ -65,6 +97,8 @@ def _alpaca(fields: dict) -> dict:
             "alpaca", "turns that do not alternate between user and assistant, or a last one by the user"
         )
     for message in messages:
+        if isinstance(message["content"], list):
+            raise _cannot_hold("alpaca", "images")
         extra = sorted(set(message) - {"role", "content", "weight"})
         if message["role"] == "assistant" and message.get("weight") == 0:
             extra = ["weight 0"]
@@ -78,10 +112,11 @@ def _alpaca(fields: dict) -> dict:
 
 
 def _sharegpt(fields: dict) -> dict:
-    turns, tools = [_turn(message, "sharegpt") for message in _chat(fields, "sharegpt")], _json_tools(fields)
-    if turns[0]["from"] == "system" and set(turns[0]) == {"from", "value"}:
-        return {"conversations": turns[1:], "system": turns[0]["value"], **tools}
-    return {"conversations": turns, **tools}
+    turns = [_turn(message, "sharegpt") for message in _chat(fields, "sharegpt")]
+    rest = _json_tools(fields) | _images(fields)
+    if turns[0]["from"] == "system" and set(turns[0]) == {"from", "value"} and images.TAG not in turns[0]["value"]:
+        return {"conversations": turns[1:], "system": turns[0]["value"], **rest}
+    return {"conversations": turns, **rest}
 
 
 def _preference(fields: dict) -> dict:
@@ -103,7 +138,7 @@ def _sharegpt_preference(fields: dict) -> dict:
         if len(sides[side]) != 1:
             raise _cannot_hold("sharegpt_preference", f"more than one turn in {side}")
         row[side] = _turn(sides[side][0], "sharegpt_preference")
-    return row | _json_tools(fields) | _label(fields)
+    return row | _json_tools(fields) | _label(fields) | _images(fields)
 
 
 def _kto(fields: dict) -> dict:
@@ -145,15 +180,15 @@ def _turn(message: dict, format: str) -> dict:
 
 
 def _of_openai(message: dict) -> dict:
-    """A message with the arguments of tool calls as JSON text, and images as parts of its content."""
+    """A message with the arguments of tool calls as JSON text, and its images as OpenAI has them."""
     message = with_json_arguments(message)
-    if not (its := message.get("images")):
+    if not isinstance(message["content"], list):
         return message
     parts = [
         {"type": "image_url", "image_url": {"url": part["image"]}} if "image" in part else part
-        for part in images.as_parts(message["content"], its)
+        for part in message["content"]
     ]
-    return {key: value for key, value in message.items() if key != "images"} | {"content": parts}
+    return message | {"content": parts}
 
 
 def _is_trained(message: dict) -> bool:
@@ -172,11 +207,16 @@ def _json_tools(fields: dict) -> dict:
     return {"tools": json.dumps(fields["tools"], ensure_ascii=False)} if fields.get("tools") else {}
 
 
+def _images(fields: dict) -> dict:
+    return {"images": fields["images"]} if fields.get("images") else {}
+
+
 def _cannot_hold(format: str, what: str) -> UserError:
     return UserError(f"the format {format} cannot hold {what}")
 
 
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+_TAGGED = ("sharegpt", "sharegpt_preference")
 # name -> record -> row
 WRITERS: dict[str, Callable[[dict], dict]] = {
     "messages": _messages,

@@ -9,6 +9,7 @@ import binascii
 import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +23,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 89_478_485  # at which Pillow warns of an image that is made to fill the memory
 DATA = "data:"
+_LONGEST_NAME = 1000  # characters
 _TURNED = (5, 6, 7, 8)  # values of EXIF's orientation by which height and width change places
 _ORIENTED = (b"eXIf", b"exif", b"tiff:Orientation")  # one of them stands in a PNG that says how it is turned
 
@@ -47,7 +49,7 @@ def stamp(reference: str) -> list:
         return []  # its bytes are in the row
     try:
         status = os.stat(reference)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: what no path can be, such as one with NUL
         return [reference]
     return [reference, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
@@ -55,6 +57,18 @@ def stamp(reference: str) -> list:
 def identity(reference: str) -> str:
     """What tells an image of this machine from others: its path, or a digest of the image itself."""
     return name_of(reference) if reference.startswith(DATA) else os.path.normpath(reference)
+
+
+def told(reference: str) -> str:
+    """An image in messages: its path."""
+    return "an image in the row" if reference.startswith(DATA) else short(os.path.normpath(reference))
+
+
+def short(path: str) -> str:
+    """The start of a path or address too long to be one, which mostly is an image in base64."""
+    if len(path) <= _LONGEST_NAME:
+        return path
+    return f"{path[:60]}... ({len(path):,} characters; an image itself is written {DATA}image/png;base64,...)"
 
 
 def size(reference: str, where: str) -> Size:
@@ -92,7 +106,7 @@ def _opened(reference: str, where: str) -> Iterator[tuple["Image", int]]:
     """An image, and how many bytes it has. Errors while it is read are about it."""
     import PIL.Image
 
-    name = "an image in the row" if reference.startswith(DATA) else os.path.normpath(reference)
+    name = told(reference)
     try:
         source, length = _source(reference, where)
         with source, PIL.Image.open(source, formats=FORMATS) as image:
@@ -114,12 +128,12 @@ def _opened(reference: str, where: str) -> Iterator[tuple["Image", int]]:
 def _source(reference: str, where: str):
     """What Pillow can read an image from, and its bytes."""
     if not reference.startswith(DATA):
-        length = os.stat(reference).st_size
-        if length > MAX_BYTES:
-            raise UserError(
-                f"{where}: {os.path.normpath(reference)} has more than {MAX_BYTES >> 20} MiB; make it smaller"
-            )
-        return open(reference, "rb"), length
+        status = os.stat(reference)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise UserError(f"{where}: {told(reference)} is no file; correct the path or remove the row")
+        if status.st_size > MAX_BYTES:
+            raise UserError(f"{where}: {told(reference)} has more than {MAX_BYTES >> 20} MiB; make it smaller")
+        return open(reference, "rb"), status.st_size
     head, comma, text = reference.partition(",")
     if not comma or not head.endswith(";base64"):
         raise UserError(f"{where}: a data: image must be in base64; write data:image/png;base64,...")

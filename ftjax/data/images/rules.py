@@ -175,7 +175,7 @@ def _resized(width: int, height: int, factor: int, fewest: int, most: int) -> tu
     Qwen2-VL (arXiv 2409.12191, section 2.1); the numbers are those of its image processor.
     """
     if max(width, height) > LARGEST_RATIO * min(width, height):
-        raise ValueError(f"{width} x {height} pixels are too narrow: one side is over {LARGEST_RATIO} times the other")
+        raise ValueError(f"{width} x {height} pixels, one side over {LARGEST_RATIO} times the other")
     rows, columns = (round(side / factor) * factor for side in (height, width))
     if rows * columns > most:
         shrink = math.sqrt(height * width / most)

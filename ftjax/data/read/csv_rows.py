@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 DELIMITERS = ",;\t|"
 _HEADER_LINES = 1000  # that the header, with line ends in its quotes, may take
 # Columns that formats want as lists, and those where a list of messages may stand instead of a string.
-_LISTS = {"messages", "conversations", "history", "tools", "completions", "labels", "answers"}
+_LISTS = {"messages", "conversations", "history", "tools", "completions", "labels", "answers", "images"}
 _MESSAGES = {"prompt", "completion", "chosen", "rejected"}
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 

@@ -62,7 +62,7 @@ def pictures(row: Row, rules: ImageRules) -> Pictures:
             try:
                 tokens.append(rules.tokens(size.width, size.height))
             except ValueError as error:
-                raise UserError(f"{where}: an image of {error}; cut it or remove the row") from None
+                raise UserError(f"{where}: {load.told(reference)} has {error}; cut it or remove the row") from None
             references.append(reference)
             sizes.append(size)
     return Pictures(tuple(references), tuple(sizes), tuple(tokens)) if references else NONE
@@ -112,7 +112,7 @@ def check_column(row: Row, raw: dict) -> None:
     if not images.images_of(row.fields) and images.column(raw) is not None:
         raise UserError(
             f"{row.origin}: has a column of images, and no place for one; write a part {{'type': 'image'}}, or "
-            f"{images.TAG} in the text of its turns, where each belongs, or leave out the column"
+            f"{images.TAG} in a turn whose content is a string, where each belongs, or leave out the column"
         )
 
 

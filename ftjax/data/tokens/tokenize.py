@@ -196,10 +196,12 @@ def _collect(
     bad_rows.refuse(counts["rows"])
     report = {name: int(count.sum()) for name, count in counts.items()} | {"longest": longest}
     if report["dropped"] > max_dropped * report["rows"] or not report["examples"]:
+        images = rules.settings.images
+        smaller = "make images smaller with data.max_pixels, " if images and images.kind == "grid" else ""
         raise UserError(
             f"{report['dropped']} of {report['rows']} rows have {rules.lacking} (at most {max_dropped:.0%} may be "
             f"dropped), for example {', '.join(dropped)}; raise data.max_length "
-            f"(the longest row has {longest} tokens), shorten the prompts or remove the rows"
+            f"(the longest row has {longest} tokens), {smaller}shorten the prompts or remove the rows"
         )
     per_source = [
         {"source": name} | {key: int(counts[key][source]) for key in names}

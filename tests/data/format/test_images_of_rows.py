@@ -6,7 +6,7 @@ import pytest
 from support import seeing
 
 from ftjax.data.format.formats import check_row
-from ftjax.data.format.images import MARK, as_parts, images_of, placed
+from ftjax.data.format.images import MARK, as_parts, images_of, placed, with_images
 from ftjax.data.format.prompt import prompt_of
 from ftjax.data.format.writing import write_as
 from ftjax.errors import UserError
@@ -132,19 +132,40 @@ def test_text_that_has_the_mark_is_text():
 
 
 def test_rows_with_images_are_written_again():
+    """As other programs read them, too."""
     fields = check_row(FORMS["image"], "f:1").fields
-    for format in ("messages", "openai", "sharegpt"):
-        again = check_row(write_as(fields, format), "f:1").fields
-        assert again == fields
-    assert write_as(fields, "openai")["messages"][0]["content"] == [
-        {"type": "image_url", "image_url": {"url": "a.png"}}, text("What is it?"),
-    ]  # fmt: skip
+    parts = [{"type": "image", "image": "a.png"}, text("What is it?")]
+    rows = {format: write_as(fields, format) for format in ("messages", "openai", "prompt_completion", "sharegpt")}
+    assert all(images_of(check_row(row, "f:1").fields) == ["a.png"] for row in rows.values())
+    assert all(check_row(rows[format], "f:1").fields == fields for format in ("messages", "openai", "sharegpt"))
+    assert (
+        rows["messages"]["messages"][0] == rows["prompt_completion"]["prompt"][0] == {"role": "user", "content": parts}
+    )
+    assert rows["openai"]["messages"][0]["content"][0] == {"type": "image_url", "image_url": {"url": "a.png"}}
+    assert rows["sharegpt"]["conversations"][0] == {"from": "human", "value": "<image>What is it?"}
+    assert rows["sharegpt"]["images"] == ["a.png"]
     with pytest.raises(UserError, match="alpaca cannot hold images"):
         write_as(fields, "alpaca")
+    beside = check_row(chat({"type": "image", "image": "a.png"}, text("Is this <image>?")), "f:1").fields
+    with pytest.raises(UserError, match="sharegpt cannot hold images beside the text <image>"):
+        write_as(beside, "sharegpt")
+
+
+def test_pairs_with_images_are_written_again():
+    prompt = [{"role": "user", "content": [{"type": "image", "image": "/x/./a.png"}, text("What?")]}]
+    row = {"prompt": prompt, "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "No."}]}
+    fields = check_row(row, "f:1").fields
+    for format in ("preference", "openai_preference", "sharegpt_preference"):
+        again = check_row(write_as(fields, format), "f:1").fields
+        assert again == with_images(fields, ["/x/a.png"])  # with the whole path
+    assert write_as(fields, "preference")["prompt"][0]["content"][0] == {"type": "image", "image": "/x/a.png"}
 
 
 REFUSED = {
     "web": (chat({"type": "image", "url": "https://x.org/a.png"}), "https://x.org/a.png, .*download it first"),
+    "a long address": (chat({"type": "image", "url": "https://" + "x" * 2000}), "image https://x+... .2,008 .{,200}$"),
+    "another machine": (chat({"type": "image", "url": "file://photos/a.png"}), "file://photos/a.png, .*file:///"),
+    "half a character": (chat({"type": "image", "image": "a\ud800.png"}), "a lone surrogate .* at character 1"),
     "no image": (chat({"type": "image"}), "message 0 .*without an image; write its path .*column `images`"),
     "empty": (chat({"type": "image", "image": ""}), "an image that is empty"),
     "number": (chat({"type": "image", "image": 3}), "an image that is a int"),

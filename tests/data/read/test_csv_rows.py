@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 
 import pandas
@@ -67,6 +68,11 @@ def test_cells_become_what_the_formats_want(path):
     path.write_text('prompt,answers\np,"[""a"", ""b""]"\n')
     (candidate,) = candidates.of_file(str(path))
     assert [turns[0]["content"] for turns in candidate.answers] == ["a", "b"]
+
+    asked = json.dumps([{"role": "user", "content": "<image><image>?"}, {"role": "assistant", "content": "b"}])
+    pandas.DataFrame({"messages": [asked], "images": ['["b.png", "c.png"]']}).to_csv(path, index=False)
+    (row,) = read(path)
+    assert [os.path.basename(image) for image in row.fields["messages"][0]["images"]] == ["b.png", "c.png"]
 
     frame = pandas.DataFrame(
         {"prompt": ["p", "q"], "chosen": ["a", "b"], "rejected": ["c", "d"], "margin": [0.5, None]}

@@ -1,6 +1,7 @@
 """Conversations with images have the tokens that transformers' processors give them; what becomes of their rows."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -137,6 +138,14 @@ def test_a_row_whose_images_leave_no_room_is_dropped(folder, family):
     (found,) = outcomes(folder, [{"messages": CHATS["before"]}], rules_for(family, 12), family)
     assert not found.examples
     assert "tokens" in found.dropped
+    with pytest.raises(UserError, match="no trained token") as refused:
+        tokenize(
+            write(folder, [{"messages": CHATS["before"]}]),
+            family.tokenizer(),
+            12,
+            settings=Settings(images=family.rules()),
+        )
+    assert ("data.max_pixels" in str(refused.value)) == (family.rules().kind == "grid")
 
 
 def test_rows_without_images_are_as_ever(folder, family):
@@ -154,7 +163,10 @@ def test_bad_rows_name_the_row_and_the_message(folder):
     said = {
         "there is no image .*missing.png": {"content": [image("missing")]},
         "message 0: .*words.png cannot be read": {"content": [image("words")]},
-        "message 0: an image of 300 x 1 pixels are too narrow": {"content": [image("thin")]},
+        "message 0: .*thin.png has 300 x 1 pixels, one side over 200 times": {"content": [image("thin")]},
+        r"message 0: .* /9j/.{10,60}\.\.\. \(1,604 characters; an image itself is written data:.{,200}$": {
+            "content": [{"type": "image", "image": "/9j/" + "QSkZ" * 400}]
+        },
         r"writes <\|image_pad\|> 2 times for 1 images": {"content": [image("wide"), text("<|image_pad|>")]},
         r"has 1 tokens <\|image_pad\|>, but its images have 0": {"content": [text("<|image_pad|>")]},
         "has a column of images, and no place for one": {"content": "What?", "image": "wide.png"},
@@ -166,6 +178,15 @@ def test_bad_rows_name_the_row_and_the_message(folder):
         assert not found.examples
         with pytest.raises(UserError, match=rf"rows.jsonl:\d: .*{message}"):
             raise UserError(found.bad)
+
+
+def test_a_pipe_is_no_image(folder):
+    """It is not waited for."""
+    os.mkfifo(folder / "pipe.png")
+    family = seeing.FAMILIES["qwen2_5_vl"]
+    (found,) = outcomes(folder, [{"messages": [user(image("pipe")), answer("a")]}], rules_for(family), family)
+    assert "message 0: " in found.bad
+    assert "pipe.png is no file" in found.bad
 
 
 def test_bad_rows_are_skipped_like_any_other(folder):
@@ -235,8 +256,9 @@ def test_what_was_tokenized_is_kept_until_an_image_is_replaced(tmp_path):
     for name in names:
         seeing.picture(50, 30).save(tmp_path / name)
     chats = [{"messages": [user({"type": "image", "path": name}), answer("A cat.")]} for name in names]
-    rows = write(tmp_path, [*chats, {"messages": [user(image("missing")), answer("a")]}])
-    rows.max_bad_rows = 1
+    bad = [{"type": "image", "path": path} for path in ("missing.png", "no\0path.png", "\ud800.png")]
+    rows = write(tmp_path, [*chats, *({"messages": [user(image), answer("a")]} for image in bad)])
+    rows.max_bad_rows = len(bad)
     (tmp_path / "cache").mkdir()
 
     def made(workers=0):
