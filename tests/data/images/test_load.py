@@ -84,7 +84,7 @@ def test_what_is_no_picture_is_refused(tmp_path, monkeypatch):
         "text.png": "text.png cannot be read as an image",
         "page.svg": "page.svg cannot be read as an image",
         "large.png": "large.png has 30 x 30 pixels, more than 800",
-        "": "cannot be read as an image .*Is a directory",
+        "": "f:1: .* is no file; correct the path",
     }
     for name, message in refused.items():
         with pytest.raises(UserError, match=message):
