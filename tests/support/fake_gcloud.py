@@ -39,7 +39,9 @@ def make():
 
 def unmake():
     state.unlink()
-    shutil.rmtree(fake / "hosts")
+    # At once, as machines go: what runs on them may still write.
+    gone = (fake / "hosts").rename(fake / f"gone-{os.getpid()}")
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 if (kind, verb) == ("tpu-vm", "describe"):
