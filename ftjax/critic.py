@@ -11,7 +11,6 @@ from ftjax.assemble import Program
 from ftjax.data.batch import packing
 from ftjax.models import heads
 from ftjax.models.heads import VALUE
-from ftjax.models.vision import images_of
 from ftjax.objectives.head import at_temperature, make_unembed
 from ftjax.objectives.logps import token_logps
 from ftjax.objectives.reference import policy_and_reference
@@ -41,8 +40,7 @@ def make_ask(config: ConfigDict, program: Program, frozen: Tree) -> Ask:
         if asks_policy:
             out["old_logps"] = token_logps(model, unembed, policy, batch, None)
         if method.critic:
-            given = batch["tokens"], batch["positions"], batch["segment_ids"]
-            hidden, _ = model.apply(policy, *given, images=images_of(batch))
+            hidden, _ = model.apply(policy, batch["tokens"], batch["positions"], batch["segment_ids"])
             out["values"] = heads.values(policy, VALUE, hidden)[..., 0]
         return jax.tree.map(lambda values: sharding.constrain(values, None, None), out)  # whole in every process
 

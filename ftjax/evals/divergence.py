@@ -9,7 +9,6 @@ import numpy as np
 from ftjax import sharding
 from ftjax.evals.likelihood import Item, batches, placed
 from ftjax.models.decoder import Decoder
-from ftjax.models.vision import images_of
 from ftjax.objectives.divergence import kl_per_token
 from ftjax.objectives.head import head_of, make_unembed
 from ftjax.tree import Tree
@@ -45,8 +44,7 @@ def _forward(model: Decoder, tuned: Tree, base: Tree, batch: dict[str, jax.Array
     """float32 [B, T]: the divergence of each place, 0 where it is not wanted."""
 
     def hidden(variables: Tree) -> jax.Array:
-        given = batch["tokens"], batch["positions"], batch["segment_ids"]
-        return model.apply(variables, *given, images=images_of(batch))[0]
+        return model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"])[0]
 
     ours, theirs = ((head_of(model, variables), hidden(variables)) for variables in (tuned, base))
     values = kl_per_token(make_unembed(model), None, *ours, *theirs, batch["wanted"], None)

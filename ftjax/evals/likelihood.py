@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from ftjax import sharding
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
-from ftjax.models.vision import images_of
 from ftjax.objectives.cross_entropy import PLAIN, per_token
 from ftjax.objectives.head import head_of, make_unembed
 from ftjax.tree import Tree
@@ -135,8 +134,7 @@ def placed(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array | np.ndarray]:
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(model: Decoder, variables: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """(-log p(target), whether the target is the likeliest token), float32 [B, T] each; 0 where it is not wanted."""
-    given = batch["tokens"], batch["positions"], batch["segment_ids"]
-    hidden, _ = model.apply(variables, *given, images=images_of(batch))
+    hidden, _ = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"])
     unembed, head = make_unembed(model), head_of(model, variables)
     found = per_token(unembed, None, PLAIN, head, hidden, batch["targets"], batch["wanted"], None)
     return tuple(sharding.constrain(values, None, None) for values in (found.nll, found.correct))  # whole, everywhere

@@ -4,7 +4,6 @@ import jax
 from ml_collections import ConfigDict
 
 from ftjax.models.decoder import Decoder
-from ftjax.models.vision import images_of
 from ftjax.objectives.divergence import Between, divergence_per_token
 from ftjax.objectives.head import at_temperature, head_of, make_unembed, within
 from ftjax.objectives.loss import Loss, Objective
@@ -29,13 +28,13 @@ def make_distillation(model: Decoder, config: ConfigDict, teacher: Decoder | Non
     how = Between(unembed, their_unembed, config.distill_beta)
 
     def distillation(variables, batch, rng):
-        rngs, images = None if rng is None else {"dropout": rng}, images_of(batch)
+        rngs = None if rng is None else {"dropout": rng}
         given = batch["tokens"], batch["positions"], batch["segment_ids"]
         policy, _ = policy_and_reference(variables)
-        hidden, _ = model.apply(policy, *given, images=images, rngs=rngs)
+        hidden, _ = model.apply(policy, *given, rngs=rngs)
         # Never dropout in the teacher: it is what that model says, not a noisy version of it.
         theirs = jax.lax.stop_gradient(variables[TEACHER])
-        their_hidden, _ = teacher.apply(theirs, *given, images=images)
+        their_hidden, _ = teacher.apply(theirs, *given)
         their_head, their_hidden = within(head_of(teacher, theirs), common), jax.lax.stop_gradient(their_hidden)
         heads = within(head_of(model, policy), common), hidden, their_head, their_hidden
         weights = batch["weights"]

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from ftjax.models import heads
 from ftjax.models.decoder import Decoder
 from ftjax.models.heads import VALUE
-from ftjax.models.vision import images_of
 from ftjax.objectives.cross_entropy import PLAIN, per_token
 from ftjax.objectives.head import at_temperature, head_of, make_unembed
 from ftjax.objectives.logps import Batch, document_sums
@@ -45,8 +44,7 @@ def make_ppo(model: Decoder, config: ConfigDict, *, temperature: float = 1.0, ma
     def ppo(variables, batch, rng):
         policy, _ = policy_and_reference({name: part for name, part in variables.items() if name != TOTALS})
         rngs = None if rng is None else {"dropout": rng}
-        given = batch["tokens"], batch["positions"], batch["segment_ids"]
-        hidden, _ = model.apply(policy, *given, images=images_of(batch), rngs=rngs)
+        hidden, _ = model.apply(policy, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
         head, values = head_of(model, policy), heads.values(policy, VALUE, hidden)[..., 0]
         sampled, others = _sides(batch)
         found = per_token(sampled_from, None, PLAIN, head, hidden, batch["targets"], sampled, rng)

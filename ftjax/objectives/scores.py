@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from ftjax.models import heads
 from ftjax.models.decoder import Decoder
 from ftjax.models.heads import SCORE
-from ftjax.models.vision import images_of
 from ftjax.tree import Tree
 
 Batch = dict[str, jax.Array]
@@ -15,8 +14,7 @@ Batch = dict[str, jax.Array]
 def scores(model: Decoder, variables: Tree, batch: Batch, rng: jax.Array | None) -> jax.Array:
     """float32 [B, T, K]: what the head SCORE gives at every token; rng: for dropout, None without it."""
     rngs = None if rng is None else {"dropout": rng}
-    given = batch["tokens"], batch["positions"], batch["segment_ids"]
-    hidden, _ = model.apply(variables, *given, images=images_of(batch), rngs=rngs)
+    hidden, _ = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
     return heads.values(variables, SCORE, hidden)
 
 
