@@ -89,17 +89,20 @@ class Queue:
     def run(self, stop: threading.Event, seconds: float) -> None:
         """Turns until told to stop; what was canceled or paused by then is asked to end, and saves without a server."""
         while True:
-            try:
-                self.turn()
-            except Exception:  # of the database: it may be back at the next turn
-                log.exception("the queue of jobs")
+            self._tried(self.turn)
             if stop.wait(seconds):
                 break
+        self._tried(self._ask_to_end)
+
+    def _tried(self, step: Callable[[], None]) -> None:
         try:
-            for job in self._staged(Job.stage == STOP):
-                self._safely(self._stop, job)
-        except Exception:
+            step()
+        except Exception:  # of the database: it may be back at the next turn
             log.exception("the queue of jobs")
+
+    def _ask_to_end(self) -> None:
+        for job in self._staged(Job.stage == STOP):
+            self._safely(self._stop, job)
 
     def _staged(self, those: ColumnElement[bool]) -> list[Job]:
         """In their order."""
