@@ -59,11 +59,6 @@ def plan(
 ) -> int:
     """Prints the plan of `config` on a topology such as "v5e:4x4", and writes it to `out`; returns the exit status."""
     configs.validate(config, data=False)
-    if config.model.vision:
-        raise UserError(
-            "config.model.vision: a plan counts no vision tower; set --config.model.vision=False for that of the "
-            "language model alone, and keep some memory for the tower"
-        )
     preflight.check_used(config)
     slice_ = topology.parse(topology_name)
     devices = topology.devices(slice_)

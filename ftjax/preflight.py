@@ -237,11 +237,6 @@ def check_mesh(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
                 f"{mesh.shape['context']}, over which rows are split; set it to a multiple, such as "
                 f"--config.data.{key}={-(-config.data[key] // mesh.shape['context']) * mesh.shape['context']}"
             )
-    if spec.vision is not None and mesh.shape["context"] > 1:
-        raise UserError(
-            f"config.mesh.context={mesh.shape['context']}: rows with images are not split along their length; set "
-            "--config.mesh.context=1 (mesh.data and mesh.fsdp split rows)"
-        )
     if config.model.remat == "offload":
         sharding.check_host_memory(mesh)
     experts = spec.experts

@@ -2,11 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.pictured_runs import write_pictured_rows, write_vision_model
 from support.runs import command, finish
+from support.tiny import CONFIG as TEXT_ALONE
 from support.tiny import one_device
 from support.vision import Pictured as PicturedDocument
 from support.vision import torch_logits
@@ -15,7 +17,10 @@ from transformers import AutoModelForImageTextToText
 from ftjax import config as configs
 from ftjax import prompts
 from ftjax.assemble import open_base
+from ftjax.errors import UserError
+from ftjax.models.families import spec_from_config
 from ftjax.models.params import abstract_params
+from ftjax.planning import compiled
 from ftjax.sampling.engine import generate
 from ftjax.sampling.pictured import Pictured
 from ftjax.sampling.sampler import Sampling
@@ -128,6 +133,13 @@ def test_what_does_not_go_with_images_is_refused(settings, said, tmp_path):
     sources = f"--config.data.train=('{train}',)"
     shown = finish(command("ftjax.train", "--config=chat", *base, sources, *SETTINGS, *settings), status=2)
     assert said in shown
+
+
+def test_what_is_compiled_for_other_devices_has_no_tower_and_says_so():
+    config = configs.defaults()
+    config.model.vision = True
+    with pytest.raises(UserError, match="what is compiled here has no vision tower"):
+        compiled.describe(config, spec_from_config(TEXT_ALONE), jax.devices())
 
 
 def pixels_of(images, patch):

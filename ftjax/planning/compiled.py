@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from ftjax import assemble, preflight, sharding, tree
 from ftjax.assemble import Program
+from ftjax.errors import UserError
 from ftjax.memory import bytes_on_device
 from ftjax.models.decoder import Decoder
 from ftjax.models.spec import DecoderSpec
@@ -72,8 +73,13 @@ def describe(
 ) -> Program:
     """The step of `config` on its mesh of these devices; teacher: of the model that it learns from, if there is one.
 
-    Raises UserError where the batch does not divide.
+    Raises UserError where the batch does not divide, and for a model that sees images.
     """
+    if config.model.vision:
+        raise UserError(
+            "config.model.vision: what is compiled here has no vision tower; set --config.model.vision=False for the "
+            "language model, and keep some memory for the tower"
+        )
     mesh = sharding.make_mesh(dict(config.mesh), devices)
     dtypes = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
     model = Decoder(spec, *dtypes, config.model.remat, config.model.attention, config.model.neftune_alpha)
