@@ -72,11 +72,11 @@ def main(names):
     print(json.dumps(out))
 
 
-def run(model, mesh, batch, balanced=False):
-    """(mean loss, {path: gradient}, paths that are split) on `mesh`, of all parameters and of adapters on them."""
+def run(model, mesh, batch, balanced=False, targets="all-linear"):
+    """(mean loss, {path: gradient}, paths that are split) on `mesh`, of all parameters and of adapters on `targets`."""
     params = abstract_params(model, mesh)
     axes = logical_axes(model)
-    targets = lora.find_targets("all-linear", lora.linear_kernels(tree.flatten(params)))
+    targets = lora.find_targets(targets, lora.linear_kernels(tree.flatten(params)))
     adapters = lora.abstract_adapters(params, axes, targets, 2, mesh)
     rng = np.random.default_rng(0)
     values = numpy_params(model)
@@ -98,7 +98,7 @@ def run(model, mesh, batch, balanced=False):
         return jax.value_and_grad(total)(variables)
 
     with jax.set_mesh(mesh):
-        placed = {key: sharding.place(mesh, ("batch", "length"), array) for key, array in batch.items()}
+        placed = sharding.placed(mesh, batch)
         loss, gradients = program(jax.device_put(variables, shardings), placed)
     split = [path for path, leaf in tree.flatten(shardings).items() if not leaf.is_fully_replicated]
     return float(loss), tree.flatten(jax.device_get(gradients)), split

@@ -11,12 +11,10 @@ import sys
 import jax
 import numpy as np
 
-from ftjax import lora, sharding, tree
+from ftjax import sharding
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
-from ftjax.models.params import abstract_params, logical_axes
-from ftjax.objectives.sft import make_sft
-from support.tiny import numpy_params
+from support.model_sharded_run import run
 from support.vision import CONFIGS, pictured, pictured_batch, torch_model
 
 MESHES = {
@@ -25,6 +23,7 @@ MESHES = {
     "fsdp=2 x context=2 x tensor=2": {"fsdp": 2, "context": 2, "tensor": 2},
 }
 LENGTH = 96
+TARGETS = "vision|_proj"
 
 
 def main(names):
@@ -39,12 +38,12 @@ def main(names):
         }
         model = Decoder(spec_from_config(config, vision=True), remat="full")
         batch = batch_of(config, model.spec.vision)
-        loss, expected, _ = run(model, sharding.make_mesh({}, jax.devices()[:1]), batch)
+        loss, expected, _ = run(model, sharding.make_mesh({}, jax.devices()[:1]), batch, targets=TARGETS)
         small = [path for path, leaf in expected.items() if np.abs(leaf).max() < 1e-4]
         assert not [path for path in small if not path.endswith(("k_proj/bias", "lora_scale"))], small
         out[name] = {}
         for mesh_name, sizes in MESHES.items():
-            other, gradients, split = run(model, sharding.make_mesh(sizes), batch)
+            other, gradients, split = run(model, sharding.make_mesh(sizes), batch, targets=TARGETS)
             differences = [np.abs(gradients[path] - expected[path]).max() for path in expected]
             out[name][mesh_name] = {
                 "loss": abs(other / loss - 1),
@@ -61,32 +60,6 @@ def batch_of(config, vision):
     docs = [pictured(vision, sizes[: seed % 3], [9, 7, 5][: 1 + seed % 3], seed) for seed in range(12)]
     rows = [docs[i : i + 2] for i in range(0, 12, 2)] + [[docs[0]], [docs[1]]]
     return pictured_batch(torch_model(config), vision, rows, LENGTH, 144)
-
-
-def run(model, mesh, batch):
-    """(mean loss, {path: gradient}, paths that are split) on `mesh`, of all parameters and of adapters on them."""
-    params = abstract_params(model, mesh)
-    axes, paths = logical_axes(model), lora.linear_kernels(tree.flatten(params))
-    adapters = lora.abstract_adapters(params, axes, lora.find_targets("vision|_proj", paths), 2, mesh)
-    rng, leaves = np.random.default_rng(0), tree.flatten(adapters)
-    made = {path: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32) for path, leaf in leaves.items()}
-    variables = {"params": numpy_params(model), "lora": tree.unflatten(made)}
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, {"params": params, "lora": adapters})
-    objective = make_sft(model)
-
-    @jax.jit
-    def program(variables, batch):
-        def total(variables):
-            loss = objective(variables, batch, jax.random.key(0))
-            return loss.sum / loss.weight
-
-        return jax.value_and_grad(total)(variables)
-
-    with jax.set_mesh(mesh):
-        placed = sharding.placed(mesh, batch)
-        loss, gradients = program(jax.device_put(variables, shardings), placed)
-    split = [path for path, leaf in tree.flatten(shardings).items() if not leaf.is_fully_replicated]
-    return float(loss), tree.flatten(jax.device_get(gradients)), split
 
 
 if __name__ == "__main__":
