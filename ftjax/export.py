@@ -159,7 +159,7 @@ def export_model(
     config = _effective(config, base)
     mesh = jax.tree.leaves(variables)[0].sharding.mesh
     spec = base.model.spec
-    texts = parity.prompts(base.tokenizer, workdir / "samples.jsonl", spec.max_position_embeddings, spec.vision)
+    texts = parity.prompts(base.tokenizer, workdir / "samples.jsonl", spec.max_position_embeddings, spec)
     expected = parity.logits(base.model, variables, texts, mesh)
     compare = parity.number_differences if COLLECTION in variables else parity.differences
     base_difference = None

@@ -109,7 +109,7 @@ def _of_tower(program: Program, remat: str, accumulate: int) -> float:
     width = jnp.dtype(program.model.dtype).itemsize * patches * vision.hidden_size
     inside = 9 + 3 * vision.intermediate_size / vision.hidden_size
     layers = {"none": inside, "full": 1, "offload": 0.1}[remat] * vision.num_hidden_layers
-    learns = any("/vision/" in f"/{path}" for path in tree.flatten(program.state.trainable))
+    learns = any("/vision/" in path for path in tree.flatten(program.state.trainable))
     return width * (inside + (layers if learns else 0)) + 5.0 * patches * colors  # as bytes and as float32
 
 

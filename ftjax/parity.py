@@ -24,7 +24,7 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.heads import COLLECTION, SCORE, values
 from ftjax.models.params import abstract_params
-from ftjax.models.spec import Vision
+from ftjax.models.spec import DecoderSpec
 from ftjax.models.vision import Images
 from ftjax.training.metrics import read
 from ftjax.tree import Tree
@@ -58,10 +58,10 @@ class Prompt(NamedTuple):
 
 
 def prompts(
-    tokenizer: PreTrainedTokenizerFast, samples: Path, max_length: int, vision: Vision | None = None
+    tokenizer: PreTrainedTokenizerFast, samples: Path, max_length: int, spec: DecoderSpec | None = None
 ) -> list[Prompt]:
     """TEXTS, and up to MAX_SAMPLES completions of the run's evaluations (`samples.jsonl`), each after its prompt; where
-    there is a vision tower also the first of these after an image.
+    the `spec` has a vision tower also the first of these after an image.
 
     All are in the chat template, where there is one, and cut to MAX_TOKENS and the model's own max_length.
     """
@@ -71,11 +71,12 @@ def prompts(
         answered = tokenizer.encode(answer, add_special_tokens=False)
         tokens = np.concatenate([tokens, np.asarray(answered, np.int32)])[: min(MAX_TOKENS, max_length)]
         out.append(Prompt(text + (f" -> {answer}" if answer else ""), tokens.astype(np.int32)))
-    return out if vision is None else [*out, _pictured(vision, out[0])]
+    return out if spec is None or spec.vision is None else [*out, _pictured(spec, out[0])]
 
 
-def _pictured(vision: Vision, prompt: Prompt) -> Prompt:
+def _pictured(spec: DecoderSpec, prompt: Prompt) -> Prompt:
     """The prompt after an image of noise: of the tower's own size, or of several windows, whole ones and others."""
+    vision = spec.vision
     sides = np.array([vision.grid] * 2 if vision.grid else [vision.window + vision.merge, 2 * vision.window])
     sides //= vision.merge  # in tokens
     count, each = sides.prod(), vision.merge
@@ -85,7 +86,7 @@ def _pictured(vision: Vision, prompt: Prompt) -> Prompt:
     rng, shape = np.random.default_rng(0), (1, places.shape[1], 3 * vision.patch**2)
     patches, numbers = rng.integers(0, 256, shape, np.uint8), np.ones(shape[:2], np.int32)
     rope_positions = None
-    if vision.rope_theta is not None:  # positions as M-RoPE has them
+    if spec.mrope:
         after = sides.max() + np.arange(len(prompt.tokens))
         of_image = np.pad(tokens, ((0, 0), (1, 0)))
         rope_positions = np.concatenate([of_image, np.repeat(after[:, None], 3, axis=1)])[None].astype(np.int32)

@@ -15,11 +15,8 @@ from ftjax.errors import UserError
 from ftjax.models.spec import DecoderSpec
 from ftjax.models.vision import images_of
 from ftjax.sampling.pictured import Pictured
-from ftjax.weights.hf.files import read_json
+from ftjax.weights.hf.files import PREPROCESSORS, read_json
 from ftjax.weights.source import Reader
-
-# The first that is there has the settings; transformers 5 writes the second.
-FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def rules(reader: Reader, max_pixels: int = 0) -> ImageRules:
@@ -28,11 +25,11 @@ def rules(reader: Reader, max_pixels: int = 0) -> ImageRules:
     Raises:
       UserError: the files do not say it, or say something that is not supported.
     """
-    file = next((reader.path / name for name in FILES if (reader.path / name).is_file()), None)
+    file = next((reader.path / name for name in PREPROCESSORS if (reader.path / name).is_file()), None)
     if file is None:
         raise UserError(
-            f"config.model.vision: {reader.path} has no {FILES[0]}, which says how images are prepared; get the whole "
-            "model, or set config.model.vision=False to train on text"
+            f"config.model.vision: {reader.path} has no {PREPROCESSORS[0]}, which says how images are prepared; get "
+            "the whole model, or set config.model.vision=False to train on text"
         )
     return rules_of(reader.config["model_type"], reader.config, read_json(file), max_pixels)
 
@@ -44,7 +41,7 @@ def abstract(spec: DecoderSpec, mesh: Mesh, shape: tuple[int, int, int]) -> dict
     if vision.tokens is not None:
         count = shape[-1] // vision.tokens * vision.tokens * vision.merge**2
     shapes = {"patches": (count, 3 * vision.patch**2), "patch_places": (count, 2), "patch_images": (count,)}
-    if any(rope.sections for rope in spec.ropes):
+    if spec.mrope:
         dtypes |= ROPE
         shapes["rope_positions"] = (shape[-1], 3)
     return {

@@ -33,7 +33,7 @@ def image_of(patches, places, patch):
 
 
 def test_the_last_prompt_begins_with_an_image_and_says_what_torch_says(case, tmp_path, record_figure):
-    texts = parity.prompts(make_tokenizer(CHATML, "<|im_end|>"), tmp_path / "samples.jsonl", 96, case.vision)
+    texts = parity.prompts(make_tokenizer(CHATML, "<|im_end|>"), tmp_path / "samples.jsonl", 96, case.decoder.spec)
     assert [prompt.images is not None for prompt in texts] == [False] * len(parity.TEXTS) + [True]
     last = texts[-1]
     assert last.tokens[0] == IMAGE
@@ -47,7 +47,7 @@ def test_the_last_prompt_begins_with_an_image_and_says_what_torch_says(case, tmp
 
 
 def test_a_kernel_that_the_tower_has_lost_is_noticed(case, tmp_path):
-    texts = parity.prompts(make_tokenizer(CHATML, "<|im_end|>"), tmp_path / "samples.jsonl", 96, case.vision)
+    texts = parity.prompts(make_tokenizer(CHATML, "<|im_end|>"), tmp_path / "samples.jsonl", 96, case.decoder.spec)
     expected = parity.logits(case.decoder, {"params": case.params}, texts, one_device())
     leaves = tree.flatten(case.params)
     leaves["vision/layers/mlp/down_proj/kernel"] *= 0

@@ -54,8 +54,8 @@ class Evaluator:
     ):
         self._config, self._base, self._mesh, self._loader = config.evaluate, base, program.mesh, loader
         self._seed, self._sets = config.seed, scored.scored_sets(config)
-        how = {"rules": base.images}
-        self._prompts = [[tokens(q.prompt, base.tokenizer, **how) for q in its.questions] for its in self._sets]
+        asked = [[question.prompt for question in its.questions] for its in self._sets]
+        self._prompts = [[tokens(prompt, base.tokenizer, rules=base.images) for prompt in its] for its in asked]
         self._likely = likely_sets(config, base.tokenizer, base.model.spec.max_position_embeddings)
         self._eval_step, self._totals = make_eval_step(program.objective), program.totals
         self._samples = workdir / "samples.jsonl"

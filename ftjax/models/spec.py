@@ -283,6 +283,11 @@ class DecoderSpec:
     layer_kinds: tuple[Kind, ...] = ()  # the kind of each layer; (): all are as the other fields say
 
     @property
+    def mrope(self) -> bool:
+        """Whether positions of tokens have three parts, see Rope."""
+        return any(rope.sections for rope in self.ropes)
+
+    @property
     def carries(self) -> bool:
         """Whether its layers, of one kind, carry a State (cache.py) along a row."""
         return any(other is not None for other in (self.delta, self.convolution, self.mamba))

@@ -260,7 +260,7 @@ def grow(slots: Slots, capacity: int) -> Slots:
 
 def _turned(model: Decoder, slots: Slots) -> Images | None:
     """Where the next tokens are in time and space, with M-RoPE."""
-    if not any(rope.sections for rope in model.spec.ropes):
+    if not model.spec.mrope:
         return None
     places = (slots.positions + slots.rows.shifts)[:, None, None]
     return Images(None, None, None, jnp.broadcast_to(places, (len(places), 1, 3)))

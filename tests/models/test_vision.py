@@ -114,7 +114,7 @@ def test_decoding_goes_on_after_a_prompt_with_images(case, record_figure):
     for place in range(length, len(doc.tokens)):
         at = np.array([[place]], np.int32)
         images = None
-        if case.vision.rope_theta is not None:
+        if case.decoder.spec.mrope:
             moved = batch["rope_positions"][:, length - 1, :1] - (length - 1)  # the same for all that follows
             images = Images(None, None, None, np.repeat(at[..., None] + moved, 3, axis=-1))
         logits, cache = forward(cache, doc.tokens[None, place : place + 1], at, np.ones_like(at), images)

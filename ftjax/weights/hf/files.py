@@ -11,6 +11,9 @@ from ftjax.errors import UserError
 # safetensors allows headers of 100 MB). The index of a model with 100,000 tensors has 10 MB.
 MAX_JSON_BYTES = 32_000_000
 
+# How images are prepared: the first of these that is there says it; transformers 5 writes the second.
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a UTF-8 file. UserError if it is absent, malformed, over 32 MB or repeats a key."""

@@ -15,7 +15,7 @@ from ftjax.models.families import FAMILIES, family_of, spec_from_config, text_co
 from ftjax.models.routing import is_correction
 from ftjax.models.spec import DecoderSpec
 from ftjax.weights.hf.classifier import Head, classifier_config, module
-from ftjax.weights.hf.files import inside, read_json
+from ftjax.weights.hf.files import PREPROCESSORS, inside, read_json
 from ftjax.weights.hf.keys import hf_names
 from ftjax.weights.hf.safetensors_write import Tensor, shards, write_safetensors
 from ftjax.weights.hf.together import gather
@@ -34,7 +34,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_PROCESSOR_FILES = (*PREPROCESSORS, "video_preprocessor_config.json")
 # Those that name every token, so that the base's lack new ones.
 _VOCABULARIES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt")
 # Settings of generation_config.json that have a meaning only with do_sample, and the values that switch them off.
