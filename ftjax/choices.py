@@ -3,6 +3,7 @@
 Each function returns a copy of the config with more of it settled. What is given stays as it is.
 """
 
+import logging
 import math
 
 import jax
@@ -17,9 +18,12 @@ from ftjax.data.batch import sizes
 from ftjax.data.batch.sizes import Limits, Sizes
 from ftjax.errors import UserError
 from ftjax.method import iterations, method_of, samples
+from ftjax.models import onednn
 from ftjax.models.decoder import Decoder
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import AnyMesh
+
+log = logging.getLogger(__name__)
 
 _WIDTH, _NARROWEST, _POWER = 4096, 512, 0.78
 _ROWS = 16  # of full length in a batch, where no data is there to choose by
@@ -27,12 +31,20 @@ _PROMPTS = 8  # in a batch, where the model writes completions of them
 _SEVERAL = 4  # rows of a batch at least, where their completions are to meet other prompts of it
 
 
-def by_devices(config: ConfigDict, platform: str) -> ConfigDict:
-    """With dtypes: CPUs compute in float32, since they are several times slower in bfloat16."""
+def by_devices(config: ConfigDict, platform: str, count: int = 1) -> ConfigDict:
+    """With dtypes and what multiplies: CPUs compute in float32, since XLA is no faster in bfloat16 there.
+
+    platform, count: of the devices, see `sharding.platform`. UserError where there is no oneDNN that was asked for.
+    """
     given = config.model
+    matmul, reason = onednn.choose(given.matmul, platform, count)
+    if reason and given.matmul == "auto":
+        log.info("matmul: xla; %s", reason)
+    elif reason:
+        raise UserError(onednn.refusal(reason))
     dtype = given.dtype if given.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     stored = given.param_dtype if given.param_dtype != "auto" else dtype
-    return configs.changed(config, {"model.dtype": dtype, "model.param_dtype": stored})
+    return configs.changed(config, {"model.dtype": dtype, "model.param_dtype": stored, "model.matmul": matmul})
 
 
 def by_model(config: ConfigDict, spec: DecoderSpec) -> ConfigDict:
@@ -110,7 +122,7 @@ def without_data(
 
     room, teacher: as in `by_memory`.
     """
-    config = by_model(by_devices(config, sharding.platform(mesh)), spec)
+    config = by_model(by_devices(config, sharding.platform(mesh), mesh.size), spec)
     given, limit = _given(config), limits(config, spec, mesh)
     models = _decoder(config, spec), mesh, room, teacher and _decoder(config, teacher)
     if method_of(config).rollouts:
@@ -123,7 +135,7 @@ def without_data(
 
 def _decoder(config: ConfigDict, spec: DecoderSpec) -> Decoder:
     dtypes = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
-    return Decoder(spec, *dtypes, "none", config.model.attention)
+    return Decoder(spec, *dtypes, "none", config.model.attention, matmul=config.model.matmul)
 
 
 def by_memory(

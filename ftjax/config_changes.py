@@ -20,6 +20,7 @@ FREE_TO_CHANGE = (
     "mesh.",
     "model.remat",
     "model.attention",
+    "model.matmul",
     "data.eval",
     "data.checks",
     "max_hours",

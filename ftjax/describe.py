@@ -45,7 +45,9 @@ def run(
     attention = kernels.choose(base.model.attention, spec, base.model.dtype, loader.max_length, mesh)
     return {
         "model": f"{config.model.source}: {spec.family}, {spec.num_hidden_layers} layers, width {spec.hidden_size}, "
-        f"vocabulary {spec.vocab_size:,}, {total:,} parameters, in {config.model.dtype}",
+        f"vocabulary {spec.vocab_size:,}, {total:,} parameters, in {config.model.dtype}"
+        + ", multiplied in bfloat16 by oneDNN"
+        * (config.model.matmul == "onednn"),
         "adapter": _adapter(adapter),
         **_new_tokens(config, base, trained),
         "trained": _size(trained, program.trained_count),

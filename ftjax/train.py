@@ -100,7 +100,7 @@ def _train(
 
     # Config and model: described, not read yet.
     asked = config
-    config = choices.by_devices(config, sharding.platform(mesh))
+    config = choices.by_devices(config, sharding.platform(mesh), mesh.size)
     base, teacher, contents = _open_base(config, workdir, there)
     preflight.check_adapter_tokenizer(config, base, display)
     preflight.check_length(config, base.model.spec)

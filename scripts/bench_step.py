@@ -30,7 +30,7 @@ from ftjax import config as configs
 from ftjax.assemble import Program
 from ftjax.errors import UserError
 from ftjax.memory import of_device
-from ftjax.models import kernels
+from ftjax.models import kernels, onednn
 from ftjax.models.spec import DecoderSpec
 from ftjax.plan import model_spec
 from ftjax.planning import chips, compiled, flops
@@ -83,7 +83,7 @@ def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, pe
     device = jax.devices()[0]
     peak = peak or peak_of(device.device_kind)
     if peak is None and device.platform == "cpu" and jax.device_count() == 1:
-        peak = measured_peak(spec, program.tokens // config.accumulate, jnp.dtype(config.model.dtype))
+        peak = measured_peak(spec, program.tokens // config.accumulate, config.model)
     tokens = program.tokens
     median, count = statistics.median(times), jax.device_count()
     needed = flops.of_step(program).total
@@ -203,11 +203,17 @@ def peak_of(kind: str) -> float | None:
     return next((peak for name, peak in GPU_PEAKS.items() if kind.startswith(name)), None)
 
 
-def measured_peak(spec: DecoderSpec, tokens: int, dtype: jnp.dtype) -> float:
-    """FLOP/s of one large matrix product on this CPU, the best of several, of a micro-batch with the MLP's kernel."""
+def measured_peak(spec: DecoderSpec, tokens: int, config: ConfigDict) -> float:
+    """FLOP/s of one large matrix product on this CPU, the best of several, of a micro-batch with the MLP's kernel.
+
+    config: config.model, of the step's dtype and what multiplies in it.
+    """
+    dtype, multiply = jnp.dtype(config.dtype), jnp.matmul
+    if config.matmul == "onednn":
+        dtype, multiply = jnp.bfloat16, lambda left, right: onednn.product(left, right, jnp.float32)
     left = jnp.ones((tokens, spec.hidden_size), dtype)
     right = jnp.ones((spec.hidden_size, spec.intermediate_size), dtype)
-    product = jax.jit(jnp.matmul).lower(left, right).compile()
+    product = jax.jit(multiply).lower(left, right).compile()
     times = []
     for _ in range(20):
         started = time.perf_counter()

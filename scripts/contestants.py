@@ -68,10 +68,13 @@ def ftjax(case: Case, dtype: str, place: Path, steps: int, device: str) -> Found
     os.environ["JAX_PLATFORMS"] = device
     from ftjax import config as configs
     from ftjax import train
+    from ftjax.models import onednn
 
     config = configs.defaults()
     config.model.source = str(place / "model")
     config.model.dtype = config.model.param_dtype = dtype
+    if dtype == "bfloat16" and onednn.choose("auto", device, 1)[0] == "onednn":
+        config.model.matmul, config.model.dtype, config.model.param_dtype = "onednn", "float32", "float32"
     if case.kind == "generate":
         return _engine(config, case, place, steps)
     config.objective.name = "dpo" if case.kind == "dpo" else "sft"
@@ -107,6 +110,7 @@ def _engine(config: Any, case: Case, place: Path, calls: int) -> Found:
 
     base, models = load_model(config.model.source, {}, config.model.dtype)
     (variables,) = models.values()
+    base = base._replace(model=base.model.clone(matmul=config.model.matmul))
     prompts = prompts_of(case, base.tokenizer)
 
     def call() -> int:

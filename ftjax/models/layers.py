@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import quant
+from ftjax.models import onednn
 from ftjax.models.adapter import adapt, by_row
 from ftjax.sharding import constrain
 
@@ -103,14 +104,19 @@ class Linear(nn.Module):
             # The backward pass makes the kernel whole once more instead of keeping it.
             @functools.partial(jax.checkpoint, prevent_cse=False)
             def multiply(x, packed):
+                if onednn.in_use():
+                    return onednn.product(x, quant.dequantize(packed, jnp.bfloat16), self.out_dtype or self.dtype)
                 return jnp.matmul(x, quant.dequantize(packed, self.dtype), preferred_element_type=self.out_dtype)
 
             product = functools.partial(multiply, packed=packed)
         else:
             kernel_init = nn.with_logical_partitioning(INIT, self.axes)
-            kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype).astype
+            whole = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.param_dtype)
+            kernel = whole.astype
 
             def product(x):
+                if onednn.in_use():
+                    return onednn.product(x, whole, self.out_dtype or self.dtype)
                 if self.out_dtype is None:
                     return x @ kernel(self.dtype)
                 return wide_product(x, kernel(self.dtype), self.out_dtype)
@@ -260,4 +266,6 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """[..., width] -> float32 logits [..., rows]"""
+        if onednn.in_use():
+            return onednn.product(x, self.embedding, jnp.float32, turned=True)
         return wide_product(x, self.embedding.astype(self.dtype).T, jnp.float32)

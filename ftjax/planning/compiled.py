@@ -82,10 +82,11 @@ def describe(
         )
     mesh = sharding.make_mesh(dict(config.mesh), devices)
     dtypes = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
-    model = Decoder(spec, *dtypes, config.model.remat, config.model.attention, config.model.neftune_alpha)
+    how = {"attention": config.model.attention, "matmul": config.model.matmul}
+    model = Decoder(spec, *dtypes, config.model.remat, neftune=config.model.neftune_alpha, **how)
     preflight.check_mesh(config, spec, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        beside = teacher and Decoder(teacher, *dtypes, "none", config.model.attention)
+        beside = teacher and Decoder(teacher, *dtypes, **how)
         return assemble.program(config, model, mesh, STEPS, beside)
 
 

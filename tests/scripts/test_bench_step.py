@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
 from support import xla_flags
 
+from ftjax import config as configs
+from ftjax.models import onednn
 from ftjax.models.families import spec_from_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -89,7 +90,9 @@ def test_mistakes_are_told(tmp_path):
     assert "--layers 4: the model has 3" in bench(tmp_path, "--layers=4", status=2)
 
 
-def test_a_cpus_own_peak_is_measured():
+@pytest.mark.parametrize("matmul", ["xla", onednn.choose("auto", "cpu", 1)[0]])
+def test_a_cpus_own_peak_is_measured_of_what_multiplies(matmul):
     script = runpy.run_path(str(ROOT / "scripts/bench_step.py"), run_name="bench_step")
-    peak = script["measured_peak"](spec_from_config(TINY), 4096, jnp.dtype("float32"))
+    model = configs.changed(configs.defaults(), {"model.dtype": "float32", "model.matmul": matmul}).model
+    peak = script["measured_peak"](spec_from_config(TINY), 4096, model)
     assert 1e7 < peak < 1e15

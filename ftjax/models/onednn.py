@@ -1,0 +1,170 @@
+"""Matrix products by oneDNN on CPUs: of values rounded to bfloat16, summed in float32.
+
+XLA multiplies bfloat16 on CPUs no faster than float32; CPUs with instructions for it are twice as fast. oneDNN uses
+them. `onednn.cc` hands it XLA's buffers, and is compiled when it is first used, since it depends on the jaxlib at hand.
+"""
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from ftjax import cache
+from ftjax.errors import UserError
+
+EXTRA = "pip install 'ftjax[onednn]'"
+_TARGET = "ftjax_product"
+_LIBRARY, _HEADERS = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
+_used = contextvars.ContextVar("matrix products by oneDNN", default=False)
+
+
+@contextlib.contextmanager
+def used(wanted: bool) -> Iterator[None]:
+    """What is traced inside multiplies by oneDNN, if `wanted`."""
+    token = _used.set(wanted)
+    try:
+        yield
+    finally:
+        _used.reset(token)
+
+
+def in_use() -> bool:
+    return _used.get()
+
+
+@functools.cache
+def lacks() -> str:
+    """What is missing on this machine, with the remedy if there is one; "" if products by oneDNN are to be had."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"oneDNN is used on Linux on x86-64, and this is {sys.platform} on {platform.machine()}"
+    if not {"avx512_bf16", "amx_bf16"} & _cpu_flags():
+        return "this CPU has no instructions for products of bfloat16 (avx512_bf16 or amx_bf16)"
+    for name in (_LIBRARY, _HEADERS):
+        if not any(importlib.metadata.distributions(name=name)):
+            return f"{name} is not installed: {EXTRA}"
+    if shutil.which(_compiler()) is None:
+        return f"there is no C++ compiler {_compiler()}: install g++, or name another one in CXX"
+    return ""
+
+
+def choose(wanted: str, platform: str, count: int) -> tuple[str, str]:
+    """("xla" or "onednn", why it is not the latter where it might have been) for config.model.matmul.
+
+    platform, count: of the devices of the mesh, see `sharding.platform`.
+    """
+    if wanted == "xla":
+        return wanted, ""
+    alone = (platform, count) == ("cpu", 1)
+    reason = lacks() if alone else f"oneDNN is for one CPU, and these are {count} devices ({platform})"
+    return ("xla" if reason else "onednn"), reason
+
+
+def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, turned: bool = False) -> jax.Array:
+    """x [..., in] @ kernel [in, out], turned: x @ kernel.T of a kernel [out, in] -> `dtype` [..., out].
+
+    x and kernel have any float dtype and are rounded to bfloat16, and so is the gradient of the result.
+    """
+    _load()
+    return _product(x, kernel, jnp.dtype(dtype), turned)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, kernel, dtype, turned):
+    out = _multiply(_rows(x), kernel, dtype, right_turned=turned)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _forward(x, kernel, dtype, turned):
+    # Kept as they came: others keep the same x, and of its rounded copy each would keep its own.
+    return _product(x, kernel, dtype, turned), (x, kernel)
+
+
+def _backward(dtype, turned, saved, gradient):
+    x, kernel = saved
+    rows, left = _rows(x), _rows(gradient)
+    d_x = _multiply(left, kernel, x.dtype, right_turned=not turned).reshape(x.shape)
+    pair = (left, rows) if turned else (rows, left)
+    return d_x, _multiply(*pair, kernel.dtype, left_turned=True)
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _multiply(left, right, dtype, left_turned=False, right_turned=False):
+    """left [m, k] ([k, m] if turned) @ right [k, n] ([n, k] if turned) -> [m, n], float32 or bfloat16."""
+    shape = left.shape[left_turned != 0], right.shape[right_turned == 0]
+    if 0 in (*left.shape, *right.shape):
+        return jnp.zeros(shape, dtype)
+    result = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, result), vmap_method="sequential")
+    turned = {"left_turned": np.bool_(left_turned), "right_turned": np.bool_(right_turned)}
+    return call(left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), **turned).astype(dtype)
+
+
+def refusal(reason: str) -> str:
+    return f"config.model.matmul='onednn': {reason}; 'auto' takes it only where it is to be had, and 'xla' never"
+
+
+@functools.cache
+def _load() -> None:
+    """Compiles and registers what XLA calls.
+
+    Raises:
+      UserError: it cannot be had on this machine.
+    """
+    if reason := lacks():
+        raise UserError(refusal(reason))
+    source = resources.files(__package__).joinpath("onednn.cc").read_text(encoding="utf-8")
+    version = importlib.metadata.version(_LIBRARY)
+    known = "\0".join((source, jaxlib.__version__, str(_installed(_LIBRARY, "libdnnl.so.3")), version, _compiler()))
+    name = hashlib.sha256(known.encode()).hexdigest()[:24] + ".so"
+    built = ctypes.CDLL(str(cache.file("onednn", name, functools.partial(_compile, source))))
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(built.FtjaxProduct), platform="cpu")
+
+
+def _compile(source: str, path: Path) -> None:
+    library = _installed(_LIBRARY, "libdnnl.so.3")
+    headers = _installed(_HEADERS, "oneapi/dnnl/dnnl.hpp").parents[2]
+    flags = ["-x", "c++", "-", "-x", "none", "-std=c++17", "-O2", "-shared", "-fPIC", "-fopenmp"]
+    found = [f"-I{jax.ffi.include_dir()}", f"-I{headers}", str(library), f"-Wl,-rpath,{library.parent}"]
+    command = [_compiler(), *flags, *found, "-o", str(path)]
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+        raise UserError(
+            f"config.model.matmul='onednn': {_compiler()} cannot compile {__package__}/onednn.cc: "
+            f"{'; '.join(errors[:3])}; name another compiler in CXX, or use 'xla'"
+        )
+
+
+def _installed(distribution: str, end: str) -> Path:
+    files = importlib.metadata.distribution(distribution).files or ()
+    return next(Path(file.locate()).resolve() for file in files if file.as_posix().endswith(end))
+
+
+def _cpu_flags() -> set[str]:
+    return set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX") or "g++"

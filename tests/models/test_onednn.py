@@ -1,0 +1,216 @@
+"""config.model.matmul='onednn': products of bfloat16 on a CPU, against float64 NumPy and torch's autocast."""
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from support.tiny import CONFIG, batch_of, documents, numpy_params, spec
+from support.witness import from_torch, torch_llama
+
+from ftjax import choices, quant, tree
+from ftjax import config as configs
+from ftjax.errors import UserError
+from ftjax.models import onednn
+from ftjax.models.adapter import low_rank
+from ftjax.models.decoder import Decoder
+from ftjax.models.layers import Linear
+from ftjax.objectives.sft import make_sft
+
+multiplies = pytest.mark.skipif(bool(onednn.lacks()), reason=onednn.lacks())
+
+
+def rounded(x):
+    """float64 of the nearest bfloat16 values."""
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+
+def arrays(*shapes):
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+# Rows of the left side, what is summed over, columns: as in models and, of each, nothing that divides well.
+SIZES = [((2, 64), 96, 160), ((1,), 576, 49), ((3, 5, 7), 33, 1), ((1000,), 16, 65), ((4,), 1, 300), ((0,), 8, 8)]
+
+
+@multiplies
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
+def test_a_product_is_that_of_the_rounded_values_summed_in_float32(rows, inner, columns, turned, record_figure):
+    x, kernel = arrays((*rows, inner), (columns, inner) if turned else (inner, columns))
+    found = onednn.product(x, kernel, jnp.float32, turned)
+    wanted = rounded(x) @ (rounded(kernel).T if turned else rounded(kernel))
+    assert (found.shape, found.dtype) == (wanted.shape, jnp.float32)
+    record_figure("of the sum", np.abs(found - wanted).max(initial=0))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * inner)
+
+
+@multiplies
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
+def test_its_gradients_are_products_of_the_rounded_gradient(rows, inner, columns, turned):
+    x, kernel, out = arrays((*rows, inner), (columns, inner) if turned else (inner, columns), (*rows, columns))
+    _, back = jax.vjp(lambda x, kernel: onednn.product(x, kernel, jnp.float32, turned), x, kernel)
+    d_x, d_kernel = back(jnp.asarray(out))
+    wanted = rounded(out) @ (rounded(kernel) if turned else rounded(kernel).T)
+    np.testing.assert_allclose(d_x, wanted, rtol=0, atol=1e-6 * columns)
+    count = int(np.prod(rows))
+    left, right = rounded(x).reshape(count, inner), rounded(out).reshape(count, columns)
+    wanted = right.T @ left if turned else left.T @ right
+    np.testing.assert_allclose(d_kernel, wanted, rtol=0, atol=1e-6 * max(count, 1))
+
+
+@multiplies
+def test_results_and_gradients_have_the_dtypes_of_what_they_are_of():
+    x, kernel = (jnp.asarray(each, jnp.bfloat16) for each in arrays((5, 64), (64, 32)))
+    out, back = jax.vjp(lambda x, kernel: onednn.product(x, kernel, jnp.bfloat16), x, kernel.astype(jnp.float32))
+    assert [each.dtype for each in (out, *back(out))] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    # Rounded once, after the sum: half a unit of the last of eight bits.
+    np.testing.assert_allclose(np.asarray(out, np.float64), rounded(x) @ rounded(kernel), rtol=2**-8, atol=1e-5)
+
+
+@multiplies
+def test_many_at_once_do_not_disturb_each_other():
+    """XLA runs what does not depend on each other on several threads."""
+    pairs = [arrays((64 + i, 256), (256, 96 + i)) for i in range(24)]
+    run = jax.jit(lambda pairs: [onednn.product(*pair, jnp.float32) for pair in pairs])
+    wanted = [rounded(x) @ rounded(kernel) for x, kernel in pairs]
+    for _ in range(10):
+        for found, its in zip(run(pairs), wanted, strict=True):
+            np.testing.assert_allclose(found, its, rtol=0, atol=1e-3)
+
+
+@multiplies
+def test_the_parts_of_a_batch_are_what_each_is_alone():
+    x, kernel = arrays((3, 7, 40), (40, 24))
+    each = jnp.stack([onednn.product(row, kernel, jnp.float32) for row in x])
+    np.testing.assert_array_equal(jax.vmap(lambda row: onednn.product(row, kernel, jnp.float32))(x), each)
+
+
+@multiplies
+def test_adapters_multiply_by_it_where_it_is_used():
+    x, a, b = arrays((6, 64), (64, 8), (8, 48))
+    with onednn.used(True):
+        found = low_rank(x, a, b)
+    inner = rounded(x) @ rounded(a)
+    np.testing.assert_allclose(found, rounded(inner.astype(np.float32)) @ rounded(b), rtol=0, atol=0.05)
+    assert np.abs(found - low_rank(x, a, b)).max() > 1e-3  # which multiplies float32
+
+
+@multiplies
+def test_quantized_kernels_are_multiplied_by_it():
+    x, kernel = arrays((6, 64), (64, 64))
+    linear = Linear(64, ("embed", "mlp"), jnp.float32, jnp.float32)
+    packed = quant.quantize(jnp.asarray(kernel), "int8")
+    with onednn.used(True):
+        found, back = jax.vjp(lambda x: linear.apply({"quant": packed}, x), x)
+    whole = np.asarray(quant.dequantize(packed, jnp.float32))
+    np.testing.assert_allclose(found, rounded(x) @ rounded(whole), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(back(found)[0], rounded(found) @ rounded(whole).T, rtol=0, atol=1e-3)
+
+
+@multiplies
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_is_as_near_to_float32_as_torch_under_autocast(tied, record_figure):
+    """Logits, and gradients of every parameter: torch rounds the same products, and attention's besides."""
+    config = CONFIG | {"tie_word_embeddings": tied}
+    exact, ours = (Decoder(spec(tie_word_embeddings=tied), matmul=name) for name in ("xla", "onednn"))
+    params = numpy_params(exact)
+    docs = documents(1, [11, 17])
+    batch = batch_of([docs[:1], docs[1:]], 17)
+
+    def run(model):
+        def loss(params):
+            return make_sft(model)({"params": params}, batch, jax.random.key(0)).sum
+
+        hidden, _ = model.apply({"params": params}, *(batch[name] for name in ("tokens", "positions", "segment_ids")))
+        logits = model.apply({"params": params}, hidden, method=model.unembed)
+        return logits, tree.flatten(jax.grad(loss)(params))
+
+    def torch_run(autocast):
+        model, found, total = torch_llama(config, params), [], 0.0
+        for tokens, trained in docs:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits = model(torch.tensor(tokens[None]).long()).logits[0].float()
+            found.append(logits.detach().numpy())
+            losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(tokens[1:]).long(), reduction="none")
+            total = total + (losses * torch.tensor(trained[1:])).sum()
+        total.backward()
+        names = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return found, from_torch(names, params)
+
+    run = jax.jit(run, static_argnums=0)
+    (logits, gradients), (exact_logits, exact_gradients) = run(ours), run(exact)
+    (theirs, their_gradients), (torch_logits, torch_gradients) = torch_run(True), torch_run(False)
+    for row, wanted in enumerate(torch_logits):  # the float32 of both is the same
+        np.testing.assert_allclose(exact_logits[row, : len(wanted)], wanted, atol=1e-4)
+    our_error = max(np.abs(logits[row, : len(its)] - its).max() for row, its in enumerate(torch_logits))
+    their_error = max(np.abs(one - its).max() for one, its in zip(theirs, torch_logits))
+    record_figure("logits", our_error)
+    record_figure("torch's", their_error)
+    assert 1e-4 < our_error < 1.5 * their_error
+
+    def error(found):
+        squares = [[np.sum((found[path] - its) ** 2), np.sum(its**2)] for path, its in torch_gradients.items()]
+        return np.sqrt(np.divide(*np.sum(squares, axis=0)))
+
+    record_figure("gradients, relative", error(gradients))
+    assert error(exact_gradients) < 1e-4 < error(gradients) < 1.5 * error(their_gradients)
+
+
+def test_it_is_chosen_where_it_is_to_be_had():
+    assert onednn.choose("xla", "cpu", 1) == ("xla", "")
+    assert onednn.choose("auto", "tpu", 1) == ("xla", "oneDNN is for one CPU, and these are 1 devices (tpu)")
+    assert onednn.choose("auto", "cpu", 8)[0] == "xla"
+    assert onednn.choose("auto", "cpu", 1) == ("xla" if onednn.lacks() else "onednn", onednn.lacks())
+
+
+@pytest.mark.parametrize(("platform", "count"), [("gpu", 1), ("cpu", 2)])
+def test_where_it_cannot_be_it_is_refused_and_auto_does_without(platform, count):
+    config = configs.changed(configs.defaults(), {"model.matmul": "onednn"})
+    with pytest.raises(UserError, match=r"config.model.matmul='onednn': oneDNN is for one CPU, and these are"):
+        choices.by_devices(config, platform, count)
+    config = configs.changed(config, {"model.matmul": "auto"})
+    assert choices.by_devices(config, platform, count).model.matmul == "xla"
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("system", "oneDNN is used on Linux on x86-64, and this is darwin"),
+        ("cpu", "this CPU has no instructions for products of bfloat16"),
+        ("package", r"onednn-devel-cpu-gomp is not installed: pip install 'ftjax\[onednn\]'"),
+        ("compiler", "there is no C\\+\\+ compiler nowhere/c\\+\\+: install g\\+\\+, or name another one in CXX"),
+    ],
+)
+def test_what_is_missing_is_said(what, message, monkeypatch):
+    monkeypatch.setattr(onednn, "_cpu_flags", lambda: {"avx512_bf16"} if what != "cpu" else {"avx2"})
+    monkeypatch.setattr(sys, "platform", "darwin" if what == "system" else "linux")
+    there = {"onednn-cpu-gomp", *(() if what == "package" else ["onednn-devel-cpu-gomp"])}
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda name: [name] if name in there else [])
+    monkeypatch.setenv("CXX", "nowhere/c++" if what == "compiler" else sys.executable)
+    onednn.lacks.cache_clear()
+    try:
+        reason = onednn.lacks()
+    finally:
+        onednn.lacks.cache_clear()
+    assert re.search(message, reason)
+
+
+@multiplies
+def test_a_compiler_that_fails_is_named(tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'onednn.cc:1: error: no header' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    code = "import jax; from ftjax.models import onednn; x = jax.numpy.ones((2, 2)); onednn.product(x, x, 'float32')"
+    environment = os.environ | {"CXX": str(broken), "FTJAX_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert f"{broken} cannot compile ftjax.models/onednn.cc: onednn.cc:1: error: no header; name another" in done.stderr
+    assert not any((tmp_path / "onednn").iterdir())
