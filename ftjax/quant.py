@@ -1,9 +1,10 @@
-"""Kernels stored in 8 or 4 bits: int8 per output channel, and NF4 in blocks with doubly quantized scales.
+"""Kernels stored in 8 or 4 bits: int8 per output channel, and NF4 in blocks with doubly quantized scales; or in 16.
 
 A quantized kernel [..., in, out] is a dict of arrays in the `quant` collection, at the path that the kernel itself
 would have in `params`. It stays packed; `dequantize` unpacks it inside the layer that uses it.
 
     int8: `int8` int8 [..., in, out], `scale` float32 [..., out]
+    bits: `bits` uint16 [..., in, out], those of bfloat16 values
     nf4:  `nf4` uint8 [..., in / 2, out], `absmax` uint8 [..., in / 64, out],
           `absmax_scale` float32 [..., groups], `absmax_offset` float32 [..., 1]
 
@@ -129,6 +130,8 @@ def quantize(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:
 
 def dequantize(packed: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
     """The kernel [..., in, out] of the arrays `packed`, computed in float32."""
+    if "bits" in packed:
+        return jax.lax.bitcast_convert_type(packed["bits"], jnp.bfloat16).astype(dtype)
     if "int8" in packed:
         return (packed["int8"].astype(jnp.float32) * packed["scale"][..., None, :]).astype(dtype)
     *lead, blocks, columns = packed["absmax"].shape
@@ -143,7 +146,7 @@ def dequantize(packed: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
 
 def is_packed(names: Iterable[str]) -> bool:
     """Whether arrays of these names are a quantized kernel."""
-    return "int8" in names or "nf4" in names
+    return any(name in names for name in ("int8", "nf4", "bits"))
 
 
 def count(packed: Tree) -> int:

@@ -267,5 +267,7 @@ class Embedding(nn.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """[..., width] -> float32 logits [..., rows]"""
         if onednn.in_use():
-            return onednn.product(x, self.embedding, jnp.float32, turned=True)
+            packed = packed_kernel(self)
+            table = quant.dequantize(packed, jnp.bfloat16) if packed else self.embedding
+            return onednn.product(x, table, jnp.float32, turned=True)
         return wide_product(x, self.embedding.astype(self.dtype).T, jnp.float32)

@@ -22,6 +22,7 @@ from ftjax.models.kernels import choose as choose_kernel
 from ftjax.models.spec import DecoderSpec
 from ftjax.sampling import adapters as stacked
 from ftjax.sampling import slots as compiled
+from ftjax.sampling.narrowed import narrowed
 from ftjax.sampling.pictured import Pictured, placed, together
 from ftjax.sampling.request import LIKELIEST, Completion, Left, Request, Row, allowed_next
 from ftjax.sampling.sampler import Sampling
@@ -72,6 +73,7 @@ class Engine:
             raise ValueError("these variables have an adapter already; give the base's alone beside adapters")
         self._mesh = jax.sharding.get_mesh()
         self._model = model
+        variables = narrowed(model, variables)
         self._variables = variables if adapters is None else variables | {stacked.COLLECTION: adapters}
         self._adapters = 0 if adapters is None else stacked.count(adapters)
         self._stops, self._biases = stops, biases

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from support.tiny import CONFIG, batch_of, documents, numpy_params, spec
+from support.family_configs import CONFIGS
+from support.tiny import CONFIG, batch_of, documents, logits, numpy_params, spec
 from support.witness import from_torch, torch_llama
 
 from ftjax import choices, quant, tree
@@ -20,8 +21,10 @@ from ftjax.errors import UserError
 from ftjax.models import onednn
 from ftjax.models.adapter import low_rank
 from ftjax.models.decoder import Decoder
+from ftjax.models.families import spec_from_config
 from ftjax.models.layers import Linear
 from ftjax.objectives.sft import make_sft
+from ftjax.sampling.narrowed import narrowed
 
 multiplies = pytest.mark.skipif(bool(onednn.lacks()), reason=onednn.lacks())
 
@@ -131,27 +134,26 @@ def test_a_model_is_as_near_to_float32_as_torch_under_autocast(tied, record_figu
             return make_sft(model)({"params": params}, batch, jax.random.key(0)).sum
 
         hidden, _ = model.apply({"params": params}, *(batch[name] for name in ("tokens", "positions", "segment_ids")))
-        logits = model.apply({"params": params}, hidden, method=model.unembed)
-        return logits, tree.flatten(jax.grad(loss)(params))
+        return model.apply({"params": params}, hidden, method=model.unembed), tree.flatten(jax.grad(loss)(params))
 
     def torch_run(autocast):
-        model, found, total = torch_llama(config, params), [], 0.0
+        model, rows, total = torch_llama(config, params), [], 0.0
         for tokens, trained in docs:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                logits = model(torch.tensor(tokens[None]).long()).logits[0].float()
-            found.append(logits.detach().numpy())
-            losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(tokens[1:]).long(), reduction="none")
+                theirs = model(torch.tensor(tokens[None]).long()).logits[0].float()
+            rows.append(theirs.detach().numpy())
+            losses = torch.nn.functional.cross_entropy(theirs[:-1], torch.tensor(tokens[1:]).long(), reduction="none")
             total = total + (losses * torch.tensor(trained[1:])).sum()
         total.backward()
         names = {name: parameter.grad for name, parameter in model.named_parameters()}
-        return found, from_torch(names, params)
+        return rows, from_torch(names, params)
 
     run = jax.jit(run, static_argnums=0)
-    (logits, gradients), (exact_logits, exact_gradients) = run(ours), run(exact)
+    (found, gradients), (exact_logits, exact_gradients) = run(ours), run(exact)
     (theirs, their_gradients), (torch_logits, torch_gradients) = torch_run(True), torch_run(False)
     for row, wanted in enumerate(torch_logits):  # the float32 of both is the same
         np.testing.assert_allclose(exact_logits[row, : len(wanted)], wanted, atol=1e-4)
-    our_error = max(np.abs(logits[row, : len(its)] - its).max() for row, its in enumerate(torch_logits))
+    our_error = max(np.abs(found[row, : len(its)] - its).max() for row, its in enumerate(torch_logits))
     their_error = max(np.abs(one - its).max() for one, its in zip(theirs, torch_logits))
     record_figure("logits", our_error)
     record_figure("torch's", their_error)
@@ -214,3 +216,20 @@ def test_a_compiler_that_fails_is_named(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert f"{broken} cannot compile ftjax.models/onednn.cc: onednn.cc:1: error: no header; name another" in done.stderr
     assert not any((tmp_path / "onednn").iterdir())
+
+
+@multiplies
+@pytest.mark.parametrize("name", ["llama", "untied", "mixtral", "gpt2", "qwen3_next", "deepseek_v3"])
+def test_kernels_kept_narrow_multiply_as_those_that_are_rounded_each_time(name):
+    """What generates keeps them so; of experts nothing is changed."""
+    config = {"llama": CONFIG, "untied": CONFIG | {"tie_word_embeddings": False}}.get(name) or CONFIGS[name]
+    model = Decoder(spec_from_config(config), matmul="onednn")
+    variables = {"params": numpy_params(model)}
+    narrow = narrowed(model, variables)
+    bits = {path for path in tree.flatten(narrow["quant"]) if path.endswith("bits")}
+    assert bits
+    assert not any("experts" in path for path in bits)
+    assert not any(path.endswith("_proj/kernel") for path in tree.flatten(narrow["params"]) if "experts" not in path)
+    batch = batch_of([documents(2, [7, 9])], 16)
+    np.testing.assert_array_equal(logits(model, narrow, batch), logits(model, variables, batch))
+    assert narrowed(model.clone(matmul="xla"), variables) is variables
