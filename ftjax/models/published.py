@@ -1,8 +1,8 @@
 """What the config.json of released models say about their shape: `published.json`, {name of the model: config}.
 
 So that a model can be planned for whose files are not here, or not to be had without a license. The keys are the files'
-own, old spellings included; what changes no size is not whole: LongRoPE's factors, 48 numbers each, are left at one
-value, the multipliers of hybrids are not there.
+own, old spellings included. What changes no size is not whole: LongRoPE's factors, 48 numbers each or 64, are left at
+one value; multipliers and ids of tokens are not there. Of most multimodal models it is the language model's config.
 """
 
 import json
@@ -30,6 +30,15 @@ OWNERS = [
     "zai-org",
     "tiiuae",
     "nvidia",
+    "deepseek-ai",
+    "LiquidAI",
+    "swiss-ai",
+    "arcee-ai",
+    "LGAI-EXAONE",
+    "kyutai",
+    "tencent",
+    "MiniMaxAI",
+    "stabilityai",
 ]
 
 
@@ -42,5 +51,9 @@ def find(source: str) -> dict | None:
     owner, _, name = source.rpartition("/")
     if owner not in OWNERS:
         return None
-    name = re.sub(r"-(instruct|it|pt|chat|hf|base)(-v[\d.]+)?$", "", name, flags=re.IGNORECASE)
-    return next((config for known, config in configs().items() if known.lower() == name.lower()), None)
+    return next((config for known, config in configs().items() if _size(known) == _size(name)), None)
+
+
+def _size(name: str) -> str:
+    """Without what tells the tuned variants of a size apart: "Llama-2-7b-chat-hf" is a "llama-2-7b"."""
+    return re.sub(r"-(instruct|it|pt|chat|hf|base|pretrain)(?=-|$)", "", name.lower())

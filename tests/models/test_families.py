@@ -1,7 +1,6 @@
 """From `config.json` to a DecoderSpec, and what is refused on the way."""
 
 import copy
-import math
 
 import pytest
 from support.family_configs import CONFIGS, LANGUAGE_MODELS
@@ -10,58 +9,12 @@ from support.tiny import CONFIG, spec
 from transformers import AutoConfig
 
 from ftjax.errors import UserError
-from ftjax.models.decoder import Decoder
 from ftjax.models.families import is_inside, spec_from_config, text_config
 from ftjax.models.groups import groups, stacks
-from ftjax.models.params import shapes
 from ftjax.models.published import configs
 
 ALL_CONFIGS = CONFIGS | MORE_CONFIGS
 PUBLISHED = configs()
-# How many parameters their owners count.
-COUNTS = {
-    "Llama-2-7b": 6_738_415_616,
-    "Llama-3.1-8B": 8_030_261_248,
-    "Llama-3.3-70B": 70_553_706_496,
-    "Llama-3.1-70B": 70_553_706_496,
-    "Llama-3.1-405B": 405_853_388_800,
-    "SmolLM3-3B": 3_075_098_624,
-    "Mistral-7B-v0.1": 7_241_732_096,
-    "Mixtral-8x7B": 46_702_792_704,
-    "Qwen2.5-0.5B": 494_032_768,
-    "Qwen2.5-7B": 7_615_616_512,
-    "Qwen3-8B": 8_190_735_360,
-    "Qwen3-30B-A3B": 30_532_122_624,
-    "gemma-2-9b": 9_241_705_984,
-    "gemma-3-1b": 999_885_952,
-    "gemma-3-27b": 27_009_346_304,
-    "Phi-3-mini-128k": 3_821_079_552,
-    "Phi-4-mini": 3_836_021_760,
-    "OLMo-2-1124-7B": 7_298_617_344,
-    "granite-3.1-2b": 2_533_531_648,
-    "gpt2": 124_439_808,
-    "gpt-oss-20b": 20_914_757_184,
-    "gpt-oss-120b": 116_829_156_672,
-    "OLMo-7B": 6_888_095_744,
-    "Qwen1.5-MoE-A2.7B": 14_315_784_192,
-    "phi-2": 2_779_683_840,
-    "starcoder2-3b": 3_030_371_328,
-    "glm-4-9b-chat": 9_399_951_360,
-    "GLM-4-9B-0414": 9_400_279_040,
-    "c4ai-command-r7b-12-2024": 8_028_033_024,
-    "Seed-OSS-36B": 36_151_104_512,
-    "ERNIE-4.5-0.3B": 360_748_032,
-    "LFM2-1.2B": 1_170_340_608,
-    "Qwen3-Next-80B-A3B": 79_674_391_296,
-    "DeepSeek-V2-Lite": 15_706_484_224,
-    "DeepSeek-V3": 671_026_419_200,
-    "GLM-4.5-Air": 106_852_251_264,
-    "Falcon-H1-0.5B": 521_411_104,
-    "granite-4.0-h-micro": 3_191_396_096,
-    "granite-4.0-h-tiny": 6_939_037_248,
-    "NVIDIA-Nemotron-Nano-9B-v2": 8_888_227_328,
-    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": 31_577_937_344 + 23 * 128,  # and the corrections of its routers
-}
 
 
 def completed(config):
@@ -91,12 +44,6 @@ def test_what_a_config_leaves_out_is_what_transformers_fills_in(family):
     if family == "gpt2":
         config = {"model_type": family, "vocab_size": 64, "n_embd": 64, "n_layer": 7, "n_head": 4}
     assert spec_from_config(config) == spec_from_config(completed(config))
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_released_models_have_the_parameters_that_their_owners_count(name):
-    found = shapes(Decoder(spec_from_config(PUBLISHED[name])))
-    assert sum(math.prod(shape) for shape in found.values()) == COUNTS[name]
 
 
 def test_layers_of_released_models_differ_where_they_should():

@@ -16,7 +16,7 @@ from ftjax.models.rope import rotary_tables, rotate, sequence_lengths
 from ftjax.models.spec import Rope
 
 # Families with several ropes, or a kind of their own, which transformers has no function for.
-OTHERS = ("gemma3_text", "gemma3n_text", "gemma4_text", "olmo3", "hunyuan_v1_dense", "hunyuan_v1_moe")
+OTHERS = ("gemma3_text", "gemma3n_text", "gemma4_text", "olmo3", "hunyuan_v1_dense", "hunyuan_v1_moe", "qwen2_5_vl")
 
 
 def is_scaled(config):

@@ -27,6 +27,7 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.families import spec_from_config
 from ftjax.models.kernels import choose
 from ftjax.models.params import abstract_params, shapes
+from ftjax.models.published import configs
 from ftjax.models.vision import Images, images_of
 from ftjax.objectives.sft import make_sft
 from ftjax.weights.load import load_params
@@ -163,64 +164,10 @@ def test_kernels_without_two_ways_are_refused(case):
         chosen()
 
 
-RELEASED = {
-    "gemma-3-4b": {
-        "model_type": "gemma3",
-        "mm_tokens_per_image": 256,
-        "text_config": {
-            "hidden_size": 2560,
-            "intermediate_size": 10240,
-            "model_type": "gemma3_text",
-            "num_hidden_layers": 34,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-            "sliding_window": 1024,
-        },
-        "vision_config": {
-            "hidden_size": 1152,
-            "image_size": 896,
-            "intermediate_size": 4304,
-            "model_type": "siglip_vision_model",
-            "num_attention_heads": 16,
-            "num_hidden_layers": 27,
-            "patch_size": 14,
-            "vision_use_head": False,
-        },
-    },
-    "Qwen2.5-VL-7B": {
-        "model_type": "qwen2_5_vl",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "max_position_embeddings": 128000,
-        "num_attention_heads": 28,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "vision_config": {
-            "depth": 32,
-            "hidden_act": "silu",
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "in_chans": 3,
-            "out_hidden_size": 3584,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-            "temporal_patch_size": 2,
-        },
-    },
-}
-
-
 @pytest.mark.parametrize(("name", "count"), [("gemma-3-4b", 4_300_079_472), ("Qwen2.5-VL-7B", 8_292_166_656)])
 def test_released_models_have_the_parameters_that_their_owners_count(name, count):
     """As their pages say; and as configs are published, with the text's fields in one object or at the top."""
-    spec = spec_from_config(RELEASED[name], vision=True)
+    spec = spec_from_config(configs()[name], vision=True)
     assert sum(map(math.prod, shapes(Decoder(spec)).values())) == count
     assert spec.vision.merge * spec.vision.patch == {"gemma-3-4b": 56, "Qwen2.5-VL-7B": 28}[name]
 
@@ -285,7 +232,7 @@ def test_what_processors_of_transformers_do_by_default_is_what_the_tower_is_give
     settings = json.loads(made().to_json_string()) | (
         {"size": {"height": 896, "width": 896}} if name == "gemma3" else {}
     )
-    released = RELEASED["gemma-3-4b" if name == "gemma3" else "Qwen2.5-VL-7B"]
+    released = configs()["gemma-3-4b" if name == "gemma3" else "Qwen2.5-VL-7B"]
     vision, rules = spec_from_config(released, vision=True).vision, rules_of(name, released, settings)
     np.testing.assert_allclose(vision.mean, settings["image_mean"])
     np.testing.assert_allclose(vision.std, settings["image_std"])
