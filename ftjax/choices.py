@@ -3,7 +3,6 @@
 Each function returns a copy of the config with more of it settled. What is given stays as it is.
 """
 
-import logging
 import math
 
 import jax
@@ -23,8 +22,6 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import AnyMesh
 
-log = logging.getLogger(__name__)
-
 _WIDTH, _NARROWEST, _POWER = 4096, 512, 0.78
 _ROWS = 16  # of full length in a batch, where no data is there to choose by
 _PROMPTS = 8  # in a batch, where the model writes completions of them
@@ -38,9 +35,7 @@ def by_devices(config: ConfigDict, platform: str, count: int = 1) -> ConfigDict:
     """
     given = config.model
     matmul, reason = onednn.choose(given.matmul, platform, count)
-    if reason and given.matmul == "auto":
-        log.info("matmul: xla; %s", reason)
-    elif reason:
+    if reason and given.matmul != "auto":
         raise UserError(onednn.refusal(reason))
     dtype = given.dtype if given.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     stored = given.param_dtype if given.param_dtype != "auto" else dtype

@@ -16,7 +16,7 @@ from ftjax.environments import ENVIRONMENT
 from ftjax.evals.best import Standing, evaluations
 from ftjax.evals.general import is_category
 from ftjax.method import Method, iterations, learning_rate, ptx_rows
-from ftjax.models import kernels, params
+from ftjax.models import kernels, onednn, params
 from ftjax.objectives.reference import REFERENCE
 from ftjax.training import metrics
 from ftjax.tree import Tree
@@ -46,8 +46,7 @@ def run(
     return {
         "model": f"{config.model.source}: {spec.family}, {spec.num_hidden_layers} layers, width {spec.hidden_size}, "
         f"vocabulary {spec.vocab_size:,}, {total:,} parameters, in {config.model.dtype}"
-        + ", multiplied in bfloat16 by oneDNN"
-        * (config.model.matmul == "onednn"),
+        f"{_multiplied(config, asked, mesh)}",
         "adapter": _adapter(adapter),
         **_new_tokens(config, base, trained),
         "trained": _size(trained, program.trained_count),
@@ -238,6 +237,13 @@ def _average(decay: float) -> str:
 def _size(abstract: Tree, count: int | None = None) -> str:
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in tree.flatten(abstract).values())
     return f"{tree.count(abstract) if count is None else count:,} parameters, {size / 1e6:,.1f} MB"
+
+
+def _multiplied(config: ConfigDict, asked: ConfigDict, mesh: Mesh) -> str:
+    if config.model.matmul == "onednn":
+        return ", multiplied in bfloat16 by oneDNN"
+    _, reason = onednn.choose(asked.model.matmul, sharding.platform(mesh), mesh.size)
+    return f", multiplied by XLA: {reason}" if reason else ""
 
 
 def _mesh(mesh: Mesh, base: Base, abstract: Tree) -> str:

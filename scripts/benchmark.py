@@ -138,7 +138,7 @@ def table(records: Sequence[dict]) -> str:
     for how in ("cold", "warm"):
         if seconds := [r["seconds"] for r in records if r["case"] == START and r["how"] == how]:
             named = "nothing compiled before" if how == "cold" else "compiled programs kept"
-            cells = f"| the quickstart's command, {named} | ftjax, float32 | | | | {statistics.median(seconds):.0f} s |"
+            cells = f"| the quickstart's command, {named} | ftjax | | | | {statistics.median(seconds):.0f} s |"
             lines.append(cells)
     return "\n".join(lines) + "\n"
 
@@ -166,6 +166,7 @@ def machine() -> dict[str, object]:
     model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     names = ("ftjax", "jax", "jaxlib", "torch", "transformers", "peft", "trl")
     versions = {name: importlib.metadata.version(name) for name in names}
+    versions |= {its.metadata["Name"]: its.version for its in importlib.metadata.distributions(name="onednn-cpu-gomp")}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": model, "cores": cores, "features": [f for f in FEATURES if f in flags], "versions": versions}
 

@@ -9,12 +9,13 @@ from support.runs import write_rows, write_run
 from support.tiny import batch_of, logits
 
 from ftjax import assemble
+from ftjax.errors import UserError
 from ftjax.export import export_model
 from ftjax.models import onednn
 from ftjax.train import train
 from ftjax.training import metrics
 
-pytestmark = pytest.mark.skipif(bool(onednn.lacks()), reason=onednn.lacks())
+multiplies = pytest.mark.skipif(bool(onednn.lacks()), reason=onednn.lacks())
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ def answers(workdir):
 WHOLE = {"adapter.kind": "none", "adapter.rank": 16, "optimizer.learning_rate": 3e-3}
 
 
+@multiplies
 @pytest.mark.parametrize("changes", [{}, WHOLE, {"quantize.base": "int8"}, {"model.remat": "full"}])
 def test_a_run_learns_as_in_float32(root, capsys, changes, record_figure):
     name = "-".join(["run", *map(str, changes.values())])
@@ -58,6 +60,7 @@ def test_a_run_learns_as_in_float32(root, capsys, changes, record_figure):
     assert ours[-1] == pytest.approx(exact[-1], rel=0.1)
 
 
+@multiplies
 def test_where_there_is_no_onednn_the_run_is_used_and_goes_on_without(root, monkeypatch, record_figure):
     run(root, "moved", "onednn")
     found, how = answers(root / "moved")
@@ -70,3 +73,14 @@ def test_where_there_is_no_onednn_the_run_is_used_and_goes_on_without(root, monk
     assert export_model(root / "moved", None, "hf", root / "out", "float32", "f16") == 6
     assert json.loads((root / "out/parity.json").read_text())["max_abs_logit_difference"] < 1e-3
     assert len(run(root, "moved", "xla", steps=8)) == 8
+
+
+def test_a_run_that_takes_what_there_is_says_why_it_is_not_onednn(root, monkeypatch, capsys):
+    monkeypatch.setattr(onednn, "lacks", lambda: "there is no compiler")
+    run(root, "without", "auto")
+    assert "in float32, multiplied by XLA: there is no compiler" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((root / "without/config.json").read_text())["model"]["matmul"] == "xla"
+    config = runpy.run_path(str(root / "run.py"))["get_config"]()
+    config.model.matmul = "onednn"
+    with pytest.raises(UserError, match=r"config\.model\.matmul='onednn': there is no compiler; 'auto' takes it only"):
+        train(config, root / "refused")

@@ -60,6 +60,7 @@ void Multiply(const Part& part, void* left, void* right, void* out) {
   thread_local std::map<Part, Compiled> compiled;
   thread_local std::vector<char> scratch;
   thread_local dnnl::stream stream(Cpu());
+  if (compiled.size() >= 1024) compiled.clear();  // of rows of ever new lengths
   auto found = compiled.find(part);
   if (found == compiled.end()) found = compiled.emplace(part, Compiled(part)).first;
   const Compiled& its = found->second;
