@@ -86,6 +86,17 @@ def check(formats: tuple[str, ...], config: ConfigDict, base: Base, variables: T
             raise UserError(f"config.export_formats: {format!r} would be refused at the end: {error}") from error
 
 
+def smallest(config: ConfigDict, base: Base, variables: Tree) -> str | None:
+    """What a run is told to be taken out in: "peft" where that can hold its result, else "hf"; None: neither can."""
+    for format in ("peft", "hf"):
+        try:
+            check((format,), config, base, variables)
+        except UserError:
+            continue
+        return format
+    return None
+
+
 def must_untie(spec: DecoderSpec, variables: Tree) -> bool:
     """Whether the embedding and the head, one matrix in the base, are two once the adapter is merged."""
     adapted = "embed_tokens" in variables.get("lora", {})
