@@ -1,7 +1,10 @@
 """What a format cannot hold is refused before a run begins."""
 
+import dataclasses
 import runpy
+import types
 
+import numpy as np
 import pytest
 from support.runs import write_run
 from support.tiny import one_device
@@ -51,3 +54,22 @@ def test_a_run_is_told_to_be_taken_out_in_a_format_that_holds_it(tmp_path):
     assert rows["peft"]["take it out"].endswith(" --format peft --out ADAPTER")
     assert rows["hf"]["take it out"].endswith(" --format hf --out MODEL")
     assert "take it out" not in rows[None]
+
+
+def test_a_reward_model_on_a_multimodal_base_is_an_adapter_where_transformers_has_a_class_for_it(tmp_path):
+    write_run(tmp_path)
+    config = runpy.run_path(str(tmp_path / "run.py"))["get_config"]()
+    base = assemble.open_base(config.model)
+    heads = {"score": {"kernel": np.zeros((32, 1), np.float32)}}
+    config.objective.name = "reward"
+
+    def told(model_type, text):
+        spec = dataclasses.replace(base.model.spec, family=text)
+        reader = types.SimpleNamespace(config={"model_type": model_type})
+        inside = base._replace(model=base.model.clone(spec=spec), reader=reader)
+        variables = {"params": {}, "lora": {}, "heads": heads}
+        return exportable.smallest(config, inside, variables)
+
+    assert told("llama", "llama") == told("gemma3", "gemma3_text") == told("qwen3_5", "qwen3_5_text") == "peft"
+    assert told("mistral3", "mistral") == told("qwen2_5_vl", "qwen2") == "hf"
+    assert told("gemma4", "gemma4_text") is None
