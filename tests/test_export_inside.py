@@ -25,6 +25,7 @@ PIXTRAL |= {"model_type": "pixtral", "head_dim": 8, "image_size": 28, "patch_siz
 CASES = {"qwen3_5": ("Qwen3_5", "qwen3_5", QWEN), "mistral3": ("Mistral3", "ministral3", PIXTRAL)}
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("name", CASES)
 def test_an_adapter_goes_into_the_model_that_its_card_loads(name, tmp_path, record_figure):
     cls, text, vision = CASES[name]
