@@ -149,8 +149,8 @@ def counted(report: dict[str, int]) -> str:
     )
 
 
-def result(workdir: Path, standing: Standing, method: Method) -> dict[str, str]:
-    """The results of a run of a method, and where they are."""
+def result(workdir: Path, standing: Standing, method: Method, format: str | None) -> dict[str, str]:
+    """The results of a run of a method, and where they are. format: to take them out in; None: no format holds them."""
     evals = evaluations(metrics.read(workdir / "metrics.jsonl"))
     rows = {}
     names = [name for name in evals[-1] if name.startswith("eval_") and not is_category(name)] if evals else ()
@@ -165,10 +165,11 @@ def result(workdir: Path, standing: Standing, method: Method) -> dict[str, str]:
     use = f"{python} -m ftjax.generate --workdir {quoted} --prompt '...'" if method.generates else ""
     if method.rows == "ranked":
         use = f"{python} -m ftjax.score --reward {quoted} --data rows.jsonl --out scored.jsonl"
+    take = f"{python} -m ftjax.export --workdir {quoted} --format {format}"
     return rows | {
         "metrics": f"{workdir / 'metrics.jsonl'}, and tensorboard --logdir {quoted}/tensorboard",
         **({"use it": use} if use else {}),
-        "take it out": f"{python} -m ftjax.export --workdir {quoted} --format peft --out ADAPTER",
+        **({"take it out": f"{take} --out {'ADAPTER' if format == 'peft' else 'MODEL'}"} if format else {}),
     }
 
 

@@ -44,7 +44,7 @@ from ftjax.distributed import is_first, together
 from ftjax.errors import UserError
 from ftjax.evals import best
 from ftjax.method import learning_rate
-from ftjax.models.families import family_of, is_inside, spec_from_config
+from ftjax.models.families import is_inside, spec_from_config
 from ftjax.models.heads import COLLECTION
 from ftjax.models.spec import DecoderSpec
 from ftjax.reporting import gather
@@ -102,7 +102,7 @@ def export_peft(
             # For vLLM all scales are 1, for which rsLoRA has no round alpha.
             rslora=config.adapter.rslora and vllm_rank is None,
             saved=saved,
-            multimodal=is_inside(base.reader.config),
+            multimodal=is_inside(base.reader.config, whole=head is not None or vllm_rank is not None),
             card=model_card(
                 out.name,
                 "peft",
@@ -116,7 +116,7 @@ def export_peft(
                 notes=_of_share(share) + _of_head(head),
                 head=head and _shown_head(head, base),
                 # Of some families transformers has no class for the language model inside alone.
-                images=head is None and family_of(base.reader.config).vision is not None,
+                images=head is None and is_inside(base.reader.config),
             ),
             generation=generation_config(exportable.model_config(base), _sampling(base)) if ends else None,
             save_tokenizer=save_tokenizer,

@@ -11,6 +11,7 @@ from ftjax import assemble, lora, tree
 from ftjax.assemble import Base
 from ftjax.errors import UserError
 from ftjax.method import method_of
+from ftjax.models.families import is_multimodal
 from ftjax.models.heads import COLLECTION, SCORE
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.reward import REWARDS
@@ -19,7 +20,7 @@ from ftjax.tree import Tree
 from ftjax.weights.gguf.tokenizer import from_metadata
 from ftjax.weights.gguf.tokenizer_write import check_same, to_metadata
 from ftjax.weights.gguf.write import gguf_header
-from ftjax.weights.hf.classifier import TEXTS, TOKENS, Head, architecture
+from ftjax.weights.hf.classifier import TEXTS, TOKENS, Head, architecture, is_there
 from ftjax.weights.hf.end_tokens import with_end_of_turn, with_ends
 from ftjax.weights.hf.padding import padding_token
 from ftjax.weights.peft import continued
@@ -84,6 +85,17 @@ def check(formats: tuple[str, ...], config: ConfigDict, base: Base, variables: T
             check_peft(config, base, variables) if format == "peft" else check_model(format, config, base, variables)
         except UserError as error:
             raise UserError(f"config.export_formats: {format!r} would be refused at the end: {error}") from error
+
+
+def smallest(config: ConfigDict, base: Base, variables: Tree) -> str | None:
+    """What a run is told to be taken out in: "peft" where that can hold its result, else "hf"; None: neither can."""
+    for format in ("peft", "hf"):
+        try:
+            check((format,), config, base, variables)
+        except UserError:
+            continue
+        return format
+    return None
 
 
 def must_untie(spec: DecoderSpec, variables: Tree) -> bool:
@@ -165,3 +177,9 @@ def _check_heads(config: ConfigDict, base: Base, variables: Tree, format: str) -
             f"which --format {format} cannot hold, nor can any other format; use the run itself (--workdir)"
         )
     architecture(base.model.spec.family, _kind(config))
+    whole, kind = base.reader.config["model_type"], _kind(config)
+    if format == "peft" and is_multimodal(base.reader.config) and not is_there(whole, kind):
+        raise UserError(
+            f"transformers has no {kind} of the family {whole!r}, to which this adapter belongs; use --format merged "
+            "(or hf), which writes the language model alone"
+        )

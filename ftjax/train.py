@@ -134,7 +134,8 @@ def _train(
         # Shardings, objective, optimizer and step: shapes only.
         program = assemble.program(config, base.model, mesh, total_steps, teacher and teacher.model)
         preflight.check_ranks(program.variables.get("lora", {}), display)
-        exportable.check(tuple(config.export_formats), config, base, lasting(program.method, program.variables))
+        lasts = lasting(program.method, program.variables)
+        exportable.check(tuple(config.export_formats), config, base, lasts)
         evaluator = Evaluator(config, base, program, heldout, workdir, preemption, display)
         described = continued.effective(config, base.model.spec)
         about = describe.run(described, asked, base, room, program, train_loader, report)
@@ -230,7 +231,8 @@ def _train(
             environment.end(workdir)
     standing = best.Standing.of(config, workdir, checkpoints.steps())
     display.draw(curves.draw(metrics.read(workdir / "metrics.jsonl"), standing.scores, standing.metric))
-    display.table("finished", describe.result(workdir, standing, program.method) | _report(workdir, display))
+    taken_as = exportable.smallest(config, base, lasts)
+    display.table("finished", describe.result(workdir, standing, program.method, taken_as) | _report(workdir, display))
     return 0
 
 

@@ -7,9 +7,10 @@ from support.family_configs import CONFIGS, LANGUAGE_MODELS
 from support.more_configs import MORE_CONFIGS
 from support.tiny import CONFIG, spec
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ftjax.errors import UserError
-from ftjax.models.families import is_inside, spec_from_config, text_config
+from ftjax.models.families import FAMILIES, is_inside, spec_from_config, text_config
 from ftjax.models.groups import groups, stacks
 from ftjax.models.published import configs
 
@@ -79,9 +80,15 @@ def test_the_language_model_of_a_multimodal_llama4():
     config = {"model_type": "llama4", "text_config": text, "vision_config": {}}
     assert spec_from_config(config) == spec_from_config(text)
     assert text_config(config)["architectures"] == ["Llama4ForCausalLM"]
-    # To transformers' AutoModelForCausalLM, and so to peft, it is the language model alone.
-    assert not is_inside(config)
-    assert is_inside({"model_type": "gemma3"})
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.language_models])
+def test_where_transformers_has_the_language_model_of_a_multimodal_one(name):
+    """And so peft: in the multimodal model, or alone."""
+    alone = [FAMILIES[text].architecture for text in FAMILIES[name].language_models]
+    assert is_inside({"model_type": name}) is (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(name) not in alone)
+    assert is_inside({"model_type": name}, whole=True)
+    assert not is_inside({"model_type": FAMILIES[name].language_models[0]}, whole=True)
 
 
 def test_layers_of_a_nemotron_h_by_its_pattern():

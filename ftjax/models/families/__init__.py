@@ -194,6 +194,7 @@ FAMILIES: dict[str, Family] = {
         read_as=_INSIDE,
         ignored=qwen_next.IGNORED,
         language_models=("qwen3_5_text",),
+        alone=True,
     ),
     "qwen3_5_moe": Family(
         qwen_next.qwen3_5_moe,
@@ -202,6 +203,7 @@ FAMILIES: dict[str, Family] = {
         read_as=_INSIDE,
         ignored=qwen_next.IGNORED,
         language_models=("qwen3_5_moe_text",),
+        alone=True,
     ),
     "qwen3_5_moe_text": Family(
         qwen_next.qwen3_5_moe, "Qwen3_5MoeForCausalLM", qwen.MOE_NAMES, ignored=qwen_next.IGNORED
@@ -230,14 +232,17 @@ def is_multimodal(config: dict[str, Any]) -> bool:
     return bool(family_of(config).language_models)
 
 
-def is_inside(config: dict[str, Any]) -> bool:
-    """Whether transformers' AutoModelForCausalLM has the language model inside a multimodal one."""
-    return is_multimodal(config) and not family_of(config).alone
+def is_inside(config: dict[str, Any], whole: bool = False) -> bool:
+    """Whether the language model is inside a multimodal one, in what transformers' AutoModelForCausalLM loads.
+
+    whole: in what AutoModelForSequenceClassification and vLLM load, which is never the language model alone.
+    """
+    return is_multimodal(config) and (whole or not family_of(config).alone)
 
 
 def inside_multimodal(spec: DecoderSpec) -> bool:
-    """Whether this may be the language model inside a multimodal one, as `is_inside` has it."""
-    return any(spec.family in family.language_models and not family.alone for family in FAMILIES.values())
+    """Whether this may be the language model inside a multimodal one."""
+    return any(spec.family in family.language_models for family in FAMILIES.values())
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,10 @@ _WITHOUT[TOKENS] = {"granite", "ernie4_5", "cohere2", "gemma3_text", "hunyuan_v1
 _WITHOUT[TOKENS] |= {"lfm2", "qwen3_5_moe_text", "qwen3_5_text", "deepseek_v2", "glm4_moe", "glm4_moe_lite"}
 _WITHOUT[TOKENS] |= {"gemma3n_text", "gemma4_text", "granitemoehybrid", "falcon_h1", "nemotron_h"}
 _WITHOUT[TOKENS] |= {"granitemoe", "llama4_text", "ernie4_5_moe", "minimax_m2", "phimoe", "hunyuan_v1_moe"}
+# Multimodal ones, which an adapter needs.
+_MULTIMODAL = {"gemma3n", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5_moe"}
+_WITHOUT[TEXTS] |= _MULTIMODAL
+_WITHOUT[TOKENS] |= _MULTIMODAL | {"gemma3"}
 _LM_HEAD = "lm_head.weight"
 
 

@@ -15,10 +15,10 @@ from transformers.models.auto import modeling_auto
 
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
-from ftjax.models.families import spec_from_config
+from ftjax.models.families import FAMILIES, spec_from_config
 from ftjax.models.params import abstract_params
 from ftjax.objectives.scores import scores
-from ftjax.weights.hf.classifier import TEXTS, TOKENS, Head, architecture
+from ftjax.weights.hf.classifier import TEXTS, TOKENS, Head, architecture, is_there
 from ftjax.weights.hf.padding import padding_token
 from ftjax.weights.hf.together import new_directory_together
 from ftjax.weights.hf.write import write_model
@@ -40,6 +40,8 @@ def test_every_family_has_the_name_that_transformers_has_for_it(kind, theirs):
         else:
             with pytest.raises(UserError, match=f"transformers has no {kind} of the family '{family}'"):
                 architecture(family, kind)
+    for family in FAMILIES:
+        assert is_there(family, kind) is (family in theirs), family
 
 
 def test_no_document_ends_with_the_token_that_pads():

@@ -14,15 +14,19 @@ from support.peft_case import ALPHA, BASE, RANK, TOKENS, Case, fresh, read, save
 from support.tiny import batch_of, logits
 from support.torch_models import torch_model
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
 )
 
 from ftjax import tree
 from ftjax.errors import UserError
-from ftjax.models.families import spec_from_config
+from ftjax.models.families import is_inside, spec_from_config
 from ftjax.weights.peft.adapter import open_adapter, write_adapter
 
 pytestmark = [
@@ -217,6 +221,33 @@ def test_the_language_model_of_a_multimodal_one(tmp_path, record_figure):
     lora_again, saved_again = stored.read()
     jax.tree.map(np.testing.assert_array_equal, lora_again, tree.unflatten(leaves))
     np.testing.assert_array_equal(saved_again["norm/scale"], params["norm/scale"])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_adapter_of_the_language_model_of_qwen3_5(tmp_path, whole, record_figure):
+    """AutoModelForCausalLM loads it alone; it is inside in what loads the whole, and so in a reward model."""
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
+    vision |= {"out_hidden_size": 32, "num_position_embeddings": 16}
+    text = {key: value for key, value in CONFIGS["qwen3_5"].items() if key != "model_type"}
+    torch.manual_seed(0)
+    model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision)).eval()
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    case = Case(model, tmp_path / "model")
+    ours = case.adapters("all-linear")
+    write(tmp_path / "out", ours, case.spec, multimodal=is_inside({"model_type": "qwen3_5"}, whole))
+    auto = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    base = auto.from_pretrained(case.path, attn_implementation="eager").eval()
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out")
+    layers = sum(len(leaf) for path, leaf in tree.flatten(ours).items() if path.endswith("lora_a"))
+    assert len(adapted_layers(adapted)) == layers
+    difference = np.abs(case.logits(ours) - torch_logits(adapted)).max()
+    record_figure("largest logit difference", difference)
+    assert np.abs(case.logits(ours) - case.logits()).max() > 0.1
+    assert difference < 1e-4
+    again, _ = read(tmp_path / "out", case.spec)
+    jax.tree.map(np.testing.assert_array_equal, again, ours)
 
 
 def test_what_peft_itself_refuses_in_a_family_is_not_written(tmp_path):
