@@ -91,13 +91,6 @@ def test_many_at_once_do_not_disturb_each_other():
 
 
 @multiplies
-def test_torch_in_the_same_process_keeps_its_threads():
-    """XLA may multiply in the thread that called it, and the OpenMP of both may be one."""
-    first = "import torch, jax; torch.set_num_threads(3); jax.config.update('jax_cpu_enable_async_dispatch', False)"
-    assert in_a_process(f"{first}; {PRODUCT}; print(torch.get_num_threads())").stdout == "3\n"
-
-
-@multiplies
 def test_the_parts_of_a_batch_are_what_each_is_alone():
     x, kernel = arrays((3, 7, 40), (40, 24))
     each = jnp.stack([onednn.product(row, kernel, jnp.float32) for row in x])
