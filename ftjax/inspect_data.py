@@ -56,7 +56,8 @@ _PAGE_ROWS = 1500
 def inspect(config: ConfigDict, options: dict) -> int:
     """Surveys the data of a config and shows it; returns the exit status. options: the flags by name."""
     configs.validate(config)
-    config = choices.by_devices(config, "cpu")
+    # Nothing is multiplied here, where there may be no oneDNN.
+    config = choices.by_devices(configs.changed(config, {"model.matmul": "xla"}), "cpu")
     base = assemble.open_base(config.model, config.data, weights=False)
     spec = assemble.data_spec(config, base.model.spec, images=base.images)
     speed = speed_of(options["tokens_per_second"], options["workdir"])

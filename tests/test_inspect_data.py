@@ -11,6 +11,7 @@ from support.rollouts import config_for
 from support.runs import command, finish, write_model, write_rows, write_run
 
 from ftjax import inspect_data, train
+from ftjax.models import onednn
 
 ROWS = 60
 
@@ -148,6 +149,13 @@ def test_rows_without_an_answer_are_prompts_and_inspected_as_such(prompts, tmp_p
     assert "no errors and no warnings" in shown
     config.steps = 1
     assert train.train(config, tmp_path / "run") == 0
+
+
+def test_data_are_inspected_on_a_machine_that_could_not_multiply_as_the_run_will(run, monkeypatch):
+    monkeypatch.setattr(onednn, "lacks", lambda: "there is none")
+    config = config_for(run, **{"data.train": (str(run / "eval.jsonl"),), "model.matmul": "onednn"})
+    options = dict.fromkeys(("tokens_per_second", "workdir", "source", "html", "json")) | {"max_rows": 100, "rows": 0}
+    assert inspect_data.inspect(config, options) == 0
 
 
 def test_the_rows_of_the_pretraining_mix_are_inspected_too(prompts, tmp_path, capsys):

@@ -55,8 +55,15 @@ struct Compiled {
   }
 };
 
+// One thread for this thread's own regions. What it had comes back: the caller's may be that of torch in Python, too.
+struct Alone {
+  const int before = omp_get_max_threads();
+  Alone() { omp_set_num_threads(1); }
+  ~Alone() { omp_set_num_threads(before); }
+};
+
 void Multiply(const Part& part, void* left, void* right, void* out) {
-  omp_set_num_threads(1);  // of this thread's own regions
+  const Alone alone;
   thread_local std::map<Part, Compiled> compiled;
   thread_local std::vector<char> scratch;
   thread_local dnnl::stream stream(Cpu());

@@ -10,9 +10,11 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
+import logging
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,8 @@ import numpy as np
 
 from ftjax import cache
 from ftjax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 EXTRA = "pip install 'ftjax[onednn]'"
 _TARGET = "ftjax_product"
@@ -58,8 +62,8 @@ def lacks() -> str:
     for name in (_LIBRARY, _HEADERS):
         if not any(importlib.metadata.distributions(name=name)):
             return f"{name} is not installed: {EXTRA}"
-    if shutil.which(_compiler()) is None:
-        return f"there is no C++ compiler {_compiler()}: install g++, or name another one in CXX"
+    if shutil.which(_compiler()[0]) is None:
+        return f"there is no C++ compiler {_compiler()[0]}: install g++, or name another one in CXX"
     return ""
 
 
@@ -71,7 +75,7 @@ def choose(wanted: str, platform: str, count: int) -> tuple[str, str]:
     if wanted == "xla":
         return wanted, ""
     alone = (platform, count) == ("cpu", 1)
-    reason = lacks() if alone else f"oneDNN is for one CPU, and these are {count} devices ({platform})"
+    reason = _fault() if alone else f"oneDNN is for one CPU, and these are {count} devices ({platform})"
     return ("xla" if reason else "onednn"), reason
 
 
@@ -125,35 +129,62 @@ def refusal(reason: str) -> str:
     return f"config.model.matmul='onednn': {reason}; 'auto' takes it only where it is to be had, and 'xla' never"
 
 
-@functools.cache
 def _load() -> None:
-    """Compiles and registers what XLA calls.
+    """What XLA calls is there after it.
 
     Raises:
       UserError: it cannot be had on this machine.
     """
-    if reason := lacks():
+    if reason := _fault():
         raise UserError(refusal(reason))
-    source = resources.files(__package__).joinpath("onednn.cc").read_text(encoding="utf-8")
-    version = importlib.metadata.version(_LIBRARY)
-    known = "\0".join((source, jaxlib.__version__, str(_installed(_LIBRARY, "libdnnl.so.3")), version, _compiler()))
-    name = hashlib.sha256(known.encode()).hexdigest()[:24] + ".so"
-    built = ctypes.CDLL(str(cache.file("onednn", name, functools.partial(_compile, source))))
+
+
+def _fault() -> str:
+    """What `lacks` says. Or else what XLA calls is compiled and registered, once: what went wrong with it, or ""."""
+    return lacks() or _registered()
+
+
+@functools.cache
+def _registered() -> str:
+    try:
+        built = _built()
+    except UserError as error:
+        return str(error)
     jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(built.FtjaxProduct), platform="cpu")
+    return ""
+
+
+def _built() -> ctypes.CDLL:
+    source = resources.files(__package__).joinpath("onednn.cc").read_text(encoding="utf-8")
+    version, compiler = importlib.metadata.version(_LIBRARY), shlex.join(_compiler())
+    known = "\0".join((source, jaxlib.__version__, str(_installed(_LIBRARY, "libdnnl.so.3")), version, compiler))
+    name = hashlib.sha256(known.encode()).hexdigest()[:24] + ".so"
+    path = cache.file("onednn", name, functools.partial(_compile, source))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # damaged; or made by another system, whose libraries this one has not
+        log.warning("%s cannot be loaded (%s); it is made again", path, error)
+    path.unlink(missing_ok=True)
+    path = cache.file("onednn", name, functools.partial(_compile, source))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be loaded ({error}); set FTJAX_CACHE to another disk") from error
 
 
 def _compile(source: str, path: Path) -> None:
+    path.touch()  # or a directory that cannot be written to would be the compiler's fault
     library = _installed(_LIBRARY, "libdnnl.so.3")
     headers = _installed(_HEADERS, "oneapi/dnnl/dnnl.hpp").parents[2]
     flags = ["-x", "c++", "-", "-x", "none", "-std=c++17", "-O2", "-shared", "-fPIC", "-fopenmp"]
     found = [f"-I{jax.ffi.include_dir()}", f"-I{headers}", str(library), f"-Wl,-rpath,{library.parent}"]
-    command = [_compiler(), *flags, *found, "-o", str(path)]
+    command = [*_compiler(), *flags, *found, "-o", str(path)]
     done = subprocess.run(command, input=source, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
         raise UserError(
-            f"config.model.matmul='onednn': {_compiler()} cannot compile {__package__}/onednn.cc: "
-            f"{'; '.join(errors[:3])}; name another compiler in CXX, or use 'xla'"
+            f"{shlex.join(_compiler())} cannot compile {__package__}/onednn.cc: {'; '.join(errors[:3])}; "
+            "name another compiler in CXX"
         )
 
 
@@ -166,5 +197,7 @@ def _cpu_flags() -> set[str]:
     return set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX") or "g++"
+def _compiler() -> list[str]:
+    """The words of its command: CXX may be one with arguments ("ccache g++"), or a path with spaces."""
+    given = os.environ.get("CXX") or "g++"
+    return [given] if shutil.which(given) else shlex.split(given) or [given]

@@ -206,16 +206,40 @@ def test_what_is_missing_is_said(what, message, monkeypatch):
     assert re.search(message, reason)
 
 
+PRODUCT = "import jax; from ftjax.models import onednn; x = jax.numpy.ones((2, 2)); onednn.product(x, x, 'float32')"
+CHOICE = "from ftjax.models import onednn; print(onednn.choose('auto', 'cpu', 1))"
+
+
+def in_a_process(code, **environment):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
 @multiplies
-def test_a_compiler_that_fails_is_named(tmp_path):
+def test_a_compiler_that_fails_is_named_and_auto_does_without(tmp_path):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'onednn.cc:1: error: no header' >&2\nexit 1\n")
     broken.chmod(0o755)
-    code = "import jax; from ftjax.models import onednn; x = jax.numpy.ones((2, 2)); onednn.product(x, x, 'float32')"
-    environment = os.environ | {"CXX": str(broken), "FTJAX_CACHE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert f"{broken} cannot compile ftjax.models/onednn.cc: onednn.cc:1: error: no header; name another" in done.stderr
+    told = f"{broken} cannot compile ftjax.models/onednn.cc: onednn.cc:1: error: no header; name another"
+    environment = {"CXX": str(broken), "FTJAX_CACHE": str(tmp_path)}
+    assert f"config.model.matmul='onednn': {told}" in in_a_process(PRODUCT, **environment).stderr
+    chosen = in_a_process(CHOICE, **environment)
+    assert "('xla'" in chosen.stdout
+    assert told in chosen.stdout
     assert not any((tmp_path / "onednn").iterdir())
+
+
+@multiplies
+def test_what_is_compiled_is_made_again_where_it_is_damaged(tmp_path):
+    """By a compiler with arguments, such as CXX='ccache g++', into a directory with a space in its name."""
+    environment = {"CXX": "/usr/bin/env g++", "FTJAX_CACHE": str(tmp_path / "of all")}
+    assert in_a_process(CHOICE, **environment).stdout == "('onednn', '')\n"
+    (made,) = (tmp_path / "of all/onednn").iterdir()
+    made.write_text("no library")
+    again = in_a_process(PRODUCT, **environment)
+    assert again.returncode == 0
+    assert f"{made} cannot be loaded" in again.stderr
+    assert made.stat().st_size > 10_000
 
 
 @multiplies
