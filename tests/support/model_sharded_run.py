@@ -47,7 +47,7 @@ def main(names):
             config["head_dim"] = None
         if config["model_type"] == "lfm2":  # its stream grows with depth: of the last layers gradients would be tiny
             config |= {"num_hidden_layers": 3, "full_attn_idxs": [1]}
-        if config["model_type"].startswith("qwen3_5"):  # under norms of small values rounding is large
+        if config["model_type"].startswith(("qwen3_5", "qwen3_next")):  # under norms of small values rounding is large
             config |= {"rms_norm_eps": 1.0}
         model = Decoder(spec_from_config(config), remat="full")
         one = sharding.make_mesh({}, jax.devices()[:1])
