@@ -58,7 +58,7 @@ KEYS: dict[str, Key] = {
     # What the backward pass recomputes (docs/devices.md); auto: nothing where that fits.
     "model.remat": Key("auto", one_of("auto", "none", "full", "offload")),
     # auto: the fastest that serves the model here.
-    "model.attention": Key("auto", one_of("auto", "splash", "cudnn", "xla")),
+    "model.attention": Key("auto", one_of("auto", "splash", "cudnn", "onednn", "xla")),
     # What multiplies with kernels. onednn: on one CPU that has instructions for bfloat16, with values rounded to that;
     # auto: onednn where it is to be had (docs/devices.md).
     "model.matmul": Key("xla", one_of("xla", "onednn", "auto")),

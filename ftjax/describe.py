@@ -42,7 +42,8 @@ def run(
     total = tree.count(abstract["params"]) + quant.count(packed)
     steps = config.steps or loader.batches_in(config.epochs) * iterations(config)
     epochs = loader.epoch_at(steps // iterations(config))
-    attention = kernels.choose(base.model.attention, spec, base.model.dtype, loader.max_length, mesh)
+    model = base.model
+    attention = kernels.choose(model.attention, spec, model.dtype, loader.max_length, mesh, model.matmul)
     return {
         "model": f"{config.model.source}: {spec.family}, {spec.num_hidden_layers} layers, width {spec.hidden_size}, "
         f"vocabulary {spec.vocab_size:,}, {total:,} parameters, in {config.model.dtype}"

@@ -134,7 +134,8 @@ def _scores(program: Program, tokens: float) -> tuple[float, float]:
     XLA's alone: the kernels of accelerators have none, and whole rows keep none.
     """
     spec, length, mesh = program.model.spec, program.row_length, program.mesh
-    chosen = kernels.choose(program.model.attention, spec, program.model.dtype, length, mesh)
+    model = program.model
+    chosen = kernels.choose(model.attention, spec, model.dtype, length, mesh, model.matmul)
     if chosen.name != "xla":
         return 0.0, 0.0
     whole = 8.0 * tokens * length * spec.num_attention_heads / mesh.shape["tensor"]

@@ -87,9 +87,8 @@ def benchmark(config: ConfigDict, spec: DecoderSpec, warmup: int, steps: int, pe
     tokens = program.tokens
     median, count = statistics.median(times), jax.device_count()
     needed = flops.of_step(program).total
-    attention = kernels.choose(
-        config.model.attention, spec, jnp.dtype(config.model.dtype), program.row_length, program.mesh
-    )
+    model = program.model
+    attention = kernels.choose(model.attention, spec, model.dtype, program.row_length, program.mesh, model.matmul)
     return {
         "model": config.model.source,
         "layers": spec.num_hidden_layers,

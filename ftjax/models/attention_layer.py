@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftjax.models import onednn
 from ftjax.models.attention import attention_after, chunk_segments
 from ftjax.models.kernels import attend, choose
 from ftjax.models.layers import NORMS, Linear, RMSNorm
@@ -90,7 +91,8 @@ class Attention(nn.Module):
             )
         else:
             mesh = jax.sharding.get_abstract_mesh()
-            choice = choose(self.kernel, spec, queries.dtype, queries.shape[1], mesh)
+            matmul = "onednn" if onednn.in_use() else "xla"
+            choice = choose(self.kernel, spec, queries.dtype, queries.shape[1], mesh, matmul)
             out = attend(choice, spec, queries, keys, values, *places, *numbers, sinks, context.last)
         out = out.reshape(*x.shape[:2], -1)
         out = out * nn.sigmoid(own["gate"]) if "gate" in own else out

@@ -1,4 +1,5 @@
-"""Which attention runs where: splash on TPUs, cuDNN on GPUs, XLA elsewhere and for what those cannot serve.
+"""Which attention runs where: splash on TPUs, cuDNN on GPUs, oneDNN on CPUs whose other products it makes, XLA
+elsewhere and for what those cannot serve.
 
 All compute what models.attention.attention says. The choice is made while tracing, by the devices of the mesh in use:
 a program compiled for TPUs on a machine without any is the one that would run there.
@@ -12,24 +13,24 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ftjax.errors import UserError
-from ftjax.models import cudnn, splash
+from ftjax.models import cudnn, onednn_attention, splash
 from ftjax.models.attention import attention, attention_of_rows
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import AnyMesh, partition_spec, platform
 
-KERNELS = {"splash": "tpu", "cudnn": "gpu"}  # and where each runs
+KERNELS = {"splash": "tpu", "cudnn": "gpu", "onednn": "cpu"}  # and where each runs
 
 
 class Choice(NamedTuple):
-    name: str  # splash, cudnn or xla
+    name: str  # of KERNELS, or xla
     reason: str  # why it is xla where there is a kernel, or where one was asked for; else ""
 
 
-def choose(wanted: str, spec: DecoderSpec, dtype: jnp.dtype, length: int, mesh: AnyMesh) -> Choice:
+def choose(wanted: str, spec: DecoderSpec, dtype: jnp.dtype, length: int, mesh: AnyMesh, matmul: str = "xla") -> Choice:
     """The attention of rows of `length` tokens without a cache, on `mesh`'s devices.
 
-    wanted: config.model.attention; dtype: of activations. What decodes token by token from a cache uses XLA. UserError
-    for a kernel that cannot serve a model whatever the devices are.
+    wanted: config.model.attention; dtype: of activations; matmul: xla or onednn, see `Decoder`. What decodes token by
+    token from a cache uses XLA. UserError for a kernel that cannot serve a model whatever the devices are.
     """
     where = platform(mesh)
     if spec.vision is not None and spec.vision.two_way:
@@ -41,12 +42,19 @@ def choose(wanted: str, spec: DecoderSpec, dtype: jnp.dtype, length: int, mesh: 
         return Choice("xla", "")
     if wanted == "auto":
         wanted = next((name for name, its in KERNELS.items() if its == where), "xla")
+        wanted = "xla" if wanted == "onednn" and matmul != "onednn" else wanted
     if wanted == "xla":
         return Choice("xla", "")
     if where != KERNELS[wanted]:
         return Choice("xla", f"{wanted} is for {KERNELS[wanted]} devices, and these are {where}")
+    if wanted == "onednn" and matmul != "onednn":
+        return Choice("xla", "onednn is for config.model.matmul='onednn'")
     context = 1 if mesh.empty else mesh.shape["context"]
-    lacks = splash.cannot(spec, length, context) if wanted == "splash" else cudnn.cannot(spec, dtype, length, context)
+    lacks = {
+        "splash": lambda: splash.cannot(spec, length, context),
+        "cudnn": lambda: cudnn.cannot(spec, dtype, length, context),
+        "onednn": lambda: onednn_attention.cannot(spec),
+    }[wanted]()
     reason = _heads(spec, mesh) or lacks
     return Choice("xla", f"{wanted} cannot serve {reason}") if reason else Choice(wanted, "")
 
@@ -107,6 +115,8 @@ def _local(
     places = (positions, key_positions, segments, key_segments)
     if choice.name == "cudnn":
         return cudnn.attention(queries, keys, values, positions, segments, scale, window)
+    if choice.name == "onednn":
+        return onednn_attention.attention(queries, keys, values, segments, scale, window)
     return attention(queries, keys, values, *places, scale, window, spec.attention_softcap, sinks, given.get("last"))
 
 

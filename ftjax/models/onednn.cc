@@ -1,103 +1,10 @@
-// The matrix product that models/onednn.py compiles and calls on CPUs: oneDNN's, of bfloat16 values, summed in float32.
-//
-// XLA's threads share the work: oneDNN's own would be a second pool, whose threads wait for work by spinning on the cores
-// that XLA's next operation needs. Each thread multiplies a part of the result by itself.
+// What XLA calls on CPUs, see onednn.py and onednn_attention.py.
 
-#include <omp.h>
+#include "onednn.h"
+#include "onednn_attention.h"
 
-#include <algorithm>
-#include <atomic>
-#include <functional>
-#include <map>
-#include <memory>
-#include <string>
-#include <thread>
-#include <tuple>
-#include <vector>
-
-#include "oneapi/dnnl/dnnl.hpp"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
-using dnnl::memory;
-
+namespace ftjax {
 namespace {
-
-const dnnl::engine& Cpu() {
-  static const dnnl::engine engine(dnnl::engine::kind::cpu, 0);
-  return engine;
-}
-
-// A part of a product: rows and columns of the result, and where the elements of a row and of a column lie.
-struct Part {
-  int64_t rows, inner, columns;
-  memory::dims left, right, out;  // strides, in elements
-  memory::data_type type;         // of the result
-
-  auto Key() const { return std::tie(rows, inner, columns, left, right, out, type); }
-  bool operator<(const Part& other) const { return Key() < other.Key(); }
-};
-
-struct Compiled {
-  memory::desc left, right, out, scratch;
-  dnnl::matmul product;
-
-  explicit Compiled(const Part& part)
-      : left({part.rows, part.inner}, memory::data_type::bf16, part.left),
-        right({part.inner, part.columns}, memory::data_type::bf16, part.right),
-        out({part.rows, part.columns}, part.type, part.out) {
-    dnnl::primitive_attr attributes;
-    // The library's own scratch memory must not be used by two threads at once.
-    attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
-    dnnl::matmul::primitive_desc described(Cpu(), left, right, out, attributes);
-    scratch = described.scratchpad_desc();
-    product = dnnl::matmul(described);
-  }
-};
-
-// One thread for this thread's own regions. What it had comes back: the caller's may be that of torch in Python, too.
-struct Alone {
-  const int before = omp_get_max_threads();
-  Alone() { omp_set_num_threads(1); }
-  ~Alone() { omp_set_num_threads(before); }
-};
-
-void Multiply(const Part& part, void* left, void* right, void* out) {
-  const Alone alone;
-  thread_local std::map<Part, Compiled> compiled;
-  thread_local std::vector<char> scratch;
-  thread_local dnnl::stream stream(Cpu());
-  if (compiled.size() >= 1024) compiled.clear();  // of rows of ever new lengths
-  auto found = compiled.find(part);
-  if (found == compiled.end()) found = compiled.emplace(part, Compiled(part)).first;
-  const Compiled& its = found->second;
-  const size_t needed = its.scratch.get_size() + 64;
-  if (scratch.size() < needed) scratch.resize(needed);
-  void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) & ~uintptr_t{63});
-  its.product.execute(stream, {{DNNL_ARG_SRC, memory(its.left, Cpu(), left)},
-                               {DNNL_ARG_WEIGHTS, memory(its.right, Cpu(), right)},
-                               {DNNL_ARG_DST, memory(its.out, Cpu(), out)},
-                               {DNNL_ARG_SCRATCHPAD, memory(its.scratch, Cpu(), aligned)}});
-}
-
-// What the threads that work on one product share. Whoever comes takes the next piece; a thread that comes when all are
-// taken finds nothing to do, so that the caller never waits for a thread that has not begun.
-struct Work {
-  std::vector<std::function<void()>> pieces;
-  std::atomic<size_t> next{0}, done{0};
-  std::atomic<bool> failed{false};
-  std::string error;
-
-  void Run() {
-    for (size_t i; (i = next.fetch_add(1)) < pieces.size(); done.fetch_add(1, std::memory_order_release)) {
-      try {
-        pieces[i]();
-      } catch (const std::exception& caught) {
-        if (!failed.exchange(true)) error = caught.what();
-      }
-    }
-  }
-};
 
 ffi::Error Product(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer right, ffi::Result<ffi::AnyBuffer> out,
                    bool left_turned, bool right_turned) {
@@ -116,7 +23,7 @@ ffi::Error Product(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer 
   const int64_t length = by_rows ? rows : columns;
   const int64_t count = rows * inner * columns < (1 << 18) ? 1 : std::max<int64_t>(1, threads.num_threads());
   const int64_t step = (((length + count - 1) / count + 31) / 32) * 32;
-  auto work = std::make_shared<Work>();
+  std::vector<std::function<void()>> pieces;
   for (int64_t from = 0; from < length; from += step) {
     Part part = whole;
     (by_rows ? part.rows : part.columns) = std::min(step, length - from);
@@ -126,12 +33,77 @@ ffi::Error Product(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer 
     char* its_left = at(left, by_rows ? from * whole.left[0] : 0, 2);
     char* its_right = at(right, by_rows ? 0 : from * whole.right[1], 2);
     char* its_out = at(*out, by_rows ? from * columns : from, wide ? 4 : 2);
-    work->pieces.push_back([=] { Multiply(part, its_left, its_right, its_out); });
+    pieces.push_back([=] { Multiply(part, its_left, its_right, its_out); });
   }
-  for (size_t i = 1; i < work->pieces.size(); ++i) threads.Schedule([work] { work->Run(); });
-  work->Run();
-  while (work->done.load(std::memory_order_acquire) < work->pieces.size()) std::this_thread::yield();
-  if (work->failed) return ffi::Error::Internal("oneDNN: " + work->error);
+  return Share(threads, std::move(pieces));
+}
+
+Inputs Of(const Sizes& its, const ffi::AnyBuffer& queries, const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values,
+          const ffi::AnyBuffer& first, int64_t row, int64_t head) {
+  return {queries.typed_data<float>() + (row * its.length * its.heads + head * its.group) * its.width,
+          keys.typed_data<float>() + (row * its.length * its.kv_heads + head) * its.width,
+          values.typed_data<float>() + (row * its.length * its.kv_heads + head) * its.value_width,
+          first.typed_data<int32_t>() + row * its.length};
+}
+
+// Parts of each head group, so that all threads have work.
+int64_t Parts(const Sizes& its, const ffi::ThreadPool& threads) {
+  const int64_t groups = its.batch * its.kv_heads;
+  return std::min<int64_t>(its.blocks, std::max<int64_t>(1, 2 * threads.num_threads() / groups));
+}
+
+ffi::Error Attention(ffi::ThreadPool threads, ffi::AnyBuffer queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                     ffi::AnyBuffer first, ffi::Result<ffi::AnyBuffer> out) {
+  const Sizes its(queries.dimensions(), values.dimensions());
+  const int64_t parts = Parts(its, threads);
+  std::vector<std::function<void()>> pieces;
+  for (int64_t row = 0; row < its.batch; ++row)
+    for (int64_t head = 0; head < its.kv_heads; ++head)
+      for (int64_t part = 0; part < parts; ++part) {
+        const Inputs given = Of(its, queries, keys, values, first, row, head);
+        float* to = out->typed_data<float>() + (row * its.length * its.heads + head * its.group) * its.value_width;
+        pieces.push_back([=] { Forward(its, given, part, parts, to); });
+      }
+  return Share(threads, std::move(pieces));
+}
+
+ffi::Error Gradients(ffi::ThreadPool threads, ffi::AnyBuffer queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                     ffi::AnyBuffer first, ffi::AnyBuffer gradient, ffi::Result<ffi::AnyBuffer> d_queries,
+                     ffi::Result<ffi::AnyBuffer> d_keys, ffi::Result<ffi::AnyBuffer> d_values) {
+  const Sizes its(queries.dimensions(), values.dimensions());
+  const int64_t parts = Parts(its, threads), size = its.padded * (its.width + its.value_width);
+  // Of each part its own, added in their order: whatever thread is first, the sum is the same.
+  std::vector<std::vector<float>> sums(its.batch * its.kv_heads * parts);
+  std::vector<std::function<void()>> pieces;
+  for (int64_t row = 0; row < its.batch; ++row)
+    for (int64_t head = 0; head < its.kv_heads; ++head) {
+      auto* its_sums = &sums[(row * its.kv_heads + head) * parts];
+      for (int64_t part = 0; part < parts; ++part) {
+        const Inputs given = Of(its, queries, keys, values, first, row, head);
+        const int64_t at = row * its.length * its.heads + head * its.group;
+        const float* left = gradient.typed_data<float>() + at * its.value_width;
+        float* to = d_queries->typed_data<float>() + at * its.width;
+        pieces.push_back([=, sum = its_sums + part, keys_size = its.padded * its.width] {
+          sum->assign(size, 0.0f);
+          Backward(its, given, left, part, parts, to, sum->data(), sum->data() + keys_size);
+        });
+      }
+    }
+  if (auto error = Share(threads, std::move(pieces)); error.failure()) return error;
+  auto add = [&](int64_t row, int64_t head, int64_t width, int64_t from, float* all) {
+    for (int64_t part = 0; part < parts; ++part) {
+      const float* its_sum = sums[(row * its.kv_heads + head) * parts + part].data() + from;
+      for (int64_t t = 0; t < its.length; ++t) {
+        float* to = all + ((row * its.length + t) * its.kv_heads + head) * width;
+        for (int64_t i = 0; i < width; ++i) to[i] = (part ? to[i] : 0.0f) + its_sum[t * width + i];
+      }
+    }
+  };
+  for (int64_t row = 0; row < its.batch; ++row)
+    for (int64_t head = 0; head < its.kv_heads; ++head) {
+      add(row, head, its.width, 0, d_keys->typed_data<float>());
+      add(row, head, its.value_width, its.padded * its.width, d_values->typed_data<float>());
+    }
   return ffi::Error::Success();
 }
 
@@ -145,3 +117,26 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxProduct, Product,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("left_turned")
                                   .Attr<bool>("right_turned"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxAttention, Attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxAttentionGradients, Gradients,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+}  // namespace ftjax

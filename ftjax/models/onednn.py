@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 
 import jax
@@ -34,7 +33,10 @@ log = logging.getLogger(__name__)
 
 EXTRA = "pip install 'ftjax[onednn]'"
 _TARGET = "ftjax_product"
+ATTENTION, ATTENTION_GRADIENTS = "ftjax_attention", "ftjax_attention_gradients"  # see onednn_attention.py
+_SOURCES = ("onednn.cc", "onednn.h", "onednn_attention.h")  # the first is compiled
 _LIBRARY, _HEADERS = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
+_HERE = Path(__file__).parent
 _used = contextvars.ContextVar("matrix products by oneDNN", default=False)
 
 
@@ -84,7 +86,7 @@ def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, turned: bool = Fa
 
     x and kernel have any float dtype and are rounded to bfloat16, and so is the gradient of the result.
     """
-    _load()
+    load()
     return _product(x, kernel, jnp.dtype(dtype), turned)
 
 
@@ -129,7 +131,7 @@ def refusal(reason: str) -> str:
     return f"config.model.matmul='onednn': {reason}; 'auto' takes it only where it is to be had, and 'xla' never"
 
 
-def _load() -> None:
+def load() -> None:
     """What XLA calls is there after it.
 
     Raises:
@@ -150,40 +152,44 @@ def _registered() -> str:
         built = _built()
     except UserError as error:
         return str(error)
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(built.FtjaxProduct), platform="cpu")
+    targets = {_TARGET: "Product", ATTENTION: "Attention", ATTENTION_GRADIENTS: "AttentionGradients"}
+    for name, symbol in targets.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(built, f"Ftjax{symbol}")), platform="cpu")
     return ""
 
 
 def _built() -> ctypes.CDLL:
-    source = resources.files(__package__).joinpath("onednn.cc").read_text(encoding="utf-8")
+    sources = [_HERE.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES]
     version, compiler = importlib.metadata.version(_LIBRARY), shlex.join(_compiler())
-    known = "\0".join((source, jaxlib.__version__, str(_installed(_LIBRARY, "libdnnl.so.3")), version, compiler))
+    known = "\0".join((*sources, jaxlib.__version__, str(_installed(_LIBRARY, "libdnnl.so.3")), version, compiler))
     name = hashlib.sha256(known.encode()).hexdigest()[:24] + ".so"
-    path = cache.file("onednn", name, functools.partial(_compile, source))
+    path = cache.file("onednn", name, _compile)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:  # damaged; or made by another system, whose libraries this one has not
         log.warning("%s cannot be loaded (%s); it is made again", path, error)
     path.unlink(missing_ok=True)
-    path = cache.file("onednn", name, functools.partial(_compile, source))
+    path = cache.file("onednn", name, _compile)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be loaded ({error}); set FTJAX_CACHE to another disk") from error
 
 
-def _compile(source: str, path: Path) -> None:
+def _compile(path: Path) -> None:
     path.touch()  # or a directory that cannot be written to would be the compiler's fault
     library = _installed(_LIBRARY, "libdnnl.so.3")
     headers = _installed(_HEADERS, "oneapi/dnnl/dnnl.hpp").parents[2]
-    flags = ["-x", "c++", "-", "-x", "none", "-std=c++17", "-O2", "-shared", "-fPIC", "-fopenmp"]
+    # Every CPU that multiplies bfloat16 has these.
+    vectors = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
+    flags = [str(_HERE / _SOURCES[0]), "-std=c++17", "-O3", *vectors, "-shared", "-fPIC", "-fopenmp"]
     found = [f"-I{jax.ffi.include_dir()}", f"-I{headers}", str(library), f"-Wl,-rpath,{library.parent}"]
     command = [*_compiler(), *flags, *found, "-o", str(path)]
-    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
         raise UserError(
-            f"{shlex.join(_compiler())} cannot compile {__package__}/onednn.cc: {'; '.join(errors[:3])}; "
+            f"{shlex.join(_compiler())} cannot compile {_HERE / _SOURCES[0]}: {'; '.join(errors[:3])}; "
             "name another compiler in CXX"
         )
 

@@ -231,7 +231,7 @@ class Engine:
             return False
         width = padded(length, 1, self._model)
         model, mesh = self._model, jax.sharding.get_abstract_mesh()
-        return choose_kernel(model.attention, model.spec, model.dtype, width, mesh).name == "xla"
+        return choose_kernel(model.attention, model.spec, model.dtype, width, mesh, model.matmul).name == "xla"
 
     def _enter(self, used: list[int], taken: list[Row], begun: "_Begun | None") -> None:
         """Reads the prompts of `taken`, the only one in parts where it is `begun`; puts them into the slots `used`."""
