@@ -46,6 +46,11 @@ def adapt(
     return y + (factor - 1) * base + factor * update
 
 
+def is_plain(lora: Mapping[str, jax.Array], rng: jax.Array | None) -> bool:
+    """Whether what `adapt` gives is no more than y + scale (x A) B, for all rows."""
+    return not lora.keys() & {"lora_row", "lora_magnitude"} and (rng is None or "lora_dropout" not in lora)
+
+
 def by_row(lora: Mapping[str, jax.Array], inner: jax.Array, y: jax.Array) -> jax.Array:
     """What `adapt` gives where rows have other adapters, from inner = x A [rows, T, r] and y = x W [rows, ..., out].
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ftjax import quant
 from ftjax.models import onednn
-from ftjax.models.adapter import adapt, by_row
+from ftjax.models.adapter import adapt, by_row, is_plain
 from ftjax.sharding import constrain
 
 
@@ -121,11 +121,15 @@ class Linear(nn.Module):
                     return x @ kernel(self.dtype)
                 return wide_product(x, kernel(self.dtype), self.out_dtype)
 
-        y = product(x)
-        if lora := self.variables.get("lora"):
-            if rng is None and self.has_rng("dropout"):
-                rng = self.make_rng("dropout")
-            y = adapt(lora, x, y, product, kernel, rng, token_index)
+        lora = self.variables.get("lora")
+        if lora and rng is None and self.has_rng("dropout"):
+            rng = self.make_rng("dropout")
+        if lora and not packed and onednn.in_use() and is_plain(lora, rng):
+            b = lora["lora_b"] * lora["lora_scale"]
+            y = onednn.adapted(x, whole, lora["lora_a"], b, self.out_dtype or self.dtype)
+        else:
+            y = product(x)
+            y = adapt(lora, x, y, product, kernel, rng, token_index) if lora else y
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],))
             y = y + self.param("bias", bias_init, (self.features,), self.param_dtype).astype(y.dtype)

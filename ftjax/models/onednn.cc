@@ -6,36 +6,58 @@
 namespace ftjax {
 namespace {
 
-ffi::Error Product(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer right, ffi::Result<ffi::AnyBuffer> out,
-                   bool left_turned, bool right_turned) {
-  const auto l = left.dimensions(), r = right.dimensions();
-  const int64_t rows = l[left_turned], inner = l[!left_turned], columns = r[!right_turned];
-  const bool wide = out->element_type() == ffi::DataType::F32;
-  const Part whole{rows,
-                   inner,
-                   columns,
-                   left_turned ? memory::dims{1, rows} : memory::dims{inner, 1},
-                   right_turned ? memory::dims{1, inner} : memory::dims{columns, 1},
-                   {columns, 1},
-                   wide ? memory::data_type::f32 : memory::data_type::bf16};
+// Of a product: the operands, and how they and the result lie.
+struct Operands {
+  Part part;
+  char *left, *right;
+
+  Operands(const ffi::AnyBuffer& left_buffer, const ffi::AnyBuffer& right_buffer, const ffi::AnyBuffer& out,
+           bool left_turned, bool right_turned, bool added)
+      : left(static_cast<char*>(left_buffer.untyped_data())), right(static_cast<char*>(right_buffer.untyped_data())) {
+    const auto l = left_buffer.dimensions(), r = right_buffer.dimensions();
+    part.rows = l[left_turned], part.inner = l[!left_turned], part.columns = r[!right_turned];
+    part.left = left_turned ? Turned(part.rows) : Lying(part.inner);
+    part.right = right_turned ? Turned(part.inner) : Lying(part.columns);
+    part.out = Lying(part.columns);
+    if (out.element_type() != ffi::DataType::F32) part.type = memory::data_type::bf16;
+    part.added = added;
+  }
+};
+
+// The sum of `products` -> out. Each thread adds to its part of the result while that is in its cache.
+ffi::Error Multiplied(ffi::ThreadPool& threads, const std::vector<Operands>& products, const ffi::AnyBuffer& out) {
+  const Part& whole = products[0].part;
   // Cut along the longer side of the result, at multiples of 32, which the registers hold.
-  const bool by_rows = rows >= columns;
-  const int64_t length = by_rows ? rows : columns;
-  const int64_t count = rows * inner * columns < (1 << 18) ? 1 : std::max<int64_t>(1, threads.num_threads());
+  const bool by_rows = whole.rows >= whole.columns;
+  const int64_t length = by_rows ? whole.rows : whole.columns;
+  const bool small = whole.rows * whole.inner * whole.columns < (1 << 18);
+  const int64_t count = small ? 1 : std::max<int64_t>(1, threads.num_threads());
   const int64_t step = (((length + count - 1) / count + 31) / 32) * 32;
+  const int64_t size = whole.type == memory::data_type::f32 ? 4 : 2;
   std::vector<std::function<void()>> pieces;
   for (int64_t from = 0; from < length; from += step) {
-    Part part = whole;
-    (by_rows ? part.rows : part.columns) = std::min(step, length - from);
-    auto at = [](const ffi::AnyBuffer& buffer, int64_t element, int64_t size) {
-      return static_cast<char*>(buffer.untyped_data()) + element * size;
-    };
-    char* its_left = at(left, by_rows ? from * whole.left[0] : 0, 2);
-    char* its_right = at(right, by_rows ? 0 : from * whole.right[1], 2);
-    char* its_out = at(*out, by_rows ? from * columns : from, wide ? 4 : 2);
-    pieces.push_back([=] { Multiply(part, its_left, its_right, its_out); });
+    char* to = static_cast<char*>(out.untyped_data()) + size * from * (by_rows ? whole.columns : 1);
+    pieces.push_back([=, &products] {
+      for (const Operands& its : products) {
+        Part part = its.part;
+        (by_rows ? part.rows : part.columns) = std::min(step, length - from);
+        Multiply(part, its.left + (by_rows ? 2 * from * part.left[0] : 0),
+                 its.right + (by_rows ? 0 : 2 * from * part.right[1]), to);
+      }
+    });
   }
   return Share(threads, std::move(pieces));
+}
+
+ffi::Error Product(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer right, ffi::Result<ffi::AnyBuffer> out,
+                   bool left_turned, bool right_turned) {
+  return Multiplied(threads, {Operands(left, right, *out, left_turned, right_turned, false)}, *out);
+}
+
+ffi::Error SumOfTwo(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer right, ffi::AnyBuffer second_left,
+               ffi::AnyBuffer second_right, ffi::Result<ffi::AnyBuffer> out, bool right_turned) {
+  const Operands first(left, right, *out, false, right_turned, false);
+  return Multiplied(threads, {first, Operands(second_left, second_right, *out, false, right_turned, true)}, *out);
 }
 
 Inputs Of(const Sizes& its, const ffi::AnyBuffer& queries, const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values,
@@ -116,6 +138,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxProduct, Product,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("left_turned")
+                                  .Attr<bool>("right_turned"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxSumOfTwo, SumOfTwo,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("right_turned"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxAttention, Attention,

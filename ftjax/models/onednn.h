@@ -42,6 +42,10 @@ struct Part {
   bool operator<(const Part& other) const { return Key() < other.Key(); }
 };
 
+// Strides of a matrix whose rows have `row` elements, and of one that is stored turned, with so many in its columns.
+inline memory::dims Lying(int64_t row) { return {row, 1}; }
+inline memory::dims Turned(int64_t row) { return {1, row}; }
+
 struct Compiled {
   memory::desc left, right, out, scratch;
   dnnl::matmul product;

@@ -32,7 +32,7 @@ from ftjax.errors import UserError
 log = logging.getLogger(__name__)
 
 EXTRA = "pip install 'ftjax[onednn]'"
-_TARGET = "ftjax_product"
+_PRODUCT, _SUM = "ftjax_product", "ftjax_sum_of_two"
 ATTENTION, ATTENTION_GRADIENTS = "ftjax_attention", "ftjax_attention_gradients"  # see onednn_attention.py
 _SOURCES = ("onednn.cc", "onednn.h", "onednn_attention.h")  # the first is compiled
 _LIBRARY, _HEADERS = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
@@ -112,6 +112,39 @@ def _backward(dtype, turned, saved, gradient):
 _product.defvjp(_forward, _backward)
 
 
+def adapted(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x [..., in] @ kernel [in, out] + (x @ a [in, r]) @ b [r, out] -> `dtype` [..., out], as `product` each.
+
+    What the adapter adds, and what its gradient adds to that of x, is summed while the result is in the cache.
+    """
+    load()
+    return _adapted(x, kernel, a, b, jnp.dtype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _adapted(x, kernel, a, b, dtype):
+    return _adapted_forward(x, kernel, a, b, dtype)[0]
+
+
+def _adapted_forward(x, kernel, a, b, dtype):
+    rows = _rows(x)
+    inner = _multiply(rows, a, jnp.float32)
+    out = _sum_of_two(rows, kernel, inner, b, dtype)
+    return out.reshape(*x.shape[:-1], out.shape[-1]), (x, inner, kernel, a, b)
+
+
+def _adapted_backward(dtype, saved, gradient):
+    x, inner, kernel, a, b = saved
+    rows, left = _rows(x), _rows(gradient)
+    d_inner = _multiply(left, b, jnp.float32, right_turned=True)
+    d_x = _sum_of_two(left, kernel, d_inner, a, x.dtype, right_turned=True).reshape(x.shape)
+    pairs = (rows, left, kernel), (rows, d_inner, a), (inner, left, b)
+    return d_x, *(_multiply(one, other, of.dtype, left_turned=True) for one, other, of in pairs)
+
+
+_adapted.defvjp(_adapted_forward, _adapted_backward)
+
+
 def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
@@ -122,9 +155,19 @@ def _multiply(left, right, dtype, left_turned=False, right_turned=False):
     if 0 in (*left.shape, *right.shape):
         return jnp.zeros(shape, dtype)
     result = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
-    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, result), vmap_method="sequential")
+    call = jax.ffi.ffi_call(_PRODUCT, jax.ShapeDtypeStruct(shape, result), vmap_method="sequential")
     turned = {"left_turned": np.bool_(left_turned), "right_turned": np.bool_(right_turned)}
     return call(left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), **turned).astype(dtype)
+
+
+def _sum_of_two(left, right, second_left, second_right, dtype, right_turned=False):
+    """left @ right + second_left @ second_right, as `_multiply` each, summed in float32."""
+    given = [x.astype(jnp.bfloat16) for x in (left, right, second_left, second_right)]
+    shape = left.shape[0], right.shape[not right_turned]
+    if any(0 in x.shape for x in given):
+        return jnp.zeros(shape, dtype)
+    call = jax.ffi.ffi_call(_SUM, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
+    return call(*given, right_turned=np.bool_(right_turned)).astype(dtype)
 
 
 def refusal(reason: str) -> str:
@@ -152,7 +195,7 @@ def _registered() -> str:
         built = _built()
     except UserError as error:
         return str(error)
-    targets = {_TARGET: "Product", ATTENTION: "Attention", ATTENTION_GRADIENTS: "AttentionGradients"}
+    targets = {_PRODUCT: "Product", _SUM: "SumOfTwo", ATTENTION: "Attention", ATTENTION_GRADIENTS: "AttentionGradients"}
     for name, symbol in targets.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(built, f"Ftjax{symbol}")), platform="cpu")
     return ""

@@ -128,9 +128,6 @@ class Room {
   uintptr_t next_;
 };
 
-memory::dims Lying(int64_t row) { return {row, 1}; }
-memory::dims Turned(int64_t row) { return {1, row}; }
-
 struct Sizes {
   int64_t batch, length, heads, kv_heads, width, value_width;
   int64_t group, block, blocks, padded;  // heads that share keys; queries of a block, their number; keys with padding
