@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,45 @@ def test_adapters_multiply_by_it_where_it_is_used():
     inner = rounded(x) @ rounded(a)
     np.testing.assert_allclose(found, rounded(inner.astype(np.float32)) @ rounded(b), rtol=0, atol=0.05)
     assert np.abs(found - low_rank(x, a, b)).max() > 1e-3  # which multiplies float32
+
+
+@multiplies
+@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
+def test_an_adapter_beside_a_kernel_is_the_sum_of_their_products(rows, inner, columns, record_figure):
+    x, kernel, a, b, out = arrays((*rows, inner), (inner, columns), (inner, 8), (8, columns), (*rows, columns))
+    found, back = jax.vjp(lambda *given: onednn.adapted(*given, jnp.float32), x, kernel, a, b)
+
+    def alone(x, kernel, a, b):
+        return onednn.product(x, kernel, jnp.float32) + low_rank(x, a, b)
+
+    with onednn.used(True):
+        wanted, wanted_back = jax.vjp(alone, x, kernel, a, b)
+    for one, its in zip((found, *back(out)), (wanted, *wanted_back(out)), strict=True):
+        np.testing.assert_allclose(one, its, rtol=0, atol=1e-5 * max(1, np.abs(its).max(initial=0)))
+
+
+@multiplies
+@pytest.mark.parametrize("kind", ["plain", "dropout off", "dropout", "dora"])
+def test_layers_give_the_same_with_the_adapter_in_one_product_or_apart(kind):
+    """Where it is in one: without dropout at work and without DoRA."""
+    x, kernel, a, b = arrays((6, 64), (64, 48), (64, 8), (8, 48))
+    lora = {"lora_a": a, "lora_b": b, "lora_scale": np.float32(0.5)}
+    lora |= {"lora_dropout": np.float32(0.5)} if "dropout" in kind else {}
+    lora |= {"lora_magnitude": np.linalg.norm(kernel, axis=0)} if kind == "dora" else {}
+    variables = {"params": {"kernel": kernel}, "lora": lora}
+    linear = Linear(48, ("embed", "mlp"), jnp.float32, jnp.float32)
+    rngs = {"dropout": jax.random.key(0)} if kind == "dropout" else {}
+
+    def run(x):
+        return linear.apply(variables, x, rngs=rngs)
+
+    with onednn.used(True):
+        found = run(x)
+        fused = "ftjax_sum_of_two" in str(jax.make_jaxpr(run)(x))
+    wanted = run(x)
+    assert fused == (kind in ("plain", "dropout off"))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.01 * np.abs(wanted).max())
+    assert np.abs(found - wanted).max() > 1e-4  # which multiplies float32
 
 
 @multiplies
@@ -220,7 +260,8 @@ def test_a_compiler_that_fails_is_named_and_auto_does_without(tmp_path):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'onednn.cc:1: error: no header' >&2\nexit 1\n")
     broken.chmod(0o755)
-    told = f"{broken} cannot compile ftjax.models/onednn.cc: onednn.cc:1: error: no header; name another"
+    source = Path(onednn.__file__).with_suffix(".cc")
+    told = f"{broken} cannot compile {source}: onednn.cc:1: error: no header; name another"
     environment = {"CXX": str(broken), "FTJAX_CACHE": str(tmp_path)}
     assert f"config.model.matmul='onednn': {told}" in in_a_process(PRODUCT, **environment).stderr
     chosen = in_a_process(CHOICE, **environment)
