@@ -42,6 +42,8 @@ CASES = {
     "lora-long": Case("lora", 2, 1024),
     "lora-rows": Case("lora", 8, 256, "chats.jsonl"),
     "full": Case("full", 4, 256),
+    "full-long": Case("full", 2, 1024),
+    "full-rows": Case("full", 8, 256, "chats.jsonl"),
     "dpo": Case("dpo", 4, 256, "pairs.jsonl"),
     "generate": Case("generate", 16, 256),
     "generate-one": Case("generate", 1, 256),
@@ -85,7 +87,7 @@ def ftjax(case: Case, dtype: str, place: Path, steps: int, device: str) -> Found
     if case.data == "texts.jsonl":
         config.data.row_length = case.length
         config.data.long_text = "cut"
-    elif case.kind == "lora":  # about four of the examples to a row
+    elif case.kind != "dpo":  # about four of the examples to a row
         config.data.train_on = "all"  # as the others do
         config.data.batch_size, config.data.row_length = case.rows // 4, 2 * case.length
     else:  # two pairs to a row
