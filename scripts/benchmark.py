@@ -2,8 +2,8 @@
 
 Needs the extra bench (torch, peft, trl): bash scripts/install.sh bench. Each contestant is a process of its own, and
 they take turns, so that a machine whose speed drifts drifts for all; a ratio is of two that ran after each other. The
-model is SmolLM2-135M-Instruct, or --model. Tokens are real ones, padding left out. Two hours for all cases on
-two CPU cores; --case runs some. --json prints everything; --write puts the table into docs/performance.md. With --records the
+model is SmolLM2-135M-Instruct, or --model. Tokens are real ones, padding left out. Two hours for all cases on two CPU
+cores; --case runs some. --json prints everything; --write puts the table into docs/performance.md. With --records the
 runs are kept in a file as they end, and the same command goes on with what is there.
 """
 
