@@ -4,7 +4,8 @@ A quantized kernel [..., in, out] is a dict of arrays in the `quant` collection,
 would have in `params`. It stays packed; `dequantize` unpacks it inside the layer that uses it.
 
     int8: `int8` int8 [..., in, out], `scale` float32 [..., out]
-    bits: `bits` uint16 [..., in, out], those of bfloat16 values
+    panels: `panels` uint16 [layers, out / 16, in / 2, 16, 2], the bits of bfloat16 values of all layers, in the order
+      in which CPUs multiply them, and `layer` int32, which of them
     nf4:  `nf4` uint8 [..., in / 2, out], `absmax` uint8 [..., in / 64, out],
           `absmax_scale` float32 [..., groups], `absmax_offset` float32 [..., 1]
 
@@ -128,10 +129,22 @@ def quantize(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:
     }
 
 
+STACKS = "stacks"  # the collection of what each layer reads whole: `panels`
+
+
+def panels(kernel: jax.Array) -> jax.Array:
+    """[layers, in, out], in even and out a multiple of 16 -> uint16 [layers, out / 16, in / 2, 16, 2] of bfloat16."""
+    bits = jax.lax.bitcast_convert_type(kernel.astype(jnp.bfloat16), jnp.uint16)
+    layers, inner, out = bits.shape
+    return bits.reshape(layers, inner // 2, 2, out // 16, 16).transpose(0, 3, 1, 4, 2)
+
+
 def dequantize(packed: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
     """The kernel [..., in, out] of the arrays `packed`, computed in float32."""
-    if "bits" in packed:
-        return jax.lax.bitcast_convert_type(packed["bits"], jnp.bfloat16).astype(dtype)
+    if "panels" in packed:
+        its = packed["panels"][packed["layer"]]
+        its = its.transpose(1, 3, 0, 2).reshape(2 * its.shape[1], 16 * its.shape[0])
+        return jax.lax.bitcast_convert_type(its, jnp.bfloat16).astype(dtype)
     if "int8" in packed:
         return (packed["int8"].astype(jnp.float32) * packed["scale"][..., None, :]).astype(dtype)
     *lead, blocks, columns = packed["absmax"].shape
@@ -146,7 +159,7 @@ def dequantize(packed: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
 
 def is_packed(names: Iterable[str]) -> bool:
     """Whether arrays of these names are a quantized kernel."""
-    return any(name in names for name in ("int8", "nf4", "bits"))
+    return any(name in names for name in ("int8", "nf4", "panels"))
 
 
 def count(packed: Tree) -> int:

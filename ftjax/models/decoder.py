@@ -28,6 +28,7 @@ from ftjax.models.routing import NOTES
 from ftjax.models.spec import DecoderSpec
 from ftjax.models.tower import Tower
 from ftjax.models.vision import Images, last_seen, with_images
+from ftjax.quant import STACKS
 from ftjax.sharding import constrain
 
 MLP_BLOCK = 1024  # tokens of a row at a time in the MLP, where memory matters more than speed
@@ -324,6 +325,7 @@ def _scan(group: Group, shared: tuple[Any, ...], remat: str, name: str | None = 
     scan = nn.scan(
         body,
         variable_axes={"params": 0, "lora": 0, "quant": 0, NOTES: 0},
+        variable_broadcast=STACKS,  # whole in each layer
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, 0, nn.broadcast),
         length=rounds,

@@ -74,7 +74,7 @@ wide_product.defvjp(_wide_product_forward, _wide_product_backward)
 
 def packed_kernel(module: nn.Module) -> dict[str, jax.Array]:
     """The arrays of `module`'s quantized kernel, {} if it has none."""
-    return dict(module.variables.get("quant", {}))
+    return dict(module.variables.get("quant", {})) | dict(module.variables.get(quant.STACKS, {}))
 
 
 class Linear(nn.Module):
@@ -104,6 +104,8 @@ class Linear(nn.Module):
             # The backward pass makes the kernel whole once more instead of keeping it.
             @functools.partial(jax.checkpoint, prevent_cse=False)
             def multiply(x, packed):
+                if onednn.in_use() and "layer" in packed:
+                    return onednn.product_with_layer(x, **packed, dtype=self.out_dtype or self.dtype)
                 if onednn.in_use():
                     return onednn.product(x, quant.dequantize(packed, jnp.bfloat16), self.out_dtype or self.dtype)
                 return jnp.matmul(x, quant.dequantize(packed, self.dtype), preferred_element_type=self.out_dtype)
@@ -272,6 +274,7 @@ class Embedding(nn.Module):
         """[..., width] -> float32 logits [..., rows]"""
         if onednn.in_use():
             packed = packed_kernel(self)
-            table = quant.dequantize(packed, jnp.bfloat16) if packed else self.embedding
-            return onednn.product(x, table, jnp.float32, turned=True)
+            if packed:
+                return onednn.product_with_layer(x, **packed, dtype=jnp.float32)
+            return onednn.product(x, self.embedding, jnp.float32, turned=True)
         return wide_product(x, self.embedding.astype(self.dtype).T, jnp.float32)

@@ -2,6 +2,7 @@
 
 #include "onednn.h"
 #include "onednn_attention.h"
+#include "onednn_panels.h"
 
 namespace ftjax {
 namespace {
@@ -52,6 +53,25 @@ ffi::Error Multiplied(ffi::ThreadPool& threads, const std::vector<Operands>& pro
 ffi::Error Product(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer right, ffi::Result<ffi::AnyBuffer> out,
                    bool left_turned, bool right_turned) {
   return Multiplied(threads, {Operands(left, right, *out, left_turned, right_turned, false)}, *out);
+}
+
+// With the kernel of one layer, of those of all, in panels. The index is data: only here is it known where that begins.
+ffi::Error ProductWithLayer(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer all, ffi::AnyBuffer layer,
+                            ffi::Result<ffi::AnyBuffer> out) {
+  const auto kernels = all.dimensions();
+  const int64_t rows = left.dimensions()[0], inner = left.dimensions()[1], panels = kernels[1];
+  const int64_t index = std::clamp<int64_t>(*layer.typed_data<int32_t>(), 0, kernels[0] - 1);
+  const int64_t count = rows * inner * panels < (1 << 14) ? 1 : std::max<int64_t>(1, threads.num_threads());
+  const int64_t step = (panels + count - 1) / count, size = 2 * inner * kPanel;
+  const char* its_left = static_cast<const char*>(left.untyped_data());
+  const char* its_panels = static_cast<const char*>(all.untyped_data()) + index * panels * size;
+  std::vector<std::function<void()>> pieces;
+  for (int64_t from = 0; from < panels; from += step) {
+    const int64_t its_count = std::min(step, panels - from);
+    float* to = out->typed_data<float>() + from * kPanel;
+    pieces.push_back([=] { ByPanels(its_left, rows, inner, its_panels + from * size, its_count, to, panels * kPanel); });
+  }
+  return Share(threads, std::move(pieces));
 }
 
 ffi::Error SumOfTwo(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer right, ffi::AnyBuffer second_left,
@@ -139,6 +159,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxProduct, Product,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("left_turned")
                                   .Attr<bool>("right_turned"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxProductWithLayer, ProductWithLayer,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxSumOfTwo, SumOfTwo,
                               ffi::Ffi::Bind()

@@ -75,6 +75,25 @@ struct Alone {
   ~Alone() { omp_set_num_threads(before); }
 };
 
+// A thread's own memory, which it keeps.
+class Room {
+ public:
+  explicit Room(size_t bytes) {
+    thread_local std::vector<char> kept;
+    if (kept.size() < bytes + 64) kept.resize(bytes + 64);
+    next_ = reinterpret_cast<uintptr_t>(kept.data());
+  }
+  template <typename T>
+  T* Take(int64_t count) {
+    T* taken = reinterpret_cast<T*>((next_ + 63) & ~uintptr_t{63});
+    next_ = reinterpret_cast<uintptr_t>(taken + count);
+    return taken;
+  }
+
+ private:
+  uintptr_t next_;
+};
+
 inline void Multiply(const Part& part, void* left, void* right, void* out) {
   const Alone alone;
   thread_local std::map<Part, Compiled> compiled;

@@ -32,9 +32,9 @@ from ftjax.errors import UserError
 log = logging.getLogger(__name__)
 
 EXTRA = "pip install 'ftjax[onednn]'"
-_PRODUCT, _SUM = "ftjax_product", "ftjax_sum_of_two"
+_PRODUCT, _WITH_LAYER, _SUM = "ftjax_product", "ftjax_product_with_layer", "ftjax_sum_of_two"
 ATTENTION, ATTENTION_GRADIENTS = "ftjax_attention", "ftjax_attention_gradients"  # see onednn_attention.py
-_SOURCES = ("onednn.cc", "onednn.h", "onednn_attention.h")  # the first is compiled
+_SOURCES = ("onednn.cc", "onednn.h", "onednn_attention.h", "onednn_panels.h")  # the first is compiled
 _LIBRARY, _HEADERS = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
 _HERE = Path(__file__).parent
 _used = contextvars.ContextVar("matrix products by oneDNN", default=False)
@@ -110,6 +110,20 @@ def _backward(dtype, turned, saved, gradient):
 
 
 _product.defvjp(_forward, _backward)
+
+
+def product_with_layer(x: jax.Array, panels: jax.Array, layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`product` of x [..., in] with the kernel of one layer, read where it lies among those of all; without gradients.
+
+    panels: uint16 [layers, out / 16, in / 2, 16, 2], see `quant.panels`; layer: int32, a scalar.
+    """
+    load()
+    rows, shape = _rows(x), (*x.shape[:-1], 16 * panels.shape[1])
+    if 0 in rows.shape:
+        return jnp.zeros(shape, dtype)
+    result = jax.ShapeDtypeStruct((len(rows), shape[-1]), jnp.float32)
+    call = jax.ffi.ffi_call(_WITH_LAYER, result, vmap_method="sequential")
+    return call(rows.astype(jnp.bfloat16), panels, layer).reshape(shape).astype(dtype)
 
 
 def adapted(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -195,7 +209,8 @@ def _registered() -> str:
         built = _built()
     except UserError as error:
         return str(error)
-    targets = {_PRODUCT: "Product", _SUM: "SumOfTwo", ATTENTION: "Attention", ATTENTION_GRADIENTS: "AttentionGradients"}
+    targets = {_PRODUCT: "Product", _WITH_LAYER: "ProductWithLayer", _SUM: "SumOfTwo"}
+    targets |= {ATTENTION: "Attention", ATTENTION_GRADIENTS: "AttentionGradients"}
     for name, symbol in targets.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(built, f"Ftjax{symbol}")), platform="cpu")
     return ""
@@ -224,7 +239,7 @@ def _compile(path: Path) -> None:
     library = _installed(_LIBRARY, "libdnnl.so.3")
     headers = _installed(_HEADERS, "oneapi/dnnl/dnnl.hpp").parents[2]
     # Every CPU that multiplies bfloat16 has these.
-    vectors = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
+    vectors = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")]
     flags = [str(_HERE / _SOURCES[0]), "-std=c++17", "-O3", *vectors, "-shared", "-fPIC", "-fopenmp"]
     found = [f"-I{jax.ffi.include_dir()}", f"-I{headers}", str(library), f"-Wl,-rpath,{library.parent}"]
     command = [*_compiler(), *flags, *found, "-o", str(path)]

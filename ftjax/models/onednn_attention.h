@@ -109,25 +109,6 @@ float Exponents(float* scores, int64_t count, int64_t from, int64_t to, uint16_t
   return Sum(sum);
 }
 
-// A thread's own memory, which it keeps.
-class Room {
- public:
-  explicit Room(size_t bytes) {
-    thread_local std::vector<char> kept;
-    if (kept.size() < bytes + 64) kept.resize(bytes + 64);
-    next_ = reinterpret_cast<uintptr_t>(kept.data());
-  }
-  template <typename T>
-  T* Take(int64_t count) {
-    T* taken = reinterpret_cast<T*>((next_ + 63) & ~uintptr_t{63});
-    next_ = reinterpret_cast<uintptr_t>(taken + count);
-    return taken;
-  }
-
- private:
-  uintptr_t next_;
-};
-
 struct Sizes {
   int64_t batch, length, heads, kv_heads, width, value_width;
   int64_t group, block, blocks, padded;  // heads that share keys; queries of a block, their number; keys with padding

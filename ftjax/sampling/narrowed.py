@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ftjax import lora, tree
+from ftjax import lora, quant, tree
 from ftjax.models.decoder import Decoder
 from ftjax.tree import Tree
 
@@ -11,22 +11,34 @@ _HEAD, _TABLE = "lm_head/kernel", "embed_tokens/embedding"
 
 
 def narrowed(model: Decoder, variables: Tree) -> Tree:
-    """`variables` as oneDNN's products read them, where `model.matmul` says so: a third of the bytes to move.
+    """`variables` as products of few rows read them where oneDNN makes the others (`model.matmul`): a third of the
+    bytes to move, each once.
 
-    Kernels are then in the `quant` collection as the bits of their bfloat16 values: XLA on CPUs would widen arrays of
-    bfloat16 whenever it takes a layer of them. A tied head has the bits beside its table, whose rows stay as they are.
+    Kernels of layers and of the head are then in panels (see quant.py) in the collection that layers do not split: XLA
+    would copy each layer's for every token. A tied head has them beside its table, whose rows stay as they are. Kernels
+    whose sizes panels do not divide stay in `params`.
     """
     if model.matmul != "onednn":
         return variables
-    leaves, packed = tree.flatten(variables["params"]), tree.flatten(variables.get("quant", {}))
-    for path in [path for path in lora.quantizable(leaves) if "/experts/" not in path] + [_HEAD]:
-        if path in leaves:
-            packed[path.removesuffix("kernel") + "bits"] = _bits(leaves.pop(path))
+    leaves, packed, stacks = tree.flatten(variables["params"]), tree.flatten(variables.get("quant", {})), {}
+
+    def pack(module: str, kernel: jax.Array, layers: jax.Array) -> bool:
+        fits = kernel.shape[1] % 2 == kernel.shape[2] % 16 == 0
+        if fits:
+            stacks[f"{module}/panels"], packed[f"{module}/layer"] = _panels(kernel), layers
+        return fits
+
+    for path in lora.quantizable(leaves):
+        kernel = leaves[path]
+        if "/experts/" not in path and pack(path.rpartition("/")[0], kernel, jnp.arange(len(kernel), dtype=jnp.int32)):
+            del leaves[path]
+    first = jnp.int32(0)
+    if _HEAD in leaves and pack("lm_head", leaves[_HEAD][None], first):
+        del leaves[_HEAD]
     if model.spec.tie_word_embeddings:
-        packed["embed_tokens/bits"] = _bits(leaves[_TABLE])
-    return variables | {"params": tree.unflatten(leaves), "quant": tree.unflatten(packed)}
+        pack("embed_tokens", leaves[_TABLE].T[None], first)
+    collections = {"params": leaves, "quant": packed, quant.STACKS: stacks}
+    return variables | {name: tree.unflatten(its) for name, its in collections.items() if its}
 
 
-@jax.jit
-def _bits(kernel: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(kernel.astype(jnp.bfloat16), jnp.uint16)
+_panels = jax.jit(quant.panels)
