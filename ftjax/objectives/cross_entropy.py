@@ -195,7 +195,7 @@ def _forward(unembed, cut, further, split, head, hidden, targets, wanted, rng, t
             shifted = logits - highest[:, None]
             exponentials = jnp.exp(shifted)
             # A choice that changes nothing: XLA for CPUs takes five times as long for a bare sum of products.
-            products = jnp.where(shifted < 0, exponentials * shifted, 0)
+            products = jnp.where(shifted > 0, 0, exponentials * shifted)
             moved = sums.highest - highest  # 0, or negative where this chunk has a higher logit
             scale = jnp.exp(moved)
             column = jnp.clip(target - start, 0, cut.columns - 1)

@@ -156,10 +156,10 @@ def _forward(how, chunks, split, their_split, head, hidden, their_head, their_hi
         return Sums(
             highest,
             sums.exponentials * scale + jnp.exp(shifted).sum(-1),
-            (sums.moments + moved * sums.exponentials) * scale + (jnp.exp(shifted) * shifted).sum(-1),
+            (sums.moments + moved * sums.exponentials) * scale + _sum(jnp.exp(shifted), shifted),
             their_highest,
             sums.their_exponentials * their_scale + weights.sum(-1),
-            sums.differences * their_scale + (weights * (theirs - ours)).sum(-1),
+            sums.differences * their_scale + _sum(weights, theirs - ours),
         )
 
     zeros = jnp.zeros(order.shape, jnp.float32)
@@ -179,8 +179,7 @@ def _forward(how, chunks, split, their_split, head, hidden, their_head, their_hi
         def add_mixed(sums, ours, theirs, log_norm, their_log_norm):
             ours, theirs = ours - log_norm[:, None], theirs - their_log_norm[:, None]
             mixed = _log_mixture(how.beta, ours, theirs)
-            of_ours, of_theirs = (jnp.exp(one) * (one - mixed) for one in (ours, theirs))
-            return tuple(old + new.sum(-1) for old, new in zip(sums, (of_ours, of_theirs)))
+            return tuple(old + _sum(jnp.exp(one), one - mixed) for old, one in zip(sums, (ours, theirs)))
 
         from_mixture, theirs_from = over_blocks(add_mixed, (zeros, zeros), log_norms, their_log_norms)
         if split.vocabulary:
@@ -204,6 +203,12 @@ def _slope(beta: float, ours: jax.Array, theirs: jax.Array, from_mixture: jax.Ar
         return jnp.exp(ours) - jnp.exp(theirs)
     share = 1 if beta == 1 else 1 - beta
     return share * jnp.exp(ours) * (ours - _log_mixture(beta, ours, theirs) - from_mixture[:, None])
+
+
+def _sum(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """[tokens]: sum of weights x values [tokens, n] over n, weights of at most 1."""
+    # A choice that changes nothing, as in `cross_entropy`.
+    return jnp.where(weights > 2, 0, weights * values).sum(-1)
 
 
 def _over_vocabulary(sums, split):
