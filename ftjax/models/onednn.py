@@ -59,8 +59,8 @@ def lacks() -> str:
     """What is missing on this machine, with the remedy if there is one; "" if products by oneDNN are to be had."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"oneDNN is used on Linux on x86-64, and this is {sys.platform} on {platform.machine()}"
-    if not {"avx512_bf16", "amx_bf16"} & _cpu_flags():
-        return "this CPU has no instructions for products of bfloat16 (avx512_bf16 or amx_bf16)"
+    if "avx512_bf16" not in _cpu_flags():
+        return "this CPU has no instructions for products of bfloat16 (avx512_bf16)"
     for name in (_LIBRARY, _HEADERS):
         if not any(importlib.metadata.distributions(name=name)):
             return f"{name} is not installed: {EXTRA}"
