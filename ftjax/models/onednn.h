@@ -1,4 +1,4 @@
-// What onednn.cc and onednn_attention.cc share: one thread's matrix product, by oneDNN, of bfloat16 values, summed in
+// What onednn.cc and the headers beside it share: one thread's matrix product, by oneDNN, of bfloat16 values, summed in
 // float32; and XLA's threads at work on one thing.
 //
 // oneDNN's own threads would be a second pool, which waits for work by spinning on the cores that XLA's next operation

@@ -36,6 +36,9 @@ _PRODUCT, _WITH_LAYER, _SUM = "ftjax_product", "ftjax_product_with_layer", "ftja
 ATTENTION, ATTENTION_GRADIENTS = "ftjax_attention", "ftjax_attention_gradients"  # see onednn_attention.py
 _SOURCES = ("onednn.cc", "onednn.h", "onednn_attention.h", "onednn_panels.h")  # the first is compiled
 _LIBRARY, _HEADERS = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
+# Every CPU with instructions for products of bfloat16 has the others.
+_FLAGS = ("-std=c++17", "-O3", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")))
+_FLAGS += ("-shared", "-fPIC", "-fopenmp")
 _HERE = Path(__file__).parent
 _used = contextvars.ContextVar("matrix products by oneDNN", default=False)
 
@@ -119,6 +122,8 @@ def product_with_layer(x: jax.Array, panels: jax.Array, layer: jax.Array, dtype:
     """
     load()
     rows, shape = _rows(x), (*x.shape[:-1], 16 * panels.shape[1])
+    if x.shape[-1] != 2 * panels.shape[2]:
+        raise ValueError(f"{x.shape} and kernels with {2 * panels.shape[2]} inputs have no product")
     if 0 in rows.shape:
         return jnp.zeros(shape, dtype)
     result = jax.ShapeDtypeStruct((len(rows), shape[-1]), jnp.float32)
@@ -163,9 +168,17 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def _shape(left, right, left_turned, right_turned):
+    """Of the product. What it is made by looks at no sizes, and would read beyond the operands."""
+    inner = left.shape[not left_turned], right.shape[right_turned]
+    if inner[0] != inner[1]:
+        raise ValueError(f"{left.shape} and {right.shape} have no product: {inner[0]} and {inner[1]} differ")
+    return left.shape[left_turned], right.shape[not right_turned]
+
+
 def _multiply(left, right, dtype, left_turned=False, right_turned=False):
     """left [m, k] ([k, m] if turned) @ right [k, n] ([n, k] if turned) -> [m, n], float32 or bfloat16."""
-    shape = left.shape[left_turned != 0], right.shape[right_turned == 0]
+    shape = _shape(left, right, left_turned, right_turned)
     if 0 in (*left.shape, *right.shape):
         return jnp.zeros(shape, dtype)
     result = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
@@ -177,7 +190,9 @@ def _multiply(left, right, dtype, left_turned=False, right_turned=False):
 def _sum_of_two(left, right, second_left, second_right, dtype, right_turned=False):
     """left @ right + second_left @ second_right, as `_multiply` each, summed in float32."""
     given = [x.astype(jnp.bfloat16) for x in (left, right, second_left, second_right)]
-    shape = left.shape[0], right.shape[not right_turned]
+    shape = _shape(left, right, False, right_turned)
+    if shape != _shape(second_left, second_right, False, right_turned):
+        raise ValueError(f"products of {left.shape} and {second_left.shape} have other shapes")
     if any(0 in x.shape for x in given):
         return jnp.zeros(shape, dtype)
     call = jax.ffi.ffi_call(_SUM, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
@@ -218,8 +233,9 @@ def _registered() -> str:
 
 def _built() -> ctypes.CDLL:
     sources = [_HERE.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES]
-    version, compiler = importlib.metadata.version(_LIBRARY), shlex.join(_compiler())
-    known = "\0".join((*sources, jaxlib.__version__, str(_installed(_LIBRARY, "libdnnl.so.3")), version, compiler))
+    versions = (jaxlib.__version__, *(importlib.metadata.version(name) for name in (_LIBRARY, _HEADERS)))
+    library = _installed(_LIBRARY, "libdnnl.so.3")
+    known = "\0".join((*sources, *_FLAGS, *versions, str(library), shlex.join(_compiler())))
     name = hashlib.sha256(known.encode()).hexdigest()[:24] + ".so"
     path = cache.file("onednn", name, _compile)
     try:
@@ -238,11 +254,8 @@ def _compile(path: Path) -> None:
     path.touch()  # or a directory that cannot be written to would be the compiler's fault
     library = _installed(_LIBRARY, "libdnnl.so.3")
     headers = _installed(_HEADERS, "oneapi/dnnl/dnnl.hpp").parents[2]
-    # Every CPU that multiplies bfloat16 has these.
-    vectors = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")]
-    flags = [str(_HERE / _SOURCES[0]), "-std=c++17", "-O3", *vectors, "-shared", "-fPIC", "-fopenmp"]
     found = [f"-I{jax.ffi.include_dir()}", f"-I{headers}", str(library), f"-Wl,-rpath,{library.parent}"]
-    command = [*_compiler(), *flags, *found, "-o", str(path)]
+    command = [*_compiler(), str(_HERE / _SOURCES[0]), *_FLAGS, *found, "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
@@ -254,7 +267,10 @@ def _compile(path: Path) -> None:
 
 def _installed(distribution: str, end: str) -> Path:
     files = importlib.metadata.distribution(distribution).files or ()
-    return next(Path(file.locate()).resolve() for file in files if file.as_posix().endswith(end))
+    found = next((Path(file.locate()).resolve() for file in files if file.as_posix().endswith(end)), None)
+    if found is None:
+        raise UserError(f"{distribution} {importlib.metadata.version(distribution)} has no {end}: {EXTRA}")
+    return found
 
 
 def _cpu_flags() -> set[str]:

@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstring>
 
 #include "onednn.h"
@@ -19,7 +21,6 @@ constexpr float kNone = -1e30f;      // what a score is at least
 
 using Floats = float __attribute__((vector_size(64)));
 using Ints = int32_t __attribute__((vector_size(64)));
-using Words = uint32_t __attribute__((vector_size(64)));
 using Halves = uint16_t __attribute__((vector_size(32)));
 
 Floats Load(const float* from) {
@@ -30,11 +31,8 @@ Floats Load(const float* from) {
 
 void Store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
-// To the nearest bfloat16, ties to even.
-Halves Rounded(Floats x) {
-  const Words bits = reinterpret_cast<Words>(x);
-  return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
-}
+// To the nearest bfloat16, ties to even; NaN stays.
+Halves Rounded(Floats x) { return (Halves)_mm512_cvtneps_pbh((__m512)x); }
 
 void Store(uint16_t* to, Floats x) {
   const Halves halves = Rounded(x);

@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kPanel = 16;    // columns of a panel [inner / 2, kPanel, 2], see quant.panels
 constexpr int64_t kTogether = 16; // rows, each of which has a register for its sums
 constexpr int64_t kFew = 64;      // rows, up to which panels are multiplied as they are
+constexpr int64_t kUnpacked = 64; // panels at a time, where rows are more
 constexpr int64_t kAhead = 4096;  // bytes of the kernel that are on their way from memory
 
 // `kRows` rows, of which `pairs` [inner / 2, kRows] has two neighbors in each number, by one panel -> as many rows of
@@ -59,17 +60,20 @@ void ByPanels(const char* left, int64_t rows, int64_t inner, const char* panels,
                                                       out + row * columns + panel * kPanel, columns);
     return;
   }
-  const int64_t its_columns = count * kPanel;
-  Room room(2 * inner * its_columns + 64);
-  auto* kernel = room.Take<uint16_t>(inner * its_columns);
-  const auto* from = reinterpret_cast<const uint16_t*>(panels);
-  for (int64_t panel = 0; panel < count; ++panel)
-    for (int64_t i = 0; i < inner; ++i)
-      for (int64_t column = 0; column < kPanel; ++column)
-        kernel[i * its_columns + panel * kPanel + column] =
-            from[(panel * inner + i / 2 * 2) * kPanel + column * 2 + i % 2];
-  Multiply({rows, inner, its_columns, Lying(inner), Lying(its_columns), Lying(columns)}, const_cast<char*>(left), kernel,
-           out);
+  // Many rows pay for the order that oneDNN reads, of some panels at a time: a head may have a thousand times as many.
+  Room room(2 * inner * std::min(count, kUnpacked) * kPanel + 64);
+  auto* kernel = room.Take<uint16_t>(inner * std::min(count, kUnpacked) * kPanel);
+  for (int64_t first = 0; first < count; first += kUnpacked) {
+    const int64_t here = std::min(kUnpacked, count - first), its_columns = here * kPanel;
+    const auto* from = reinterpret_cast<const uint16_t*>(panels) + first * inner * kPanel;
+    for (int64_t panel = 0; panel < here; ++panel)
+      for (int64_t i = 0; i < inner; ++i)
+        for (int64_t column = 0; column < kPanel; ++column)
+          kernel[i * its_columns + panel * kPanel + column] =
+              from[(panel * inner + i / 2 * 2) * kPanel + column * 2 + i % 2];
+    Multiply({rows, inner, its_columns, Lying(inner), Lying(its_columns), Lying(columns)}, const_cast<char*>(left),
+             kernel, out + first * kPanel);
+  }
 }
 
 }  // namespace

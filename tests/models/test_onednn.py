@@ -72,6 +72,20 @@ def test_its_gradients_are_products_of_the_rounded_gradient(rows, inner, columns
 
 
 @multiplies
+def test_what_has_no_product_is_refused():
+    x, kernel, a, b = (jnp.ones(shape) for shape in ((4, 64), (32, 16), (64, 8), (8, 16)))
+    with pytest.raises(ValueError, match=r"\(4, 64\) and \(32, 16\) have no product: 64 and 32 differ"):
+        onednn.product(x, kernel, jnp.float32)
+    with pytest.raises(ValueError, match="have no product"):
+        onednn.product(x, kernel, jnp.float32, turned=True)
+    for given in ((x, kernel, a, b), (x, jnp.ones((64, 32)), a, b), (x, jnp.ones((64, 16)), a, b.T)):
+        with pytest.raises(ValueError, match=r"have no product|have other shapes"):
+            onednn.adapted(*given, jnp.float32)
+    with pytest.raises(ValueError, match="kernels with 32 inputs have no product"):
+        onednn.product_with_layer(x, quant.panels(kernel[None]), jnp.int32(0), jnp.float32)
+
+
+@multiplies
 def test_results_and_gradients_have_the_dtypes_of_what_they_are_of():
     x, kernel = (jnp.asarray(each, jnp.bfloat16) for each in arrays((5, 64), (64, 32)))
     out, back = jax.vjp(lambda x, kernel: onednn.product(x, kernel, jnp.bfloat16), x, kernel.astype(jnp.float32))
@@ -248,6 +262,18 @@ def test_what_is_missing_is_said(what, message, monkeypatch):
 
 PRODUCT = "import jax; from ftjax.models import onednn; x = jax.numpy.ones((2, 2)); onednn.product(x, x, 'float32')"
 CHOICE = "from ftjax.models import onednn; print(onednn.choose('auto', 'cpu', 1))"
+
+
+@multiplies
+def test_a_package_without_its_library_is_no_fault_of_auto(monkeypatch):
+    monkeypatch.setattr(importlib.metadata.Distribution, "files", property(lambda self: []))
+    onednn._registered.cache_clear()
+    try:
+        chosen = onednn.choose("auto", "cpu", 1)
+    finally:
+        onednn._registered.cache_clear()
+    assert chosen[0] == "xla"
+    assert re.fullmatch(r"onednn-\S+ \S+ has no \S+: pip install 'ftjax\[onednn\]'", chosen[1])
 
 
 def in_a_process(code, **environment):

@@ -163,6 +163,15 @@ def test_what_is_no_number_shows_where_it_is_seen():
 
 
 @multiplies
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
+def test_no_kind_of_nan_is_rounded_to_a_number(bits):
+    queries, keys, values, _ = arrays(1, 20, 2, 1, 16, 16)
+    values[0, 3, 0, 5] = np.array(bits, np.uint32).view(np.float32)
+    out = attention(*map(jnp.asarray, (queries, keys, values)), jnp.ones((1, 20), jnp.int32), 0.25, None)
+    assert np.isnan(out[0, 3:, :, 5]).all()
+
+
+@multiplies
 def test_rows_of_a_batch_are_what_each_is_alone():
     queries, keys, values, _ = arrays(3, 50, 4, 2, 16, 16)
     segments = segments_of(3, 50, 2)
