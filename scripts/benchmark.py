@@ -168,7 +168,9 @@ def table(records: Sequence[dict]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The median, and between which values they lie."""
+    """The median, and between which values they lie, where there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 

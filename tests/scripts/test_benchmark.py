@@ -35,6 +35,7 @@ def test_ratios_are_of_runs_after_each_other_and_with_the_fastest_of_ours(benchm
     assert lines[0] == "| LoRA, 4 x 256 | ftjax, float32 | 200 |  | 2.00 GB |  |"
     assert lines[2] == "| LoRA, 4 x 256 | transformers + PEFT, float32 | 50 | 4.00 (2.00 to 6.00) | 2.00 GB | 7 s |"
     assert lines[3].endswith("| 20 s |")
+    assert benchmark.spread([1.5]) == "1.50"
     assert lines[4].endswith("| 9 s |")
     assert lines[5] == "| the quickstart, training and scoring (90.5%) | ftjax | | | | 5.5 min in all |"
 
