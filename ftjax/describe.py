@@ -243,7 +243,7 @@ def _size(abstract: Tree, count: int | None = None) -> str:
 
 def _multiplied(config: ConfigDict, asked: ConfigDict, mesh: Mesh) -> str:
     if config.model.matmul == "onednn":
-        return ", multiplied in bfloat16 by oneDNN"
+        return f", multiplied in {onednn.operands()} by oneDNN"
     _, reason = onednn.choose(asked.model.matmul, sharding.platform(mesh), mesh.size)
     return f", multiplied by XLA: {reason}" if reason else ""
 

@@ -209,7 +209,7 @@ def measured_peak(spec: DecoderSpec, tokens: int, config: ConfigDict) -> float:
     """
     dtype, multiply = jnp.dtype(config.dtype), jnp.matmul
     if config.matmul == "onednn":
-        dtype, multiply = jnp.bfloat16, lambda left, right: onednn.product(left, right, jnp.float32)
+        dtype, multiply = onednn.operands(), lambda left, right: onednn.product(left, right, jnp.float32)
     left = jnp.ones((tokens, spec.hidden_size), dtype)
     right = jnp.ones((spec.hidden_size, spec.intermediate_size), dtype)
     product = jax.jit(multiply).lower(left, right).compile()

@@ -107,7 +107,8 @@ class Linear(nn.Module):
                 if onednn.in_use() and "layer" in packed:
                     return onednn.product_with_layer(x, **packed, dtype=self.out_dtype or self.dtype)
                 if onednn.in_use():
-                    return onednn.product(x, quant.dequantize(packed, jnp.bfloat16), self.out_dtype or self.dtype)
+                    whole = quant.dequantize(packed, onednn.operands())
+                    return onednn.product(x, whole, self.out_dtype or self.dtype)
                 return jnp.matmul(x, quant.dequantize(packed, self.dtype), preferred_element_type=self.out_dtype)
 
             product = functools.partial(multiply, packed=packed)

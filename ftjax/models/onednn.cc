@@ -42,8 +42,8 @@ ffi::Error Multiplied(ffi::ThreadPool& threads, const std::vector<Operands>& pro
       for (const Operands& its : products) {
         Part part = its.part;
         (by_rows ? part.rows : part.columns) = std::min(step, length - from);
-        Multiply(part, its.left + (by_rows ? 2 * from * part.left[0] : 0),
-                 its.right + (by_rows ? 0 : 2 * from * part.right[1]), to);
+        Multiply(part, its.left + (by_rows ? kSize * from * part.left[0] : 0),
+                 its.right + (by_rows ? 0 : kSize * from * part.right[1]), to);
       }
     });
   }
@@ -63,7 +63,7 @@ ffi::Error ProductWithLayer(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::A
   const int64_t index = std::clamp<int64_t>(*layer.typed_data<int32_t>(), 0, kernels[0] - 1);
   const int64_t count = rows * inner * panels < (1 << 14) ? 1 : std::max<int64_t>(1, threads.num_threads());
   const int64_t step = (panels + count - 1) / count, size = 2 * inner * kPanel;
-  const char* its_left = static_cast<const char*>(left.untyped_data());
+  const auto* its_left = static_cast<const Number*>(left.untyped_data());
   const char* its_panels = static_cast<const char*>(all.untyped_data()) + index * panels * size;
   std::vector<std::function<void()>> pieces;
   for (int64_t from = 0; from < panels; from += step) {

@@ -1,5 +1,5 @@
-// What onednn.cc and the headers beside it share: one thread's matrix product, by oneDNN, of bfloat16 values, summed in
-// float32; and XLA's threads at work on one thing.
+// What onednn.cc and the headers beside it share: one thread's matrix product, by oneDNN, of bfloat16 or float32 values,
+// summed in float32; and XLA's threads at work on one thing.
 //
 // oneDNN's own threads would be a second pool, which waits for work by spinning on the cores that XLA's next operation
 // needs. So each of XLA's threads multiplies a part of the result by itself.
@@ -26,6 +26,16 @@ namespace ftjax {
 namespace ffi = xla::ffi;
 using dnnl::memory;
 
+// Of what is multiplied: bfloat16, as its bits, on CPUs with instructions for it, and float32 on others (onednn.py).
+#ifdef __AVX512BF16__
+using Number = uint16_t;
+constexpr auto kType = memory::data_type::bf16;
+#else
+using Number = float;
+constexpr auto kType = memory::data_type::f32;
+#endif
+constexpr int64_t kSize = sizeof(Number);
+
 inline const dnnl::engine& Cpu() {
   static const dnnl::engine engine(dnnl::engine::kind::cpu, 0);
   return engine;
@@ -51,8 +61,8 @@ struct Compiled {
   dnnl::matmul product;
 
   explicit Compiled(const Part& part)
-      : left({part.rows, part.inner}, memory::data_type::bf16, part.left),
-        right({part.inner, part.columns}, memory::data_type::bf16, part.right),
+      : left({part.rows, part.inner}, kType, part.left),
+        right({part.inner, part.columns}, kType, part.right),
         out({part.rows, part.columns}, part.type, part.out) {
     dnnl::primitive_attr attributes;
     // The library's own scratch memory must not be used by two threads at once.

@@ -1,7 +1,9 @@
-"""Matrix products by oneDNN on CPUs: of values rounded to bfloat16, summed in float32.
+"""Matrix products by oneDNN on CPUs: of values rounded to bfloat16 where the CPU has instructions for that, else of
+float32, summed in float32.
 
 XLA multiplies bfloat16 on CPUs no faster than float32; CPUs with instructions for it are twice as fast. oneDNN uses
-them. `onednn.cc` hands it XLA's buffers, and is compiled when it is first used, since it depends on the jaxlib at hand.
+them. Where there are none, what is gained is that products which belong together are made in the cache. `onednn.cc`
+hands oneDNN XLA's buffers, and is compiled when it is first used, since it depends on the jaxlib at hand.
 """
 
 import contextlib
@@ -36,9 +38,12 @@ _PRODUCT, _WITH_LAYER, _SUM = "ftjax_product", "ftjax_product_with_layer", "ftja
 ATTENTION, ATTENTION_GRADIENTS = "ftjax_attention", "ftjax_attention_gradients"  # see onednn_attention.py
 _SOURCES = ("onednn.cc", "onednn.h", "onednn_attention.h", "onednn_panels.h")  # the first is compiled
 _LIBRARY, _HEADERS = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
-# Every CPU with instructions for products of bfloat16 has the others.
-_FLAGS = ("-std=c++17", "-O3", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")))
-_FLAGS += ("-shared", "-fPIC", "-fopenmp")
+_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp")
+# By what is multiplied. Every CPU with instructions for products of bfloat16 has the others.
+_INSTRUCTIONS = {
+    jnp.dtype("bfloat16"): tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")),
+    jnp.dtype("float32"): ("-mavx2", "-mfma"),
+}
 _HERE = Path(__file__).parent
 _used = contextvars.ContextVar("matrix products by oneDNN", default=False)
 
@@ -62,14 +67,20 @@ def lacks() -> str:
     """What is missing on this machine, with the remedy if there is one; "" if products by oneDNN are to be had."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"oneDNN is used on Linux on x86-64, and this is {sys.platform} on {platform.machine()}"
-    if "avx512_bf16" not in _cpu_flags():
-        return "this CPU has no instructions for products of bfloat16 (avx512_bf16)"
+    if not {"avx2", "fma"} <= _cpu_flags():
+        return "this CPU has no instructions of AVX2 (avx2, fma)"
     for name in (_LIBRARY, _HEADERS):
         if not any(importlib.metadata.distributions(name=name)):
             return f"{name} is not installed: {EXTRA}"
     if shutil.which(_compiler()[0]) is None:
         return f"there is no C++ compiler {_compiler()[0]}: install g++, or name another one in CXX"
     return ""
+
+
+@functools.cache
+def operands() -> jnp.dtype:
+    """What values are rounded to before this CPU multiplies them: bfloat16 or float32, which they all are already."""
+    return jnp.dtype("bfloat16" if "avx512_bf16" in _cpu_flags() else "float32")
 
 
 def choose(wanted: str, platform: str, count: int) -> tuple[str, str]:
@@ -87,7 +98,7 @@ def choose(wanted: str, platform: str, count: int) -> tuple[str, str]:
 def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, turned: bool = False) -> jax.Array:
     """x [..., in] @ kernel [in, out], turned: x @ kernel.T of a kernel [out, in] -> `dtype` [..., out].
 
-    x and kernel have any float dtype and are rounded to bfloat16, and so is the gradient of the result.
+    x and kernel have any float dtype and become `operands()`, and so does the gradient of the result.
     """
     load()
     return _product(x, kernel, jnp.dtype(dtype), turned)
@@ -128,7 +139,7 @@ def product_with_layer(x: jax.Array, panels: jax.Array, layer: jax.Array, dtype:
         return jnp.zeros(shape, dtype)
     result = jax.ShapeDtypeStruct((len(rows), shape[-1]), jnp.float32)
     call = jax.ffi.ffi_call(_WITH_LAYER, result, vmap_method="sequential")
-    return call(rows.astype(jnp.bfloat16), panels, layer).reshape(shape).astype(dtype)
+    return call(rows.astype(operands()), panels, layer).reshape(shape).astype(dtype)
 
 
 def adapted(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -181,15 +192,15 @@ def _multiply(left, right, dtype, left_turned=False, right_turned=False):
     shape = _shape(left, right, left_turned, right_turned)
     if 0 in (*left.shape, *right.shape):
         return jnp.zeros(shape, dtype)
-    result = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+    result = jnp.bfloat16 if dtype == operands() == jnp.bfloat16 else jnp.float32
     call = jax.ffi.ffi_call(_PRODUCT, jax.ShapeDtypeStruct(shape, result), vmap_method="sequential")
     turned = {"left_turned": np.bool_(left_turned), "right_turned": np.bool_(right_turned)}
-    return call(left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), **turned).astype(dtype)
+    return call(left.astype(operands()), right.astype(operands()), **turned).astype(dtype)
 
 
 def _sum_of_two(left, right, second_left, second_right, dtype, right_turned=False):
     """left @ right + second_left @ second_right, as `_multiply` each, summed in float32."""
-    given = [x.astype(jnp.bfloat16) for x in (left, right, second_left, second_right)]
+    given = [x.astype(operands()) for x in (left, right, second_left, second_right)]
     shape = _shape(left, right, False, right_turned)
     if shape != _shape(second_left, second_right, False, right_turned):
         raise ValueError(f"products of {left.shape} and {second_left.shape} have other shapes")
@@ -235,7 +246,7 @@ def _built() -> ctypes.CDLL:
     sources = [_HERE.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES]
     versions = (jaxlib.__version__, *(importlib.metadata.version(name) for name in (_LIBRARY, _HEADERS)))
     library = _installed(_LIBRARY, "libdnnl.so.3")
-    known = "\0".join((*sources, *_FLAGS, *versions, str(library), shlex.join(_compiler())))
+    known = "\0".join((*sources, *_flags(), *versions, str(library), shlex.join(_compiler())))
     name = hashlib.sha256(known.encode()).hexdigest()[:24] + ".so"
     path = cache.file("onednn", name, _compile)
     try:
@@ -255,7 +266,7 @@ def _compile(path: Path) -> None:
     library = _installed(_LIBRARY, "libdnnl.so.3")
     headers = _installed(_HEADERS, "oneapi/dnnl/dnnl.hpp").parents[2]
     found = [f"-I{jax.ffi.include_dir()}", f"-I{headers}", str(library), f"-Wl,-rpath,{library.parent}"]
-    command = [*_compiler(), str(_HERE / _SOURCES[0]), *_FLAGS, *found, "-o", str(path)]
+    command = [*_compiler(), str(_HERE / _SOURCES[0]), *_flags(), *found, "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
@@ -263,6 +274,10 @@ def _compile(path: Path) -> None:
             f"{shlex.join(_compiler())} cannot compile {_HERE / _SOURCES[0]}: {'; '.join(errors[:3])}; "
             "name another compiler in CXX"
         )
+
+
+def _flags() -> tuple[str, ...]:
+    return (*_FLAGS, *_INSTRUCTIONS[operands()])
 
 
 def _installed(distribution: str, end: str) -> Path:

@@ -1,4 +1,4 @@
-// Causal attention of whole rows and its gradients, for onednn.cc: matrix products by oneDNN, of bfloat16
+// Causal attention of whole rows and its gradients, for onednn.cc: matrix products by oneDNN, of bfloat16 or float32
 // values, summed in float32; the softmax in float32. A block of queries at a time, so that its scores stay in the
 // cache (Dao et al. 2022), and all heads that share keys in one product. The backward pass makes the scores again.
 
@@ -13,15 +13,18 @@
 namespace ftjax {
 namespace {
 
+#ifdef __AVX512F__
 constexpr int64_t kLanes = 16;       // of a vector
+#else
+constexpr int64_t kLanes = 8;
+#endif
 constexpr int64_t kKeys = 64;        // what the number of a block's keys is a multiple of: few sizes are compiled
 constexpr int64_t kRows = 192;       // of a product, at most: queries of a block times heads that share keys
 constexpr int64_t kScores = 1 << 20; // of a block, at most, where rows are long
 constexpr float kNone = -1e30f;      // what a score is at least
 
-using Floats = float __attribute__((vector_size(64)));
-using Ints = int32_t __attribute__((vector_size(64)));
-using Halves = uint16_t __attribute__((vector_size(32)));
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 
 Floats Load(const float* from) {
   Floats x;
@@ -31,13 +34,13 @@ Floats Load(const float* from) {
 
 void Store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
+#ifdef __AVX512BF16__
 // To the nearest bfloat16, ties to even; NaN stays.
-Halves Rounded(Floats x) { return (Halves)_mm512_cvtneps_pbh((__m512)x); }
-
 void Store(uint16_t* to, Floats x) {
-  const Halves halves = Rounded(x);
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
   std::memcpy(to, &halves, sizeof halves);
 }
+#endif
 
 // e^x for x <= 0, relatively within 1e-5; NaN stays.
 Floats Exp(Floats x) {
@@ -66,28 +69,35 @@ float Largest(Floats x) {
   return largest;
 }
 
-// bfloat16 of `count` numbers.
-void Round(const float* from, int64_t count, uint16_t* to) {
+// `count` numbers as they are multiplied.
+void Round(const float* from, int64_t count, Number* to) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) Store(to + i, Load(from + i));
   if (i < count) {
     Floats last{};
     std::memcpy(&last, from + i, (count - i) * sizeof(float));
-    const Halves halves = Rounded(last);
-    std::memcpy(to + i, &halves, (count - i) * sizeof(uint16_t));
+    Number rounded[kLanes];
+    Store(rounded, last);
+    std::memcpy(to + i, rounded, (count - i) * kSize);
   }
+}
+
+// Where `count` of them are rounded to: float32 stays where it is.
+Number* RoundedTo(float* numbers, int64_t count, Room& room) {
+  return kSize == sizeof(float) ? reinterpret_cast<Number*>(numbers) : room.Take<Number>(count);
 }
 
 // Which of a vector's columns, the first of which is `column`, lie in [from, to): all bits set, or none.
 Ints Within(int64_t column, int64_t from, int64_t to) {
-  constexpr Ints order{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const Ints places = order + static_cast<int32_t>(column);
+  Ints places{};
+  for (int i = 0; i < kLanes; ++i) places[i] = i;
+  places += static_cast<int32_t>(column);
   return (places >= static_cast<int32_t>(from)) & (places < static_cast<int32_t>(to));
 }
 
 // scores[0:count], of which columns [from, to) are seen, become e^(score - the largest seen), 0 where not seen.
-// Returns their sum. from < to; count is a multiple of kLanes. rounded, if there: the same in bfloat16.
-float Exponents(float* scores, int64_t count, int64_t from, int64_t to, uint16_t* rounded) {
+// Returns their sum. from < to; count is a multiple of kLanes. rounded, if there: the same, to be multiplied.
+float Exponents(float* scores, int64_t count, int64_t from, int64_t to, Number* rounded) {
   const int64_t begin = from / kLanes * kLanes;
   Floats most = Floats{} + kNone, sum{};
   for (int64_t i = begin; i < to; i += kLanes) {
@@ -124,20 +134,20 @@ struct Sizes {
   int64_t rows() const { return group * block; }
 };
 
-// The keys or values [length, width] of one head, in bfloat16, with zeros behind them.
-void RoundHead(const Sizes& its, const float* all, int64_t width, uint16_t* to) {
+// The keys or values [length, width] of one head, to be multiplied, with zeros behind them.
+void RoundHead(const Sizes& its, const float* all, int64_t width, Number* to) {
   for (int64_t t = 0; t < its.length; ++t) Round(all + t * its.kv_heads * width, width, to + t * width);
-  std::memset(to + its.length * width, 0, (its.padded - its.length) * width * sizeof(uint16_t));
+  std::memset(to + its.length * width, 0, (its.padded - its.length) * width * kSize);
 }
 
-// What the queries of a block have, of the heads of one group, in bfloat16: [group x block, width], zeros behind the end.
-void RoundBlock(const Sizes& its, const float* all, int64_t from, int64_t width, uint16_t* to) {
+// What the queries of a block have, of the heads of one group: [group x block, width], zeros behind the end.
+void RoundBlock(const Sizes& its, const float* all, int64_t from, int64_t width, Number* to) {
   for (int64_t head = 0; head < its.group; ++head)
     for (int64_t t = from; t < from + its.block; ++t, to += width)
       if (t < its.length)
         Round(all + (t * its.heads + head) * width, width, to);
       else
-        std::memset(to, 0, width * sizeof(uint16_t));
+        std::memset(to, 0, width * kSize);
 }
 
 // The keys that a block of queries sees, [begin, end), and those of each: [first[t], t].
@@ -162,12 +172,13 @@ struct Inputs {
 // Blocks of queries `part`, `part` + `parts`, ... of the heads of one group -> out [length, group of heads, value width].
 void Forward(const Sizes& its, const Inputs& given, int64_t part, int64_t parts, float* out) {
   const int64_t rows = its.rows(), width = its.width, value_width = its.value_width, padded = its.padded;
-  Room room(2 * padded * (width + value_width) + rows * (2 * width + 6 * padded + 4 * value_width + 4) + 8 * 64);
-  auto* keys = room.Take<uint16_t>(padded * width);
-  auto* values = room.Take<uint16_t>(padded * value_width);
-  auto* queries = room.Take<uint16_t>(rows * width);
+  Room room(kSize * padded * (width + value_width) +
+            rows * (kSize * width + (4 + kSize) * padded + 4 * value_width + 4) + 8 * 64);
+  auto* keys = room.Take<Number>(padded * width);
+  auto* values = room.Take<Number>(padded * value_width);
+  auto* queries = room.Take<Number>(rows * width);
   auto* scores = room.Take<float>(rows * padded);
-  auto* weights = room.Take<uint16_t>(rows * padded);
+  auto* weights = RoundedTo(scores, rows * padded, room);
   auto* sums = room.Take<float>(rows);
   auto* found = room.Take<float>(rows * value_width);
   RoundHead(its, given.keys, width, keys);
@@ -197,15 +208,16 @@ void Forward(const Sizes& its, const Inputs& given, int64_t part, int64_t parts,
 void Backward(const Sizes& its, const Inputs& given, const float* gradient, int64_t part, int64_t parts,
               float* d_queries, float* d_keys, float* d_values) {
   const int64_t rows = its.rows(), width = its.width, value_width = its.value_width, padded = its.padded;
-  Room room(2 * padded * (width + value_width) + rows * (6 * width + 2 * value_width + 12 * padded) + 9 * 64);
-  auto* keys = room.Take<uint16_t>(padded * width);
-  auto* values = room.Take<uint16_t>(padded * value_width);
-  auto* queries = room.Take<uint16_t>(rows * width);
-  auto* left = room.Take<uint16_t>(rows * value_width);
+  Room room(kSize * padded * (width + value_width) +
+            rows * ((4 + kSize) * width + kSize * value_width + 2 * (4 + kSize) * padded) + 9 * 64);
+  auto* keys = room.Take<Number>(padded * width);
+  auto* values = room.Take<Number>(padded * value_width);
+  auto* queries = room.Take<Number>(rows * width);
+  auto* left = room.Take<Number>(rows * value_width);
   auto* scores = room.Take<float>(rows * padded);
   auto* d_weights = room.Take<float>(rows * padded);
-  auto* weights = room.Take<uint16_t>(rows * padded);
-  auto* d_scores = room.Take<uint16_t>(rows * padded);
+  auto* weights = RoundedTo(scores, rows * padded, room);
+  auto* d_scores = RoundedTo(d_weights, rows * padded, room);
   auto* found = room.Take<float>(rows * width);
   RoundHead(its, given.keys, width, keys);
   RoundHead(its, given.values, value_width, values);

@@ -1,7 +1,7 @@
 """Attention of whole rows on CPUs whose matrix products oneDNN makes: as accelerators' kernels, no scores in memory.
 
-`onednn_attention.h` computes it, see there. Queries, keys, values, weights and gradients are rounded to bfloat16 where
-they are multiplied, as torch's autocast does; all else is float32.
+`onednn_attention.h` computes it, see there. Where the CPU multiplies bfloat16, queries, keys, values, weights and
+gradients are rounded to that, as under torch's autocast; all else is float32.
 """
 
 import jax

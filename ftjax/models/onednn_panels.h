@@ -14,27 +14,72 @@ namespace ftjax {
 namespace {
 
 constexpr int64_t kPanel = 16;    // columns of a panel [inner / 2, kPanel, 2], see quant.panels
-constexpr int64_t kTogether = 16; // rows, each of which has a register for its sums
 constexpr int64_t kFew = 64;      // rows, up to which panels are multiplied as they are
 constexpr int64_t kUnpacked = 64; // panels at a time, where rows are more
 constexpr int64_t kAhead = 4096;  // bytes of the kernel that are on their way from memory
 
-// `kRows` rows, of which `pairs` [inner / 2, kRows] has two neighbors in each number, by one panel -> as many rows of
-// out, which lie `columns` apart.
+// Two neighbors of a row.
+struct Pair {
+  Number numbers[2];
+};
+
+// `kRows` rows, of which `pairs` has [inner / 2, kRows], by one panel of bfloat16 -> as many rows of out, which lie
+// `columns` apart.
+#ifdef __AVX512BF16__
+constexpr int64_t kTogether = 16;  // rows, each of which has a register for its sums
+
 template <int kRows>
-void ByPanel(const int32_t* pairs, int64_t inner, const char* panel, float* out, int64_t columns) {
+void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* out, int64_t columns) {
   __m512 sums[kRows];
   for (auto& sum : sums) sum = _mm512_setzero_ps();
   for (int64_t i = 0; i < inner / 2; ++i) {
     const auto weights = (__m512bh)_mm512_loadu_si512(panel + i * kPanel * 4);
     _mm_prefetch(panel + i * kPanel * 4 + kAhead, _MM_HINT_T0);
-    for (int row = 0; row < kRows; ++row)
-      sums[row] = _mm512_dpbf16_ps(sums[row], (__m512bh)_mm512_set1_epi32(pairs[i * kRows + row]), weights);
+    for (int row = 0; row < kRows; ++row) {
+      int32_t both;
+      __builtin_memcpy(&both, pairs + i * kRows + row, sizeof both);
+      sums[row] = _mm512_dpbf16_ps(sums[row], (__m512bh)_mm512_set1_epi32(both), weights);
+    }
   }
   for (int row = 0; row < kRows; ++row) _mm512_storeu_ps(out + row * columns, sums[row]);
 }
+#else
+constexpr int64_t kTogether = 6;  // rows, each of which has two registers for its sums
 
-using PanelProduct = void (*)(const int32_t*, int64_t, const char*, float*, int64_t);
+template <int kRows>
+void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* out, int64_t columns) {
+  __m256 sums[kRows][2];
+  for (auto& its : sums) its[0] = its[1] = _mm256_setzero_ps();
+  for (int64_t i = 0; i < inner / 2; ++i) {
+    const auto* both = reinterpret_cast<const __m256i*>(panel + i * kPanel * 4);
+    _mm_prefetch(panel + i * kPanel * 4 + kAhead, _MM_HINT_T0);
+    for (int which = 0; which < 2; ++which) {  // of two neighbors: the lower half of a number's bits, or the upper
+      __m256 weights[2];
+      for (int half = 0; half < 2; ++half) {
+        const __m256i bits = _mm256_loadu_si256(both + half);
+        weights[half] = (__m256)(which ? _mm256_and_si256(bits, _mm256_set1_epi32(0xffff0000)) : _mm256_slli_epi32(bits, 16));
+      }
+      for (int row = 0; row < kRows; ++row) {
+        const __m256 number = _mm256_set1_ps(pairs[i * kRows + row].numbers[which]);
+        for (int half = 0; half < 2; ++half) sums[row][half] = _mm256_fmadd_ps(number, weights[half], sums[row][half]);
+      }
+    }
+  }
+  for (int row = 0; row < kRows; ++row)
+    for (int half = 0; half < 2; ++half) _mm256_storeu_ps(out + row * columns + 8 * half, sums[row][half]);
+}
+#endif
+
+// A number of a panel, to be multiplied.
+inline Number Widened(uint16_t bits) {
+  if (kSize == sizeof(bits)) return bits;
+  const uint32_t all = uint32_t{bits} << 16;
+  Number number;
+  __builtin_memcpy(&number, &all, kSize);
+  return number;
+}
+
+using PanelProduct = void (*)(const Pair*, int64_t, const char*, float*, int64_t);
 
 template <int... kCounts>
 constexpr std::array<PanelProduct, sizeof...(kCounts)> PanelProducts(std::integer_sequence<int, kCounts...>) {
@@ -42,17 +87,17 @@ constexpr std::array<PanelProduct, sizeof...(kCounts)> PanelProducts(std::intege
 }
 
 // left [rows, inner] by `count` panels -> the first 16 x count of the `columns` of out [rows, columns].
-void ByPanels(const char* left, int64_t rows, int64_t inner, const char* panels, int64_t count, float* out,
+void ByPanels(const Number* left, int64_t rows, int64_t inner, const char* panels, int64_t count, float* out,
               int64_t columns) {
   static constexpr auto products = PanelProducts(std::make_integer_sequence<int, kTogether>());
   if (rows <= kFew) {
-    Room room(2 * rows * inner + 64);
-    auto* pairs = room.Take<int32_t>(rows * inner / 2);
+    Room room(kSize * rows * inner + 64);
+    auto* pairs = room.Take<Pair>(rows * inner / 2);
     for (int64_t first = 0; first < rows; first += kTogether) {
       const int64_t together = std::min(kTogether, rows - first);
       for (int64_t row = 0; row < together; ++row)
         for (int64_t i = 0; i < inner / 2; ++i)
-          __builtin_memcpy(pairs + first * inner / 2 + i * together + row, left + ((first + row) * inner + 2 * i) * 2, 4);
+          __builtin_memcpy(pairs + first * inner / 2 + i * together + row, left + (first + row) * inner + 2 * i, sizeof(Pair));
     }
     for (int64_t panel = 0; panel < count; ++panel)
       for (int64_t row = 0; row < rows; row += kTogether)
@@ -61,8 +106,8 @@ void ByPanels(const char* left, int64_t rows, int64_t inner, const char* panels,
     return;
   }
   // Many rows pay for the order that oneDNN reads, of some panels at a time: a head may have a thousand times as many.
-  Room room(2 * inner * std::min(count, kUnpacked) * kPanel + 64);
-  auto* kernel = room.Take<uint16_t>(inner * std::min(count, kUnpacked) * kPanel);
+  Room room(kSize * inner * std::min(count, kUnpacked) * kPanel + 64);
+  auto* kernel = room.Take<Number>(inner * std::min(count, kUnpacked) * kPanel);
   for (int64_t first = 0; first < count; first += kUnpacked) {
     const int64_t here = std::min(kUnpacked, count - first), its_columns = here * kPanel;
     const auto* from = reinterpret_cast<const uint16_t*>(panels) + first * inner * kPanel;
@@ -70,8 +115,8 @@ void ByPanels(const char* left, int64_t rows, int64_t inner, const char* panels,
       for (int64_t i = 0; i < inner; ++i)
         for (int64_t column = 0; column < kPanel; ++column)
           kernel[i * its_columns + panel * kPanel + column] =
-              from[(panel * inner + i / 2 * 2) * kPanel + column * 2 + i % 2];
-    Multiply({rows, inner, its_columns, Lying(inner), Lying(its_columns), Lying(columns)}, const_cast<char*>(left),
+              Widened(from[(panel * inner + i / 2 * 2) * kPanel + column * 2 + i % 2]);
+    Multiply({rows, inner, its_columns, Lying(inner), Lying(its_columns), Lying(columns)}, const_cast<Number*>(left),
              kernel, out + first * kPanel);
   }
 }
