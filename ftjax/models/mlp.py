@@ -78,9 +78,15 @@ class MLP(nn.Module):
             own = None if rng is None else jax.random.fold_in(rng, PROJECTIONS.index(name))
             return layer(x, token_index, own)
 
+        def down(_, scalars, *projected):
+            inner = _activated(spec, scalars, *projected)
+            return linear("down_proj", spec.hidden_size, ("mlp", "embed"), inner)
+
         scalars = Xielu(self.param_dtype, name="act_fn")() if spec.hidden_act == "xielu" else ()
-        inner = _inner(spec, lambda name, features: linear(name, features, ("embed", "mlp"), x), scalars)
-        return scaled(linear("down_proj", spec.hidden_size, ("mlp", "embed"), inner), spec.multipliers.down)
+        projected = _projected(spec, lambda name, features: linear(name, features, ("embed", "mlp"), x))
+        # The activations too are made again: they are as wide as what they are made of, and cost little beside it.
+        out = nn.remat(down, prevent_cse=False)(self, scalars, *projected)
+        return scaled(out, spec.multipliers.down)
 
     def _gathered(self, variables):
         """The kernels as products use them: in `dtype`, whole along the model's width."""
@@ -301,31 +307,30 @@ def _mixture(
             out = out + grouped_matmul(grouped_matmul(rows, stack["lora_a"], sizes), stack["lora_b"], sizes)
         return out + stack["bias"][owners] if "bias" in stack else out
 
-    out = project("down_proj", _inner(spec, lambda name, _: project(name, rows)))
+    projected = _projected(spec, lambda name, _: project(name, rows))
+    out = project("down_proj", remade(functools.partial(_activated, spec))((), *projected))
     # Rows of no expert here may hold anything after the products. The second sort is the inverse of the first.
     out = jnp.where(owners[:, None] < count, out, 0)[jnp.argsort(order)]
     out = out.reshape(flat.shape[0], per_token, -1)
     return jnp.einsum("nkd,nk->nd", out, weights.reshape(-1, per_token)).reshape(x.shape)
 
 
-def _inner(
-    spec: DecoderSpec, project: Callable[[str, int], jax.Array], scalars: tuple[jax.Array, ...] = ()
-) -> jax.Array:
-    """The activations between the two projections, [..., intermediate_size] in the dtype that `project` gives.
+def _projected(spec: DecoderSpec, project: Callable[[str, int], jax.Array]) -> list[jax.Array]:
+    """What activations are made of: [..., features] each, in the dtype that `project` gives.
 
-    project(name, features) makes and applies one projection of the layer's input: [..., features]; scalars: of the
-    activation, where it has any.
+    project(name, features) makes and applies one projection of the layer's input: [..., features].
     """
     features = spec.intermediate_size
     if spec.gate in GATES:
-        projected = [project(name, features) for name in GATES[spec.gate]]
-    else:
-        projected = [project("gate_up_proj", 2 * features)]
-    return remade(functools.partial(_activated, spec))(scalars, *projected)
+        return [project(name, features) for name in GATES[spec.gate]]
+    return [project("gate_up_proj", 2 * features)]
 
 
 def _activated(spec: DecoderSpec, scalars: tuple[jax.Array, ...], *projected: jax.Array) -> jax.Array:
-    """What `_inner` returns, from the projections [..., features] in the order of their names there."""
+    """The activations between the two projections, [..., intermediate_size].
+
+    scalars: of the activation, where it has any; projected: what `_projected` returns.
+    """
 
     def activation(x):
         return ACTIVATIONS[spec.hidden_act](x, *scalars)

@@ -13,11 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from ftjax.objectives import head as heads
 from ftjax.objectives.head import Head
-from ftjax.sharding import partition_spec
+from ftjax.sharding import partition_spec, platform
 
 BLOCK = 2**25  # logits of a device at a time: 128 MiB in float32
 COLUMNS = 8192  # of the vocabulary at a time, where the head has to be gathered
-TOKENS = 512  # in a block, at most, where it has not: blocks without a trained token are skipped
+# Tokens in a block, at most, where it has not: blocks without a trained token are skipped. CPUs multiply fewer as fast.
+TOKENS, ON_CPUS = 512, 256
 LOWEST = -1e30  # a logit that does not count: finite, because the difference of two infinities is NaN
 
 
@@ -63,7 +64,8 @@ def cut(chunks: Chunks | None, hidden: jax.Array, head: Head, split: HeadSplit) 
     here, tokens = columns_of(head), math.prod(hidden.shape[:2])
     if chunks is None:
         columns = min(here, COLUMNS) if split.width else here
-        chunks = Chunks(columns, max(BLOCK // columns, 1) if split.width else TOKENS)
+        own = ON_CPUS if platform(jax.sharding.get_abstract_mesh()) == "cpu" else TOKENS
+        chunks = Chunks(columns, max(BLOCK // columns, 1) if split.width else own)
     return Chunks(min(chunks.columns, here), min(chunks.tokens, tokens))
 
 
