@@ -1,4 +1,4 @@
-"""Attention whose products oneDNN makes on a CPU, against float64 NumPy and torch's in bfloat16."""
+"""Attention whose products oneDNN makes on a CPU, of bfloat16 or float32, against float64 NumPy and torch's in bfloat16."""
 
 import dataclasses
 import functools
@@ -18,6 +18,7 @@ from ftjax.models.kernels import choose
 from ftjax.models.onednn_attention import attention, first_seen
 
 multiplies = pytest.mark.skipif(bool(onednn.lacks()), reason=onednn.lacks())
+rounds = onednn.operands() == jnp.bfloat16  # or else products are those of float32
 
 
 def arrays(batch, length, heads, kv_heads, width, value_width):
@@ -108,7 +109,7 @@ def test_result_and_gradients_are_as_near_to_float64_as_torchs_in_bfloat16(shape
     found, others = errors(ours(*given), wanted), errors(torchs(*given), wanted)
     record_figure("result and gradients", max(found))
     record_figure("torch's", max(others))
-    assert max(found) < 0.01
+    assert max(found) < (0.01 if rounds else 2e-6)
     for name, our_error, their_error in zip(("out", "queries", "keys", "values"), found, others, strict=True):
         assert our_error <= 1.5 * their_error, name
 
@@ -207,5 +208,5 @@ def test_models_see_the_same_by_either(name, record_figure):
     record_figure("by this attention", between)
     record_figure("by the other products", others)
     assert (between == 0) == (name in ("gemma2", "gpt_oss"))
-    assert others < 0.1
-    assert between < 1.5 * others
+    assert others < (0.1 if rounds else 1e-5)
+    assert between < (1.5 * others if rounds else 1e-5)
