@@ -1,4 +1,4 @@
-"""Attention whose products oneDNN makes on a CPU, of bfloat16 or float32, against float64 NumPy and torch's in bfloat16."""
+"""Attention whose products oneDNN makes on a CPU, of bfloat16 or float32, against float64 NumPy and torch."""
 
 import dataclasses
 import functools
