@@ -1,5 +1,5 @@
-"""config.model.matmul='onednn': products of bfloat16, or of float32 on CPUs without instructions for that, against float64
-NumPy and torch's autocast.
+"""config.model.matmul='onednn': products of bfloat16, or where the CPU has no instructions for that of float32, against
+float64 NumPy and torch's autocast.
 """
 
 import importlib.metadata
