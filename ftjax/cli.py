@@ -58,6 +58,7 @@ def run(main: Callable[[list[str]], int | None], parse: Callable[[list[str]], li
 
 
 _COMPILED = 4 * 2**30  # bytes of compiled programs that are kept, those used last
+_LONG = 1.0  # seconds of compilation after which there is memory to give back
 
 
 def _keep_compiled() -> None:
@@ -86,7 +87,7 @@ def _give_back_memory() -> None:
     release = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
     def compiled(event: str, seconds: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration" and seconds > 1:
+        if event == "/jax/core/compile/backend_compile_duration" and seconds > _LONG:
             release(0)
 
     if release is not None:  # other libraries have none

@@ -59,8 +59,8 @@ KEYS: dict[str, Key] = {
     "model.remat": Key("auto", one_of("auto", "none", "full", "offload")),
     # auto: the fastest that serves the model here.
     "model.attention": Key("auto", one_of("auto", "splash", "cudnn", "onednn", "xla")),
-    # What multiplies with kernels. onednn: on one CPU that has instructions for bfloat16, with values rounded to that;
-    # auto: onednn where it is to be had (docs/devices.md).
+    # What multiplies with kernels. onednn: on one CPU, with values rounded to bfloat16 where it has instructions for
+    # that; auto: onednn where it is to be had (docs/devices.md).
     "model.matmul": Key("xla", one_of("xla", "onednn", "auto")),
     # Read the vision tower of a multimodal model too, so that rows may have images (docs/images.md).
     "model.vision": Key(False, ANY),

@@ -84,3 +84,27 @@ def test_what_is_compiled_is_kept_for_later_commands(tmp_path):
     script = KEEPS.format(directory=str(tmp_path))
     subprocess.run([sys.executable, "-c", script], env=environment | {"JAX_PLATFORMS": "cpu"}, check=True)
     assert list(tmp_path.glob("compiled/*/*-cache"))
+
+
+GIVES_BACK = """
+import ctypes, jax
+from ftjax import cli
+asked = []
+class Libc:
+    malloc_trim = staticmethod(asked.append)
+ctypes.CDLL = lambda name: Libc
+cli._LONG = 3600.0
+cli._give_back_memory()
+jax.jit(lambda x: x + 1)(1.0)
+assert asked == []  # it was quick
+cli._LONG = 0.0
+jax.jit(lambda x: x + 2)(1.0)
+assert 0 in asked
+del Libc.malloc_trim
+cli._give_back_memory()  # other libraries have none
+jax.jit(lambda x: x + 3)(1.0)
+"""
+
+
+def test_what_compiling_took_goes_back_to_the_system():
+    subprocess.run([sys.executable, "-c", GIVES_BACK], env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True)
