@@ -167,7 +167,7 @@ GROWTH = {
     "vocabulary": (
         "MB of a step, 2,048 tokens",
         "vocabulary",
-        "by the logits of 512 tokens",
+        "by the logits of a block of tokens",
         lambda size: step_memory(8, 256, vocab_size=size),
         (8192, 16384, 32768, 65536, 131072),
     ),
