@@ -58,9 +58,9 @@ QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
 def on_a_tpu(monkeypatch):
-    """Without its scores of attention, which no accelerator keeps, and with an accelerator's share of the memory."""
+    """Without its scores of attention, which no accelerator keeps."""
     monkeypatch.setattr(memory, "_scores", lambda program, tokens: (0.0, 0.0))
-    monkeypatch.setitem(memory._USED, "cpu", memory._USED["tpu"])
+    monkeypatch.setattr(memory.sharding, "platform", lambda mesh: "tpu")
 
 
 def test_a_small_qwen_fits_16_gib_without_computing_anything_twice(monkeypatch):
