@@ -83,7 +83,7 @@ def needed(program: Program, remat: str, accumulate: int) -> float:
     width = itemsize * tokens * spec.hidden_size
     # What the backward pass keeps of a layer, in widths of the model. XLA for GPUs holds some of it twice; on CPUs what
     # activations leave is made again.
-    inside = {"gpu": 5, "tpu": 3, "cpu": 2}[sharding.platform(program.mesh)]
+    inside = {"gpu": 5, "tpu": 3, "cpu": 3 if spec.experts else 2}[sharding.platform(program.mesh)]
     whole = 9 + inside * inner(spec) / spec.hidden_size / mesh["tensor"]
     streams = spec.altup.streams if spec.altup is not None else 1
     per_layer = {"none": whole + 3 * (streams - 1), "full": streams, "offload": 0.1 * streams}[remat]

@@ -55,6 +55,7 @@ def test_a_run_learns_as_in_float32(root, capsys, changes, record_figure):
     record_figure("loss of one step", abs(ours[0] / exact[0] - 1))
     record_figure("loss of the last", abs(ours[-1] / exact[-1] - 1))
     assert ours != exact
+    assert ours[0] != exact[0] or onednn.operands() == "float32"
     assert ours[0] == pytest.approx(exact[0], rel=0.01)
     assert ours[-1] < 0.8 * ours[0]
     assert ours[-1] == pytest.approx(exact[-1], rel=0.1)

@@ -27,7 +27,7 @@ namespace ffi = xla::ffi;
 using dnnl::memory;
 
 // Of what is multiplied: bfloat16, as its bits, on CPUs with instructions for it, and float32 on others (onednn.py).
-#ifdef __AVX512BF16__
+#ifdef FTJAX_BFLOAT16
 using Number = uint16_t;
 constexpr auto kType = memory::data_type::bf16;
 #else

@@ -41,7 +41,7 @@ _LIBRARY, _HEADERS = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp")
 # By what is multiplied. Every CPU with instructions for products of bfloat16 has the others.
 _INSTRUCTIONS = {
-    jnp.dtype("bfloat16"): tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")),
+    jnp.dtype("bfloat16"): ("-DFTJAX_BFLOAT16", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16"))),
     jnp.dtype("float32"): ("-mavx2", "-mfma"),
 }
 _HERE = Path(__file__).parent
@@ -289,7 +289,8 @@ def _installed(distribution: str, end: str) -> Path:
 
 
 def _cpu_flags() -> set[str]:
-    return set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    info = Path("/proc/cpuinfo")
+    return set(info.read_text(encoding="utf-8").split()) if info.is_file() else set()
 
 
 def _compiler() -> list[str]:

@@ -34,7 +34,7 @@ Floats Load(const float* from) {
 
 void Store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
-#ifdef __AVX512BF16__
+#ifdef FTJAX_BFLOAT16
 // To the nearest bfloat16, ties to even; NaN stays.
 void Store(uint16_t* to, Floats x) {
   const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);

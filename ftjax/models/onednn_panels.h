@@ -25,7 +25,7 @@ struct Pair {
 
 // `kRows` rows, of which `pairs` has [inner / 2, kRows], by one panel of bfloat16 -> as many rows of out, which lie
 // `columns` apart.
-#ifdef __AVX512BF16__
+#ifdef FTJAX_BFLOAT16
 constexpr int64_t kTogether = 16;  // rows, each of which has a register for its sums
 
 template <int kRows>
@@ -48,25 +48,30 @@ constexpr int64_t kTogether = 6;  // rows, each of which has two registers for i
 
 template <int kRows>
 void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* out, int64_t columns) {
-  __m256 sums[kRows][2];
-  for (auto& its : sums) its[0] = its[1] = _mm256_setzero_ps();
+  __m256 left[kRows], right[kRows];  // of columns [0, 8) and [8, 16); arrays of arrays GCC would keep in memory
+  for (int row = 0; row < kRows; ++row) left[row] = right[row] = _mm256_setzero_ps();
+  const auto add = [&](const Pair* numbers, int which, __m256 left_weights, __m256 right_weights) {
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+      const __m256 number = _mm256_set1_ps(numbers[row].numbers[which]);
+      left[row] = _mm256_fmadd_ps(number, left_weights, left[row]);
+      right[row] = _mm256_fmadd_ps(number, right_weights, right[row]);
+    }
+  };
+  const __m256i upper = _mm256_set1_epi32(0xffff0000);
   for (int64_t i = 0; i < inner / 2; ++i) {
     const auto* both = reinterpret_cast<const __m256i*>(panel + i * kPanel * 4);
+    const __m256i left_bits = _mm256_loadu_si256(both), right_bits = _mm256_loadu_si256(both + 1);
     _mm_prefetch(panel + i * kPanel * 4 + kAhead, _MM_HINT_T0);
-    for (int which = 0; which < 2; ++which) {  // of two neighbors: the lower half of a number's bits, or the upper
-      __m256 weights[2];
-      for (int half = 0; half < 2; ++half) {
-        const __m256i bits = _mm256_loadu_si256(both + half);
-        weights[half] = (__m256)(which ? _mm256_and_si256(bits, _mm256_set1_epi32(0xffff0000)) : _mm256_slli_epi32(bits, 16));
-      }
-      for (int row = 0; row < kRows; ++row) {
-        const __m256 number = _mm256_set1_ps(pairs[i * kRows + row].numbers[which]);
-        for (int half = 0; half < 2; ++half) sums[row][half] = _mm256_fmadd_ps(number, weights[half], sums[row][half]);
-      }
-    }
+    // Of two neighbors one is in the lower half of a number's bits, and one in the upper.
+    add(pairs + i * kRows, 0, (__m256)_mm256_slli_epi32(left_bits, 16), (__m256)_mm256_slli_epi32(right_bits, 16));
+    add(pairs + i * kRows, 1, (__m256)_mm256_and_si256(left_bits, upper), (__m256)_mm256_and_si256(right_bits, upper));
   }
-  for (int row = 0; row < kRows; ++row)
-    for (int half = 0; half < 2; ++half) _mm256_storeu_ps(out + row * columns + 8 * half, sums[row][half]);
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+    _mm256_storeu_ps(out + row * columns, left[row]);
+    _mm256_storeu_ps(out + row * columns + 8, right[row]);
+  }
 }
 #endif
 

@@ -1,6 +1,6 @@
 """Next-token cross-entropy that holds the logits of a few tokens and a part of the vocabulary at a time.
 
-Each device holds at most BLOCK logits, or where the head is not split those of TOKENS tokens (`parts`), whatever the
+Each device holds at most BLOCK logits, or where the head is not split those of some tokens (`parts`), whatever the
 batch and the number of devices, and the whole head crosses the network once forward and once backward, its gradient
 once. The logits of the backward pass are computed again, but not where the head is frozen, as it is under most
 adapters, and a device has all of its columns: then hidden's gradient is made of the logits while they are there.

@@ -120,6 +120,7 @@ def test_adapters_multiply_by_it_where_it_is_used():
     x, a, b = arrays((6, 64), (64, 8), (8, 48))
     with onednn.used(True):
         found = low_rank(x, a, b)
+        assert "ftjax_product" in str(jax.make_jaxpr(low_rank)(x, a, b))
     inner = rounded(x) @ rounded(a)
     np.testing.assert_allclose(found, rounded(inner.astype(np.float32)) @ rounded(b), rtol=0, atol=0.05)
     assert (np.abs(found - low_rank(x, a, b)).max() > 1e-3) == rounds  # which multiplies float32
@@ -271,7 +272,7 @@ def test_cpus_without_instructions_for_bfloat16_multiply_float32():
     """All other tests of this, on this CPU, as if it had none."""
     older = "import sys, pytest; from ftjax.models import onednn; onednn._cpu_flags = lambda: {'avx2', 'fma'}; "
     names = [str(Path(__file__).with_name(name)) for name in ("test_onednn.py", "test_onednn_attention.py")]
-    options = [*names, "-q", "-p", "no:cacheprovider", "-k", "not compile and not package"]
+    options = [*names, "-p", "no:cacheprovider", "-k", "not compile and not package"]
     done = in_a_process(f"{older}assert str(onednn.operands()) == 'float32'; sys.exit(pytest.main({options}))")
     assert done.returncode == 0, done.stdout[-2000:]
     assert " passed" in done.stdout
