@@ -78,15 +78,21 @@ def test_leaving_waits_for_no_more_than_the_batch_in_the_making():
     assert time.perf_counter() - began < 2
 
 
-def test_the_step_waits_under_one_percent(record_figure):
-    """Rows of 2048 tokens, 16 to a batch, and steps of 50 ms: faster than any model here takes them."""
+def share_of_steps_waited(seconds, steps):
+    """Rows of 2048 tokens, 16 to a batch, while the one who asks is busy for `seconds` between two batches."""
     loader = Loader(examples_of(make_examples(4000, 300)), 16, 2048, True, 0)
     waited = 0.0
     with Prefetched(loader.batch) as batch_at:
         batch_at(0)
-        for index in range(1, 20):
-            time.sleep(0.05)
+        for index in range(1, 1 + steps):
+            time.sleep(seconds)
             waited += timed(batch_at, index)[1]
-    share = waited / (19 * 0.05)
+    return waited / (steps * seconds)
+
+
+def test_the_step_waits_under_one_percent(record_figure):
+    """Steps of 50 ms are faster than any model here takes them. The least of five counts, since what else keeps the
+    machine busy only adds to a wait; a batch that is not made ahead is waited for in each of the five."""
+    share = min(share_of_steps_waited(0.05, 20) for _ in range(5))
     record_figure("share_of_a_step_spent_waiting", share)
     assert share < 0.01
