@@ -9,8 +9,10 @@ import numpy as np
 
 from ftjax.models import onednn
 from ftjax.models.attention import attention_after, chunk_segments
+from ftjax.models.cache import InPlace
 from ftjax.models.kernels import attend, choose
 from ftjax.models.layers import NORMS, Linear, RMSNorm
+from ftjax.models.onednn_attention import of_next_token
 from ftjax.models.rope import rotate, table_of_layers
 from ftjax.models.spec import DecoderSpec
 
@@ -24,6 +26,7 @@ class Context(NamedTuple):
     segment_ids: jax.Array
     tables: tuple[jax.Array, jax.Array] | None  # cosines and sines, float32 [ropes, B, T, pairs]
     lent: dict[int, Any]  # keys and values of earlier layers that later ones use, see lent.py
+    cached: dict[str, tuple[jax.Array, jax.Array]]  # keys and values of stacks, for cache.InPlace
     last: jax.Array | None = None  # int32 [B, T], see vision.last_seen; None: each token sees none after itself
 
 
@@ -37,8 +40,8 @@ class Attention(nn.Module):
     def __call__(self, x, layer_cache, layer, context):
         """x [B, T, D] -> [B, T, D], and the keys and values [B, K, T, d] of these tokens unless layer_cache is None.
 
-        layer_cache: (keys, values) [B, K, S, d] of the tokens before; () where there are none. Values have a width of
-        their own, spec.value_dim. A layer that uses another's keys and values takes and returns none.
+        layer_cache: (keys, values) [B, K, S, d] of the tokens before, or an InPlace; () where there are none. Values
+        have a width of their own, spec.value_dim. A layer that uses another's keys and values takes and returns none.
 
         layer: {"rope", "window", "chunk", "scale"}, scalars of this layer for those in which layers differ (see
         `_per_layer`).
@@ -85,7 +88,10 @@ class Attention(nn.Module):
             keys, values = own["k"], own["v"]
             # Only what is new goes back out of the scan: returning the whole cache would copy it for every token.
             new = seen = None if layer_cache is None else tuple(x.transpose(0, 2, 1, 3) for x in (keys, values))
-        if layer_cache:
+        if isinstance(layer_cache, InPlace):
+            cached = context.cached[layer_cache.stack]
+            out = of_next_token(queries, *seen, *cached, layer_cache.layer, positions, *numbers)
+        elif layer_cache:
             out = attention_after(
                 queries, *seen, *layer_cache, *places, *numbers, spec.attention_softcap, sinks, context.last
             )

@@ -18,6 +18,14 @@ class State(NamedTuple):
     memory: jax.Array | None  # float32 [layers, batch, *spec.Delta.memory]; None of convolutions alone
 
 
+@flax.struct.dataclass
+class InPlace:
+    """Where a layer's keys and values lie in a cache, for what reads them there: a slice would be a copy of all."""
+
+    stack: str = flax.struct.field(pytree_node=False)  # the path of a groups.Stack
+    layer: jax.Array  # int32 [layers], for `nn.scan` to go over; of one layer a scalar
+
+
 class Both(NamedTuple):
     """What a layer has that attends and carries a State beside it."""
 

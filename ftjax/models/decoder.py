@@ -13,11 +13,12 @@ from ftjax.models import onednn
 from ftjax.models.altup import AltUp, Laurel, Streams, others_added
 from ftjax.models.attention_layer import Attention, Context, norm_of
 from ftjax.models.beside import mixture_beside
-from ftjax.models.cache import Both, Cache, State, write
+from ftjax.models.cache import Both, Cache, InPlace, State, write
 from ftjax.models.delta import GatedConvolution, GatedDelta
-from ftjax.models.groups import Group, Stack, groups, nested
+from ftjax.models.groups import Group, Stack, groups, nested, stacks
+from ftjax.models.kernels import choose
 from ftjax.models.layers import Embedding, Linear, scaled
-from ftjax.models.lent import lends, lent
+from ftjax.models.lent import lenders, lends, lent
 from ftjax.models.mamba import Mamba2
 from ftjax.models.mlp import MLP, Mixture
 from ftjax.models.neftune import noise
@@ -195,16 +196,22 @@ class Decoder(nn.Module):
                 tokens, positions, segment_ids, images, lambda stack: () if lends(self.spec, stack) else None, None
             )
             return x, None
-        pairs = iter(zip(*map(jax.tree.leaves, (cache.keys, cache.values)), strict=True))
+        attending = (stack for stack in stacks(self.spec) if stack.spec.attends and stack.spec.kv_layer is None)
+        leaves = zip(*map(jax.tree.leaves, (cache.keys, cache.values)), strict=True)
+        pairs = {stack.path: pair for stack, pair in zip(attending, leaves, strict=True)}
         states = iter(jax.tree.leaves(cache.states, is_leaf=_is_state))
+        in_place = pairs if tokens.shape[1] == 1 and self._reads_in_place() else {}
 
         def cached(stack: Stack) -> Any:
             if stack.spec.kv_layer is not None:
                 return ()
-            of = [next(found) for found, has in ((pairs, stack.spec.attends), (states, stack.spec.carries)) if has]
+            pair = pairs.get(stack.path)
+            if stack.path in in_place:
+                pair = InPlace(stack.path, jnp.arange(len(stack.layers)))
+            of = [part for part in (pair, next(states) if stack.spec.carries else None) if part is not None]
             return Both(*of) if len(of) > 1 else next(iter(of), None)
 
-        x, new = self._hidden(tokens, positions, segment_ids, images, cached, cache.reach)
+        x, new = self._hidden(tokens, positions, segment_ids, images, cached, cache.reach, in_place)
         places = (positions, segment_ids)
         keys, values, states = _parted(new)
         cache = cache.replace(
@@ -213,6 +220,12 @@ class Decoder(nn.Module):
             values=jax.tree.map(lambda old, fresh: write(old, fresh, *places), cache.values, values),
         )
         return x, cache
+
+    def _reads_in_place(self) -> bool:
+        """Whether the next token finds the keys of those before where they lie; not where layers lend theirs."""
+        mesh = jax.sharding.get_abstract_mesh()
+        kernel = choose(self.attention, self.spec, self.dtype, 1, mesh, self.matmul).name
+        return kernel == "onednn" and self.dtype == jnp.float32 and not lenders(self.spec)
 
     def prefill(
         self,
@@ -238,8 +251,12 @@ class Decoder(nn.Module):
         images: Images | None,
         cache_of: Callable[[Stack], Any],
         reach: jax.Array | None,
+        in_place: dict[str, tuple[jax.Array, jax.Array]] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """[B, T, D] after the final norm, and what the layers return beside it; reach: None where rows are whole."""
+        """[B, T, D] after the final norm, and what the layers return beside it.
+
+        reach: None where rows are whole. in_place: see Context.cached; `cache_of` puts them there.
+        """
         spec = self.spec
         with onednn.used(self.matmul == "onednn"):
             x = self.embed_tokens(tokens)
@@ -257,11 +274,12 @@ class Decoder(nn.Module):
                 x = x + self.embed_positions(positions)
             x = constrain(x, "batch", "length", "width")
             of_rows = (lambda: sequence_lengths(positions, segment_ids)) if reach is None else (lambda: reach[:, None])
-            context = Context(positions, segment_ids, tables(spec, turned_by, of_rows), {}, last)
+            caches = nested(spec, cache_of)
+            context = Context(positions, segment_ids, tables(spec, turned_by, of_rows), {}, in_place or {}, last)
             parts = None if spec.per_layer is None else self.per_layer(tokens, x)
             own = nested(spec, lambda stack: _per_layer(stack) | _own_part(stack, parts))
             x = x if spec.altup is None else self.altup.split(x)
-            x, new = self.layers(x, nested(spec, cache_of), own, context)
+            x, new = self.layers(x, caches, own, context)
             return self.norm(x if spec.altup is None else self.altup.joined(x)), new
 
     def unembed(self, hidden: jax.Array, token_index: jax.Array | None = None) -> jax.Array:

@@ -30,7 +30,8 @@ def choose(wanted: str, spec: DecoderSpec, dtype: jnp.dtype, length: int, mesh: 
     """The attention of rows of `length` tokens without a cache, on `mesh`'s devices.
 
     wanted: config.model.attention; dtype: of activations; matmul: xla or onednn, see `Decoder`. What decodes token by
-    token from a cache uses XLA. UserError for a kernel that cannot serve a model whatever the devices are.
+    token from a cache uses XLA, or what onednn has for that. UserError for a kernel that cannot serve a model
+    whatever the devices are.
     """
     where = platform(mesh)
     if spec.vision is not None and spec.vision.two_way:

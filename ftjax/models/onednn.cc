@@ -2,6 +2,7 @@
 
 #include "onednn.h"
 #include "onednn_attention.h"
+#include "onednn_next_token.h"
 #include "onednn_panels.h"
 
 namespace ftjax {
@@ -149,6 +150,36 @@ ffi::Error Gradients(ffi::ThreadPool threads, ffi::AnyBuffer queries, ffi::AnyBu
   return ffi::Error::Success();
 }
 
+// queries [batch, heads, width], key [batch, kv_heads, width], value [batch, kv_heads, value width]; keys and values of all
+// layers [layers, batch, kv_heads, slots, .]; seen [batch, 2]: which slots, from and up to.
+ffi::Error OfNextToken(ffi::ThreadPool threads, ffi::AnyBuffer queries, ffi::AnyBuffer key, ffi::AnyBuffer value,
+                       ffi::AnyBuffer keys, ffi::AnyBuffer values, ffi::AnyBuffer layer, ffi::AnyBuffer seen,
+                       ffi::Result<ffi::AnyBuffer> out) {
+  const auto cached = keys.dimensions();
+  const int64_t slots = cached[3], width = cached[4], value_width = values.dimensions()[4];
+  const int64_t lines = cached[1] * cached[2], group = queries.dimensions()[1] / cached[2];  // lines: of slots, in a layer
+  const int64_t index = std::clamp<int64_t>(*layer.typed_data<int32_t>(), 0, cached[0] - 1);
+  const int32_t* spans = seen.typed_data<int32_t>();
+  int64_t work = 0;
+  for (int64_t row = 0; row < cached[1]; ++row) work += spans[2 * row + 1] * cached[2] * group * width;
+  const int64_t parts = work < (1 << 17) ? 1 : std::min<int64_t>(lines, 4 * threads.num_threads());
+  std::vector<std::function<void()>> pieces;
+  for (int64_t part = 0; part < parts; ++part)
+    pieces.push_back([&, part] {
+      for (int64_t line = part; line < lines; line += parts) {
+        const int32_t* span = spans + line / cached[2] * 2;
+        const int64_t end = std::clamp<int64_t>(span[1], 0, slots), from = std::clamp<int64_t>(span[0], 0, end);
+        const int64_t first = (index * lines + line) * slots + from;
+        NextToken(queries.typed_data<float>() + line * group * width, group,
+                  {key.typed_data<float>() + line * width, keys.typed_data<float>() + first * width, width},
+                  {value.typed_data<float>() + line * value_width, values.typed_data<float>() + first * value_width,
+                   value_width},
+                  end - from, out->typed_data<float>() + line * group * value_width);
+      }
+    });
+  return Share(threads, std::move(pieces));
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxProduct, Product,
@@ -197,6 +228,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxAttentionGradients, Gradients,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxOfNextToken, OfNextToken,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
 
 }  // namespace ftjax

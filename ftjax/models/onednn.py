@@ -35,8 +35,10 @@ log = logging.getLogger(__name__)
 
 EXTRA = "pip install 'ftjax[onednn]'"
 _PRODUCT, _WITH_LAYER, _SUM = "ftjax_product", "ftjax_product_with_layer", "ftjax_sum_of_two"
-ATTENTION, ATTENTION_GRADIENTS = "ftjax_attention", "ftjax_attention_gradients"  # see onednn_attention.py
-_SOURCES = ("onednn.cc", "onednn.h", "onednn_attention.h", "onednn_panels.h")  # the first is compiled
+# See onednn_attention.py.
+ATTENTION, ATTENTION_GRADIENTS, OF_NEXT_TOKEN = "ftjax_attention", "ftjax_attention_gradients", "ftjax_of_next_token"
+# The first is compiled.
+_SOURCES = ("onednn.cc", "onednn.h", "onednn_attention.h", "onednn_next_token.h", "onednn_panels.h")
 _LIBRARY, _HEADERS = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp")
 # By what is multiplied. Every CPU with instructions for products of bfloat16 has the others.
@@ -236,7 +238,7 @@ def _registered() -> str:
     except UserError as error:
         return str(error)
     targets = {_PRODUCT: "Product", _WITH_LAYER: "ProductWithLayer", _SUM: "SumOfTwo"}
-    targets |= {ATTENTION: "Attention", ATTENTION_GRADIENTS: "AttentionGradients"}
+    targets |= {ATTENTION: "Attention", ATTENTION_GRADIENTS: "AttentionGradients", OF_NEXT_TOKEN: "OfNextToken"}
     for name, symbol in targets.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(built, f"Ftjax{symbol}")), platform="cpu")
     return ""

@@ -1,7 +1,8 @@
-"""Attention of whole rows on CPUs whose matrix products oneDNN makes: as accelerators' kernels, no scores in memory.
+"""Attention on CPUs whose matrix products oneDNN makes: of whole rows, as accelerators' kernels, no scores in memory;
+and of next tokens to those in a cache.
 
-`onednn_attention.h` computes it, see there. Where the CPU multiplies bfloat16, queries, keys, values, weights and
-gradients are rounded to that, as under torch's autocast; all else is float32.
+`onednn_attention.h` and `onednn_next_token.h` compute it, see there. Where the CPU multiplies bfloat16, queries, keys,
+values, weights and gradients of whole rows are rounded to that, as under torch's autocast; all else is float32.
 """
 
 import jax
@@ -33,6 +34,37 @@ def attention(
     onednn.load()
     given = (x.astype(jnp.float32) for x in (queries * jnp.asarray(scale, queries.dtype), keys, values))
     return _attention(*given, first_seen(segments, window)).astype(queries.dtype)
+
+
+def of_next_token(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    cached_keys: jax.Array,
+    cached_values: jax.Array,
+    layer: jax.Array,
+    positions: jax.Array,
+    scale: float | jax.Array,
+    window: int | jax.Array | None,
+) -> jax.Array:
+    """As models.attention.attention_after, of one token of each row and one layer of those that a cache has.
+
+    All are float32: queries [B, 1, H, d]; keys [B, K, 1, d], values [B, K, 1, e] of the tokens; cached_*
+    [layers, B, K, S, d or e]; layer int32, a scalar; positions int32 [B, 1]. Returns [B, 1, H, e].
+
+    Raises:
+      UserError: oneDNN cannot be had on this machine.
+    """
+    onednn.load()
+    batch, _, heads, _ = queries.shape
+    upto = positions[:, 0]
+    first = jnp.zeros_like(upto) if window is None else jnp.maximum(upto - jnp.reshape(window, -1) + 1, 0)
+    shape = (batch, heads, cached_values.shape[-1])
+    if 0 in shape:
+        return jnp.zeros((batch, 1, *shape[1:]), jnp.float32)
+    call = jax.ffi.ffi_call(onednn.OF_NEXT_TOKEN, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
+    queries, keys, values = queries[:, 0] * jnp.float32(scale), keys[:, :, 0], values[:, :, 0]
+    return call(queries, keys, values, cached_keys, cached_values, layer, jnp.stack([first, upto], axis=1))[:, None]
 
 
 def first_seen(segments: jax.Array, window: int | jax.Array | None) -> jax.Array:
