@@ -56,22 +56,41 @@ ffi::Error Product(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer 
   return Multiplied(threads, {Operands(left, right, *out, left_turned, right_turned, false)}, *out);
 }
 
-// With the kernel of one layer, of those of all, in panels. The index is data: only here is it known where that begins.
-ffi::Error ProductWithLayer(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer all, ffi::AnyBuffer layer,
-                            ffi::Result<ffi::AnyBuffer> out) {
-  const auto kernels = all.dimensions();
-  const int64_t rows = left.dimensions()[0], inner = left.dimensions()[1], panels = kernels[1];
-  const int64_t index = std::clamp<int64_t>(*layer.typed_data<int32_t>(), 0, kernels[0] - 1);
-  const int64_t count = rows * inner * panels < (1 << 14) ? 1 : std::max<int64_t>(1, threads.num_threads());
-  const int64_t step = (panels + count - 1) / count, size = 2 * inner * kPanel;
+// The kernels of all layers [layers, columns / kPanel, inner / 2, kPanel, 2], in panels, and where that of one begins.
+struct Layer {
+  int64_t inner, panels;
+  const char* first;
+
+  Layer(const ffi::AnyBuffer& all, int64_t index)
+      : inner(2 * all.dimensions()[2]), panels(all.dimensions()[1]),
+        first(static_cast<const char*>(all.untyped_data()) + index * panels * size()) {}
+  int64_t size() const { return 2 * inner * kPanel; }  // of a panel, in bytes
+};
+
+// left by the kernel of one layer and, of a rank that may be 0, by its adapter. The index is data: only here is it known
+// where the layer begins.
+ffi::Error ProductWithLayer(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer kernels, ffi::AnyBuffer as,
+                            ffi::AnyBuffer bs, ffi::AnyBuffer layer, ffi::Result<ffi::AnyBuffer> out) {
+  const int64_t index = std::clamp<int64_t>(*layer.typed_data<int32_t>(), 0, kernels.dimensions()[0] - 1);
+  const Layer kernel(kernels, index), a(as, index), b(bs, index);
+  const int64_t rows = left.dimensions()[0], rank = b.inner, columns = kernel.panels * kPanel;
   const auto* its_left = static_cast<const Number*>(left.untyped_data());
-  const char* its_panels = static_cast<const char*>(all.untyped_data()) + index * panels * size;
-  std::vector<std::function<void()>> pieces;
-  for (int64_t from = 0; from < panels; from += step) {
-    const int64_t its_count = std::min(step, panels - from);
-    float* to = out->typed_data<float>() + from * kPanel;
-    pieces.push_back([=] { ByPanels(its_left, rows, inner, its_panels + from * size, its_count, to, panels * kPanel); });
+  std::vector<float> low(rows * rank);
+  std::vector<Number> rounded(rows * rank);
+  if (rank) {
+    ByPanels(its_left, rows, kernel.inner, a.first, a.panels, low.data(), rank, false);
+    Round(low.data(), rows * rank, rounded.data());
   }
+  const bool small = rows * kernel.inner * kernel.panels < (1 << 14);
+  const int64_t count = small ? 1 : std::max<int64_t>(1, threads.num_threads());
+  const int64_t step = (kernel.panels + count - 1) / count;
+  std::vector<std::function<void()>> pieces;
+  for (int64_t from = 0; from < kernel.panels; from += step)
+    pieces.push_back([=, &rounded, here = std::min(step, kernel.panels - from),
+                      to = out->typed_data<float>() + from * kPanel] {
+      ByPanels(its_left, rows, kernel.inner, kernel.first + from * kernel.size(), here, to, columns, false);
+      if (rank) ByPanels(rounded.data(), rows, rank, b.first + from * b.size(), here, to, columns, true);
+    });
   return Share(threads, std::move(pieces));
 }
 
@@ -194,6 +213,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxProduct, Product,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FtjaxProductWithLayer, ProductWithLayer,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

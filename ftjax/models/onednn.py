@@ -128,10 +128,18 @@ def _backward(dtype, turned, saved, gradient):
 _product.defvjp(_forward, _backward)
 
 
-def product_with_layer(x: jax.Array, panels: jax.Array, layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def product_with_layer(
+    x: jax.Array,
+    panels: jax.Array,
+    layer: jax.Array,
+    dtype: jnp.dtype,
+    a_panels: jax.Array | None = None,
+    b_panels: jax.Array | None = None,
+) -> jax.Array:
     """`product` of x [..., in] with the kernel of one layer, read where it lies among those of all; without gradients.
 
-    panels: uint16 [layers, out / 16, in / 2, 16, 2], see `quant.panels`; layer: int32, a scalar.
+    panels: uint16 [layers, out / 16, in / 2, 16, 2], see `quant.panels`; layer: int32, a scalar. a_panels, b_panels:
+    those of A [layers, in, r] and B [layers, r, out], of which (x A) B is added, as in `adapted`.
     """
     load()
     rows, shape = _rows(x), (*x.shape[:-1], 16 * panels.shape[1])
@@ -139,9 +147,16 @@ def product_with_layer(x: jax.Array, panels: jax.Array, layer: jax.Array, dtype:
         raise ValueError(f"{x.shape} and kernels with {2 * panels.shape[2]} inputs have no product")
     if 0 in rows.shape:
         return jnp.zeros(shape, dtype)
+    if a_panels is None:
+        a_panels, b_panels = (
+            jnp.zeros((0, *its, 16, 2), jnp.uint16) for its in ((0, panels.shape[2]), (panels.shape[1], 0))
+        )
+    wanted = (a_panels.shape[1], panels.shape[2]), (panels.shape[1], 8 * a_panels.shape[1])
+    if (a_panels.shape[1:3], b_panels.shape[1:3]) != wanted:
+        raise ValueError(f"an adapter of {a_panels.shape} and {b_panels.shape} does not fit kernels of {panels.shape}")
     result = jax.ShapeDtypeStruct((len(rows), shape[-1]), jnp.float32)
     call = jax.ffi.ffi_call(_WITH_LAYER, result, vmap_method="sequential")
-    return call(rows.astype(operands()), panels, layer).reshape(shape).astype(dtype)
+    return call(rows.astype(operands()), panels, a_panels, b_panels, layer).reshape(shape).astype(dtype)
 
 
 def adapted(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -24,14 +24,15 @@ struct Pair {
 };
 
 // `kRows` rows, of which `pairs` has [inner / 2, kRows], by one panel of bfloat16 -> as many rows of out, which lie
-// `columns` apart.
+// `columns` apart; with `added`, to what is there.
 #ifdef FTJAX_BFLOAT16
 constexpr int64_t kTogether = 16;  // rows, each of which has a register for its sums
 
 template <int kRows>
-void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* out, int64_t columns) {
+void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* out, int64_t columns, bool added) {
   __m512 sums[kRows];
-  for (auto& sum : sums) sum = _mm512_setzero_ps();
+  for (int row = 0; row < kRows; ++row)
+    sums[row] = added ? _mm512_loadu_ps(out + row * columns) : _mm512_setzero_ps();
   for (int64_t i = 0; i < inner / 2; ++i) {
     const auto weights = (__m512bh)_mm512_loadu_si512(panel + i * kPanel * 4);
     _mm_prefetch(panel + i * kPanel * 4 + kAhead, _MM_HINT_T0);
@@ -47,9 +48,13 @@ void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* out, in
 constexpr int64_t kTogether = 6;  // rows, each of which has two registers for its sums
 
 template <int kRows>
-void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* out, int64_t columns) {
+void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* out, int64_t columns, bool added) {
   __m256 left[kRows], right[kRows];  // of columns [0, 8) and [8, 16); arrays of arrays GCC would keep in memory
-  for (int row = 0; row < kRows; ++row) left[row] = right[row] = _mm256_setzero_ps();
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+    left[row] = added ? _mm256_loadu_ps(out + row * columns) : _mm256_setzero_ps();
+    right[row] = added ? _mm256_loadu_ps(out + row * columns + 8) : _mm256_setzero_ps();
+  }
   const auto add = [&](const Pair* numbers, int which, __m256 left_weights, __m256 right_weights) {
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) {
@@ -84,16 +89,17 @@ inline Number Widened(uint16_t bits) {
   return number;
 }
 
-using PanelProduct = void (*)(const Pair*, int64_t, const char*, float*, int64_t);
+using PanelProduct = void (*)(const Pair*, int64_t, const char*, float*, int64_t, bool);
 
 template <int... kCounts>
 constexpr std::array<PanelProduct, sizeof...(kCounts)> PanelProducts(std::integer_sequence<int, kCounts...>) {
   return {ByPanel<kCounts + 1>...};
 }
 
-// left [rows, inner] by `count` panels -> the first 16 x count of the `columns` of out [rows, columns].
+// left [rows, inner] by `count` panels -> the first 16 x count of the `columns` of out [rows, columns]; with `added`, to
+// what is there.
 void ByPanels(const Number* left, int64_t rows, int64_t inner, const char* panels, int64_t count, float* out,
-              int64_t columns) {
+              int64_t columns, bool added) {
   static constexpr auto products = PanelProducts(std::make_integer_sequence<int, kTogether>());
   if (rows <= kFew) {
     Room room(kSize * rows * inner + 64);
@@ -107,7 +113,7 @@ void ByPanels(const Number* left, int64_t rows, int64_t inner, const char* panel
     for (int64_t panel = 0; panel < count; ++panel)
       for (int64_t row = 0; row < rows; row += kTogether)
         products[std::min(kTogether, rows - row) - 1](pairs + row * inner / 2, inner, panels + panel * inner * kPanel * 2,
-                                                      out + row * columns + panel * kPanel, columns);
+                                                      out + row * columns + panel * kPanel, columns, added);
     return;
   }
   // Many rows pay for the order that oneDNN reads, of some panels at a time: a head may have a thousand times as many.
@@ -121,8 +127,8 @@ void ByPanels(const Number* left, int64_t rows, int64_t inner, const char* panel
         for (int64_t column = 0; column < kPanel; ++column)
           kernel[i * its_columns + panel * kPanel + column] =
               Widened(from[(panel * inner + i / 2 * 2) * kPanel + column * 2 + i % 2]);
-    Multiply({rows, inner, its_columns, Lying(inner), Lying(its_columns), Lying(columns)}, const_cast<Number*>(left),
-             kernel, out + first * kPanel);
+    Multiply({rows, inner, its_columns, Lying(inner), Lying(its_columns), Lying(columns), memory::data_type::f32, added},
+             const_cast<Number*>(left), kernel, out + first * kPanel);
   }
 }
 

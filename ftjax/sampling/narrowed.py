@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import lora, quant, tree
+from ftjax.models.adapter import is_plain
 from ftjax.models.decoder import Decoder
 from ftjax.tree import Tree
 
@@ -16,7 +17,8 @@ def narrowed(model: Decoder, variables: Tree) -> Tree:
 
     Kernels of layers and of the head are then in panels (see quant.py) in the collection that layers do not split: XLA
     would copy each layer's for every token. A tied head has them beside its table, whose rows stay as they are. Kernels
-    whose sizes panels do not divide stay in `params`.
+    whose sizes panels do not divide stay in `params`. What adapts a kernel in panels is in panels as well, by itself:
+    in the sum of both, of which bfloat16 keeps eight bits, a small change would be lost. DoRA's stays as it is.
     """
     if model.matmul != "onednn":
         return variables
@@ -37,8 +39,25 @@ def narrowed(model: Decoder, variables: Tree) -> Tree:
         del leaves[_HEAD]
     if model.spec.tie_word_embeddings:
         pack("embed_tokens", leaves[_TABLE].T[None], first)
-    collections = {"params": leaves, "quant": packed, quant.STACKS: stacks}
-    return variables | {name: tree.unflatten(its) for name, its in collections.items() if its}
+    adapters = {}
+    for module, its in tree.by_module(variables.get("lora", {})).items():
+        if f"{module}/panels" in stacks and module != "embed_tokens" and is_plain(its, None):
+            a, b = _of_adapter(its["lora_a"], its["lora_b"], its["lora_scale"])
+            stacks |= {f"{module}/a_panels": a, f"{module}/b_panels": b}
+        else:
+            adapters |= {f"{module}/{name}": leaf for name, leaf in its.items()}
+    collections = {"params": leaves, "quant": packed, quant.STACKS: stacks, "lora": adapters}
+    others = {name: its for name, its in variables.items() if name not in collections}
+    return others | {name: tree.unflatten(its) for name, its in collections.items() if its}
 
 
 _panels = jax.jit(quant.panels)
+
+
+@jax.jit
+def _of_adapter(a: jax.Array, b: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The panels of A [layers, in, r] and of B [layers, r, out] times its scale [layers], with zeros up to a rank that
+    panels can have. Outside of layers there is no `layers`."""
+    b, more = b * scale[..., None, None], (0, -a.shape[-1] % 16)
+    a, b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+    return quant.panels(jnp.pad(a, ((0, 0), (0, 0), more))), quant.panels(jnp.pad(b, ((0, 0), more, (0, 0))))

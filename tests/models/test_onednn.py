@@ -86,6 +86,9 @@ def test_what_has_no_product_is_refused():
             onednn.adapted(*given, jnp.float32)
     with pytest.raises(ValueError, match="kernels with 32 inputs have no product"):
         onednn.product_with_layer(x, quant.panels(kernel[None]), jnp.int32(0), jnp.float32)
+    of_kernel, of_a, of_b = (quant.panels(jnp.ones((1, *shape))) for shape in ((64, 32), (64, 16), (16, 48)))
+    with pytest.raises(ValueError, match="does not fit kernels of"):
+        onednn.product_with_layer(x, of_kernel, jnp.int32(0), jnp.float32, of_a, of_b)
 
 
 @multiplies
@@ -343,6 +346,26 @@ def test_panels_of_a_layer_multiply_as_its_kernel(rows, inner, columns, record_f
 
 
 @multiplies
+@pytest.mark.parametrize("rows", [1, 7, 64, 65])
+@pytest.mark.parametrize("rank", [3, 16, 40])
+def test_an_adapter_of_panels_adds_what_it_does(rows, rank):
+    """Its products are of values rounded to bfloat16: of x and A, of x A as this CPU multiplies, and of B."""
+    x, kernels, a, b = arrays((rows, 64), (3, 64, 96), (3, 64, rank), (3, rank, 96))
+    variables = {"layers/q_proj/lora_a": a, "layers/q_proj/lora_b": b, "layers/q_proj/lora_scale": np.full(3, 0.5)}
+    given = {"params": {"layers": {"q_proj": {"kernel": jnp.asarray(kernels)}}}, "lora": tree.unflatten(variables)}
+    narrow = narrowed(Decoder(spec(tie_word_embeddings=False), matmul="onednn"), given)
+    assert set(narrow) == {"quant", quant.STACKS}
+    packed = narrow[quant.STACKS]["layers"]["q_proj"]
+    for layer in range(3):
+        found = onednn.product_with_layer(x, layer=jnp.int32(layer), dtype=jnp.float32, **packed)
+        halves = [rounded(its[layer], jnp.bfloat16) for its in (kernels, a, 0.5 * b)]
+        low = rounded((rounded(x) @ halves[1]).astype(np.float32))
+        wanted = rounded(x) @ halves[0] + low @ halves[2]
+        # On its way through bfloat16 x A may be rounded to either side.
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=0.3 if rounds else 2e-4)
+
+
+@multiplies
 def test_panels_of_a_layer_that_is_not_there_are_those_of_the_last():
     x, kernels = arrays((4, 32), (2, 32, 16))
     packed = quant.panels(jnp.asarray(kernels))
@@ -374,3 +397,30 @@ def test_kernels_kept_in_panels_multiply_as_those_that_are_rounded_each_time(nam
     # Other orders of the same sums; what is rounded anew after them may fall to the other side.
     np.testing.assert_allclose(found, wanted, rtol=0, atol=0.02 * np.abs(wanted).max())
     assert narrowed(model.clone(matmul="xla"), variables) is variables
+
+
+@multiplies
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_of_kernels_in_panels_are_in_panels_too(tied, record_figure):
+    """What one adds is as it was to bfloat16; those of experts, of the table, and DoRA's are left."""
+    changes = {"vocab_size": 64, "tie_word_embeddings": tied, "hidden_size": 64}
+    model = Decoder(spec(**changes), matmul="onednn")
+    base = {"params": numpy_params(model)}
+    adapted = ["layers/self_attn/q_proj", "layers/mlp/down_proj", "embed_tokens", *([] if tied else ["lm_head"])]
+    leaves, rng, lora = tree.flatten(base["params"]), np.random.default_rng(3), {}
+    for module in adapted:
+        *layers, inner, out = leaves[f"{module}/{'embedding' if module == 'embed_tokens' else 'kernel'}"].shape
+        for name, shape in (("lora_a", (inner, 4)), ("lora_b", (4, out))):
+            lora[f"{module}/{name}"] = rng.standard_normal((*layers, *shape)).astype(np.float32) * inner**-0.5
+        lora[f"{module}/lora_scale"] = np.full(layers, 0.5, np.float32)
+    norms = np.linalg.norm(leaves["layers/mlp/down_proj/kernel"], axis=1)
+    lora["layers/mlp/down_proj/lora_magnitude"] = norms * rng.uniform(0.5, 1.5, norms.shape).astype(np.float32)
+    variables = base | {"lora": tree.unflatten(lora)}
+    narrow = narrowed(model, variables)
+    assert set(tree.by_module(narrow["lora"])) == {"layers/mlp/down_proj", "embed_tokens"}
+    batch = batch_of([documents(2, [7, 9])], 16)
+    found, wanted, without = (logits(model, its, batch) for its in (narrow, variables, base))
+    record_figure("logits", np.abs(found - wanted).max())
+    record_figure("what the adapters do", np.abs(wanted - without).max())
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.02 * np.abs(wanted).max())
+    assert np.abs(wanted - without).max() > 0.2 * np.abs(wanted).max()
