@@ -243,7 +243,7 @@ def _size(abstract: Tree, count: int | None = None) -> str:
 
 def _multiplied(config: ConfigDict, asked: ConfigDict, mesh: Mesh) -> str:
     if config.model.matmul == "onednn":
-        narrowed = ", kernels in bfloat16 where it generates" if onednn.operands() == "float32" else ""
+        narrowed = ", kernels and adapters in bfloat16 where it generates" if onednn.operands() == "float32" else ""
         return f", multiplied in {onednn.operands()} by oneDNN{narrowed}"
     _, reason = onednn.choose(asked.model.matmul, sharding.platform(mesh), mesh.size)
     return f", multiplied by XLA: {reason}" if reason else ""

@@ -141,6 +141,8 @@ def panels(kernel: jax.Array) -> jax.Array:
 
 def dequantize(packed: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
     """The kernel [..., in, out] of the arrays `packed`, computed in float32."""
+    if "a_panels" in packed:
+        raise ValueError("a kernel with its adapter in panels is multiplied by onednn.product_with_layer alone")
     if "panels" in packed:
         its = packed["panels"][packed["layer"]]
         its = its.transpose(1, 3, 0, 2).reshape(2 * its.shape[1], 16 * its.shape[0])

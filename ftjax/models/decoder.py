@@ -207,7 +207,7 @@ class Decoder(nn.Module):
                 return ()
             pair = pairs.get(stack.path)
             if stack.path in in_place:
-                pair = InPlace(stack.path, jnp.arange(len(stack.layers)))
+                pair = InPlace(stack.path, jnp.arange(len(stack.layers), dtype=jnp.int32))
             of = [part for part in (pair, next(states) if stack.spec.carries else None) if part is not None]
             return Both(*of) if len(of) > 1 else next(iter(of), None)
 
@@ -223,9 +223,10 @@ class Decoder(nn.Module):
 
     def _reads_in_place(self) -> bool:
         """Whether the next token finds the keys of those before where they lie; not where layers lend theirs."""
+        if self.matmul != "onednn" or self.dtype != jnp.float32 or lenders(self.spec):
+            return False
         mesh = jax.sharding.get_abstract_mesh()
-        kernel = choose(self.attention, self.spec, self.dtype, 1, mesh, self.matmul).name
-        return kernel == "onednn" and self.dtype == jnp.float32 and not lenders(self.spec)
+        return choose(self.attention, self.spec, self.dtype, 1, mesh, self.matmul).name == "onednn"
 
     def prefill(
         self,
@@ -255,7 +256,7 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """[B, T, D] after the final norm, and what the layers return beside it.
 
-        reach: None where rows are whole. in_place: see Context.cached; `cache_of` puts them there.
+        reach: None where rows are whole. in_place: see Context.cached.
         """
         spec = self.spec
         with onednn.used(self.matmul == "onednn"):
@@ -274,12 +275,11 @@ class Decoder(nn.Module):
                 x = x + self.embed_positions(positions)
             x = constrain(x, "batch", "length", "width")
             of_rows = (lambda: sequence_lengths(positions, segment_ids)) if reach is None else (lambda: reach[:, None])
-            caches = nested(spec, cache_of)
             context = Context(positions, segment_ids, tables(spec, turned_by, of_rows), {}, in_place or {}, last)
             parts = None if spec.per_layer is None else self.per_layer(tokens, x)
             own = nested(spec, lambda stack: _per_layer(stack) | _own_part(stack, parts))
             x = x if spec.altup is None else self.altup.split(x)
-            x, new = self.layers(x, caches, own, context)
+            x, new = self.layers(x, nested(spec, cache_of), own, context)
             return self.norm(x if spec.altup is None else self.altup.joined(x)), new
 
     def unembed(self, hidden: jax.Array, token_index: jax.Array | None = None) -> jax.Array:

@@ -67,8 +67,8 @@ struct Layer {
   int64_t size() const { return 2 * inner * kPanel; }  // of a panel, in bytes
 };
 
-// left by the kernel of one layer and, of a rank that may be 0, by its adapter. The index is data: only here is it known
-// where the layer begins.
+// left by the kernel of one layer and, of a rank that may be 0, by its adapter. The index is data: only here is it
+// known where the layer begins.
 ffi::Error ProductWithLayer(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer kernels, ffi::AnyBuffer as,
                             ffi::AnyBuffer bs, ffi::AnyBuffer layer, ffi::Result<ffi::AnyBuffer> out) {
   const int64_t index = std::clamp<int64_t>(*layer.typed_data<int32_t>(), 0, kernels.dimensions()[0] - 1);
@@ -77,10 +77,15 @@ ffi::Error ProductWithLayer(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::A
   const auto* its_left = static_cast<const Number*>(left.untyped_data());
   std::vector<float> low(rows * rank);
   std::vector<Number> rounded(rows * rank);
-  if (rank) {
-    ByPanels(its_left, rows, kernel.inner, a.first, a.panels, low.data(), rank, false);
-    Round(low.data(), rows * rank, rounded.data());
-  }
+  std::vector<std::function<void()>> of_a;
+  const int64_t block = rows > kFew ? (rows - 1) / std::max<int64_t>(1, threads.num_threads()) + 1 : rows;
+  for (int64_t from = 0; rank && from < rows; from += block)
+    of_a.push_back([&, from, here = std::min(block, rows - from)] {
+      float* its_low = low.data() + from * rank;
+      ByPanels(its_left + from * kernel.inner, here, kernel.inner, a.first, a.panels, its_low, rank, false);
+      Round(its_low, here * rank, rounded.data() + from * rank);
+    });
+  if (auto error = Share(threads, std::move(of_a)); error.failure()) return error;
   const bool small = rows * kernel.inner * kernel.panels < (1 << 14);
   const int64_t count = small ? 1 : std::max<int64_t>(1, threads.num_threads());
   const int64_t step = (kernel.panels + count - 1) / count;
@@ -169,19 +174,19 @@ ffi::Error Gradients(ffi::ThreadPool threads, ffi::AnyBuffer queries, ffi::AnyBu
   return ffi::Error::Success();
 }
 
-// queries [batch, heads, width], key [batch, kv_heads, width], value [batch, kv_heads, value width]; keys and values of all
-// layers [layers, batch, kv_heads, slots, .]; seen [batch, 2]: which slots, from and up to.
+// queries [batch, heads, width], key [batch, kv_heads, width], value [batch, kv_heads, value width]; keys and values of
+// all layers [layers, batch, kv_heads, slots, .]; seen [batch, 2]: which slots, from and up to.
 ffi::Error OfNextToken(ffi::ThreadPool threads, ffi::AnyBuffer queries, ffi::AnyBuffer key, ffi::AnyBuffer value,
                        ffi::AnyBuffer keys, ffi::AnyBuffer values, ffi::AnyBuffer layer, ffi::AnyBuffer seen,
                        ffi::Result<ffi::AnyBuffer> out) {
   const auto cached = keys.dimensions();
   const int64_t slots = cached[3], width = cached[4], value_width = values.dimensions()[4];
-  const int64_t lines = cached[1] * cached[2], group = queries.dimensions()[1] / cached[2];  // lines: of slots, in a layer
+  const int64_t group = queries.dimensions()[1] / cached[2], lines = cached[1] * cached[2];  // of slots, in a layer
   const int64_t index = std::clamp<int64_t>(*layer.typed_data<int32_t>(), 0, cached[0] - 1);
   const int32_t* spans = seen.typed_data<int32_t>();
   int64_t work = 0;
   for (int64_t row = 0; row < cached[1]; ++row) work += spans[2 * row + 1] * cached[2] * group * width;
-  const int64_t parts = work < (1 << 17) ? 1 : std::min<int64_t>(lines, 4 * threads.num_threads());
+  const int64_t parts = work < (1 << 17) ? 1 : std::min<int64_t>(lines, std::max<int64_t>(1, 4 * threads.num_threads()));
   std::vector<std::function<void()>> pieces;
   for (int64_t part = 0; part < parts; ++part)
     pieces.push_back([&, part] {

@@ -147,12 +147,12 @@ def product_with_layer(
         raise ValueError(f"{x.shape} and kernels with {2 * panels.shape[2]} inputs have no product")
     if 0 in rows.shape:
         return jnp.zeros(shape, dtype)
-    layers, out, inner = panels.shape[:3]
+    layers, count, pairs = panels.shape[:3]
     if a_panels is None:
-        a_panels = jnp.zeros((layers, 0, inner, 16, 2), jnp.uint16)
-        b_panels = jnp.zeros((layers, out, 0, 16, 2), jnp.uint16)
-    rank = a_panels.shape[1]
-    if (a_panels.shape[:3], b_panels.shape[:3]) != ((layers, rank, inner), (layers, out, 8 * rank)):
+        a_panels = jnp.zeros((layers, 0, pairs, 16, 2), jnp.uint16)
+        b_panels = jnp.zeros((layers, count, 0, 16, 2), jnp.uint16)
+    of_rank = a_panels.shape[1]
+    if (a_panels.shape[:3], b_panels.shape[:3]) != ((layers, of_rank, pairs), (layers, count, 8 * of_rank)):
         raise ValueError(f"an adapter of {a_panels.shape} and {b_panels.shape} does not fit kernels of {panels.shape}")
     result = jax.ShapeDtypeStruct((len(rows), shape[-1]), jnp.float32)
     call = jax.ffi.ffi_call(_WITH_LAYER, result, vmap_method="sequential")

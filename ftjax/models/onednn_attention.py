@@ -54,9 +54,25 @@ def of_next_token(
 
     Raises:
       UserError: oneDNN cannot be had on this machine.
+      ValueError: shapes or dtypes are not these. What computes it looks at no more than the cache's, and would read
+        beyond the others.
     """
     onednn.load()
-    batch, _, heads, _ = queries.shape
+    given = {
+        "queries": queries,
+        "keys": keys,
+        "values": values,
+        "cached keys": cached_keys,
+        "cached values": cached_values,
+    }
+    (batch, _, heads, width), (layers, _, kv_heads, slots, value_width) = queries.shape, cached_values.shape
+    own, cached = (batch, kv_heads, 1), (layers, batch, kv_heads, slots)
+    wanted = [(batch, 1, heads, width), (*own, width), (*own, value_width), (*cached, width), (*cached, value_width)]
+    for (name, x), shape in zip(given.items(), wanted, strict=True):
+        if x.shape != shape or x.dtype != jnp.float32:
+            raise ValueError(f"{name} are {x.dtype} {x.shape}, and would have to be float32 {shape}")
+    if heads % kv_heads:
+        raise ValueError(f"{heads} heads do not share {kv_heads} heads of keys evenly")
     upto = positions[:, 0]
     first = jnp.zeros_like(upto) if window is None else jnp.maximum(upto - jnp.reshape(window, -1) + 1, 0)
     shape = (batch, heads, cached_values.shape[-1])
@@ -64,7 +80,8 @@ def of_next_token(
         return jnp.zeros((batch, 1, *shape[1:]), jnp.float32)
     call = jax.ffi.ffi_call(onednn.OF_NEXT_TOKEN, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
     queries, keys, values = queries[:, 0] * jnp.float32(scale), keys[:, :, 0], values[:, :, 0]
-    return call(queries, keys, values, cached_keys, cached_values, layer, jnp.stack([first, upto], axis=1))[:, None]
+    seen = jnp.stack([first, upto], axis=1).astype(jnp.int32)
+    return call(queries, keys, values, cached_keys, cached_values, layer.astype(jnp.int32), seen)[:, None]
 
 
 def first_seen(segments: jax.Array, window: int | jax.Array | None) -> jax.Array:

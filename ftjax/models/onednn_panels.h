@@ -96,8 +96,8 @@ constexpr std::array<PanelProduct, sizeof...(kCounts)> PanelProducts(std::intege
   return {ByPanel<kCounts + 1>...};
 }
 
-// left [rows, inner] by `count` panels -> the first 16 x count of the `columns` of out [rows, columns]; with `added`, to
-// what is there.
+// left [rows, inner] by `count` panels -> the first 16 x count of the `columns` of out [rows, columns]; with `added`,
+// to what is there.
 void ByPanels(const Number* left, int64_t rows, int64_t inner, const char* panels, int64_t count, float* out,
               int64_t columns, bool added) {
   static constexpr auto products = PanelProducts(std::make_integer_sequence<int, kTogether>());

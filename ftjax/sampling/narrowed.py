@@ -1,4 +1,4 @@
-"""Kernels kept in bfloat16, for what reads all of them again with every token."""
+"""Kernels and adapters kept in bfloat16, for what reads all of them again with every token."""
 
 import jax
 import jax.numpy as jnp

@@ -402,7 +402,7 @@ def test_kernels_kept_in_panels_multiply_as_those_that_are_rounded_each_time(nam
 @multiplies
 @pytest.mark.parametrize("tied", [True, False])
 def test_adapters_of_kernels_in_panels_are_in_panels_too(tied, record_figure):
-    """What one adds is as it was to bfloat16; those of experts, of the table, and DoRA's are left."""
+    """What one adds is as it was to bfloat16; the table's and DoRA's are left."""
     changes = {"vocab_size": 64, "tie_word_embeddings": tied, "hidden_size": 64}
     model = Decoder(spec(**changes), matmul="onednn")
     base = {"params": numpy_params(model)}
@@ -418,6 +418,8 @@ def test_adapters_of_kernels_in_panels_are_in_panels_too(tied, record_figure):
     variables = base | {"lora": tree.unflatten(lora)}
     narrow = narrowed(model, variables)
     assert set(tree.by_module(narrow["lora"])) == {"layers/mlp/down_proj", "embed_tokens"}
+    with pytest.raises(ValueError, match=r"by onednn.product_with_layer alone"):  # and not as if it had no adapter
+        logits(model.clone(matmul="xla"), narrow, batch_of([documents(2, [7])], 16))
     batch = batch_of([documents(2, [7, 9])], 16)
     found, wanted, without = (logits(model, its, batch) for its in (narrow, variables, base))
     record_figure("logits", np.abs(found - wanted).max())
