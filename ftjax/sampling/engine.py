@@ -1,11 +1,14 @@
 """Generation: a fixed number of slots that prompts pass through, each as soon as one is free.
 
 A row knows its own position, so that nothing is padded on the left and rows of any length share a batch; once an eighth
-of them are through, the next prompts take their places. Equal prompts are read once, and those that go on from an ended
-row's text from there on. How a row is sampled, when it ends and its adapter (adapters.py) are its own: see slots.py,
-which is what is compiled. Ends by text (stop_strings.py) are the host's to see.
+of them are through, the next prompts take their places. Equal prompts are read once, as what many begin with is
+(prefix.py), and those that go on from an ended row's text from there on. How a row is sampled, when it ends and its
+adapter (adapters.py) are its own: see slots.py, which is what is compiled. Ends by text (stop_strings.py) are the
+host's to see.
 """
 
+import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -19,11 +22,11 @@ from ftjax.errors import UserError
 from ftjax.models.cache import carries_state
 from ftjax.models.decoder import Decoder
 from ftjax.models.kernels import choose as choose_kernel
-from ftjax.models.spec import DecoderSpec
 from ftjax.sampling import adapters as stacked
 from ftjax.sampling import slots as compiled
 from ftjax.sampling.narrowed import narrowed
 from ftjax.sampling.pictured import Pictured, placed, together
+from ftjax.sampling.prefix import AHEAD, Prefix, holds, in_common
 from ftjax.sampling.request import LIKELIEST, Completion, Left, Request, Row, allowed_next
 from ftjax.sampling.sampler import Sampling
 from ftjax.sampling.sizes import LENGTHS, STOPS, capacity, coarse, most_stops, padded, rounded
@@ -81,6 +84,7 @@ class Engine:
         self._waiting: deque[Row] = deque()
         self._reuse, self._room, self._together = reuse, room, together
         self._left: list[Left | None] = [None] * len(self._rows)
+        self._prefix: Prefix | None = None
         self._carries = carries_state(model.spec)
         self._slots = None
         self._count = 0
@@ -145,6 +149,7 @@ class Engine:
             raise ValueError(f"adapter {adapter} is in use by requests that have not ended")
         adapters = stacked.replace(self._variables[stacked.COLLECTION], adapter, new)
         self._variables = self._variables | {stacked.COLLECTION: adapters}
+        self._prefix = None
         self._left = [left if left is not None and left.adapter != adapter else None for left in self._left]
 
     @property
@@ -160,11 +165,12 @@ class Engine:
         while self._waiting and (free := [slot for slot, row in enumerate(self._rows) if row is None]):
             # What has been left the longest is overwritten first.
             free.sort(key=lambda slot: -1 if self._left[slot] is None else self._left[slot].row)
-            taken = self._take(len(free))
-            begun = self._begun(taken[0])
+            prefix = self._next_prefix()
+            taken = self._take(len(free), prefix)
+            begun = self._begun(taken[0]) if prefix is None else None
             if begun is not None and begun.length and begun.slot in free:
                 free = [begun.slot, *(slot for slot in free if slot != begun.slot)]
-            self._enter(free[: len(taken)], taken, begun)
+            self._enter(free[: len(taken)], taken, begun, prefix)
         counts = [0 if row is None else len(row.tokens) for row in self._rows]
         self._decode(limit)
         new, ended = {}, {}
@@ -184,21 +190,66 @@ class Engine:
         # What stands in the places of images is not what their tokens say.
         if self._reuse and not (self._carries and row.at_text) and row.request.images is None:
             tokens = np.array([*row.request.prompt, *row.tokens][:-1], np.int32)
-            self._left[slot] = Left(tokens, row.request.row_adapter, self._long(row), row.index, self._carries)
+            long = row.long(self._model.spec)
+            self._left[slot] = Left(tokens, row.request.row_adapter, long, row.index, self._carries)
 
-    def _take(self, most: int) -> list[Row]:
-        """The next rows whose prompts are read together: equal ones count once, and one read in parts is alone."""
+    def _next_prefix(self) -> Prefix | None:
+        """What the next prompts go on from, read by now; None where they are read from their first tokens on."""
+        row = self._waiting[0]
+        if not self._together or ((begun := self._begun(row)) is not None and begun.length):
+            return None
+        if self._prefix is not None and self._goes_on(row, self._prefix):
+            return self._prefix
+        new = self._read_prefix(row)
+        self._prefix = new or self._prefix
+        return new
+
+    def _goes_on(self, row: Row, prefix: Prefix) -> bool:
+        width = padded(len(row.request.prompt) - len(prefix.tokens), 1, self._model)
+        return prefix.begins(row, row.long(self._model.spec)) and holds(len(prefix.tokens), 1, width)
+
+    def _read_prefix(self, row: Row) -> Prefix | None:
+        """What a row and others that wait begin with, where they are enough for it to be read by itself."""
+        own, spec = row.request, self._model.spec
+        alike = {}
+        for other in itertools.islice(self._waiting, max(AHEAD, len(self._rows))):
+            request, same = other.request, other.long(spec) == row.long(spec)
+            if same and request.images is None and request.adapter == own.adapter:
+                alike[other.key(spec)] = request.prompt
+        if own.images is not None or not (length := in_common(list(alike.values()))):
+            return None
+        if not holds(length, 1, padded(len(own.prompt) - length, 1, self._model)):
+            return None
+        most = row.reach - length - 1
+        alone = Row(-1, dataclasses.replace(own, prompt=own.prompt[: length + 1], max_new_tokens=most))
+        if self._is_long(alone):
+            self._make_room(row.length)
+            read = self._read_in_parts(alone, _Begun(0, 0))
+        else:
+            read = self._read([alone], None)
+        return Prefix(own.prompt[:length], own.row_adapter, row.long(spec), read)
+
+    def _take(self, most: int, prefix: Prefix | None) -> list[Row]:
+        """The next rows whose prompts are read together, all of them after the prefix where there is one: equal ones
+        count once, and one read in parts is alone.
+        """
         taken, unique, length, spec = [], set(), 0, self._model.spec
+        start = 0 if prefix is None else len(prefix.tokens)
         while self._waiting and len(taken) < most:
             row = self._waiting[0]
-            if taken and _key(row, spec) not in unique:
+            longest = max(length, len(row.request.prompt) - start)
+            if taken and row.key(spec) not in unique:
                 rows = self._rows_read(len(unique) + 1)
-                tokens = rows * padded(max(length, len(row.request.prompt)), rows, self._model)
-                if self._begun(row) or self._begun(taken[0]) or tokens > TOKENS:
+                width = padded(longest, rows, self._model)
+                if prefix is None:
+                    apart = self._begun(row) or self._begun(taken[0])
+                else:
+                    apart = not self._goes_on(row, prefix) or not holds(start, rows, width)
+                if apart or rows * width > TOKENS:
                     break
             taken.append(self._waiting.popleft())
-            unique.add(_key(row, spec))
-            length = max(length, len(row.request.prompt))
+            unique.add(row.key(spec))
+            length = longest
         return taken
 
     def _rows_read(self, prompts: int) -> int:
@@ -211,7 +262,7 @@ class Engine:
             return None
         best = _Begun(0, 0)
         for slot, left in enumerate(self._left):
-            if left is None or left.adapter != row.request.row_adapter or left.long != self._long(row):
+            if left is None or left.adapter != row.request.row_adapter or left.long != row.long(self._model.spec):
                 continue
             best = max(best, _Begun(left.shared(row.request.prompt), slot))
         # A single slot reads nothing together: there parts are all that compiles, for the first prompt as for others.
@@ -219,10 +270,6 @@ class Engine:
         if best.length < REUSED and not alone:
             best = _Begun(0, 0)
         return best if best.length or alone or self._is_long(row) else None
-
-    def _long(self, row: Row) -> tuple[bool, ...]:
-        """Which of LongRoPE's frequencies its keys have: of each rope whether the long ones."""
-        return tuple(rope.long_after is not None and _reach(row) > rope.long_after for rope in self._model.spec.ropes)
 
     def _is_long(self, row: Row) -> bool:
         """Whether attention would hold too many scores, were its prompt read whole."""
@@ -233,13 +280,13 @@ class Engine:
         model, mesh = self._model, jax.sharding.get_abstract_mesh()
         return choose_kernel(model.attention, model.spec, model.dtype, width, mesh, model.matmul).name == "xla"
 
-    def _enter(self, used: list[int], taken: list[Row], begun: "_Begun | None") -> None:
-        """Reads the prompts of `taken`, the only one in parts where it is `begun`; puts them into the slots `used`."""
+    def _enter(self, used: list[int], taken: list[Row], begun: "_Begun | None", prefix: Prefix | None) -> None:
+        """Puts `taken` into the slots `used`: the only one read in parts where it is `begun`, or all after a prefix."""
         for slot, row in zip(used, taken, strict=True):
             self._rows[slot], self._left[slot] = row, None
         self._make_room(max(row.length for row in taken))
         spec = self._model.spec
-        unique = {_key(row, spec): row for row in taken}
+        unique = {row.key(spec): row for row in taken}
         numbers = {key: number for number, key in enumerate(unique)}
         size = coarse(len(taken), len(self._rows))
 
@@ -248,36 +295,40 @@ class Engine:
 
         prompts = [row.request.prompt for row in taken]
         entering = Entering(
-            column([numbers[_key(row, spec)] for row in taken], 0),
+            column([numbers[row.key(spec)] for row in taken], 0),
             column([len(prompt) for prompt in prompts], 1),
             column([int(prompt[-1]) for prompt in prompts], 0),
-            column([_reach(row) for row in taken], 1),
+            column([row.reach for row in taken], 1),
             column(used, len(self._rows)),  # what fills up goes nowhere
             compiled.rows_of([row.request.rows() for row in taken], self._stops, self._biases, size),
         )
         rows = list(unique.values())
-        read = self._read(rows) if begun is None else self._read_in_parts(rows[0], begun)
+        read = self._read(rows, prefix) if begun is None else self._read_in_parts(rows[0], begun)
         self._slots = compiled.enter(self._slots, read, entering)
 
-    def _read(self, rows: list[Row]) -> Read:
-        prompts = [row.request.prompt for row in rows]
+    def _read(self, rows: list[Row], prefix: Prefix | None) -> Read:
+        start = 0 if prefix is None else len(prefix.tokens)
+        prompts = [row.request.prompt[start:] for row in rows]
         count = self._rows_read(len(rows))
         width = padded(max(map(len, prompts)), count, self._model)
         tokens, adapters = np.zeros((count, width), np.int32), np.full(count, -1, np.int32)
         lengths, reach = np.ones(count, np.int32), np.ones(count, np.int32)
         for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-            tokens[i, : len(prompt)], lengths[i], reach[i] = prompt, len(prompt), _reach(row)
+            tokens[i, : len(prompt)], lengths[i], reach[i] = prompt, len(prompt), row.reach
             adapters[i] = row.request.row_adapter
         images = together([row.request.images for row in rows], count, width)
         if not self._mesh.empty:
             tokens = sharding.place(self._mesh, ("batch", "length"), tokens)
             images = images and placed(self._mesh, images)
-        return compiled.read(self._model, self._variables, Prompts(tokens, lengths, reach, adapters, images))
+        given = Prompts(tokens, lengths, reach, adapters, images)
+        if prefix is None:
+            return compiled.read(self._model, self._variables, given)
+        return compiled.read_after(self._model, self._variables, prefix.read, np.int32(start), given)
 
     def _read_in_parts(self, row: Row, begun: "_Begun") -> Read:
         """Parts of two lengths, since each is compiled. The last token of a prompt is read when the next is chosen."""
         prompt, start = row.request.prompt[:-1], begun.length
-        reach, adapter = (np.array([value], np.int32) for value in (_reach(row), row.request.row_adapter))
+        reach, adapter = (np.array([value], np.int32) for value in (row.reach, row.request.row_adapter))
         cache = compiled.row(self._slots, np.int32(begun.slot), reach)
         while start < len(prompt):
             width = PART if len(prompt) - start >= PART else min(PART, LENGTHS)
@@ -435,15 +486,3 @@ def _beside(variables: Tree, slots: compiled.Slots) -> compiled.Slots:
         return slots
     where = placed[0]
     return jax.device_put(slots, sharding.replicated(where.mesh) if isinstance(where, NamedSharding) else where)
-
-
-def _key(row: Row, spec: DecoderSpec) -> tuple[bytes, int, int, int]:
-    """Rows of the same one leave the same in the cache. With LongRoPE that depends on how long a row may become."""
-    is_long = any(rope.long_frequencies is not None for rope in spec.ropes)
-    prompt = np.asarray(row.request.prompt, np.int32).tobytes()
-    pictured = 0 if row.request.images is None else id(row.request.images)
-    return prompt, row.request.row_adapter, _reach(row) if is_long else 0, pictured
-
-
-def _reach(row: Row) -> int:
-    return len(row.request.prompt) + row.request.max_new_tokens

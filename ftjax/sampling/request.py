@@ -8,6 +8,7 @@ import numpy as np
 
 from ftjax.errors import UserError
 from ftjax.models.decoder import Decoder
+from ftjax.models.spec import DecoderSpec
 from ftjax.models.vision import Images
 from ftjax.sampling.pictured import Pictured
 from ftjax.sampling.sampler import Sampling, Settings
@@ -158,6 +159,22 @@ class Row:
         """Tokens that are in the cache, or will be before the next one is chosen."""
         return len(self.request.prompt) + len(self.tokens)
 
+    @property
+    def reach(self) -> int:
+        """How long it may become."""
+        return len(self.request.prompt) + self.request.max_new_tokens
+
+    def long(self, spec: DecoderSpec) -> tuple[bool, ...]:
+        """Which of LongRoPE's frequencies its keys have: of each rope whether the long ones."""
+        return tuple(rope.long_after is not None and self.reach > rope.long_after for rope in spec.ropes)
+
+    def key(self, spec: DecoderSpec) -> tuple[bytes, int, int, int]:
+        """Rows of the same one leave the same in the cache. With LongRoPE that depends on how long they may become."""
+        is_long = any(rope.long_frequencies is not None for rope in spec.ropes)
+        prompt = np.asarray(self.request.prompt, np.int32).tobytes()
+        pictured = 0 if self.request.images is None else id(self.request.images)
+        return prompt, self.request.row_adapter, self.reach if is_long else 0, pictured
+
     def completion(self) -> Completion:
         logps = np.array(self.logps, np.float32).reshape(-1, 3).T
         made = Completion(np.array(self.text_tokens, np.int32), self.stopped, self.stop_token, *logps)
@@ -172,7 +189,7 @@ class Left(NamedTuple):
 
     tokens: np.ndarray  # int32, whose keys and values are there
     adapter: int  # as in Rows; they are of it
-    long: tuple[bool, ...]  # see Engine._long
+    long: tuple[bool, ...]  # see Row.long
     row: int  # its index
     whole: bool  # whether only all of them can be gone on from
 

@@ -118,6 +118,27 @@ def read(model: Decoder, variables: Tree, prompts: Prompts) -> Read:
     return Read(*found)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def read_after(model: Decoder, variables: Tree, prefix: Read, start: jax.Array, prompts: Prompts) -> Read:
+    """`read` of what comes after the first `start` tokens of prompts, which are the same in all; prefix: what these
+    left, of one row. Beside the scores between what is read and itself those to the prefix are held.
+    """
+    count, length = prompts.tokens.shape
+
+    def for_all(part: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(part, (part.shape[0], count, *part.shape[2:]))
+
+    def with_room(part: jax.Array) -> jax.Array:
+        return for_all(jnp.pad(part, [(0, length if axis == 3 else 0) for axis in range(part.ndim)]))
+
+    keys, values = jax.tree.map(with_room, (prefix.keys, prefix.values))
+    cache = _split(Cache(keys, values, jax.tree.map(for_all, prefix.states), prompts.reach))
+    variables = adapters.of_rows(variables, prompts.adapters)
+    places = _after(model, start, prompts.lengths - 1, length)
+    cache = _split(model.apply(variables, prompts.tokens, *places, cache)[1])
+    return Read(cache.keys, cache.values, cache.states)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read_on(
     model: Decoder,
@@ -133,9 +154,17 @@ def read_on(
     adapter: int32 [1], see Rows.
     """
     variables = adapters.of_rows(variables, adapter)
-    places = jnp.arange(tokens.shape[1])[None]
-    segment_ids = (places < count).astype(jnp.int32)
-    return _split(model.apply(variables, tokens, start + places, segment_ids, cache)[1])
+    places = _after(model, start, count[None], tokens.shape[1])
+    return _split(model.apply(variables, tokens, *places, cache)[1])
+
+
+def _after(model: Decoder, start: jax.Array, counts: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """Positions and segments, int32 [n, length], of what comes after the `start` tokens before: counts [n] tokens. What
+    pads them has positions of the model too: a table of positions gives NaN for others.
+    """
+    places = jnp.broadcast_to(jnp.arange(length), (len(counts), length))
+    positions = jnp.minimum(start + places, model.spec.max_position_embeddings - 1)
+    return positions, (places < counts[:, None]).astype(jnp.int32)
 
 
 @jax.jit

@@ -76,6 +76,15 @@ def test_a_turn_reads_only_what_is_new_and_says_the_same(name, parts):
     assert parts == [(0, 8), (8 + NEW, 4), (12 + 2 * NEW, 1), (13 + 3 * NEW, 7)]
 
 
+def test_a_turn_that_ends_where_the_positions_do(parts):
+    """What pads its last part is beyond the positions that the model has a row for."""
+    model, variables = made("gpt2")
+    positions = model.spec.max_position_embeddings
+    turns = [9, positions - 13 - 3 * NEW, 4]
+    talk(conversation(model, variables, ()), variables, model, turns)
+    assert sum(parts[-1]) + min(engine.LENGTHS, engine.PART) > positions
+
+
 def test_long_ropes_other_frequencies_are_read_anew(parts):
     model, variables = made("phi3")
     assert max(rope.long_after for rope in model.spec.ropes) == 8
