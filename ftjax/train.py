@@ -61,6 +61,7 @@ from ftjax.training.display import Display
 from ftjax.training.loop import Cadence, Loop, Records, place_batch, run
 from ftjax.training.preemption import CTRL_C, SIGTERM, Preempted, Preemption
 from ftjax.training.state import TrainState
+from ftjax.training.step import compiling
 from ftjax.tree import Tree
 from ftjax.weights.peft import continued
 
@@ -144,7 +145,11 @@ def _train(
         if few := choices.few_updates(config, asked, base.model.spec, mesh, rows, examples, total_steps):
             display.say(f"warning: {few}, and more rows help most")
 
-        # Weights, adapters, state.
+        # Weights, adapters, state. Reading takes as long as compiling, and neither needs the other. But of batches with
+        # images, and of those that the model is to write, the size is not known.
+        is_known = not (program.method.rollouts or config.model.vision)
+        shapes = (program.state, program.frozen, program.batch)
+        wait_for_step = compiling(program.step, mesh, *shapes) if is_known else lambda: None
         display.say("reading the weights")
         smaller = memory.smaller(config, mesh)
 
@@ -179,6 +184,7 @@ def _train(
                 templates.keep(config.data.chat_template, base.tokenizer, workdir)
 
         def step(state: TrainState, frozen: Tree, arrays: dict) -> tuple:
+            wait_for_step()
             return program.step(state, frozen, place_batch(mesh, arrays, config.accumulate))
 
         evaluated, digest = there.reached(), evaluator.digest()

@@ -1,6 +1,7 @@
 """Whole runs of the command line: killed, resumed, finished, and refused."""
 
 import json
+import logging
 import os
 import runpy
 import shutil
@@ -62,6 +63,15 @@ def assert_same_run(workdir, other):
     for path, leaf in ours.items():
         np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
     assert records(workdir) == records(other)
+
+
+def test_the_step_that_is_compiled_while_the_weights_are_read_is_the_one_that_trains(root, tmp_path, caplog):
+    config = runpy.run_path(str(root / "run.py"))["get_config"]()
+    config.steps, config.checkpoint_every = 2, 2
+    with caplog.at_level(logging.DEBUG, logger="jax._src.dispatch"):
+        assert run_config(config, tmp_path / "run") == 0
+    done = [record for record in caplog.records if "Finished XLA compilation of jit(step)" in record.message]
+    assert [record.threadName for record in done] == ["compiling the step"]
 
 
 def test_it_learns_and_says_what_it_does(uninterrupted):

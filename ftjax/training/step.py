@@ -1,11 +1,14 @@
 """The one training step: gradient accumulation, one division, one optax update, sharded over the mesh."""
 
 import functools
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from ftjax import tree
 from ftjax.models.routing import is_correction
@@ -86,6 +89,23 @@ def make_step(
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def compiling(step: Any, mesh: Mesh, *shapes: Any) -> Callable[[], None]:
+    """Begins to compile a jitted `step` for arguments of these shapes and shardings, while the caller goes on; what it
+    returns waits for the end. A call with such arguments then finds it compiled.
+    """
+
+    def compile_step() -> None:
+        try:
+            with jax.set_mesh(mesh):
+                step.lower(*shapes).compile()
+        except Exception:  # whatever it is, the call meets it again, where it is said what helps
+            pass
+
+    thread = threading.Thread(target=compile_step, name="compiling the step")
+    thread.start()
+    return thread.join
 
 
 def make_eval_step(objective: Objective) -> Callable[[Tree, Tree, Batch], Loss]:

@@ -1,5 +1,7 @@
 """The step on a problem small enough to do by hand: weighted least squares, in NumPy beside it."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from support.tiny import one_device
 from ftjax import sharding, tree
 from ftjax.objectives.loss import Loss
 from ftjax.training.state import abstract_state, init_state
-from ftjax.training.step import kernels_in, make_eval_step, make_step
+from ftjax.training.step import compiling, kernels_in, make_eval_step, make_step
 
 RATE = 0.1
 
@@ -78,6 +80,33 @@ def test_the_old_state_is_donated_and_the_frozen_part_is_not(start):
     assert all(leaf.is_deleted() for leaf in old)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((state, frozen)))
     assert float(frozen["params"]["bias"]) == 0.25
+
+
+def compiled_by(caplog):
+    return [record.message for record in caplog.records if "Finished XLA compilation of jit(step)" in record.message]
+
+
+def test_it_is_compiled_while_the_caller_goes_on(start, caplog):
+    step, state, frozen = start
+    given = (state, frozen, jax.device_put(batch(2), sharding.replicated(one_device())))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), given)
+    with caplog.at_level(logging.DEBUG, logger="jax._src.dispatch"):  # in all threads
+        compiling(step, one_device(), *shapes)()
+        assert len(compiled_by(caplog)) == 1
+        with jax.set_mesh(one_device()):
+            after, _ = step(*given)
+        assert int(after.step) == 1
+        assert len(compiled_by(caplog)) == 1
+
+
+def test_what_cannot_be_compiled_fails_where_it_is_called():
+    def step(x):
+        raise ValueError("no such step")
+
+    wait = compiling(jax.jit(step), one_device(), jax.ShapeDtypeStruct((2,), jnp.float32))
+    wait()
+    with pytest.raises(ValueError, match="no such step"):
+        jax.jit(step)(jnp.zeros(2))
 
 
 def test_randomness_follows_from_seed_step_and_micro_batch(start):
