@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from ftjax.models import onednn
 from ftjax.objectives import head as heads
 from ftjax.objectives.head import Head
 from ftjax.sharding import partition_spec, platform
 
 BLOCK = 2**25  # logits of a device at a time: 128 MiB in float32
 COLUMNS = 8192  # of the vocabulary at a time, where the head has to be gathered
-# Tokens in a block, at most, where it has not: blocks without a trained token are skipped. CPUs multiply fewer as fast.
-TOKENS, ON_CPUS = 512, 256
+# Tokens in a block, at most, where it has not: blocks without a trained token are skipped, and what fills the last one
+# up is not. CPUs multiply fewer as fast; only for bfloat16 the head is rounded and rearranged once more for each block.
+TOKENS, ON_CPUS = 512, {jnp.dtype("float32"): 128, jnp.dtype("bfloat16"): 256}
 LOWEST = -1e30  # a logit that does not count: finite, because the difference of two infinities is NaN
 
 
@@ -64,7 +66,7 @@ def cut(chunks: Chunks | None, hidden: jax.Array, head: Head, split: HeadSplit) 
     here, tokens = columns_of(head), math.prod(hidden.shape[:2])
     if chunks is None:
         columns = min(here, COLUMNS) if split.width else here
-        own = ON_CPUS if platform(jax.sharding.get_abstract_mesh()) == "cpu" else TOKENS
+        own = ON_CPUS[onednn.operands()] if platform(jax.sharding.get_abstract_mesh()) == "cpu" else TOKENS
         chunks = Chunks(columns, max(BLOCK // columns, 1) if split.width else own)
     return Chunks(min(chunks.columns, here), min(chunks.tokens, tokens))
 
