@@ -9,6 +9,7 @@ import platform
 import select
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ EXIT_MISTAKE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved on SIGTERM; the same command goes on
 EXIT_INTERRUPTED = 130  # Ctrl-C
 EXIT_PIPE = 141  # nobody reads the output any more, as after `| head -1`; what shells report of a SIGPIPE
+
+# The name of threads that a command does not wait for where it fails or is stopped.
+UNNEEDED = "of use only to what follows"
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -106,18 +110,26 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and exits with its status (None is 0); mistakes end with their status and one message."""
     with piped():
         try:
-            sys.exit(main())
+            status, at_once = main(), False
+        except SystemExit as error:  # absl ends with the status that its main returns
+            status, at_once = error.code, False
         except (UserError, OSError, KeyboardInterrupt) as error:
             if _is_unread(error):
                 raise
             status, text = explain(error)
             print(text, file=sys.stderr)
-            if isinstance(error, KeyboardInterrupt):
-                # At once: the interpreter's own end would take devices away from what they still compute, and crash.
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-            sys.exit(status)
+            at_once = isinstance(error, KeyboardInterrupt)
+        if at_once or (isinstance(status, int) and status and _is_unneeded_running()):
+            # The interpreter's own end would wait for threads, or take devices away from what they still compute, and
+            # crash.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        sys.exit(status)
+
+
+def _is_unneeded_running() -> bool:
+    return any(thread.name == UNNEEDED for thread in threading.enumerate())
 
 
 @contextlib.contextmanager

@@ -145,9 +145,10 @@ def _train(
         if few := choices.few_updates(config, asked, base.model.spec, mesh, rows, examples, total_steps):
             display.say(f"warning: {few}, and more rows help most")
 
-        # Weights, adapters, state. Reading takes as long as compiling, and neither needs the other. But of batches with
-        # images, and of those that the model is to write, the size is not known.
-        is_known = not (program.method.rollouts or config.model.vision)
+        # Weights, adapters, state. Reading takes as long as compiling, and neither needs the other. But batches may be
+        # of several lengths, and those with images, or of what the model is to write, of any.
+        is_known = tuple(train_loader.lengths) == (program.row_length,)
+        is_known &= not (program.method.rollouts or config.model.vision)
         shapes = (program.state, program.frozen, program.batch)
         wait_for_step = compiling(program.step, mesh, *shapes) if is_known else lambda: None
         display.say("reading the weights")

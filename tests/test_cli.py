@@ -45,6 +45,41 @@ def test_what_a_command_line_ends_with(arguments, status, out, err):
     assert ("--config:" in done.stdout) == ("--help" in arguments)
 
 
+ENDS = """
+import sys, threading, time
+from ftjax import cli
+from ftjax.errors import UserError
+def main(argv):
+    done = threading.Event()
+    threading.Thread(target=lambda: (done.wait(float(argv[2])), print("done")), name=cli.UNNEEDED).start()
+    if argv[1] == "mistake":
+        raise UserError("the checkpoint is damaged")
+    print("saved")
+    return int(argv[1])
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "seconds", "status", "out", "err"),
+    [
+        ("mistake", 300, 2, "", "error: the checkpoint is damaged\n"),
+        ("75", 300, 75, "saved\n", ""),
+        ("0", 0.2, 0, "saved\ndone\n", ""),
+    ],
+)
+def test_what_fails_or_is_stopped_does_not_wait_for_what_would_have_followed(how, seconds, status, out, err):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ENDS, how, str(seconds)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
+
+
 @pytest.mark.parametrize("arguments", [["--config=chat"], ["--help"]])
 def test_output_that_nobody_reads_ends_it_quietly(arguments):
     reading, writing = os.pipe()

@@ -14,6 +14,7 @@ from support.reports import write_workdir
 from support.runs import command, finish, signal_at_step, write_model, write_rows, write_run
 
 from ftjax import assemble, tree
+from ftjax.cli import UNNEEDED
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import Evaluator
 from ftjax.train import _report
@@ -65,13 +66,14 @@ def assert_same_run(workdir, other):
     assert records(workdir) == records(other)
 
 
-def test_the_step_that_is_compiled_while_the_weights_are_read_is_the_one_that_trains(root, tmp_path, caplog):
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_step_that_is_compiled_while_the_weights_are_read_is_the_one_that_trains(root, tmp_path, caplog, packing):
     config = runpy.run_path(str(root / "run.py"))["get_config"]()
-    config.steps, config.checkpoint_every = 2, 2
+    config.steps, config.checkpoint_every, config.data.packing = 1, 1, packing
     with caplog.at_level(logging.DEBUG, logger="jax._src.dispatch"):
         assert run_config(config, tmp_path / "run") == 0
     done = [record for record in caplog.records if "Finished XLA compilation of jit(step)" in record.message]
-    assert [record.threadName for record in done] == ["compiling the step"]
+    assert [record.threadName for record in done] == [UNNEEDED if packing else "MainThread"]
 
 
 def test_it_learns_and_says_what_it_does(uninterrupted):

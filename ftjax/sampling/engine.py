@@ -10,7 +10,7 @@ host's to see.
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from ftjax.sampling import adapters as stacked
 from ftjax.sampling import slots as compiled
 from ftjax.sampling.narrowed import narrowed
 from ftjax.sampling.pictured import Pictured, placed, together
-from ftjax.sampling.prefix import AHEAD, Prefix, holds, in_common
+from ftjax.sampling.prefix import AHEAD, Prefix, gains, in_common
 from ftjax.sampling.request import LIKELIEST, Completion, Left, Request, Row, allowed_next
 from ftjax.sampling.sampler import Sampling
 from ftjax.sampling.sizes import LENGTHS, STOPS, capacity, coarse, most_stops, padded, rounded
@@ -165,12 +165,11 @@ class Engine:
         while self._waiting and (free := [slot for slot, row in enumerate(self._rows) if row is None]):
             # What has been left the longest is overwritten first.
             free.sort(key=lambda slot: -1 if self._left[slot] is None else self._left[slot].row)
-            prefix = self._next_prefix()
-            taken = self._take(len(free), prefix)
-            begun = self._begun(taken[0]) if prefix is None else None
+            taken = self._take(len(free))
+            begun = self._begun(taken[0])
             if begun is not None and begun.length and begun.slot in free:
                 free = [begun.slot, *(slot for slot in free if slot != begun.slot)]
-            self._enter(free[: len(taken)], taken, begun, prefix)
+            self._enter(free[: len(taken)], taken, begun)
         counts = [0 if row is None else len(row.tokens) for row in self._rows]
         self._decode(limit)
         new, ended = {}, {}
@@ -193,63 +192,19 @@ class Engine:
             long = row.long(self._model.spec)
             self._left[slot] = Left(tokens, row.request.row_adapter, long, row.index, self._carries)
 
-    def _next_prefix(self) -> Prefix | None:
-        """What the next prompts go on from, read by now; None where they are read from their first tokens on."""
-        row = self._waiting[0]
-        if not self._together or ((begun := self._begun(row)) is not None and begun.length):
-            return None
-        if self._prefix is not None and self._goes_on(row, self._prefix):
-            return self._prefix
-        new = self._read_prefix(row)
-        self._prefix = new or self._prefix
-        return new
-
-    def _goes_on(self, row: Row, prefix: Prefix) -> bool:
-        width = padded(len(row.request.prompt) - len(prefix.tokens), 1, self._model)
-        return prefix.begins(row, row.long(self._model.spec)) and holds(len(prefix.tokens), 1, width)
-
-    def _read_prefix(self, row: Row) -> Prefix | None:
-        """What a row and others that wait begin with, where they are enough for it to be read by itself."""
-        own, spec = row.request, self._model.spec
-        alike = {}
-        for other in itertools.islice(self._waiting, max(AHEAD, len(self._rows))):
-            request, same = other.request, other.long(spec) == row.long(spec)
-            if same and request.images is None and request.adapter == own.adapter:
-                alike[other.key(spec)] = request.prompt
-        if own.images is not None or not (length := in_common(list(alike.values()))):
-            return None
-        if not holds(length, 1, padded(len(own.prompt) - length, 1, self._model)):
-            return None
-        most = row.reach - length - 1
-        alone = Row(-1, dataclasses.replace(own, prompt=own.prompt[: length + 1], max_new_tokens=most))
-        if self._is_long(alone):
-            self._make_room(row.length)
-            read = self._read_in_parts(alone, _Begun(0, 0))
-        else:
-            read = self._read([alone], None)
-        return Prefix(own.prompt[:length], own.row_adapter, row.long(spec), read)
-
-    def _take(self, most: int, prefix: Prefix | None) -> list[Row]:
-        """The next rows whose prompts are read together, all of them after the prefix where there is one: equal ones
-        count once, and one read in parts is alone.
-        """
+    def _take(self, most: int) -> list[Row]:
+        """The next rows whose prompts are read together: equal ones count once, and one read in parts is alone."""
         taken, unique, length, spec = [], set(), 0, self._model.spec
-        start = 0 if prefix is None else len(prefix.tokens)
         while self._waiting and len(taken) < most:
             row = self._waiting[0]
-            longest = max(length, len(row.request.prompt) - start)
             if taken and row.key(spec) not in unique:
                 rows = self._rows_read(len(unique) + 1)
-                width = padded(longest, rows, self._model)
-                if prefix is None:
-                    apart = self._begun(row) or self._begun(taken[0])
-                else:
-                    apart = not self._goes_on(row, prefix) or not holds(start, rows, width)
-                if apart or rows * width > TOKENS:
+                tokens = rows * padded(max(length, len(row.request.prompt)), rows, self._model)
+                if self._begun(row) or self._begun(taken[0]) or tokens > TOKENS:
                     break
             taken.append(self._waiting.popleft())
             unique.add(row.key(spec))
-            length = longest
+            length = max(length, len(row.request.prompt))
         return taken
 
     def _rows_read(self, prompts: int) -> int:
@@ -280,8 +235,8 @@ class Engine:
         model, mesh = self._model, jax.sharding.get_abstract_mesh()
         return choose_kernel(model.attention, model.spec, model.dtype, width, mesh, model.matmul).name == "xla"
 
-    def _enter(self, used: list[int], taken: list[Row], begun: "_Begun | None", prefix: Prefix | None) -> None:
-        """Puts `taken` into the slots `used`: the only one read in parts where it is `begun`, or all after a prefix."""
+    def _enter(self, used: list[int], taken: list[Row], begun: "_Begun | None") -> None:
+        """Reads the prompts of `taken`, the only one in parts where it is `begun`; puts them into the slots `used`."""
         for slot, row in zip(used, taken, strict=True):
             self._rows[slot], self._left[slot] = row, None
         self._make_room(max(row.length for row in taken))
@@ -303,8 +258,31 @@ class Engine:
             compiled.rows_of([row.request.rows() for row in taken], self._stops, self._biases, size),
         )
         rows = list(unique.values())
-        read = self._read(rows, prefix) if begun is None else self._read_in_parts(rows[0], begun)
+        read = self._read(rows, self._prefix_of(rows)) if begun is None else self._read_in_parts(rows[0], begun)
         self._slots = compiled.enter(self._slots, read, entering)
+
+    def _prefix_of(self, rows: list[Row]) -> Prefix | None:
+        """What these rows, which are read together, all begin with, read by now; None where they are read whole."""
+        own, spec = rows[0].request, self._model.spec
+        long = rows[0].long(spec)
+
+        def prompts(some: Iterable[Row]) -> dict[tuple, np.ndarray]:
+            return {row.key(spec): row.request.prompt for row in some if row.is_like(own, long, spec)}
+
+        theirs = prompts(rows)
+        if len(theirs) < len(rows):
+            return None
+        longest, last = max(map(len, theirs.values())), self._prefix
+        if last and gains(len(last.tokens), longest) and all(last.begins(row, long) for row in rows):
+            return last
+        # Of those that come next as well, which then go on from it too, unless one of them begins otherwise.
+        with_next = theirs | prompts(itertools.islice(self._waiting, AHEAD))
+        lengths = (in_common(list(some.values())) for some in (with_next, theirs))
+        if not (length := next((length for length in lengths if gains(length, longest)), 0)):
+            return None
+        alone = dataclasses.replace(own, prompt=own.prompt[: length + 1], max_new_tokens=rows[0].reach - length - 1)
+        self._prefix = Prefix(own.prompt[:length], own.row_adapter, long, self._read([Row(-1, alone)], None))
+        return self._prefix
 
     def _read(self, rows: list[Row], prefix: Prefix | None) -> Read:
         start = 0 if prefix is None else len(prefix.tokens)

@@ -1,7 +1,8 @@
-"""What waiting prompts begin with, such as a system message or the examples of few-shot prompts, is read once for all.
+"""What prompts that are read together begin with, such as a system message or the examples of few-shot prompts, is read
+once for all of them.
 
-What a token leaves in the cache depends on nothing after it, so that what all begin with is read of one row, and of
-every prompt only what comes after it.
+What a token leaves in the cache depends on nothing after it, so the prefix is read of one row, and of each prompt only
+the rest. Which prompts are read together does not change by it, and so neither do the number of reads and their memory.
 """
 
 from collections.abc import Sequence
@@ -12,14 +13,14 @@ import numpy as np
 from ftjax.sampling.request import Row
 from ftjax.sampling.slots import Read
 
-SHORTEST = 32  # tokens: to leave fewer out makes what is read no shorter by more than its padding
-WORTH = 2**10  # tokens that need not be read: fewer take no longer than to compile what goes on from a prefix
-AHEAD = 64  # waiting prompts that are looked at
-SCORES = 2**22  # of a head, what is read at once by what it sees: attention after a prefix holds them all
+WORTH = 2**10  # tokens, of all prompts together, that need not be read: fewer take no longer than to compile for it
+AHEAD = 64  # waiting prompts that are looked at beside those that are read now
+SHORTEST = 32  # tokens of a prefix: by fewer, what is read becomes hardly shorter, as it is padded
+LONGEST_REST = 512  # tokens: attention after a prefix holds all their scores
 
 
 class Prefix(NamedTuple):
-    """What was read of some prompts' beginning."""
+    """What was read of some prompts' first tokens."""
 
     tokens: np.ndarray  # int32 [length]
     adapter: int  # as in Rows; it was read with that
@@ -27,23 +28,28 @@ class Prefix(NamedTuple):
     read: Read  # of one row, padded
 
     def begins(self, row: Row, long: tuple[bool, ...]) -> bool:
-        """Whether a row goes on from it; the last token of a prompt is read when the next is chosen."""
+        """Whether the prompt of a row that has no images begins with it, and has one more token at least: the last one
+        is read when the next is chosen.
+        """
         prompt, length = row.request.prompt, len(self.tokens)
-        alike = row.request.images is None and row.request.row_adapter == self.adapter and long == self.long
+        alike = row.request.row_adapter == self.adapter and long == self.long
         return alike and len(prompt) > length and np.array_equal(prompt[:length], self.tokens)
 
 
-def holds(length: int, rows: int, width: int) -> bool:
-    """Whether the scores of so many rows' next `width` tokens, with padding, after a prefix of `length` can be held."""
-    return rows * width * (length + width) <= SCORES
+def gains(length: int, longest: int) -> bool:
+    """Whether prompts of up to `longest` tokens are read faster after a prefix of `length`: not where that is a small
+    part of them, since attention over whole prompts has better kernels.
+    """
+    rest = longest - length
+    return length >= SHORTEST and rest <= min(2 * length, LONGEST_REST)
 
 
 def in_common(prompts: Sequence[np.ndarray]) -> int:
-    """How many tokens different prompts, int32 [length] each, begin with that are worth to be read by themselves; else
-    0. Never the last of one.
+    """How many tokens different prompts, int32 [length] each, begin with, all but the last of one at most; 0 where it
+    is not worth to read these by themselves.
     """
     shortest = min(len(prompt) for prompt in prompts) - 1
     beginnings = np.stack([prompt[:shortest] for prompt in prompts])
     differing = np.flatnonzero((beginnings != beginnings[0]).any(axis=0))
     length = int(differing[0]) if len(differing) else shortest
-    return length if length >= SHORTEST and length * (len(prompts) - 1) >= WORTH else 0
+    return length if length * (len(prompts) - 1) >= WORTH else 0

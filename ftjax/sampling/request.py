@@ -175,6 +175,11 @@ class Row:
         pictured = 0 if self.request.images is None else id(self.request.images)
         return prompt, self.request.row_adapter, self.reach if is_long else 0, pictured
 
+    def is_like(self, request: Request, long: tuple[bool, ...], spec: DecoderSpec) -> bool:
+        """Whether the same tokens leave the same in the cache as of a request that has no images; long: its `long`."""
+        pictured = self.request.images is not None or request.images is not None
+        return not pictured and self.request.row_adapter == request.row_adapter and self.long(spec) == long
+
     def completion(self) -> Completion:
         logps = np.array(self.logps, np.float32).reshape(-1, 3).T
         made = Completion(np.array(self.text_tokens, np.int32), self.stopped, self.stop_token, *logps)

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from ftjax import tree
+from ftjax.cli import UNNEEDED
 from ftjax.models.routing import is_correction
 from ftjax.objectives.loss import TOTALS, Loss, Objective, means, merged
 from ftjax.objectives.reference import REFERENCE
@@ -93,17 +94,17 @@ def make_step(
 
 def compiling(step: Any, mesh: Mesh, *shapes: Any) -> Callable[[], None]:
     """Begins to compile a jitted `step` for arguments of these shapes and shardings, while the caller goes on; what it
-    returns waits for the end. A call with such arguments then finds it compiled.
+    returns waits for the end. A call with such arguments then finds it compiled; one with others compiles anew.
     """
 
     def compile_step() -> None:
         try:
             with jax.set_mesh(mesh):
                 step.lower(*shapes).compile()
-        except Exception:  # whatever it is, the call meets it again, where it is said what helps
+        except Exception:  # whatever it is: the call compiles once more, and fails where it is said what helps
             pass
 
-    thread = threading.Thread(target=compile_step, name="compiling the step")
+    thread = threading.Thread(target=compile_step, name=UNNEEDED)
     thread.start()
     return thread.join
 

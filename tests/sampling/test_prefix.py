@@ -13,6 +13,7 @@ from support import PYTHONPATH, xla_flags
 from ftjax.sampling import engine, prefix
 from ftjax.sampling.adapters import stack
 from ftjax.sampling.engine import Engine, Request, generate
+from ftjax.sampling.sizes import padded
 
 SHOTS = 12  # tokens that prompts have in common
 
@@ -67,14 +68,16 @@ def test_prompts_go_on_from_what_all_begin_with(name, read):
     assert max(longest for *_, longest in read[1:]) == 20
 
 
-def test_prompts_that_end_where_the_positions_do():
+def test_prompts_that_end_where_the_positions_do(read):
     """What pads them is beyond the positions that the model has a row for."""
     model, variables = made("gpt2")
-    positions = model.spec.max_position_embeddings
-    requests = asked(text(SHOTS), [positions - SHOTS - NEW - 1, 3, positions - SHOTS - NEW])
+    positions, shots = model.spec.max_position_embeddings, 35
+    longest = positions - shots - NEW
+    assert shots + padded(longest, 1, model) > positions
+    requests = asked(text(shots), [longest - 1, 3, longest])
     completions = finish(Engine(model, variables, 3), requests)
+    assert [start for start, *_ in read] == [0, shots]
     check_same(completions, alone(model, variables, requests))
-    assert np.isfinite(completions[0].logps).all()
 
 
 def test_generate_reads_it_once(read):
@@ -100,26 +103,28 @@ def test_samples_of_a_prompt_read_its_rest_once(read):
     assert len({tuple(one.tokens) for one in completions}) == 9
 
 
-def test_a_prefix_is_read_in_parts_where_its_scores_would_be_too_many(monkeypatch, read):
-    monkeypatch.setattr(engine, "PART", 16)
+def test_a_small_part_of_long_prompts_is_read_with_each(monkeypatch, read):
+    """Attention over whole prompts has better kernels than that after a prefix."""
     model, variables = made("llama")
-    requests = asked(text(40), [5, 2, 9])
-    expected = alone(model, variables, requests)
+    requests = asked(text(SHOTS), [5, 2 * SHOTS + 1, 4])
+    check_same(finish(Engine(model, variables, 3), requests), alone(model, variables, requests))
+    assert read[0] == (0, 3, 3 * SHOTS + 1)
+    monkeypatch.setattr(prefix, "LONGEST_REST", 8)
     read.clear()
-    parts, original = [], engine.compiled.read_on
-    recorded = lambda *args: parts.append((int(args[-2]), int(args[-1]))) or original(*args)  # noqa: E731
-    monkeypatch.setattr(engine.compiled, "read_on", recorded)
-    check_same(finish(Engine(model, variables, 3), requests), expected)
-    assert parts == [(0, 16), (16, 16), (32, 8)]
-    assert read == [(40, 3, 9)]
+    finish(Engine(model, variables, 2), asked(text(SHOTS), [5, 9]))
+    assert read == [(0, 2, SHOTS + 9)]
 
 
-def test_what_would_hold_too_many_scores_is_read_whole(monkeypatch, read):
+def test_a_later_group_with_more_in_common_has_a_prefix_of_its_own(read):
     model, variables = made("llama")
-    requests = asked(text(SHOTS), [5, 30, 4, 3, 2, 6])
-    monkeypatch.setattr(prefix, "SCORES", 8 * 8 * (SHOTS + 8) - 1)  # of eight tokens in each of seven rows
-    completions = finish(Engine(model, variables, 6), requests)
-    check_same(completions, alone(model, variables, requests))
+    shots = text(SHOTS)
+    near, far = asked(shots, [4, 5, 6]), asked(np.concatenate([shots, text(20)]), [9, 7, 8])
+    many = Engine(model, variables, 3)
+    check_same(finish(many, near), alone(model, variables, near))
+    expected = alone(model, variables, far)
+    read.clear()
+    check_same(finish(many, far), expected)
+    assert read == [(0, 1, SHOTS + 21), (SHOTS + 20, 3, 9)]
 
 
 def test_another_adapter_and_another_length_of_ropes_are_not_gone_on_from(read):
@@ -145,6 +150,14 @@ def test_another_adapter_and_another_length_of_ropes_are_not_gone_on_from(read):
     many.set_adapter(1, adapters[2])
     assert ask(1, adapters[2]) == [0, SHOTS]
 
+    # In turn, they are read together as before, and whole.
+    read.clear()
+    requests = [
+        request for pair in zip(asked(shots, [3, 4, 5], adapter=0), asked(shots, [6, 7, 8])) for request in pair
+    ]
+    finish(many, requests)
+    assert read == [(0, 6, SHOTS + 8)]
+
     model, variables = made("phi3")
     assert max(rope.long_after for rope in model.spec.ropes) == 8
     short = [Request(np.array([5, 6, 7, number], np.int32), 2, number=number) for number in range(9)]
@@ -164,8 +177,8 @@ def test_prompts_of_two_kinds_are_read_whole_or_each_after_its_own(read):
 
 @pytest.mark.parametrize(
     ("common", "rests", "found"),
-    [(12, [1, 2, 3], 12), (12, [1], 0), (12, [1, 1], 0), (3, [4] * 40, 0), (12, [0, 1, 2, 5], 11)],
-    ids=["three", "one", "too little to gain", "too short", "up to the last token of one"],
+    [(12, [1, 2, 3], 12), (12, [1], 0), (12, [1, 1], 0), (12, [0, 1, 2, 5], 11)],
+    ids=["three", "one", "too little to gain", "up to the last token of one"],
 )
 def test_how_many_tokens_prompts_have_in_common(common, rests, found):
     beginning = text(common)
