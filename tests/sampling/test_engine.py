@@ -1,15 +1,12 @@
 """Generation, held against transformers' `generate` (torch) and against itself: batched, alone, streamed, on a mesh."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import torch
-from support import PYTHONPATH, xla_flags
+from support import printed_on_devices
 from support.filters import transformers_filter
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -389,9 +386,4 @@ print("same tokens")
 
 
 def test_a_mesh_generates_the_tokens_of_one_device():
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8), "PYTHONPATH": PYTHONPATH}
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", MESH_PROGRAM], env=os.environ | flags, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.endswith("same tokens\n")
+    assert printed_on_devices(MESH_PROGRAM, 8).endswith("same tokens\n")

@@ -1,14 +1,10 @@
 """What many prompts begin with is read once: the same text and log-probabilities as of prompts that are read alone."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from sampling.test_reuse import DRAWN, NEW, check_same, finish, made, text
 from sampling.test_row_adapters import adapter
-from support import PYTHONPATH, xla_flags
+from support import printed_on_devices
 
 from ftjax.sampling import engine, prefix
 from ftjax.sampling.adapters import stack
@@ -210,9 +206,4 @@ print("same")
 
 
 def test_on_a_mesh_as_on_one_device():
-    paths = os.pathsep.join([PYTHONPATH, os.path.dirname(os.path.dirname(__file__))])
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(4), "PYTHONPATH": paths}
-    command = [sys.executable, "-W", "error", "-c", MESH_PROGRAM]
-    ran = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.endswith("same\n")
+    assert printed_on_devices(MESH_PROGRAM, 4).endswith("same\n")

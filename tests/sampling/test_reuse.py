@@ -1,15 +1,12 @@
 """A prompt that begins as an ended row goes on from what that left: the same text and log-probs, only the rest read."""
 
 import logging
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from sampling.test_row_adapters import adapter
-from support import PYTHONPATH, xla_flags
+from support import printed_on_devices
 from support.family_configs import CONFIGS
 from support.tiny import numpy_params
 
@@ -224,9 +221,4 @@ print("same")
 
 
 def test_a_mesh_goes_on_as_one_device():
-    paths = os.pathsep.join([PYTHONPATH, os.path.dirname(os.path.dirname(__file__))])
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(4), "PYTHONPATH": paths}
-    command = [sys.executable, "-W", "error", "-c", MESH_PROGRAM]
-    ran = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.endswith("same\n")
+    assert printed_on_devices(MESH_PROGRAM, 4).endswith("same\n")

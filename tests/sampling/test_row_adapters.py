@@ -2,16 +2,13 @@
 
 import functools
 import logging
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from support import PYTHONPATH, xla_flags
+from support import printed_on_devices
 from support.family_configs import CONFIGS
 from support.tiny import numpy_params, one_device
 from support.torch_models import torch_model
@@ -285,9 +282,4 @@ print("same tokens")
 
 
 def test_a_mesh_gives_the_tokens_of_one_device():
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(4), "PYTHONPATH": PYTHONPATH}
-    paths = os.pathsep.join([PYTHONPATH, os.path.dirname(os.path.dirname(__file__))])
-    command = [sys.executable, "-W", "error", "-c", MESH_PROGRAM]
-    ran = subprocess.run(command, env=os.environ | flags | {"PYTHONPATH": paths}, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.endswith("same tokens\n")
+    assert printed_on_devices(MESH_PROGRAM, 4).endswith("same tokens\n")
