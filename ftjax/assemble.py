@@ -91,7 +91,8 @@ def open_base(
     images = pictures.rules(reader, data.max_pixels if data is not None else 0) if config.vision else None
     dtypes = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
     remat = "none" if config.remat == "auto" else config.remat  # for training, which chooses when it knows its batch
-    model = Decoder(spec, *dtypes, remat, config.attention, config.neftune_alpha, config.matmul)
+    shares = data is not None and data.share_prefixes
+    model = Decoder(spec, *dtypes, remat, config.attention, config.neftune_alpha, config.matmul, shares)
     ends = tokenizers.end_tokens(tokenizer, reader.config)
     return Base(config.source, path, reader, model, tokenizer, ends, known_rows, images)
 
@@ -231,6 +232,7 @@ def data_spec(
         holdout=data.holdout,
         long_text=data.long_text,
         mismatched=method_of(config).mismatched(config.objective),
+        shares=data.share_prefixes,
         settings=Settings(
             config.objective.step_separator,
             tuple(config.objective.classes),

@@ -112,7 +112,8 @@ def _known(path: Path, examples: Examples) -> np.ndarray:
 def _in_order(loader: Loader, config: ConfigDict) -> Loader:
     """Every example once, in batches like the micro-batches of training, which fit the memory."""
     rows, seed = config.data.batch_size // config.accumulate, loader.seed
-    return Loader(loader.examples, rows, loader.max_length, loader.packing, seed, False, loader.multiple)
+    order = loader.packing, seed, False, loader.multiple
+    return Loader(loader.examples, rows, loader.max_length, *order, shares=loader.shares)
 
 
 def _complete(

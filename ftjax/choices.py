@@ -60,10 +60,12 @@ def by_model(config: ConfigDict, spec: DecoderSpec) -> ConfigDict:
     return configs.changed(config, {"optimizer.learning_rate": float(f"{rate:.2g}")})
 
 
-def by_data(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh, lengths: np.ndarray, count: float) -> ConfigDict:
+def by_data(
+    config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh, lengths: np.ndarray, count: float, prefix: int = 0
+) -> ConfigDict:
     """With epochs, rows in a batch and their length.
 
-    lengths, count: of the examples, as in `sizes.choose`.
+    lengths, count: of the examples, as in `sizes.choose`; prefix: as in `Limits`.
 
     Raises:
       UserError: data.row_length is shorter than an example.
@@ -71,12 +73,12 @@ def by_data(config: ConfigDict, spec: DecoderSpec, mesh: AnyMesh, lengths: np.nd
     data = config.data
     if method_of(config).rollouts:
         return _with(config, _of_rollouts(config, int(lengths.max()), limits(config, spec, mesh)))
-    if 0 < data.row_length < (longest := int(lengths.max())):
+    if 0 < data.row_length < (longest := prefix + int(lengths.max())):
         raise UserError(
             f"config.data.row_length={data.row_length}: the longest example has {longest} tokens; set "
             f"--config.data.row_length={longest} or more, or lower --config.data.max_length, where examples are cut"
         )
-    chosen = sizes.choose(_given(config), lengths, count, limits(config, spec, mesh))
+    chosen = sizes.choose(_given(config), lengths, count, limits(config, spec, mesh)._replace(prefix=prefix))
     return _with(config, chosen)
 
 
@@ -130,7 +132,8 @@ def without_data(
 
 def _decoder(config: ConfigDict, spec: DecoderSpec) -> Decoder:
     dtypes = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
-    return Decoder(spec, *dtypes, "none", config.model.attention, matmul=config.model.matmul)
+    how = {"matmul": config.model.matmul, "shares": config.data.share_prefixes}
+    return Decoder(spec, *dtypes, "none", config.model.attention, **how)
 
 
 def by_memory(

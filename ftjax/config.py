@@ -96,6 +96,9 @@ KEYS: dict[str, Key] = {
     # What becomes of a longer `text`. divide: it goes on in further documents; cut: its rest is left out.
     "data.long_text": Key("divide", one_of("divide", "cut")),
     "data.packing": Key(True, ANY),  # several examples to a row, none seeing another
+    # What the documents of a row begin with alike, a system message or the prompt of a pair, is there only once: fewer
+    # tokens for the same gradients (docs/data.md).
+    "data.share_prefixes": Key(False, ANY),
     # Of the order of the rows; -1: config.seed, which is that of fresh adapters, dropout and noise, too.
     "data.seed": Key(-1, number(-1, 2**31 - 1)),
     # Rows in a step, over all devices and micro-batches; 0: chosen for the data (docs/data.md).

@@ -43,7 +43,7 @@ def run(
     steps = config.steps or loader.batches_in(config.epochs) * iterations(config)
     epochs = loader.epoch_at(steps // iterations(config))
     model = base.model
-    attention = kernels.choose(model.attention, spec, model.dtype, loader.max_length, mesh, model.matmul)
+    attention = kernels.choose(model.attention, spec, model.dtype, loader.max_length, mesh, model.matmul, model.shares)
     return {
         "model": f"{config.model.source}: {spec.family}, {spec.num_hidden_layers} layers, width {spec.hidden_size}, "
         f"vocabulary {spec.vocab_size:,}, {total:,} parameters, in {config.model.dtype}"
@@ -67,6 +67,7 @@ def run(
             else f", not packed but padded to {', '.join(map(str, loader.lengths))} tokens,"
         )
         + f" {loader.packing_efficiency():.1%} full: {_examples(loader)} an update"
+        + (f", {loader.alike.prefix} tokens that all begin with once in a row" if loader.alike else "")
         + (f", chosen for {len(loader.examples):,} examples" if not asked.data.batch_size else ""),
         **(_teacher(config) if program.method.distills else {}),
         "memory": _memory(config, asked, room, program),

@@ -69,7 +69,7 @@ def inspect(config: ConfigDict, options: dict) -> int:
     mesh = AbstractMesh(tuple(max(config.mesh[axis], 1) for axis in sharding.MESH_AXES), sharding.MESH_AXES)
     asked, examples = config, examples_in_epoch(result)
     if len(result.cut):
-        config = choices.by_data(config, base.model.spec, mesh, result.cut, examples)
+        config = choices.by_data(config, base.model.spec, mesh, result.cut, examples, result.prefix)
         spec = assemble.data_spec(config, base.model.spec, images=base.images)
     epoch = epoch_of(result, spec, config.steps, config.epochs)
     few = choices.few_updates(config, asked, base.model.spec, mesh, epoch.rows, examples, epoch.steps)

@@ -136,7 +136,7 @@ def _scores(program: Program, tokens: float) -> tuple[float, float]:
     """
     spec, length, mesh = program.model.spec, program.row_length, program.mesh
     model = program.model
-    chosen = kernels.choose(model.attention, spec, model.dtype, length, mesh, model.matmul)
+    chosen = kernels.choose(model.attention, spec, model.dtype, length, mesh, model.matmul, model.shares)
     if chosen.name != "xla":
         return 0.0, 0.0
     whole = 8.0 * tokens * length * spec.num_attention_heads / mesh.shape["tensor"]

@@ -21,6 +21,7 @@ from ftjax.data.tokens.kinds import ROW_KINDS
 from ftjax.errors import UserError
 from ftjax.evals.entries import likely_entries, split_entries
 from ftjax.method import METHODS, learning_rate, method_of, ptx_rows
+from ftjax.models.groups import stacks
 from ftjax.models.spec import DecoderSpec
 from ftjax.objectives.preference import compares_pairs
 from ftjax.objectives.unpaired import imbalance
@@ -112,6 +113,22 @@ def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
             "neither an environment nor tools in config.rollouts, so that nothing answers a turn",
         ),
         (["rollouts.tools"], config.rollouts.turns == 1, "rollouts.turns=1, in which no call has an answer"),
+        (["data.share_prefixes"], not config.data.packing, "data.packing=False, as each row is padded by itself"),
+        (
+            ["data.share_prefixes"],
+            method_of(config).source != "files",
+            f"objective.name={config.objective.name!r}, whose batches are made while training",
+        ),
+        (
+            ["data.share_prefixes"],
+            method_of(config).mismatched(config.objective),
+            f"objective.name={config.objective.name!r} and this loss, whose prompts with other completions are whole",
+        ),
+        (
+            ["data.share_prefixes"],
+            config.objective.ensemble > 1,
+            "objective.ensemble, whose bootstraps know a pair by all its tokens",
+        ),
         (["data.max_pixels"], not config.model.vision, "model.vision=False, without which there are no images"),
         (["schedule.decay_ratio"], schedule.name != "wsd", f"schedule.name={schedule.name!r}"),
         (["schedule.final_ratio"], schedule.name == "constant", "schedule.name='constant'"),
@@ -245,6 +262,30 @@ def check_mesh(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
         raise UserError(
             f"config.mesh.expert={mesh.shape['expert']}: {config.model.source} has {has} to split; "
             "set --config.mesh.expert=1 (mesh.data and mesh.fsdp split rows as well) or a divisor"
+        )
+
+
+def check_sharing(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
+    """UserError where documents would not be what they are by themselves if they shared what they begin with."""
+    if not config.data.share_prefixes:
+        return
+    longest, routing = config.data.max_length, ("router_balance", "router_z_loss", "router_bias_rate")
+    used = [f"config.objective.{key}" for key in routing if config.objective[key]]
+    reasons = {
+        "carries a memory from token to token": any(stack.spec.carries for stack in stacks(spec)),
+        "has attention in chunks": any(spec.layer_chunks),
+        f"turns the tokens of long documents otherwise (LongRoPE), as those of config.data.max_length={longest}": any(
+            rope.long_after is not None and longest > rope.long_after for rope in spec.ropes
+        ),
+        "sees images (config.model.vision)": config.model.vision,
+        "gets noise by the length of a document (config.model.neftune_alpha)": config.model.neftune_alpha > 0,
+        f"counts every token for its experts ({', '.join(used)})": bool(used),
+        "splits rows over devices (config.mesh.context)": mesh.shape["context"] > 1,
+    }
+    if reason := next((reason for reason, holds in reasons.items() if holds), ""):
+        raise UserError(
+            f"config.data.share_prefixes: this run's model {reason}, and so a document is not what it would be in a "
+            "row of its own; leave it out"
         )
 
 

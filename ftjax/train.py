@@ -106,6 +106,7 @@ def _train(
     preflight.check_adapter_tokenizer(config, base, display)
     preflight.check_length(config, base.model.spec)
     preflight.check_mesh(config, base.model.spec, mesh)
+    preflight.check_sharing(config, base.model.spec, mesh)
 
     # Data.
     config, train_loader, heldout, report = _load_data(config, base, teacher, mesh, room, display)
@@ -305,7 +306,9 @@ def _load_data(
     model, train, (_, heldout) = base.model, configs.sources(config, "train"), split_entries(config)
     spec = assemble.data_spec(config, model.spec, mesh, base.images)
     examples = pipeline.read(train, base.tokenizer, spec, display.counter)
-    config = choices.by_data(choices.by_model(config, model.spec), model.spec, mesh, examples.lengths, examples.count)
+    sizes, prefix = pipeline.sizes(examples, spec)
+    config = choices.by_model(config, model.spec)
+    config = choices.by_data(config, model.spec, mesh, sizes, examples.count, prefix)
     config = choices.by_memory(config, model, mesh, room, teacher and teacher.model)
     spec = assemble.data_spec(config, model.spec, mesh, base.images)
     loader = pipeline.training_loader(examples, spec)

@@ -92,8 +92,9 @@ def ftjax(case: Case, dtype: str, place: Path, steps: int, device: str) -> Found
     elif case.kind != "dpo":  # about four of the examples to a row
         config.data.train_on = "all"  # as the others do
         config.data.batch_size, config.data.row_length = case.rows // 4, 2 * case.length
-    else:  # two pairs to a row
-        config.data.batch_size, config.data.row_length = case.rows // 2, 432
+    else:  # all pairs of a batch in one row, which has the system message and each prompt once
+        config.data.share_prefixes = True
+        config.data.batch_size, config.data.row_length = 1, 112 * case.rows
     config.optimizer.learning_rate, config.schedule.name = RATE, "constant"
     config.adapter.rank, config.adapter.alpha = RANK, float(ALPHA)
     config.evaluate.general = ()
@@ -103,7 +104,9 @@ def ftjax(case: Case, dtype: str, place: Path, steps: int, device: str) -> Found
         raise SystemExit("ftjax.train failed")
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["step"] > WARM and "step_time" in record]
-    tokens = [round(record["tokens_per_second"] * record["step_time"]) for record in steps]
+    # Those that rows hold, and those that they hold once for several documents, as the others have them.
+    held = [record["tokens_per_second"] * record["step_time"] for record in steps]
+    tokens = [round(own + record.get("shared_tokens", 0)) for own, record in zip(held, steps, strict=True)]
     return Found(tokens, [record["step_time"] for record in steps], steps[-1]["loss"], None)
 
 

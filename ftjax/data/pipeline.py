@@ -6,7 +6,10 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+import numpy as np
+
 from ftjax.data.audit.findings import MAX_DROPPED
+from ftjax.data.batch import beginnings
 from ftjax.data.batch.loader import Loader
 from ftjax.data.read.rows import Rows
 from ftjax.data.read.sources import read_sources
@@ -40,6 +43,7 @@ class DataSpec:
     chosen_length: int = 0  # tokens of a row of a batch; 0: `longest`
     mismatched: bool = False  # batches have prompts with completions of other rows, too (`mismatched.MISMATCHED`)
     settings: Settings = PLAIN  # what config.objective says about rows
+    shares: bool = False  # rows hold what their documents begin with alike only once (`beginnings`)
 
     @property
     def longest(self) -> int:
@@ -92,6 +96,23 @@ def load(
     return training_loader(examples, spec), examples.report
 
 
+def sizes(examples: Examples, spec: DataSpec) -> tuple[np.ndarray, int]:
+    """int [N], tokens that each example adds to a row of a batch, and those that every row has once besides.
+
+    Raises:
+      UserError: nothing is shared where that is asked for.
+    """
+    if not spec.shares:
+        return examples.lengths, 0
+    alike = beginnings.of(examples)
+    if not alike.begins.any():
+        raise UserError(
+            "config.data.share_prefixes: the rows of config.data.train begin with nothing in common that is not "
+            f"trained (config.data.train_on={spec.train_on!r}); leave it out, or begin them with one system message"
+        )
+    return alike.sizes, alike.prefix
+
+
 def training_loader(examples: Examples, spec: DataSpec) -> Loader:
     return _loader(examples, spec, spec.row_length, shuffle=True)
 
@@ -127,7 +148,8 @@ def load_heldout(
 
 def _loader(examples: Examples, spec: DataSpec, length: int, shuffle: bool) -> Loader:
     mismatched = spec.max_length if spec.mismatched else 0
-    return Loader(examples, spec.batch_size, length, spec.packing, spec.seed, shuffle, spec.multiple, mismatched)
+    order = spec.packing, spec.seed, shuffle, spec.multiple
+    return Loader(examples, spec.batch_size, length, *order, mismatched, spec.shares)
 
 
 def _tokenized(rows: Rows, tokenizer: Tokenizer, spec: DataSpec, max_dropped: float, counter: Counter) -> Examples:

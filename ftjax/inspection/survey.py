@@ -1,5 +1,6 @@
 """One pass over the rows of a run's config: counts, lengths, findings, and what an epoch costs."""
 
+import itertools
 import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ import numpy as np
 
 from ftjax.data.audit import checks
 from ftjax.data.audit.findings import ERROR, MAX_DROPPED, Finding
-from ftjax.data.batch import buckets, packing
+from ftjax.data.batch import beginnings, buckets, packing
 from ftjax.data.format.example import Document, Row
 from ftjax.data.pipeline import DataSpec
 from ftjax.data.read.rows import BadRows, Rows
@@ -58,7 +59,8 @@ class Survey:
         long texts that go on in further examples.
       copies, near_copies: rows that are like an earlier one.
       lengths: int32 [n], tokens of each document before the cut.
-      cut: int32 [m], tokens of each example after it, without those dropped.
+      cut: int32 [m], tokens that each example adds to a row after it, without those dropped.
+      prefix: tokens that every row has once besides, where its documents share what they begin with.
       findings: errors first.
       marked: {code: indices of training rows}, the first few of each.
     """
@@ -75,6 +77,7 @@ class Survey:
     near_copies: int = 0
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     cut: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    prefix: int = 0
     findings: list[Finding] = field(default_factory=list)
     marked: dict[str, list[int]] = field(default_factory=dict)
 
@@ -152,6 +155,8 @@ class _Surveyor:
         counts = zip(train.per_source, train.sources)
         self._out = Survey([SourceCount(name, source.weight, count) for (name, count), source in counts])
         self._lengths, self._cut = array("i"), array("i")
+        self._first: Document | None = None  # of all documents, and what all that were looked at begin with alike
+        self._prefix: int | None = None
         self._length_rows = array("q")  # the index of the training row of each of the lengths
 
     def read(
@@ -249,12 +254,21 @@ class _Surveyor:
             source = self._out.sources[self._train.source_of(index)]
             source.used += len(found.examples)
             for example in found.examples:
-                self._cut.append(len(example.tokens))
+                self._cut.append(len(example.tokens) - self._shared(example.documents))
                 source.tokens += len(example.tokens)
                 source.trained += int(example.trained.sum())
                 source.good += example.labels is not None and bool(example.labels[0] > 0)
         for code, i in self._checks.examples([documents for *_, documents in given], lambda i: given[i][1].origin):
             self._out.mark(code, given[i][0])
+
+    def _shared(self, documents: list[Document]) -> int:
+        """How many tokens of an example those before them in it have; notes what all examples begin with."""
+        if not self._spec.shares:
+            return 0
+        self._first = self._first or documents[0]
+        alike = [beginnings.alike(document, self._first) for document in documents]
+        self._prefix = min([*alike, len(self._first.tokens) if self._prefix is None else self._prefix])
+        return sum(beginnings.alike(after, before) for before, after in itertools.pairwise(documents))
 
     def _measure(self, index: int, found: Outcome) -> None:
         self._out.truncated += found.longest > self._spec.max_length and not found.divided
@@ -268,7 +282,8 @@ class _Surveyor:
         trained = [source.trained * source.rows / max(1, source.picked) for source in out.sources]
         for source, weight in zip(out.sources, self._train.weights(trained)):
             source.weight = weight
-        out.lengths, out.cut = np.array(self._lengths, np.int32), np.array(self._cut, np.int32)
+        out.prefix = self._prefix or 0
+        out.lengths, out.cut = np.array(self._lengths, np.int32), np.array(self._cut, np.int32) - out.prefix
         if out.dropped > MAX_DROPPED * out.looked_at:
             findings.add("dropped", count=out.dropped)
         if len(out.sources) > 1:
@@ -305,7 +320,7 @@ class Epoch:
     """What training is going to do.
 
     Attributes:
-      tokens: of an epoch, without padding.
+      tokens: that the rows of an epoch hold, without padding.
       rows: of an epoch: packed ones of `DataSpec.row_length` tokens; without packing one for each example.
       efficiency: share of the positions in rows that hold a token.
       examples: of a batch.
@@ -325,16 +340,18 @@ def epoch_of(survey: Survey, spec: DataSpec, steps: int, epochs: float) -> Epoch
     if not len(survey.cut):
         return Epoch(0, 0, 0.0, 0.0, 0, 0.0)
     if spec.packing:
-        rows = packing.count_rows(packing.patterns(np.bincount(survey.cut), spec.row_length))
+        rows = packing.count_rows(packing.patterns(np.bincount(survey.cut), spec.row_length - survey.prefix))
         positions = rows * spec.row_length
     else:  # an example is padded to the next of the batches' lengths, or a little more: all of a batch share one
         rows, lengths = len(survey.cut), np.array(buckets.batch_lengths(survey.cut, spec.row_length))
         positions = int(lengths[np.searchsorted(lengths, survey.cut)].sum())
-    efficiency = float(survey.cut.sum() / positions)
+    held = int(survey.cut.sum()) + survey.prefix * rows
+    efficiency = held / positions
     # A source counts as often as its weight says, and rows not looked at are taken to be like the others.
     scale = [source.weight * source.rows / max(1, source.picked) for source in survey.sources]
     tokens = sum(source.tokens * factor for source, factor in zip(survey.sources, scale))
     all_rows = math.ceil(rows * tokens / max(1, survey.tokens))
     total = steps or math.ceil(all_rows * epochs / spec.batch_size)
     examples = spec.batch_size * len(survey.cut) / rows
+    tokens *= held / max(1, survey.tokens)
     return Epoch(round(tokens), all_rows, efficiency, examples, total, total * spec.batch_size / max(1, all_rows))

@@ -91,6 +91,7 @@ def facts_of(survey: Survey, epoch: Epoch, spec: DataSpec, speed: Speed | None) 
     facts |= {
         "tokens": "  ".join(quantiles),
         "trained on": f"{survey.trained:,} of {survey.tokens:,} tokens ({survey.trained / survey.tokens:.1%})",
+        **({"shared": _shared(survey)} if spec.shares else {}),
         "an epoch": f"{epoch.tokens:,} tokens in {epoch.rows:,} rows of up to {spec.row_length:,}, {packed}",
         "steps": f"{epoch.steps:,} of {spec.batch_size} rows, about {epoch.examples:.0f} examples "
         f"({epoch.epochs:.2f} epochs)",
@@ -104,6 +105,12 @@ def facts_of(survey: Survey, epoch: Epoch, spec: DataSpec, speed: Speed | None) 
             "compilation, evaluation and checkpoints"
         )
     return facts
+
+
+def _shared(survey: Survey) -> str:
+    within = survey.tokens - int(survey.cut.sum()) - survey.prefix * len(survey.cut)
+    pairs = f", and {within:,} tokens of second answers to a prompt" if within else ""
+    return f"{survey.prefix:,} tokens that all begin with, once in each row{pairs}"
 
 
 def row(out: Console, origin: str, examples: Sequence[tuple[str, list[Piece]]], codes: Sequence[str]) -> None:

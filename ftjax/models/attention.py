@@ -1,6 +1,7 @@
 """Causal grouped-query attention over packed, padded or cached sequences."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,14 @@ MASKED = -1e30
 
 BLOCK = 64  # queries at a time: few enough for the scores to stay in a CPU's caches
 PARTS = 4  # of a row, of which each sees those before it and itself; each is compiled on its own
+
+
+class Shared(NamedTuple):
+    """Where tokens lie in rows of documents that share what they begin with, int32; see `seen_until`."""
+
+    queries: jax.Array  # [T], the place of each query in its row
+    keys: jax.Array  # [S], of each key
+    until: jax.Array  # [B, S], of the first token after each key that does not see it
 
 
 def attention(
@@ -25,6 +34,7 @@ def attention(
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     last: jax.Array | None = None,
+    shared: Shared | None = None,
 ) -> jax.Array:
     """Softmax attention, Ainslie et al. 2023 grouping; softmax in float32.
 
@@ -33,7 +43,7 @@ def attention(
     A token sees the tokens of its own segment at its own and earlier positions, the last `window` of them if given.
     softcap: scores s become softcap * tanh(s / softcap) (Gemma 2). sinks [H]: one more score per head in the softmax's
     denominator (GPT-OSS). last int32 [B, T]: a token sees up to this position, which may be a later one than its own
-    (Gemma 3's images). Returns [B, T, H, e] in queries' dtype.
+    (Gemma 3's images). shared: documents may see others' tokens, too. Returns [B, T, H, e] in queries' dtype.
     """
     batch, length, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
@@ -43,7 +53,7 @@ def attention(
     grouped = grouped.reshape(batch, kv_heads, -1, head_dim) * jnp.asarray(scale, queries.dtype)
     keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bkxd,bksd->bkxs", grouped, keys, preferred_element_type=jnp.float32)
-    seen = sees(query_positions, key_positions, query_segments, key_segments, window, last)
+    seen = sees(query_positions, key_positions, query_segments, key_segments, window, last, shared)
     weights = _weights(scores, seen, softcap, sinks).astype(values.dtype)
     out = jnp.einsum("bkxs,bksd->bkxd", weights, values).reshape(batch, kv_heads, -1, length, values.shape[-1])
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
@@ -61,6 +71,7 @@ def attention_of_rows(
     sinks: jax.Array | None = None,
     last: jax.Array | None = None,
     ahead: int = 0,
+    until: jax.Array | None = None,
 ) -> jax.Array:
     """`attention` of whole rows, a block of queries at a time.
 
@@ -69,32 +80,39 @@ def attention_of_rows(
     it either: half of the products of long rows. The backward pass makes a block's scores again instead of keeping
     those of all blocks [B, H, T, T] (Dao et al. 2022, section 3), which on CPUs is faster too, as they stay in the
     cache: half of the time for rows of 1,024 tokens.
+
+    until: int32 [B, T], where documents share what they begin with: `seen_until`.
     """
     length = queries.shape[1]
     parts, blocks, block = cut(length)
+    index = jnp.arange(length, dtype=jnp.int32)
     if parts == 1:
         places = (*2 * (positions,), *2 * (segment_ids,))
-        return attention(queries, keys, values, *places, scale, window, softcap, sinks, last)
+        shared = None if until is None else Shared(index, index, until)
+        return attention(queries, keys, values, *places, scale, window, softcap, sinks, last, shared)
 
     def of_part(start: int) -> jax.Array:
         stop = start + blocks * block
-        first = max(start - window + 1, 0) if isinstance(window, int) else 0
-        seen_positions, seen_segments = positions[:, first : stop + ahead], segment_ids[:, first : stop + ahead]
+        near = isinstance(window, int) and until is None  # what is shared may lie further before than its positions say
+        first = max(start - window + 1, 0) if near else 0
+        end = stop + ahead
+        seen_positions, seen_segments = positions[:, first:end], segment_ids[:, first:end]
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def of_block(own, seen):
-            queries, positions, segments, *last = own
-            places = (positions, seen_positions, segments, seen_segments)
-            return attention(queries, *seen, *places, scale, window, softcap, sinks, *last)
+            queries, positions, segments, last, places = own
+            its = (positions, seen_positions, segments, seen_segments)
+            shared = None if until is None else Shared(places[0], index[first:end], until[:, first:end])
+            return attention(queries, *seen, *its, scale, window, softcap, sinks, last, shared)
 
         def blocked(x):  # [B, T, ...] -> [blocks, B, block, ...]
             x = x[:, start:stop]
             x = jnp.pad(x, [(0, 0), (0, stop - start - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
             return x.reshape(x.shape[0], blocks, block, *x.shape[2:]).swapaxes(0, 1)
 
-        seen = keys[:, first : stop + ahead], values[:, first : stop + ahead]
-        own = (queries, positions, segment_ids, *([] if last is None else [last]))
-        out = jax.lax.map(lambda own: of_block(own, seen), tuple(map(blocked, own)))
+        seen = keys[:, first:end], values[:, first:end]
+        own = (queries, positions, segment_ids, last, None if until is None else index[None])
+        out = jax.lax.map(lambda own: of_block(own, seen), jax.tree.map(blocked, own))
         return out.swapaxes(0, 1).reshape(queries.shape[0], -1, *out.shape[3:])
 
     return jnp.concatenate([of_part(i * blocks * block) for i in range(parts)], axis=1)[:, :length]
@@ -181,10 +199,28 @@ def sees(
     key_segments: jax.Array,
     window: int | jax.Array | None,
     last: jax.Array | None = None,
+    shared: Shared | None = None,
 ) -> jax.Array:
     """bool [B, T, S]: which keys each query sees."""
-    same_segment = query_segments[:, :, None] == key_segments[:, None, :]
     distance = query_positions[:, :, None] - key_positions[:, None, :]
-    is_before = distance >= 0 if last is None else key_positions[:, None, :] <= last[:, :, None]
-    seen = same_segment & is_before
+    if shared is not None:
+        places = shared.queries[None, :, None]
+        seen = (shared.keys[None, None] <= places) & (places < shared.until[:, None])
+    else:
+        is_before = distance >= 0 if last is None else key_positions[:, None, :] <= last[:, :, None]
+        seen = (query_segments[:, :, None] == key_segments[:, None, :]) & is_before
     return seen if window is None else seen & (distance < window)
+
+
+def seen_until(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """int32 [B, T]: where in its row the first token after each lies that does not see it; T where all see it.
+
+    positions, segment_ids: int32 [B, T], of rows whose documents share what they begin with. One that begins at
+    position p sees, as if they were its own, the tokens at positions below p that the token before it sees or is:
+    so it hides all others from what comes after it. Hence one number for each key says all
+    (FlashMask, Wang et al. 2024, arXiv 2410.01359, section 4.1).
+    """
+    index = jnp.arange(positions.shape[1], dtype=jnp.int32)
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    hides = begins[:, None, :] & (positions[:, None, :] <= positions[:, :, None]) & (index > index[:, None])
+    return jnp.min(jnp.where(hides, index, len(index)), axis=-1)

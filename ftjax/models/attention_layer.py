@@ -28,6 +28,7 @@ class Context(NamedTuple):
     lent: dict[int, Any]  # keys and values of earlier layers that later ones use, see lent.py
     cached: dict[str, tuple[jax.Array, jax.Array]]  # keys and values of stacks, for cache.InPlace
     last: jax.Array | None = None  # int32 [B, T], see vision.last_seen; None: each token sees none after itself
+    until: jax.Array | None = None  # int32 [B, T], see attention.seen_until; None: each document is by itself
 
 
 class Attention(nn.Module):
@@ -98,8 +99,9 @@ class Attention(nn.Module):
         else:
             mesh = jax.sharding.get_abstract_mesh()
             matmul = "onednn" if onednn.in_use() else "xla"
-            choice = choose(self.kernel, spec, queries.dtype, queries.shape[1], mesh, matmul)
-            out = attend(choice, spec, queries, keys, values, *places, *numbers, sinks, context.last)
+            shares = context.until is not None
+            choice = choose(self.kernel, spec, queries.dtype, queries.shape[1], mesh, matmul, shares)
+            out = attend(choice, spec, queries, keys, values, *places, *numbers, sinks, context.last, context.until)
         out = out.reshape(*x.shape[:2], -1)
         out = out * nn.sigmoid(own["gate"]) if "gate" in own else out
         axes = ("heads", "embed")

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models import onednn
 from ftjax.models.altup import AltUp, Laurel, Streams, others_added
+from ftjax.models.attention import seen_until
 from ftjax.models.attention_layer import Attention, Context, norm_of
 from ftjax.models.beside import mixture_beside
 from ftjax.models.cache import Both, Cache, InPlace, State, write
@@ -137,7 +138,8 @@ class Decoder(nn.Module):
     dtype: of activations and matrix products (norms, softmax, routing and logits are float32 regardless); param_dtype:
     of stored parameters; remat: one of REMAT_POLICIES; attention: config.model.attention, see kernels.py; neftune: the
     alpha of noise on the embeddings, which like adapters' dropout is there where `apply` gets the rng "dropout";
-    matmul: config.model.matmul, of the products with kernels, see onednn.py.
+    matmul: config.model.matmul, of the products with kernels, see onednn.py; shares: whether documents of whole
+    rows may share what they begin with, see attention.seen_until.
     """
 
     spec: DecoderSpec
@@ -147,6 +149,7 @@ class Decoder(nn.Module):
     attention: str = "auto"
     neftune: float = 0.0
     matmul: str = "xla"
+    shares: bool = False
 
     def setup(self):
         spec, dtypes = self.spec, (self.dtype, self.param_dtype)
@@ -275,7 +278,8 @@ class Decoder(nn.Module):
                 x = x + self.embed_positions(positions)
             x = constrain(x, "batch", "length", "width")
             of_rows = (lambda: sequence_lengths(positions, segment_ids)) if reach is None else (lambda: reach[:, None])
-            context = Context(positions, segment_ids, tables(spec, turned_by, of_rows), {}, in_place or {}, last)
+            until = seen_until(positions, segment_ids) if self.shares and reach is None else None
+            context = Context(positions, segment_ids, tables(spec, turned_by, of_rows), {}, in_place or {}, last, until)
             parts = None if spec.per_layer is None else self.per_layer(tokens, x)
             own = nested(spec, lambda stack: _per_layer(stack) | _own_part(stack, parts))
             x = x if spec.altup is None else self.altup.split(x)

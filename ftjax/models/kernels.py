@@ -18,6 +18,7 @@ from ftjax.models.attention import attention, attention_of_rows
 from ftjax.models.spec import DecoderSpec
 from ftjax.sharding import AnyMesh, partition_spec, platform
 
+SHARED = "documents that share what they begin with (data.share_prefixes)"
 KERNELS = {"splash": "tpu", "cudnn": "gpu", "onednn": "cpu"}  # and where each runs
 
 
@@ -26,11 +27,19 @@ class Choice(NamedTuple):
     reason: str  # why it is xla where there is a kernel, or where one was asked for; else ""
 
 
-def choose(wanted: str, spec: DecoderSpec, dtype: jnp.dtype, length: int, mesh: AnyMesh, matmul: str = "xla") -> Choice:
+def choose(
+    wanted: str,
+    spec: DecoderSpec,
+    dtype: jnp.dtype,
+    length: int,
+    mesh: AnyMesh,
+    matmul: str = "xla",
+    shares: bool = False,
+) -> Choice:
     """The attention of rows of `length` tokens without a cache, on `mesh`'s devices.
 
-    wanted: config.model.attention; dtype: of activations; matmul: xla or onednn, see `Decoder`. What decodes token by
-    token from a cache uses XLA, or what onednn has for that. UserError for a kernel that cannot serve a model
+    wanted: config.model.attention; dtype: of activations; matmul: xla or onednn, shares: see `Decoder`. What decodes
+    token by token from a cache uses XLA, or what onednn has for that. UserError for a kernel that cannot serve a model
     whatever the devices are.
     """
     where = platform(mesh)
@@ -52,9 +61,9 @@ def choose(wanted: str, spec: DecoderSpec, dtype: jnp.dtype, length: int, mesh: 
         return Choice("xla", "onednn is for config.model.matmul='onednn'")
     context = 1 if mesh.empty else mesh.shape["context"]
     lacks = {
-        "splash": lambda: splash.cannot(spec, length, context),
-        "cudnn": lambda: cudnn.cannot(spec, dtype, length, context),
-        "onednn": lambda: onednn_attention.cannot(spec),
+        "splash": lambda: SHARED if shares else splash.cannot(spec, length, context),
+        "cudnn": lambda: SHARED if shares else cudnn.cannot(spec, dtype, length, context),
+        "onednn": lambda: onednn_attention.cannot(spec, shares),
     }[wanted]()
     reason = _heads(spec, mesh) or lacks
     return Choice("xla", f"{wanted} cannot serve {reason}") if reason else Choice(wanted, "")
@@ -72,18 +81,21 @@ def attend(
     window: int | jax.Array | None,
     sinks: jax.Array | None,
     last: jax.Array | None = None,
+    until: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of whole rows, over the mesh in use: arguments and result as of models.attention.attention."""
+    """Attention of whole rows, over the mesh in use: arguments and result as of models.attention.attention_of_rows."""
     mesh, softcap = jax.sharding.get_abstract_mesh(), spec.attention_softcap
     places = (positions, positions, segment_ids, segment_ids)
     if choice.name == "xla" and (mesh.empty or mesh.shape["context"] == 1):  # XLA splits it over the mesh itself
         further = {} if last is None else {"last": last, "ahead": spec.vision.tokens}
         return attention_of_rows(
-            queries, keys, values, positions, segment_ids, scale, window, softcap, sinks, **further
+            queries, keys, values, positions, segment_ids, scale, window, softcap, sinks, until=until, **further
         )
+    if until is not None and not mesh.empty and mesh.shape["context"] > 1:
+        raise ValueError("documents that share what they begin with cannot be split over context")
     same = window if isinstance(window, int) else None  # in all layers: known while compiling
     run = functools.partial(_local, choice, spec, same)
-    given = {"scale": scale, "window": window if same is None else None, "sinks": sinks, "last": last}
+    given = {"scale": scale, "window": window if same is None else None, "sinks": sinks, "last": last, "until": until}
     given = {name: x for name, x in given.items() if x is not None}
     if mesh.empty or mesh.size == 1:
         return run(_tables(choice, spec, queries.shape[1], 1, 1), queries, keys, values, *places, given)
@@ -97,7 +109,7 @@ def attend(
         split,
         *2 * (partition_spec(kv_axes, keys.shape, mesh),),
         *(part, whole, part, whole),
-        {name: {"sinks": P(heads), "last": part}.get(name, P()) for name in given},
+        {name: {"sinks": P(heads), "last": part, "until": whole}.get(name, P()) for name in given},
     )
     over_mesh = jax.shard_map(run, in_specs=specs, out_specs=split, check_vma=False)
     return over_mesh(tables, queries, keys, values, *places, jax.tree.map(jnp.asarray, given))
@@ -117,7 +129,8 @@ def _local(
     if choice.name == "cudnn":
         return cudnn.attention(queries, keys, values, positions, segments, scale, window)
     if choice.name == "onednn":
-        return onednn_attention.attention(queries, keys, values, segments, scale, window)
+        shared = {} if given.get("until") is None else {"positions": positions, "until": given["until"]}
+        return onednn_attention.attention(queries, keys, values, segments, scale, window, **shared)
     return attention(queries, keys, values, *places, scale, window, spec.attention_softcap, sinks, given.get("last"))
 
 

@@ -106,11 +106,12 @@ ffi::Error SumOfTwo(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer
 }
 
 Inputs Of(const Sizes& its, const ffi::AnyBuffer& queries, const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values,
-          const ffi::AnyBuffer& first, int64_t row, int64_t head) {
+          const ffi::AnyBuffer& seen, int64_t row, int64_t head) {
+  const int32_t* first = seen.typed_data<int32_t>() + 2 * row * its.length;
   return {queries.typed_data<float>() + (row * its.length * its.heads + head * its.group) * its.width,
           keys.typed_data<float>() + (row * its.length * its.kv_heads + head) * its.width,
           values.typed_data<float>() + (row * its.length * its.kv_heads + head) * its.value_width,
-          first.typed_data<int32_t>() + row * its.length};
+          first, first + its.length};
 }
 
 // Parts of each head group, so that all threads have work.
@@ -120,14 +121,14 @@ int64_t Parts(const Sizes& its, const ffi::ThreadPool& threads) {
 }
 
 ffi::Error Attention(ffi::ThreadPool threads, ffi::AnyBuffer queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                     ffi::AnyBuffer first, ffi::Result<ffi::AnyBuffer> out) {
+                     ffi::AnyBuffer seen, ffi::Result<ffi::AnyBuffer> out) {
   const Sizes its(queries.dimensions(), values.dimensions());
   const int64_t parts = Parts(its, threads);
   std::vector<std::function<void()>> pieces;
   for (int64_t row = 0; row < its.batch; ++row)
     for (int64_t head = 0; head < its.kv_heads; ++head)
       for (int64_t part = 0; part < parts; ++part) {
-        const Inputs given = Of(its, queries, keys, values, first, row, head);
+        const Inputs given = Of(its, queries, keys, values, seen, row, head);
         float* to = out->typed_data<float>() + (row * its.length * its.heads + head * its.group) * its.value_width;
         pieces.push_back([=] { Forward(its, given, part, parts, to); });
       }
@@ -135,7 +136,7 @@ ffi::Error Attention(ffi::ThreadPool threads, ffi::AnyBuffer queries, ffi::AnyBu
 }
 
 ffi::Error Gradients(ffi::ThreadPool threads, ffi::AnyBuffer queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                     ffi::AnyBuffer first, ffi::AnyBuffer gradient, ffi::Result<ffi::AnyBuffer> d_queries,
+                     ffi::AnyBuffer seen, ffi::AnyBuffer gradient, ffi::Result<ffi::AnyBuffer> d_queries,
                      ffi::Result<ffi::AnyBuffer> d_keys, ffi::Result<ffi::AnyBuffer> d_values) {
   const Sizes its(queries.dimensions(), values.dimensions());
   const int64_t parts = Parts(its, threads), size = its.padded * (its.width + its.value_width);
@@ -146,7 +147,7 @@ ffi::Error Gradients(ffi::ThreadPool threads, ffi::AnyBuffer queries, ffi::AnyBu
     for (int64_t head = 0; head < its.kv_heads; ++head) {
       auto* its_sums = &sums[(row * its.kv_heads + head) * parts];
       for (int64_t part = 0; part < parts; ++part) {
-        const Inputs given = Of(its, queries, keys, values, first, row, head);
+        const Inputs given = Of(its, queries, keys, values, seen, row, head);
         const int64_t at = row * its.length * its.heads + head * its.group;
         const float* left = gradient.typed_data<float>() + at * its.value_width;
         float* to = d_queries->typed_data<float>() + at * its.width;

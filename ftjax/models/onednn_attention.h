@@ -6,7 +6,9 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "onednn.h"
 
@@ -87,28 +89,45 @@ Number* RoundedTo(float* numbers, int64_t count, Room& room) {
   return kSize == sizeof(float) ? reinterpret_cast<Number*>(numbers) : room.Take<Number>(count);
 }
 
-// Which of a vector's columns, the first of which is `column`, lie in [from, to): all bits set, or none.
-Ints Within(int64_t column, int64_t from, int64_t to) {
-  Ints places{};
-  for (int i = 0; i < kLanes; ++i) places[i] = i;
-  places += static_cast<int32_t>(column);
-  return (places >= static_cast<int32_t>(from)) & (places < static_cast<int32_t>(to));
-}
+// The columns [from, to) of a row of scores; called, which of the vector that begins with `column`: all bits, or none.
+struct Columns {
+  int64_t from, to;
 
-// scores[0:count], of which columns [from, to) are seen, become e^(score - the largest seen), 0 where not seen.
-// Returns their sum. from < to; count is a multiple of kLanes. rounded, if there: the same, to be multiplied.
-float Exponents(float* scores, int64_t count, int64_t from, int64_t to, Number* rounded) {
-  const int64_t begin = from / kLanes * kLanes;
+  Ints operator()(int64_t column) const {
+    Ints places{};
+    for (int i = 0; i < kLanes; ++i) places[i] = i;
+    places += static_cast<int32_t>(column);
+    return (places >= static_cast<int32_t>(from)) & (places < static_cast<int32_t>(to));
+  }
+};
+
+// What a query sees of the columns of a block: of those the ones whose `until` is above `token`, its own place.
+struct Sight : Columns {
+  const int32_t* until;
+  int32_t token;
+
+  Ints operator()(int64_t column) const {
+    Ints its;
+    std::memcpy(&its, until + column, sizeof its);
+    return Columns::operator()(column) & (its > token);
+  }
+};
+
+// scores[0:count] become e^(score - the largest that is seen), 0 where not seen. Returns their sum. Some are seen;
+// count is a multiple of kLanes. rounded, if there: the same, to be multiplied.
+template <typename Sees>
+float Exponents(float* scores, int64_t count, const Sees& sees, Number* rounded) {
+  const int64_t begin = sees.from / kLanes * kLanes;
   Floats most = Floats{} + kNone, sum{};
-  for (int64_t i = begin; i < to; i += kLanes) {
-    const Floats seen = Within(i, from, to) ? Load(scores + i) : Floats{} + kNone;
+  for (int64_t i = begin; i < sees.to; i += kLanes) {
+    const Floats seen = sees(i) ? Load(scores + i) : Floats{} + kNone;
     most = seen > most ? seen : most;
   }
   const float largest = Largest(most);
   for (int64_t i = 0; i < count; i += kLanes) {
     Floats its{};
-    if (i >= begin && i < to) {
-      its = Within(i, from, to) ? Exp(Load(scores + i) - largest) : its;
+    if (i >= begin && i < sees.to) {
+      its = sees(i) ? Exp(Load(scores + i) - largest) : its;
       sum += its;
     }
     Store(scores + i, its);
@@ -150,32 +169,57 @@ void RoundBlock(const Sizes& its, const float* all, int64_t from, int64_t width,
         std::memset(to, 0, width * kSize);
 }
 
-// The keys that a block of queries sees, [begin, end), and those of each: [first[t], t].
-struct Span {
-  int64_t from, begin, end;
-  const int32_t* first;
-
-  Span(const Sizes& its, const int32_t* first, int64_t from) : from(from), first(first) {
-    const int64_t last = std::min(from + its.block, its.length);
-    begin = *std::min_element(first + from, first + last) / kKeys * kKeys;
-    end = (from + its.block + kKeys - 1) / kKeys * kKeys;
-  }
-  int64_t keys() const { return end - begin; }
-};
-
 // Of one row and one group of heads: where its first number lies.
 struct Inputs {
   const float *queries, *keys, *values;
-  const int32_t* first;  // key that each token sees
+  const int32_t *first, *until;  // the first key that each token sees; the first token after each that does not see it
 };
 
-// Blocks of queries `part`, `part` + `parts`, ... of the heads of one group -> out [length, group of heads, value width].
+// The keys that a block of queries sees something of, kKeys at a time: in parts that lie one after the other, which are
+// the columns of its scores. Where no documents begin alike there is one part.
+struct Seen {
+  struct Run {
+    int64_t begin, end, column;  // keys [begin, end), the first of which is that column
+  };
+  int64_t from, last, columns = 0;
+  std::vector<Run> parts;
+  const Inputs& given;
+  int32_t* until;  // of the key of each column, 0 behind the row's end
+
+  Seen(const Sizes& its, const Inputs& given, int64_t from, int32_t* room)
+      : from(from), last(std::min(from + its.block, its.length)), given(given), until(room) {
+    const int64_t end = (from + its.block + kKeys - 1) / kKeys * kKeys;
+    const int64_t begin = *std::min_element(given.first + from, given.first + last) / kKeys * kKeys;
+    for (int64_t key = begin; key < end; key += kKeys) {
+      const int64_t here = std::max<int64_t>(0, std::min(kKeys, its.length - key));
+      if (key + kKeys <= from && *std::max_element(given.until + key, given.until + key + here) <= from) continue;
+      std::copy_n(given.until + key, here, until + columns);
+      std::fill_n(until + columns + here, kKeys - here, 0);
+      if (parts.empty() || parts.back().end < key) parts.push_back({key, key, columns});
+      parts.back().end += kKeys;
+      columns += kKeys;
+    }
+  }
+
+  // Of the query of this row of the block's scores; behind the row's end of its last one.
+  Sight of(int64_t row) const {
+    const int64_t token = std::min(from + row, last - 1), first = given.first[token];
+    const auto part = std::find_if(parts.begin(), parts.end(), [=](const Run& one) { return first < one.end; });
+    const Run& own = parts.back();  // where the query's own key lies
+    return {{part->column + first - part->begin, own.column + token + 1 - own.begin},
+            until,
+            static_cast<int32_t>(token)};
+  }
+};
+
+// Blocks of queries `part`, `part` + `parts`, ... of one group of heads -> out [length, group of heads, value width].
 void Forward(const Sizes& its, const Inputs& given, int64_t part, int64_t parts, float* out) {
   const int64_t rows = its.rows(), width = its.width, value_width = its.value_width, padded = its.padded;
-  Room room(kSize * padded * (width + value_width) +
-            rows * (kSize * width + (4 + kSize) * padded + 4 * value_width + 4) + 8 * 64);
+  Room room((kSize * (width + value_width) + 4) * padded +
+            rows * (kSize * width + (4 + kSize) * padded + 4 * value_width + 4) + 9 * 64);
   auto* keys = room.Take<Number>(padded * width);
   auto* values = room.Take<Number>(padded * value_width);
+  auto* until = room.Take<int32_t>(padded);
   auto* queries = room.Take<Number>(rows * width);
   auto* scores = room.Take<float>(rows * padded);
   auto* weights = RoundedTo(scores, rows * padded, room);
@@ -184,19 +228,20 @@ void Forward(const Sizes& its, const Inputs& given, int64_t part, int64_t parts,
   RoundHead(its, given.keys, width, keys);
   RoundHead(its, given.values, value_width, values);
   for (int64_t number = part; number < its.blocks; number += parts) {
-    const Span span(its, given.first, number * its.block);
-    const int64_t count = span.keys();
-    RoundBlock(its, given.queries, span.from, width, queries);
-    Multiply({rows, width, count, Lying(width), Turned(width), Lying(count)}, queries, keys + span.begin * width, scores);
+    const Seen seen(its, given, number * its.block, until);
+    const int64_t count = seen.columns;
+    RoundBlock(its, given.queries, seen.from, width, queries);
+    for (const auto& [begin, end, column] : seen.parts)
+      Multiply({rows, width, end - begin, Lying(width), Turned(width), Lying(count)}, queries, keys + begin * width,
+               scores + column);
+    for (int64_t row = 0; row < rows; ++row)
+      sums[row] = Exponents(scores + row * count, count, seen.of(row % its.block), weights + row * count);
+    for (const auto& [begin, end, column] : seen.parts)
+      Multiply({rows, end - begin, value_width, Lying(count), Lying(value_width), Lying(value_width),
+                memory::data_type::f32, column > 0},
+               weights + column, values + begin * value_width, found);
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t t = std::min(span.from + row % its.block, its.length - 1);
-      sums[row] = Exponents(scores + row * count, count, span.first[t] - span.begin, t + 1 - span.begin,
-                            weights + row * count);
-    }
-    Multiply({rows, count, value_width, Lying(count), Lying(value_width), Lying(value_width)}, weights,
-             values + span.begin * value_width, found);
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t t = span.from + row % its.block;
+      const int64_t t = seen.from + row % its.block;
       if (t >= its.length) continue;
       float* to = out + (t * its.heads + row / its.block) * value_width;
       for (int64_t i = 0; i < value_width; ++i) to[i] = found[row * value_width + i] / sums[row];
@@ -208,10 +253,11 @@ void Forward(const Sizes& its, const Inputs& given, int64_t part, int64_t parts,
 void Backward(const Sizes& its, const Inputs& given, const float* gradient, int64_t part, int64_t parts,
               float* d_queries, float* d_keys, float* d_values) {
   const int64_t rows = its.rows(), width = its.width, value_width = its.value_width, padded = its.padded;
-  Room room(kSize * padded * (width + value_width) +
-            rows * ((4 + kSize) * width + kSize * value_width + 2 * (4 + kSize) * padded) + 9 * 64);
+  Room room((kSize * (width + value_width) + 4) * padded +
+            rows * ((4 + kSize) * width + kSize * value_width + 2 * (4 + kSize) * padded) + 10 * 64);
   auto* keys = room.Take<Number>(padded * width);
   auto* values = room.Take<Number>(padded * value_width);
+  auto* until = room.Take<int32_t>(padded);
   auto* queries = room.Take<Number>(rows * width);
   auto* left = room.Take<Number>(rows * value_width);
   auto* scores = room.Take<float>(rows * padded);
@@ -222,39 +268,42 @@ void Backward(const Sizes& its, const Inputs& given, const float* gradient, int6
   RoundHead(its, given.keys, width, keys);
   RoundHead(its, given.values, value_width, values);
   for (int64_t number = part; number < its.blocks; number += parts) {
-    const Span span(its, given.first, number * its.block);
-    const int64_t count = span.keys();
-    auto* its_keys = keys + span.begin * width;
-    auto* its_values = values + span.begin * value_width;
-    RoundBlock(its, given.queries, span.from, width, queries);
-    RoundBlock(its, gradient, span.from, value_width, left);
-    Multiply({rows, width, count, Lying(width), Turned(width), Lying(count)}, queries, its_keys, scores);
-    Multiply({rows, value_width, count, Lying(value_width), Turned(value_width), Lying(count)}, left, its_values,
-             d_weights);
+    const Seen seen(its, given, number * its.block, until);
+    const int64_t count = seen.columns;
+    RoundBlock(its, given.queries, seen.from, width, queries);
+    RoundBlock(its, gradient, seen.from, value_width, left);
+    for (const auto& [begin, end, column] : seen.parts) {
+      Multiply({rows, width, end - begin, Lying(width), Turned(width), Lying(count)}, queries, keys + begin * width,
+               scores + column);
+      Multiply({rows, value_width, end - begin, Lying(value_width), Turned(value_width), Lying(count)}, left,
+               values + begin * value_width, d_weights + column);
+    }
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t t = std::min(span.from + row % its.block, its.length - 1);
-      const int64_t from = span.first[t] - span.begin, to = t + 1 - span.begin;
+      const Sight sees = seen.of(row % its.block);
       float *its_scores = scores + row * count, *its_d = d_weights + row * count;
-      const float shared = 1 / Exponents(its_scores, count, from, to, nullptr);
-      const int64_t begin = from / kLanes * kLanes;
+      const float shared = 1 / Exponents(its_scores, count, sees, nullptr);
+      const int64_t begin = sees.from / kLanes * kLanes;
       Floats sum{};
-      for (int64_t i = begin; i < to; i += kLanes) sum += Load(its_scores + i) * Load(its_d + i);
+      for (int64_t i = begin; i < sees.to; i += kLanes) sum += Load(its_scores + i) * Load(its_d + i);
       const float mean = Sum(sum) * shared;  // of the gradients of the weights, by the weights
       for (int64_t i = 0; i < count; i += kLanes) {
-        const bool any = i >= begin && i < to;
+        const bool any = i >= begin && i < sees.to;
         const Floats its_weights = any ? Load(its_scores + i) * shared : Floats{};
         Store(weights + row * count + i, its_weights);
         Store(d_scores + row * count + i, any ? its_weights * (Load(its_d + i) - mean) : Floats{});
       }
     }
-    Multiply({rows, count, width, Lying(count), Lying(width), Lying(width)}, d_scores, its_keys, found);
-    Multiply({count, rows, width, Turned(count), Lying(width), Lying(width), memory::data_type::f32, true}, d_scores,
-             queries, d_keys + span.begin * width);
-    Multiply({count, rows, value_width, Turned(count), Lying(value_width), Lying(value_width),
-              memory::data_type::f32, true},
-             weights, left, d_values + span.begin * value_width);
+    for (const auto& [begin, end, column] : seen.parts) {
+      Multiply({rows, end - begin, width, Lying(count), Lying(width), Lying(width), memory::data_type::f32, column > 0},
+               d_scores + column, keys + begin * width, found);
+      Multiply({end - begin, rows, width, Turned(count), Lying(width), Lying(width), memory::data_type::f32, true},
+               d_scores + column, queries, d_keys + begin * width);
+      Multiply({end - begin, rows, value_width, Turned(count), Lying(value_width), Lying(value_width),
+                memory::data_type::f32, true},
+               weights + column, left, d_values + begin * value_width);
+    }
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t t = span.from + row % its.block;
+      const int64_t t = seen.from + row % its.block;
       if (t < its.length)
         std::memcpy(d_queries + (t * its.heads + row / its.block) * width, found + row * width, width * sizeof(float));
     }

@@ -12,9 +12,13 @@ from ftjax.models import onednn
 from ftjax.models.spec import DecoderSpec
 
 
-def cannot(spec: DecoderSpec) -> str:
-    """What it cannot serve; "" if it can."""
-    reasons = {"soft caps": spec.attention_softcap is not None, "sinks": spec.attention_sinks}
+def cannot(spec: DecoderSpec, shares: bool) -> str:
+    """What it cannot serve, in rows of documents that share what they begin with if `shares`; "" if it can."""
+    reasons = {
+        "soft caps": spec.attention_softcap is not None,
+        "sinks": spec.attention_sinks,
+        "windows over a shared beginning": shares and any(window is not None for window in spec.layer_windows),
+    }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
@@ -25,15 +29,21 @@ def attention(
     segments: jax.Array,
     scale: float | jax.Array,
     window: int | jax.Array | None,
+    positions: jax.Array | None = None,
+    until: jax.Array | None = None,
 ) -> jax.Array:
     """As models.attention.attention, of whole rows on one device, whose tokens of a segment lie one after the other.
+
+    positions, until: int32 [B, T], where documents share what they begin with, without a window (`attention.Shared`).
 
     Raises:
       UserError: oneDNN cannot be had on this machine.
     """
     onednn.load()
     given = (x.astype(jnp.float32) for x in (queries * jnp.asarray(scale, queries.dtype), keys, values))
-    return _attention(*given, first_seen(segments, window)).astype(queries.dtype)
+    first = first_seen(segments, window, positions)
+    until = jnp.full_like(first, segments.shape[1]) if until is None else until
+    return _attention(*given, jnp.stack([first, until], axis=1)).astype(queries.dtype)
 
 
 def of_next_token(
@@ -84,21 +94,26 @@ def of_next_token(
     return call(queries, keys, values, cached_keys, cached_values, layer.astype(jnp.int32), seen)[:, None]
 
 
-def first_seen(segments: jax.Array, window: int | jax.Array | None) -> jax.Array:
-    """int32 [B, T]: where in its row the first token lies that each token of segments int32 [B, T] sees."""
+def first_seen(segments: jax.Array, window: int | jax.Array | None, positions: jax.Array | None = None) -> jax.Array:
+    """int32 [B, T]: where in its row the first token lies that each token of segments int32 [B, T] sees.
+
+    positions: int32 [B, T], where documents share what they begin with; without, each sees its own segment alone.
+    """
     index = jnp.arange(segments.shape[1], dtype=jnp.int32)
     begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    begins = begins if positions is None else begins & (positions == 0)
     first = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
     return first if window is None else jnp.maximum(first, index - window + 1)
 
 
 @jax.custom_vjp
-def _attention(queries, keys, values, first):
+def _attention(queries, keys, values, seen):
+    """seen: int32 [B, 2, T], the first key that each token sees, and the first token after each that sees it no more"""
     shape = (*queries.shape[:3], values.shape[3])
     if 0 in shape:
         return jnp.zeros(shape, jnp.float32)
     result = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.ffi.ffi_call(onednn.ATTENTION, result, vmap_method="sequential")(queries, keys, values, first)
+    return jax.ffi.ffi_call(onednn.ATTENTION, result, vmap_method="sequential")(queries, keys, values, seen)
 
 
 def _forward(*given):

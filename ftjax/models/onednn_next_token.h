@@ -44,7 +44,7 @@ void NextToken(const float* queries, int64_t group, const Lines& keys, const Lin
       weights[head * padded + token] = Dot(queries + head * keys.width, keys.Of(token, count), keys.width);
   for (int64_t head = 0; head < group; ++head) {
     float* its = weights + head * padded;
-    const float shared = 1 / Exponents(its, padded, 0, count + 1, nullptr);
+    const float shared = 1 / Exponents(its, padded, Columns{0, count + 1}, nullptr);
     for (int64_t token = 0; token <= count; ++token) its[token] *= shared;
   }
   std::fill(out, out + group * values.width, 0.0f);

@@ -13,6 +13,7 @@ from ftjax.objectives.logps import Batch, document_sums, token_logps
 from ftjax.objectives.loss import TOTALS, Loss, Objective
 from ftjax.objectives.preference import mixture
 from ftjax.objectives.reference import policy_and_moving_reference
+from ftjax.objectives.scores import is_last
 from ftjax.tree import Tree
 
 KTO, APO_ZERO = "kto", "apo_zero_unpaired"
@@ -139,5 +140,5 @@ def _sides(batch: Batch) -> tuple[jax.Array, jax.Array]:
     """float32 [B, T // 2] each: 1 at documents that are called good, and bad."""
     segments = batch["segment_ids"]
     scored = document_sums((batch["weights"] != 0).astype(jnp.float32), segments) > 0
-    label = document_sums(jnp.where(batch["positions"] == 0, batch["labels"], 0), segments)
+    label = document_sums(jnp.where(is_last(segments), batch["labels"], 0), segments)
     return tuple((scored & (sign * label > 0)).astype(jnp.float32) for sign in (1, -1))

@@ -83,8 +83,10 @@ def describe(
     mesh = sharding.make_mesh(dict(config.mesh), devices)
     dtypes = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
     how = {"attention": config.model.attention, "matmul": config.model.matmul}
-    model = Decoder(spec, *dtypes, config.model.remat, neftune=config.model.neftune_alpha, **how)
+    own = {"neftune": config.model.neftune_alpha, "shares": config.data.share_prefixes}
+    model = Decoder(spec, *dtypes, config.model.remat, **own, **how)
     preflight.check_mesh(config, spec, mesh)
+    preflight.check_sharing(config, spec, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         beside = teacher and Decoder(teacher, *dtypes, **how)
         return assemble.program(config, model, mesh, STEPS, beside)

@@ -61,7 +61,9 @@ class FileSource:
         self._ahead = Prefetched(self._make, stop=stop)
 
     def _make(self, index: int) -> Batch:
-        return Batch(self._loader.batch(index, self._rows), self._loader.batch_tokens(index))
+        loader = self._loader
+        metrics = {"shared_tokens": float(loader.shared_tokens(index))} if loader.shares else {}
+        return Batch(loader.batch(index, self._rows), loader.batch_tokens(index), metrics)
 
     def batch(self, index: int, state: TrainState) -> Batch:
         return self._ahead(index)

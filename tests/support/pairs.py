@@ -57,7 +57,7 @@ def config_of(root: Path, **changes) -> ConfigDict:
 
 def begun(config: ConfigDict) -> tuple[Program, Start, Loader]:
     """What a fresh run of `config` starts from, on one device."""
-    base = assemble.open_base(config.model)
+    base = assemble.open_base(config.model, config.data)
     loader, _ = pipeline.load(
         configs.sources(config, "train"), base.tokenizer, assemble.data_spec(config, base.model.spec)
     )

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from ftjax.data.batch import buckets, mismatched, packing, patches
+from ftjax.data.batch import beginnings, buckets, mismatched, packing, patches
 from ftjax.data.batch.mismatched import Prompts
 from ftjax.data.batch.packing import RowPlan
 from ftjax.data.batch.permutation import permutation
@@ -26,7 +26,8 @@ class Loader:
     see each example once. A batch may hold the end of one epoch and the start of the next, or several that are smaller
     than it, so nothing is skipped or repeated. Batches may be requested in any order and from any thread.
 
-    With packing, rows have max_length tokens. Without it, a row is one example, examples of similar length share a
+    With packing, rows have max_length tokens, and with `shares` they hold what their documents begin with alike only
+    once. Without it, a row is one example, examples of similar length share a
     batch, and all rows of a batch have the smallest of `lengths` that holds them.
 
     With `mismatched`, batches have the arrays of `mismatched.MISMATCHED`, too: prompts with completions of the same
@@ -45,8 +46,11 @@ class Loader:
     shuffle: bool = True  # False is for evaluation: each example once, whatever its weight; they need not fill a batch
     multiple: int = 1  # batch lengths without packing are multiples of it; it changes padding and nothing else
     mismatched: int = 0  # the most tokens of a mismatched document; 0: there are none
+    shares: bool = False  # with packing
     lengths: tuple[int, ...] = field(init=False)  # all lengths that batches have
     prompts: Prompts | None = field(init=False, repr=False, default=None)  # with `mismatched`
+    alike: beginnings.Beginnings | None = field(init=False, repr=False)  # with `shares`
+    _sizes: np.ndarray = field(init=False, repr=False)  # int [N], tokens that each example adds to a row
     _rows: dict[int, int] = field(init=False, repr=False, default_factory=dict)  # rows of each epoch seen so far
     _plan: tuple[int, RowPlan | None] = field(init=False, repr=False, default=(-1, None))  # the last epoch used
 
@@ -55,8 +59,10 @@ class Loader:
             raise UserError("the data set has no examples; check data.train and data.eval")
         if self.batch_size < 1 or self.seed < 0:
             raise ValueError(f"batch_size {self.batch_size} must be positive and seed {self.seed} not negative")
-        longest = int(self.examples.lengths.argmax())
-        if (length := self.examples.lengths[longest]) > self.max_length:
+        self.alike = beginnings.of(self.examples) if self.shares else None
+        self._sizes = self.alike.sizes if self.alike else self.examples.lengths
+        longest = int(self._sizes.argmax())
+        if (length := self._prefix + self._sizes[longest]) > self.max_length:
             origin = self.examples.origin(longest)
             raise ValueError(f"{origin} has {length} tokens, more than max_length {self.max_length}")
         self._weights = [Fraction(repr(weight)) for weight in self.examples.weights]
@@ -70,6 +76,10 @@ class Loader:
             self.prompts = Prompts.of(self.examples)
         if self.shuffle and not self.rows_per_epoch(0):
             raise UserError("an epoch has no examples; raise the weights of data.train, or add rows")
+
+    @property
+    def _prefix(self) -> int:
+        return self.alike.prefix if self.alike else 0
 
     def batch(self, index: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """Batch `index` (from 0): arrays [batch_size, T], as `packing.fill` gives them.
@@ -85,7 +95,11 @@ class Loader:
 
     def batch_tokens(self, index: int) -> int:
         """How many tokens the whole batch holds, without padding; reads none of them."""
-        return int(sum(self.examples.lengths[row].sum() for row in self._batch_rows(index)))
+        return int(sum(self._prefix + self._sizes[row].sum() for row in self._batch_rows(index)))
+
+    def shared_tokens(self, index: int) -> int:
+        """How many more tokens the documents of the batch have by themselves, where they share what they begin with."""
+        return int(sum(self.examples.lengths[row].sum() for row in self._batch_rows(index))) - self.batch_tokens(index)
 
     def eval_batches(self, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
         """Every example once, always in the same order; the last batch is filled up with empty rows (all zeros).
@@ -139,9 +153,9 @@ class Loader:
 
     def packing_efficiency(self) -> float:
         """Share of the positions in the rows of epoch 0 that hold a token and not padding."""
-        tokens = int(self.examples.lengths[self._chosen(0)].sum(dtype=np.int64))
+        tokens = int(self._sizes[self._chosen(0)].sum(dtype=np.int64))
         if self.packing:
-            return tokens / (self.rows_per_epoch(0) * self.max_length)
+            return (tokens / self.rows_per_epoch(0) + self._prefix) / self.max_length
         lengths = self.examples.lengths[self._epoch(0).order]
         starts = np.arange(0, len(lengths), self.batch_size)
         padded = buckets.length_of(np.maximum.reduceat(lengths, starts), self.lengths)
@@ -156,6 +170,8 @@ class Loader:
             order["replayed"] = list(self.examples.replayed)
         if self.mismatched:
             order["mismatched"] = self.mismatched
+        if self.shares:
+            order["shares"] = True
         sources = hashlib.sha256(np.ascontiguousarray(self.examples.source_ids, "<i4").data).hexdigest()
         return hashlib.sha256(json.dumps([order, self.examples.digest, sources]).encode()).hexdigest()
 
@@ -171,7 +187,7 @@ class Loader:
         wanted = set(range(len(plan_rows)) if rows is None else rows)
         P = patches.room(self.examples, plan_rows) if self.examples.images else None  # on all hosts the same
         filled = [row if b in wanted else row[:0] for b, row in enumerate(plan_rows)]
-        batch = packing.fill(self.examples, filled, T, P)
+        batch = packing.fill(self.examples, filled, T, P, self.alike)
         if partners is not None:
             shape, documents = batch["tokens"].shape, np.concatenate(plan_rows)
             batch |= mismatched.fill(self.examples, self.prompts, documents, partners, shape, self.mismatched, rows)
@@ -212,10 +228,10 @@ class Loader:
     def _packed(self, chosen: np.ndarray, shuffle_rows: Callable[[int], np.ndarray] | None) -> RowPlan:
         patterns = self._patterns(chosen)
         row_order = shuffle_rows(packing.count_rows(patterns)) if shuffle_rows else None
-        return packing.assign(patterns, self.examples.lengths, chosen, row_order)
+        return packing.assign(patterns, self._sizes, chosen, row_order)
 
     def _patterns(self, chosen: np.ndarray) -> packing.Patterns:
-        return packing.patterns(np.bincount(self.examples.lengths[chosen]), self.max_length)
+        return packing.patterns(np.bincount(self._sizes[chosen]), self.max_length - self._prefix)
 
     def _chosen(self, epoch: int) -> np.ndarray:
         """int [n]: the examples of an epoch by source, each as often as it occurs."""

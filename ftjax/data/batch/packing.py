@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ftjax.data.batch import patches
+from ftjax.data.batch.beginnings import Beginnings
 from ftjax.data.format.example import Document
 from ftjax.data.tokens.examples import Examples
 
@@ -25,7 +26,7 @@ BATCH = {
     "tokens": np.int32,
     "targets": np.int32,  # the next token of the same document, else 0
     "weights": np.float32,  # 1 where the target is trained, else 0
-    "positions": np.int32,  # from 0 in each document
+    "positions": np.int32,  # from 0 in each document, or from what it shares with those before it (`beginnings`)
     "segment_ids": np.int32,  # 1, 2, ... by document, and 0 for padding
 }
 
@@ -166,7 +167,9 @@ def _reorder(values: np.ndarray, starts: np.ndarray, row_order: np.ndarray) -> t
     return values[source], new_starts
 
 
-def fill(examples: Examples, rows: Sequence[np.ndarray], T: int, P: int | None = None) -> dict[str, np.ndarray]:
+def fill(
+    examples: Examples, rows: Sequence[np.ndarray], T: int, P: int | None = None, alike: Beginnings | None = None
+) -> dict[str, np.ndarray]:
     """The arrays of BATCH, [len(rows), T], for rows of example indices; an empty row is all zeros (padding).
 
     Where a source is replayed those of REPLAY, too, where a reference was asked of all documents those of REFERENCE,
@@ -177,29 +180,40 @@ def fill(examples: Examples, rows: Sequence[np.ndarray], T: int, P: int | None =
 
     Args:
       P: patches of a row; None: as many as these rows need (`patches.room`).
+      alike: what a row holds once where its documents begin alike; None: each document is there whole.
 
     Raises:
       ValueError: the examples of a row are longer than T together.
     """
     documents = [itertools.chain.from_iterable(map(examples.documents_of, row)) for row in rows]
-    batch = lay(documents, T, BATCH | (LABELS if examples.labeled else {}))
+    begins = [alike.of_row(row) if alike else np.zeros(examples.document_lengths[row].size, int) for row in rows]
+    lengths = [examples.document_lengths[row].reshape(-1) - of_row for row, of_row in zip(rows, begins)]
+    batch = lay(documents, T, BATCH | (LABELS if examples.labeled else {}), begins)
     if any(examples.replayed):
+        documents_of_each = examples.document_lengths.shape[1]
         batch["replay"] = np.zeros((len(rows), T), REPLAY["replay"])
         for b, row in enumerate(rows):
-            is_replay = np.asarray(examples.replayed)[examples.source_ids[row]]
-            batch["replay"][b, : examples.lengths[row].sum()] = np.repeat(is_replay, examples.lengths[row])
+            is_replay = np.repeat(np.asarray(examples.replayed)[examples.source_ids[row]], documents_of_each)
+            batch["replay"][b, : lengths[b].sum()] = np.repeat(is_replay, lengths[b])
     if examples.reference_logps is not None:
         batch["reference_logps"] = np.zeros((len(rows), T), REFERENCE["reference_logps"])
         for b, row in enumerate(rows):
-            last = np.cumsum(examples.document_lengths[row]) - 1
+            last = np.cumsum(lengths[b]) - 1
             batch["reference_logps"][b, last] = examples.reference_logps[row].reshape(-1)
     if examples.images:
         batch |= patches.fill(examples, rows, T, patches.room(examples, rows) if P is None else P)
     return batch
 
 
-def lay(rows: Sequence[Iterable[Document]], T: int, names: Mapping[str, type]) -> dict[str, np.ndarray]:
+def lay(
+    rows: Sequence[Iterable[Document]],
+    T: int,
+    names: Mapping[str, type],
+    begins: Sequence[Iterable[int]] | None = None,
+) -> dict[str, np.ndarray]:
     """Arrays [len(rows), T] of these names, for rows of documents that lie one after the other.
+
+    begins: how many tokens of each document are left out at its beginning, as those before it have them; None: none.
 
     Raises:
       ValueError: the documents of a row are longer than T together.
@@ -207,14 +221,16 @@ def lay(rows: Sequence[Iterable[Document]], T: int, names: Mapping[str, type]) -
     batch = {name: np.zeros((len(rows), T), dtype) for name, dtype in names.items()}
     for b, documents in enumerate(rows):
         start = 0
-        for segment, (tokens, trained, labels) in enumerate(documents, 1):
+        of_row = itertools.repeat(0) if begins is None else begins[b]
+        for segment, (document, begin) in enumerate(zip(documents, of_row), 1):
+            tokens, trained, labels = (part if part is None else part[begin:] for part in document)
             stop = start + len(tokens)
             if stop > T:
                 raise ValueError(f"row {b} has {stop} or more tokens, more than {T}")
             batch["tokens"][b, start:stop] = tokens
             batch["targets"][b, start : stop - 1] = tokens[1:]
             batch["weights"][b, start : stop - 1] = trained[1:]
-            batch["positions"][b, start:stop] = np.arange(stop - start)
+            batch["positions"][b, start:stop] = np.arange(begin, begin + stop - start)
             batch["segment_ids"][b, start:stop] = segment
             if labels is not None:
                 batch["labels"][b, start:stop] = labels

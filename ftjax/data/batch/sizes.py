@@ -32,6 +32,7 @@ class Limits(NamedTuple):
       parts: so many devices share the rows of a batch.
       multiple: a row length is a multiple of it, or `length`.
       epochs: the method's usual number, and its largest.
+      prefix: tokens that each row has once, whatever examples share it (`beginnings`).
     """
 
     length: int
@@ -40,6 +41,7 @@ class Limits(NamedTuple):
     parts: int
     multiple: int
     epochs: tuple[float, float]
+    prefix: int = 0
 
 
 def choose(given: Sizes, lengths: np.ndarray, count: float, limits: Limits) -> Sizes:
@@ -50,7 +52,7 @@ def choose(given: Sizes, lengths: np.ndarray, count: float, limits: Limits) -> S
     156,000 make 1,580 of 99 (it took 128). A number of steps that is given changes nothing about it.
 
     Args:
-      lengths: int [n], tokens of each example, or of a fair share of them; n > 0.
+      lengths: int [n], tokens that each example, or of a fair share of them, adds to a row; n > 0.
       count: how many examples an epoch has.
     """
     epochs = given.epochs or usual_epochs(count, limits.epochs)
@@ -60,7 +62,7 @@ def choose(given: Sizes, lengths: np.ndarray, count: float, limits: Limits) -> S
         return Sizes(given.batch_size, given.row_length or limits.length, epochs)
     most = max(limits.length, given.row_length)
     length = given.row_length or _row_length(lengths, update * float(lengths.mean()), limits)
-    each = rows_of(lengths, length, limits.packing) / len(lengths) / limits.rows
+    each = rows_of(lengths, length - limits.prefix, limits.packing) / len(lengths) / limits.rows
     units = [round(max(update, 1.0) * each), _ROWS * most // (length * limits.rows), int(seen * each / FEW_UPDATES)]
     return Sizes(limits.rows * max(min(units), 1), length, epochs)
 
@@ -71,9 +73,9 @@ def usual_epochs(count: float, epochs: tuple[float, float]) -> float:
     return min(max(usual, float(math.ceil(SEEN / max(count, 1)))), most)
 
 
-def rows_of(lengths: np.ndarray, row_length: int, packed: bool) -> int:
-    """Rows that these examples make."""
-    return packing.count_rows(packing.patterns(np.bincount(lengths), row_length)) if packed else len(lengths)
+def rows_of(lengths: np.ndarray, room: int, packed: bool) -> int:
+    """Rows that these examples make, each with room for so many of their tokens."""
+    return packing.count_rows(packing.patterns(np.bincount(lengths), room)) if packed else len(lengths)
 
 
 def _row_length(lengths: np.ndarray, tokens: float, limits: Limits) -> int:
@@ -81,12 +83,12 @@ def _row_length(lengths: np.ndarray, tokens: float, limits: Limits) -> int:
 
     Shorter rows make batches finer and attention cheaper; without packing they are as long as the longest example.
     """
-    step = limits.multiple
-    first = -(-int(lengths.max()) // step) * step
+    step, prefix = limits.multiple, limits.prefix
+    first = -(-(prefix + int(lengths.max())) // step) * step
     if not limits.packing or first >= limits.length:
         return min(first, limits.length)
-    last = max(first, min(limits.length, int(tokens / limits.parts)))
+    last = max(first, min(limits.length, prefix + int(tokens / limits.parts)))
     tried = {*range(first, last + 1, step * max(1, (last - first) // (step * _LENGTHS))), last - last % step}
     tried |= {last} & {limits.length}
-    sizes = {length: length * rows_of(lengths, length, True) for length in sorted(tried)}
+    sizes = {length: length * rows_of(lengths, length - prefix, True) for length in sorted(tried)}
     return next(length for length, size in sizes.items() if _FULL * size <= min(sizes.values()))
