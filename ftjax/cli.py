@@ -49,7 +49,7 @@ def run(main: Callable[[list[str]], int | None], parse: Callable[[list[str]], li
             print(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
     _keep_compiled()
-    _give_back_memory()
+    _give_back_what_compiling_took()
     absl_logging.set_verbosity(absl_logging.ERROR)
     warnings = logging.StreamHandler()
     warnings.setFormatter(logging.Formatter("warning: %(message)s"))
@@ -84,18 +84,21 @@ def _keep_compiled() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _give_back_memory() -> None:
-    """Lets glibc give the system what compiling took and left: 180 MB for a step of SmolLM2, which peaks after it."""
-    import jax
+def give_back_memory() -> None:
+    """Lets glibc give the system what it keeps of memory that is no longer used; other libraries are left alone."""
+    if release := getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None:
+        release(0)
 
-    release = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+
+def _give_back_what_compiling_took() -> None:
+    """180 MB for a step of SmolLM2, which peaks after it."""
+    import jax
 
     def compiled(event: str, seconds: float, **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration" and seconds > _LONG:
-            release(0)
+            give_back_memory()
 
-    if release is not None:  # other libraries have none
-        jax.monitoring.register_event_duration_secs_listener(compiled)
+    jax.monitoring.register_event_duration_secs_listener(compiled)
 
 
 def _instructions() -> str:

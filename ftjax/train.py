@@ -185,8 +185,13 @@ def _train(
             if there.step is None:
                 templates.keep(config.data.chat_template, base.tokenizer, workdir)
 
-        def step(state: TrainState, frozen: Tree, arrays: dict) -> tuple:
+        @functools.cache
+        def ready() -> None:  # for the first step, after which no more memory is needed
             wait_for_step()
+            cli.give_back_memory()
+
+        def step(state: TrainState, frozen: Tree, arrays: dict) -> tuple:
+            ready()
             return program.step(state, frozen, place_batch(mesh, arrays, config.accumulate))
 
         evaluated, digest = there.reached(), evaluator.digest()

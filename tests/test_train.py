@@ -13,7 +13,8 @@ import pytest
 from support.reports import write_workdir
 from support.runs import command, finish, signal_at_step, write_model, write_rows, write_run
 
-from ftjax import assemble, tree
+from ftjax import assemble, cli, tree
+from ftjax import train as train_module
 from ftjax.cli import UNNEEDED
 from ftjax.errors import UserError
 from ftjax.evals.evaluator import Evaluator
@@ -74,6 +75,17 @@ def test_the_step_that_is_compiled_while_the_weights_are_read_is_the_one_that_tr
         assert run_config(config, tmp_path / "run") == 0
     done = [record for record in caplog.records if "Finished XLA compilation of jit(step)" in record.message]
     assert [record.threadName for record in done] == [UNNEEDED if packing else "MainThread"]
+
+
+def test_memory_goes_back_to_the_system_once_before_the_first_step(root, tmp_path, monkeypatch):
+    """Reading the weights and compiling leave more than a tenth of what a step of a small model peaks at."""
+    config, happened = runpy.run_path(str(root / "run.py"))["get_config"](), []
+    config.steps, config.checkpoint_every, config.eval_every = 2, 2, 0
+    monkeypatch.setattr(cli, "give_back_memory", lambda: happened.append("memory"))
+    placed = train_module.place_batch
+    monkeypatch.setattr(train_module, "place_batch", lambda *given: happened.append("step") or placed(*given))
+    assert run_config(config, tmp_path / "run") == 0
+    assert happened == ["memory", "step", "step"]
 
 
 def test_it_learns_and_says_what_it_does(uninterrupted):
