@@ -285,7 +285,7 @@ def check_sharing(config: ConfigDict, spec: DecoderSpec, mesh: Mesh) -> None:
     if reason := next((reason for reason, holds in reasons.items() if holds), ""):
         raise UserError(
             f"config.data.share_prefixes: this run's model {reason}, and so a document is not what it would be in a "
-            "row of its own; leave it out"
+            "row of its own; set --config.data.share_prefixes=False"
         )
 
 

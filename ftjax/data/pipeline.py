@@ -108,7 +108,8 @@ def sizes(examples: Examples, spec: DataSpec) -> tuple[np.ndarray, int]:
     if not alike.begins.any():
         raise UserError(
             "config.data.share_prefixes: the rows of config.data.train begin with nothing in common that is not "
-            f"trained (config.data.train_on={spec.train_on!r}); leave it out, or begin them with one system message"
+            f"trained (config.data.train_on={spec.train_on!r}); set --config.data.share_prefixes=False, or begin "
+            "them with one system message"
         )
     return alike.sizes, alike.prefix
 
