@@ -232,7 +232,7 @@ def data_spec(
         holdout=data.holdout,
         long_text=data.long_text,
         mismatched=method_of(config).mismatched(config.objective),
-        shares=data.share_prefixes,
+        shares=data.share_prefixes and data.packing,
         settings=Settings(
             config.objective.step_separator,
             tuple(config.objective.classes),

@@ -31,13 +31,13 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import Progress
 
-from ftjax import assemble, choices, cli, config_flag, sharding
+from ftjax import assemble, choices, cli, config_flag, preflight, sharding
 from ftjax import config as configs
 from ftjax.assemble import Base
 from ftjax.atomic import write_text
 from ftjax.data.audit import checks
 from ftjax.data.audit.findings import ERROR, Findings
-from ftjax.data.pipeline import DataSpec, read_heldout, training_rows
+from ftjax.data.pipeline import DataSpec, check_shared, read_heldout, training_rows
 from ftjax.data.read.rows import Rows
 from ftjax.data.tokens.outcome import outcome
 from ftjax.errors import UserError
@@ -67,8 +67,10 @@ def inspect(config: ConfigDict, options: dict) -> int:
     out = terminal.console()
     result = _surveyed(train, heldout, base, spec, options["max_rows"], out)
     mesh = AbstractMesh(tuple(max(config.mesh[axis], 1) for axis in sharding.MESH_AXES), sharding.MESH_AXES)
+    preflight.check_sharing(config, base.model.spec, mesh)
     asked, examples = config, examples_in_epoch(result)
     if len(result.cut):
+        check_shared(result.tokens - int(result.cut.sum()), spec)
         config = choices.by_data(config, base.model.spec, mesh, result.cut, examples, result.prefix)
         spec = assemble.data_spec(config, base.model.spec, images=base.images)
     epoch = epoch_of(result, spec, config.steps, config.epochs)

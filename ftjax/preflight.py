@@ -126,6 +126,11 @@ def _unused(config: ConfigDict) -> list[tuple[list[str], bool, str]]:
         ),
         (
             ["data.share_prefixes"],
+            method_of(config).rows == "classified",
+            f"objective.name={config.objective.name!r}, all tokens of whose documents count as trained",
+        ),
+        (
+            ["data.share_prefixes"],
             config.objective.ensemble > 1,
             "objective.ensemble, whose bootstraps know a pair by all its tokens",
         ),

@@ -1,5 +1,6 @@
 """Runs whose rows hold what their documents begin with once: the losses, gradients and commands of any other run."""
 
+import dataclasses
 import json
 import re
 
@@ -12,8 +13,8 @@ from support.pairs import begun, config_of, write_labeled, write_pairs
 from support.runs import command, finish, write_model, write_rows, write_run
 from support.tiny import one_device, spec
 
+from ftjax import assemble, inspect_data, preflight, sharding, tree
 from ftjax import config as configs
-from ftjax import inspect_data, preflight, sharding, tree
 from ftjax.data import pipeline
 from ftjax.errors import UserError
 from ftjax.models.families import spec_from_config
@@ -142,7 +143,34 @@ def test_rows_that_have_nothing_in_common_are_refused(root):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"data.train_on": "all"}, r"begin with nothing in common that is not trained"),
+        ({"model.neftune_alpha": 5.0}, r"gets noise by the length of a document"),
+    ],
+)
+def test_inspection_refuses_what_training_does(root, changes, message):
+    config = config_of(root, **{"objective.name": "sft", "data.train": (str(root / "train.jsonl"),)} | SHARED | changes)
+    options = {"rows": 0, "source": None, "max_rows": 0, "tokens_per_second": 0.0, "workdir": None}
+    with pytest.raises(UserError, match=message):
+        inspect_data.inspect(config, options | {"html": None, "json": None})
+
+
+def test_held_out_pairs_that_fit_by_sharing_have_rows_of_the_same_length(root):
+    config = config_of(root, **{"data.row_length": 80} | SHARED)
+    base = assemble.open_base(config.model, config.data)
+    entries, spec = configs.sources(config, "train"), assemble.data_spec(config, base.model.spec)
+    for shares, length in ((True, 80), (False, 96)):
+        loader = pipeline.load_heldout(entries, [], base.tokenizer, dataclasses.replace(spec, shares=shares))
+        assert loader.max_length == length
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"data.packing": False}, "data.share_prefixes=True does nothing with data.packing=False"),
+        (
+            {"objective.name": "classify", "objective.classes": ("no", "yes")},
+            "objective.name='classify', all tokens of whose documents count as trained",
+        ),
         ({"objective.name": "grpo"}, "objective.name='grpo', whose batches are made while training"),
         (
             {"objective.name": "reward", "objective.ensemble": 4},

@@ -105,13 +105,18 @@ def sizes(examples: Examples, spec: DataSpec) -> tuple[np.ndarray, int]:
     if not spec.shares:
         return examples.lengths, 0
     alike = beginnings.of(examples)
-    if not alike.begins.any():
+    check_shared(int(alike.begins.sum()), spec)
+    return alike.sizes, alike.prefix
+
+
+def check_shared(tokens: int, spec: DataSpec) -> None:
+    """UserError where rows are to share what their documents begin with and there are no such tokens."""
+    if spec.shares and not tokens:
         raise UserError(
             "config.data.share_prefixes: the rows of config.data.train begin with nothing in common that is not "
             f"trained (config.data.train_on={spec.train_on!r}); set --config.data.share_prefixes=False, or begin "
             "them with one system message"
         )
-    return alike.sizes, alike.prefix
 
 
 def training_loader(examples: Examples, spec: DataSpec) -> Loader:
@@ -143,7 +148,9 @@ def load_heldout(
     if not tokenized:
         return None
     examples = join(tokenized)
-    length = spec.row_length if examples.lengths.max(initial=0) <= spec.row_length else spec.longest
+    alike = beginnings.of(examples) if spec.shares and len(examples) else None
+    needed = examples.lengths.max(initial=0) if alike is None else alike.prefix + alike.sizes.max()
+    length = spec.row_length if needed <= spec.row_length else spec.longest
     return _loader(examples, spec, length, shuffle=False)
 
 

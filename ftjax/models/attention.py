@@ -222,5 +222,14 @@ def seen_until(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """
     index = jnp.arange(positions.shape[1], dtype=jnp.int32)
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    hides = begins[:, None, :] & (positions[:, None, :] <= positions[:, :, None]) & (index > index[:, None])
-    return jnp.min(jnp.where(hides, index, len(index)), axis=-1)
+
+    def of_block(block):  # a few keys at a time: of all of them [B, T, T] numbers would be held
+        places, own = block
+        hides = begins[:, None, :] & (positions[:, None, :] <= own[:, :, None]) & (index > places[:, None])
+        return jnp.min(jnp.where(hides, index, len(index)), axis=-1)
+
+    batch, length = positions.shape
+    fill = -length % BLOCK
+    places = jnp.pad(index, (0, fill)).reshape(-1, BLOCK)
+    own = jnp.pad(positions, ((0, 0), (0, fill))).reshape(batch, -1, BLOCK).swapaxes(0, 1)
+    return jax.lax.map(of_block, (places, own)).swapaxes(0, 1).reshape(batch, -1)[:, :length]

@@ -94,6 +94,12 @@ def test_until_says_what_the_documents_say(window):
     np.testing.assert_array_equal(found[real], seen(paths, positions, window)[real])
 
 
+def test_until_is_found_without_a_number_for_each_two_tokens():
+    given = [jax.ShapeDtypeStruct((2, 4096), jnp.int32)] * 2
+    used = jax.jit(seen_until).lower(*given).compile().memory_analysis().temp_size_in_bytes
+    assert used < 4 * 2 * 4096 * 4096 / 16
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 25}, {"softcap": 1.5}, {"sinks": np.linspace(-1, 1, 4)}], ids=str)
 def test_attention_of_rows_equals_float64(options, record_figure):
     positions, segments, paths = laid(TREES)
