@@ -91,7 +91,8 @@ class Attention(nn.Module):
             new = seen = None if layer_cache is None else tuple(x.transpose(0, 2, 1, 3) for x in (keys, values))
         if isinstance(layer_cache, InPlace):
             cached = context.cached[layer_cache.stack]
-            out = of_next_token(queries, *seen, *cached, layer_cache.layer, positions, *numbers)
+            upto = jnp.where(segment_ids > 0, positions, 0)  # what has ended reads nothing
+            out = of_next_token(queries, *seen, *cached, layer_cache.layer, upto, *numbers)
         elif layer_cache:
             out = attention_after(
                 queries, *seen, *layer_cache, *places, *numbers, spec.attention_softcap, sinks, context.last
@@ -102,7 +103,7 @@ class Attention(nn.Module):
             shares = context.until is not None
             choice = choose(self.kernel, spec, queries.dtype, queries.shape[1], mesh, matmul, shares)
             out = attend(choice, spec, queries, keys, values, *places, *numbers, sinks, context.last, context.until)
-        out = out.reshape(*x.shape[:2], -1)
+        out = blanked(out.reshape(*x.shape[:2], -1), segment_ids, layer_cache)
         out = out * nn.sigmoid(own["gate"]) if "gate" in own else out
         axes = ("heads", "embed")
         o_proj = Linear(spec.hidden_size, axes, self.dtype, self.param_dtype, use_bias=spec.o_bias, name="o_proj")
@@ -180,6 +181,15 @@ class Attention(nn.Module):
         """Queries ("q") or keys ("k"), of all heads at once or [..., heads, d], under their norm."""
         kind = {"heads": "layer_heads", "bare": "rms_bare"}.get(self.spec.qk_norm, self.spec.norm)
         return norm_of(self.spec, self.dtype, self.param_dtype, f"{name}_norm", kind)(x)
+
+
+def blanked(x: jax.Array, segment_ids: jax.Array, layer_cache: Any) -> jax.Array:
+    """x [B, T, D], with zeros in padding and rows that have ended where a cache is filled: products by panels, which
+    oneDNN's stand for there, leave such rows out.
+    """
+    if layer_cache is None or not onednn.in_use():
+        return x
+    return jnp.where(segment_ids[..., None] > 0, x, jnp.zeros((), x.dtype))
 
 
 def norm_of(spec: DecoderSpec, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str | None, kind: str = "") -> nn.Module:

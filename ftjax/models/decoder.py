@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ftjax.models import onednn
 from ftjax.models.altup import AltUp, Laurel, Streams, others_added
 from ftjax.models.attention import seen_until
-from ftjax.models.attention_layer import Attention, Context, norm_of
+from ftjax.models.attention_layer import Attention, Context, blanked, norm_of
 from ftjax.models.beside import mixture_beside
 from ftjax.models.cache import Both, Cache, InPlace, State, write
 from ftjax.models.delta import GatedConvolution, GatedDelta
@@ -56,6 +56,7 @@ class Block(nn.Module):
         # Hugging Face calls the norm before the MLP by another name where there is one after attention as well.
         before_mlp = "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm"
         x = checkpoint_name(constrain(x, "batch", "length", "width"), "layer_input")
+        x = blanked(x, context.segment_ids, layer_cache)
         if spec.altup is not None:
             altup = AltUp(spec, *dtypes, name="altup")
             predicted, x = altup.predict(x)

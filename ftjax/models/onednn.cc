@@ -56,45 +56,26 @@ ffi::Error Product(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer 
   return Multiplied(threads, {Operands(left, right, *out, left_turned, right_turned, false)}, *out);
 }
 
-// The kernels of all layers [layers, columns / kPanel, inner / 2, kPanel, 2], in panels, and where that of one begins.
-struct Layer {
-  int64_t inner, panels;
-  const char* first;
-
-  Layer(const ffi::AnyBuffer& all, int64_t index)
-      : inner(2 * all.dimensions()[2]), panels(all.dimensions()[1]),
-        first(static_cast<const char*>(all.untyped_data()) + index * panels * size()) {}
-  int64_t size() const { return 2 * inner * kPanel; }  // of a panel, in bytes
-};
-
-// left by the kernel of one layer and, of a rank that may be 0, by its adapter. The index is data: only here is it
-// known where the layer begins.
+// left by the kernel of one layer and its adapter. The index is data: only here is it known where the layer begins.
 ffi::Error ProductWithLayer(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::AnyBuffer kernels, ffi::AnyBuffer as,
                             ffi::AnyBuffer bs, ffi::AnyBuffer layer, ffi::Result<ffi::AnyBuffer> out) {
   const int64_t index = std::clamp<int64_t>(*layer.typed_data<int32_t>(), 0, kernels.dimensions()[0] - 1);
-  const Layer kernel(kernels, index), a(as, index), b(bs, index);
-  const int64_t rows = left.dimensions()[0], rank = b.inner, columns = kernel.panels * kPanel;
-  const auto* its_left = static_cast<const Number*>(left.untyped_data());
-  std::vector<float> low(rows * rank);
-  std::vector<Number> rounded(rows * rank);
-  std::vector<std::function<void()>> of_a;
-  const int64_t block = rows > kFew ? (rows - 1) / std::max<int64_t>(1, threads.num_threads()) + 1 : rows;
-  for (int64_t from = 0; rank && from < rows; from += block)
-    of_a.push_back([&, from, here = std::min(block, rows - from)] {
-      float* its_low = low.data() + from * rank;
-      ByPanels(its_left + from * kernel.inner, here, kernel.inner, a.first, a.panels, its_low, rank, false);
-      Round(its_low, here * rank, rounded.data() + from * rank);
-    });
-  if (auto error = Share(threads, std::move(of_a)); error.failure()) return error;
-  const bool small = rows * kernel.inner * kernel.panels < (1 << 14);
-  const int64_t count = small ? 1 : std::max<int64_t>(1, threads.num_threads());
-  const int64_t step = (kernel.panels + count - 1) / count;
+  const Adapted by{{kernels, index}, {as, index}, {bs, index}};
+  const auto* rows = static_cast<const Number*>(left.untyped_data());
+  auto* to = out->typed_data<float>();
+  const int64_t inner = by.kernel.inner, panels = by.kernel.panels;
+  const std::vector<int64_t> numbers = NotZero(rows, left.dimensions()[0], inner, to, panels * kPanel);
+  const int64_t count = numbers.size();
+  const bool small = count * inner * panels < (1 << 14);
+  const int64_t parts = small ? 1 : std::max<int64_t>(1, threads.num_threads());
+  const int64_t length = count > kFew ? count : panels;  // of what the threads share
   std::vector<std::function<void()>> pieces;
-  for (int64_t from = 0; from < kernel.panels; from += step)
-    pieces.push_back([=, &rounded, here = std::min(step, kernel.panels - from),
-                      to = out->typed_data<float>() + from * kPanel] {
-      ByPanels(its_left, rows, kernel.inner, kernel.first + from * kernel.size(), here, to, columns, false);
-      if (rank) ByPanels(rounded.data(), rows, rank, b.first + from * b.size(), here, to, columns, true);
+  for (int64_t part = 0; count && part < parts; ++part)
+    pieces.push_back([=, &by, &numbers, from = length * part / parts, end = length * (part + 1) / parts] {
+      if (length == count)
+        ByAdapted(rows, numbers.data() + from, end - from, by, 0, panels, to);
+      else
+        ByAdapted(rows, numbers.data(), count, by, from, end, to);
     });
   return Share(threads, std::move(pieces));
 }

@@ -1,5 +1,6 @@
-// Products of few rows with a kernel that is read once: in panels of columns, as the processor multiplies them, so that
-// nothing is copied on the way. oneDNN's own rearranges the kernel for every product, which takes longer than it does.
+// Products with a kernel that is read once: in panels of columns, as the processor multiplies them, so that nothing is
+// copied on the way, and by none of oneDNN, which rearranges the kernel for every product. Rows of zeros are what fills
+// a batch up, or what has ended in it: they cost nothing.
 
 #pragma once
 
@@ -8,52 +9,55 @@
 #include <array>
 #include <utility>
 
-#include "onednn.h"
+#include "onednn_attention.h"
 
 namespace ftjax {
 namespace {
 
-constexpr int64_t kPanel = 16;    // columns of a panel [inner / 2, kPanel, 2], see quant.panels
-constexpr int64_t kFew = 64;      // rows, up to which panels are multiplied as they are
-constexpr int64_t kUnpacked = 64; // panels at a time, where rows are more
-constexpr int64_t kAhead = 4096;  // bytes of the kernel that are on their way from memory
+constexpr int64_t kPanel = 16;     // columns of a panel [inner / 2, kPanel, 2], see quant.panels
+constexpr int64_t kInner = 2048;   // of a panel, at a time: it and the rows that it multiplies stay in the cache
+constexpr int64_t kBlock = 48;     // rows at a time
+constexpr int64_t kFew = 64;       // rows, up to which threads share the panels; more of them they share by rows
+constexpr int64_t kAhead = 4096;   // bytes of the kernel that are on their way from memory
 
 // Two neighbors of a row.
 struct Pair {
   Number numbers[2];
 };
 
-// `kRows` rows, of which `pairs` has [inner / 2, kRows], by one panel of bfloat16 -> as many rows of out, which lie
-// `columns` apart; with `added`, to what is there.
+// The sums of `kRows` rows, of which `pairs` has [inner / 2, kRows], by one panel of bfloat16 -> 16 numbers at each of
+// outs; with `added`, to what is there.
 #ifdef FTJAX_BFLOAT16
 constexpr int64_t kTogether = 16;  // rows, each of which has a register for its sums
 
 template <int kRows>
-void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* out, int64_t columns, bool added) {
+void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* const* outs, bool added) {
   __m512 sums[kRows];
-  for (int row = 0; row < kRows; ++row)
-    sums[row] = added ? _mm512_loadu_ps(out + row * columns) : _mm512_setzero_ps();
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row) sums[row] = added ? _mm512_loadu_ps(outs[row]) : _mm512_setzero_ps();
   for (int64_t i = 0; i < inner / 2; ++i) {
     const auto weights = (__m512bh)_mm512_loadu_si512(panel + i * kPanel * 4);
     _mm_prefetch(panel + i * kPanel * 4 + kAhead, _MM_HINT_T0);
+#pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
       int32_t both;
       __builtin_memcpy(&both, pairs + i * kRows + row, sizeof both);
       sums[row] = _mm512_dpbf16_ps(sums[row], (__m512bh)_mm512_set1_epi32(both), weights);
     }
   }
-  for (int row = 0; row < kRows; ++row) _mm512_storeu_ps(out + row * columns, sums[row]);
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row) _mm512_storeu_ps(outs[row], sums[row]);
 }
 #else
 constexpr int64_t kTogether = 6;  // rows, each of which has two registers for its sums
 
 template <int kRows>
-void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* out, int64_t columns, bool added) {
+void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* const* outs, bool added) {
   __m256 left[kRows], right[kRows];  // of columns [0, 8) and [8, 16); arrays of arrays GCC would keep in memory
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
-    left[row] = added ? _mm256_loadu_ps(out + row * columns) : _mm256_setzero_ps();
-    right[row] = added ? _mm256_loadu_ps(out + row * columns + 8) : _mm256_setzero_ps();
+    left[row] = added ? _mm256_loadu_ps(outs[row]) : _mm256_setzero_ps();
+    right[row] = added ? _mm256_loadu_ps(outs[row] + 8) : _mm256_setzero_ps();
   }
   const auto add = [&](const Pair* numbers, int which, __m256 left_weights, __m256 right_weights) {
 #pragma GCC unroll 8
@@ -61,6 +65,8 @@ void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* out, in
       const __m256 number = _mm256_set1_ps(numbers[row].numbers[which]);
       left[row] = _mm256_fmadd_ps(number, left_weights, left[row]);
       right[row] = _mm256_fmadd_ps(number, right_weights, right[row]);
+      // Says that the sums are in registers here: GCC would move four of them to memory and back, two thirds as fast.
+      asm("" : "+x"(left[row]), "+x"(right[row]));
     }
   };
   const __m256i upper = _mm256_set1_epi32(0xffff0000);
@@ -74,62 +80,119 @@ void ByPanel(const Pair* pairs, int64_t inner, const char* panel, float* out, in
   }
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
-    _mm256_storeu_ps(out + row * columns, left[row]);
-    _mm256_storeu_ps(out + row * columns + 8, right[row]);
+    _mm256_storeu_ps(outs[row], left[row]);
+    _mm256_storeu_ps(outs[row] + 8, right[row]);
   }
 }
 #endif
 
-// A number of a panel, to be multiplied.
-inline Number Widened(uint16_t bits) {
-  if (kSize == sizeof(bits)) return bits;
-  const uint32_t all = uint32_t{bits} << 16;
-  Number number;
-  __builtin_memcpy(&number, &all, kSize);
-  return number;
-}
-
-using PanelProduct = void (*)(const Pair*, int64_t, const char*, float*, int64_t, bool);
+using PanelProduct = void (*)(const Pair*, int64_t, const char*, float* const*, bool);
 
 template <int... kCounts>
 constexpr std::array<PanelProduct, sizeof...(kCounts)> PanelProducts(std::integer_sequence<int, kCounts...>) {
   return {ByPanel<kCounts + 1>...};
 }
 
-// left [rows, inner] by `count` panels -> the first 16 x count of the `columns` of out [rows, columns]; with `added`,
-// to what is there.
-void ByPanels(const Number* left, int64_t rows, int64_t inner, const char* panels, int64_t count, float* out,
-              int64_t columns, bool added) {
+// `count` rows in groups that are multiplied together, as large as each other: where each begins, and the last ends.
+struct Groups {
+  int64_t rows, count = (rows + kTogether - 1) / kTogether;
+
+  int64_t operator()(int64_t group) const { return rows * group / count; }
+};
+
+// A part of a matrix [., columns]: the rows of these numbers.
+template <typename T>
+struct Rows {
+  T* first;
+  int64_t columns;
+  const int64_t* numbers;
+
+  T* operator[](int64_t row) const { return first + numbers[row] * columns; }
+};
+
+// `count` rows -> pairs [inner / kInner, groups, kInner / 2, rows of a group].
+void Pack(const Rows<const Number>& rows, int64_t count, Pair* pairs) {
+  const Groups groups{count};
+  for (int64_t from = 0; from < rows.columns; from += kInner)
+    for (int64_t group = 0; group < groups.count; ++group)
+      for (int64_t i = from; i < std::min(from + kInner, rows.columns); i += 2)
+        for (int64_t row = groups(group); row < groups(group + 1); ++row)
+          __builtin_memcpy(pairs++, rows[row] + i, sizeof(Pair));
+}
+
+// `count` rows that are packed, by `panels` of them [inner / 2, kPanel, 2] -> out, from its first columns on; with
+// `added`, to what is there.
+void ByPanels(const Pair* pairs, int64_t count, int64_t inner, const char* panel, int64_t panels,
+              const Rows<float>& out, bool added) {
   static constexpr auto products = PanelProducts(std::make_integer_sequence<int, kTogether>());
-  if (rows <= kFew) {
-    Room room(kSize * rows * inner + 64);
-    auto* pairs = room.Take<Pair>(rows * inner / 2);
-    for (int64_t first = 0; first < rows; first += kTogether) {
-      const int64_t together = std::min(kTogether, rows - first);
-      for (int64_t row = 0; row < together; ++row)
-        for (int64_t i = 0; i < inner / 2; ++i)
-          __builtin_memcpy(pairs + first * inner / 2 + i * together + row, left + (first + row) * inner + 2 * i, sizeof(Pair));
-    }
-    for (int64_t panel = 0; panel < count; ++panel)
-      for (int64_t row = 0; row < rows; row += kTogether)
-        products[std::min(kTogether, rows - row) - 1](pairs + row * inner / 2, inner, panels + panel * inner * kPanel * 2,
-                                                      out + row * columns + panel * kPanel, columns, added);
-    return;
+  const Groups groups{count};
+  for (int64_t from = 0; from < inner; from += kInner, added = true) {
+    const int64_t here = std::min(kInner, inner - from);
+    for (int64_t number = 0; number < panels; ++number)
+      for (int64_t group = 0; group < groups.count; ++group) {
+        const int64_t first = groups(group), rows = groups(group + 1) - first;
+        float* outs[kTogether];
+        for (int64_t row = 0; row < rows; ++row) outs[row] = out[first + row] + number * kPanel;
+        products[rows - 1](pairs + (from * count + first * here) / 2, here, panel + (number * inner + from) * kPanel * 2,
+                           outs, added);
+      }
   }
-  // Many rows pay for the order that oneDNN reads, of some panels at a time: a head may have a thousand times as many.
-  Room room(kSize * inner * std::min(count, kUnpacked) * kPanel + 64);
-  auto* kernel = room.Take<Number>(inner * std::min(count, kUnpacked) * kPanel);
-  for (int64_t first = 0; first < count; first += kUnpacked) {
-    const int64_t here = std::min(kUnpacked, count - first), its_columns = here * kPanel;
-    const auto* from = reinterpret_cast<const uint16_t*>(panels) + first * inner * kPanel;
-    for (int64_t panel = 0; panel < here; ++panel)
-      for (int64_t i = 0; i < inner; ++i)
-        for (int64_t column = 0; column < kPanel; ++column)
-          kernel[i * its_columns + panel * kPanel + column] =
-              Widened(from[(panel * inner + i / 2 * 2) * kPanel + column * 2 + i % 2]);
-    Multiply({rows, inner, its_columns, Lying(inner), Lying(its_columns), Lying(columns), memory::data_type::f32, added},
-             const_cast<Number*>(left), kernel, out + first * kPanel);
+}
+
+// The kernels of all layers [layers, columns / kPanel, inner / 2, kPanel, 2], in panels, and where that of one begins.
+struct Layer {
+  int64_t inner, panels;
+  const char* first;
+
+  Layer(const ffi::AnyBuffer& all, int64_t index)
+      : inner(2 * all.dimensions()[2]), panels(all.dimensions()[1]),
+        first(static_cast<const char*>(all.untyped_data()) + index * panels * size()) {}
+  int64_t size() const { return 2 * inner * kPanel; }  // of a panel, in bytes
+};
+
+// A kernel, and of a rank that may be 0 its adapter.
+struct Adapted {
+  Layer kernel, a, b;
+};
+
+// The rows of these numbers, `count` of them, by the panels [from, to) of a kernel and its adapter -> the same of out.
+void ByAdapted(const Number* left, const int64_t* numbers, int64_t count, const Adapted& by, int64_t from, int64_t to,
+               float* out) {
+  static const auto in_order = [] {
+    std::array<int64_t, kBlock> places;
+    for (int64_t i = 0; i < kBlock; ++i) places[i] = i;
+    return places;
+  }();
+  const int64_t inner = by.kernel.inner, rank = by.b.inner, columns = by.kernel.panels * kPanel;
+  Room room(kBlock * ((inner + 2 * rank) * kSize + rank * sizeof(float)) + 4 * 64);
+  auto* pairs = room.Take<Pair>(kBlock * inner / 2);
+  auto* low = room.Take<float>(kBlock * rank);
+  auto* rounded = room.Take<Number>(kBlock * rank);
+  auto* low_pairs = room.Take<Pair>(kBlock * rank / 2);
+  for (; count > 0; count -= kBlock, numbers += kBlock) {
+    const int64_t rows = std::min(kBlock, count);
+    const Rows<float> result{out + from * kPanel, columns, numbers};
+    Pack({left, inner, numbers}, rows, pairs);
+    ByPanels(pairs, rows, inner, by.kernel.first + from * by.kernel.size(), to - from, result, false);
+    if (!rank) continue;
+    ByPanels(pairs, rows, inner, by.a.first, by.a.panels, {low, rank, in_order.data()}, false);
+    Round(low, rows * rank, rounded);
+    Pack({rounded, rank, in_order.data()}, rows, low_pairs);
+    ByPanels(low_pairs, rows, rank, by.b.first + from * by.b.size(), to - from, result, true);
   }
+}
+
+// The numbers of the rows of left [rows, inner] that are not of zeros; out [rows, columns] of the others is 0.
+std::vector<int64_t> NotZero(const Number* left, int64_t rows, int64_t inner, float* out, int64_t columns) {
+  std::vector<int64_t> numbers;
+  for (int64_t row = 0; row < rows; ++row) {
+    const Number* its = left + row * inner;
+    if (std::any_of(its, its + inner, [](Number number) { return number != 0; }))
+      numbers.push_back(row);
+    else
+      std::fill_n(out + row * columns, columns, 0.0f);
+  }
+  return numbers;
 }
 
 }  // namespace
