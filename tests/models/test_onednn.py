@@ -2,6 +2,7 @@
 float64 NumPy and torch's autocast.
 """
 
+import functools
 import importlib.metadata
 import os
 import re
@@ -328,9 +329,9 @@ def test_what_is_compiled_is_made_again_where_it_is_damaged(tmp_path):
 
 @multiplies
 @pytest.mark.parametrize("rows", [0, 1, 7, 16, 17, 64, 65, 200])
-@pytest.mark.parametrize(("inner", "columns"), [(64, 96), (2, 16), (34, 160)])
+@pytest.mark.parametrize(("inner", "columns"), [(64, 96), (2, 16), (34, 160), (4100, 32)])
 def test_panels_of_a_layer_multiply_as_its_kernel(rows, inner, columns, record_figure):
-    """Few rows by the panels as they lie, and more by the kernel that is made of them."""
+    """Threads share the panels of few rows and of more the rows; long panels are multiplied a part after the other."""
     x, kernels = arrays((rows, inner), (3, inner, columns))
     packed = quant.panels(jnp.asarray(kernels))
     assert (packed.shape, packed.dtype) == ((3, columns // 16, inner // 2, 16, 2), jnp.uint16)
@@ -363,6 +364,23 @@ def test_an_adapter_of_panels_adds_what_it_does(rows, rank):
         wanted = rounded(x) @ halves[0] + low @ halves[2]
         # On its way through bfloat16 x A may be rounded to either side.
         np.testing.assert_allclose(found, wanted, rtol=0, atol=0.3 if rounds else 2e-4)
+
+
+@multiplies
+@pytest.mark.parametrize("rows", [4, 200])
+def test_rows_of_zeros_are_not_multiplied(rows):
+    """They have zeros whatever the kernel is, and the other rows what they have without them."""
+    x, kernels, a, b = arrays((rows, 64), (1, 64, 96), (1, 64, 16), (1, 16, 96))
+    packed, *adapter = (quant.panels(jnp.asarray(its)) for its in (kernels, a, b))
+    there = np.random.default_rng(1).random(rows) < 0.5
+    run = functools.partial(onednn.product_with_layer, layer=jnp.int32(0), dtype=jnp.float32)
+    for its in ({}, dict(zip(("a_panels", "b_panels"), adapter))):
+        found, alone = (run(given, packed, **its) for given in (np.where(there[:, None], x, 0), x[there]))
+        np.testing.assert_array_equal(found[~there], 0)
+        np.testing.assert_allclose(found[there], alone, rtol=0, atol=1e-4)
+    none = run(jnp.zeros((rows, 64)), jnp.full_like(packed, 0x7FC0))  # NaN in bfloat16
+    np.testing.assert_array_equal(none, 0)
+    assert np.isnan(run(x, jnp.full_like(packed, 0x7FC0))).all()
 
 
 @multiplies

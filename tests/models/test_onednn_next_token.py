@@ -161,3 +161,33 @@ def test_no_layer_of_a_cache_is_copied():
         return run.lower(cache).compile().memory_analysis().temp_size_in_bytes
 
     assert held(8192) == held(64)
+
+
+# Without biases, with those of queries, keys and values, with all, and layers that carry a state.
+@multiplies
+@pytest.mark.parametrize("name", ["gemma3", "qwen2", "gpt2", "qwen3_next"])
+def test_padding_and_rows_that_have_ended_change_nothing_and_cost_no_product(name):
+    """Their hidden states are zeros where a layer begins, which product_with_layer leaves out; their caches, here of
+    NaN, are not read.
+    """
+    model = Decoder(spec_from_config(CONFIGS[name]), matmul="onednn")
+    variables = {"params": numpy_params(model)}
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.spec.vocab_size, (3, 12)), jnp.int32)
+    places = jnp.broadcast_to(jnp.arange(12), tokens.shape)
+    there = (places < jnp.array([[12], [5], [0]])).astype(jnp.int32)
+    reach = jnp.full(3, 12, jnp.int32)
+    hidden, _ = model.apply(variables, tokens, places, there, reach, method="prefill")
+    for row, length in ((0, 12), (1, 5)):
+        given = (its[row : row + 1, :length] for its in (tokens, places, there))
+        alone, _ = model.apply(variables, *given, reach[:1], method="prefill")
+        np.testing.assert_allclose(hidden[row, :length], alone[0], rtol=0, atol=0.02 * float(jnp.abs(alone).max()))
+
+    cache = init_cache(model.spec, 3, 12, jnp.float32)
+    spoilt = jax.tree.map(lambda its: its.at[:, 2].set(jnp.nan) if its.ndim == 5 else its, cache)
+    at, active = jnp.array([[3], [0], [9]], jnp.int32), jnp.array([[1], [1], [0]], jnp.int32)
+    (found, _), (wanted, _) = (model.apply(variables, tokens[:, :1], at, active, its) for its in (spoilt, cache))
+    np.testing.assert_array_equal(found[:2], wanted[:2])
+    assert np.isfinite(found).all()
+    if name in ("gemma3", "qwen2"):
+        np.testing.assert_array_equal(found[2], 0)
+        np.testing.assert_array_equal(hidden[there == 0], 0)
