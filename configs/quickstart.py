@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct learns to turn a customer's message into a support ticket; 5 to 8 minutes on 2 CPU cores."""
+"""SmolLM2-135M-Instruct learns to turn a customer's message into a support ticket; 5 to 7 minutes on 2 CPU cores."""
 
 from ml_collections import ConfigDict
 
