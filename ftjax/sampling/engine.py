@@ -29,7 +29,7 @@ from ftjax.sampling.pictured import Pictured, placed, together
 from ftjax.sampling.prefix import AHEAD, Prefix, gains, in_common
 from ftjax.sampling.request import LIKELIEST, Completion, Left, Request, Row, allowed_next
 from ftjax.sampling.sampler import Sampling
-from ftjax.sampling.sizes import LENGTHS, STOPS, capacity, coarse, most_stops, padded, rounded
+from ftjax.sampling.sizes import LENGTHS, STOPS, at_first, capacity, coarse, most_stops, padded, rounded
 from ftjax.sampling.slots import Entering, Prompts, Read
 from ftjax.sampling.stop_strings import StopsAt
 from ftjax.tree import Tree
@@ -398,7 +398,8 @@ def generate(
         request.check(model, f"prompt {number}")
     if not prompts:
         return []
-    engine = Engine(model, variables, min(batch_size, len(prompts)), most_stops(stop_tokens))
+    room = at_first(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)))
+    engine = Engine(model, variables, min(batch_size, len(prompts)), most_stops(stop_tokens), room=room)
     # Prompts of similar length are read together, which saves computing padding.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     for number in order:

@@ -19,6 +19,13 @@ def capacity(length: int, model: Decoder) -> int:
     return _within(_doubled(CAPACITY, length), length, model)
 
 
+def at_first(longest: int) -> int:
+    """The tokens that slots have room for at first, of whose rows the longest may have so many: not a size less than it
+    needs in the end, which would be compiled for nothing; nor one that is much larger, as few rows reach it.
+    """
+    return min(longest, 2 * CAPACITY)
+
+
 def padded(length: int, rows: int, model: Decoder) -> int:
     """The length that so many prompts are padded to, the longest of which has `length` tokens.
 
