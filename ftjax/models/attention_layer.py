@@ -29,6 +29,7 @@ class Context(NamedTuple):
     cached: dict[str, tuple[jax.Array, jax.Array]]  # keys and values of stacks, for cache.InPlace
     last: jax.Array | None = None  # int32 [B, T], see vision.last_seen; None: each token sees none after itself
     until: jax.Array | None = None  # int32 [B, T], see attention.seen_until; None: each document is by itself
+    there: jax.Array | None = None  # bool [B, T], see `blanked`
 
 
 class Attention(nn.Module):
@@ -103,7 +104,7 @@ class Attention(nn.Module):
             shares = context.until is not None
             choice = choose(self.kernel, spec, queries.dtype, queries.shape[1], mesh, matmul, shares)
             out = attend(choice, spec, queries, keys, values, *places, *numbers, sinks, context.last, context.until)
-        out = blanked(out.reshape(*x.shape[:2], -1), segment_ids, layer_cache)
+        out = blanked(out.reshape(*x.shape[:2], -1), context.there)
         out = out * nn.sigmoid(own["gate"]) if "gate" in own else out
         axes = ("heads", "embed")
         o_proj = Linear(spec.hidden_size, axes, self.dtype, self.param_dtype, use_bias=spec.o_bias, name="o_proj")
@@ -183,13 +184,11 @@ class Attention(nn.Module):
         return norm_of(self.spec, self.dtype, self.param_dtype, f"{name}_norm", kind)(x)
 
 
-def blanked(x: jax.Array, segment_ids: jax.Array, layer_cache: Any) -> jax.Array:
-    """x [B, T, D], with zeros in padding and rows that have ended where a cache is filled: products by panels, which
-    oneDNN's stand for there, leave such rows out.
+def blanked(x: jax.Array, there: jax.Array | None) -> jax.Array:
+    """x [B, T, D] with zeros where nothing is `there`, bool [B, T]: in padding and in rows that have ended, which what
+    generates would multiply in vain (`onednn.product_with_layer` leaves rows of zeros out). None: x as it is.
     """
-    if layer_cache is None or not onednn.in_use():
-        return x
-    return jnp.where(segment_ids[..., None] > 0, x, jnp.zeros((), x.dtype))
+    return x if there is None else jnp.where(there[..., None], x, jnp.zeros((), x.dtype))
 
 
 def norm_of(spec: DecoderSpec, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str | None, kind: str = "") -> nn.Module:

@@ -56,7 +56,7 @@ class Block(nn.Module):
         # Hugging Face calls the norm before the MLP by another name where there is one after attention as well.
         before_mlp = "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm"
         x = checkpoint_name(constrain(x, "batch", "length", "width"), "layer_input")
-        x = blanked(x, context.segment_ids, layer_cache)
+        x = blanked(x, context.there)
         if spec.altup is not None:
             altup = AltUp(spec, *dtypes, name="altup")
             predicted, x = altup.predict(x)
@@ -280,7 +280,9 @@ class Decoder(nn.Module):
             x = constrain(x, "batch", "length", "width")
             of_rows = (lambda: sequence_lengths(positions, segment_ids)) if reach is None else (lambda: reach[:, None])
             until = seen_until(positions, segment_ids) if self.shares and reach is None else None
-            context = Context(positions, segment_ids, tables(spec, turned_by, of_rows), {}, in_place or {}, last, until)
+            there = segment_ids > 0 if self.matmul == "onednn" and reach is not None else None
+            turns = tables(spec, turned_by, of_rows)
+            context = Context(positions, segment_ids, turns, {}, in_place or {}, last, until, there)
             parts = None if spec.per_layer is None else self.per_layer(tokens, x)
             own = nested(spec, lambda stack: _per_layer(stack) | _own_part(stack, parts))
             x = x if spec.altup is None else self.altup.split(x)

@@ -66,13 +66,13 @@ ffi::Error ProductWithLayer(ffi::ThreadPool threads, ffi::AnyBuffer left, ffi::A
   const int64_t inner = by.kernel.inner, panels = by.kernel.panels;
   const std::vector<int64_t> numbers = NotZero(rows, left.dimensions()[0], inner, to, panels * kPanel);
   const int64_t count = numbers.size();
-  const bool small = count * inner * panels < (1 << 14);
-  const int64_t parts = small ? 1 : std::max<int64_t>(1, threads.num_threads());
-  const int64_t length = count > kFew ? count : panels;  // of what the threads share
+  const bool small = count * inner * panels < (1 << 14), by_rows = count > kBlock;
+  const int64_t length = by_rows ? count : panels;  // of what the threads share
+  const int64_t parts = small ? 1 : std::clamp<int64_t>(threads.num_threads(), 1, length);
   std::vector<std::function<void()>> pieces;
   for (int64_t part = 0; count && part < parts; ++part)
     pieces.push_back([=, &by, &numbers, from = length * part / parts, end = length * (part + 1) / parts] {
-      if (length == count)
+      if (by_rows)
         ByAdapted(rows, numbers.data() + from, end - from, by, 0, panels, to);
       else
         ByAdapted(rows, numbers.data(), count, by, from, end, to);

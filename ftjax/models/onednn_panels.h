@@ -16,8 +16,7 @@ namespace {
 
 constexpr int64_t kPanel = 16;     // columns of a panel [inner / 2, kPanel, 2], see quant.panels
 constexpr int64_t kInner = 2048;   // of a panel, at a time: it and the rows that it multiplies stay in the cache
-constexpr int64_t kBlock = 48;     // rows at a time
-constexpr int64_t kFew = 64;       // rows, up to which threads share the panels; more of them they share by rows
+constexpr int64_t kBlock = 48;     // rows at a time; of no more than these threads share the panels, and else the rows
 constexpr int64_t kAhead = 4096;   // bytes of the kernel that are on their way from memory
 
 // Two neighbors of a row.
@@ -110,7 +109,8 @@ struct Rows {
   T* operator[](int64_t row) const { return first + numbers[row] * columns; }
 };
 
-// `count` rows -> pairs [inner / kInner, groups, kInner / 2, rows of a group].
+// `count` rows -> pairs: of each kInner of their columns, the last of which may be fewer, those of each group of rows,
+// [columns / 2, rows of the group].
 void Pack(const Rows<const Number>& rows, int64_t count, Pair* pairs) {
   const Groups groups{count};
   for (int64_t from = 0; from < rows.columns; from += kInner)
@@ -120,8 +120,8 @@ void Pack(const Rows<const Number>& rows, int64_t count, Pair* pairs) {
           __builtin_memcpy(pairs++, rows[row] + i, sizeof(Pair));
 }
 
-// `count` rows that are packed, by `panels` of them [inner / 2, kPanel, 2] -> out, from its first columns on; with
-// `added`, to what is there.
+// `count` rows that are packed, by so many panels [inner / 2, kPanel, 2] -> out, from its first columns on; with `added`,
+// to what is there.
 void ByPanels(const Pair* pairs, int64_t count, int64_t inner, const char* panel, int64_t panels,
               const Rows<float>& out, bool added) {
   static constexpr auto products = PanelProducts(std::make_integer_sequence<int, kTogether>());
@@ -156,6 +156,7 @@ struct Adapted {
 };
 
 // The rows of these numbers, `count` of them, by the panels [from, to) of a kernel and its adapter -> the same of out.
+// Threads that share the panels make x A each for itself, rather than wait for each other.
 void ByAdapted(const Number* left, const int64_t* numbers, int64_t count, const Adapted& by, int64_t from, int64_t to,
                float* out) {
   static const auto in_order = [] {
@@ -187,7 +188,8 @@ std::vector<int64_t> NotZero(const Number* left, int64_t rows, int64_t inner, fl
   std::vector<int64_t> numbers;
   for (int64_t row = 0; row < rows; ++row) {
     const Number* its = left + row * inner;
-    if (std::any_of(its, its + inner, [](Number number) { return number != 0; }))
+    // Doubled, the bits of a bfloat16 lose their sign, and -0 is 0 too.
+    if (std::any_of(its, its + inner, [](Number number) { return static_cast<Number>(2 * number) != 0; }))
       numbers.push_back(row);
     else
       std::fill_n(out + row * columns, columns, 0.0f);
