@@ -139,7 +139,8 @@ def product_with_layer(
     """`product` of x [..., in] with the kernel of one layer, read where it lies among those of all; without gradients.
 
     panels: uint16 [layers, out / 16, in / 2, 16, 2], see `quant.panels`; layer: int32, a scalar. a_panels, b_panels:
-    those of A [layers, in, r] and B [layers, r, out], of which (x A) B is added, as in `adapted`.
+    those of A [layers, in, r] and B [layers, r, out], of which (x A) B is added, as in `adapted`. Rows of zeros have
+    zeros, whatever the kernel, and cost nothing.
     """
     load()
     rows, shape = _rows(x), (*x.shape[:-1], 16 * panels.shape[1])

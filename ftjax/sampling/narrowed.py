@@ -12,8 +12,8 @@ _HEAD, _TABLE = "lm_head/kernel", "embed_tokens/embedding"
 
 
 def narrowed(model: Decoder, variables: Tree) -> Tree:
-    """`variables` as products of few rows read them where oneDNN makes the others (`model.matmul`): a third of the
-    bytes to move, each once.
+    """`variables` as what generates multiplies by them where oneDNN makes the other products (`model.matmul`): a
+    third of the bytes to move, each once.
 
     Kernels of layers and of the head are then in panels (see quant.py) in the collection that layers do not split: XLA
     would copy each layer's for every token. A tied head has them beside its table, whose rows stay as they are. Kernels
